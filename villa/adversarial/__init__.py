@@ -1,0 +1,1 @@
+"""Adversarial perturbations in embedding space: how they start, move, are bounded, and enter a model."""

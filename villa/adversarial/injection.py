@@ -1,0 +1,63 @@
+"""Adding perturbations to a model by hooks, so that no model has an adversarial argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from villa.adversarial.perturbation import Perturbation
+from villa.batch import Batch
+from villa.models.base import Point
+
+
+@contextmanager
+def inject(
+    model: nn.Module, points: Mapping[str, Point], perturbations: Mapping[str, Perturbation], batch: Batch
+) -> Iterator[None]:
+    """Within the context, a forward pass of ``model`` adds every perturbation at its point.
+
+    Args:
+        model: the bare model that the points' module paths refer to.
+        points: the model's perturbation points by modality.
+        perturbations: what to add, by modality.
+        batch: the micro-batch of the pass, for the points' masks.
+
+    Raises:
+        RuntimeError: on leaving, when a point's module was not called exactly once.
+    """
+    with ExitStack() as stack:
+        calls = dict.fromkeys(perturbations, 0)
+        for modality, perturbation in perturbations.items():
+            point = points[modality]
+            perturbation.begin(point.mask(batch))
+            handle = _register(model.get_submodule(point.module), point, modality, perturbation, calls)
+            stack.callback(handle.remove)
+        yield
+    for modality, count in calls.items():
+        if count != 1:
+            module = points[modality].module
+            raise RuntimeError(
+                f"perturbation point '{modality}' ({module}) was called {count} times in a pass, not once"
+            )
+
+
+def _register(
+    module: nn.Module, point: Point, modality: str, perturbation: Perturbation, calls: dict[str, int]
+) -> RemovableHandle:
+    def perturb(value: Tensor) -> Tensor:
+        calls[modality] += 1
+        return perturbation.apply(value)
+
+    def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (perturb(arguments[0]), *arguments[1:])
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return perturb(output)
+
+    if point.side == "input":
+        return module.register_forward_pre_hook(before)
+    return module.register_forward_hook(after)

@@ -1,0 +1,70 @@
+"""One modality's perturbation over the passes of one micro-batch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from villa.adversarial.ascent import AscentSettings, ascend, initialise, row_norm
+
+
+class Perturbation:
+    """A perturbation that is created in its first forward pass and moves between passes.
+
+    It is created inside the model's own forward, where the embedding exists, so that no module is ever called
+    from outside (which sharded models do not allow).
+
+    Args:
+        settings: how it starts and moves.
+        seed: of its random start.
+        initial: start from this ``[rows, tokens, width]`` tensor instead.
+
+    Attributes:
+        delta: the value that the next pass adds; None before the first pass.
+        relative_size: mean over rows of ||delta|| / ||embedding|| in the last pass (l2).
+        gradient_norm: mean over rows of the gradient's norm, once the last pass has been followed by a step.
+        frozen: a frozen perturbation asks for no gradient.
+    """
+
+    def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.delta = initial
+        self.frozen = False
+        self.relative_size: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def begin(self, mask: Tensor | None) -> None:
+        """Prepare for a forward pass over rows whose ``[rows, tokens]`` mask is given."""
+        self._mask = mask if self.settings.mask_padding else None
+
+    def apply(self, embedding: Tensor) -> Tensor:
+        """Return the perturbed embedding, in its own type; the sum is taken in fp32 or wider."""
+        if self.delta is None:
+            self.delta = initialise(embedding, self.settings, self._mask, self.seed)
+        self.delta = self.delta.detach().requires_grad_(not self.frozen)
+        self.gradient_norm = None
+        self._measure(embedding.detach())
+        return (embedding + self.delta).to(embedding.dtype)
+
+    def ascend(self, gradient_scale: float = 1.0) -> None:
+        """Move along the gradient that the backward passes left on ``delta``.
+
+        Args:
+            gradient_scale: factor that the gradients were scaled by (loss scale, micro-batch weight).
+
+        Raises:
+            RuntimeError: no gradient arrived: the perturbed value does not reach the loss.
+        """
+        if self.delta is None or self.delta.grad is None:
+            raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
+        gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
+        self.gradient_norm = row_norm(gradient, self.settings.norm).mean()
+        self.delta = ascend(self.delta.detach(), gradient, self.settings, self._mask)
+
+    def _measure(self, embedding: Tensor) -> None:
+        assert self.delta is not None
+        if self._mask is not None:
+            embedding = embedding * self._mask.unsqueeze(-1)
+        size = row_norm(self.delta.detach(), "l2")
+        self.relative_size = (size / row_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)).mean()

@@ -1,0 +1,55 @@
+"""The one container that carries a micro-batch from any data set to any model and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B examples, right-padded.
+
+    Text may have a choice dimension (C answers an example), images an image dimension (I images an example);
+    models that take rows of one text and one image flatten them themselves.
+
+    Attributes:
+        ids: B example ids, for predictions and messages.
+        input_ids: ``[B, T]`` or ``[B, C, T]`` int64 word-piece ids.
+        attention_mask: like ``input_ids``, bool; True on real tokens.
+        token_type_ids: like ``input_ids``, int64, or None for all zero.
+        features: ``[B, R, D]`` or ``[B, I, R, D]`` float region features.
+        boxes: ``[B, R, 4 | 6 | 7]`` (or with I) normalised x1, y1, x2, y2 (, w, h (, area)).
+        region_mask: ``[B, R]`` (or with I) bool; True on real regions.
+        pixel_values: ``[B, 3, H, W]`` float, for models that read pixels.
+        targets: int64 class indices ``[B]`` (or ``[B, C]``), or float32 soft targets ``[B, labels]``.
+    """
+
+    ids: list[str]
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    features: Tensor | None = None
+    boxes: Tensor | None = None
+    region_mask: Tensor | None = None
+    pixel_values: Tensor | None = None
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with ``function`` applied to every tensor."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (called by torch's data loader)."""
+        return self.map(Tensor.pin_memory)

@@ -1,0 +1,176 @@
+"""The typed schema of a recipe: one dataclass a section, and variant sections checked by their registered class.
+
+A variant section (``model``, ``dataset``, ``loss``, ``trainer``, ``optimizer``, ``scheduler``) is
+``{name: registered name, ...}``; its other keys are those of the registered class's ``Config``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+#: Variant section of a recipe to the registry (see ``villa.registry.REGISTRIES``) that names its class.
+VARIANTS = {
+    "model": "models",
+    "dataset": "datasets",
+    "loss": "losses",
+    "trainer": "trainers",
+    "optimizer": "optimizers",
+    "scheduler": "schedulers",
+}
+
+
+@dataclass
+class BatchConfig:
+    """How many examples make an update, whatever the number of processes.
+
+    Attributes:
+        examples: examples of an update over all processes; or
+        tokens: padded text tokens plus regions of an update over all processes.
+        per_pass: at most this many (examples or tokens) go through the model at once; the number of
+            accumulated micro-batches is derived. None: all at once.
+        accumulation: ``mean`` over all examples of the update, or the ``sum`` of the micro-batches' means (what
+            the released code computes).
+        bucket: examples that are sorted by length together when batches are cut by tokens.
+    """
+
+    examples: int | None = None
+    tokens: int | None = None
+    per_pass: int | None = None
+    accumulation: Literal["mean", "sum"] = "mean"
+    bucket: int = 8192
+
+
+@dataclass
+class TrainingConfig:
+    """The training loop.
+
+    Attributes:
+        updates: optimiser steps; or
+        epochs: passes over the training split.
+        clip_norm: largest global gradient norm; None does not clip.
+        precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (with loss scaling). Perturbations, norms and
+            losses stay in fp32.
+        nonfinite: what to do when a loss or gradient is NaN or infinite: ``stop``, or ``skip`` the update.
+        max_skips: stop after this many skipped updates in a row.
+        threads: CPU threads; None leaves torch's choice.
+        workers: data loading processes.
+    """
+
+    updates: int | None = None
+    epochs: int | None = None
+    clip_norm: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: int = 10
+    threads: int | None = None
+    workers: int = 0
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation and early stopping.
+
+    Attributes:
+        metrics: registered metric names; the loss is always computed.
+        every: updates between evaluations on the validation split; None evaluates at the end only.
+        split: split to validate on; None for data sets without one.
+        monitor: value that chooses the best checkpoint, and its direction.
+        mode: whether more is better (``max``) or less (``min``).
+        patience: evaluations without improvement before training stops; None never stops early.
+        examples: examples of an evaluation batch.
+    """
+
+    metrics: list[str] = field(default_factory=lambda: ["accuracy"])
+    every: int | None = None
+    split: str | None = "val"
+    monitor: str = "accuracy"
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = None
+    examples: int = 256
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints.
+
+    Attributes:
+        every: updates between checkpoints; None saves at evaluations and at the end only.
+        keep: newest checkpoints to keep, besides the best.
+        resume: go on from the newest usable checkpoint in ``output_dir``.
+        path: checkpoint (folder or run folder) to evaluate or predict with.
+    """
+
+    every: int | None = None
+    keep: int = 2
+    resume: bool = False
+    path: str | None = None
+
+
+@dataclass
+class LoggingConfig:
+    """Logs.
+
+    Attributes:
+        every: updates between log records.
+        tensorboard: write TensorBoard events.
+        progress: show progress bars; ``auto`` shows them on a terminal.
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    progress: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass
+class PredictConfig:
+    """Prediction (``run_type=predict``).
+
+    Attributes:
+        input: JSON-lines file of ``{"image", "question"}`` records; None predicts on ``split``.
+        split: split to predict on.
+        output: file to write; None writes ``predictions_<split>.jsonl`` in ``output_dir``.
+    """
+
+    input: str | None = None
+    split: str = "test"
+    output: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """A whole recipe.
+
+    Attributes:
+        run_type: what to do; ``train_val_test`` trains (validating on the way) and then tests.
+        name: shown in tables and figures.
+        output_dir: everything that the run writes.
+        seed: all randomness derives from it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        user_dir: package folder or module to import, so that its decorators register classes.
+        model: the model's name and options.
+        dataset: the data set's name and options.
+        loss: the loss's name and options.
+        trainer: the adversarial method's name and options.
+        optimizer: the optimiser's name and options.
+        scheduler: the learning rate schedule's name and options.
+    """
+
+    run_type: Literal["train", "val", "test", "predict", "train_val_test"] = "train_val_test"
+    name: str = "run"
+    output_dir: str = "outputs/run"
+    seed: int = 0
+    device: str = "auto"
+    user_dir: str | None = None
+    model: Any = None
+    dataset: Any = None
+    loss: Any = None
+    trainer: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)

@@ -1,0 +1,114 @@
+"""What a data set owes the rest of villa."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from villa.batch import Batch
+from villa.models.base import DataFacts
+
+
+@dataclass
+class DatasetConfig:
+    """Options that every data set has: its registered name."""
+
+    name: str = "jsonl"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example before collation; unpadded tensors with the meaning of the fields of ``Batch``.
+
+    Attributes:
+        id: unique within the split.
+        input_ids: ``[T]`` or ``[C, T]`` with [CLS] and [SEP] in place.
+        token_type_ids: like ``input_ids``, or None.
+        features: ``[R, D]`` or ``[I, R, D]``, or None.
+        boxes: ``[R, 4 | 6]`` (or with I), or None.
+        target: class index (int), soft targets ``[labels]``, or None when there is no answer.
+    """
+
+    id: str
+    input_ids: Tensor
+    token_type_ids: Tensor | None = None
+    features: Tensor | None = None
+    boxes: Tensor | None = None
+    target: int | Tensor | None = None
+
+
+class Split(Dataset[Example], ABC):
+    """One split: examples by index, with their lengths known without reading them."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example: ...
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Text tokens plus regions of every example, for token-bucket batches."""
+
+
+class TaskDataset(ABC):
+    """A task's data: its splits, vocabulary and labels. ``@register_dataset`` registers a subclass.
+
+    Args:
+        config: an instance of ``Config``.
+        assets: folder with what ``save_assets`` wrote beside a checkpoint; the vocabulary and labels are then
+            read from there instead of being built from the training split.
+    """
+
+    Config: ClassVar[type[DatasetConfig]] = DatasetConfig
+
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        self.config = config
+        self.assets = assets
+
+    @abstractmethod
+    def split(self, name: str) -> Split:
+        """Return split ``name`` (``train``, ``val`` or ``test``).
+
+        Raises:
+            DataError: the split does not exist or its files cannot be used.
+        """
+
+    @abstractmethod
+    def facts(self) -> DataFacts:
+        """What the data fixes about a model."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad examples into a batch."""
+
+    @abstractmethod
+    def save_assets(self, folder: Path) -> None:
+        """Write what prediction needs besides the weights (vocabulary, labels) into ``folder``."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the data and of every option that changes an example, for provenance."""
+
+    def requests(self, records: Sequence[Mapping[str, Any]]) -> Split:
+        """Turn a user's records (``{"image": path, "question": text, "id": ...}``) into examples to predict.
+
+        Raises:
+            DataError: a record lacks a field or names a file that cannot be read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not predict on free records")
+
+    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Turn ``[B, labels]`` logits into answers: ``[{"answer": ..., "score": ...}]``."""
+        raise NotImplementedError(f"{type(self).__name__} does not decode answers")
+
+    def reference_scores(self, split: str) -> dict[str, float]:
+        """Scores of trivial baselines on a split (majority, question only), in [0, 1], computed from the data."""
+        return {}

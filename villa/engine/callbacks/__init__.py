@@ -1,0 +1,1 @@
+"""What happens around updates: logging, evaluation, checkpoints, signals."""

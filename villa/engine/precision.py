@@ -1,0 +1,35 @@
+"""Autocast and loss scaling."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Mixed precision of a run: autocast type and gradient scaler.
+
+    Args:
+        name: ``fp32`` (no autocast), ``bf16``, or ``fp16`` with dynamic loss scaling.
+        device: where the model runs.
+    """
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self.device = device
+        self.dtype = _AUTOCAST.get(name)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context for a forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale; 1 without a scaler."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0

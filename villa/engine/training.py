@@ -1,0 +1,97 @@
+"""Training: the loop, and the state that it carries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from villa.datasets.stream import UpdateStream
+from villa.engine.callbacks.base import Callback
+from villa.engine.updater import Updater
+from villa.models.base import Model
+
+
+@dataclass
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        update: updates done.
+        total: updates to do.
+        stopped: why training ended early, or None.
+        best: the best value of the monitored metric so far, and the update that it was reached at.
+        best_update: the update of ``best``.
+    """
+
+    update: int = 0
+    total: int = 0
+    stopped: str | None = None
+    best: float | None = None
+    best_update: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.update >= self.total or self.stopped is not None
+
+
+@dataclass
+class Training:
+    """A training run: everything that ``fit`` works on.
+
+    Attributes:
+        model: the model.
+        updater: turns micro-batches into an optimiser step.
+        stream: the endless sequence of updates' micro-batches.
+        prepare: moves a micro-batch to the model's device.
+        callbacks: called in order around every update.
+        progress: where training stands.
+        seconds: time spent in updates since this process started.
+    """
+
+    model: Model
+    updater: Updater
+    stream: UpdateStream
+    prepare: Callable[[Any], Any]
+    callbacks: Sequence[Callback]
+    progress: Progress = field(default_factory=Progress)
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides the weights that an exact resume needs."""
+        return {
+            "progress": asdict(self.progress),
+            "updater": self.updater.state_dict(),
+            "stream": dict(self.stream.position),
+            "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict()``; the number of updates to do stays this run's own."""
+        self.progress = Progress(**{**state["progress"], "total": self.progress.total})
+        self.updater.load_state_dict(state["updater"])
+        self.stream.seek(state["stream"])
+        for callback in self.callbacks:
+            callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+
+
+def fit(training: Training) -> None:
+    """Train until all updates are done or a callback stops the run."""
+    progress = training.progress
+    try:
+        for callback in training.callbacks:
+            callback.on_start(training)
+        training.model.train()
+        while not progress.finished:
+            batches = [training.prepare(batch) for batch in next(training.stream)]
+            started = time.perf_counter()
+            progress.update += 1
+            logs = training.updater.update(progress.update, batches)
+            training.seconds += time.perf_counter() - started
+            for callback in training.callbacks:
+                callback.on_update_end(training, logs)
+    finally:
+        for callback in training.callbacks:
+            callback.on_end(training)

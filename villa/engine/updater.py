@@ -1,0 +1,137 @@
+"""One update: all passes of all its micro-batches, clipping, and the optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.config.schema import TrainingConfig
+from villa.engine.finite import describe_nonfinite
+from villa.engine.passes import ModelPasses
+from villa.engine.precision import Precision
+from villa.engine.schedules import Schedule
+from villa.errors import NonFiniteError
+from villa.losses.base import Loss
+from villa.models.base import Model
+from villa.trainers.base import Logs, Trainer
+
+Accumulation = Literal["mean", "sum"]
+
+
+class Updater:
+    """Turns the micro-batches of an update into one optimiser step.
+
+    Args:
+        model: the model to train.
+        loss: the task loss.
+        trainer: the adversarial method.
+        optimizer: with ``initial_lr`` in its groups.
+        schedule: learning rate by update.
+        config: clipping, precision and the policy for NaN and infinity.
+        precision: autocast and loss scaling.
+        accumulation: ``mean`` over the update's examples, or the ``sum`` of micro-batch means.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        trainer: Trainer,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        config: TrainingConfig,
+        *,
+        precision: Precision,
+        accumulation: Accumulation,
+        seed: int,
+    ) -> None:
+        self.model, self.loss, self.trainer = model, loss, trainer
+        self.optimizer, self.schedule, self.config = optimizer, schedule, config
+        self.precision, self.accumulation = precision, accumulation
+        self.passes = ModelPasses(model, loss, precision, seed)
+        self.skipped = 0
+
+    def update(self, number: int, batches: Sequence[Batch]) -> Logs:
+        """Run update ``number`` (from 1) and return its detached values to log.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite and the policy is to stop.
+        """
+        self.set_learning_rate(number)
+        counts = [self.loss.count(batch) for batch in batches]
+        weights = [count / sum(counts) for count in counts]
+        logs: Logs = {}
+        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            self.passes.begin(number, i, weight if self.accumulation == "mean" else 1.0)
+            _add(logs, self.trainer.step(batch, self.passes), weight)
+        norm = self._gradient_norm()
+        if self._acceptable(number, batches, norm):
+            self._step(norm)
+        self.precision.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return logs | {"gradient_norm": norm}
+
+    def set_learning_rate(self, number: int) -> None:
+        """Set every group's learning rate for update ``number``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(group["initial_lr"], number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: optimiser, loss scale, skipped updates in a row."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict()``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+    def _gradient_norm(self) -> Tensor:
+        """Unscale the gradients and return their global norm."""
+        self.precision.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).detach()
+
+    def _step(self, norm: Tensor) -> None:
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        self.precision.scaler.step(self.optimizer)
+
+    def _acceptable(self, number: int, batches: Sequence[Batch], norm: Tensor) -> bool:
+        """Whether to take the step; a value that is not finite is named, and skips or stops the run."""
+        values = [norm.float(), *(loss.float() for _, loss in self.passes.losses)]
+        if bool(torch.isfinite(torch.stack(values)).all()) or not self._is_trouble():
+            self.skipped = 0
+            return True
+        self._skip_or_stop(number, batches)
+        return False
+
+    def _is_trouble(self) -> bool:
+        """Whether a non-finite value is more than an fp16 overflow, which the scaler mends by itself."""
+        if not self.precision.scaler.is_enabled() or self.precision.loss_scale <= 1.0:
+            return True
+        return any(not torch.isfinite(loss) for _, loss in self.passes.losses)
+
+    def _skip_or_stop(self, number: int, batches: Sequence[Batch]) -> None:
+        self.skipped += 1
+        found = describe_nonfinite(self.passes.losses, self.model.named_parameters(), batches)
+        message = f"update {number}: {found}"
+        if self.config.nonfinite == "stop":
+            raise NonFiniteError(f"{message}; lower the learning rate or step sizes, or set training.nonfinite=skip")
+        if self.skipped > self.config.max_skips:
+            raise NonFiniteError(f"{message}; {self.skipped} updates in a row were skipped (training.max_skips)")
+        print(f"skipped {message}", flush=True)
+
+
+def _add(total: Logs, values: Logs, weight: float) -> None:
+    for name, value in values.items():
+        total[name] = total.get(name, torch.zeros_like(value)) + value * weight

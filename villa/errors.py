@@ -1,0 +1,34 @@
+"""Errors that are the user's to mend: shown as one line, with exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VillaError(Exception):
+    """A mistake in the input. The message is one line: what was given, what is allowed, what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(VillaError):
+    """A recipe or an override cannot be used."""
+
+
+class DataError(VillaError):
+    """A data set, feature file or example cannot be used."""
+
+
+class CheckpointError(VillaError):
+    """A checkpoint is missing, corrupt or does not fit the model."""
+
+
+class NonFiniteError(VillaError):
+    """A loss or a gradient became NaN or infinite, and the run was told to stop."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Say which of the allowed names is closest: ``"; did you mean 'x'?"``, or nothing."""
+    match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,117 @@
+"""Files: paths and URLs, writes that survive a crash, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from villa.errors import DataError
+from villa.plugins import one_line
+
+_URL_PREFIXES = ("http://", "https://")
+
+
+@cache
+def _path_manager() -> Any:
+    from iopath.common.file_io import HTTPURLHandler, PathManager
+
+    manager = PathManager()
+    manager.set_logging(False)  # iopath's telemetry
+    manager.register_handler(HTTPURLHandler())
+    return manager
+
+
+def local_path(uri: str) -> Path:
+    """Return a local path for a path or URL; a URL is downloaded once and cached (``$FVCORE_CACHE``).
+
+    Args:
+        uri: a path (``~`` is the home folder) or an http(s) URL; any other prefix counts as a path.
+
+    Raises:
+        DataError: the URL cannot be downloaded.
+    """
+    if not uri.startswith(_URL_PREFIXES):
+        return Path(_path_manager().get_local_path(str(Path(uri).expanduser())))
+    if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
+        raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
+    from iopath.common.file_io import get_cache_dir
+
+    # iopath names a cached file by the URL's path alone: a folder a URL keeps two hosts apart.
+    folder = Path(get_cache_dir()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    try:
+        return Path(_path_manager().get_local_path(uri, cache_dir=str(folder)))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(
+            f"cannot download '{uri}': {one_line(error)}; check the address or give a local path"
+        ) from error
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below ``folder``, and itself, to the disk."""
+    for path in folder.rglob("*"):
+        fsync(path)
+    fsync(folder)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a file so that a crash leaves either the old contents or the new, never a part.
+
+    Args:
+        path: file to write; missing parent folders are made.
+        data: the contents; text is written as UTF-8.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; the old file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are for the owner only
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+@cache
+def _umask() -> int:
+    mask = os.umask(0)  # the mask can be read only by setting it
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically, with sorted keys.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which JSON has not.
+        OSError: as for ``atomic_write``.
+    """
+    atomic_write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's contents as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,41 @@
+"""What a loss owes the rest of villa."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.models.base import ModelOutput
+
+
+@dataclass
+class LossConfig:
+    """Options that every loss has: its registered name."""
+
+    name: str = "cross_entropy"
+
+
+class Loss(nn.Module, ABC):
+    """A training loss: the mean over the elements of a micro-batch."""
+
+    Config: type[LossConfig] = LossConfig
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self.config = config if config is not None else self.Config()
+
+    @abstractmethod
+    def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Return the scalar mean loss in float32 or wider.
+
+        Raises:
+            DataError: the batch has no targets, or targets of the wrong form.
+        """
+
+    def count(self, batch: Batch) -> int:
+        """Number of elements that ``forward`` averages over: weights micro-batches within an update."""
+        return len(batch)

@@ -1,0 +1,54 @@
+"""Losses of classification heads: VQA, SNLI-VE, VCR, NLVR2 and text classification."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import DataError
+from villa.losses.base import Loss
+from villa.models.base import ModelOutput
+from villa.registry import register_loss
+
+
+@register_loss("cross_entropy")
+class CrossEntropy(Loss):
+    """Cross-entropy on class indices, mean over rows (VCR, NLVR2; one of two classes for each choice)."""
+
+    def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over the rows of ``logits [rows, labels]``."""
+        targets = _targets(batch)
+        if targets.is_floating_point():
+            raise DataError(
+                "loss 'cross_entropy' needs class indices, but the targets are soft: use binary_cross_entropy"
+            )
+        return F.cross_entropy(_wide(output.logits), targets.reshape(-1))
+
+
+@register_loss("binary_cross_entropy")
+class BinaryCrossEntropy(Loss):
+    """Per-answer sigmoid cross-entropy, summed over answers and averaged over examples (VQA, SNLI-VE, GQA).
+
+    Class indices are taken as one-hot targets.
+    """
+
+    def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over examples of the sum over ``[B, labels]`` (released: mean x number of answers)."""
+        logits = _wide(output.logits)
+        targets = _targets(batch)
+        if not targets.is_floating_point():
+            targets = F.one_hot(targets.reshape(-1), logits.shape[-1])
+        terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        return terms.mean() * logits.shape[-1]
+
+
+def _targets(batch: Batch) -> Tensor:
+    if batch.targets is None:
+        raise DataError(f"the examples have no targets (first: '{batch.ids[0]}'); a loss needs them")
+    return batch.targets
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,103 @@
+"""What a model owes the rest of villa: a forward pass on a batch, and the points where it may be perturbed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from villa.batch import Batch
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the data fixes about a model; a model's configuration may leave these open.
+
+    Attributes:
+        vocab_size: rows of the word embedding.
+        num_labels: classes of the head.
+        feature_dim: width of a region feature, or None without region features.
+    """
+
+    vocab_size: int | None = None
+    num_labels: int | None = None
+    feature_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: ``[rows, labels]`` scores that the loss and the KL term read.
+        pooled: ``[rows, hidden]`` pooled output, where the model has one.
+        hidden_states: embedding output and the output of every layer, ``[rows, L, hidden]``, on request.
+        attentions: every layer's attention maps, ``[rows, heads, L, L]``, on request.
+    """
+
+    logits: Tensor
+    pooled: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where a perturbation is added.
+
+    Attributes:
+        module: dotted path below the model, as in ``named_modules()``.
+        side: ``"output"`` of the module, or its first ``"input"``; a ``[rows, tokens, width]`` tensor.
+        mask: gives ``[rows, tokens]`` bool for a batch, True where the perturbation may move; None for all.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    mask: Callable[[Batch], Tensor | None] = field(default=lambda batch: None)
+
+
+@dataclass
+class ModelConfig:
+    """Options that every model has.
+
+    Attributes:
+        name: the registered name.
+        checkpoint: weights to start from: a file or a run folder.
+    """
+
+    name: str = "uniter"
+    checkpoint: str | None = None
+
+
+class Model(nn.Module, ABC):
+    """Base of all models. A subclass knows nothing about adversaries, parallelism or the training loop."""
+
+    Config: type[ModelConfig] = ModelConfig
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Any, facts: DataFacts) -> Model:
+        """Build the model with fresh weights.
+
+        Args:
+            config: an instance of ``cls.Config``.
+            facts: what the data fixes; a number that the configuration gives must agree with it.
+
+        Raises:
+            ConfigError: the configuration contradicts the data or itself.
+        """
+
+    @abstractmethod
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Score a batch; return the hidden states of all layers or attention maps on request."""
+
+    @abstractmethod
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """Where each modality may be perturbed: ``{"text": ..., "image": ...}`` (either may be absent)."""
+
+    def head_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the parameter names of the task head, for its own learning rate."""
+        return ()

@@ -1,0 +1,57 @@
+"""Plug-ins: packages outside villa that register classes when they are imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from functools import cache
+from pathlib import Path
+
+from villa.errors import ConfigError
+
+ENTRY_POINT_GROUP = "villa.plugins"
+
+
+@cache
+def failures() -> dict[str, str]:
+    """Import every installed plug-in once; return those that failed, with the reason in one line."""
+    failed: dict[str, str] = {}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            failed[f"{entry.name} ({entry.value})"] = one_line(error)
+    return failed
+
+
+def load_user_dir(path: str) -> None:
+    """Import the package or module at ``path``, so that its decorators run.
+
+    Raises:
+        ConfigError: the path does not exist, or the import fails (the message says where and why).
+    """
+    location = Path(path).expanduser().resolve()
+    if not location.exists():
+        raise ConfigError(f"user_dir '{path}' does not exist; give a package folder or a .py file")
+    name = location.stem
+    present = sys.modules.get(name)
+    if present is not None:
+        if Path(getattr(present, "__file__", None) or "").resolve() in (location, location / "__init__.py"):
+            return
+        raise ConfigError(f"user_dir '{path}': a module called '{name}' is loaded already; rename the folder")
+    sys.path.insert(0, str(location.parent))
+    try:
+        importlib.import_module(name)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"user_dir '{path}' failed to import: {one_line(error)}") from error
+    finally:
+        sys.path.remove(str(location.parent))
+
+
+def one_line(error: BaseException) -> str:
+    """``TypeName: first line of the message``."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,143 @@
+"""Registries: names in a recipe to classes, built-in or from plug-ins.
+
+``@register_model("mine")`` on a class is all that a plug-in does. Built-ins are found by a table of names to
+modules, so that importing ``villa`` imports no backbone and one broken optional package breaks nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, cast
+
+from villa import plugins
+from villa.errors import ConfigError, nearest
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name.
+
+    Args:
+        kind: what is registered, for messages: ``"model"``.
+        base: ``"module:Class"`` that every registered class derives from; imported on first use.
+        builtin: name to the module whose import registers it.
+    """
+
+    def __init__(self, kind: str, base: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._base = base
+        self._builtin = dict(builtin)
+        self._classes: dict[str, type[T]] = {}
+
+    @property
+    def base(self) -> type[T]:
+        """The class that every registered class derives from."""
+        module, _, name = self._base.partition(":")
+        return cast("type[T]", getattr(importlib.import_module(module), name))
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Return a decorator that registers a class under ``name`` and returns it unchanged.
+
+        Raises:
+            ConfigError: the name is taken, or the class does not derive from the base of this kind.
+        """
+
+        def decorate(cls: C) -> C:
+            if not (isinstance(cls, type) and issubclass(cls, self.base)):
+                label = getattr(cls, "__qualname__", repr(cls))
+                raise ConfigError(f"{self.kind} '{name}': {label} does not derive from {self._base}")
+            owner = self._builtin.get(name, cls.__module__)
+            taken = self._classes.get(name)
+            if owner != cls.__module__ or (taken is not None and taken.__qualname__ != cls.__qualname__):
+                where = f"{taken.__module__}.{taken.__qualname__}" if taken else owner
+                raise ConfigError(f"{self.kind} '{name}' is already registered by {where}; choose another name")
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All known names, sorted."""
+        return sorted({*self._builtin, *self._classes})
+
+    def get(self, name: str) -> type[T]:
+        """Return the class called ``name``, importing its module when it is a built-in.
+
+        Raises:
+            ConfigError: unknown name; the message lists the names, the nearest one, and broken plug-ins.
+        """
+        if name not in self._classes and name in self._builtin:
+            importlib.import_module(self._builtin[name])
+        if name not in self._classes:
+            known = ", ".join(self.names())
+            broken = "".join(f"; plug-in {p} failed to import: {why}" for p, why in plugins.failures().items())
+            raise ConfigError(
+                f"no {self.kind} is called '{name}'{nearest(name, self.names())} (known: {known}){broken}"
+            )
+        return self._classes[name]
+
+
+MODELS: Registry[Any] = Registry(
+    "model",
+    "villa.models.base:Model",
+    {"uniter": "villa.models.uniter", "text_classifier": "villa.models.text_classifier"},
+)
+DATASETS: Registry[Any] = Registry(
+    "dataset",
+    "villa.datasets.base:TaskDataset",
+    {"easy_vqa": "villa.datasets.easy_vqa", "jsonl": "villa.datasets.jsonl"},
+)
+LOSSES: Registry[Any] = Registry(
+    "loss",
+    "villa.losses.base:Loss",
+    {
+        "binary_cross_entropy": "villa.losses.classification",
+        "cross_entropy": "villa.losses.classification",
+    },
+)
+TRAINERS: Registry[Any] = Registry(
+    "trainer",
+    "villa.trainers.base:Trainer",
+    {
+        "standard": "villa.trainers.standard",
+        "freelb": "villa.trainers.freelb",
+        "villa": "villa.trainers.villa",
+    },
+)
+METRICS: Registry[Any] = Registry(
+    "metric",
+    "villa.evaluation.metrics:Metric",
+    dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
+)
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer",
+    "villa.engine.optimizers:OptimizerFactory",
+    dict.fromkeys(("adamw", "adam", "adamax", "bert_adamw"), "villa.engine.optimizers"),
+)
+SCHEDULERS: Registry[Any] = Registry(
+    "scheduler",
+    "villa.engine.schedules:Schedule",
+    dict.fromkeys(("linear", "cosine", "constant", "noam"), "villa.engine.schedules"),
+)
+
+#: Every registry under the plural that ``villa_run --list`` and the recipes' sections use.
+REGISTRIES: dict[str, Registry[Any]] = {
+    "models": MODELS,
+    "datasets": DATASETS,
+    "losses": LOSSES,
+    "trainers": TRAINERS,
+    "metrics": METRICS,
+    "optimizers": OPTIMIZERS,
+    "schedulers": SCHEDULERS,
+}
+
+register_model = MODELS.register
+register_dataset = DATASETS.register
+register_loss = LOSSES.register
+register_trainer = TRAINERS.register
+register_metric = METRICS.register
+register_optimizer = OPTIMIZERS.register
+register_scheduler = SCHEDULERS.register

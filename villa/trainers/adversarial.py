@@ -1,0 +1,129 @@
+"""What the multi-step methods (FreeLB, VILLA) share: their options and the bookkeeping of perturbations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from villa.adversarial.ascent import AscentSettings, Init, Norm
+from villa.adversarial.perturbation import Perturbation
+from villa.errors import ConfigError
+from villa.trainers.base import Logs, Passes, Trainer, TrainerConfig
+
+Modality = Literal["text", "image", "both", "alternating"]
+
+#: The sets of modalities that are perturbed together in one pass.
+VIEWS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "text": (("text",),),
+    "image": (("image",),),
+    "both": (("text", "image"),),
+    "alternating": (("text",), ("image",)),
+}
+
+
+@dataclass
+class AdversarialConfig(TrainerConfig):
+    """Options of the multi-step methods.
+
+    Attributes:
+        steps: K, the perturbed passes of an update; the perturbation moves K - 1 times between them.
+        modality: what is perturbed: ``text``, ``image``, ``both`` in the same pass, or ``alternating`` (a pass
+            for each, as in the paper).
+        text_step_size: length of an ascent step on the word embeddings.
+        image_step_size: length of an ascent step on the region features.
+        text_radius: bound on the norm of the text perturbation; None or 0 for none.
+        image_radius: the same for the image.
+        norm: ``l2`` or ``linf``, over all tokens of an example.
+        init: distribution of the first perturbation.
+        init_scale: its scale; None takes the radius, or the step size where there is no radius.
+        mask_padding: padding neither moves nor counts in a norm.
+        dropout: ``fresh`` masks in every pass, or ``shared`` by all passes of a micro-batch.
+        fp32_gradient: round the perturbation's gradient to fp32 even in fp64 runs (released code).
+    """
+
+    steps: int = 3
+    modality: Modality = "both"
+    text_step_size: float = 1e-3
+    image_step_size: float = 1e-3
+    text_radius: float | None = None
+    image_radius: float | None = None
+    norm: Norm = "l2"
+    init: Init = "uniform"
+    init_scale: float | None = None
+    mask_padding: bool = True
+    dropout: Literal["fresh", "shared"] = "fresh"
+    fp32_gradient: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for values that make no sense."""
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
+        for name in ("text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value}; it must be a finite number of at least 0")
+
+    def ascent(self, modality: str) -> AscentSettings:
+        """The settings of one modality's perturbation."""
+        step_size: float = getattr(self, f"{modality}_step_size")
+        radius: float | None = getattr(self, f"{modality}_radius")
+        scale = self.init_scale if self.init_scale is not None else (radius or step_size)
+        return AscentSettings(
+            step_size=step_size,
+            radius=radius,
+            norm=self.norm,
+            init=self.init,
+            init_scale=scale,
+            mask_padding=self.mask_padding,
+            fp32_gradient=self.fp32_gradient,
+        )
+
+
+class AdversarialTrainer(Trainer):
+    """Base of the multi-step methods."""
+
+    Config: ClassVar[type[TrainerConfig]] = AdversarialConfig
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.views = VIEWS[self.config.modality]
+
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that are perturbed."""
+        return tuple(modality for view in self.views for modality in view)
+
+    def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
+        """Fresh perturbations for a micro-batch, by modality."""
+        made = {m: Perturbation(self.config.ascent(m), passes.seed(m)) for m in self.modalities()}
+        for perturbation in made.values():
+            perturbation.frozen = self.config.steps == 1
+        return made
+
+    def pass_index(self, index: int) -> int:
+        """The index that names the dropout masks of pass ``index`` (the clean pass is 0)."""
+        return 0 if self.config.dropout == "shared" else index
+
+    def move(self, perturbations: Mapping[str, Perturbation], passes: Passes, step: int) -> None:
+        """Take the ascent step after pass ``step``; before the last pass, stop asking for gradients."""
+        if step + 1 == self.config.steps:
+            return
+        for perturbation in perturbations.values():
+            perturbation.ascend(passes.gradient_scale)
+            perturbation.frozen = step + 2 == self.config.steps
+
+
+def pass_logs(step: int, perturbations: Mapping[str, Perturbation], **values: Tensor) -> Logs:
+    """Values of one pass under ``pass<step>/``: those given, and every perturbation's size and gradient norm.
+
+    To be called after the ascent step, so that the gradient norms are those of this pass.
+    """
+    logs = {f"pass{step}/{name}": value.detach() for name, value in values.items()}
+    for modality, perturbation in perturbations.items():
+        if perturbation.relative_size is not None:
+            logs[f"pass{step}/{modality}_delta"] = perturbation.relative_size
+        if perturbation.gradient_norm is not None:
+            logs[f"pass{step}/{modality}_gradient"] = perturbation.gradient_norm
+    return logs

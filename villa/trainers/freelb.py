@@ -1,0 +1,50 @@
+"""FreeLB (Zhu et al., ICLR 2020): K perturbed passes whose parameter gradients are averaged."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from villa.batch import Batch
+from villa.registry import register_trainer
+from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, pass_logs
+from villa.trainers.base import Logs, Passes, TrainerConfig
+
+
+class FreeLBConfig(AdversarialConfig):
+    """Options of FreeLB: those of ``AdversarialConfig``. ``steps`` counts passes, not ascents."""
+
+
+@register_trainer("freelb")
+class FreeLBTrainer(AdversarialTrainer):
+    """FreeLB: every ascent step's backward also trains the parameters.
+
+    The loss of an update is (1/K) sum_t L(f(x + delta_t), y); the clean input is seen only where delta_0 = 0.
+    """
+
+    Config: ClassVar[type[TrainerConfig]] = FreeLBConfig
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Run the K passes of every view, moving its perturbation in between."""
+        steps, weight = self.config.steps, 1 / (self.config.steps * len(self.views))
+        deltas, logs, index = self.perturbations(passes), Logs(), 0
+        total = torch.zeros(())
+        for t in range(steps):
+            losses = []
+            for view in self.views:
+                index += 1
+                output = passes.forward(batch, {m: deltas[m] for m in view}, index=self.pass_index(index))
+                loss = passes.loss(output, batch)
+                passes.backward(loss * weight, last=index == steps * len(self.views))
+                losses.append(loss.detach())
+            self.move(deltas, passes, t)
+            loss = torch.stack(losses).mean()
+            total = total.to(loss) + loss / steps
+            logs |= pass_logs(t, deltas, loss=loss)
+        return {"loss": total, **logs}
+
+    def cost(self) -> tuple[int, int]:
+        """One forward and backward for each pass of each view."""
+        count = self.config.steps * len(self.views)
+        return count, count

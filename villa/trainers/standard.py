@@ -1,0 +1,22 @@
+"""Ordinary training."""
+
+from __future__ import annotations
+
+from villa.batch import Batch
+from villa.registry import register_trainer
+from villa.trainers.base import Logs, Passes, Trainer
+
+
+@register_trainer("standard")
+class StandardTrainer(Trainer):
+    """Ordinary training: one clean pass."""
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Run and back-propagate one clean pass."""
+        loss = passes.loss(passes.forward(batch), batch)
+        passes.backward(loss, last=True)
+        return {"loss": loss.detach()}
+
+    def cost(self) -> tuple[int, int]:
+        """One forward, one backward."""
+        return 1, 1

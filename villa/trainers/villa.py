@@ -1,0 +1,147 @@
+"""VILLA (Gan et al., NeurIPS 2020): perturbed task losses plus a KL term to the clean prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import ConfigError
+from villa.losses.consistency import Reduction, symmetric_kl
+from villa.models.base import ModelOutput
+from villa.registry import register_trainer
+from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, Modality, pass_logs
+from villa.trainers.base import Logs, Passes, TrainerConfig
+
+
+@dataclass
+class VillaConfig(AdversarialConfig):
+    """Options of VILLA, besides those of ``AdversarialConfig``.
+
+    Attributes:
+        reference: sets the options below that differ between the ``paper`` (Algorithm 1) and the ``official``
+            code; an option given explicitly wins.
+        kl_weight: alpha, the weight of the KL term.
+        kl_reduction: ``batchmean``, or the ``mean`` over rows and labels.
+        clean_logits: ``attached`` trains the clean branch of the KL term too; ``detached`` does not.
+        clean_loss: add the loss on clean inputs, L_std, to every update.
+        average_views: with ``modality=alternating``, average the two views' losses instead of adding them.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "modality": "alternating",
+            "init": "uniform",
+            "clean_loss": True,
+            "average_views": False,
+            "mask_padding": True,
+            "fp32_gradient": False,
+        },
+        "official": {
+            "modality": "text",
+            "init": "zero",
+            "clean_loss": False,
+            "average_views": True,
+            "mask_padding": False,
+            "fp32_gradient": True,
+        },
+    }
+
+    reference: Literal["paper", "official"] = "paper"
+    modality: Modality = "alternating"
+    kl_weight: float = 1.0
+    kl_reduction: Reduction = "batchmean"
+    clean_logits: Literal["attached", "detached"] = "attached"
+    clean_loss: bool = True
+    average_views: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for values that make no sense."""
+        super().check()
+        if not 0 <= self.kl_weight < float("inf"):
+            raise ConfigError(f"kl_weight is {self.kl_weight}; it must be a finite number of at least 0")
+
+
+class CleanBranch:
+    """The clean pass: target of the KL terms, back-propagated once however many passes use it.
+
+    Weights are fixed within an update, so the gradients that the KL terms send into the clean logits add up.
+    They are collected on a detached copy, and go through the clean graph together with the last pass, as the
+    gradient of an inner product: one clean backward instead of K, with the same parameter gradients.
+    """
+
+    def __init__(self, output: ModelOutput, *, attached: bool) -> None:
+        self.output = output
+        self.attached = attached
+        self._leaf = output.logits.detach().requires_grad_(attached)
+
+    def target(self, *, last: bool) -> Tensor:
+        """The clean logits ``[rows, labels]`` for a KL term: the real ones in the last pass, else the copy."""
+        return self.output.logits if last and self.attached else self._leaf
+
+    def collected(self, gradient_scale: float) -> Tensor | None:
+        """A scalar whose gradient is what the earlier passes sent into the clean logits; None if nothing."""
+        if self._leaf.grad is None:
+            return None
+        return (self.output.logits * (self._leaf.grad / gradient_scale)).sum()
+
+
+@register_trainer("villa")
+class VillaTrainer(AdversarialTrainer):
+    """VILLA: (1/K) sum_t [L(f(x + delta_t), y) + alpha KL(f(x + delta_t), f(x))], with L(f(x), y) in the paper.
+
+    ``facts`` on where the released code departs from the paper are in ``docs/villa.md``.
+    """
+
+    Config: ClassVar[type[TrainerConfig]] = VillaConfig
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Run the clean pass, then K passes of every view; the clean graph is back-propagated with the last."""
+        clean = self._clean(batch, passes)
+        clean_loss = passes.loss(clean.output, batch)
+        deltas, logs, count = self.perturbations(passes), Logs(), self.config.steps * len(self.views)
+        total = clean_loss.detach() * self.config.clean_loss
+        weight = 1 / (count if self.config.average_views else self.config.steps)
+        for t in range(self.config.steps):
+            terms = []
+            for v, view in enumerate(self.views):
+                index = t * len(self.views) + v + 1
+                output = passes.forward(batch, {m: deltas[m] for m in view}, index=self.pass_index(index))
+                task = passes.loss(output, batch)
+                kl = self._kl(output, clean, last=index == count)
+                objective = (task + self.config.kl_weight * kl) * weight
+                total = total + objective.detach()
+                if index == count:
+                    objective = self._with_clean(objective, clean, clean_loss, passes)
+                passes.backward(objective, last=index == count)
+                terms.append(torch.stack((task, kl)).detach())
+            self.move(deltas, passes, t)
+            task, kl = torch.stack(terms).mean(0)
+            logs |= pass_logs(t, deltas, loss=task, kl=kl)
+        return {"loss": total, "clean_loss": clean_loss.detach(), **logs}
+
+    def cost(self) -> tuple[int, int]:
+        """The passes of all views, and the clean pass: a forward, and a backward where its graph is used."""
+        count = self.config.steps * len(self.views)
+        return count + 1, count + self._clean_graph
+
+    @property
+    def _clean_graph(self) -> bool:
+        attached = self.config.clean_logits == "attached" and self.config.kl_weight > 0
+        return attached or self.config.clean_loss
+
+    def _clean(self, batch: Batch, passes: Passes) -> CleanBranch:
+        attached = self.config.clean_logits == "attached" and self.config.kl_weight > 0
+        return CleanBranch(passes.forward(batch, index=0, grad=self._clean_graph), attached=attached)
+
+    def _kl(self, output: ModelOutput, clean: CleanBranch, *, last: bool) -> Tensor:
+        return symmetric_kl(output.logits, clean.target(last=last), self.config.kl_reduction)
+
+    def _with_clean(self, objective: Tensor, clean: CleanBranch, clean_loss: Tensor, passes: Passes) -> Tensor:
+        collected = clean.collected(passes.gradient_scale)
+        if collected is not None:
+            objective = objective + collected
+        return objective + clean_loss if self.config.clean_loss else objective
