@@ -6,7 +6,7 @@ import hashlib
 import http.client
 import json
 import os
-import tempfile
+import secrets
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,25 +80,16 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         OSError: the folder cannot be written or the disk is full; the old file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own for each of several writers
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are for the owner only
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
-
-
-@cache
-def _umask() -> int:
-    mask = os.umask(0)  # the mask can be read only by setting it
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Any) -> None:

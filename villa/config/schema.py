@@ -75,6 +75,7 @@ class EvaluationConfig:
         metrics: registered metric names; the loss is always computed.
         every: updates between evaluations on the validation split; None evaluates at the end only.
         split: split to validate on; None for data sets without one.
+        test_split: split to test on.
         monitor: value that chooses the best checkpoint, and its direction.
         mode: whether more is better (``max``) or less (``min``).
         patience: evaluations without improvement before training stops; None never stops early.
@@ -84,6 +85,7 @@ class EvaluationConfig:
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
     every: int | None = None
     split: str | None = "val"
+    test_split: str = "test"
     monitor: str = "accuracy"
     mode: Literal["max", "min"] = "max"
     patience: int | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from villa.batch import Batch
+from villa.errors import DataError
 from villa.models.base import DataFacts
 
 
@@ -73,6 +74,10 @@ class TaskDataset(ABC):
         self.config = config
         self.assets = assets
 
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that this data set has."""
+        return ("train", "val", "test")
+
     @abstractmethod
     def split(self, name: str) -> Split:
         """Return split ``name`` (``train``, ``val`` or ``test``).
@@ -103,11 +108,13 @@ class TaskDataset(ABC):
         Raises:
             DataError: a record lacks a field or names a file that cannot be read.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not predict on free records")
+        raise DataError(f"dataset '{self.config.name}' cannot predict on free records; predict on a split instead")
 
     def decode(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Turn ``[B, labels]`` logits into answers: ``[{"answer": ..., "score": ...}]``."""
-        raise NotImplementedError(f"{type(self).__name__} does not decode answers")
+        """Turn ``[B, labels]`` logits into ``[{"answer": ..., "score": ...}]``; by default the class's number."""
+        scores, classes = logits.softmax(-1).max(-1)
+        pairs = zip(classes.tolist(), scores.tolist(), strict=True)
+        return [{"answer": answer, "score": score} for answer, score in pairs]
 
     def reference_scores(self, split: str) -> dict[str, float]:
         """Scores of trivial baselines on a split (majority, question only), in [0, 1], computed from the data."""

@@ -49,6 +49,8 @@ class Training:
         callbacks: called in order around every update.
         progress: where training stands.
         seconds: time spent in updates since this process started.
+        examples: examples seen since this process started.
+        interrupt: number of the signal that asks the run to end, or None.
     """
 
     model: Model
@@ -58,6 +60,8 @@ class Training:
     callbacks: Sequence[Callback]
     progress: Progress = field(default_factory=Progress)
     seconds: float = 0.0
+    examples: int = 0
+    interrupt: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything besides the weights that an exact resume needs."""
@@ -90,6 +94,7 @@ def fit(training: Training) -> None:
             progress.update += 1
             logs = training.updater.update(progress.update, batches)
             training.seconds += time.perf_counter() - started
+            training.examples += sum(len(batch) for batch in batches)
             for callback in training.callbacks:
                 callback.on_update_end(training, logs)
     finally:

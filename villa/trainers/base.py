@@ -81,6 +81,11 @@ class Trainer(ABC):
     def cost(self) -> tuple[int, int]:
         """Forward and backward passes of one micro-batch (a backward costs about two forwards)."""
 
+    def relative_cost(self) -> float:
+        """Cost relative to standard training, a backward counting as two forwards."""
+        forwards, backwards = self.cost()
+        return (forwards + 2 * backwards) / 3
+
     def modalities(self) -> tuple[str, ...]:
         """The modalities that are perturbed, to check against the model's points before training."""
         return ()

@@ -24,32 +24,32 @@ class Interrupted(Exception):  # noqa: N818 (not an error: the run ended in orde
 
 
 class SignalCallback(Callback):
-    """Asks for a checkpoint after the current update when a signal came, then ends the run.
+    """Ends the run after the update in which a signal came; a second SIGINT ends the process at once.
 
-    A second SIGINT ends the process at once. It stands before the checkpoint callback, which does the saving.
+    It stands after the checkpoint callback, which saves when ``training.interrupt`` is set.
     """
 
     name = "signals"
 
     def __init__(self) -> None:
-        self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def on_start(self, training: Training) -> None:
         """Install the handlers."""
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if training.interrupt is not None and number == signal.SIGINT:
+                signal.default_int_handler(number, frame)
+            training.interrupt = number
+
+        self._previous = {number: signal.signal(number, handle) for number in SIGNALS}
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
         """End the run when a signal has come."""
-        if self.received is not None:
-            raise Interrupted(self.received, training.progress.update)
+        if training.interrupt is not None:
+            raise Interrupted(training.interrupt, training.progress.update)
 
     def on_end(self, training: Training) -> None:
         """Put the previous handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        self.received = number

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from villa.engine.schedules import ScheduleConfig
+from villa.errors import ConfigError
+from villa.registry import SCHEDULERS
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "misc" / "schedules.json").read_text())
+NAMES = ("linear", "cosine", "constant", "noam")
+
+
+def schedule(name: str, total: int, **options: Any) -> Any:
+    return SCHEDULERS.get(name)(ScheduleConfig(name=name, **options), total)
+
+
+def test_linear_equals_the_released_code() -> None:
+    linear = schedule("linear", 6000, warmup=600)
+    for update, factor in GOLDEN["warmup_linear(600,6000)"].items():
+        assert linear.factor(int(update)) == factor
+
+
+def test_learning_rate_with_floor_equals_the_released_code() -> None:
+    linear = schedule("linear", 6000, warmup=600, floor=1e-8)
+    for update, lr in GOLDEN["get_lr_sched(lr=8e-5,600,6000)"].items():
+        assert linear.lr(8e-5, int(update)) == lr
+
+
+def test_noam_equals_the_released_code() -> None:
+    noam = schedule("noam", 20000, warmup=4000)
+    for update, factor in GOLDEN["noam(w=4000)"].items():
+        assert noam.factor(int(update)) == pytest.approx(factor, rel=1e-15)
+
+
+def test_cosine_starts_at_one_halves_in_the_middle_and_ends_at_zero() -> None:
+    cosine = schedule("cosine", 110, warmup=10)
+    assert [cosine.factor(u) for u in (5, 10, 60, 110, 200)] == pytest.approx([0.5, 1.0, 0.5, 0.0, 0.0], abs=1e-15)
+    assert cosine.factor(35) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_constant_stays() -> None:
+    assert [schedule("constant", 9, warmup=2).factor(u) for u in (1, 2, 3, 9)] == [0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("warmup", "updates"), [(0, 0), (0.1, 3), (0.5, 15), (7, 7), (7.0, 7), (1, 1)])
+def test_warm_up_in_updates_or_as_a_share(warmup: float, updates: int) -> None:
+    assert schedule("linear", 30, warmup=warmup).warmup == updates
+
+
+@given(st.sampled_from(NAMES), st.integers(1, 60), st.integers(0, 80))
+def test_factors_rise_in_the_warm_up_then_fall_within_0_and_1(name: str, total: int, warmup: int) -> None:
+    factors = [schedule(name, total, warmup=warmup).factor(update) for update in range(1, total + 1)]
+    rising, falling = factors[: max(warmup, 1)], factors[max(warmup, 1) - 1 :]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_update_without_warm_up_is_possible(name: str) -> None:
+    assert 0 <= schedule(name, 1).factor(1) <= 1
+
+
+def test_apply_scales_every_group_and_its_floor() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [w], "lr_multiplier": m} for w, m in zip(weights, (10.0, 1.0), strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=8e-5)
+    linear = schedule("linear", 6000, warmup=600, floor=1e-8)
+    linear.apply(optimizer, 300)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([4e-4, 4e-5])
+    linear.apply(optimizer, 6000)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-7, 1e-8])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"warmup": -1}, "warmup"),
+        ({"warmup": 1.5}, "warmup"),
+        ({"warmup": math.nan}, "warmup"),
+        ({"floor": -1e-9}, "floor"),
+    ],
+)
+def test_senseless_values_are_refused_in_one_line(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=f"scheduler.{word} is ") as error:
+        schedule("linear", 10, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("warmup", [600, 0.1])
+def test_recipes_may_give_a_whole_number_or_a_share(warmup: float) -> None:
+    config = OmegaConf.merge(OmegaConf.structured(ScheduleConfig), {"warmup": warmup})
+    assert OmegaConf.to_object(config) == ScheduleConfig(warmup=warmup)

@@ -1,0 +1,38 @@
+"""Adversarial training for vision-and-language transformers (VILLA, FreeLB and relatives)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from villa.registry import (
+    register_dataset,
+    register_loss,
+    register_metric,
+    register_model,
+    register_optimizer,
+    register_scheduler,
+    register_trainer,
+)
+
+if TYPE_CHECKING:
+    from villa.api import from_pretrained
+
+__version__ = "0.1.0"
+__all__ = [
+    "from_pretrained",
+    "register_dataset",
+    "register_loss",
+    "register_metric",
+    "register_model",
+    "register_optimizer",
+    "register_scheduler",
+    "register_trainer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "from_pretrained":  # imported on use: it brings the engine along
+        from villa.api import from_pretrained
+
+        return from_pretrained
+    raise AttributeError(f"module 'villa' has no attribute '{name}'")

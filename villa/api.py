@@ -1,0 +1,67 @@
+"""The Python API: a trained model from its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from villa.config.loader import from_yaml
+from villa.engine.checkpoint import resolve
+from villa.engine.folder import CONFIG
+from villa.engine.inference import answer, restore_parts
+from villa.engine.setup import Parts
+from villa.files import local_path
+
+
+class Predictor:
+    """A trained model with its data set's tokenizer, image reader and labels.
+
+    Attributes:
+        parts: the run's model, data and configuration.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def predict(self, *, image: str | Path | None = None, text: str) -> dict[str, Any]:
+        """Answer one question about one image: ``{"answer": ..., "score": ...}``.
+
+        Args:
+            image: path of the image (or of its features); None for text-only data sets.
+            text: the question.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        record = {"question": text} if image is None else {"question": text, "image": str(image)}
+        return self.predict_many([record])[0]
+
+    def predict_many(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Answer ``{"image": path, "question": text}`` records, in order.
+
+        Raises:
+            DataError: a record lacks a field or names a file that cannot be read.
+        """
+        numbered = [{"id": str(number), **record} for number, record in enumerate(records)]
+        examples = self.parts.data.requests(numbered)
+        return [one for _, answers in answer(self.parts, examples) for one in answers]
+
+
+def from_pretrained(path: str | Path, *, device: str = "auto") -> Predictor:
+    """Load a trained model for prediction.
+
+    Args:
+        path: a run's output folder (its best checkpoint is taken) or a checkpoint's folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        CheckpointError: the folder holds no intact checkpoint.
+    """
+    folder = resolve(local_path(str(path)))
+    config = from_yaml(folder / CONFIG)
+    checkpoint = dataclasses.replace(config.checkpoint, path=str(folder))
+    quiet = dataclasses.replace(config.logging, progress="off")
+    config = dataclasses.replace(config, checkpoint=checkpoint, logging=quiet, device=device)
+    return Predictor(restore_parts(config)[0])

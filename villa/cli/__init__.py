@@ -1,0 +1,1 @@
+"""Commands: they wire the parts together and compute nothing."""

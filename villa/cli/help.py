@@ -1,0 +1,91 @@
+"""``villa_run --help``: usage, and the options of a recipe from the dataclasses that declare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import get_type_hints
+
+from omegaconf import MISSING
+
+from villa.config.options import attribute_docs, dataclass_options, describe
+from villa.config.overrides import parse_overrides
+from villa.config.schema import VARIANTS, RunConfig
+from villa.config.variants import Variant, choose, name_variants
+from villa.config.yaml_text import write
+from villa.registry import REGISTRIES
+
+USAGE = """\
+usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config]
+       villa_run --list [KIND] | --help [section=name ...] | --version
+
+Train, evaluate or predict with what a recipe names. Later values win: defaults, presets, included files, the
+recipe, the command line. Values are YAML; quote brackets and blanks for the shell.
+
+  villa_run config=recipe.yaml
+  villa_run config=recipe.yaml trainer=freelb trainer.steps=5 optimizer.lr=3e-5
+  villa_run config=recipe.yaml run_type=test checkpoint.path=outputs/run
+  villa_run config=recipe.yaml 'evaluation.metrics=[accuracy]' --print-config
+
+  --print-config        show the resolved recipe with the origin of every value, and stop
+  --list [KIND]         list what is registered: models, datasets, losses, ...
+  --help [section=name] this page, or the options of a section's variant: --help trainer=villa
+  --version             show the version
+
+Exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.
+"""
+
+_WIDTH = 110
+
+
+def help_text(args: Sequence[str]) -> str:
+    """Return the help page, or the options of the variants that ``section=name`` arguments choose.
+
+    Raises:
+        ConfigError: an argument does not name a variant.
+    """
+    _, overrides = parse_overrides(args)
+    layer = name_variants(overrides)
+    chosen = [section for section in VARIANTS if f"{section}.name" in layer]
+    if not chosen:
+        return f"{USAGE}\n{_recipe_page()}"
+    return "\n".join(_variant_page(section, choose(section, [layer])) for section in chosen)
+
+
+def _recipe_page() -> str:
+    hints, docs = get_type_hints(RunConfig), attribute_docs(RunConfig)
+    lines: list[str] = []
+    for field in dataclasses.fields(RunConfig):
+        hint = hints[field.name]
+        if field.name in VARIANTS:
+            names = ", ".join(REGISTRIES[VARIANTS[field.name]].names())
+            lines += ["", *_wrapped(f"{field.name}: {docs[field.name]}"), *_wrapped(f"names: {names}", "  ")]
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            summary = (hint.__doc__ or "").partition("\n")[0]
+            lines += ["", *_wrapped(f"{field.name}: {summary}"), *_options(hint, f"{field.name}.")]
+        else:
+            lines += _option(field.name, describe(hint), field.default, docs[field.name])
+    return "\n".join(lines) + "\n"
+
+
+def _variant_page(section: str, variant: Variant) -> str:
+    summary = (variant.config.__doc__ or "").partition("\n")[0]
+    presets = ", ".join(getattr(variant.config, "PRESETS", ()))
+    lines = _wrapped(f"{section}={variant.name}: {summary}")
+    lines += _wrapped(f"presets: {section}.reference = {presets}", "  ") if presets else []
+    return "\n".join([*lines, *_options(variant.config, f"{section}.")]) + "\n"
+
+
+def _options(config: type, prefix: str) -> Iterator[str]:
+    for key, option in dataclass_options(config, prefix, skip=("name",)).items():
+        yield from _option(key, describe(option.hint), option.default, option.doc)
+
+
+def _option(key: str, kind: str, default: object, doc: str) -> list[str]:
+    state = "required" if default == MISSING else f"default {write(default)}"
+    return [f"  {key}: {kind}; {state}", *_wrapped(doc.replace("``", "'"), "      ")]
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)

@@ -1,0 +1,105 @@
+"""``villa_run``: load the recipe, then run it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from villa.errors import ConfigError, VillaError
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; ``villa_run --help`` describes it.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in the input (reported in one line on stderr), 130 when interrupted.
+    """
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except VillaError as error:
+        print(f"villa_run: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; villa_run --help shows the usage")
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = _parse(argv)
+    if options.version:
+        return _show(f"villa_run {_version()}\n")
+    if options.help:
+        from villa.cli.help import help_text
+
+        return _show(help_text(options.values))
+    if options.list is not None:
+        return _list(options.list, options.values)
+    from villa.config import annotated, load
+
+    loaded = load(options.values)
+    if options.print_config:
+        return _show(annotated(loaded.config, loaded.origins, loaded.notices))
+    for notice in loaded.notices:
+        print(f"villa_run: {notice}", file=sys.stderr)
+    from villa.engine.run import run
+
+    return run(loaded.config)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="villa_run", add_help=False, allow_abbrev=False)
+    parser.add_argument("values", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--list", nargs="?", const="all")
+    return parser.parse_intermixed_args(list(argv))
+
+
+def _list(kind: str, values: Sequence[str]) -> int:
+    from villa.cli.listing import listing
+    from villa.config.loader import import_user_dir
+    from villa.config.overrides import parse_overrides
+
+    import_user_dir([parse_overrides(values)[1]])
+    lines, problems = listing(kind)
+    for problem in problems:
+        print(f"villa_run: {problem}", file=sys.stderr)
+    return _show("\n".join(lines) + "\n")
+
+
+def _show(text: str) -> int:
+    """Print a page; a reader that stops early (``| head``) is no error to speak of."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return 0
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("villa")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

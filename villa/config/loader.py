@@ -1,0 +1,104 @@
+"""A recipe and the command line to one checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from villa.config.build import build
+from villa.config.overrides import parse_overrides
+from villa.config.printer import leaves
+from villa.config.reader import read_layers
+from villa.config.schema import VARIANTS, RunConfig
+from villa.config.validate import validate
+from villa.config.values import DEFAULT, Layer, Origin, Value, show
+from villa.config.variants import Variant, choose, drop_foreign, name_variants, preset
+from villa.errors import ConfigError
+from villa.plugins import load_user_dir
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, and how it came about.
+
+    Attributes:
+        config: the checked configuration; its variant sections are instances of the registered ``Config``.
+        origins: where the value of each dotted key came from.
+        notices: what was left out, one line each.
+    """
+
+    config: RunConfig
+    origins: dict[str, Origin]
+    notices: list[str] = field(default_factory=list)
+
+
+def load(args: Iterable[str]) -> Loaded:
+    """Load ``config=recipe.yaml`` with the dotted overrides ``section.option=value``.
+
+    The order of precedence, lowest first: defaults, the presets of a section's ``reference``, included files, the
+    recipe, the command line. A relative ``user_dir`` is relative to the working directory, also in a recipe.
+
+    Args:
+        args: the arguments; see ``parse_overrides``.
+
+    Raises:
+        ConfigError: anything that is wrong with them, in one line.
+    """
+    path, overrides = parse_overrides(args)
+    files = [] if path is None else read_layers(path)
+    layers = [name_variants(layer) for layer in (*files, overrides)]
+    import_user_dir(layers)
+    variants = {section: choose(section, layers) for section in VARIANTS}
+    given, notices = drop_foreign(layers, variants)
+    values = _below(variants, given) | given
+    config = build({section: variant.config for section, variant in variants.items()}, values)
+    origins = {key: _origin(key, values) for key in leaves(config)}
+    validate(config, origins)
+    return Loaded(config, origins, notices)
+
+
+def from_yaml(path: str | Path) -> RunConfig:
+    """Load a recipe without overrides, for example the one saved beside a checkpoint.
+
+    Raises:
+        ConfigError: as for ``load``.
+    """
+    return load([f"config={path}"]).config
+
+
+def import_user_dir(layers: Sequence[Layer]) -> None:
+    """Import the ``user_dir`` that wins in the layers, before any name is looked up.
+
+    Raises:
+        ConfigError: it is not a path as it stands, does not exist or fails to import.
+    """
+    given = next((layer["user_dir"] for layer in reversed(layers) if "user_dir" in layer), None)
+    if given is None or given.data is None:
+        return
+    path = given.text
+    if not path or "${" in path:
+        raise ConfigError(
+            f"user_dir = {show(given.data)} ({given.origin}): give a plain path; it is read before ${{...}}"
+        )
+    try:
+        load_user_dir(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({given.origin})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"user_dir = {show(path)} ({given.origin}): not a usable path: {error}") from error
+
+
+def _below(variants: dict[str, Variant], given: Layer) -> Layer:
+    """Return what lies between the defaults and the user's values: variant names and presets."""
+    values: Layer = {}
+    for section, variant in variants.items():
+        values[f"{section}.name"] = Value(variant.name, variant.origin, variant.name)
+        values |= preset(section, variant, given)
+    return values
+
+
+def _origin(key: str, values: Layer) -> Origin:
+    while key and key not in values:
+        key = key.rpartition(".")[0]
+    return values[key].origin if key else DEFAULT

@@ -1,0 +1,135 @@
+"""Checks across options: what types alone cannot tell is wrong, found before any data is touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from villa.config.printer import leaves
+from villa.config.schema import VARIANTS, RunConfig
+from villa.config.values import DEFAULT, Origin, show
+from villa.errors import ConfigError
+from villa.registry import METRICS
+
+TRAINING_RUNS = ("train", "train_val_test")
+_POSITIVE = (
+    "batch.examples",
+    "batch.tokens",
+    "batch.per_pass",
+    "batch.bucket",
+    "training.updates",
+    "training.epochs",
+    "training.clip_norm",
+    "training.max_skips",
+    "training.threads",
+    "evaluation.every",
+    "evaluation.patience",
+    "evaluation.examples",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "logging.every",
+)
+_NOT_NEGATIVE = ("seed", "training.workers")
+#: torch's and numpy's generators take seeds below this, and counts beyond it are slips.
+_LARGEST = 2**63
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
+
+
+def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
+    """Check the options against each other.
+
+    Args:
+        config: a configuration whose types are right.
+        origins: where each value came from.
+
+    Raises:
+        ConfigError: the first problem found, with the options, their values and origins.
+    """
+    problems = (_ranges, _batch, _training, _evaluation, _run_type)
+    for key, problem in (found for check in problems for found in check(config)):
+        origin = origins.get(key, DEFAULT)
+        raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")
+    for section in VARIANTS:
+        _check_variant(section, getattr(config, section), origins)
+
+
+def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
+    values = leaves(config)
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
+        value, least = values[key], "positive" if key in _POSITIVE else "at least 0"
+        if value is not None and not (0 <= value < _LARGEST and (value or key in _NOT_NEGATIVE)):
+            yield key, f"must be {least} and below 2^63"
+    if not _DEVICE.fullmatch(config.device):
+        yield "device", "must be auto, cpu, cuda or cuda:N"
+    if not config.output_dir.strip():
+        yield "output_dir", "give a folder"
+
+
+def _batch(config: RunConfig) -> Iterator[tuple[str, str]]:
+    batch = config.batch
+    if batch.examples is not None and batch.tokens is not None:
+        yield "batch.tokens", f"batch.examples is {batch.examples} too; give one of the two and set the other to null"
+    size = batch.tokens if batch.examples is None else batch.examples
+    if size is None and config.run_type in TRAINING_RUNS:
+        yield "batch.examples", "give the size of an update: batch.examples or batch.tokens"
+    if size is not None and batch.per_pass is not None and batch.per_pass > size:
+        unit = "tokens" if batch.examples is None else "examples"
+        yield "batch.per_pass", f"must be at most batch.{unit} = {size}; it is the part that is on the device at once"
+
+
+def _training(config: RunConfig) -> Iterator[tuple[str, str]]:
+    training = config.training
+    if config.run_type not in TRAINING_RUNS:
+        return
+    if training.updates is not None and training.epochs is not None:
+        yield (
+            "training.epochs",
+            f"training.updates is {training.updates} too; give one of the two and set the other to null",
+        )
+    if training.updates is None and training.epochs is None:
+        yield "training.updates", "give the length of the training: training.updates or training.epochs"
+
+
+def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
+    evaluation = config.evaluation
+    if len(set(evaluation.metrics)) < len(evaluation.metrics):
+        yield "evaluation.metrics", "a metric is named twice"
+    best = {"loss": "min"}
+    for name in evaluation.metrics:
+        try:
+            best[name] = "max" if METRICS.get(name).higher_is_better else "min"
+        except ConfigError as error:
+            yield "evaluation.metrics", str(error)
+    if evaluation.monitor not in best:
+        yield "evaluation.monitor", f"must be one of {', '.join(best)}: the loss or one of evaluation.metrics"
+    elif best[evaluation.monitor] != evaluation.mode:
+        yield (
+            "evaluation.mode",
+            f"evaluation.monitor={evaluation.monitor} needs evaluation.mode={best[evaluation.monitor]}",
+        )
+    if evaluation.patience is not None and (evaluation.every is None or evaluation.split is None):
+        yield "evaluation.patience", "needs evaluation.every and evaluation.split: early stopping counts evaluations"
+
+
+def _run_type(config: RunConfig) -> Iterator[tuple[str, str]]:
+    training = config.run_type in TRAINING_RUNS
+    if not training and config.checkpoint.path is None:
+        yield "checkpoint.path", f"run_type={config.run_type} needs the checkpoint to use"
+    if not training and config.checkpoint.resume:
+        yield "checkpoint.resume", f"run_type={config.run_type} does not train; use checkpoint.path instead"
+    if config.run_type == "val" and config.evaluation.split is None:
+        yield "evaluation.split", "run_type=val needs a split"
+
+
+def _check_variant(section: str, options: object, origins: Mapping[str, Origin]) -> None:
+    """Run a section's own check; a message that starts with an option's name gets that option's origin."""
+    check = getattr(options, "check", None)
+    if not callable(check):
+        return
+    try:
+        check()
+    except ConfigError as error:
+        message = str(error).removeprefix(f"{section}.")
+        option = re.match(r"\w*", message)
+        origin = origins.get(f"{section}.{option[0]}") if option else None
+        raise ConfigError(f"{section}.{message} ({origin})" if origin else f"{section}: {message}") from error

@@ -1,0 +1,66 @@
+"""A value of a recipe and where it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from.
+
+    Attributes:
+        source: a YAML file, ``command line``, ``default`` or ``preset 'name'``.
+        line: line of the file, from 1.
+    """
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+DEFAULT = Origin("default")
+COMMAND_LINE = Origin("command line")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A leaf of a recipe.
+
+    Attributes:
+        data: None, a bool, int, float, str, or a list of these (or of mappings).
+        origin: where it stands.
+        text: a scalar as it was written, which is what a string option gets: ``007`` stays ``007``.
+    """
+
+    data: Any
+    origin: Origin
+    text: str | None = None
+
+
+#: The leaves of one file or of the command line, by dotted key, in order.
+Layer = dict[str, Value]
+
+#: Makes the origin of a line (counted from 1).
+Locate = Callable[[int], Origin]
+
+_SHOWN = 80
+
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> bool:
+    """Whether a text has no line break, control character or half of a surrogate pair, as names and paths must."""
+    return not _CONTROL.search(text)
+
+
+def show(data: object) -> str:
+    """Return a value as one short printable line, for messages."""
+    text = {None: "null", True: "true", False: "false"}.get(data) if isinstance(data, bool | None) else None
+    text = text or repr(data)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

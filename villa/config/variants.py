@@ -1,0 +1,123 @@
+"""Variant sections: which registered class each one names, what that changes, and its presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from villa.config.options import dataclass_options
+from villa.config.schema import VARIANTS
+from villa.config.values import DEFAULT, Layer, Origin, Value, show
+from villa.errors import ConfigError, nearest
+from villa.plugins import one_line
+from villa.registry import REGISTRIES
+
+#: The variant of a section that a recipe does not mention. A model and a data set must be named.
+DEFAULT_NAMES = {"loss": "cross_entropy", "trainer": "standard", "optimizer": "adamw", "scheduler": "linear"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The registered class of a section.
+
+    Attributes:
+        name: its registered name.
+        origin: where the name was given.
+        config: its ``Config`` dataclass.
+        since: index of the layer that changed the name last; options below it belong to another variant.
+    """
+
+    name: str
+    origin: Origin
+    config: type
+    since: int
+
+
+def name_variants(layer: Layer) -> Layer:
+    """Return the layer with ``trainer: freelb`` written as ``trainer: {name: freelb}``.
+
+    Raises:
+        ConfigError: a variant section is neither a name nor a mapping.
+    """
+    named: Layer = {}
+    for key, value in layer.items():
+        if key in VARIANTS and not (isinstance(value.data, str) and value.data):
+            known = ", ".join(REGISTRIES[VARIANTS[key]].names())
+            raise ConfigError(
+                f"{key} = {show(value.data)} ({value.origin}): give a registered name, or a mapping with one "
+                f"(known: {known})"
+            )
+        named[f"{key}.name" if key in VARIANTS else key] = value
+    return named
+
+
+def choose(section: str, layers: Sequence[Layer]) -> Variant:
+    """Find the variant of a section: the last name given, or the default.
+
+    Raises:
+        ConfigError: no name where one is needed, an unknown name, or one whose module cannot be imported.
+    """
+    name, origin, since = DEFAULT_NAMES.get(section, ""), DEFAULT, 0
+    for index, layer in enumerate(layers):
+        given = layer.get(f"{section}.name")
+        if given is not None:
+            text = given.text if given.text is not None else show(given.data)
+            since = index if text != name and name else since
+            name, origin = text, given.origin
+    registry = REGISTRIES[VARIANTS[section]]
+    if not name:
+        known = ", ".join(registry.names())
+        raise ConfigError(f"{section}: missing; name one with {section}=NAME or in the recipe (known: {known})")
+    try:
+        return Variant(name, origin, registry.get(name).Config, since)
+    except ImportError as error:
+        raise ConfigError(f"{section} = '{name}' ({origin}): cannot be imported: {one_line(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{section} ({origin}): {error}") from error
+
+
+def drop_foreign(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> tuple[Layer, list[str]]:
+    """Merge the layers without the options that a replaced variant had and the chosen one does not know.
+
+    Returns:
+        The merged leaves, and a notice for each dropped one.
+    """
+    merged: Layer = {}
+    notices: list[str] = []
+    known = {section: dataclass_options(variant.config) for section, variant in variants.items()}
+    for index, layer in enumerate(layers):
+        for key, value in layer.items():
+            section, _, rest = key.partition(".")
+            variant = variants.get(section)
+            if variant is not None and index < variant.since and not _knows(known[section], rest):
+                notices.append(f"dropped {key} ({value.origin}): not an option of {section} '{variant.name}'")
+            else:
+                merged[key] = value
+    return merged, notices
+
+
+def preset(section: str, variant: Variant, values: Layer) -> Layer:
+    """Return the options that the section's ``reference`` sets, from the ``PRESETS`` of its ``Config``.
+
+    Raises:
+        ConfigError: no preset has that name.
+    """
+    presets: Mapping[str, Mapping[str, Any]] | None = getattr(variant.config, "PRESETS", None)
+    if presets is None:
+        return {}
+    key = f"{section}.reference"
+    given = values.get(key, Value(dataclass_options(variant.config)["reference"].default, DEFAULT))
+    if given.data is None:
+        return {}
+    if given.data not in list(presets):
+        raise ConfigError(
+            f"{key} = {show(given.data)} ({given.origin}): {section} '{variant.name}' has no such preset"
+            f"{nearest(str(given.data), presets)} (known: {', '.join(presets)})"
+        )
+    origin = Origin(f"preset '{given.data}'")
+    return {f"{section}.{name}": Value(data, origin) for name, data in presets[given.data].items()}
+
+
+def _knows(options: Mapping[str, object], key: str) -> bool:
+    return any(f"{option}.".startswith(f"{key}.") or key.startswith(f"{option}.") for option in options)

@@ -1,0 +1,1 @@
+"""Data sets, their stores, and the way from examples to batches and updates."""

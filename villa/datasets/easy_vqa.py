@@ -1,0 +1,191 @@
+"""easy-VQA: 5,000 small images of shapes and 48,248 questions, all in the Python package ``easy-vqa``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import Tensor
+
+from villa.datasets.assets import Assets
+from villa.datasets.base import DatasetConfig
+from villa.datasets.question_answering import QuestionAnswering, QuestionAnsweringConfig
+from villa.datasets.records import Regions
+from villa.datasets.stores.base import Source, files_digest
+from villa.datasets.stores.grid import GridExtractor
+from villa.datasets.table import Row, TableSplit
+from villa.datasets.text import build_tokenizer
+from villa.engine.rng import derive_seed
+from villa.errors import ConfigError, DataError, nearest
+from villa.registry import register_dataset
+
+SPLITS = ("train", "val", "test")
+#: More than the words and characters of all questions.
+VOCABULARY_SIZE = 512
+
+
+@dataclass
+class EasyVqaConfig(QuestionAnsweringConfig):
+    """Options of easy-VQA.
+
+    Attributes:
+        name: the registered name.
+        grid: cells a side of grid features; an image has ``grid`` x ``grid`` regions.
+        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
+        cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
+        max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
+        regions: ``grid`` features, or ``none`` for questions without their images.
+        val_images: training images (the last ones) that are held out, with their questions, as split ``val``.
+        fraction: share of the other training questions to train on; a smaller share is part of a larger one.
+        fraction_seed: of the choice of that share.
+        limit: at most this many questions a split (the first ones), for quick runs.
+    """
+
+    name: str = "easy_vqa"
+    max_text_length: int = 24
+    regions: Literal["grid", "none"] = "grid"
+    val_images: int = 200
+    fraction: float = 1.0
+    fraction_seed: int = 0
+    limit: int | None = None
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense; see the base class."""
+        super().check()
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"dataset.fraction={self.fraction} is not allowed; give a share in (0, 1]")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"dataset.limit={self.limit} is not allowed; give at least 1, or null for all questions")
+        if self.val_images < 0:
+            raise ConfigError(f"dataset.val_images={self.val_images} is not allowed; give 0 or more")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the package: its place in the package's list, its text, answer and image."""
+
+    number: int
+    text: str
+    answer: str
+    image: int
+
+
+@register_dataset("easy_vqa")
+class EasyVqa(QuestionAnswering):
+    """easy-VQA with its official test split; ``val`` is held out from the training images."""
+
+    Config: ClassVar[type[DatasetConfig]] = EasyVqaConfig
+    config: EasyVqaConfig
+
+    @cached_property
+    def _texts(self) -> dict[str, Tensor]:
+        """Word-piece ids of the distinct questions (107 of them)."""
+        return {text: self.encode(text) for text in _distinct_texts()}
+
+    def _build_assets(self) -> Assets:
+        regions: Regions = self.config.regions
+        return Assets(
+            build_tokenizer(_distinct_texts(), VOCABULARY_SIZE),
+            list(_package().get_answers()),
+            soft=False,
+            regions=regions,
+            feature_dim=GridExtractor.dim if regions == "grid" else None,
+            extractor=self._extractor(regions),
+        )
+
+    def split(self, name: str) -> TableSplit:
+        """Return a split; features that are not cached yet are extracted first (see the base class)."""
+        questions = self._questions(name)
+        store = self._open_store(_images(name == "test"))
+        if store is not None:
+            store.prepare(question.image for question in questions)
+        texts = {text: index for index, text in enumerate(self._texts)}
+        labels = self.vocabulary.labels
+        rows = [Row(str(q.number), texts[q.text], q.image, labels[q.answer]) for q in questions]
+        return TableSplit(rows, list(self._texts.values()), store)
+
+    def fingerprint(self) -> str:
+        """Hash of questions, image files, options and extractor."""
+        parts: list[Any] = [asdict(self.config) | {"cache_dir": None}, self.vocabulary.extractor]
+        for test in (False, True):
+            parts += [[asdict(question) for question in _read(test)], files_digest(_images(test))]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def reference_scores(self, split: str) -> dict[str, float]:
+        """Accuracy on a split of the most frequent training answer, overall and for each question's text."""
+        train, questions = self._questions("train"), self._questions(split)
+        by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for question in train:
+            by_text[question.text][question.answer] += 1
+        overall = _most_common(Counter(question.answer for question in train))
+        best = {text: _most_common(answers) for text, answers in by_text.items()}
+        return {
+            "majority": float(np.mean([question.answer == overall for question in questions])),
+            "question_only": float(np.mean([q.answer == best.get(q.text, overall) for q in questions])),
+        }
+
+    def _questions(self, name: str) -> list[Question]:
+        if name not in SPLITS:
+            raise DataError(f"easy_vqa has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
+        questions = _read(test=name == "test")
+        if name != "test":
+            questions = self._held_out(questions) if name == "val" else self._trained_on(questions)
+        return questions[: self.config.limit]
+
+    def _first_held_out(self) -> int:
+        images = len(_images(test=False))
+        if self.config.val_images >= images:
+            raise ConfigError(f"dataset.val_images={self.config.val_images} leaves none of {images} images to train on")
+        return images - self.config.val_images
+
+    def _held_out(self, questions: list[Question]) -> list[Question]:
+        first = self._first_held_out()
+        if not self.config.val_images:
+            raise DataError("easy_vqa has no split 'val' with dataset.val_images=0; raise it, or set evaluation.split")
+        return [question for question in questions if question.image >= first]
+
+    def _trained_on(self, questions: list[Question]) -> list[Question]:
+        first = self._first_held_out()
+        kept = [question for question in questions if question.image < first]
+        order = np.random.default_rng(derive_seed("fraction", self.config.fraction_seed)).permutation(len(kept))
+        count = max(1, round(self.config.fraction * len(kept)))
+        return [kept[index] for index in sorted(order[:count].tolist())]
+
+
+def _package() -> ModuleType:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise DataError("dataset 'easy_vqa' needs the easy-vqa package; pip install 'villa[demo]'") from error
+    module: ModuleType = easy_vqa
+    return module
+
+
+@cache
+def _read(test: bool) -> list[Question]:
+    package = _package()
+    columns = package.get_test_questions() if test else package.get_train_questions()
+    return [Question(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
+
+
+@cache
+def _images(test: bool) -> list[Source]:
+    """Return the images; image i of the package is entry i."""
+    package = _package()
+    paths = package.get_test_image_paths() if test else package.get_train_image_paths()
+    return [Source(Path(paths[image]), "easy_vqa") for image in range(len(paths))]
+
+
+def _distinct_texts() -> list[str]:
+    return sorted({question.text for question in _read(test=False)})
+
+
+def _most_common(answers: Counter[str]) -> str:
+    return min(answers, key=lambda answer: (-answers[answer], answer))

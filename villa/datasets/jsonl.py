@@ -1,0 +1,204 @@
+"""A user's own questions in JSON-lines files, about images, feature files, or text alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from tokenizers import Tokenizer
+
+from villa.datasets.assets import Assets
+from villa.datasets.base import DatasetConfig
+from villa.datasets.jsonl_split import JsonlSplit
+from villa.datasets.question_answering import QuestionAnswering, QuestionAnsweringConfig, ranked_answers
+from villa.datasets.records import (
+    JsonLines,
+    Regions,
+    answer_scores,
+    guess_regions,
+    region_source,
+    text_field,
+)
+from villa.datasets.stores.base import Source, Sources, files_digest
+from villa.datasets.stores.files import FileStore
+from villa.datasets.stores.grid import GridExtractor
+from villa.datasets.text import build_tokenizer, load_tokenizer
+from villa.errors import ConfigError, DataError, nearest
+from villa.files import local_path, sha256
+from villa.registry import register_dataset
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class JsonlConfig(QuestionAnsweringConfig):
+    """Options of a user's own data.
+
+    A line is ``{"question": text, "answer": text, "image": path, "id": text}``. Instead of ``image``, ``features``
+    names a ``.npz`` or ``.safetensors`` file; with neither, questions are text alone. Instead of ``answer``,
+    ``answers`` gives ``{text: score}`` or a list of human answers. Without ``id`` it is the line's number.
+
+    Attributes:
+        name: the registered name.
+        grid: cells a side of grid features; an image has ``grid`` x ``grid`` regions.
+        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
+        cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
+        max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
+        train: file of the training questions; may be left out when only a checkpoint is evaluated.
+        val: file of the validation questions.
+        test: file of the test questions; its answers may be left out.
+        image_root: folder that paths in the files are relative to; None is the folder of each file.
+        answers: file with one answer a line, in the order of the labels; None takes those of ``train``.
+        max_answers: keep only the most frequent answers of ``train``.
+        min_count: keep only answers of at least this many questions of ``train``.
+        tokenizer: ``tokenizer.json``, ``vocab.txt`` or folder; None builds one from the questions of ``train``.
+        vocabulary_size: largest size of a vocabulary that is built.
+        regions: ``grid`` of ``image``, ``files`` of ``features``, or ``none``; ``auto`` looks at the first question.
+        target: ``class``, one answer (the best-scored), or ``soft``, scores of all; ``auto`` is soft when the first
+            question of ``train`` has ``answers``.
+    """
+
+    name: str = "jsonl"
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+    image_root: str | None = None
+    answers: str | None = None
+    max_answers: int | None = None
+    min_count: int = 1
+    tokenizer: str | None = None
+    vocabulary_size: int = 8192
+    regions: Literal["auto", "grid", "files", "none"] = "auto"
+    target: Literal["auto", "class", "soft"] = "auto"
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense; see the base class."""
+        super().check()
+        for name in ("max_answers", "min_count", "vocabulary_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
+
+
+@register_dataset("jsonl")
+class Jsonl(QuestionAnswering):
+    """A user's own questions and answers.
+
+    Training questions without an answer among the labels are left out, and their number is logged. Elsewhere they stay:
+    with soft targets they count as wrong; a class target cannot say so and is refused.
+    """
+
+    Config: ClassVar[type[DatasetConfig]] = JsonlConfig
+    config: JsonlConfig
+
+    def split(self, name: str) -> JsonlSplit:
+        """Return a split, after checking every line and extracting features that are not cached yet."""
+        lines = self._lines(name)
+        sources = Sources()
+        split = JsonlSplit(lines, self.vocabulary, self.encode, train=name == "train")
+        split.read_index(sources, self._folder(lines.path))
+        split.store = self._open_store(sources.files)
+        if split.store is not None:
+            split.store.prepare(range(len(split.store)))
+        return split
+
+    def fingerprint(self) -> str:
+        """Hash of the files, names and sizes of what they refer to, options and extractor."""
+        options = asdict(self.config)
+        for place in ("cache_dir", "image_root", *SPLITS, "answers", "tokenizer"):
+            options.pop(place)
+        parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
+        parts.append(self.vocabulary.tokenizer.to_str())
+        for name in SPLITS:
+            if getattr(self.config, name) is not None:
+                lines = self._lines(name)
+                sources = Sources()
+                for source in self._sources(lines):
+                    sources.add(source)
+                parts.append([name, sha256(lines.path), files_digest(sources.files)])
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _build_assets(self) -> Assets:
+        first = self._train[0]
+        regions: Regions = guess_regions(first) if self.config.regions == "auto" else self.config.regions
+        return Assets(
+            self._tokenizer(),
+            self._answers(),
+            soft="answers" in first if self.config.target == "auto" else self.config.target == "soft",
+            regions=regions,
+            feature_dim=self._feature_dim(regions),
+            extractor=self._extractor(regions),
+        )
+
+    @cached_property
+    def _train(self) -> JsonLines:
+        return self._lines("train")
+
+    def _lines(self, name: str) -> JsonLines:
+        if name not in SPLITS:
+            raise DataError(f"jsonl has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
+        path = getattr(self.config, name)
+        if path is None:
+            raise DataError(f"jsonl has no file for split '{name}'; set dataset.{name}=path/to/questions.jsonl")
+        return JsonLines(local_path(path))
+
+    def _folder(self, path: Path) -> Path:
+        return path.parent if self.config.image_root is None else local_path(self.config.image_root)
+
+    def _request_folder(self) -> Path:
+        return Path() if self.config.image_root is None else local_path(self.config.image_root)
+
+    def _sources(self, lines: JsonLines) -> Iterator[Source]:
+        """Yield the files that lines refer to."""
+        regions, folder = self.vocabulary.regions, self._folder(lines.path)
+        for index, record in enumerate(lines):
+            source = region_source(record, regions, folder, lines.where(index))
+            if source is not None:
+                yield source
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.config.tokenizer is not None:
+            return load_tokenizer(local_path(self.config.tokenizer))
+        lines = self._train
+        questions = (text_field(record, "question", lines.where(i)) for i, record in enumerate(lines))
+        return build_tokenizer(questions, self.config.vocabulary_size)
+
+    def _answers(self) -> list[str]:
+        if self.config.answers is not None:
+            return _read_answers(local_path(self.config.answers))
+        lines = self._train
+        counts: Counter[str] = Counter()
+        for index, record in enumerate(lines):
+            counts.update(answer_scores(record, lines.where(index)) or ())
+        answers = ranked_answers(counts, self.config.max_answers, self.config.min_count)
+        if not answers:
+            raise DataError(f"'{lines.path}' gives no answer; add 'answer' to its lines or lower dataset.min_count")
+        return answers
+
+    def _feature_dim(self, regions: Regions) -> int | None:
+        if regions != "files":
+            return GridExtractor.dim if regions == "grid" else None
+        where = self._train.where(0)
+        source = region_source(self._train[0], regions, self._folder(self._train.path), where)
+        return FileStore([source]).dim if source else None
+
+
+def _read_answers(path: Path) -> list[str]:
+    try:
+        answers = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the answers file '{path}'; give a text file with one answer a line") from error
+    repeated = [answer for answer, count in Counter(answers).items() if count > 1]
+    if repeated or not answers:
+        problem = f"repeats '{repeated[0]}'" if repeated else "is empty"
+        raise DataError(f"the answers file '{path}' {problem}; give every answer once, one a line")
+    return answers

@@ -1,0 +1,146 @@
+"""A split of a JSON-lines file: an index of small numbers in memory, the lines read when they are needed."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from villa.datasets.assets import Assets
+from villa.datasets.base import Example, Split
+from villa.datasets.records import JsonLines, answer_scores, region_source, text_field
+from villa.datasets.stores.base import RegionStore, Sources
+from villa.engine.progress import track
+from villa.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlSplit(Split):
+    """Questions of a file.
+
+    Args:
+        lines: the file.
+        vocabulary: answers and kind of regions.
+        encode: question to word-piece ids ``[T]``.
+        train: leave out questions without a known answer, instead of keeping or refusing them.
+
+    Attributes:
+        store: region features of the files that ``read_index`` collected; None for text only.
+    """
+
+    def __init__(self, lines: JsonLines, vocabulary: Assets, encode: Callable[[str], Tensor], *, train: bool) -> None:
+        self.store: RegionStore | None = None
+        self._lines, self._vocabulary, self._encode, self._train = lines, vocabulary, encode, train
+        self._kept, self._text_lengths, self._images = array("q"), array("i"), array("q")
+        self._has_answers = train or _has_answer(lines[0])
+
+    def read_index(self, sources: Sources, folder: Path) -> None:
+        """Check every line and collect the files that they refer to.
+
+        Args:
+            sources: gets the files.
+            folder: that paths are relative to.
+
+        Raises:
+            DataError: naming the file and line of the first bad record.
+        """
+        ids: set[str] = set()
+        for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
+            where = self._lines.where(index)
+            length = len(self._encode(text_field(record, "question", where)))
+            source = region_source(record, self._vocabulary.regions, folder, where)
+            name = self._id(index, record)
+            if name in ids:
+                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
+            ids.add(name)
+            if self._is_kept(record, where):
+                self._kept.append(index)
+                self._text_lengths.append(length)
+                self._images.append(sources.add(source) if source else 0)
+        self._report_dropped()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Example:
+        line = self._kept[index]
+        record = self._lines[line]
+        where = self._lines.where(line)
+        features, boxes = (None, None) if self.store is None else self.store[self._images[index]]
+        scores = answer_scores(record, where) if self._has_answers else None
+        return Example(
+            self._id(line, record),
+            self._encode(text_field(record, "question", where)),
+            features=features,
+            boxes=boxes,
+            target=None if scores is None else self._target(scores),
+        )
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Word-pieces plus regions of every question; the headers of feature files are read when asked for."""
+        return _Lengths(self._text_lengths, self._images, self.store)
+
+    def _id(self, line: int, record: Mapping[str, Any]) -> str:
+        return str(record["id"]) if "id" in record else str(line + 1)
+
+    def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
+        if _has_answer(record) != self._has_answers:
+            needed = (
+                "needs an 'answer' (or 'answers')" if self._has_answers else "has an answer, but the first has none"
+            )
+            raise DataError(f"{where}: the line {needed}; give all lines of a file an answer, or none")
+        scores = answer_scores(record, where)
+        if scores is None or any(answer in self._vocabulary.labels for answer in scores):
+            return True
+        if not (self._train or self._vocabulary.soft):
+            raise DataError(
+                f"{where}: the answer '{next(iter(scores))}' is not among the {len(self._vocabulary.answers)} of the labels; "
+                "list it in dataset.answers, or set dataset.target=soft and a loss for it to count it as wrong"
+            )
+        return not self._train
+
+    def _target(self, scores: Mapping[str, float]) -> int | Tensor:
+        labels = self._vocabulary.labels
+        known = {labels[answer]: score for answer, score in scores.items() if answer in labels}
+        if not self._vocabulary.soft:
+            return max(known, key=lambda label: known[label])
+        target = torch.zeros(len(labels))
+        target[list(known)] = torch.tensor(list(known.values()))
+        return target
+
+    def _report_dropped(self) -> None:
+        dropped = len(self._lines) - len(self._kept)
+        if dropped:
+            share = 100 * dropped / len(self._lines)
+            text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
+            logger.warning(text, self._lines.path, dropped, len(self._lines), share)
+        if not self._kept:
+            raise DataError(
+                f"'{self._lines.path}' has no question with an answer among the labels; mend dataset.answers"
+            )
+
+
+class _Lengths(Sequence[int]):
+    """Text lengths plus numbers of regions, the latter looked up when an entry is read."""
+
+    def __init__(self, texts: Sequence[int], images: Sequence[int], store: RegionStore | None) -> None:
+        self._texts, self._images, self._store = texts, images, store
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._texts[index] + (self._store.regions(self._images[index]) if self._store else 0)
+
+
+def _has_answer(record: Mapping[str, Any]) -> bool:
+    return record.get("answer") is not None or "answers" in record

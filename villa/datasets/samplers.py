@@ -1,0 +1,111 @@
+"""Which examples make an update, and how an update is cut into micro-batches.
+
+The plan depends on the data, the options, the seed and the epoch alone, never on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from villa.config.schema import BatchConfig
+from villa.engine.rng import derive_seed
+from villa.errors import ConfigError, DataError
+
+Indices = npt.NDArray[np.int64]
+#: One update: its micro-batches, each a list of example indices.
+Update = list[list[int]]
+
+
+class UpdateSampler:
+    """Cuts every epoch into updates made of micro-batches.
+
+    By examples: the shuffled epoch is cut into updates of ``examples``, each into even micro-batches of at most
+    ``per_pass``. By tokens: the shuffled epoch is cut into buckets sorted by length, and micro-batches are filled while
+    longest x count stays within the budget; what a bucket leaves over joins the next bucket, so nothing is
+    dropped. In contrast to the released ``TokenBucketSampler`` the longest length is that of the micro-batch.
+
+    Args:
+        lengths: text tokens plus regions of every example; only its length matters when cutting by examples.
+        batch: the size of an update.
+        seed: of the shuffling.
+
+    Raises:
+        ConfigError: ``batch`` gives both or neither of ``examples`` and ``tokens``, or a number below 1.
+        DataError: there is no example, or one is longer than the budget.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: BatchConfig, seed: int) -> None:
+        self.size, self.passes, self.per_pass = _plan(batch)
+        self.batch = batch
+        self.seed = seed
+        self.count = len(lengths)
+        if not self.count:
+            raise DataError("there is no example to sample from; check the training split and its limit")
+        self._lengths = np.asarray(lengths, dtype=np.int64) if batch.tokens else None
+        if self._lengths is not None and self._lengths.max() > self.per_pass:
+            worst = int(self._lengths.argmax())
+            raise DataError(
+                f"example {worst} has {self._lengths[worst]} tokens and regions, more than a pass of {self.per_pass}; "
+                "raise batch.tokens or batch.per_pass, or lower dataset.max_text_length"
+            )
+        # Two epochs: the one that is trained on and the one that is prefetched.
+        self._cached = lru_cache(maxsize=2)(self._cut)
+
+    def epoch(self, epoch: int) -> list[Update]:
+        """Return the updates of an epoch (counted from 0); every example is in exactly one micro-batch."""
+        return self._cached(epoch)
+
+    def total_updates(self, epochs: int) -> int:
+        """Updates of the first ``epochs`` epochs."""
+        return sum(len(self.epoch(epoch)) for epoch in range(epochs))
+
+    def describe(self) -> str:
+        """One line for the log: ``64 examples an update = 16 x 4 passes``."""
+        unit = "examples" if self._lengths is None else "tokens"
+        most = "" if self._lengths is None and self.size % self.passes == 0 else "at most "
+        passes = "pass" if self.passes == 1 else "passes"
+        return f"{self.size} {unit} an update = {most}{self.per_pass} x {self.passes} {passes}"
+
+    def _cut(self, epoch: int) -> list[Update]:
+        random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
+        order = random.permutation(self.count)
+        if self._lengths is None:
+            return [
+                [part.tolist() for part in np.array_split(update, math.ceil(len(update) / self.per_pass))]
+                for update in np.split(order, range(self.size, self.count, self.size))
+            ]
+        batches = _token_batches(order, self._lengths, self.per_pass, self.batch.bucket)
+        shuffled = [batches[index].tolist() for index in random.permutation(len(batches))]
+        return [shuffled[start : start + self.passes] for start in range(0, len(shuffled), self.passes)]
+
+
+def _plan(batch: BatchConfig) -> tuple[int, int, int]:
+    """Return the size of an update, its number of passes, and the largest size of a pass."""
+    if (batch.examples is None) == (batch.tokens is None):
+        raise ConfigError("batch: give either 'examples' or 'tokens' (the size of an update), and not both")
+    for name in ("examples", "tokens", "per_pass", "bucket"):
+        value = getattr(batch, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"batch.{name}={value} is not allowed; give a number of at least 1")
+    size = batch.examples or batch.tokens or 0
+    passes = math.ceil(size / min(batch.per_pass or size, size))
+    return size, passes, size // passes if batch.tokens else math.ceil(size / passes)
+
+
+def _token_batches(order: Indices, lengths: Indices, budget: int, bucket: int) -> list[Indices]:
+    """Cut shuffled indices into micro-batches of at most ``budget`` padded tokens."""
+    batches: list[Indices] = []
+    left = order[:0]
+    for start in range(0, len(order), bucket):
+        items = np.concatenate([left, order[start : start + bucket]])
+        items = items[np.argsort(-lengths[items], kind="stable")]
+        while len(items) > (count := budget // int(lengths[items[0]])):
+            batches.append(items[:count])
+            items = items[count:]
+        left = items
+    return [*batches, left] if len(left) else batches

@@ -1,0 +1,142 @@
+"""From a split to batches on their way to the model: an endless stream of updates, and evaluation in order."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from villa.batch import Batch
+from villa.datasets.base import Example, Split
+from villa.datasets.samplers import UpdateSampler
+from villa.errors import VillaError
+
+Collate = Callable[[Sequence[Example]], Batch]
+T = TypeVar("T")
+
+
+class UpdateStream:
+    """Endless iterator over updates, each a list of micro-batches.
+
+    Its position is that of the next update to be served, whatever worker processes have prefetched, so a
+    stream that is put at a saved position goes on exactly there, without reading what was served before.
+
+    Args:
+        split: the examples.
+        collate: pads examples into a batch.
+        sampler: cuts epochs into updates.
+        workers: processes that read ahead; 0 reads in this process.
+        pin: put batches in page-locked memory (for CUDA).
+
+    Attributes:
+        waited: seconds spent waiting for data so far.
+    """
+
+    def __init__(
+        self, split: Split, collate: Collate, sampler: UpdateSampler, workers: int = 0, pin: bool = False
+    ) -> None:
+        self.sampler = sampler
+        self.waited = 0.0
+        self._batches = _MicroBatches(split, collate)
+        self._workers, self._pin = workers, pin
+        self._epoch, self._update = 0, 0
+        self._loaded: Iterator[Batch | VillaError] | None = None
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Epoch and update within it (both from 0) of the next update to be served."""
+        return {"epoch": self._epoch, "update": self._update}
+
+    def seek(self, position: dict[str, int]) -> None:
+        """Go to a position; one past the last update of an epoch is the start of the next epoch."""
+        self._epoch, self._update = position["epoch"], position["update"]
+        if self._update >= len(self.sampler.epoch(self._epoch)):
+            self._epoch, self._update = self._epoch + 1, 0
+        self._loaded = None
+
+    def __iter__(self) -> UpdateStream:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        started = time.perf_counter()
+        if self._loaded is None:
+            self._loaded = iter(_loader(self._batches, self._ahead(), self._workers, self._pin))
+        updates = self.sampler.epoch(self._epoch)
+        served = [_raise_if_error(next(self._loaded)) for _ in updates[self._update]]
+        self._update += 1
+        if self._update == len(updates):
+            self._epoch, self._update = self._epoch + 1, 0
+        self.waited += time.perf_counter() - started
+        return served
+
+    def _ahead(self) -> Iterator[list[int]]:
+        """Micro-batches from the present position on, for ever."""
+        skip = self._update
+        for epoch in itertools.count(self._epoch):
+            for update in self.sampler.epoch(epoch)[skip:]:
+                yield from update
+            skip = 0
+
+
+def evaluation_batches(
+    split: Split, collate: Collate, examples: int, workers: int = 0, pin: bool = False
+) -> Iterator[Batch]:
+    """Yield the whole split in order, in ``ceil(len(split) / examples)`` batches of at most ``examples``."""
+    indices = range(len(split))
+    batches = (list(indices[start : start + examples]) for start in range(0, len(split), examples))
+    for batch in _loader(_MicroBatches(split, collate), batches, workers, pin):
+        yield _raise_if_error(batch)
+
+
+class _MicroBatches(Dataset[Batch | VillaError]):
+    """Lists of example indices to batches.
+
+    An error of the user's data is handed over as a value: raised in a worker, it would arrive as a traceback.
+    """
+
+    def __init__(self, split: Split, collate: Collate) -> None:
+        self.split, self.collate = split, collate
+
+    def __getitem__(self, indices: list[int]) -> Batch | VillaError:
+        try:
+            return self.collate([self.split[index] for index in indices])
+        except VillaError as error:
+            return error
+
+
+class _Plan(Iterable[list[int]]):
+    """A sampler that runs once through an iterator of micro-batches."""
+
+    def __init__(self, batches: Iterator[list[int]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._batches
+
+
+def _loader(
+    batches: _MicroBatches, plan: Iterator[list[int]], workers: int, pin: bool
+) -> DataLoader[Batch | VillaError]:
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Plan(plan),
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=_unchanged,
+        generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
+    )
+
+
+def _unchanged(value: T) -> T:
+    return value
+
+
+def _raise_if_error(batch: Batch | VillaError) -> Batch:
+    if isinstance(batch, VillaError):
+        raise batch
+    return batch

@@ -1,0 +1,128 @@
+"""Word-piece tokenisation on the ``tokenizers`` package."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+# Data loading forks: a tokenizer whose thread pool was running before a fork can hang in the child.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from villa.errors import DataError
+
+#: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TOKENIZER_FILE = "tokenizer.json"
+#: Smallest length that holds [CLS], one word-piece and [SEP].
+SHORTEST = 3
+
+
+def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
+    """Build a lower-casing WordPiece tokenizer from texts; the same texts give the same ids.
+
+    The vocabulary holds the special tokens, every character (alone and as a continuation, so that few words are
+    unknown), then whole words by frequency. The package's own WordPiece trainer is not used because its ids
+    depend on the iteration order of a hash table, and all processes must agree on them.
+
+    Args:
+        texts: training texts; read once.
+        max_size: largest number of entries; the rarest words are left out first, then the rarest characters.
+
+    Raises:
+        DataError: ``max_size`` leaves no room, or there is no text.
+    """
+    if max_size <= len(SPECIAL_TOKENS):
+        raise DataError(f"a vocabulary of {max_size} is too small; it needs more than {len(SPECIAL_TOKENS)} entries")
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    if not words:
+        raise DataError("there is no text to build a vocabulary from; check the questions of the training split")
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for place, character in enumerate(word):
+            characters["##" * (place > 0) + character] += count
+    ranked = [*_ranked(characters), *(word for word in _ranked(words) if word not in characters)]
+    entries = [*SPECIAL_TOKENS, *ranked][:max_size]
+    return _bert_tokenizer({entry: index for index, entry in enumerate(entries)}, lowercase=True)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer from a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
+
+    A folder's ``tokenizer_config.json`` says whether a ``vocab.txt`` is lower-cased (the default).
+
+    Raises:
+        DataError: there is no such file, or it is not a tokenizer.
+    """
+    if path.is_dir():
+        files = [path / name for name in (TOKENIZER_FILE, "vocab.txt") if (path / name).is_file()]
+        if not files:
+            raise DataError(f"tokenizer '{path}' holds neither {TOKENIZER_FILE} nor vocab.txt; give one of them")
+        path = files[0]
+    if not path.is_file():
+        raise DataError(f"tokenizer '{path}' does not exist; give a {TOKENIZER_FILE}, a vocab.txt or a folder")
+    try:
+        if path.suffix == ".txt":
+            return _bert_tokenizer(_read_vocabulary(path), lowercase=_is_lowercase(path.parent))
+        tokenizer = Tokenizer.from_file(str(path))
+    except DataError:
+        raise
+    except Exception as error:  # the package raises bare exceptions
+        raise DataError(f"'{path}' is not a tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json`` into ``folder``."""
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding of this tokenizer's ids needs (the largest id plus one)."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode(tokenizer: Tokenizer, text: str, max_length: int) -> Tensor:
+    """Return the word-piece ids of a text with [CLS] and [SEP]: ``[T]`` int64, T <= ``max_length``."""
+    truncation = tokenizer.truncation
+    if truncation is None or truncation["max_length"] != max_length:
+        tokenizer.enable_truncation(max_length)
+    return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
+
+
+def _ranked(counts: Counter[str]) -> list[str]:
+    return sorted(counts, key=lambda entry: (-counts[entry], entry))
+
+
+def _bert_tokenizer(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
+    return tokenizer
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    entries = path.read_text(encoding="utf-8").splitlines()
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
+    if missing:
+        raise DataError(f"'{path}' is not a BERT vocabulary: it has no {', '.join(missing)}")
+    return vocabulary
+
+
+def _is_lowercase(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    return bool(json.loads(config.read_text()).get("do_lower_case", True)) if config.is_file() else True

@@ -1,0 +1,84 @@
+"""Evaluation on the way, the best update so far, and early stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from villa.batch import Batch
+from villa.config.schema import EvaluationConfig
+from villa.engine.callbacks.base import Callback
+from villa.engine.evaluator import Evaluator
+from villa.engine.progress import TrainingProgress
+from villa.engine.tracking import Trackers
+from villa.engine.training import Training
+from villa.errors import ConfigError, nearest
+from villa.trainers.base import Logs
+
+
+class EvaluationCallback(Callback):
+    """Evaluates every so many updates and at the end; remembers the best; stops when it stops improving.
+
+    Args:
+        evaluator: scores the batches.
+        batches: gives the validation split's batches anew.
+        config: how often, which value decides, patience.
+        trackers: get a ``val`` record each time.
+        display: shows the values.
+    """
+
+    name = "evaluation"
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        batches: Callable[[], Iterable[Batch]],
+        config: EvaluationConfig,
+        trackers: Trackers,
+        display: TrainingProgress,
+    ) -> None:
+        self.evaluator, self.batches, self.config = evaluator, batches, config
+        self.trackers, self.display = trackers, display
+        self.without_improvement = 0
+        self.values: dict[str, float] = {}
+
+    def on_update_end(self, training: Training, logs: Logs) -> None:
+        """Evaluate when it is due."""
+        progress = training.progress
+        due = self.config.every is not None and progress.update % self.config.every == 0
+        if not (due or progress.finished):
+            return
+        self.values = self.evaluator.evaluate(self.batches())
+        self.trackers.log(progress.update, "val", self.values)
+        self.display.evaluated(progress.update, str(self.config.split), self.values)
+        self._judge(training, self._monitored())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count towards the patience, and the last values."""
+        return {"without_improvement": self.without_improvement, "values": dict(self.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict()``."""
+        self.without_improvement = state.get("without_improvement", 0)
+        self.values = dict(state.get("values", {}))
+
+    def _monitored(self) -> float:
+        if self.config.monitor not in self.values:
+            allowed = ", ".join(self.values)
+            hint = nearest(self.config.monitor, self.values)
+            raise ConfigError(f"evaluation.monitor: no value '{self.config.monitor}' among {allowed}{hint}")
+        return self.values[self.config.monitor]
+
+    def _judge(self, training: Training, value: float) -> None:
+        progress = training.progress
+        sign = 1 if self.config.mode == "max" else -1
+        if progress.best is None or sign * value > sign * progress.best:
+            progress.best, progress.best_update = value, progress.update
+            self.without_improvement = 0
+            return
+        self.without_improvement += 1
+        if self.config.patience is not None and self.without_improvement >= self.config.patience:
+            progress.stopped = (
+                f"{self.config.monitor} has not improved in {self.without_improvement} evaluations "
+                f"(best {progress.best:.4g} at update {progress.best_update})"
+            )

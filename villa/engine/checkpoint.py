@@ -1,0 +1,244 @@
+"""The checkpoints of a run: each is complete or absent, whenever the process is killed.
+
+``<folder>/update_00000100/`` holds ``model.safetensors``, ``training_state.pt``, ``config.yaml``, ``assets/`` and
+``manifest.json`` with the size and SHA-256 of all of them. It is written under another name, flushed to the disk
+and renamed. ``best.json`` beside the checkpoints says which one is the best.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from villa.engine import checkpoint_files
+from villa.engine.checkpoint_files import Checkpoint, load
+from villa.errors import CheckpointError, ConfigError
+from villa.files import fsync, write_json
+from villa.plugins import one_line
+
+__all__ = ["FOLDER", "Checkpoint", "CheckpointStore", "load", "resolve"]
+
+_LOG = logging.getLogger(__name__)
+
+#: Where in a run's output folder its checkpoints lie.
+FOLDER = "checkpoints"
+_BEST = "best.json"
+_NAME = re.compile(r"update_(\d{8,})")
+# Unfinished work by its prefix: being written; about to be replaced by a rename; being deleted.
+_SAVING, _REPLACED, _REMOVED = ".saving-", ".replaced-", ".removed-"
+
+
+class CheckpointStore:
+    """The checkpoints in one folder. Only one process may write to it at a time.
+
+    Args:
+        folder: made on the first save.
+        keep: newest checkpoints to keep besides the best; at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        if keep < 1:
+            raise ConfigError(f"checkpoint.keep is {keep}; give 1 or more")
+        self.folder = folder
+        self.keep = keep
+
+    def path(self, update: int) -> Path:
+        """Folder of the checkpoint of ``update``."""
+        return self.folder / f"update_{update:08d}"
+
+    def updates(self) -> list[int]:
+        """Updates with a checkpoint, damaged ones included, ascending."""
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("update_*") if path.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(
+        self,
+        update: int,
+        model_state: Mapping[str, Tensor],
+        training_state: Mapping[str, Any],
+        *,
+        config_yaml: str,
+        assets: Callable[[Path], None] | None = None,
+        best: bool = False,
+    ) -> Path:
+        """Save a checkpoint, replacing one of the same update; then delete those that need not be kept.
+
+        Args:
+            update: updates done.
+            model_state: the weights by name; tied and non-contiguous ones are fine.
+            training_state: nested dicts, lists and tuples of tensors, numbers, text and None.
+            config_yaml: the run's resolved recipe.
+            assets: writes the data set's files into the empty folder that it is given.
+            best: this checkpoint is the best so far.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written; the checkpoints that were there are.
+            TypeError: ``training_state`` holds an object that could not be loaded again.
+        """
+        target = self.path(update)
+        temporary = self.folder / f"{_SAVING}{target.name}"
+        with _one_line_errors(f"the checkpoint of update {update} cannot be saved in '{self.folder}'"):
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                checkpoint_files.write(temporary, update, model_state, training_state, config_yaml, assets)
+                self._publish(temporary, target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if best:
+            self.set_best(update)
+        self.prune(update)
+        return target
+
+    def _publish(self, temporary: Path, target: Path) -> None:
+        replaced = self.folder / f"{_REPLACED}{target.name}"
+        if target.exists():
+            target.rename(replaced)  # clean() brings it back if the next line is never reached
+        temporary.rename(target)
+        fsync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint whose files are intact; warn of each damaged one that it passes over.
+
+        Call ``clean`` before: it may bring back a checkpoint that was being replaced.
+        """
+        for update in reversed(self.updates()):
+            try:
+                return self.load(update)
+            except CheckpointError as error:
+                _LOG.warning("%s", error)
+        return None
+
+    def load(self, update: int) -> Checkpoint:
+        """Return the checkpoint of ``update`` after verifying its files.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        checkpoint = load(self.path(update))
+        if checkpoint.update != update:
+            raise CheckpointError(
+                f"checkpoint '{checkpoint.path}' is damaged: its manifest is that of update {checkpoint.update}; "
+                "use another one"
+            )
+        return checkpoint
+
+    def best(self) -> int | None:
+        """Update of the best checkpoint, or None when none is known."""
+        path = self.folder / _BEST
+        if not path.exists():
+            return None
+        try:
+            update = json.loads(path.read_text(encoding="utf-8"))["update"]
+            return int(update)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _LOG.warning("'%s' does not say which checkpoint is the best (%s)", path, one_line(error))
+            return None
+
+    def set_best(self, update: int | None) -> None:
+        """Record which checkpoint is the best; None forgets it. A resumed run calls it with what it knows.
+
+        A best checkpoint that is gone (deleted for a better one, which was then damaged) is forgotten with a warning.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        if update is not None and not self.path(update).is_dir():
+            _LOG.warning("the best checkpoint, of update %d, is not in '%s' any more", update, self.folder)
+            update = None
+        with _one_line_errors(f"'{self.folder / _BEST}' cannot be written"):
+            if update is None:
+                (self.folder / _BEST).unlink(missing_ok=True)
+            else:
+                write_json(self.folder / _BEST, {"update": update})
+
+    def prune(self, update: int) -> None:
+        """Delete the checkpoints up to ``update`` but the newest ``keep`` of them and the best.
+
+        Later ones (damaged and passed over when the run was resumed) stay until the run replaces them.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        past = [other for other in self.updates() if other <= update]
+        with _one_line_errors(f"old checkpoints cannot be deleted from '{self.folder}'"):
+            for other in sorted({*past[: -self.keep]} - {self.best()}):
+                self._delete(self.path(other))
+
+    def _delete(self, path: Path) -> None:
+        removed = self.folder / f"{_REMOVED}{path.name}"
+        shutil.rmtree(removed, ignore_errors=True)
+        path.rename(removed)  # so that no half-deleted checkpoint is ever seen under its name
+        shutil.rmtree(removed)
+
+    def clean(self) -> None:
+        """Finish what a killed process left: call it before the first save of a run.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with _one_line_errors(f"left-over files cannot be deleted from '{self.folder}'"):
+            for replaced in self.folder.glob(f"{_REPLACED}*"):
+                target = self.folder / replaced.name.removeprefix(_REPLACED)
+                if not target.exists():
+                    replaced.rename(target)
+            for prefix in (_SAVING, _REPLACED, _REMOVED):
+                for path in self.folder.glob(f"{prefix}*"):
+                    shutil.rmtree(path)
+            for path in self.folder.glob(f".{_BEST}.*.tmp"):
+                path.unlink()
+
+
+@contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """Turn the errors of file systems (and safetensors' and torch's for a full disk) into a ``CheckpointError``."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{what}: {one_line(error)}; earlier checkpoints are intact: free space or choose another output_dir"
+        ) from error
+
+
+def resolve(path: Path) -> Path:
+    """Return the folder of a complete checkpoint for what a user gives.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints, or a run's output folder (its best checkpoint is taken, or the
+            newest one when no best is known).
+
+    Returns:
+        The folder, to be verified and opened with ``load``.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds no complete checkpoint.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint '{path}' {what}; give a checkpoint's folder or a run's output folder")
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    store = CheckpointStore(folder, keep=1)
+    best = store.best()
+    if best is not None:
+        return store.path(best)
+    if not store.updates():
+        if (path / checkpoint_files.MANIFEST).is_file():
+            return path
+        raise CheckpointError(f"'{path}' holds no checkpoint; give a checkpoint's folder or a run's output folder")
+    newest = store.newest()
+    if newest is None:
+        raise CheckpointError(f"no checkpoint in '{folder}' is intact; train again or restore a copy")
+    return newest.path

@@ -1,0 +1,68 @@
+"""Evaluation and prediction: forward passes without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from villa.batch import Batch
+from villa.engine.precision import Precision
+from villa.evaluation.metrics import Metric
+from villa.losses.base import Loss
+from villa.models.base import Model, ModelOutput
+
+
+class Evaluator:
+    """Scores batches with a model in evaluation mode.
+
+    Args:
+        model: the model; its mode is put back afterwards.
+        loss: the task loss, reported as ``loss``.
+        metrics: computed over all batches.
+        precision: autocast.
+    """
+
+    def __init__(self, model: Model, loss: Loss, metrics: Mapping[str, Metric], precision: Precision) -> None:
+        self.model, self.loss, self.metrics, self.precision = model, loss, metrics, precision
+
+    def predict(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, ModelOutput]]:
+        """Yield every batch with the model's output, logits in fp32."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            for batch in batches:
+                moved = batch.to(self.precision.device)
+                with torch.inference_mode(), self.precision.autocast():
+                    output = self.model(moved)
+                yield moved, output
+        finally:
+            self.model.train(training)
+
+    def evaluate(
+        self, batches: Iterable[Batch], each: Callable[[Batch, ModelOutput], None] | None = None
+    ) -> dict[str, float]:
+        """Return the mean loss and every metric over the batches.
+
+        Args:
+            batches: the split's batches.
+            each: also called with every batch and its output, to write predictions in the same pass.
+
+        Raises:
+            DataError: the examples have no targets, or targets that a metric cannot read.
+        """
+        for metric in self.metrics.values():
+            metric.reset()
+        total, count = torch.zeros((), dtype=torch.float64, device=self.precision.device), 0
+        for batch, output in self.predict(batches):
+            elements = self.loss.count(batch)
+            total += self.loss(output, batch).double() * elements
+            count += elements
+            if each is not None:
+                each(batch, output)
+            for metric in self.metrics.values():
+                metric.update(output, batch)
+        values = {"loss": total.item() / max(count, 1)}
+        for metric in self.metrics.values():
+            values |= metric.compute()
+        return values

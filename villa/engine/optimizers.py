@@ -1,0 +1,186 @@
+"""Optimisers by name, on the parameter groups of a model."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from villa.engine.bert_adamw import BertAdamW
+from villa.engine.parameter_groups import parameter_groups
+from villa.errors import ConfigError
+from villa.models.base import Model
+from villa.registry import register_optimizer
+
+#: Device types with a fused kernel for Adam and AdamW.
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+@dataclass
+class OptimizerConfig:
+    """Options of every optimiser.
+
+    Attributes:
+        name: the registered name.
+        lr: learning rate.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: weight decay of the parameters that decay.
+        grouping: which parameters decay: ``standard`` spares biases and all 1-d and normalisation parameters,
+            ``released`` those that the released code spares (see ``parameter_groups``).
+        head_lr_multiplier: factor on ``lr`` for the task head.
+        lr_multipliers: factor on ``lr`` by the dotted name of a module or parameter; the longest match wins.
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    grouping: Literal["standard", "released"] = "standard"
+    head_lr_multiplier: float = 1.0
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse senseless values.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        _in_range("lr", self.lr, above=0.0)
+        for beta in self.betas:
+            _in_range("betas", beta, least=0.0, below=1.0)
+        _in_range("eps", self.eps, above=0.0)
+        _in_range("weight_decay", self.weight_decay, least=0.0)
+        _in_range("head_lr_multiplier", self.head_lr_multiplier, least=0.0)
+        for prefix, factor in self.lr_multipliers.items():
+            _in_range(f"lr_multipliers of '{prefix}'", factor, least=0.0)
+
+
+def _in_range(
+    option: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    if least <= value < below and value > above:
+        return
+    bounds = {"at least": least, "above": above, "below": below}
+    allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+    raise ConfigError(f"optimizer.{option} is {value}; give a finite number {allowed}")
+
+
+@dataclass
+class FusableConfig(OptimizerConfig):
+    """Options of the optimisers with a fused kernel.
+
+    Attributes:
+        fused: ``on`` uses torch's fused kernel, ``off`` its foreach or loop implementation, ``auto`` the fused
+            kernel where every parameter's device has one.
+    """
+
+    fused: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass
+class BertAdamWConfig(OptimizerConfig):
+    """Options of ``bert_adamw``.
+
+    Attributes:
+        correct_bias: False leaves out the bias corrections.
+    """
+
+    name: str = "bert_adamw"
+    correct_bias: bool = True
+
+
+class OptimizerFactory(ABC):
+    """Builds an optimiser for a model. ``@register_optimizer`` registers a subclass.
+
+    Args:
+        config: an instance of ``Config``.
+
+    Raises:
+        ConfigError: the configuration holds a senseless value.
+    """
+
+    Config: ClassVar[type[OptimizerConfig]] = OptimizerConfig
+
+    def __init__(self, config: Any) -> None:
+        config.check()
+        self.config = config
+
+    @abstractmethod
+    def build(self, model: Model) -> Optimizer:
+        """Return the optimiser of the model's trainable parameters.
+
+        Raises:
+            ConfigError: the options of the groups do not fit the model (see ``parameter_groups``).
+        """
+
+    def groups(self, model: Model) -> list[dict[str, Any]]:
+        """Return the model's parameter groups (see ``parameter_groups``)."""
+        return parameter_groups(
+            model,
+            lr=self.config.lr,
+            weight_decay=self.config.weight_decay,
+            grouping=self.config.grouping,
+            head_lr_multiplier=self.config.head_lr_multiplier,
+            lr_multipliers=self.config.lr_multipliers,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that every Adam takes."""
+        return {"lr": self.config.lr, "betas": tuple(self.config.betas), "eps": self.config.eps}
+
+
+def _fused(choice: str, groups: list[dict[str, Any]]) -> bool | None:
+    """Translate ``fused`` for torch, where None leaves foreach or a loop to it."""
+    if choice != "auto":
+        return choice == "on" or None
+    return all(parameter.device.type in _FUSED_DEVICES for group in groups for parameter in group["params"]) or None
+
+
+@register_optimizer("adamw")
+class AdamW(OptimizerFactory):
+    """``torch.optim.AdamW``: decoupled weight decay, before the step."""
+
+    Config = FusableConfig
+
+    def build(self, model: Model) -> Optimizer:
+        """See ``OptimizerFactory.build``."""
+        groups = self.groups(model)
+        return torch.optim.AdamW(groups, **self.options(), fused=_fused(self.config.fused, groups))
+
+
+@register_optimizer("adam")
+class Adam(OptimizerFactory):
+    """``torch.optim.Adam``: its weight decay is an L2 term in the gradient."""
+
+    Config = FusableConfig
+
+    def build(self, model: Model) -> Optimizer:
+        """See ``OptimizerFactory.build``."""
+        groups = self.groups(model)
+        return torch.optim.Adam(groups, **self.options(), fused=_fused(self.config.fused, groups))
+
+
+@register_optimizer("adamax")
+class Adamax(OptimizerFactory):
+    """``torch.optim.Adamax``: Adam with the infinity norm; its weight decay is an L2 term in the gradient."""
+
+    def build(self, model: Model) -> Optimizer:
+        """See ``OptimizerFactory.build``."""
+        return torch.optim.Adamax(self.groups(model), **self.options())
+
+
+@register_optimizer("bert_adamw")
+class BertAdamWFactory(OptimizerFactory):
+    """The AdamW of the released code (see ``BertAdamW``)."""
+
+    Config = BertAdamWConfig
+
+    def build(self, model: Model) -> Optimizer:
+        """See ``OptimizerFactory.build``."""
+        return BertAdamW(self.groups(model), **self.options(), correct_bias=self.config.correct_bias)

@@ -1,0 +1,107 @@
+"""Parameter groups: which parameters decay, and which have a learning rate of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from villa.errors import ConfigError, nearest
+from villa.models.base import Model
+
+Grouping = Literal["standard", "released"]
+
+#: Names that hold one of these are not decayed by the released code: it overlooks ``img_layer_norm.weight``,
+#: ``pos_layer_norm.weight`` and the normalisation inside heads.
+_RELEASED_NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
+_NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
+def parameter_groups(
+    model: Model,
+    *,
+    lr: float,
+    weight_decay: float,
+    grouping: Grouping = "standard",
+    head_lr_multiplier: float = 1.0,
+    lr_multipliers: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Group a model's trainable parameters by learning rate and weight decay.
+
+    Args:
+        model: the model, before or after sharding that keeps the shapes of its parameters.
+        lr: base learning rate.
+        weight_decay: weight decay of the parameters that decay.
+        grouping: ``standard`` leaves out biases, normalisation and other 1-d parameters; ``released`` those whose
+            names hold ``bias``, ``LayerNorm.bias`` or ``LayerNorm.weight``.
+        head_lr_multiplier: factor on ``lr`` for the parameters below ``model.head_prefixes()``.
+        lr_multipliers: factor on ``lr`` by the dotted name of a module or parameter; the longest one wins, and
+            one of these wins over the head's.
+
+    Returns:
+        Groups for a torch optimiser, those with the largest multiplier first and the decayed before the others:
+        ``params``, ``names`` (their names in order), ``lr`` and ``initial_lr`` (``lr`` x multiplier),
+        ``lr_multiplier``, ``weight_decay``.
+
+    Raises:
+        ConfigError: a prefix matches nothing, the model has no head to give a learning rate to, or no parameter
+            is trainable.
+    """
+    multipliers = _multipliers(model, head_lr_multiplier, lr_multipliers or {})
+    spared = _no_decay(model, grouping)
+    members: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((_multiplier(name, multipliers), name not in spared), []).append((name, parameter))
+    if not members:
+        raise ConfigError(f"{type(model).__name__} has no trainable parameter; unfreeze a part of it")
+    return [
+        {
+            "params": [parameter for _, parameter in members[key]],
+            "names": [name for name, _ in members[key]],
+            "lr": lr * key[0],
+            "initial_lr": lr * key[0],
+            "lr_multiplier": key[0],
+            "weight_decay": weight_decay if key[1] else 0.0,
+        }
+        for key in sorted(members, reverse=True)
+    ]
+
+
+def _no_decay(model: nn.Module, grouping: Grouping) -> set[str]:
+    if grouping == "released":
+        return {name for name, _ in model.named_parameters() if any(part in name for part in _RELEASED_NO_DECAY)}
+    normalisations = {name for name, module in model.named_modules() if isinstance(module, _NORMALISATIONS)}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or name.endswith("bias") or name.rpartition(".")[0] in normalisations
+    }
+
+
+def _multipliers(model: Model, head: float, others: Mapping[str, float]) -> dict[str, float]:
+    prefixes = {prefix for name, _ in model.named_parameters() for prefix in _dotted_prefixes(name)}
+    multipliers: dict[str, float] = {}
+    if head != 1.0:
+        heads = [prefix.removesuffix(".") for prefix in model.head_prefixes()]
+        if not prefixes.intersection(heads):
+            name = type(model).__name__
+            raise ConfigError(f"optimizer.head_lr_multiplier is {head}, but {name} has no head; set it to 1")
+        multipliers.update(dict.fromkeys(heads, head))
+    for prefix, factor in others.items():
+        if prefix not in prefixes:
+            raise ConfigError(f"optimizer.lr_multipliers: no parameter is below '{prefix}'{nearest(prefix, prefixes)}")
+        multipliers[prefix] = factor
+    return multipliers
+
+
+def _multiplier(name: str, multipliers: Mapping[str, float]) -> float:
+    longest_first = reversed(list(_dotted_prefixes(name)))
+    return next((multipliers[prefix] for prefix in longest_first if prefix in multipliers), 1.0)
+
+
+def _dotted_prefixes(name: str) -> Iterator[str]:
+    """``a.b.c`` gives ``a``, ``a.b``, ``a.b.c``: whole parts only, so that ``layer.1`` is not ``layer.10``."""
+    parts = name.split(".")
+    return (".".join(parts[: i + 1]) for i in range(len(parts)))

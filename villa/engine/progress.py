@@ -1,0 +1,183 @@
+"""Progress displays: a bar on a terminal, a plain line now and then elsewhere, both with the time left."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Literal, TypeVar
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+T = TypeVar("T")
+
+Mode = Literal["auto", "on", "off"]
+
+#: Seconds over which the speed is averaged for the time left.
+_SPEED_WINDOW = 300.0
+
+
+class Display:
+    """Tasks under way, shown together on standard error.
+
+    Args:
+        mode: ``on`` draws bars, ``off`` shows nothing, ``auto`` draws bars on a terminal and elsewhere prints
+            plain lines.
+        interval: seconds between plain lines.
+        console: where to write; standard error by default.
+    """
+
+    def __init__(self, mode: Mode = "auto", *, interval: float = 30.0, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, force_terminal=True if mode == "on" else None)
+        self._lines = mode == "auto" and not self.console.is_terminal
+        self._shown = mode != "off"
+        self._interval = interval
+        self._printed = time.monotonic()
+        self._bars = _Bars(self.console, disable=not self._shown or self._lines)
+
+    def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items while showing how far they have come.
+
+        Args:
+            iterable: what to go through.
+            description: a word or two for what is being done.
+            total: number of items; by default the iterable's length, if it has one.
+        """
+        outermost = not self._bars.tasks
+        if total is None and isinstance(iterable, Sized):
+            total = len(iterable)
+        task = self.add(description, total)
+        try:
+            for done, item in enumerate(iterable, start=1):
+                yield item
+                self.show(task, done)
+        finally:
+            self._bars.remove_task(task)
+            if outermost:
+                self.stop()
+
+    def add(self, description: str, total: int | None, done: int = 0) -> TaskID:
+        """Start to show a task of ``total`` steps, ``done`` of which are behind it; return its handle."""
+        self._bars.start()
+        return self._bars.add_task(description, total=total, completed=done, status="")
+
+    def show(self, task: TaskID, done: int, status: str = "") -> None:
+        """Show that ``done`` steps are behind a task, with a line about them; plain lines keep their interval."""
+        self._bars.update(task, completed=done, status=status)
+        if self._lines and (self._due() or done == self._task(task).total):
+            self.say(_plain(self._task(task)))
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bars if there are any."""
+        if self._shown:
+            self._printed = time.monotonic()
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leave the bars as they are and give the terminal back. More tasks may follow."""
+        self._bars.stop()
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._printed >= self._interval
+
+    def _task(self, task: TaskID) -> Task:
+        return next(t for t in self._bars.tasks if t.id == task)
+
+
+class TrainingProgress(Display):
+    """The display of a training run: update, time left, loss, best monitored value, speed, wait for data, cost.
+
+    Args:
+        total: updates to do.
+        mode: as for ``Display``; ranks above 0 take ``off``.
+        monitor: name of the value that chooses the best checkpoint.
+        cost: passes of the method relative to standard training (1.0), shown as ``4.0x``.
+        interval: as for ``Display``.
+        console: as for ``Display``.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        mode: Mode = "auto",
+        *,
+        monitor: str = "accuracy",
+        cost: float = 1.0,
+        interval: float = 30.0,
+        console: Console | None = None,
+    ) -> None:
+        super().__init__(mode, interval=interval, console=console)
+        self._total, self._monitor, self._cost = total, monitor, cost
+        self._training: TaskID | None = None
+
+    def start(self, update: int = 0) -> None:
+        """Begin, with ``update`` updates behind the run."""
+        self._training = self.add("train", self._total, update)
+
+    def advance(self, update: int, values: Mapping[str, float], best: float | None = None) -> None:
+        """Show that ``update`` updates are done; ``start`` came before.
+
+        Args:
+            update: updates done.
+            values: ``loss``, ``examples_per_second`` and ``data_wait`` (share in [0, 1]) are shown where given.
+            best: best monitored value so far.
+        """
+        if self._training is None:
+            raise RuntimeError("advance() before start()")
+        shown = {"loss": values.get("loss"), f"best {self._monitor}": best}
+        parts = [named_value(name, value) for name, value in shown.items() if value is not None]
+        if "examples_per_second" in values:
+            parts.append(f"{values['examples_per_second']:,.1f} examples/s")
+        if "data_wait" in values:
+            parts.append(f"{100 * values['data_wait']:.0f} % data wait")
+        self.show(self._training, update, ", ".join([*parts, f"{self._cost:.1f}x cost"]))
+
+    def evaluated(self, update: int, split: str, values: Mapping[str, float]) -> None:
+        """Print the values of an evaluation after ``update`` updates."""
+        self.say(f"{split} at update {update}: " + ", ".join(named_value(k, v) for k, v in values.items()))
+
+
+class _Bars(Progress):
+    """Bars with a line of values below each; disabled, it still keeps the speed for the time left."""
+
+    def __init__(self, console: Console, *, disable: bool) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        super().__init__(
+            *columns,
+            console=console,
+            disable=disable,
+            speed_estimate_period=_SPEED_WINDOW,
+            redirect_stdout=sys.stdout.isatty(),  # what is piped to a file must not land on the terminal
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["status"]:
+                yield Text(task.fields["status"], style="dim")
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None, *, mode: Mode = "auto") -> Iterator[T]:
+    """Yield the items of a long operation outside training with a display of their own; see ``Display.track``."""
+    return Display(mode).track(iterable, description, total)
+
+
+def named_value(name: str, value: float) -> str:
+    """``loss 0.1234``, ``accuracy 81.2 %``: every value but a loss is a share in [0, 1]."""
+    return f"{name} {value:.4f}" if "loss" in name else f"{name} {100 * value:.1f} %"
+
+
+def _plain(task: Task) -> str:
+    """``train 10/100, 0:01:30 left, loss 0.1234, ...``."""
+    count = f"{task.description} {task.completed:.0f}" + (f"/{task.total:.0f}" if task.total is not None else "")
+    left = task.time_remaining
+    parts = [count, f"{datetime.timedelta(seconds=round(left))} left" if left else "", task.fields["status"]]
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,61 @@
+"""Provenance: which software made a result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("villa", "torch", "transformers", "tokenizers", "safetensors", "omegaconf", "numpy")
+
+
+def provenance(folder: Path | None = None) -> dict[str, Any]:
+    """Describe the software; nothing in it depends on the time, the host's name or a path.
+
+    Args:
+        folder: where the user's code lies; None is the working directory.
+
+    Returns:
+        ``python``, ``system`` and ``machine``; ``packages``: versions, None for one that is not installed;
+        ``git``: ``{"revision", "dirty"}`` of the folder, or None outside a repository or without git. Untracked
+        files (a run's own output among them) do not make it dirty.
+    """
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _revision(folder or Path.cwd()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision(folder: Path) -> dict[str, Any] | None:
+    revision = _git(folder, "rev-parse", "--verify", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    if revision is None or changes is None:
+        return None
+    return {"revision": revision, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command, or None when it fails or takes over half a minute."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    # No lock is taken and no program that the repository's settings name is run.
+    command = [git, "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603 (git alone)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

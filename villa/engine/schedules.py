@@ -1,0 +1,120 @@
+"""Learning rate schedules: pure functions of the update, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.optim import Optimizer
+
+from villa.errors import ConfigError
+from villa.registry import register_scheduler
+
+
+@dataclass
+class ScheduleConfig:
+    """Options of every schedule.
+
+    Attributes:
+        name: the registered name.
+        warmup: updates of linear warm-up; a number below 1 is a share of all updates.
+        floor: smallest learning rate (before a group's multiplier). The released code never goes below 1e-8.
+    """
+
+    name: str = "linear"
+    warmup: int | float = 0
+    floor: float = 0.0
+
+    def check(self) -> None:
+        """Refuse senseless values.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        if not (self.warmup >= 0 and (self.warmup < 1 or float(self.warmup).is_integer())):
+            raise ConfigError(
+                f"scheduler.warmup is {self.warmup}; give a whole number of updates, or a share of them below 1"
+            )
+        if not 0 <= self.floor < math.inf:
+            raise ConfigError(f"scheduler.floor is {self.floor}; give a learning rate of 0 or more")
+
+
+class Schedule(ABC):
+    """A learning rate schedule over the updates of a run.
+
+    Args:
+        config: an instance of ``Config``.
+        total: number of updates of the whole run.
+
+    Attributes:
+        warmup: updates of warm-up. It may exceed ``total``, as in a short trial of a long recipe; the full
+            learning rate is then never reached.
+    """
+
+    Config: ClassVar[type[ScheduleConfig]] = ScheduleConfig
+
+    def __init__(self, config: Any, total: int) -> None:
+        config.check()
+        self.config: ScheduleConfig = config
+        self.total = total
+        self.warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+
+    def factor(self, update: int) -> float:
+        """Share of the base learning rate in ``update`` (1 to ``total``)."""
+        return update / self.warmup if update <= self.warmup else self.decay(update)
+
+    @abstractmethod
+    def decay(self, update: int) -> float:
+        """Share of the base learning rate after the warm-up."""
+
+    def lr(self, base_lr: float, update: int) -> float:
+        """Learning rate of ``update``: the base rate times the factor, and at least the floor."""
+        return max(base_lr * self.factor(update), self.config.floor)
+
+    def apply(self, optimizer: Optimizer, update: int) -> None:
+        """Set the learning rate of every group (made by ``parameter_groups``) for ``update``."""
+        lr = self.lr(optimizer.defaults["lr"], update)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
+
+    def progress(self, update: int) -> float:
+        """Share in [0, 1] of the updates after the warm-up that are behind ``update``."""
+        return min((update - self.warmup) / max(self.total - self.warmup, 1), 1.0)
+
+
+@register_scheduler("linear")
+class LinearSchedule(Schedule):
+    """Linear decay to zero at the last update (BERT; what VILLA's recipes use)."""
+
+    def decay(self, update: int) -> float:
+        """See ``Schedule.decay``."""
+        return max(self.total - update, 0) / max(self.total - self.warmup, 1)
+
+
+@register_scheduler("cosine")
+class CosineSchedule(Schedule):
+    """Half a cosine wave down to zero at the last update."""
+
+    def decay(self, update: int) -> float:
+        """See ``Schedule.decay``."""
+        return 0.5 * (1.0 + math.cos(math.pi * self.progress(update)))
+
+
+@register_scheduler("constant")
+class ConstantSchedule(Schedule):
+    """The base learning rate."""
+
+    def decay(self, update: int) -> float:
+        """See ``Schedule.decay``."""
+        return 1.0
+
+
+@register_scheduler("noam")
+class NoamSchedule(Schedule):
+    """Decay with the inverse square root of the update, from 1 at the end of the warm-up (Transformer)."""
+
+    def decay(self, update: int) -> float:
+        """See ``Schedule.decay``."""
+        return math.sqrt(max(self.warmup, 1) / update)

@@ -1,0 +1,98 @@
+"""From a recipe to the objects of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from villa.config.schema import RunConfig
+from villa.datasets.base import TaskDataset
+from villa.engine.evaluator import Evaluator
+from villa.engine.precision import Precision
+from villa.engine.rng import seed_pass
+from villa.errors import ConfigError
+from villa.losses.base import Loss
+from villa.models.base import Model
+from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
+from villa.trainers.base import Trainer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every run type needs.
+
+    Attributes:
+        config: the recipe.
+        data: the task's data.
+        model: the model, on its device.
+        loss: the task loss.
+        precision: device, autocast and loss scaling.
+        evaluator: scores batches.
+    """
+
+    config: RunConfig
+    data: TaskDataset
+    model: Model
+    loss: Loss
+    precision: Precision
+    evaluator: Evaluator
+
+
+def build(config: RunConfig, assets: Path | None = None) -> Parts:
+    """Build data, model, loss and metrics.
+
+    Args:
+        config: the recipe.
+        assets: the vocabulary and labels that were saved with a checkpoint; None builds them from the data.
+
+    Raises:
+        VillaError: the recipe, the data or the weights do not fit together.
+    """
+    device = choose_device(config.device)
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset, assets=assets)
+    seed_pass(config.seed, 0, 0, 0, 0)  # fresh weights derive from the seed, as update 0
+    model: Model = MODELS.get(config.model.name).from_config(config.model, data.facts())
+    if config.model.checkpoint is not None and assets is None:
+        from villa.models.conversion import load_weights
+
+        print(load_weights(model, config.model.checkpoint))
+    loss: Loss = LOSSES.get(config.loss.name)(config.loss)
+    metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
+    precision = Precision(config.training.precision, device)
+    model.to(device)
+    return Parts(config, data, model, loss.to(device), precision, Evaluator(model, loss, metrics, precision))
+
+
+def build_trainer(config: RunConfig, model: Model) -> Trainer:
+    """Build the adversarial method, and check that the model can be perturbed where it asks.
+
+    Raises:
+        ConfigError: the method perturbs a modality that the model does not have.
+    """
+    trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+    points = model.perturbation_points()
+    missing = [modality for modality in trainer.modalities() if modality not in points]
+    if missing:
+        raise ConfigError(
+            f"trainer '{config.trainer.name}' perturbs {' and '.join(missing)}, but model '{config.model.name}' can "
+            f"be perturbed in {' and '.join(points) or 'nothing'} only; set trainer.modality accordingly"
+        )
+    return trainer
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is '{name}', but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device

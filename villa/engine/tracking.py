@@ -1,0 +1,254 @@
+"""Trackers: where the numbers of a run go (``log.jsonl``, ``timing.jsonl``, TensorBoard).
+
+``log.jsonl`` is deterministic: a run that was killed and resumed ends with the same bytes as one that was
+not. Times are not, so records of kind ``timing`` (seconds, examples per second, share of waiting for data, ETA)
+go to ``timing.jsonl`` and TensorBoard only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from villa.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+#: Kinds of records whose values depend on the run's configuration, data and seed alone.
+RESULT_KINDS = ("train", "val", "test")
+TIMING_KIND = "timing"
+
+
+class Tracker(Protocol):
+    """What the loop expects of a tracker."""
+
+    def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
+        """Record values by name, as they stand after ``update`` optimiser steps.
+
+        Args:
+            update: optimiser steps done.
+            kind: ``train``, ``val``, ``test`` or ``timing``.
+            values: numbers by name.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Make all records durable; return where the tracker stands, for a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Forget every record after ``state``. Call it before the first ``log``."""
+
+    def close(self) -> None:
+        """Write what is left and release the files."""
+
+
+class Trackers:
+    """Several trackers that act as one.
+
+    Args:
+        trackers: by the name under which their state is kept; none at all is fine (ranks above 0).
+    """
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
+
+    def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
+        """Record values in every tracker."""
+        for tracker in self._trackers.values():
+            tracker.log(update, kind, values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every tracker by name."""
+        return {name: tracker.state_dict() for name, tracker in self._trackers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore those trackers that were present when the state was taken."""
+        for name, tracker in self._trackers.items():
+            if name in state:
+                tracker.load_state_dict(state[name])
+
+    def close(self) -> None:
+        """Close every tracker."""
+        for tracker in self._trackers.values():
+            tracker.close()
+
+
+def run_trackers(folder: Path, *, tensorboard: bool = True) -> Trackers:
+    """Return the trackers of a training run; nothing is written before the first record.
+
+    Args:
+        folder: the run's folder; gets ``log.jsonl``, ``timing.jsonl`` and ``tensorboard/``.
+        tensorboard: whether to write TensorBoard events.
+    """
+    trackers: dict[str, Tracker] = {
+        "log": JsonLinesTracker(folder / "log.jsonl"),
+        "timing": JsonLinesTracker(folder / "timing.jsonl", kinds=(TIMING_KIND,), append=True),
+    }
+    if tensorboard:
+        trackers["tensorboard"] = TensorBoardTracker(folder / "tensorboard")
+    return Trackers(trackers)
+
+
+class JsonLinesTracker:
+    """One JSON object a line: ``{"update": 10, "kind": "train", "loss": 0.5, ...}``.
+
+    Numbers are written with the shortest text that reads back as the same float; NaN and infinities as the
+    strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float()`` reads, because JSON has no such numbers.
+
+    Args:
+        path: the file. The first record starts it anew, unless ``load_state_dict`` was called or ``append`` is
+            set.
+        kinds: records of other kinds are left out.
+        append: add to what the file holds and never take a line back (for times: they were really spent).
+    """
+
+    def __init__(self, path: Path, *, kinds: Collection[str] = RESULT_KINDS, append: bool = False) -> None:
+        self.path = path
+        self._kinds = frozenset(kinds)
+        self._append = append
+        self._file: IO[bytes] | None = None
+
+    def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
+        """Write one line and hand it to the operating system."""
+        if kind not in self._kinds:
+            return
+        file = self._file or self._open(self.path.stat().st_size if self._append and self.path.exists() else 0)
+        record = {
+            "update": update,
+            "kind": kind,
+            **{name: json_number(value) for name, value in values.items()},
+        }
+        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        file.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sync the file to disk; return its length in bytes (nothing for a file that is only appended to)."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._append:
+            return {}
+        return {"offset": self._file.tell() if self._file is not None else 0}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut the file back to the recorded length; warn when it is missing or shorter, and go on from its end."""
+        if self._append:
+            return
+        offset = int(state["offset"])
+        kept = self._open(offset).tell()
+        if kept != offset:
+            logger.warning(
+                "%s: the checkpoint recorded %d bytes, of which %d are left as whole lines; the log goes on from "
+                "there with a gap (restore the file and resume again to mend it)",
+                self.path,
+                offset,
+                kept,
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, length: int) -> IO[bytes]:
+        """Open the file at the end of the whole lines among its first ``length`` bytes; drop the rest."""
+        self.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+        self._file.truncate(_last_line_end(self._file, length))
+        self._file.seek(0, os.SEEK_END)
+        return self._file
+
+
+class TensorBoardTracker:
+    """Scalars in TensorBoard's event files, tagged ``<kind>/<name>``.
+
+    Args:
+        folder: where the event files go. Older events in it are hidden from TensorBoard: all at a fresh start,
+            those after the checkpoint on a resume, so that no point shows twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._update = 0
+        self._purge = 0
+        self._writer: SummaryWriter | None = None
+
+    def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
+        """Add one scalar a value."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
+        self._update = update
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, update)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flush; return the last update that was logged."""
+        if self._writer is not None:
+            self._writer.flush()
+        return {"update": self._update}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hide every later point that a killed run has left."""
+        self.close()
+        self._update = int(state["update"])
+        self._purge = self._update + 1
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def json_number(value: float) -> float | str:
+    """Return a value that JSON can hold: the float, or ``"nan"``, ``"inf"``, ``"-inf"``."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines log, with ``"nan"`` and ``"inf"`` turned back into floats.
+
+    Half a line at the end, as a killed run may leave it, is passed over.
+
+    Raises:
+        DataError: the file is missing, or a line is not a record.
+    """
+    if not path.is_file():
+        raise DataError(f"log {path} does not exist; give the log.jsonl of a run")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                values = {k: float(v) for k, v in record.items() if k not in ("update", "kind")}
+                yield {"update": int(record["update"]), "kind": str(record["kind"]), **values}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not line.endswith("\n"):  # a killed run may leave half a line at the end
+                    return
+                raise DataError(
+                    f"{path} line {number} is not a log record ({line.strip()[:60]!r}); "
+                    'each line is {"update": 1, "kind": "train", ...}'
+                ) from error
+
+
+def _last_line_end(file: IO[bytes], limit: int) -> int:
+    """Position just after the last newline among the first ``limit`` bytes, reading backwards in blocks."""
+    position = min(limit, file.seek(0, os.SEEK_END))
+    while position:
+        start = max(0, position - 4096)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
+    return 0

@@ -1,0 +1,161 @@
+"""``run_type=train`` and ``train_val_test``: one training run in its output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from villa.batch import Batch
+from villa.config.loader import from_yaml
+from villa.config.printer import leaves, to_yaml
+from villa.config.schema import RunConfig
+from villa.datasets.samplers import UpdateSampler
+from villa.datasets.stream import UpdateStream, evaluation_batches
+from villa.engine.callbacks.base import Callback
+from villa.engine.callbacks.checkpointing import CheckpointCallback
+from villa.engine.callbacks.evaluation import EvaluationCallback
+from villa.engine.callbacks.logging import LoggingCallback
+from villa.engine.callbacks.signals import Interrupted, SignalCallback
+from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
+from villa.engine.folder import CONFIG, claim
+from villa.engine.progress import TrainingProgress
+from villa.engine.provenance import provenance
+from villa.engine.report import report
+from villa.engine.setup import Parts, build, build_trainer
+from villa.engine.tracking import Trackers, run_trackers
+from villa.engine.training import Progress, Training, fit
+from villa.engine.updater import Updater
+from villa.errors import CheckpointError
+from villa.files import atomic_write
+from villa.plugins import one_line
+from villa.registry import OPTIMIZERS, SCHEDULERS
+from villa.trainers.base import Trainer
+
+
+def train(config: RunConfig) -> int:
+    """Train, going on from the newest intact checkpoint when asked to; then test.
+
+    Returns:
+        0, or 128 + the number of the signal that ended the run.
+
+    Raises:
+        VillaError: the recipe, data, folder or checkpoints cannot be used.
+    """
+    with claim(Path(config.output_dir), resume=config.checkpoint.resume) as folder:
+        store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
+        store.clean()
+        checkpoint = store.newest() if config.checkpoint.resume else None
+        parts = build(config, assets=checkpoint.assets if checkpoint else None)
+        trackers = run_trackers(folder, tensorboard=config.logging.tensorboard)
+        training = assemble(parts, store, trackers)
+        if checkpoint is not None:
+            restore(training, checkpoint, config)
+        atomic_write(folder / CONFIG, saved_yaml(config))
+        try:
+            fit(training)
+            if config.run_type == "train_val_test":
+                report(parts, training, store, trackers, folder)
+        except Interrupted as interrupted:
+            print(f"ended by {interrupted}", flush=True)
+            return interrupted.exit_code
+        finally:
+            trackers.close()
+    return 0
+
+
+def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
+    """Put a training run together from its parts, and print its plan."""
+    config = parts.config
+    split = parts.data.split("train")
+    sampler = UpdateSampler(split.lengths, config.batch, config.seed)
+    stream = UpdateStream(
+        split, parts.data.collate, sampler, config.training.workers, pin=parts.precision.device.type == "cuda"
+    )
+    total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
+    trainer = build_trainer(config, parts.model)
+    updater = _updater(parts, trainer, total)
+    display = TrainingProgress(
+        total, config.logging.progress, monitor=config.evaluation.monitor, cost=trainer.relative_cost()
+    )
+    display.say(plan(parts, trainer, sampler, total))
+    callbacks = _callbacks(parts, store, trackers, display)
+    device = parts.precision.device
+    return Training(parts.model, updater, stream, lambda batch: batch.to(device), callbacks, Progress(total=total))
+
+
+def plan(parts: Parts, trainer: Trainer, sampler: UpdateSampler, total: int) -> str:
+    """One line on what is going to happen."""
+    config, device = parts.config, parts.precision.device
+    parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    forwards, backwards = trainer.cost()
+    return (
+        f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}: "
+        f"{total} updates, {sampler.describe()} on 1 process; "
+        f"{forwards} forward + {backwards} backward a pass, {trainer.relative_cost():.1f}x standard training"
+    )
+
+
+def saved_yaml(config: RunConfig) -> str:
+    """The recipe as it is saved: the same whether the run was resumed or not."""
+    checkpoint = dataclasses.replace(config.checkpoint, resume=False)
+    return to_yaml(dataclasses.replace(config, checkpoint=checkpoint))
+
+
+def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Put a run where a checkpoint left it, and say which options have changed since.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or optimiser.
+    """
+    try:
+        training.model.load_state_dict(checkpoint.model_state())
+        training.load_state_dict(checkpoint.training_state())
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint '{checkpoint.path}' does not fit this recipe's model or optimiser: {one_line(error)}"
+        ) from error
+    before = leaves(from_yaml(checkpoint.path / CONFIG))
+    now = leaves(config)
+    ignored = {"checkpoint.resume", "run_type"}
+    changed = sorted(k for k in {*before, *now} - ignored if before.get(k) != now.get(k))
+    print(f"resuming after update {checkpoint.update}", flush=True)
+    for key in changed:
+        print(f"  changed since: {key}: {before.get(key)} -> {now.get(key)}", flush=True)
+
+
+def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
+    config = parts.config
+    optimizer = OPTIMIZERS.get(config.optimizer.name)(config.optimizer).build(parts.model)
+    return Updater(
+        parts.model,
+        parts.loss,
+        trainer,
+        optimizer,
+        SCHEDULERS.get(config.scheduler.name)(config.scheduler, total),
+        config.training,
+        precision=parts.precision,
+        accumulation=config.batch.accumulation,
+        seed=config.seed,
+    )
+
+
+def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress) -> list[Callback]:
+    config, evaluation = parts.config, parts.config.evaluation
+    callbacks: list[Callback] = [LoggingCallback(trackers, display, config.logging.every)]
+    if evaluation.split is not None and evaluation.split in parts.data.splits():
+        split = parts.data.split(evaluation.split)
+
+        def batches() -> Iterable[Batch]:
+            plain = evaluation_batches(split, parts.data.collate, evaluation.examples, config.training.workers)
+            return display.track(plain, str(evaluation.split), -(-len(split) // evaluation.examples))
+
+        callbacks.append(EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display))
+    checkpoints = CheckpointCallback(
+        store,
+        config.checkpoint.every or evaluation.every,
+        config_yaml=saved_yaml(config),
+        assets=parts.data.save_assets,
+        provenance={**provenance(), "data": parts.data.fingerprint(), "seed": config.seed},
+    )
+    return [*callbacks, checkpoints, SignalCallback()]

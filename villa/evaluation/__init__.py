@@ -1,0 +1,1 @@
+"""Metrics, prediction files, result tables and figures."""

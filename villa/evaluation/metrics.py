@@ -1,0 +1,135 @@
+"""Metrics over a whole split, kept as sums on the device so that no batch waits for the host."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import DataError
+from villa.models.base import ModelOutput
+from villa.registry import register_metric
+
+
+class Metric(ABC):
+    """A number, or a few, that sum up a split. ``@register_metric(name)`` registers a subclass.
+
+    Attributes:
+        higher_is_better: the direction in which the metric improves.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Take in one batch.
+
+        Raises:
+            DataError: the targets are missing or of a form that this metric does not score.
+        """
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Return the values in [0, 1] by name; the first is named like the metric.
+
+        Raises:
+            DataError: nothing was taken in.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def state(self) -> Tensor:
+        """Return what was taken in as a float64 vector; the vectors of several ranks may be added."""
+
+    @abstractmethod
+    def load_state(self, state: Tensor) -> None:
+        """Go on from such a vector, or from a sum of them."""
+
+
+class MeanScore(Metric):
+    """Mean over examples of a score in [0, 1]; a subclass names it and scores a batch."""
+
+    name: ClassVar[str]
+
+    _sum: Tensor
+    _count: int
+
+    def __init__(self) -> None:
+        self.reset()
+
+    @abstractmethod
+    def scores(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return scores ``[B]`` for logits ``[B, labels]`` and the batch's targets."""
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Add the batch's scores."""
+        if batch.targets is None:
+            raise DataError(f"metric '{self.name}': no targets in the batch; evaluate a split that has answers")
+        scores = self.scores(output.logits.detach(), batch.targets)
+        self._sum = self._sum + scores.sum(dtype=torch.float64)
+        self._count += len(scores)
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean by name."""
+        if not self._count:
+            raise DataError(f"metric '{self.name}': no examples were evaluated; is the split empty?")
+        return {self.name: self._sum.item() / self._count}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self._count = 0
+
+    def state(self) -> Tensor:
+        """Return ``[sum, count]``."""
+        return torch.stack((self._sum, self._sum.new_tensor(self._count)))
+
+    def load_state(self, state: Tensor) -> None:
+        """Go on from ``[sum, count]``."""
+        self._sum, self._count = state[0].clone(), round(state[1].item())
+
+
+@register_metric("accuracy")
+class Accuracy(MeanScore):
+    """Share of examples whose highest logit is the target: logits ``[B, labels]``, targets int64 ``[B]``."""
+
+    name = "accuracy"
+
+    def scores(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return 1 where the argmax is the target, else 0."""
+        if targets.is_floating_point() or targets.shape != logits.shape[:-1] or logits.dim() != 2:
+            raise DataError(
+                f"metric 'accuracy' needs one class index per row of logits {list(logits.shape)}; "
+                f"the targets are {_describe(targets)}; use 'soft_accuracy' for soft targets"
+            )
+        return logits.argmax(-1) == targets
+
+
+@register_metric("soft_accuracy")
+class SoftAccuracy(MeanScore):
+    """VQA accuracy: the soft score of the answer with the highest logit (min(annotators / 3, 1) in VQA v2).
+
+    Logits and targets are ``[B, labels]``; targets are floats in [0, 1].
+    """
+
+    name = "soft_accuracy"
+
+    def scores(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the target score of the argmax."""
+        if not targets.is_floating_point() or targets.shape != logits.shape or logits.dim() != 2:
+            raise DataError(
+                f"metric 'soft_accuracy' needs a score for each of the logits {list(logits.shape)}; "
+                f"the targets are {_describe(targets)}; use 'accuracy' for class indices"
+            )
+        return targets.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
+
+
+def _describe(targets: Tensor) -> str:
+    """``int64 [8]``."""
+    return f"{str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}"

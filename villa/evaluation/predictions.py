@@ -1,0 +1,114 @@
+"""Prediction files: JSON lines ``{"id": ..., "answer": ..., "score": ...}``, written and read as a stream."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from villa.errors import DataError
+from villa.files import fsync
+
+_FORM = '{"id": text, "answer": text or whole number, "score": number}'
+
+
+class PredictionWriter:
+    """Writes predictions as they come; the file appears under its name when all are written.
+
+    Used as a context manager: leaving the block normally puts the file in place, an error inside it leaves an
+    older file as it was. Memory does not grow with the number of predictions.
+
+    Args:
+        path: the file; missing folders are made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> PredictionWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._temporary.open("w", encoding="utf-8")
+        return self
+
+    def write(self, ids: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
+        """Write one line an example.
+
+        Args:
+            ids: of the examples, as in ``Batch.ids``.
+            answers: what ``TaskDataset.decode`` returns for them: ``{"answer": ..., "score": ...}`` and more.
+
+        Raises:
+            DataError: an answer is not of that form; a file that could not be read back is never written.
+        """
+        for id_, answer in zip(ids, answers, strict=True):
+            record = {"id": id_, **answer}
+            _check(record, f"prediction for '{id_}'")
+            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if error is None:
+                self._temporary.replace(self.path)
+                fsync(self.path.parent)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a prediction file in order. Memory grows with the ids only.
+
+    Raises:
+        DataError: the file is missing, a line is not a prediction, or an id occurs twice.
+    """
+    if not path.is_file():
+        raise DataError(f"prediction file {path} does not exist; write one with run_type=predict")
+    seen: set[str] = set()
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path} line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where} is not JSON ({line.strip()[:60]!r}); each line is {_FORM}") from error
+            _check(record, where)
+            if record["id"] in seen:
+                raise DataError(f"{where} predicts '{record['id']}' a second time; keep one line an example")
+            seen.add(record["id"])
+            yield record
+
+
+def _check(record: Any, where: str) -> None:
+    """Raise DataError unless the record is a prediction."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is a {type(record).__name__}, not an object; each line is {_FORM}")
+    wrong = [
+        name
+        for name, valid in (("id", _is_text), ("answer", _is_answer), ("score", _is_number))
+        if not valid(record.get(name))
+    ]
+    if wrong:
+        found = ", ".join(f"{name}={record.get(name)!r:.40}" for name in wrong)
+        raise DataError(f"{where} has {found}; each line is {_FORM}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

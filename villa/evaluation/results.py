@@ -1,0 +1,155 @@
+"""The results of a run: ``metrics.json`` with its protocol, and a short table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from villa.engine.tracking import json_number
+from villa.errors import ConfigError, nearest
+from villa.files import write_json
+
+#: More than any table needs: away from a terminal nothing is cut off.
+_PLAIN_WIDTH = 1000
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """What a result depends on, so that it can be had again. Nothing in it changes from day to day.
+
+    Attributes:
+        data: ``TaskDataset.fingerprint()``.
+        update: optimiser steps of the evaluated checkpoint.
+        seed: the run's seed.
+        provenance: software and its versions, as ``villa.engine.provenance`` describes them.
+        checkpoint: how the checkpoint was chosen (``best``, ``last``) or given.
+    """
+
+    data: str
+    update: int
+    seed: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str = "best"
+
+
+def write_metrics(path: Path, splits: Mapping[str, Mapping[str, float]], protocol: EvaluationProtocol) -> None:
+    """Write ``{"<split>": {"accuracy": ..., "loss": ...}, ..., "protocol": {...}}``, atomically.
+
+    The same arguments give the same bytes. Values that are not finite are written as text, as in the logs.
+
+    Args:
+        path: the file, by convention ``metrics.json`` in the run's folder.
+        splits: values by name, by split.
+        protocol: what they depend on.
+
+    Raises:
+        ConfigError: a split is called ``protocol``.
+        OSError: the file cannot be written; an older one is intact.
+    """
+    if "protocol" in splits:
+        raise ConfigError("a split is called 'protocol', which metrics.json keeps for itself; rename the split")
+    results = {name: {k: json_number(v) for k, v in values.items()} for name, values in splits.items()}
+    write_json(path, {**results, "protocol": asdict(protocol)})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table.
+
+    Attributes:
+        method: name of the run or method.
+        metrics: values in [0, 1] by name, and ``loss``.
+        updates: optimiser steps done.
+        seconds: time that training took.
+        cost: passes relative to standard training.
+    """
+
+    method: str
+    metrics: Mapping[str, float]
+    updates: int | None = None
+    seconds: float | None = None
+    cost: float | None = None
+
+
+def result_table(
+    results: Sequence[Result],
+    references: Mapping[str, float] | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str | None = None,
+) -> Table:
+    """Return a table of results, with the scores of trivial baselines below for comparison.
+
+    Args:
+        results: one row each.
+        references: scores in [0, 1] by name, as ``TaskDataset.reference_scores`` gives them.
+        metric: the value to show, in percent; ``loss`` shows the loss alone, without references.
+        title: above the table, for instance the split.
+
+    Raises:
+        ConfigError: a result has no value called ``metric``.
+    """
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    score = [] if metric == "loss" else [f"{metric.replace('_', ' ')} %"]
+    for heading in (*score, "loss", "updates", "minutes", "cost"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(*_cells(result, metric))
+    if references and score:
+        table.add_section()
+        for name, reference in sorted(references.items(), key=lambda item: -item[1]):
+            table.add_row(name.replace("_", " "), f"{100 * reference:.1f}", style="dim")
+    return table
+
+
+def print_results(
+    results: Sequence[Result],
+    references: Mapping[str, float] | None = None,
+    *,
+    metric: str = "accuracy",
+    title: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print ``result_table``; away from a terminal as plain Markdown of the width that it needs.
+
+    Args:
+        results: as for ``result_table``.
+        references: as for ``result_table``.
+        metric: as for ``result_table``.
+        title: as for ``result_table``.
+        console: where to print; standard output by default.
+
+    Raises:
+        ConfigError: a result has no value called ``metric``.
+    """
+    table = result_table(results, references, metric=metric, title=title)
+    console = console or Console()
+    if not console.is_terminal:
+        table.box = box.MARKDOWN
+        console = Console(file=console.file, width=_PLAIN_WIDTH, force_terminal=False, color_system=None)
+    console.print(table)
+
+
+def _cells(result: Result, metric: str) -> list[Text | str]:
+    if metric not in result.metrics:
+        known = ", ".join(result.metrics)
+        hint = nearest(metric, result.metrics)
+        raise ConfigError(f"result of '{result.method}' has no value '{metric}' (it has: {known}){hint}")
+    loss = result.metrics.get("loss")
+    score = [] if metric == "loss" else [f"{100 * result.metrics[metric]:.1f}"]
+    return [
+        Text(result.method),  # brackets in a name are not markup
+        *score,
+        "" if loss is None else f"{loss:.4f}",
+        "" if result.updates is None else f"{result.updates:,}",
+        "" if result.seconds is None else f"{result.seconds / 60:.1f}",
+        "" if result.cost is None else f"{result.cost:.1f}x",
+    ]

@@ -1,0 +1,1 @@
+"""Models: registered backbones, their heads and the loading of weights."""

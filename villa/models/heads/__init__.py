@@ -1,0 +1,1 @@
+"""UNITER's task heads: one registered subclass of ``Uniter`` a file."""

@@ -1,0 +1,149 @@
+"""From a batch to the rows that UNITER reads: one text and one image a row, packed without padding between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import DataError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows of one text and one image each.
+
+    Attributes:
+        input_ids: ``[N, T]``.
+        text_mask: ``[N, T]`` bool, or None when every token is real.
+        token_types: ``[N, T]``, or ``[1, 1]`` when all are equal.
+        features: ``[N, R, D]``.
+        boxes: ``[N, R, 4 | 6 | 7]``.
+        region_mask: ``[N, R]`` bool, or None when every region is real.
+        image_types: ``[N | 1, R | 1]`` type of each region.
+    """
+
+    input_ids: Tensor
+    text_mask: Tensor | None
+    token_types: Tensor
+    features: Tensor
+    boxes: Tensor
+    region_mask: Tensor | None
+    image_types: Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How the examples of a batch become rows.
+
+    A text with C choices makes C rows that repeat the image. I images an example either make I rows that repeat
+    the text (left and right image of a pair interleaved), or lie side by side in one row.
+
+    Attributes:
+        images: images an example.
+        joint: all images of an example lie in one row.
+        typed_images: image i has type 1 + i; otherwise every region has type 1.
+    """
+
+    images: int = 1
+    joint: bool = False
+    typed_images: bool = False
+
+    def text_mask(self, batch: Batch) -> Tensor | None:
+        """``[N, T]`` bool of the rows of ``batch``, or None when every token is real."""
+        return None if batch.attention_mask is None else self._text_rows(batch.attention_mask)
+
+    def region_mask(self, batch: Batch) -> Tensor | None:
+        """``[N, R]`` bool of the rows of ``batch``, or None when every region is real."""
+        return None if batch.region_mask is None else self._image_rows(batch.region_mask, batch)
+
+    def rows(self, batch: Batch) -> Rows:
+        """Make the rows of a batch.
+
+        Raises:
+            DataError: the batch lacks text, features or boxes, or has another number of images.
+        """
+        if batch.input_ids is None or batch.features is None or batch.boxes is None:
+            missing = next(n for n in ("input_ids", "features", "boxes") if getattr(batch, n) is None)
+            raise DataError(f"UNITER reads text and regions, but the batch has no {missing}: use another model")
+        images = batch.features.shape[1] if batch.features.dim() == 4 else 1
+        if images != self.images:
+            raise DataError(f"the head reads {self.images} image(s) an example, but the batch has {images}")
+        types = batch.token_type_ids
+        return Rows(
+            input_ids=self._text_rows(batch.input_ids),
+            text_mask=self.text_mask(batch),
+            token_types=batch.input_ids.new_zeros(1, 1) if types is None else self._text_rows(types),
+            features=self._image_rows(batch.features, batch),
+            boxes=self._image_rows(batch.boxes, batch),
+            region_mask=self.region_mask(batch),
+            image_types=self._image_types(batch.features),
+        )
+
+    def _text_rows(self, tensor: Tensor) -> Tensor:
+        """``[B, T]`` or ``[B, C, T]`` to ``[N, T]``."""
+        flat = tensor.flatten(0, -2)
+        return flat if self.joint or self.images == 1 else flat.repeat_interleave(self.images, dim=0)
+
+    def _image_rows(self, tensor: Tensor, batch: Batch) -> Tensor:
+        """``[B, R, ...]`` or ``[B, I, R, ...]`` to ``[N, R, ...]`` or, joint, ``[N, I * R, ...]``."""
+        if self.images > 1:
+            tensor = tensor.flatten(1, 2) if self.joint else tensor.flatten(0, 1)
+        ids = batch.input_ids
+        return tensor if ids is None or ids.dim() == 2 else tensor.repeat_interleave(ids.shape[1], dim=0)
+
+    def _image_types(self, features: Tensor) -> Tensor:
+        if not self.typed_images:
+            return torch.ones(1, 1, dtype=torch.long, device=features.device)
+        types = torch.arange(1, self.images + 1, device=features.device)
+        if self.joint:
+            return types.repeat_interleave(features.shape[2]).unsqueeze(0)
+        return types.repeat(features.shape[0]).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the text and the regions of each row are packed into one sequence, real positions first.
+
+    Attributes:
+        length: L, positions of the longest row.
+        order: ``[N, L]`` positions in text followed by regions, or None when these need no reordering.
+        mask: ``[N, L]`` bool, True on real positions, or None when all are real.
+    """
+
+    length: int
+    order: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Rows) -> Packing:
+        """Derive the packing from the masks of ``rows``."""
+        if rows.text_mask is None and rows.region_mask is None:
+            return cls(rows.input_ids.shape[1] + rows.features.shape[1])
+        text = _given(rows.text_mask, rows.input_ids)
+        valid = torch.cat((text, _given(rows.region_mask, rows.features[..., 0])), dim=1)
+        lengths = valid.sum(dim=1)
+        # The shapes that follow depend on these three numbers: the only host synchronisation of a pass.
+        facts = torch.stack((lengths.amax(), lengths.amin(), text.sum(dim=1).amin()))
+        longest, shortest, shortest_text = facts.tolist()
+        order = None
+        if shortest_text < text.shape[1]:
+            # A stable sort keeps the order of words and regions, and no position occurs twice.
+            order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+        if shortest == longest:
+            return cls(longest, order)
+        places = torch.arange(longest, device=lengths.device)
+        return cls(longest, order, places < lengths.unsqueeze(1))
+
+    def pack(self, text: Tensor, image: Tensor) -> Tensor:
+        """Pack ``[N, T, hidden]`` and ``[N, R, hidden]`` into ``[N, L, hidden]``."""
+        if self.order is None:
+            return torch.cat((text, image[:, : self.length - text.shape[1]]), dim=1)
+        both = torch.cat((text, image), dim=1)
+        return both.gather(1, self.order.unsqueeze(-1).expand(-1, -1, both.shape[-1]))
+
+
+def _given(mask: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones(like.shape, dtype=torch.bool, device=like.device) if mask is None else mask
