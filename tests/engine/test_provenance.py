@@ -58,9 +58,9 @@ def test_working_directory_is_the_default(repository: Path, monkeypatch: pytest.
     assert provenance() == provenance(repository)
 
 
-@pytest.mark.parametrize("committed", [False, True])
-def test_no_repository_or_no_commit_is_no_error(tmp_path: Path, committed: bool) -> None:
-    if committed:
+@pytest.mark.parametrize("initialised", [False, True])
+def test_no_repository_or_no_commit_is_no_error(tmp_path: Path, initialised: bool) -> None:
+    if initialised:
         git(tmp_path, "init")
     assert provenance(tmp_path)["git"] is None
 

@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from villa.engine.tracking import JsonLinesTracker, TensorBoardTracker, Trackers, read_log, run_trackers
 from villa.errors import DataError
 
+NAMES = st.text(min_size=1, max_size=5).filter(lambda name: name not in ("kind", "update"))
+
 
 def _log(tracker: JsonLinesTracker | TensorBoardTracker | Trackers, first: int, last: int) -> None:
     for update in range(first, last + 1):
@@ -35,7 +37,7 @@ def test_each_record_is_one_flushed_line_of_valid_json(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(values=st.dictionaries(st.text(min_size=1, max_size=5), st.floats(), max_size=5))
+@given(values=st.dictionaries(NAMES, st.floats(), max_size=5))
 def test_every_float_reads_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, values: dict[str, float]) -> None:
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
     tracker = JsonLinesTracker(path)
@@ -45,6 +47,12 @@ def test_every_float_reads_back_as_it_was(tmp_path_factory: pytest.TempPathFacto
     (record,) = read_log(path)
     assert (record.pop("update"), record.pop("kind")) == (1, "train")
     assert {k: repr(v) for k, v in record.items()} == {k: repr(v) for k, v in values.items()}
+
+
+@pytest.mark.parametrize("name", ["kind", "update"])
+def test_a_value_cannot_take_the_name_of_a_field(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"a logged value is called \\['{name}'\\]"):
+        JsonLinesTracker(tmp_path / "log.jsonl").log(1, "train", {name: 1.0})
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:

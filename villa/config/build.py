@@ -30,7 +30,8 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
         tree[section] = OmegaConf.structured(cls)
     for key, value in values.items():
         _assign(tree, options, key, value)
-    for key, value in values.items():
+    # The command line first: of two values that fail together, the later one is more likely the culprit.
+    for key, value in reversed(values.items()):
         _interpolate(tree, owner(options, key), value)
     _require(tree, options)
     config = OmegaConf.to_object(tree)
@@ -58,12 +59,8 @@ def _assign(tree: DictConfig, options: Mapping[str, Option], key: str, value: Va
 
 def _set(tree: DictConfig, options: Mapping[str, Option], key: str, data: Any) -> None:
     mapping = owner(options, key)
-    if mapping == key:
-        OmegaConf.update(tree, key, data, merge=False)
-        return
-    if OmegaConf.select(tree, mapping) is None:
-        OmegaConf.update(tree, mapping, {})
-    OmegaConf.select(tree, mapping)[key.removeprefix(f"{mapping}.")] = data
+    entry = key.removeprefix(f"{mapping}.")
+    OmegaConf.update(tree, mapping, data if mapping == key else {entry: data}, merge=mapping != key)
 
 
 def _as_written(hint: Any, value: Value) -> Any:

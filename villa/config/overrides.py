@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from villa.config.values import COMMAND_LINE, Layer, one_line
+from villa.config.values import COMMAND_LINE, Layer, is_one_line
 from villa.config.yaml_text import parse
 from villa.errors import ConfigError
 
@@ -37,7 +37,7 @@ def parse_overrides(args: Iterable[str]) -> tuple[str | None, Layer]:
             config = text
         else:
             layer |= _values(key, text)
-    if config is not None and not (config and one_line(config)):
+    if config is not None and not (config and is_one_line(config)):
         raise ConfigError(f"config={config!r:.80} (command line): give the path of a YAML file")
     return config, layer
 

@@ -49,18 +49,19 @@ Layer = dict[str, Value]
 #: Makes the origin of a line (counted from 1).
 Locate = Callable[[int], Origin]
 
-_SHOWN = 80
+#: How YAML writes what is neither a number nor text.
+WORDS = {None: "null", True: "true", False: "false"}
 
+_SHOWN = 80
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def one_line(text: str) -> bool:
+def is_one_line(text: str) -> bool:
     """Whether a text has no line break, control character or half of a surrogate pair, as names and paths must."""
     return not _CONTROL.search(text)
 
 
 def show(data: object) -> str:
     """Return a value as one short printable line, for messages."""
-    text = {None: "null", True: "true", False: "false"}.get(data) if isinstance(data, bool | None) else None
-    text = text or repr(data)
+    text = WORDS[data] if isinstance(data, bool | None) else repr(data)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from villa.config.values import Layer, Locate, Value, one_line
+from villa.config.values import WORDS, Layer, Locate, Value, is_one_line
 from villa.errors import ConfigError
 
 #: Levels of keys: section, option, entry of an option that is a mapping.
@@ -83,7 +83,7 @@ def write(data: Any) -> str:
 
 def _write_word(data: bool | float | None) -> str:
     if isinstance(data, bool | None):
-        return {None: "null", True: "true", False: "false"}[data]
+        return WORDS[data]
     return repr(data) if math.isfinite(data) else repr(data).replace("inf", ".inf").replace("nan", ".nan")
 
 
@@ -161,7 +161,7 @@ def _construct(node: Any, locate: Locate) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, locate) for child in node.value]
     text: str = node.value
-    if not one_line(text):
+    if not is_one_line(text):
         raise ConfigError(f"{_where(node, locate)}: the text holds a line break or a control character; remove it")
     try:
         return resolve(text) if node.style is None else text

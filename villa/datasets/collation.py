@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from villa.batch import Batch
 from villa.datasets.base import Example
@@ -37,23 +38,26 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(
         ids=ids,
         input_ids=_pad(texts, ids),
-        attention_mask=_pad([_text_mask(text) for text in texts], ids),
+        attention_mask=_text_mask(texts, ids),
         token_type_ids=None if types is None else _pad(types, ids),
         features=None if features is None else _pad(features, ids).float(),
         boxes=None if boxes is None else _pad(boxes, ids).float(),
-        region_mask=None if features is None else _pad([_region_mask(rows) for rows in features], ids),
+        region_mask=None if features is None else _region_mask(features, ids),
         targets=_targets([example.target for example in examples], ids),
     )
 
 
-def _text_mask(text: Tensor) -> Tensor:
-    return torch.ones(text.shape, dtype=torch.bool) if text.dim() == 1 else text != 0
+def _text_mask(texts: list[Tensor], ids: list[str]) -> Tensor:
+    return _length_mask(texts) if texts[0].dim() == 1 else _pad([text != 0 for text in texts], ids)
 
 
-def _region_mask(features: Tensor) -> Tensor:
-    if features.dim() == 2:
-        return torch.ones(len(features), dtype=torch.bool)
-    return (features != 0).any(-1)
+def _region_mask(features: list[Tensor], ids: list[str]) -> Tensor:
+    return _length_mask(features) if features[0].dim() == 2 else _pad([(rows != 0).any(-1) for rows in features], ids)
+
+
+def _length_mask(rows: list[Tensor]) -> Tensor:
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def _pad(tensors: list[Tensor], ids: list[str]) -> Tensor:
@@ -61,6 +65,8 @@ def _pad(tensors: list[Tensor], ids: list[str]) -> Tensor:
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) == 1:
         return torch.stack(tensors)
+    if all(tensor.dim() == 1 for tensor in tensors):
+        return pad_sequence(tensors, batch_first=True)
     if len({len(shape) for shape in shapes}) > 1:
         raise DataError(f"a batch mixes tensors of different rank: {sorted(map(tuple, shapes))} (first: '{ids[0]}')")
     padded = tensors[0].new_zeros(len(tensors), *(max(sizes) for sizes in zip(*shapes, strict=True)))
@@ -78,6 +84,8 @@ def _all_or_none(values: list[Tensor | None], name: str, ids: list[str]) -> list
 
 
 def _targets(targets: list[int | Tensor | None], ids: list[str]) -> Tensor | None:
+    if all(isinstance(target, int) for target in targets):
+        return torch.tensor(targets)
     tensors = [torch.tensor(target) if isinstance(target, int) else target for target in targets]
     present = _all_or_none(tensors, "targets", ids)
     if present is None:

@@ -88,20 +88,20 @@ class JsonlSplit(Split):
         return _Lengths(self._text_lengths, self._images, self.store)
 
     def _id(self, line: int, record: Mapping[str, Any]) -> str:
-        return str(record["id"]) if "id" in record else str(line + 1)
+        return str(record["id"]) if "id" in record else str(self._lines.number(line))
 
     def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
         if _has_answer(record) != self._has_answers:
-            needed = (
-                "needs an 'answer' (or 'answers')" if self._has_answers else "has an answer, but the first has none"
+            problem = (
+                "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             )
-            raise DataError(f"{where}: the line {needed}; give all lines of a file an answer, or none")
+            raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
         scores = answer_scores(record, where)
         if scores is None or any(answer in self._vocabulary.labels for answer in scores):
             return True
         if not (self._train or self._vocabulary.soft):
             raise DataError(
-                f"{where}: the answer '{next(iter(scores))}' is not among the {len(self._vocabulary.answers)} of the labels; "
+                f"{where}: the answer '{next(iter(scores))}' is none of the {len(self._vocabulary.answers)} labels; "
                 "list it in dataset.answers, or set dataset.target=soft and a loss for it to count it as wrong"
             )
         return not self._train
@@ -122,9 +122,7 @@ class JsonlSplit(Split):
             text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
             logger.warning(text, self._lines.path, dropped, len(self._lines), share)
         if not self._kept:
-            raise DataError(
-                f"'{self._lines.path}' has no question with an answer among the labels; mend dataset.answers"
-            )
+            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
 
 
 class _Lengths(Sequence[int]):

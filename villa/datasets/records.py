@@ -79,6 +79,10 @@ class JsonLines:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
+    def number(self, index: int) -> int:
+        """Return the line number of a record, from 1."""
+        return self._lines[index]
+
     def where(self, index: int) -> str:
         """Return ``file:line`` of a record, for messages."""
         return f"{self.path}:{self._lines[index]}"

@@ -64,7 +64,8 @@ class UpdateStream:
     def __next__(self) -> list[Batch]:
         started = time.perf_counter()
         if self._loaded is None:
-            self._loaded = iter(_loader(self._batches, self._ahead(), self._workers, self._pin))
+            plan = _micro_batches(self.sampler, self._epoch, self._update)
+            self._loaded = iter(_loader(self._batches, plan, self._workers, self._pin))
         updates = self.sampler.epoch(self._epoch)
         served = [_raise_if_error(next(self._loaded)) for _ in updates[self._update]]
         self._update += 1
@@ -72,14 +73,6 @@ class UpdateStream:
             self._epoch, self._update = self._epoch + 1, 0
         self.waited += time.perf_counter() - started
         return served
-
-    def _ahead(self) -> Iterator[list[int]]:
-        """Micro-batches from the present position on, for ever."""
-        skip = self._update
-        for epoch in itertools.count(self._epoch):
-            for update in self.sampler.epoch(epoch)[skip:]:
-                yield from update
-            skip = 0
 
 
 def evaluation_batches(
@@ -90,6 +83,16 @@ def evaluation_batches(
     batches = (list(indices[start : start + examples]) for start in range(0, len(split), examples))
     for batch in _loader(_MicroBatches(split, collate), batches, workers, pin):
         yield _raise_if_error(batch)
+
+
+def _micro_batches(sampler: UpdateSampler, epoch: int, update: int) -> Iterator[list[int]]:
+    """Yield micro-batches from a position on, for ever.
+
+    No method of the stream: the cycle would leave its workers to the garbage collector, perhaps that of a fork.
+    """
+    for later in itertools.count(epoch):
+        for parts in sampler.epoch(later)[update if later == epoch else 0 :]:
+            yield from parts
 
 
 class _MicroBatches(Dataset[Batch | VillaError]):

@@ -48,9 +48,10 @@ def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
         raise DataError("there is no text to build a vocabulary from; check the questions of the training split")
     characters: Counter[str] = Counter()
     for word, count in words.items():
-        for place, character in enumerate(word):
-            characters["##" * (place > 0) + character] += count
-    ranked = [*_ranked(characters), *(word for word in _ranked(words) if word not in characters)]
+        for character in word:
+            characters[character] += count
+            characters["##" + character] += count * (len(word) > 1)
+    ranked = [*_ranked(+characters), *(word for word in _ranked(words) if word not in characters)]
     entries = [*SPECIAL_TOKENS, *ranked][:max_size]
     return _bert_tokenizer({entry: index for index, entry in enumerate(entries)}, lowercase=True)
 

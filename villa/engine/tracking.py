@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 RESULT_KINDS = ("train", "val", "test")
 TIMING_KIND = "timing"
 
+#: Fields of every record of a JSON-lines log; values have other names.
+_FIELDS = {"update", "kind"}
+
 
 class Tracker(Protocol):
     """What the loop expects of a tracker."""
@@ -116,9 +119,15 @@ class JsonLinesTracker:
         self._file: IO[bytes] | None = None
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
-        """Write one line and hand it to the operating system."""
+        """Write one line and hand it to the operating system.
+
+        Raises:
+            ValueError: a value is called ``update`` or ``kind``, as the line's own fields are.
+        """
         if kind not in self._kinds:
             return
+        if taken := _FIELDS & values.keys():
+            raise ValueError(f"a logged value is called {sorted(taken)}, as a field of every record; rename it")
         file = self._file or self._open(self.path.stat().st_size if self._append and self.path.exists() else 0)
         record = {
             "update": update,
@@ -230,7 +239,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                values = {k: float(v) for k, v in record.items() if k not in ("update", "kind")}
+                values = {k: float(v) for k, v in record.items() if k not in _FIELDS}
                 yield {"update": int(record["update"]), "kind": str(record["kind"]), **values}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not line.endswith("\n"):  # a killed run may leave half a line at the end

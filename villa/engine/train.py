@@ -92,7 +92,7 @@ def plan(parts: Parts, trainer: Trainer, sampler: UpdateSampler, total: int) -> 
     return (
         f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}: "
         f"{total} updates, {sampler.describe()} on 1 process; "
-        f"{forwards} forward + {backwards} backward a pass, {trainer.relative_cost():.1f}x standard training"
+        f"{forwards} forward + {backwards} backward a micro-batch, {trainer.relative_cost():.1f}x standard training"
     )
 
 

@@ -87,15 +87,16 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
 
 def _renamed(weights: Weights, expected: Mapping[str, Tensor]) -> Weights:
-    """The weights under the model's names: with the exchange of one prefix under which most names agree."""
+    """The weights under the model's names: with the exchange of one prefix that makes most backbones agree."""
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     weights = {re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", k)): v for k, v in weights.items()}
     theirs = ["", *dict.fromkeys(name.split(".")[0] + "." for name in weights)]
     ours = dict.fromkeys(["", *(prefix for name in expected for prefix in _prefixes(name))])
+    backbone = [name for name in weights if _BACKBONE.search(name)]  # heads of two tasks may agree by chance
 
     def agreement(exchange: tuple[str, str]) -> int:
-        return sum(_exchanged(name, *exchange) in expected for name in weights)
+        return sum(_exchanged(name, *exchange) in expected for name in backbone)
 
     best = max(product(theirs, ours), key=agreement)
     return {_exchanged(name, *best): value for name, value in weights.items()}

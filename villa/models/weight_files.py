@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from villa.errors import CheckpointError
+from villa.files import local_path
 
 #: Files of weights in a folder, in order of preference: ours and transformers', and older transformers'.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -24,12 +25,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a ``.safetensors`` file; a file of ``torch.save`` that holds tensors only (perhaps under
-            ``state_dict`` or ``model``); or a folder with one of ``FOLDER_FILES``.
+            ``state_dict`` or ``model``), or its URL; or a folder with one of ``FOLDER_FILES``.
 
     Raises:
         CheckpointError: there is no such file, it is corrupt, or it would have to execute code to be read.
+        DataError: a URL cannot be downloaded.
     """
-    file = _find(Path(path).expanduser())
+    file = _find(local_path(str(path)))
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -107,10 +107,10 @@ class GridExtractor:
             raise DataError(message) from error
         return np.asarray(resized).transpose(2, 0, 1)
 
-    def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-        """Extract region features: ``[B, 3, S, S]`` RGB to ``[B, grid * grid, dim]``."""
+    def __call__(self, network: Any, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+        """Extract region features with the loaded network: ``[B, 3, S, S]`` RGB to ``[B, grid * grid, dim]``."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = self._network.to(device)
+        network = network.to(device)
         cells = self.image_size // STRIDE // self.grid
         features = []
         with torch.inference_mode(), _all_threads():
@@ -120,8 +120,8 @@ class GridExtractor:
                 features.append(maps.flatten(2).transpose(1, 2).half().cpu())
         return torch.cat(features).numpy()
 
-    @cached_property
-    def _network(self) -> Any:
+    def load(self) -> Any:
+        """Load the network; only weights, never code, are read from its file."""
         network = _network_package().EfficientNet.from_name("efficientnet-lite0", image_size=self.image_size)
         network.load_state_dict(torch.load(self._weights, map_location="cpu", weights_only=True))
         return network.eval()
@@ -140,7 +140,8 @@ def _weights_file() -> Path:
 def _network_package() -> ModuleType:
     import efficientnet_lite_pytorch
 
-    return efficientnet_lite_pytorch
+    module: ModuleType = efficientnet_lite_pytorch
+    return module
 
 
 @contextmanager

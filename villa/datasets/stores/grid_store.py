@@ -73,15 +73,16 @@ class GridStore(RegionStore):
         if not chunks:
             return
         text = f"extracting features of {sum(len(self._cache.rows(chunk)) for chunk in chunks)} images"
+        network = self._extractor.load()
         with ThreadPoolExecutor() as pool:
             for chunk in track(chunks, text):
                 sources = [self.sources[row] for row in self._cache.rows(chunk)]
                 pixels = np.stack(list(pool.map(self._extractor.read, sources)))
-                self._cache.write(chunk, self._extractor(pixels))
+                self._cache.write(chunk, self._extractor(network, pixels))
 
     def _key(self) -> str:
         digest = hashlib.blake2b(self._extractor.signature.encode(), digest_size=16)
         for source in self.sources:
             stat = source.stat()
-            digest.update(f"{source.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(f"{source.path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()

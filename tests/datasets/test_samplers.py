@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from villa.config.schema import BatchConfig
+from villa.datasets.samplers import UpdateSampler
+from villa.errors import ConfigError, DataError
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=200)
+
+
+def indices(sampler: UpdateSampler, epoch: int) -> Counter[int]:
+    return Counter(index for update in sampler.epoch(epoch) for part in update for index in part)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 70), st.integers(1, 70) | st.none(), st.integers(0, 3))
+def test_examples_every_example_once_and_even_parts(
+    lengths: list[int], size: int, per_pass: int | None, epoch: int
+) -> None:
+    sampler = UpdateSampler(lengths, BatchConfig(examples=size, per_pass=per_pass), seed=1)
+    updates = sampler.epoch(epoch)
+    assert indices(sampler, epoch) == Counter(range(len(lengths)))
+    assert [sum(map(len, update)) for update in updates[:-1]] == [size] * (len(updates) - 1)
+    for update in updates:
+        sizes = [len(part) for part in update]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= (per_pass or size)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(40, 400), st.integers(1, 4), st.integers(1, 90), st.integers(0, 3))
+def test_tokens_every_example_once_within_the_budget(
+    lengths: list[int], per_pass: int, passes: int, bucket: int, epoch: int
+) -> None:
+    batch = BatchConfig(tokens=per_pass * passes, per_pass=per_pass, bucket=bucket)
+    sampler = UpdateSampler(lengths, batch, seed=1)
+    updates = sampler.epoch(epoch)
+    assert indices(sampler, epoch) == Counter(range(len(lengths)))
+    assert all(len(update) == passes for update in updates[:-1])
+    for update in updates:
+        assert all(max(lengths[i] for i in part) * len(part) <= per_pass for part in update)
+
+
+def test_plan_depends_on_seed_and_epoch_only() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 500).tolist()
+    for batch in (BatchConfig(examples=32, per_pass=8), BatchConfig(tokens=1000, per_pass=500)):
+        first, again = UpdateSampler(lengths, batch, 7), UpdateSampler(lengths, batch, 7)
+        again.epoch(2)  # an epoch that was asked for before changes nothing
+        assert first.epoch(1) == again.epoch(1)
+        assert first.epoch(1) != first.epoch(2)
+        assert first.epoch(1) != UpdateSampler(lengths, batch, 8).epoch(1)
+
+
+def test_token_budget_is_used_on_realistic_lengths() -> None:
+    random = np.random.default_rng(0)
+    lengths = (random.poisson(7, 20000) + 8 + random.integers(10, 101, 20000)).tolist()  # questions and 10..100 regions
+    for batch in (BatchConfig(tokens=5120), BatchConfig(tokens=10240, per_pass=5120)):
+        parts = [part for update in UpdateSampler(lengths, batch, 0).epoch(0) for part in update]
+        real = sum(lengths[i] for part in parts for i in part) / (5120 * len(parts))
+        assert real >= 0.95
+
+
+def test_passes_share_an_update_evenly() -> None:
+    sampler = UpdateSampler([10] * 90, BatchConfig(tokens=100, per_pass=40), 0)
+    assert {len(update) for update in sampler.epoch(0)} == {3}
+    assert {len(part) for update in sampler.epoch(0) for part in update} == {3}
+
+
+@pytest.mark.parametrize(
+    ("batch", "line"),
+    [
+        (BatchConfig(examples=64), "64 examples an update = 64 x 1 pass"),
+        (BatchConfig(examples=64, per_pass=16), "64 examples an update = 16 x 4 passes"),
+        (BatchConfig(examples=64, per_pass=30), "64 examples an update = at most 22 x 3 passes"),
+        (BatchConfig(tokens=10240, per_pass=5120), "10240 tokens an update = at most 5120 x 2 passes"),
+    ],
+)
+def test_describe(batch: BatchConfig, line: str) -> None:
+    assert UpdateSampler([10], batch, 0).describe() == line
+
+
+def test_total_updates_counts_the_last_small_one() -> None:
+    assert UpdateSampler([1] * 10, BatchConfig(examples=4), 0).total_updates(2) == 6
+
+
+def test_unusable_batches_are_refused() -> None:
+    for batch in (BatchConfig(), BatchConfig(examples=4, tokens=100)):
+        with pytest.raises(ConfigError, match="either 'examples' or 'tokens'"):
+            UpdateSampler([1], batch, 0)
+    with pytest.raises(ConfigError, match=r"batch.per_pass=0 is not allowed"):
+        UpdateSampler([1], BatchConfig(examples=4, per_pass=0), 0)
+    with pytest.raises(DataError, match="example 1 has 50 tokens and regions, more than a pass of 20"):
+        UpdateSampler([10, 50], BatchConfig(tokens=40, per_pass=20), 0)
+    with pytest.raises(DataError, match="no example"):
+        UpdateSampler([], BatchConfig(examples=4), 0)

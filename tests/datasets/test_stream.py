@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from villa.batch import Batch
+from villa.config.schema import BatchConfig
+from villa.datasets.base import Example, Split
+from villa.datasets.collation import collate
+from villa.datasets.samplers import UpdateSampler
+from villa.datasets.stream import UpdateStream, evaluation_batches
+from villa.errors import DataError
+
+
+class Numbers(Split):
+    """Examples whose text is their index; one of them may be bad."""
+
+    def __init__(self, count: int, bad: int | None = None) -> None:
+        self.count, self.bad, self.read = count, bad, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        self.read += 1
+        if index == self.bad:
+            raise DataError(f"file.jsonl:{index}: no answer; mend it")
+        return Example(str(index), torch.tensor([index + 1]))
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return [1] * self.count
+
+
+def stream(workers: int = 0, split: Numbers | None = None) -> UpdateStream:
+    split = split or Numbers(22)
+    sampler = UpdateSampler(split.lengths, BatchConfig(examples=6, per_pass=3), seed=3)
+    return UpdateStream(split, collate, sampler, workers=workers)
+
+
+def ids(update: list[Batch]) -> list[list[str]]:
+    return [batch.ids for batch in update]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_updates_follow_the_sampler_for_ever(workers: int) -> None:
+    updates = stream(workers)
+    plan = [update for epoch in range(3) for update in updates.sampler.epoch(epoch)]
+    for expected in plan:
+        assert ids(next(updates)) == [[str(index) for index in part] for part in expected]
+    assert updates.position == {"epoch": 3, "update": 0}
+    assert updates.waited > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("served", [0, 3, 4, 9])
+def test_a_position_leads_to_the_same_updates(workers: int, served: int) -> None:
+    first = stream()
+    for _ in range(served):
+        next(first)
+    second = stream(workers)
+    next(second)  # prefetches beyond the update that it yields
+    second.seek(dict(first.position))
+    assert second.position == first.position
+    assert [ids(next(second)) for _ in range(5)] == [ids(next(first)) for _ in range(5)]
+
+
+def test_seeking_reads_no_data() -> None:
+    split = Numbers(22)
+    updates = stream(split=split)
+    updates.seek({"epoch": 5, "update": 2})
+    assert split.read == 0
+    next(updates)
+    assert split.read == 6
+
+
+def test_a_position_past_an_epoch_is_the_next_epoch() -> None:
+    updates = stream()
+    updates.seek({"epoch": 0, "update": 4})
+    assert updates.position == {"epoch": 1, "update": 0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_data_is_one_line_even_from_a_worker(workers: int) -> None:
+    updates = stream(workers, Numbers(22, bad=5))
+    with pytest.raises(DataError) as caught:
+        for _ in range(4):
+            next(updates)
+    assert str(caught.value) == "file.jsonl:5: no answer; mend it"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_generator_is_left_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    next(stream(workers))
+    next(evaluation_batches(Numbers(5), collate, 2, workers))
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_in_order_and_complete(workers: int) -> None:
+    batches = list(evaluation_batches(Numbers(10), collate, 4, workers))
+    assert ids(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]

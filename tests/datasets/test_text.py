@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from villa.datasets.text import build_tokenizer, encode, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.errors import DataError
+
+TEXTS = ["What color is the shape?", "is there a red shape?", "what is the color?"]
+
+
+def test_special_tokens_come_first_and_frequent_words_are_whole() -> None:
+    tokenizer = build_tokenizer(TEXTS, 200)
+    assert [tokenizer.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
+    assert tokenizer.encode("WHAT is the colour?").tokens[:4] == ["[CLS]", "what", "is", "the"]
+    assert "[UNK]" not in tokenizer.encode("hotpads").tokens  # unseen word of seen characters
+
+
+def test_encode_truncates_with_separator_in_place() -> None:
+    tokenizer = build_tokenizer(TEXTS, 200)
+    ids = encode(tokenizer, "what color is the red shape?", 5)
+    assert ids.dtype == torch.int64
+    assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "[CLS] what color is [SEP]"
+    assert len(encode(tokenizer, "what color is the red shape?", 60)) == 9
+
+
+def test_size_limit_is_kept() -> None:
+    assert vocabulary_size(build_tokenizer(TEXTS, 30)) == 30
+
+
+def test_ids_do_not_depend_on_the_process() -> None:
+    code = f"from villa.datasets.text import build_tokenizer; print(build_tokenizer({TEXTS!r}, 200).to_str())"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": root()}, capture_output=True, check=True
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def root() -> str:
+    return str(Path(__file__).parents[2])
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(TEXTS, 200)
+    save_tokenizer(tokenizer, tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert encode(load_tokenizer(path), TEXTS[0], 60).equal(encode(tokenizer, TEXTS[0], 60))
+
+
+@pytest.mark.parametrize("cased", [True, False])
+def test_vocabulary_file_agrees_with_transformers(tmp_path: Path, cased: bool) -> None:
+    from transformers import BertTokenizer
+
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "What", "is", "this", "##s", "?", "un", "##able", "é"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": not cased}))
+    reference = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=not cased)
+    for text in ("What is this?", "unable whats éé é xyz", "THIS?!"):
+        assert encode(load_tokenizer(tmp_path), text, 60).tolist() == reference(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+        ("vocab.txt", "a\nb", r"no \[UNK\], \[CLS\], \[SEP\]"),
+        ("other.txt", None, "does not exist"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path / name)
+
+
+def test_empty_folder_and_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither tokenizer.json nor vocab.txt"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="no text"):
+        build_tokenizer([], 100)
+    with pytest.raises(DataError, match="too small"):
+        build_tokenizer(TEXTS, 5)

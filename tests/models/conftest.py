@@ -1,0 +1,30 @@
+"""A tiny UNITER."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from villa.models.base import DataFacts
+from villa.models.uniter import Uniter
+from villa.models.uniter_config import UniterConfig
+
+FACTS = DataFacts(vocab_size=50, num_labels=2, feature_dim=8)
+
+
+@pytest.fixture
+def tiny_config() -> UniterConfig:
+    return UniterConfig(hidden_size=16, num_layers=2, num_heads=4, max_positions=20)
+
+
+@pytest.fixture
+def tiny_uniter(tiny_config: UniterConfig) -> Callable[..., Uniter]:
+    """Build a tiny model in evaluation mode; keyword arguments change its configuration."""
+
+    def build(**options: object) -> Uniter:
+        torch.manual_seed(0)
+        for name, value in options.items():
+            setattr(tiny_config, name, value)
+        return Uniter.from_config(tiny_config, FACTS).eval()
+
+    return build
