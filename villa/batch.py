@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return a batch with ``function`` applied to every tensor."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""

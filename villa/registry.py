@@ -30,7 +30,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self._base = base
         self._builtin = dict(builtin)
-        self._classes: dict[str, type[T]] = {}
+        self._classes: dict[str, type] = {}
 
     @property
     def base(self) -> type[T]:
@@ -46,7 +46,8 @@ class Registry(Generic[T]):
         """
 
         def decorate(cls: C) -> C:
-            if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            base: type = self.base
+            if not (isinstance(cls, type) and issubclass(cls, base)):
                 label = getattr(cls, "__qualname__", repr(cls))
                 raise ConfigError(f"{self.kind} '{name}': {label} does not derive from {self._base}")
             owner = self._builtin.get(name, cls.__module__)
@@ -77,7 +78,7 @@ class Registry(Generic[T]):
             raise ConfigError(
                 f"no {self.kind} is called '{name}'{nearest(name, self.names())} (known: {known}){broken}"
             )
-        return self._classes[name]
+        return cast("type[T]", self._classes[name])
 
 
 MODELS: Registry[Any] = Registry(

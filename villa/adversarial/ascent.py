@@ -45,7 +45,7 @@ class AscentSettings:
 def row_norm(values: Tensor, norm: Norm) -> Tensor:
     """Norm of every row, shaped ``[rows, 1, ...]`` to divide ``values`` by."""
     order = 2.0 if norm == "l2" else float("inf")
-    norms = torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
     return norms.view(-1, *[1] * (values.dim() - 1))
 
 

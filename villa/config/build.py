@@ -32,7 +32,7 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
         _assign(tree, options, key, value)
     # The command line first: of two values that fail together, the later one is more likely the culprit.
     for key, value in reversed(values.items()):
-        _interpolate(tree, owner(options, key), value)
+        _interpolate(tree, options, key, value)
     _require(tree, options)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig)
@@ -85,13 +85,17 @@ def _require(tree: DictConfig, options: Mapping[str, Option]) -> None:
         )
 
 
-def _interpolate(tree: DictConfig, key: str, value: Value) -> None:
+def _interpolate(tree: DictConfig, options: Mapping[str, Option], key: str, value: Value) -> None:
     if "${" not in str(value.data):
         return
+    option = owner(options, key)
     try:
-        found = OmegaConf.select(tree, key)
+        found = OmegaConf.select(tree, option)
         if OmegaConf.is_config(found):
             OmegaConf.to_container(found, resolve=True)
+        elif any(get_origin(part) in (list, tuple, dict) for part in alternatives(options[option].hint)):
+            # OmegaConf lets an escaped interpolation stand for a list until it is converted.
+            raise ValidationError(f"must be {describe(options[option].hint)}")
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{key} = {show(value.data)} ({value.origin}): {_first_line(error)}") from None
 

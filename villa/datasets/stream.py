@@ -56,6 +56,10 @@ class UpdateStream:
         self._epoch, self._update = position["epoch"], position["update"]
         if self._update >= len(self.sampler.epoch(self._epoch)):
             self._epoch, self._update = self._epoch + 1, 0
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers; the next update starts them again."""
         self._loaded = None
 
     def __iter__(self) -> UpdateStream:

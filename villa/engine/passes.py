@@ -80,4 +80,4 @@ class ModelPasses:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate the scaled, weighted loss; ``last`` matters only where processes share gradients."""
         self.losses.append((self._micro_batch, loss.detach()))
-        self.precision.scaler.scale(loss * self._weight).backward()
+        torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))

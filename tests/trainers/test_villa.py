@@ -1,0 +1,194 @@
+"""VILLA and FreeLB against a loop written by hand, without hooks, that sends every term through every graph."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes.model import AverageModel
+from tiny import RecordingPasses, gradients, tiny_batch, tiny_model
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import ConfigError
+from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
+from villa.trainers.standard import StandardTrainer
+from villa.trainers.villa import VillaConfig, VillaTrainer
+
+OPTIONS: dict[str, Any] = {"text_step_size": 0.3, "image_step_size": 0.4, "kl_weight": 1.5}
+
+
+def score(model: AverageModel, batch: Batch, text: Tensor, image: Tensor) -> Tensor:
+    """The example model's logits with perturbations, written out."""
+
+    def average(values: Tensor, mask: Tensor) -> Tensor:
+        return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    assert batch.features is not None and batch.attention_mask is not None and batch.region_mask is not None
+    words = average(model.words(batch.input_ids) + text, batch.attention_mask)
+    regions = average(model.regions(batch.features + image), batch.region_mask)
+    return model.head(torch.cat((words, regions), -1))  # type: ignore[no-any-return]
+
+
+def divergence(a: Tensor, b: Tensor, reduction: str) -> Tensor:
+    p, q = a.softmax(-1), b.softmax(-1)
+    terms = (p - q) * (p.log() - q.log())
+    return terms.mean() if reduction == "mean" else terms.sum(-1).mean()
+
+
+def oracle(model: AverageModel, batch: Batch, config: VillaConfig) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Parameter gradients and the perturbations of every pass, by autograd through one big graph."""
+    masks = {"text": batch.attention_mask, "image": batch.region_mask}
+    shapes = {"text": (*batch.input_ids.shape, model.words.embedding_dim), "image": batch.features.shape}  # type: ignore[union-attr]
+    zeros = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in shapes.items()}
+    deltas = {m: zeros[m].clone() for m in ("text", "image")}
+    views = {"text": [["text"]], "image": [["image"]], "both": [["text", "image"]], "alternating": [["text"], ["image"]]}
+    view_list = views[config.modality]
+    clean = score(model, batch, **zeros)
+    target = clean if config.clean_logits == "attached" else clean.detach()
+    total = F.cross_entropy(clean, batch.targets) if config.clean_loss else torch.zeros((), dtype=torch.float64)
+    weight = 1 / (config.steps * (len(view_list) if config.average_views else 1))
+    used = []
+    for t in range(config.steps):
+        leaves = {m: d.clone().requires_grad_() for m, d in deltas.items()}
+        terms = []
+        for view in view_list:
+            logits = score(model, batch, **{m: leaves[m] if m in view else zeros[m] for m in zeros})
+            kl = divergence(logits, target, config.kl_reduction)
+            terms.append(F.cross_entropy(logits, batch.targets) + config.kl_weight * kl)
+        total = total + weight * sum(terms)
+        names = [m for view in view_list for m in view]
+        used.append({m: deltas[m] for m in names})
+        for m, gradient in zip(names, torch.autograd.grad(sum(terms), [leaves[m] for m in names], retain_graph=True), strict=True):  # type: ignore[arg-type]
+            g = gradient * masks[m][..., None]  # type: ignore[index]
+            size = g.flatten(1).norm(dim=1) if config.norm == "l2" else g.flatten(1).abs().amax(1)
+            deltas[m] = deltas[m] + getattr(config, f"{m}_step_size") * g / size[:, None, None]
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True)), used
+
+
+@pytest.mark.parametrize("modality", ["text", "image", "both", "alternating"])
+@pytest.mark.parametrize("clean_logits", ["attached", "detached"])
+@pytest.mark.parametrize("clean_loss", [True, False])
+@pytest.mark.parametrize(("norm", "reduction", "average"), [("l2", "batchmean", False), ("linf", "mean", True)])
+def test_gradients_and_perturbations_equal_the_loop_without_hooks(
+    modality: Any, clean_logits: Any, clean_loss: bool, norm: Any, reduction: Any, average: bool
+) -> None:
+    config = VillaConfig(
+        **OPTIONS,
+        modality=modality,
+        clean_logits=clean_logits,
+        clean_loss=clean_loss,
+        norm=norm,
+        kl_reduction=reduction,
+        average_views=average,
+        init="zero",
+    )
+    model, batch = tiny_model(), tiny_batch()
+    expected, used = oracle(model, batch, config)
+    passes = RecordingPasses(model)
+    VillaTrainer(config).step(batch, passes)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-13)
+    views = 2 if modality == "alternating" else 1
+    for t, step in enumerate(used):
+        mine = {m: d for v in range(views) for m, d in passes.used[1 + t * views + v].items()}
+        assert mine.keys() == step.keys()
+        for m in step:
+            torch.testing.assert_close(mine[m], step[m], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("config", [VillaConfig(), VillaConfig(modality="text"), VillaConfig(clean_loss=False)])
+def test_the_clean_graph_is_back_propagated_once_and_cost_counts_the_passes(config: VillaConfig) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    counts = {"forward": 0, "backward": 0}
+    model.head.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+    model.head.register_full_backward_hook(lambda *_: counts.update(backward=counts["backward"] + 1))
+    trainer = VillaTrainer(config)
+    passes = RecordingPasses(model)
+    trainer.step(batch, passes)
+    assert (counts["forward"], counts["backward"]) == trainer.cost()
+    assert passes.backwards == [False] * (len(passes.backwards) - 1) + [True]
+
+
+def test_relative_cost_of_the_papers_settings() -> None:
+    text = VillaTrainer(VillaConfig(modality="text"))
+    alternating = VillaTrainer(VillaConfig(modality="alternating"))
+    assert text.relative_cost() == 4  # 12 forward-equivalents to 3
+    assert alternating.relative_cost() == 7  # 21 to 3
+    assert VillaTrainer(VillaConfig(modality="text", clean_logits="detached", clean_loss=False)).cost() == (4, 3)
+
+
+def test_one_step_of_freelb_from_zero_is_standard_training() -> None:
+    batch = tiny_batch()
+    results = []
+    for trainer in (StandardTrainer(), FreeLBTrainer(FreeLBConfig(steps=1, init="zero"))):
+        model = tiny_model()
+        trainer.step(batch, RecordingPasses(model))
+        results.append(gradients(model))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-14, atol=0)
+
+
+def test_the_perturbation_moves_k_minus_one_times_and_padding_never() -> None:
+    model, batch = tiny_model(), tiny_batch()
+    passes = RecordingPasses(model)
+    FreeLBTrainer(FreeLBConfig(steps=4, modality="both", text_step_size=0.1, image_step_size=0.1)).step(batch, passes)
+    text = [used["text"] for used in passes.used]
+    assert len(text) == 4
+    assert all(not torch.equal(a, b) for a, b in zip(text, text[1:], strict=False))
+    assert all((delta[1, -1] == 0).all() for delta in text)
+    assert all((used["image"][1, -1] == 0).all() for used in passes.used)
+
+
+def test_micro_batch_weight_and_loss_scale_do_not_change_the_direction() -> None:
+    batch = tiny_batch()
+    used = []
+    for weight in (1.0, 0.125):
+        passes = RecordingPasses(tiny_model())
+        passes.begin(1, 0, weight)
+        VillaTrainer(VillaConfig(**OPTIONS, init="zero")).step(batch, passes)
+        used.append(passes.used)
+    for a, b in zip(*used, strict=True):
+        for m in a:
+            torch.testing.assert_close(a[m], b[m], rtol=1e-12, atol=1e-14)
+
+
+def test_random_start_is_the_same_for_the_same_seed_update_and_micro_batch() -> None:
+    batch = tiny_batch()
+
+    def start(**key: int) -> Tensor:
+        passes = RecordingPasses(tiny_model(), seed=key.get("seed", 0))
+        passes.begin(key.get("update", 1), key.get("micro_batch", 0), 1.0)
+        FreeLBTrainer(FreeLBConfig(init="normal")).step(batch, passes)
+        return passes.used[0]["text"]
+
+    assert torch.equal(start(), start())
+    assert len({float(start(**k).sum()) for k in ({}, {"seed": 1}, {"update": 2}, {"micro_batch": 1})}) == 4
+
+
+def test_shared_dropout_repeats_the_masks_and_fresh_dropout_does_not() -> None:
+    batch = tiny_batch()
+    for dropout, equal in (("shared", True), ("fresh", False)):
+        model = tiny_model()
+        model.head.insert(1, torch.nn.Dropout(0.5))
+        passes = RecordingPasses(model)
+        config = VillaConfig(modality="text", init="zero", dropout=dropout)  # type: ignore[arg-type]
+        VillaTrainer(config).step(batch, passes)
+        clean, first = passes.outputs[0].logits, passes.outputs[1].logits  # the first perturbation is zero
+        assert torch.equal(clean, first) is equal
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [({"steps": 0}, "steps"), ({"text_step_size": -1.0}, "text_step_size"), ({"kl_weight": -1.0}, "kl")]
+)
+def test_senseless_options_are_refused(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        replace(VillaConfig(), **change).check()
+
+
+def test_presets_name_real_options_and_the_paper_is_the_default() -> None:
+    for preset in VillaConfig.PRESETS.values():
+        replace(VillaConfig(), **preset)
+    assert replace(VillaConfig(), **VillaConfig.PRESETS["paper"]) == VillaConfig()
