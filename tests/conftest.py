@@ -7,7 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "projects" / "example"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "projects" / "example"), str(Path(__file__).parent), str(Path(__file__).parent / "engine")]
 
 torch.set_num_threads(1)
 

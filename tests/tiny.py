@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def tiny_model(dtype: torch.dtype = torch.float64) -> AverageModel:
     torch.manual_seed(0)
-    return AverageModel(AverageConfig(name="average", hidden_size=16), vocab_size=5, feature_dim=8, num_labels=2).to(dtype)
+    return AverageModel(AverageConfig(name="average", hidden_size=16), vocab_size=5, feature_dim=8, num_labels=2).to(
+        dtype
+    )
 
 
 def tiny_batch(examples: int = 6, dtype: torch.dtype = torch.float64, start: int = 0) -> Batch:

@@ -50,8 +50,8 @@ class Registry(Generic[T]):
             if not (isinstance(cls, type) and issubclass(cls, base)):
                 label = getattr(cls, "__qualname__", repr(cls))
                 raise ConfigError(f"{self.kind} '{name}': {label} does not derive from {self._base}")
-            owner = self._builtin.get(name, cls.__module__)
             taken = self._classes.get(name)
+            owner = taken.__module__ if taken else self._builtin.get(name, cls.__module__)
             if owner != cls.__module__ or (taken is not None and taken.__qualname__ != cls.__qualname__):
                 where = f"{taken.__module__}.{taken.__qualname__}" if taken else owner
                 raise ConfigError(f"{self.kind} '{name}' is already registered by {where}; choose another name")
@@ -72,9 +72,10 @@ class Registry(Generic[T]):
         """
         if name not in self._classes and name in self._builtin:
             importlib.import_module(self._builtin[name])
+        failures = {} if name in self._classes else plugins.failures()
         if name not in self._classes:
             known = ", ".join(self.names())
-            broken = "".join(f"; plug-in {p} failed to import: {why}" for p, why in plugins.failures().items())
+            broken = "".join(f"; plug-in {p} failed to import: {why}" for p, why in failures.items())
             raise ConfigError(
                 f"no {self.kind} is called '{name}'{nearest(name, self.names())} (known: {known}){broken}"
             )

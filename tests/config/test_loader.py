@@ -82,7 +82,8 @@ def test_whole_sections_and_mappings_can_be_given(recipe: str) -> None:
     config = load([recipe, "training={updates: null, epochs: 2}", "optimizer.lr_multipliers={a.b: 2}"]).config
     assert (config.training.updates, config.training.epochs) == (None, 2)
     assert config.optimizer.lr_multipliers == {"a.b": 2.0}
-    assert load([recipe, "optimizer.lr_multipliers.a.b=.5"]).config.optimizer.lr_multipliers == {"a.b": 0.5}
+    single = load([recipe, "optimizer.lr_multipliers.a.b=.5", "optimizer.lr_multipliers.c=1"])
+    assert single.config.optimizer.lr_multipliers == {"a.b": 0.5, "c": 1.0}
 
 
 def test_text_stays_as_it_was_written(recipe: str) -> None:
@@ -131,7 +132,8 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("evaluation.metrics=['${zz}']", "Interpolation key 'zz' not found"),
         ("optimizer.betas=\\${0}", "must be a list of 2: a number, a number"),
         ("name=${oc.env:VILLA_NO_SUCH_VARIABLE}", "VILLA_NO_SUCH_VARIABLE"),
-        ("name=" + "${" * 3000, "is nested too deeply"),
+        ("name=" + "${" * 3000, "no viable alternative at input"),
+        ("optimizer.lr_multipliers.a=-", "optimizer.lr_multipliers.a = [None] (command line): must be a number"),
         ("name={a: b}", "name.a (command line): 'name' is a string, without keys of its own"),
         ("name=[", "name = '[' (command line: not valid YAML: "),
         ("name='a", "not valid YAML"),

@@ -80,6 +80,7 @@ def test_entries_of_a_mapping_option_may_hold_dots() -> None:
         ("a: {b: {c: {d: 1}}}", "f.yaml:1: a.b.c: keys are at most 3 levels deep"),
         ("a: " + "[" * 3000, "f.yaml:1: nested too deeply"),
         ("a: " + "9" * 5000, "f.yaml:1: the number has too many digits"),
+        ("a: 0x" + "f" * 5000, "f.yaml:1: the number has too many digits"),
         ('a: "\\uD800"', "f.yaml:1: the text holds a line break or a control character"),
         ('a: "x\\ny"', "f.yaml:1: the text holds a line break or a control character"),
         ('\na: "\\UFFFFFFFF"', "not valid YAML: a number or an escape is out of range"),

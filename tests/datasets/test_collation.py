@@ -42,7 +42,8 @@ def test_choices_and_images_keep_their_dimension() -> None:
     features[0, :3], features[1, :1] = 1.0, 1.0
     choices = torch.tensor([[1, 2, 3], [1, 2, 0]])
     first = Example("a", choices, choices * 0 + 1, features, torch.rand(2, 3, 6), torch.tensor([1, 0]))
-    second = Example("b", choices[:, :1], choices[:, :1] * 0, features[:, :1], torch.rand(2, 1, 6), torch.tensor([0, 1]))
+    short = choices[:, :1]
+    second = Example("b", short, short * 0, features[:, :1], torch.rand(2, 1, 6), torch.tensor([0, 1]))
     batch = collate([first, second])
     assert batch.input_ids is not None
     assert batch.input_ids.shape == (2, 2, 3)

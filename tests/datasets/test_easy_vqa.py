@@ -59,7 +59,7 @@ def test_examples_with_regions() -> None:
     assert batch.boxes.shape == (10, 4, 4)
     assert batch.input_ids is not None
     tokenizer = dataset.vocabulary.tokenizer
-    assert tokenizer.decode(batch.input_ids[0].tolist()) == "what is the blue shape?"
+    assert tokenizer.decode(batch.input_ids[0].tolist()) == "what is the blue shape ?"
     assert batch.targets is not None
     assert dataset.vocabulary.answers[int(batch.targets[0])] == "rectangle"
     assert batch.features[0].equal(batch.features[1])  # of the same image
@@ -118,7 +118,7 @@ def test_assets_replace_the_training_data(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_assets_of_another_extractor_are_refused(tmp_path: Path) -> None:
     data(grid=2).save_assets(tmp_path / "assets")
-    with pytest.raises(DataError, match="set dataset.grid and dataset.image_size as in training"):
+    with pytest.raises(DataError, match=r"set dataset.grid and dataset.image_size as in training"):
         EasyVqa(EasyVqaConfig(grid=1), assets=tmp_path / "assets").facts()
 
 
@@ -130,7 +130,8 @@ def test_damaged_assets_are_refused(tmp_path: Path) -> None:
 
 
 def test_fingerprint_tells_options_apart() -> None:
-    prints = {text_only(**options).fingerprint() for options in ({}, {"fraction": 0.5}, {"limit": 10}, {"cache_dir": "x"})}
+    choices: list[dict[str, Any]] = [{}, {"fraction": 0.5}, {"limit": 10}, {"cache_dir": "x"}]
+    prints = {text_only(**options).fingerprint() for options in choices}
     assert len(prints) == 3  # the place of the cache changes no example
 
 
@@ -151,7 +152,7 @@ def test_senseless_options_are_refused(options: dict[str, Any], message: str) ->
 def test_missing_splits_are_refused() -> None:
     with pytest.raises(DataError, match=r"no split 'tset'; did you mean 'test'\? \(known: train, val, test\)"):
         text_only().split("tset")
-    with pytest.raises(DataError, match="no split 'val' with dataset.val_images=0"):
+    with pytest.raises(DataError, match=r"no split 'val' with dataset.val_images=0"):
         text_only(val_images=0).split("val")
     with pytest.raises(ConfigError, match="leaves none of 4000 images"):
         text_only(val_images=4000).split("train")

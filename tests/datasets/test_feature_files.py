@@ -15,9 +15,9 @@ from villa.errors import DataError
 
 def write(path: Path, rows: int = 3, **arrays: Any) -> Source:
     random = np.random.default_rng(rows)
-    content = {"features": random.random((rows, 5), dtype=np.float32), "boxes": random.random((rows, 4), dtype=np.float32)}
-    content |= arrays
-    content = {name: value for name, value in content.items() if value is not None}
+    features, boxes = (random.random((rows, width), dtype=np.float32) for width in (5, 4))
+    given = {"features": features, "boxes": boxes, **arrays}
+    content = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".npz":
         np.savez_compressed(path, **content)
     else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -86,8 +87,7 @@ def test_a_position_past_an_epoch_is_the_next_epoch() -> None:
 def test_bad_data_is_one_line_even_from_a_worker(workers: int) -> None:
     updates = stream(workers, Numbers(22, bad=5))
     with pytest.raises(DataError) as caught:
-        for _ in range(4):
-            next(updates)
+        list(itertools.islice(updates, 4))
     assert str(caught.value) == "file.jsonl:5: no answer; mend it"
     updates.close()  # the exception keeps the stream alive
 

@@ -35,17 +35,12 @@ def test_size_limit_is_kept() -> None:
 
 def test_ids_do_not_depend_on_the_process() -> None:
     code = f"from villa.datasets.text import build_tokenizer; print(build_tokenizer({TEXTS!r}, 200).to_str())"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": root()}, capture_output=True, check=True
-        ).stdout
-        for seed in ("0", "1")
-    }
+    outputs = set()
+    for seed in ("0", "1"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        outputs.add(run.stdout)
     assert len(outputs) == 1
-
-
-def root() -> str:
-    return str(Path(__file__).parents[2])
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -59,7 +54,22 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_vocabulary_file_agrees_with_transformers(tmp_path: Path, cased: bool) -> None:
     from transformers import BertTokenizer
 
-    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "What", "is", "this", "##s", "?", "un", "##able", "é"]
+    entries = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "what",
+        "What",
+        "is",
+        "this",
+        "##s",
+        "?",
+        "un",
+        "##able",
+        "é",
+    ]
     (tmp_path / "vocab.txt").write_text("\n".join(entries))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": not cased}))
     reference = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=not cased)

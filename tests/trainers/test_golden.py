@@ -10,11 +10,11 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
-from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.engine.precision import Precision
 from villa.engine.updater import Updater
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
 from villa.models.base import Model
+from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.trainers.base import Trainer
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
@@ -78,7 +78,13 @@ def compare_parameters(mine: dict[str, Tensor], golden: dict[str, Tensor], toler
     close(mine_all, golden_all, tolerance, f"{what} of all parameters")
     for name, value in golden.items():
         kept = ~noise[name]
-        close(mine[name][kept], value[kept], 2 * tolerance, f"{what} of {name}", floor=0.02 * tolerance * float(golden_all.norm()))
+        close(
+            mine[name][kept],
+            value[kept],
+            2 * tolerance,
+            f"{what} of {name}",
+            floor=0.02 * tolerance * float(golden_all.norm()),
+        )
         if what == "gradient" and noise[name].any():
             assert mine[name][noise[name]].abs().max() < tolerance * float(golden_all.norm())
 
@@ -169,7 +175,9 @@ def compare_passes(
             index = 1 + t * views + v
             used |= passes.used[index]
             suffix = f"_{v + 1}" if views == 2 else ""
-            close(passes.outputs[index].logits, step[f"answer_scores{suffix}"], tolerance, f"logits of pass {t}{suffix}")
+            close(
+                passes.outputs[index].logits, step[f"answer_scores{suffix}"], tolerance, f"logits of pass {t}{suffix}"
+            )
         for modality, delta in used.items():
             key = {"text": "txt_delta", "image": "img_delta"}[modality]
             close(delta, step[key], tolerance, f"{modality} perturbation of pass {t}")

@@ -43,7 +43,12 @@ def oracle(model: AverageModel, batch: Batch, config: VillaConfig) -> tuple[dict
     shapes = {"text": (*batch.input_ids.shape, model.words.embedding_dim), "image": batch.features.shape}  # type: ignore[union-attr]
     zeros = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in shapes.items()}
     deltas = {m: zeros[m].clone() for m in ("text", "image")}
-    views = {"text": [["text"]], "image": [["image"]], "both": [["text", "image"]], "alternating": [["text"], ["image"]]}
+    views = {
+        "text": [["text"]],
+        "image": [["image"]],
+        "both": [["text", "image"]],
+        "alternating": [["text"], ["image"]],
+    }
     view_list = views[config.modality]
     clean = score(model, batch, **zeros)
     target = clean if config.clean_logits == "attached" else clean.detach()
@@ -60,7 +65,9 @@ def oracle(model: AverageModel, batch: Batch, config: VillaConfig) -> tuple[dict
         total = total + weight * sum(terms)
         names = [m for view in view_list for m in view]
         used.append({m: deltas[m] for m in names})
-        for m, gradient in zip(names, torch.autograd.grad(sum(terms), [leaves[m] for m in names], retain_graph=True), strict=True):  # type: ignore[arg-type]
+        for m, gradient in zip(
+            names, torch.autograd.grad(sum(terms), [leaves[m] for m in names], retain_graph=True), strict=True
+        ):  # type: ignore[arg-type]
             g = gradient * masks[m][..., None]  # type: ignore[index]
             size = g.flatten(1).norm(dim=1) if config.norm == "l2" else g.flatten(1).abs().amax(1)
             deltas[m] = deltas[m] + getattr(config, f"{m}_step_size") * g / size[:, None, None]
@@ -181,7 +188,8 @@ def test_shared_dropout_repeats_the_masks_and_fresh_dropout_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"steps": 0}, "steps"), ({"text_step_size": -1.0}, "text_step_size"), ({"kl_weight": -1.0}, "kl")]
+    ("change", "word"),
+    [({"steps": 0}, "steps"), ({"text_step_size": -1.0}, "text_step_size"), ({"kl_weight": -1.0}, "kl")],
 )
 def test_senseless_options_are_refused(change: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):

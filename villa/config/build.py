@@ -59,8 +59,12 @@ def _assign(tree: DictConfig, options: Mapping[str, Option], key: str, value: Va
 
 def _set(tree: DictConfig, options: Mapping[str, Option], key: str, data: Any) -> None:
     mapping = owner(options, key)
-    entry = key.removeprefix(f"{mapping}.")
-    OmegaConf.update(tree, mapping, data if mapping == key else {entry: data}, merge=mapping != key)
+    if mapping != key:
+        # The whole mapping is assigned: merging one entry into it would skip the check of its type.
+        entries = OmegaConf.select(tree, mapping)
+        before: Any = {} if entries is None else OmegaConf.to_container(entries)
+        data = {**before, key.removeprefix(f"{mapping}."): data}
+    OmegaConf.update(tree, mapping, data, merge=False)
 
 
 def _as_written(hint: Any, value: Value) -> Any:
@@ -101,4 +105,4 @@ def _interpolate(tree: DictConfig, options: Mapping[str, Option], key: str, valu
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"

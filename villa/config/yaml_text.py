@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from villa.config.values import WORDS, Layer, Locate, Value, is_one_line
 from villa.errors import ConfigError
@@ -20,6 +20,8 @@ from villa.errors import ConfigError
 LEVELS = 3
 #: Levels of keys and lists together.
 _NESTING = 6
+#: Python prints no integer of more than 4300 digits, however it was read.
+_DIGITS = 1000
 _KEY = re.compile(r"[\w/-]+")
 #: Keys of the last level may be dotted names, for example of a model's modules.
 _ENTRY_KEY = re.compile(r"[\w./*-]+")
@@ -61,11 +63,13 @@ def resolve(text: str) -> Any:
     """Return what a plain scalar means: None, a bool, int, float or the text itself.
 
     Raises:
-        ValueError: an integer too long to convert.
+        ValueError: an integer of too many digits.
     """
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
+        if len(text) > _DIGITS:
+            raise ValueError(text)
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     if _INFINITE.fullmatch(text):
         return float(text.replace(".", ""))

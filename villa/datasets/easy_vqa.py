@@ -188,4 +188,4 @@ def _distinct_texts() -> list[str]:
 
 
 def _most_common(answers: Counter[str]) -> str:
-    return min(answers, key=lambda answer: (-answers[answer], answer))
+    return answers.most_common(1)[0][0]  # of equals the one seen first

@@ -178,7 +178,7 @@ class Jsonl(QuestionAnswering):
         lines = self._train
         counts: Counter[str] = Counter()
         for index, record in enumerate(lines):
-            counts.update(answer_scores(record, lines.where(index)) or ())
+            counts.update(list(answer_scores(record, lines.where(index)) or ()))  # a mapping would add its scores
         answers = ranked_answers(counts, self.config.max_answers, self.config.min_count)
         if not answers:
             raise DataError(f"'{lines.path}' gives no answer; add 'answer' to its lines or lower dataset.min_count")

@@ -92,9 +92,7 @@ class JsonlSplit(Split):
 
     def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
         if _has_answer(record) != self._has_answers:
-            problem = (
-                "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
-            )
+            problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
         scores = answer_scores(record, where)
         if scores is None or any(answer in self._vocabulary.labels for answer in scores):
