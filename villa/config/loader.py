@@ -10,6 +10,7 @@ from villa.config.build import build
 from villa.config.overrides import parse_overrides
 from villa.config.printer import leaves
 from villa.config.reader import read_layers
+from villa.config.saved import saved_recipe
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.validate import validate
 from villa.config.values import DEFAULT, Layer, Origin, Value, show
@@ -38,6 +39,7 @@ def load(args: Iterable[str]) -> Loaded:
 
     The order of precedence, lowest first: defaults, the presets of a section's ``reference``, included files, the
     recipe, the command line. A relative ``user_dir`` is relative to the working directory, also in a recipe.
+    Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` takes the one saved with the checkpoint.
 
     Args:
         args: the arguments; see ``parse_overrides``.
@@ -46,7 +48,7 @@ def load(args: Iterable[str]) -> Loaded:
         ConfigError: anything that is wrong with them, in one line.
     """
     path, overrides = parse_overrides(args)
-    files = [] if path is None else read_layers(path)
+    files = saved_recipe(overrides) if path is None else read_layers(path)
     layers = [name_variants(layer) for layer in (*files, overrides)]
     import_user_dir(layers)
     variants = {section: choose(section, layers) for section in VARIANTS}

@@ -119,8 +119,11 @@ class EasyVqa(QuestionAnswering):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def reference_scores(self, split: str) -> dict[str, float]:
-        """Accuracy on a split of the most frequent training answer, overall and for each question's text."""
-        train, questions = self._questions("train"), self._questions(split)
+        """Accuracy on a split of the most frequent answer of all official training questions.
+
+        Overall (``majority``) and for each question's text (``question_only``).
+        """
+        train, questions = _read(test=False), self._questions(split)
         by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for question in train:
             by_text[question.text][question.answer] += 1

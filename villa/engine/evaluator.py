@@ -27,14 +27,14 @@ class Evaluator:
         self.model, self.loss, self.metrics, self.precision = model, loss, metrics, precision
 
     def predict(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, ModelOutput]]:
-        """Yield every batch with the model's output, logits in fp32."""
+        """Yield every batch with the model's output, logits in fp32 or wider."""
         training = self.model.training
         self.model.eval()
         try:
             for batch in batches:
                 moved = batch.to(self.precision.device)
-                with torch.inference_mode(), self.precision.autocast():
-                    output = self.model(moved)
+                with torch.inference_mode():
+                    output = self.precision.run(self.model, moved)
                 yield moved, output
         finally:
             self.model.train(training)

@@ -13,31 +13,49 @@ from villa.plugins import one_line
 
 CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
 
+_LOCK = ".lock"
+
 #: Names whose presence shows that a folder holds a run.
 TRACES = (CONFIG, LOG, METRICS, CHECKPOINTS)
 
 
 @contextmanager
-def claim(folder: Path, *, resume: bool) -> Iterator[Path]:
+def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
     """Hold a run's folder for this process, making it if need be.
+
+    A run that fails before it has anything to show leaves no trace, so that it can simply be started again.
 
     Args:
         folder: the run's ``output_dir``.
         resume: whether a run that the folder holds may be gone on with.
+        trains: whether this is a run that could be gone on with, for the advice.
 
     Raises:
         ConfigError: it holds a run that is not to be resumed, another process is using it, or it cannot be made.
     """
     used = next((name for name in TRACES if (folder / name).exists()), None)
     if used is not None and not resume:
-        raise ConfigError(
-            f"output_dir '{folder}' already holds a run ({used}); set checkpoint.resume=true to go on with it, "
-            "or give another output_dir"
-        )
+        advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
+        raise ConfigError(f"output_dir '{folder}' already holds a run ({used}); {advice} another output_dir")
+    with _locked(folder):
+        try:
+            yield folder
+        except BaseException:
+            if used is None and {path.name for path in folder.iterdir()} <= {_LOCK, CONFIG}:
+                (folder / CONFIG).unlink(missing_ok=True)
+            raise
+        finally:
+            if [path.name for path in folder.iterdir()] == [_LOCK]:
+                (folder / _LOCK).unlink()
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
+        lock = (folder / _LOCK).open("w")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"output_dir '{folder}' cannot be used: {one_line(error)}; give another one") from error
     with lock:
         try:
@@ -46,7 +64,7 @@ def claim(folder: Path, *, resume: bool) -> Iterator[Path]:
             raise ConfigError(
                 f"output_dir '{folder}' is in use by another process; wait for it or give another one"
             ) from None
-        yield folder
+        yield
 
 
 def unused(folder: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,9 +67,8 @@ class ModelPasses:
         """Run the model with the perturbations added at their points; logits come in fp32 or wider."""
         seed_pass(*self._key, self._update, self._micro_batch, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
-        with torch.set_grad_enabled(grad), self.precision.autocast(), injected:
-            output: ModelOutput = self.model(batch)
-        return replace(output, logits=output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
+        with torch.set_grad_enabled(grad), injected:
+            return self.precision.run(self.model, batch)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+
+from villa.batch import Batch
+from villa.models.base import Model, ModelOutput
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
@@ -25,8 +29,13 @@ class Precision:
         self.dtype = _AUTOCAST.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context for a forward pass."""
+    def run(self, model: Model, batch: Batch) -> ModelOutput:
+        """Run the model under autocast; logits come in fp32 or wider."""
+        with self._autocast():
+            output: ModelOutput = model(batch)
+        return replace(output, logits=output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     @property

@@ -26,7 +26,7 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
         return
     update = progress.best_update or progress.update
     if update != progress.update:
-        parts.model.load_state_dict(store.load(update).model_state())
+        load_model(parts.model, store.load(update))
     values = score(parts, split, folder / f"predictions_{split}.jsonl")
     trackers.log(progress.update, "test", values)
     references = parts.data.reference_scores(split)

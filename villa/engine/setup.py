@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from villa.config.schema import RunConfig
-from villa.datasets.base import TaskDataset
+from villa.datasets.base import Split, TaskDataset
+from villa.engine.checkpoint import Checkpoint
 from villa.engine.evaluator import Evaluator
 from villa.engine.precision import Precision
 from villa.engine.rng import seed_pass
-from villa.errors import ConfigError
+from villa.errors import CheckpointError, ConfigError, nearest
 from villa.losses.base import Loss
 from villa.models.base import Model
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
@@ -38,6 +39,21 @@ class Parts:
     loss: Loss
     precision: Precision
     evaluator: Evaluator
+
+    def split(self, name: str, option: str) -> Split:
+        """Return a split that a recipe's ``option`` names.
+
+        Raises:
+            ConfigError: the data set has no such split.
+            DataError: its files cannot be used.
+        """
+        known = self.data.splits()
+        if name not in known:
+            raise ConfigError(
+                f"{option} is '{name}', but dataset '{self.config.dataset.name}' has only the splits "
+                f"{', '.join(known) or '(none)'}{nearest(name, known)}; name one of these, or add the data of '{name}'"
+            )
+        return self.data.split(name)
 
 
 def build(config: RunConfig, assets: Path | None = None) -> Parts:
@@ -82,6 +98,24 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
             f"be perturbed in {' and '.join(points) or 'nothing'} only; set trainer.modality accordingly"
         )
     return trainer
+
+
+def load_model(model: Model, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        CheckpointError: they cannot be read, or are those of another model.
+    """
+    saved, own = checkpoint.model_state(), model.state_dict()
+    for name in sorted(saved.keys() | own.keys()):
+        ours, theirs = (list(state[name].shape) if name in state else None for state in (own, saved))
+        if ours != theirs:
+            shapes = [f"of shape {shape}" if shape is not None else "missing" for shape in (theirs, ours)]
+            raise CheckpointError(
+                f"checkpoint '{checkpoint.path}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} "
+                "here; use the recipe that it was trained with"
+            )
+    model.load_state_dict(saved)
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from villa.batch import Batch
-from villa.config.loader import from_yaml
-from villa.config.printer import leaves, to_yaml
+from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
+from villa.config.values import Origin
+from villa.config.yaml_text import parse
 from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.engine.callbacks.base import Callback
@@ -22,7 +24,7 @@ from villa.engine.folder import CONFIG, claim
 from villa.engine.progress import TrainingProgress
 from villa.engine.provenance import provenance
 from villa.engine.report import report
-from villa.engine.setup import Parts, build, build_trainer
+from villa.engine.setup import Parts, build, build_trainer, load_model
 from villa.engine.tracking import Trackers, run_trackers
 from villa.engine.training import Progress, Training, fit
 from villa.engine.updater import Updater
@@ -55,6 +57,8 @@ def train(config: RunConfig) -> int:
         atomic_write(folder / CONFIG, saved_yaml(config))
         try:
             fit(training)
+            if training.progress.stopped is not None:
+                print(f"stopped after update {training.progress.update}: {training.progress.stopped}", flush=True)
             if config.run_type == "train_val_test":
                 report(parts, training, store, trackers, folder)
         except Interrupted as interrupted:
@@ -82,7 +86,7 @@ def newest(store: CheckpointStore) -> Checkpoint | None:
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
     """Put a training run together from its parts, and print its plan."""
     config = parts.config
-    split = parts.data.split("train")
+    split = parts.split("train", "the training split")
     sampler = UpdateSampler(split.lengths, config.batch, config.seed)
     stream = UpdateStream(
         split, parts.data.collate, sampler, config.training.workers, pin=parts.precision.device.type == "cuda"
@@ -121,22 +125,30 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     """Put a run where a checkpoint left it, and say which options have changed since.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or optimiser.
+        CheckpointError: it is damaged, or of another model or optimiser.
     """
-    try:
-        training.model.load_state_dict(checkpoint.model_state())
-        training.load_state_dict(checkpoint.training_state())
-    except (RuntimeError, ValueError, KeyError) as error:
+    before, now = _values(checkpoint.config_yaml()), _values(saved_yaml(config))
+    changed = sorted(k for k in {*before, *now} - {"run_type"} if before.get(k) != now.get(k))
+    if "optimizer.name" in changed:
         raise CheckpointError(
-            f"checkpoint '{checkpoint.path}' does not fit this recipe's model or optimiser: {one_line(error)}"
-        ) from error
-    before = leaves(from_yaml(checkpoint.path / CONFIG))
-    now = leaves(config)
-    ignored = {"checkpoint.resume", "run_type"}
-    changed = sorted(k for k in {*before, *now} - ignored if before.get(k) != now.get(k))
+            f"checkpoint '{checkpoint.path}' was trained with optimizer '{before.get('optimizer.name')}'; a resumed "
+            "run cannot change it: start another run with model.checkpoint"
+        )
+    load_model(training.model, checkpoint)
+    try:
+        training.load_state_dict(checkpoint.training_state())
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint '{checkpoint.path}' does not fit this recipe: {one_line(error)}") from error
+    if {"evaluation.monitor", "evaluation.split"} & {*changed}:
+        training.progress.best = training.progress.best_update = None
     print(f"resuming after update {checkpoint.update}", flush=True)
     for key in changed:
         print(f"  changed since: {key}: {before.get(key)} -> {now.get(key)}", flush=True)
+
+
+def _values(recipe: str) -> dict[str, Any]:
+    """Values of a saved recipe by dotted key; nothing that it names is imported."""
+    return {key: value.data for key, value in parse(recipe, lambda line: Origin(CONFIG, line)).items()}
 
 
 def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
@@ -158,8 +170,8 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
 def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress) -> list[Callback]:
     config, evaluation = parts.config, parts.config.evaluation
     callbacks: list[Callback] = [LoggingCallback(trackers, display, config.logging.every)]
-    if evaluation.split is not None and evaluation.split in parts.data.splits():
-        split = parts.data.split(evaluation.split)
+    if evaluation.split is not None:
+        split = parts.split(evaluation.split, "evaluation.split (null for none)")
 
         def batches() -> Iterable[Batch]:
             plain = evaluation_batches(split, parts.data.collate, evaluation.examples, config.training.workers)

@@ -73,8 +73,8 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``; the number of updates to do stays this run's own."""
-        self.progress = Progress(**{**state["progress"], "total": self.progress.total})
+        """Restore ``state_dict()``; the updates to do, and whether to stop before, are this run's own affair."""
+        self.progress = Progress(**{**state["progress"], "total": self.progress.total, "stopped": None})
         self.updater.load_state_dict(state["updater"])
         self.stream.seek(state["stream"])
         for callback in self.callbacks:
@@ -100,3 +100,4 @@ def fit(training: Training) -> None:
     finally:
         for callback in training.callbacks:
             callback.on_end(training)
+        training.stream.close()

@@ -70,7 +70,7 @@ class Updater:
             self.passes.begin(number, i, weight if self.accumulation == "mean" else 1.0)
             _add(logs, self.trainer.step(batch, self.passes), weight)
         norm = self._gradient_norm()
-        if self._acceptable(number, batches, norm):
+        if self._acceptable(number, batches, norm, logs):
             self._step(norm)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -85,8 +85,12 @@ class Updater:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict()``."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restore ``state_dict()``; weight decay, betas and the like stay this run's own.
+
+        Raises:
+            ValueError: the state is of other parameters.
+        """
+        _load_moments(self.optimizer, state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
 
@@ -101,13 +105,13 @@ class Updater:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
         self.precision.scaler.step(self.optimizer)
 
-    def _acceptable(self, number: int, batches: Sequence[Batch], norm: Tensor) -> bool:
+    def _acceptable(self, number: int, batches: Sequence[Batch], norm: Tensor, logs: Logs) -> bool:
         """Whether to take the step; a value that is not finite is named, and skips or stops the run."""
         values = [norm.float(), *(loss.float() for _, loss in self.passes.losses)]
         if bool(torch.isfinite(torch.stack(values)).all()) or not self._is_trouble():
             self.skipped = 0
             return True
-        self._skip_or_stop(number, batches)
+        self._skip_or_stop(number, batches, logs)
         return False
 
     def _is_trouble(self) -> bool:
@@ -116,15 +120,34 @@ class Updater:
             return True
         return any(not torch.isfinite(loss) for _, loss in self.passes.losses)
 
-    def _skip_or_stop(self, number: int, batches: Sequence[Batch]) -> None:
-        self.skipped += 1
-        found = describe_nonfinite(self.passes.losses, self.model.named_parameters(), batches)
+    def _skip_or_stop(self, number: int, batches: Sequence[Batch], logs: Logs) -> None:
+        found = describe_nonfinite(self.passes.losses, logs, self.model.named_parameters(), batches)
         message = f"update {number}: {found}"
         if self.config.nonfinite == "stop":
             raise NonFiniteError(f"{message}; lower the learning rate or step sizes, or set training.nonfinite=skip")
-        if self.skipped > self.config.max_skips:
-            raise NonFiniteError(f"{message}; {self.skipped} updates in a row were skipped (training.max_skips)")
+        if self.skipped == self.config.max_skips:
+            raise NonFiniteError(
+                f"{message}; the {self.skipped} updates before it were skipped already (training.max_skips): "
+                "lower the learning rate or step sizes, or mend the data"
+            )
+        self.skipped += 1
         print(f"skipped {message}", flush=True)
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give every parameter its saved state by name, whatever group it is in now."""
+    groups = optimizer.state_dict()["param_groups"]
+    own, theirs = _indices(groups), _indices(saved["param_groups"])
+    if own.keys() != theirs.keys():
+        differing = sorted(own.keys() ^ theirs.keys())
+        raise ValueError(f"the trained parameters differ: '{differing[0]}' ({len(differing)} in all)")
+    state = {own[name]: saved["state"][index] for name, index in theirs.items() if index in saved["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Name to number of the parameters of an optimiser's groups."""
+    return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}
 
 
 def _add(total: Logs, values: Logs, weight: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from villa.batch import Batch
@@ -42,6 +43,16 @@ class EvaluationCallback(Callback):
         self.without_improvement = 0
         self.values: dict[str, float] = {}
 
+    def on_start(self, training: Training) -> None:
+        """Try one batch, so that a metric that cannot read the data is found now; stop a run that had stopped.
+
+        Raises:
+            ConfigError: no metric gives the monitored value.
+            DataError: the targets are missing, or of a form that the loss or a metric cannot read.
+        """
+        self._monitored(self.evaluator.evaluate(islice(self.batches(), 1)))
+        self._stop_without_patience(training)
+
     def on_update_end(self, training: Training, logs: Logs) -> None:
         """Evaluate when it is due."""
         progress = training.progress
@@ -51,7 +62,8 @@ class EvaluationCallback(Callback):
         self.values = self.evaluator.evaluate(self.batches())
         self.trackers.log(progress.update, "val", self.values)
         self.display.evaluated(progress.update, str(self.config.split), self.values)
-        self._judge(training, self._monitored())
+        self._judge(training, self._monitored(self.values))
+        self._stop_without_patience(training)
 
     def state_dict(self) -> dict[str, Any]:
         """The count towards the patience, and the last values."""
@@ -62,12 +74,11 @@ class EvaluationCallback(Callback):
         self.without_improvement = state.get("without_improvement", 0)
         self.values = dict(state.get("values", {}))
 
-    def _monitored(self) -> float:
-        if self.config.monitor not in self.values:
-            allowed = ", ".join(self.values)
-            hint = nearest(self.config.monitor, self.values)
-            raise ConfigError(f"evaluation.monitor: no value '{self.config.monitor}' among {allowed}{hint}")
-        return self.values[self.config.monitor]
+    def _monitored(self, values: Mapping[str, float]) -> float:
+        if self.config.monitor not in values:
+            hint = nearest(self.config.monitor, values)
+            raise ConfigError(f"evaluation.monitor: no value '{self.config.monitor}' among {', '.join(values)}{hint}")
+        return values[self.config.monitor]
 
     def _judge(self, training: Training, value: float) -> None:
         progress = training.progress
@@ -75,9 +86,12 @@ class EvaluationCallback(Callback):
         if progress.best is None or sign * value > sign * progress.best:
             progress.best, progress.best_update = value, progress.update
             self.without_improvement = 0
-            return
-        self.without_improvement += 1
-        if self.config.patience is not None and self.without_improvement >= self.config.patience:
+        else:
+            self.without_improvement += 1
+
+    def _stop_without_patience(self, training: Training) -> None:
+        progress, patience = training.progress, self.config.patience
+        if patience is not None and progress.best is not None and self.without_improvement >= patience:
             progress.stopped = (
                 f"{self.config.monitor} has not improved in {self.without_improvement} evaluations "
                 f"(best {progress.best:.4g} at update {progress.best_update})"

@@ -1,0 +1,75 @@
+"""Draw a small data set of coloured shapes in the form of one's own data: images and JSON-lines files of questions.
+
+    python projects/own_data/draw.py outputs/own_data/data
+
+writes ``images/*.png``, ``train.jsonl``, ``val.jsonl`` and ``test.jsonl`` (questions with answers), and
+``questions.jsonl`` (questions alone, to predict on). The same numbers are drawn every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (230, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+SIDE = 64
+#: Images of every colour and shape.
+COPIES = {"train": 6, "val": 2, "test": 2}
+
+
+def main() -> None:
+    """Draw every split into the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder to write; made if need be")
+    folder: Path = parser.parse_args().folder
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for split, copies in COPIES.items():
+        records = list(draw_split(folder, split, copies, random))
+        write_lines(folder / f"{split}.jsonl", records)
+        print(f"{folder / split}.jsonl: {len(records)} questions")
+    write_lines(folder / "questions.jsonl", [{"image": r["image"], "question": r["question"]} for r in records[:6]])
+
+
+def draw_split(folder: Path, split: str, copies: int, random: np.random.Generator) -> Iterator[dict[str, str]]:
+    """Draw ``copies`` images of every coloured shape; yield three questions about each."""
+    for copy in range(copies):
+        for colour in COLOURS:
+            for shape in SHAPES:
+                name = f"images/{split}_{colour}_{shape}_{copy}.png"
+                draw(colour, shape, random).save(folder / name)
+                other = SHAPES[int(random.integers(len(SHAPES)))]
+                yield {"image": name, "question": "What is the colour of the shape?", "answer": colour}
+                yield {"image": name, "question": "Which shape is in the picture?", "answer": shape}
+                yield {"image": name, "question": f"Is it a {other}?", "answer": "yes" if other == shape else "no"}
+
+
+def draw(colour: str, shape: str, random: np.random.Generator) -> Image.Image:
+    """Draw one shape of a random size at a random place."""
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    radius = int(random.integers(14, 22))
+    x, y = (int(place) for place in random.integers(radius, SIDE - radius, size=2))
+    box = (x - radius, y - radius, x + radius, y + radius)
+    pen = ImageDraw.Draw(image)
+    if shape == "circle":
+        pen.ellipse(box, fill=COLOURS[colour])
+    elif shape == "square":
+        pen.rectangle(box, fill=COLOURS[colour])
+    else:
+        pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=COLOURS[colour])
+    return image
+
+
+def write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
