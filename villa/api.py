@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from villa.config.loader import from_yaml
+from villa.datasets.records import REGION_FIELDS
+from villa.engine.answers import answers
 from villa.engine.checkpoint import resolve
 from villa.engine.folder import CONFIG
-from villa.engine.inference import answer, restore_parts
+from villa.engine.inference import restore_parts
 from villa.engine.setup import Parts
 from villa.files import local_path
 
@@ -35,8 +37,8 @@ class Predictor:
         Raises:
             DataError: the image cannot be read.
         """
-        record = {"question": text} if image is None else {"question": text, "image": str(image)}
-        return self.predict_many([record])[0]
+        files = {} if image is None else dict.fromkeys(REGION_FIELDS.values(), str(image))  # one of them is read
+        return self.predict_many([{"question": text, **files}])[0]
 
     def predict_many(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Answer ``{"image": path, "question": text}`` records, in order.
@@ -46,7 +48,7 @@ class Predictor:
         """
         numbered = [{"id": str(number), **record} for number, record in enumerate(records)]
         examples = self.parts.data.requests(numbered)
-        return [one for _, answers in answer(self.parts, examples) for one in answers]
+        return [one for _, decoded in answers(self.parts, examples) for one in decoded]
 
 
 def from_pretrained(path: str | Path, *, device: str = "auto") -> Predictor:

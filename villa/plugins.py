@@ -20,7 +20,7 @@ def failures() -> dict[str, str]:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             failed[f"{entry.name} ({entry.value})"] = one_line(error)
     return failed
 
@@ -34,7 +34,11 @@ def load_user_dir(path: str) -> None:
     location = Path(path).expanduser().resolve()
     if not location.exists():
         raise ConfigError(f"user_dir '{path}' does not exist; give a package folder or a .py file")
-    name = location.stem
+    if location.is_dir() and not (location / "__init__.py").is_file():
+        raise ConfigError(f"user_dir '{path}' has no __init__.py; give a package folder or a .py file")
+    name = location.stem if location.is_file() else location.name
+    if "." in name:
+        raise ConfigError(f"user_dir '{path}': '{name}' cannot be imported, for its dot; rename it")
     present = sys.modules.get(name)
     if present is not None:
         if Path(getattr(present, "__file__", None) or "").resolve() in (location, location / "__init__.py"):
@@ -45,7 +49,7 @@ def load_user_dir(path: str) -> None:
         importlib.import_module(name)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"user_dir '{path}' failed to import: {one_line(error)}") from error
     finally:
         sys.path.remove(str(location.parent))

@@ -115,7 +115,8 @@ class EasyVqa(QuestionAnswering):
         """Hash of questions, image files, options and extractor."""
         parts: list[Any] = [asdict(self.config) | {"cache_dir": None}, self.vocabulary.extractor]
         for test in (False, True):
-            parts += [[asdict(question) for question in _read(test)], files_digest(_images(test))]
+            questions = [(q.number, q.text, q.answer, q.image) for q in _read(test)]
+            parts += [questions, files_digest(_images(test))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def reference_scores(self, split: str) -> dict[str, float]:

@@ -100,6 +100,10 @@ class Jsonl(QuestionAnswering):
     Config: ClassVar[type[DatasetConfig]] = JsonlConfig
     config: JsonlConfig
 
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that a file is given for."""
+        return tuple(name for name in SPLITS if getattr(self.config, name) is not None)
+
     def split(self, name: str) -> JsonlSplit:
         """Return a split, after checking every line and extracting features that are not cached yet."""
         lines = self._lines(name)

@@ -33,11 +33,11 @@ def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
     Raises:
         ConfigError: it holds a run that is not to be resumed, another process is using it, or it cannot be made.
     """
-    used = next((name for name in TRACES if (folder / name).exists()), None)
-    if used is not None and not resume:
-        advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
-        raise ConfigError(f"output_dir '{folder}' already holds a run ({used}); {advice} another output_dir")
     with _locked(folder):
+        used = next((name for name in TRACES if (folder / name).exists()), None)
+        if used is not None and not resume:
+            advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
+            raise ConfigError(f"output_dir '{folder}' already holds a run ({used}); {advice} another output_dir")
         try:
             yield folder
         except BaseException:

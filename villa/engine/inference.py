@@ -1,23 +1,20 @@
-"""``run_type=val``, ``test`` and ``predict``, and the Python API: a trained checkpoint at work."""
+"""``run_type=val``, ``test`` and ``predict``: a trained checkpoint at work."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
-from villa.datasets.base import Split
-from villa.datasets.stream import evaluation_batches
+from villa.datasets.records import REGION_FIELDS, JsonLines
+from villa.engine.answers import write_answers
 from villa.engine.checkpoint import Checkpoint, load, resolve
 from villa.engine.folder import CONFIG, METRICS, claim
-from villa.engine.progress import track
 from villa.engine.report import protocol, score, show
-from villa.engine.setup import Parts, build
-from villa.errors import CheckpointError, ConfigError, DataError
-from villa.evaluation.predictions import PredictionWriter
+from villa.engine.setup import Parts, build, load_model
+from villa.errors import ConfigError, DataError
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path
 from villa.plugins import one_line
@@ -29,23 +26,21 @@ def restore_parts(config: RunConfig) -> tuple[Parts, Checkpoint]:
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another model.
     """
-    if config.checkpoint.path is None:
-        raise ConfigError(f"run_type={config.run_type} needs checkpoint.path; give a run folder or a checkpoint")
+    assert config.checkpoint.path is not None, "the configuration was not validated"
     checkpoint = load(resolve(local_path(config.checkpoint.path)))
     parts = build(config, assets=checkpoint.assets)
-    try:
-        parts.model.load_state_dict(checkpoint.model_state())
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint '{checkpoint.path}' is of another model: {one_line(error)}") from error
+    load_model(parts.model, checkpoint)
     return parts, checkpoint
 
 
 def evaluate(config: RunConfig) -> int:
     """Score a split with a checkpoint: a table, ``metrics.json`` and predictions in ``output_dir``."""
-    split = config.evaluation.test_split if config.run_type == "test" else config.evaluation.split or "val"
-    parts, checkpoint = restore_parts(config)
-    with claim(Path(config.output_dir), resume=False) as folder:
-        values = score(parts, split, folder / f"predictions_{split}.jsonl")
+    tests = config.run_type == "test"
+    split = config.evaluation.test_split if tests else str(config.evaluation.split)
+    with claim(Path(config.output_dir), resume=False, trains=False) as folder:
+        parts, checkpoint = restore_parts(config)
+        examples = parts.split(split, "evaluation.test_split" if tests else "evaluation.split")
+        values = score(parts, split, examples, folder)
         write_metrics(folder / METRICS, {split: values}, protocol(parts, checkpoint.update, "given"))
         atomic_write(folder / CONFIG, to_yaml(config))
     result = Result(config.trainer.name, values, updates=checkpoint.update)
@@ -56,51 +51,53 @@ def evaluate(config: RunConfig) -> int:
 
 def predict(config: RunConfig) -> int:
     """Write predictions for a split, or for the records of ``predict.input``."""
-    parts, _ = restore_parts(config)
     given = config.predict.input
     stem = config.predict.split if given is None else Path(given).stem
     output = Path(config.predict.output or Path(config.output_dir) / f"predictions_{stem}.jsonl")
     if output.exists():
         raise ConfigError(f"'{output}' exists; move it away or give another predict.output")
+    parts, _ = restore_parts(config)
     if given is None:
-        examples = parts.data.split(config.predict.split)
+        examples = parts.split(config.predict.split, "predict.split")
     else:
-        examples = parts.data.requests(read_requests(local_path(given)))
-    with PredictionWriter(output) as writer:
-        for ids, answers in answer(parts, examples):
-            writer.write(ids, answers)
+        examples = parts.data.requests(list(read_requests(local_path(given))))
+    try:
+        write_answers(parts, examples, output)
+    except OSError as error:
+        raise ConfigError(f"'{output}' cannot be written: {one_line(error)}; give another predict.output") from error
     print(f"{len(examples)} predictions written to {output}")
     return 0
 
 
-def answer(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """Yield the ids and decoded answers of the examples, batch by batch."""
-    size = parts.config.evaluation.examples
-    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
-    total = -(-len(examples) // size)
-    for batch, output in parts.evaluator.predict(track(batches, "predict", total, mode=parts.config.logging.progress)):
-        yield batch.ids, parts.data.decode(output.logits.float())
+def read_requests(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines file, each with an ``id``: by default its line's number.
 
-
-def read_requests(path: Path) -> Sequence[Mapping[str, Any]]:
-    """Read a JSON-lines file of records; paths of images in it are relative to the file.
+    An image or feature file whose path is relative is taken from beside the file if it is there; otherwise the path
+    stays as it is, for the data set to look up.
 
     Raises:
-        DataError: the file is missing, or a line is not a JSON object.
+        DataError: the file is missing or empty, a line is not a JSON object, or an id occurs twice.
     """
+    lines = JsonLines(path)
+    ids: set[str] = set()
+    for index, record in enumerate(lines):
+        name = str(lines.number(index) if record.get("id") is None else record["id"])
+        if name in ids:
+            raise DataError(
+                f"{lines.where(index)}: the id '{name}' occurs twice; give every line its own, or none an id"
+            )
+        ids.add(name)
+        yield {**record, **_beside(path.parent, record), "id": name}
+
+
+def _beside(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The record's files that lie in ``folder``, by field."""
+    named = {field: folder / record[field] for field in REGION_FIELDS.values() if isinstance(record.get(field), str)}
+    return {field: str(path) for field, path in named.items() if _exists(path)}
+
+
+def _exists(path: Path) -> bool:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"predict.input '{path}' cannot be read: {one_line(error)}") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON: {one_line(error)}") from error
-        if not isinstance(record, dict):
-            raise DataError(f'{path}:{number} is not an object; each line is {{"image": path, "question": text}}')
-        records.append({"id": str(number), **record})
-    return records
+        return path.exists()
+    except (OSError, ValueError):  # no possible name, for example one that is too long
+        return False

@@ -65,9 +65,12 @@ class Display:
         return self._bars.add_task(description, total=total, completed=done, status="")
 
     def show(self, task: TaskID, done: int, status: str = "") -> None:
-        """Show that ``done`` steps are behind a task, with a line about them; plain lines keep their interval."""
+        """Show that ``done`` steps are behind a task, with a line about them; plain lines keep their interval.
+
+        A task without such a line (a short evaluation, say) does not get a plain one just for being done.
+        """
         self._bars.update(task, completed=done, status=status)
-        if self._lines and (self._due() or done == self._task(task).total):
+        if self._lines and (self._due() or (status and done == self._task(task).total)):
             self.say(_plain(self._task(task)))
 
     def say(self, text: str) -> None:

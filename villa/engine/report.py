@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from villa.datasets.base import Split
 from villa.datasets.stream import evaluation_batches
+from villa.engine.answers import write_answers
 from villa.engine.checkpoint import CheckpointStore
 from villa.engine.folder import CURVES, LOG, METRICS
-from villa.engine.progress import Display
+from villa.engine.progress import track
 from villa.engine.provenance import provenance
-from villa.engine.setup import Parts
+from villa.engine.setup import Parts, load_model
 from villa.engine.tracking import Trackers
 from villa.engine.training import Training
 from villa.evaluation.figures import plot_curves
@@ -20,50 +22,63 @@ from villa.evaluation.results import EvaluationProtocol, Result, print_results, 
 
 def report(parts: Parts, training: Training, store: CheckpointStore, trackers: Trackers, folder: Path) -> None:
     """Test the best checkpoint (the last one where there was no validation), and write everything down."""
-    progress, split = training.progress, parts.config.evaluation.test_split
-    if split not in parts.data.splits():
-        print(f"dataset '{parts.config.dataset.name}' has no {split} split: nothing is tested")
-        return
-    update = progress.best_update or progress.update
+    progress, evaluation = training.progress, parts.config.evaluation
+    split, update = evaluation.test_split, progress.best_update or progress.update
     if update != progress.update:
         load_model(parts.model, store.load(update))
-    values = score(parts, split, folder / f"predictions_{split}.jsonl")
-    trackers.log(progress.update, "test", values)
-    references = parts.data.reference_scores(split)
+    results = {} if progress.best is None else {str(evaluation.split): {evaluation.monitor: progress.best}}
+    references: Mapping[str, float] = {}
+    if values := _test(parts, folder):
+        trackers.log(progress.update, "test", values)
+        results[split], references = values, parts.data.reference_scores(split)
     chosen = "last" if progress.best_update is None else "best"
-    results = {split: values} | (
-        {} if progress.best is None else {"val": {parts.config.evaluation.monitor: progress.best}}
-    )
     write_metrics(folder / METRICS, results, protocol(parts, update, chosen))
     plot_curves(folder / LOG, folder / CURVES, references)
-    result = Result(
-        parts.config.trainer.name,
-        values,
-        updates=progress.update,
-        seconds=training.seconds + training.stream.waited,
-        cost=training.updater.trainer.relative_cost(),
-    )
-    show(parts, [result], references, title=f"{parts.config.name}: {split}")
-    print(
-        f"written to {folder}: {METRICS}, predictions_{split}.jsonl, {CURVES}, {LOG}, checkpoints of the best and last"
-    )
+    if values:
+        result = Result(
+            parts.config.trainer.name,
+            values,
+            updates=progress.update,
+            seconds=training.seconds + training.stream.waited,
+            cost=training.updater.trainer.relative_cost(),
+        )
+        show(parts, [result], references, title=f"{parts.config.name}: {split}")
+    predictions = [path.name for path in (_predictions(folder, split),) if path.exists()]
+    written = ", ".join([METRICS, *predictions, CURVES, LOG])
+    print(f"written to {folder}: {written}, checkpoints of the best and last")
 
 
-def score(parts: Parts, split: str, predictions: Path) -> dict[str, float]:
+def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, float]:
     """Evaluate a split and write its predictions in the same pass.
 
     Raises:
         DataError: the split has no targets.
     """
-    evaluation, examples = parts.config.evaluation, parts.data.split(split)
-    batches = evaluation_batches(examples, parts.data.collate, evaluation.examples, parts.config.training.workers)
-    total = -(-len(examples) // evaluation.examples)
-    display = Display(parts.config.logging.progress)
-    with PredictionWriter(predictions) as writer:
+    size = parts.config.evaluation.examples
+    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
+    shown = track(batches, split, -(-len(examples) // size), mode=parts.config.logging.progress)
+    with PredictionWriter(_predictions(folder, split)) as writer:
         return parts.evaluator.evaluate(
-            display.track(batches, split, total),
-            lambda batch, output: writer.write(batch.ids, parts.data.decode(output.logits.float())),
+            shown, lambda batch, output: writer.write(batch.ids, parts.data.decode(output.logits))
         )
+
+
+def _test(parts: Parts, folder: Path) -> dict[str, float]:
+    """Score the test split; one without answers gets predictions alone, and no scores."""
+    split = parts.config.evaluation.test_split
+    if split not in parts.data.splits():
+        print(f"dataset '{parts.config.dataset.name}' has no {split} split: nothing is tested")
+        return {}
+    examples = parts.data.split(split)
+    if len(examples) and examples[0].target is None:
+        print(f"the {split} split has no answers: it gets predictions, but no scores")
+        write_answers(parts, examples, _predictions(folder, split))
+        return {}
+    return score(parts, split, examples, folder)
+
+
+def _predictions(folder: Path, split: str) -> Path:
+    return folder / f"predictions_{split}.jsonl"
 
 
 def protocol(parts: Parts, update: int, chosen: str) -> EvaluationProtocol:

@@ -9,11 +9,12 @@ import torch
 
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
-from villa.engine.checkpoint import Checkpoint
+from villa.engine.checkpoint import FOLDER, Checkpoint, resolve
 from villa.engine.evaluator import Evaluator
 from villa.engine.precision import Precision
 from villa.engine.rng import seed_pass
 from villa.errors import CheckpointError, ConfigError, nearest
+from villa.files import local_path
 from villa.losses.base import Loss
 from villa.models.base import Model
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
@@ -75,7 +76,8 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     if config.model.checkpoint is not None and assets is None:
         from villa.models.conversion import load_weights
 
-        print(load_weights(model, config.model.checkpoint))
+        source = local_path(config.model.checkpoint)
+        print(load_weights(model, resolve(source) if (source / FOLDER).is_dir() else source))
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)

@@ -24,7 +24,7 @@ class CrossEntropy(Loss):
             raise DataError(
                 "loss 'cross_entropy' needs class indices, but the targets are soft: use binary_cross_entropy"
             )
-        return F.cross_entropy(_wide(output.logits), targets.reshape(-1))
+        return F.cross_entropy(_wide(output.logits), _indices(targets, output.logits))
 
 
 @register_loss("binary_cross_entropy")
@@ -39,7 +39,9 @@ class BinaryCrossEntropy(Loss):
         logits = _wide(output.logits)
         targets = _targets(batch)
         if not targets.is_floating_point():
-            targets = F.one_hot(targets.reshape(-1), logits.shape[-1])
+            targets = F.one_hot(_indices(targets, logits), logits.shape[-1])
+        if targets.shape != logits.shape:
+            raise DataError(f"soft targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
         terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
         return terms.mean() * logits.shape[-1]
 
@@ -48,6 +50,13 @@ def _targets(batch: Batch) -> Tensor:
     if batch.targets is None:
         raise DataError(f"the examples have no targets (first: '{batch.ids[0]}'); a loss needs them")
     return batch.targets
+
+
+def _indices(targets: Tensor, logits: Tensor) -> Tensor:
+    """Return class indices ``[rows]``, one for each row of ``logits``."""
+    if targets.numel() != len(logits):
+        raise DataError(f"class indices {list(targets.shape)} do not fit logits {list(logits.shape)}: one a row")
+    return targets.reshape(-1)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""The documentation is true: its commands and blocks of code are run, its links lead somewhere."""
+
+import configparser
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from blocks import Block, headings, links, read_blocks
+
+from villa.cli.run import main
+from villa.config import load
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+
+#: What cuts the training of a recipe short.
+QUICK = {
+    "config=projects/villa/easy_vqa.yaml": ["training.updates=2", "dataset.limit=16", "evaluation.every=null"],
+    "config=projects/own_data/own_data.yaml": ["training.epochs=null", "training.updates=2", "evaluation.every=null"],
+}
+#: Sections that a block may leave to the rest of a recipe.
+REST = {
+    "model": "model=uniter",
+    "dataset": "dataset=easy_vqa",
+    "batch": "batch.examples=8",
+    "training": "training.updates=1",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder that looks like the checkout's root, with a feature cache of its own."""
+    (tmp_path / "projects").symlink_to(ROOT / "projects")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VILLA_CACHE", str(cache))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_a_page_holds(page: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check: dict[str, Callable[[Block], None]] = {
+        "bash": run_commands,
+        "console": lambda block: compare_output(block, capsys),
+        "python": run_python,
+        "yaml": load_recipe,
+        "json": load_lines,
+        "toml": load_toml,
+        "bibtex": lambda block: None,
+    }
+    for block in read_blocks(page):
+        if block.title is None:
+            check[block.language](block)
+        else:
+            write_or_compare(block, checkout)
+
+
+def write_or_compare(block: Block, checkout: Path) -> None:
+    """A block with a title is the checkout's file of that name, or a file that the reader makes."""
+    title = str(block.title)
+    if title.startswith("projects/"):
+        assert block.text == (ROOT / title).read_text(encoding="utf-8"), f"{block.where}: not what is in {title}"
+    else:
+        (checkout / title).write_text(block.text, encoding="utf-8")
+
+
+def run_commands(block: Block) -> None:
+    for line in block.text.splitlines():
+        for command in line.split(" && "):
+            run_command(command, block.where)
+
+
+def run_command(command: str, where: str) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "villa_run":
+        extra = [override for argument in arguments for override in QUICK.get(argument, [])]
+        assert main([*arguments, *extra]) == 0, f"{where}: {command}"
+    elif program == "python":
+        subprocess.run([sys.executable, *arguments], check=True)
+    elif program == "pip":
+        check_install(command)
+    else:  # the checks of the code, which .ci/run runs as a contributor would
+        assert re.search(rf"^{command}\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE), f"{where}: {command}"
+
+
+def check_install(command: str) -> None:
+    match = re.fullmatch(r"pip install -c constraints\.txt -e '\.\[(\w+)\]'", command)
+    assert match is not None, command
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert match[1] in setup["options.extras_require"]
+
+
+def compare_output(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each ``$ command`` is a mistake, followed by all that it prints; ``...`` stands for the rest of the line."""
+    for shown in re.findall(r"^\$ villa_run (.+)\n((?:[^$].*\n)+)", block.text, re.MULTILINE):
+        capsys.readouterr()
+        assert main(shlex.split(shown[0])) == 2, f"{block.where}: {shown[0]}"
+        start, dots, _ = shown[1].partition("...\n")
+        printed = capsys.readouterr().err
+        assert printed.startswith(start) if dots else printed == start, f"{block.where}: {shown[0]}"
+
+
+def run_python(block: Block) -> None:
+    exec(compile(block.text, block.where, "exec"), {"__name__": "documentation"})
+
+
+def load_recipe(block: Block) -> None:
+    """A recipe, or some of its sections, has no mistake."""
+    path = Path("block.yaml")
+    path.write_text(block.text, encoding="utf-8")
+    missing = REST.keys() - yaml.safe_load(block.text).keys()
+    load([f"config={path}", *(REST[section] for section in missing)])
+
+
+def load_lines(block: Block) -> None:
+    for line in block.text.splitlines():
+        json.loads(line)
+
+
+def load_toml(block: Block) -> None:
+    assert tomllib.loads(block.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in headings(path), f"{page.name}: {target}"
+
+
+def test_the_index_names_every_page() -> None:
+    others = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert others == set(links(ROOT / "docs" / "README.md"))
+    assert {f"docs/{name}" for name in others} <= set(links(ROOT / "README.md"))
+
+
+def test_the_readme_starts_with_the_two_commands() -> None:
+    first, second = (block.text for block in read_blocks(ROOT / "README.md")[:2])
+    assert first.endswith(" && villa_run config=projects/villa/easy_vqa.yaml\n")
+    assert second.endswith(" && pytest\n")
+
+
+def test_the_example_of_the_extending_page_is_complete() -> None:
+    shown = {block.title for block in read_blocks(ROOT / "docs" / "extending.md")}
+    project = ROOT / "projects" / "example"
+    assert {str(path.relative_to(ROOT)) for path in (*project.glob("*.yaml"), *project.glob("shapes/*.py"))} <= shown

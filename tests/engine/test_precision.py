@@ -1,0 +1,28 @@
+"""Autocast and loss scaling."""
+
+import pytest
+import torch
+from tiny import CPU, tiny_batch, tiny_model
+
+from villa.engine.precision import Precision, PrecisionName
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_the_model_runs_in_its_precision_and_gives_logits_in_fp32(name: PrecisionName, inside: torch.dtype) -> None:
+    model, seen = tiny_model(torch.float32), []
+    model.head[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    output = Precision(name, CPU).run(model, tiny_batch(dtype=torch.float32))
+    assert seen == [inside]
+    assert output.logits.dtype == torch.float32
+    assert output.pooled is not None
+
+
+def test_fp64_stays_as_it_is() -> None:
+    assert Precision("fp32", CPU).run(tiny_model(), tiny_batch()).logits.dtype == torch.float64
+
+
+def test_only_fp16_scales_the_loss() -> None:
+    assert [Precision(name, CPU).loss_scale for name in ("fp32", "bf16")] == [1.0, 1.0]
+    assert Precision("fp16", CPU).loss_scale == 2.0**16

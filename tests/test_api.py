@@ -1,0 +1,111 @@
+"""The Python API agrees with the command, and needs the checkpoint alone."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import COLOURS, SHAPES, colours, lines, write
+
+import villa
+from villa.cli.run import main
+from villa.errors import CheckpointError, DataError
+
+TEXT = "which colour is it?"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("colours")
+    assert main([*colours(folder), "training.updates=20", f"output_dir={folder / 'run'}"]) == 0
+    return folder
+
+
+def test_predictions_are_those_of_the_command(trained: Path) -> None:
+    predictor = villa.from_pretrained(trained / "run")
+    questions = lines(trained / "test.jsonl")
+    records = [{"question": TEXT, "features": str(trained / q["features"])} for q in questions]
+    expected = [{k: v for k, v in p.items() if k != "id"} for p in lines(trained / "run/predictions_test.jsonl")]
+    assert predictor.predict_many(records) == [
+        {"answer": e["answer"], "score": pytest.approx(e["score"], rel=1e-6)} for e in expected
+    ]
+    one = predictor.predict(image=trained / "test4.npz", text=TEXT)
+    assert one == {"answer": expected[4]["answer"], "score": pytest.approx(expected[4]["score"], rel=1e-6)}
+    assert predictor.predict_many([]) == []
+
+
+def test_a_checkpoint_alone_is_enough(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    shutil.copy(trained / "test1.npz", tmp_path)
+    checkpoint = next((tmp_path / "copy/run/checkpoints").glob("update_*"))
+    shutil.move(checkpoint, tmp_path / "model")
+    shutil.rmtree(tmp_path / "copy")
+    saved = tmp_path / "model" / "config.yaml"
+    assert str(trained) in saved.read_text()
+    shutil.move(trained, f"{trained}-away")
+    try:
+        answer = villa.from_pretrained(str(tmp_path / "model"), device="cpu").predict(
+            image=tmp_path / "test1.npz", text=TEXT
+        )
+    finally:
+        shutil.move(f"{trained}-away", trained)
+    assert answer["answer"] == COLOURS[1]
+
+
+@pytest.mark.parametrize("given", ["run", "run/checkpoints"])
+def test_a_run_gives_its_best_checkpoint(trained: Path, given: str) -> None:
+    predictor = villa.from_pretrained(trained / given)
+    path = predictor.parts.config.checkpoint.path
+    assert path is not None
+    best = (trained / "run/checkpoints/best.json").read_text()
+    assert best.split(":")[1].strip(" }\n") == str(int(Path(path).name.removeprefix("update_")))
+
+
+def test_errors(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        villa.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        villa.from_pretrained(tmp_path)
+    predictor = villa.from_pretrained(trained / "run")
+    with pytest.raises(DataError, match=r"cannot read 'absent.npz'"):
+        predictor.predict(image="absent.npz", text=TEXT)
+    with pytest.raises(DataError, match="'question' is ''"):
+        predictor.predict(image=trained / "test1.npz", text="")
+    with pytest.raises(DataError, match="'features' is missing"):
+        predictor.predict(text=TEXT)
+    with pytest.raises(AttributeError, match="from_pretraned"):
+        villa.from_pretraned  # noqa: B018
+
+
+def test_a_data_set_without_free_records_says_so(tmp_path: Path) -> None:
+    assert main([*SHAPES, "run_type=train", f"output_dir={tmp_path / 'run'}"]) == 0
+    with pytest.raises(DataError, match="dataset 'shapes' cannot predict on free records"):
+        villa.from_pretrained(tmp_path / "run").predict(text="what?")
+
+
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain images end to end: extraction, training, the command on a file, and the API."""
+    monkeypatch.setenv("VILLA_CACHE", str(tmp_path / "cache"))
+    records = []
+    for index, colour in enumerate(COLOURS):
+        pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+        pixels[..., index] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{colour}.png")
+        records.append({"question": TEXT, "image": f"{colour}.png", "answer": colour})
+    data = [f"dataset.{split}={write(tmp_path / f'{split}.jsonl', records)}" for split in ("train", "val", "test")]
+    sizes = ["batch.examples=3", "training.updates=30", "optimizer.lr=0.01", "logging.progress=off", "device=cpu"]
+    run = tmp_path / "run"
+    recipe = ["model=average", "dataset=jsonl", "dataset.grid=1", *data, *sizes]
+    assert main([*recipe, f"output_dir={run}"]) == 0
+    asked = write(tmp_path / "asked.jsonl", [{k: v for k, v in record.items() if k != "answer"} for record in records])
+    command = ["run_type=predict", *recipe, f"checkpoint.path={run}", f"predict.input={asked}"]
+    assert main([*command, f"output_dir={tmp_path}"]) == 0
+    predictor = villa.from_pretrained(run)
+    for predicted, colour in zip(lines(tmp_path / "predictions_asked.jsonl"), COLOURS, strict=True):
+        answer = predictor.predict(image=str(tmp_path / f"{colour}.png"), text=TEXT)
+        assert answer["answer"] == predicted["answer"] == colour
+        assert answer["score"] == pytest.approx(predicted["score"], rel=1e-4)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match=r"text\.png"):
+        predictor.predict(image=tmp_path / "text.png", text=TEXT)
