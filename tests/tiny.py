@@ -29,7 +29,8 @@ def tiny_batch(examples: int = 6, dtype: torch.dtype = torch.float64, start: int
     data = Shapes(ShapesConfig(name="shapes"))
     split = data.split("train")
     batch = data.collate([split[start + i] for i in range(examples)])
-    assert batch.attention_mask is not None and batch.region_mask is not None and batch.features is not None
+    assert batch.attention_mask is not None
+    assert batch.region_mask is not None
     batch.attention_mask[1, -1] = False
     batch.region_mask[1, -1] = False
     return batch.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

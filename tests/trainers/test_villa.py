@@ -1,5 +1,6 @@
 """VILLA and FreeLB against a loop written by hand, without hooks, that sends every term through every graph."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,9 @@ def score(model: AverageModel, batch: Batch, text: Tensor, image: Tensor) -> Ten
     def average(values: Tensor, mask: Tensor) -> Tensor:
         return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
-    assert batch.features is not None and batch.attention_mask is not None and batch.region_mask is not None
+    assert batch.features is not None
+    assert batch.attention_mask is not None
+    assert batch.region_mask is not None
     words = average(model.words(batch.input_ids) + text, batch.attention_mask)
     regions = average(model.regions(batch.features + image), batch.region_mask)
     return model.head(torch.cat((words, regions), -1))  # type: ignore[no-any-return]
@@ -55,7 +58,7 @@ def oracle(model: AverageModel, batch: Batch, config: VillaConfig) -> tuple[dict
     total = F.cross_entropy(clean, batch.targets) if config.clean_loss else torch.zeros((), dtype=torch.float64)
     weight = 1 / (config.steps * (len(view_list) if config.average_views else 1))
     used = []
-    for t in range(config.steps):
+    for _ in range(config.steps):
         leaves = {m: d.clone().requires_grad_() for m, d in deltas.items()}
         terms = []
         for view in view_list:
@@ -144,7 +147,7 @@ def test_the_perturbation_moves_k_minus_one_times_and_padding_never() -> None:
     FreeLBTrainer(FreeLBConfig(steps=4, modality="both", text_step_size=0.1, image_step_size=0.1)).step(batch, passes)
     text = [used["text"] for used in passes.used]
     assert len(text) == 4
-    assert all(not torch.equal(a, b) for a, b in zip(text, text[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(text))
     assert all((delta[1, -1] == 0).all() for delta in text)
     assert all((used["image"][1, -1] == 0).all() for used in passes.used)
 

@@ -36,7 +36,9 @@ class AverageModel(Model):
     @classmethod
     def from_config(cls, config: Any, facts: DataFacts) -> AverageModel:
         """Build the model; the data fixes the sizes of its ends."""
-        assert facts.vocab_size and facts.feature_dim and facts.num_labels
+        assert facts.vocab_size is not None
+        assert facts.feature_dim is not None
+        assert facts.num_labels is not None
         return cls(config, facts.vocab_size, facts.feature_dim, facts.num_labels)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
