@@ -1,16 +1,21 @@
 """The Python API agrees with the command, and needs the checkpoint alone."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_runs import COLOURS, SHAPES, colours, lines, write
 
 import villa
 from villa.cli.run import main
-from villa.errors import CheckpointError, DataError
+from villa.errors import CheckpointError, ConfigError, DataError
 
 TEXT = "which colour is it?"
 
@@ -55,11 +60,32 @@ def test_a_checkpoint_alone_is_enough(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["run", "run/checkpoints"])
 def test_a_run_gives_its_best_checkpoint(trained: Path, given: str) -> None:
-    predictor = villa.from_pretrained(trained / given)
-    path = predictor.parts.config.checkpoint.path
-    assert path is not None
-    best = (trained / "run/checkpoints/best.json").read_text()
-    assert best.split(":")[1].strip(" }\n") == str(int(Path(path).name.removeprefix("update_")))
+    model = villa.from_pretrained(trained / given).parts.model
+    best = json.loads((trained / "run/checkpoints/best.json").read_text())["update"]
+    weights = load_file(trained / f"run/checkpoints/update_{best:08d}/model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_code_that_only_a_checkpoint_names_is_not_run(tmp_path: Path, root: Path) -> None:
+    package = shutil.copytree(root / "projects/example/shapes", tmp_path / "shapes_of_another")
+    for file in package.glob("*.py"):
+        file.write_text(file.read_text().replace("from shapes import", "from shapes_of_another import"))
+        for kind in ("model", "dataset", "loss", "trainer"):
+            file.write_text(file.read_text().replace(f'@register_{kind}("', f'@register_{kind}("other_'))
+    names = {"model": "other_average", "dataset": "other_shapes", "loss": "other_focal", "trainer": "other_fgm"}
+    run = tmp_path / "run"
+    settings = [f"{section}={name}" for section, name in names.items()]
+    assert main([*settings, f"user_dir={package}", "batch.examples=64", "training.updates=2", f"output_dir={run}"]) == 0
+
+    command = [sys.executable, "-m", "villa.cli.run", "run_type=test", f"checkpoint.path={run}"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith(f"if you trust it, add user_dir={package}\n")
+    assert len(refused.stderr.splitlines()) == 1
+    with pytest.raises(ConfigError, match="not imported just because"):
+        villa.from_pretrained(run)
+    assert subprocess.run([*command, f"user_dir={package}"], capture_output=True, check=False).returncode == 0
+    assert villa.from_pretrained(run, user_dir=package).parts.config.model.name == "other_average"
 
 
 def test_errors(trained: Path, tmp_path: Path) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from villa.config.loader import from_yaml
-from villa.datasets.records import REGION_FIELDS
+from villa.config.loader import load
+from villa.datasets.records import REGION_FIELDS, beside
 from villa.engine.answers import answers
-from villa.engine.checkpoint import resolve
-from villa.engine.folder import CONFIG
 from villa.engine.inference import restore_parts
 from villa.engine.setup import Parts
-from villa.files import local_path
 
 
 class Predictor:
@@ -41,29 +38,32 @@ class Predictor:
         return self.predict_many([{"question": text, **files}])[0]
 
     def predict_many(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Answer ``{"image": path, "question": text}`` records, in order.
+        """Answer ``{"image": path, "question": text}`` records, in order; paths are relative to the working directory.
 
         Raises:
             DataError: a record lacks a field or names a file that cannot be read.
         """
-        numbered = [{"id": str(number), **record} for number, record in enumerate(records)]
+        here = Path.cwd()
+        numbered = [{"id": str(number), **record, **beside(here, record)} for number, record in enumerate(records)]
         examples = self.parts.data.requests(numbered)
         return [one for _, decoded in answers(self.parts, examples) for one in decoded]
 
 
-def from_pretrained(path: str | Path, *, device: str = "auto") -> Predictor:
+def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | Path | None = None) -> Predictor:
     """Load a trained model for prediction.
 
     Args:
         path: a run's output folder (its best checkpoint is taken) or a checkpoint's folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        user_dir: package or module to import first, for a model of your own. One that only the checkpoint names is
+            not imported.
 
     Raises:
         CheckpointError: the folder holds no intact checkpoint.
+        ConfigError: the checkpoint needs a ``user_dir``.
     """
-    folder = resolve(local_path(str(path)))
-    config = from_yaml(folder / CONFIG)
-    checkpoint = dataclasses.replace(config.checkpoint, path=str(folder))
-    quiet = dataclasses.replace(config.logging, progress="off")
-    config = dataclasses.replace(config, checkpoint=checkpoint, logging=quiet, device=device)
-    return Predictor(restore_parts(config)[0])
+    values = {"run_type": "predict", "checkpoint.path": str(path), "device": device, "logging.progress": "off"}
+    if user_dir is not None:
+        values["user_dir"] = str(user_dir)
+    loaded = load(f"{key}={json.dumps(value)}" for key, value in values.items())
+    return Predictor(restore_parts(loaded.config)[0])

@@ -113,6 +113,19 @@ def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, whe
     return Source(folder / Path(text_field(record, REGION_FIELDS[regions], where)).expanduser(), where)
 
 
+def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the image or feature file of a record by field, if its relative path leads to one from ``folder``."""
+    named = {field: folder / record[field] for field in REGION_FIELDS.values() if isinstance(record.get(field), str)}
+    return {field: str(path) for field, path in named.items() if _exists(path)}
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no possible name, for example one that is too long
+        return False
+
+
 def guess_regions(record: Mapping[str, Any]) -> Regions:
     """Say where the regions of records like this one come from, by its fields."""
     if "features" in record:

@@ -79,13 +79,11 @@ class UpdateStream:
         return served
 
 
-def evaluation_batches(
-    split: Split, collate: Collate, examples: int, workers: int = 0, pin: bool = False
-) -> Iterator[Batch]:
+def evaluation_batches(split: Split, collate: Collate, examples: int, workers: int = 0) -> Iterator[Batch]:
     """Yield the whole split in order, in ``ceil(len(split) / examples)`` batches of at most ``examples``."""
     indices = range(len(split))
     batches = (list(indices[start : start + examples]) for start in range(0, len(split), examples))
-    for batch in _loader(_MicroBatches(split, collate), batches, workers, pin):
+    for batch in _loader(_MicroBatches(split, collate), batches, workers, pin=False):
         yield _raise_if_error(batch)
 
 

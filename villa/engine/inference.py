@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
-from villa.datasets.records import REGION_FIELDS, JsonLines
+from villa.datasets.records import JsonLines, beside
 from villa.engine.answers import write_answers
 from villa.engine.checkpoint import Checkpoint, load, resolve
 from villa.engine.folder import CONFIG, METRICS, claim
@@ -87,17 +87,4 @@ def read_requests(path: Path) -> Iterator[dict[str, Any]]:
                 f"{lines.where(index)}: the id '{name}' occurs twice; give every line its own, or none an id"
             )
         ids.add(name)
-        yield {**record, **_beside(path.parent, record), "id": name}
-
-
-def _beside(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
-    """The record's files that lie in ``folder``, by field."""
-    named = {field: folder / record[field] for field in REGION_FIELDS.values() if isinstance(record.get(field), str)}
-    return {field: str(path) for field, path in named.items() if _exists(path)}
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # no possible name, for example one that is too long
-        return False
+        yield {**record, **beside(path.parent, record), "id": name}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.models.base import ModelOutput, Point
+from villa.models.base import ModelOutput
 
 #: Detached values to log, by name; a trainer prefixes per-pass values with ``pass<t>/``.
 Logs = dict[str, Tensor]
@@ -29,10 +29,6 @@ class Passes(Protocol):
 
     It owns autocast, gradient scaling, accumulation, gradient synchronisation and the random state.
     """
-
-    @property
-    def points(self) -> Mapping[str, Point]:
-        """The model's perturbation points by modality."""
 
     @property
     def gradient_scale(self) -> float:
