@@ -41,6 +41,7 @@ class EasyVqaConfig(QuestionAnsweringConfig):
         image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
         max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
+        standardize: centre and scale every dimension of the region features by its statistics over training images.
         regions: ``grid`` features, or ``none`` for questions without their images.
         val_images: training images (the last ones) that are held out, with their questions, as split ``val``.
         fraction: share of the other training questions to train on; a smaller share is part of a larger one.
@@ -99,6 +100,9 @@ class EasyVqa(QuestionAnswering):
             feature_dim=GridExtractor.dim if regions == "grid" else None,
             extractor=self._extractor(regions),
         )
+
+    def _training_images(self) -> tuple[list[Source], list[int]]:
+        return _images(test=False), list(dict.fromkeys(question.image for question in self._questions("train")))
 
     def split(self, name: str) -> TableSplit:
         """Return a split; features that are not cached yet are extracted first (see the base class)."""

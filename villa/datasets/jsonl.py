@@ -53,6 +53,7 @@ class JsonlConfig(QuestionAnsweringConfig):
         image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
         max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
+        standardize: centre and scale every dimension of the region features by its statistics over training images.
         train: file of the training questions; may be left out when only a checkpoint is evaluated.
         val: file of the validation questions.
         test: file of the test questions; its answers may be left out.
@@ -142,6 +143,12 @@ class Jsonl(QuestionAnswering):
             feature_dim=self._feature_dim(regions),
             extractor=self._extractor(regions),
         )
+
+    def _training_images(self) -> tuple[list[Source], range]:
+        sources = Sources()
+        for source in self._sources(self._train):
+            sources.add(source)
+        return sources.files, range(len(sources.files))
 
     @cached_property
     def _train(self) -> JsonLines:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor, GridOptions
 from villa.datasets.stores.grid_store import GridStore
+from villa.datasets.stores.scaled import SAMPLE, ScaledStore, Scaling
 from villa.datasets.table import Row, TableSplit
 from villa.datasets.text import SHORTEST, encode
 from villa.errors import ConfigError, DataError
@@ -36,9 +38,11 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
         image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
         max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
+        standardize: centre and scale every dimension of the region features by its statistics over training images.
     """
 
     max_text_length: int = 60
+    standardize: bool = False
 
     def check(self) -> None:
         """Refuse numbers that make no sense.
@@ -76,9 +80,25 @@ class QuestionAnswering(TaskDataset):
             )
         return loaded
 
+    @cached_property
+    def scaling(self) -> Scaling | None:
+        """Statistics of the region features: from the checkpoint's assets, or of training images."""
+        if not self.config.standardize or self.vocabulary.regions == "none":
+            return None
+        if self.assets is not None:
+            return Scaling.load(self.assets)
+        sources, indices = self._training_images()
+        store, sample = self._plain_store(sources), list(islice(indices, SAMPLE))
+        store.prepare(sample)
+        return Scaling.fit(store, sample)
+
     @abstractmethod
     def _build_assets(self) -> Assets:
         """Build the assets from the training data and the configuration."""
+
+    @abstractmethod
+    def _training_images(self) -> tuple[Sequence[Source], Iterable[int]]:
+        """Return files, and the indices of training images among them."""
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the answers and a region feature."""
@@ -91,6 +111,8 @@ class QuestionAnswering(TaskDataset):
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, answers and a description of the regions."""
         self.vocabulary.save(folder)
+        if self.scaling is not None:
+            self.scaling.save(folder)
 
     def encode(self, text: str) -> Tensor:
         """Return the word-piece ids of a question, ``[T]`` int64."""
@@ -127,9 +149,13 @@ class QuestionAnswering(TaskDataset):
 
     def _open_store(self, sources: Sequence[Source]) -> RegionStore | None:
         """Return the store of region features of these files, or None for text only."""
-        regions = self.vocabulary.regions
-        if regions == "none" or not sources:
+        if self.vocabulary.regions == "none" or not sources:
             return None
+        store = self._plain_store(sources)
+        return store if self.scaling is None else ScaledStore(store, self.scaling)
+
+    def _plain_store(self, sources: Sequence[Source]) -> RegionStore:
+        regions = self.vocabulary.regions
         store: RegionStore = GridStore(sources, self.config) if regions == "grid" else FileStore(sources)
         if store.dim != self.vocabulary.feature_dim:
             raise DataError(
