@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import WriteLines
 
 from villa.config.schema import BatchConfig
 from villa.datasets.jsonl import Jsonl, JsonlConfig
@@ -15,6 +15,9 @@ from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
+
+#: Writes records (or raw lines) to a file in the test's folder and returns its path.
+WriteLines = Callable[[str, list[Any]], str]
 
 QUESTIONS = [
     {"image": "image0.png", "question": "what is this?", "answer": "cat", "id": "first"},
