@@ -126,10 +126,7 @@ class Jsonl(QuestionAnswering):
         for name in SPLITS:
             if getattr(self.config, name) is not None:
                 lines = self._lines(name)
-                sources = Sources()
-                for source in self._sources(lines):
-                    sources.add(source)
-                parts.append([name, sha256(lines.path), files_digest(sources.files)])
+                parts.append([name, sha256(lines.path), files_digest(self._files(lines))])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _build_assets(self) -> Assets:
@@ -145,10 +142,8 @@ class Jsonl(QuestionAnswering):
         )
 
     def _training_images(self) -> tuple[list[Source], range]:
-        sources = Sources()
-        for source in self._sources(self._train):
-            sources.add(source)
-        return sources.files, range(len(sources.files))
+        files = self._files(self._train)
+        return files, range(len(files))
 
     @cached_property
     def _train(self) -> JsonLines:
@@ -167,6 +162,13 @@ class Jsonl(QuestionAnswering):
 
     def _request_folder(self) -> Path:
         return Path() if self.config.image_root is None else local_path(self.config.image_root)
+
+    def _files(self, lines: JsonLines) -> list[Source]:
+        """Return the distinct files that lines refer to."""
+        sources = Sources()
+        for source in self._sources(lines):
+            sources.add(source)
+        return sources.files
 
     def _sources(self, lines: JsonLines) -> Iterator[Source]:
         """Yield the files that lines refer to."""
