@@ -14,8 +14,8 @@ from torch import Tensor
 class Batch:
     """A micro-batch of B examples, right-padded.
 
-    Text may have a choice dimension (C answers an example), images an image dimension (I images an example);
-    models that take rows of one text and one image flatten them themselves.
+    Text may have a choice dimension (C texts an example), images an image dimension (I images an example);
+    models that take rows of one text and one image make these rows themselves.
 
     Attributes:
         ids: B example ids, for predictions and messages.
@@ -27,6 +27,8 @@ class Batch:
         region_mask: ``[B, R]`` (or with I) bool; True on real regions.
         pixel_values: ``[B, 3, H, W]`` float, for models that read pixels.
         targets: int64 class indices ``[B]`` (or ``[B, C]``), or float32 soft targets ``[B, labels]``.
+        references: what only the task's own metric and decoder know how to read (boxes in pixels, names of
+            candidates), an entry an example; models, losses and trainers do not look at it.
     """
 
     ids: list[str]
@@ -38,6 +40,7 @@ class Batch:
     region_mask: Tensor | None = None
     pixel_values: Tensor | None = None
     targets: Tensor | None = None
+    references: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -38,23 +38,30 @@ def test_text_and_regions_are_padded_on_the_right() -> None:
 
 
 def test_choices_and_images_keep_their_dimension() -> None:
-    features = torch.zeros(2, 3, 5)
-    features[0, :3], features[1, :1] = 1.0, 1.0
-    choices = torch.tensor([[1, 2, 3], [1, 2, 0]])
-    first = Example("a", choices, choices * 0 + 1, features, torch.rand(2, 3, 6), torch.tensor([1, 0]))
-    short = choices[:, :1]
-    second = Example("b", short, short * 0, features[:, :1], torch.rand(2, 1, 6), torch.tensor([0, 1]))
-    batch = collate([first, second])
+    def two_rows(name: str, tokens: tuple[int, int], regions: tuple[int, int], target: list[int]) -> Example:
+        texts = tuple(torch.arange(1, count + 1) for count in tokens)
+        types = tuple(torch.ones_like(text) for text in texts)
+        features = tuple(torch.zeros(count, 5, dtype=torch.float16) for count in regions)
+        boxes = tuple(torch.rand(count, 6) for count in regions)
+        return Example(name, texts, types, features, boxes, torch.tensor(target), reference=name.upper())
+
+    batch = collate([two_rows("a", (3, 2), (3, 1), [1, 0]), two_rows("b", (1, 1), (1, 1), [0, 1])])
     assert batch.input_ids is not None
-    assert batch.input_ids.shape == (2, 2, 3)
+    assert batch.input_ids.tolist() == [[[1, 2, 3], [1, 2, 0]], [[1, 0, 0], [1, 0, 0]]]
     assert batch.attention_mask is not None
     assert batch.attention_mask.sum(-1).tolist() == [[3, 2], [1, 1]]
     assert batch.token_type_ids is not None
-    assert batch.token_type_ids.shape == (2, 2, 3)
-    assert batch.region_mask is not None
+    assert batch.token_type_ids.sum(-1).tolist() == [[3, 2], [1, 1]]
+    assert batch.features is not None
+    assert batch.features.shape == (2, 2, 3, 5)
+    assert batch.region_mask is not None  # features that are all zero are regions all the same
     assert batch.region_mask.sum(-1).tolist() == [[3, 1], [1, 1]]
+    assert batch.boxes is not None
+    assert batch.boxes.shape == (2, 2, 3, 6)
+    assert not batch.boxes[1, :, 1:].any()
     assert batch.targets is not None
     assert batch.targets.tolist() == [[1, 0], [0, 1]]
+    assert batch.references == ["A", "B"]
 
 
 def test_text_only_and_soft_targets() -> None:
@@ -71,7 +78,12 @@ def test_text_only_and_soft_targets() -> None:
         ([example("a", 2, 1), example("b", 2)], r"with and without features \(without: 'b'\)"),
         ([example("a", 2, target=1), example("b", 2)], r"with and without targets"),
         ([example("a", 2, target=1), example("b", 2, target=torch.zeros(3))], "mixes class and soft targets"),
-        ([example("a", 2), Example("b", torch.ones(2, 2, dtype=torch.int64))], "different rank"),
+        ([example("a", 2), Example("b", (torch.ones(2), torch.ones(2)))], "examples of .* rows"),
+        ([Example("a", (torch.ones(2),) * 3), Example("b", (torch.ones(2),) * 2)], r"of (3 and 2|2 and 3) rows"),
+        (
+            [Example("a", torch.ones(2), features=torch.ones(1, w), boxes=torch.ones(1, 4)) for w in (5, 6)],
+            r"rows of width (\[5\] and \[6\]|\[6\] and \[5\])",
+        ),
     ],
 )
 def test_mixed_forms_are_refused(examples: list[Example], message: str) -> None:

@@ -1,13 +1,14 @@
 """A tiny UNITER."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from villa.models.base import DataFacts
 from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.models.uniter_config import HEADS, UniterConfig
 
 FACTS = DataFacts(vocab_size=50, num_labels=2, feature_dim=8)
 
@@ -25,6 +26,7 @@ def tiny_uniter(tiny_config: UniterConfig) -> Callable[..., Uniter]:
         torch.manual_seed(0)
         for name, value in options.items():
             setattr(tiny_config, name, value)
-        return Uniter.from_config(tiny_config, FACTS).eval()
+        labels = HEADS.get(tiny_config.head).labels
+        return Uniter.from_config(tiny_config, replace(FACTS, num_labels=labels or FACTS.num_labels)).eval()
 
     return build

@@ -26,8 +26,22 @@ BATCHES = {
     "nlvr2_paired": PAIRS,
     "nlvr2_paired_attn": PAIRS,
     "nlvr2_triplet": PAIRS,
+    "ranking": {"texts": (3, 4, 7), "images": (3, 4, 5)},
+    "regions": {},
+    "regions_mlp": {},
 }
-ROWS = {"classification": 3, "multiple_choice": 12, "nlvr2_paired": 6, "nlvr2_paired_attn": 6, "nlvr2_triplet": 3}
+ROWS = {
+    "classification": 3,
+    "multiple_choice": 12,
+    "nlvr2_paired": 6,
+    "nlvr2_paired_attn": 6,
+    "nlvr2_triplet": 3,
+    "ranking": 12,
+    "regions": 3,
+    "regions_mlp": 3,
+}
+LOGITS = {"multiple_choice": (12, 2), "ranking": (3, 4), "regions": (3, 5), "regions_mlp": (3, 5)}
+WITHOUT_POOLER = ("nlvr2_paired_attn", "regions", "regions_mlp")
 
 
 def test_the_registry_finds_uniter() -> None:
@@ -38,11 +52,13 @@ def test_the_registry_finds_uniter() -> None:
 def test_every_head_gives_logits_of_its_shape_and_gradients(tiny_uniter: Build, head: str) -> None:
     model = tiny_uniter(head=head).train()
     output = model(random_batch(**BATCHES[head]))
-    assert output.logits.shape == (12 if head == "multiple_choice" else 3, 2)
-    output.logits.square().sum().backward()
+    assert output.logits.shape == LOGITS.get(head, (3, 2))
+    output.logits.clamp(min=-100).square().sum().backward()
     unused = {n.rsplit(".", 1)[0] for n, p in model.named_parameters() if p.grad is None}
-    without_pooler = {"uniter.pooler.dense"} if head == "nlvr2_paired_attn" else set()
-    assert unused == {"uniter.img_embeddings.mask_embedding"} | without_pooler
+    expected = {"uniter.img_embeddings.mask_embedding"}
+    expected |= {"uniter.pooler.dense"} if head in WITHOUT_POOLER else set()
+    expected |= {"itm_output"} if head == "ranking" else set()
+    assert unused == expected
 
 
 @pytest.mark.parametrize("head", HEADS.names())
@@ -128,10 +144,12 @@ def test_choices_repeat_the_image_of_their_example(tiny_uniter: Build) -> None:
     assert torch.equal(rows.input_ids[5], batch.input_ids[1, 1])
 
 
-def test_only_vqa_and_vcr_heads_have_a_learning_rate_of_their_own(tiny_uniter: Build) -> None:
+def test_heads_with_one_output_module_may_have_a_learning_rate_of_their_own(tiny_uniter: Build) -> None:
     prefixes = {head: tiny_uniter(head=head).head_prefixes() for head in HEADS.names()}
     assert prefixes.pop("classification") == ("vqa_output",)
     assert prefixes.pop("multiple_choice") == ("vcr_output",)
+    assert prefixes.pop("ranking") == ("rank_output",)
+    assert prefixes.pop("regions") == prefixes.pop("regions_mlp") == ("re_output",)
     assert set(prefixes.values()) == {()}
 
 

@@ -29,16 +29,21 @@ class BatchConfig:
         tokens: padded text tokens plus regions of an update over all processes.
         per_pass: at most this many (examples or tokens) go through the model at once; the number of
             accumulated micro-batches is derived. None: all at once.
-        accumulation: ``mean`` over all examples of the update, or the ``sum`` of the micro-batches' means (what
-            the released code computes).
+        accumulation: ``mean`` over all examples of the update, the ``sum`` of the micro-batches' means (what
+            the released code computes), or the ``total`` over all examples (the released code for referring
+            expressions).
         bucket: examples that are sorted by length together when batches are cut by tokens.
+        multiple: with tokens, micro-batches of more examples than this are cut to a multiple of it.
+        drop_last: leave out the last, smaller micro-batch (by tokens) or update (by examples) of every epoch.
     """
 
     examples: int | None = None
     tokens: int | None = None
     per_pass: int | None = None
-    accumulation: Literal["mean", "sum"] = "mean"
+    accumulation: Literal["mean", "sum", "total"] = "mean"
     bucket: int = 8192
+    multiple: int = 1
+    drop_last: bool = False
 
 
 @dataclass

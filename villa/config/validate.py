@@ -17,6 +17,7 @@ _POSITIVE = (
     "batch.tokens",
     "batch.per_pass",
     "batch.bucket",
+    "batch.multiple",
     "training.updates",
     "training.epochs",
     "training.clip_norm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,25 +23,31 @@ class DatasetConfig:
     name: str = "jsonl"
 
 
+#: One tensor, or a tuple with one for each choice or image of an example; their lengths may differ.
+Ragged = Tensor | tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Example:
     """One example before collation; unpadded tensors with the meaning of the fields of ``Batch``.
 
     Attributes:
         id: unique within the split.
-        input_ids: ``[T]`` or ``[C, T]`` with [CLS] and [SEP] in place.
+        input_ids: ``[T]`` with [CLS] and [SEP] in place, or a tuple of these, one a choice.
         token_type_ids: like ``input_ids``, or None.
-        features: ``[R, D]`` or ``[I, R, D]``, or None.
-        boxes: ``[R, 4 | 6]`` (or with I), or None.
-        target: class index (int), soft targets ``[labels]``, or None when there is no answer.
+        features: ``[R, D]`` float16 or float32, or a tuple of these, one an image, or None.
+        boxes: ``[R, 4 | 6 | 7]``, or a tuple like ``features``, or None.
+        target: class index (int), indices ``[C]``, soft targets ``[labels]``, or None when there is no answer.
+        reference: see ``Batch.references``.
     """
 
     id: str
-    input_ids: Tensor
-    token_type_ids: Tensor | None = None
-    features: Tensor | None = None
-    boxes: Tensor | None = None
+    input_ids: Ragged
+    token_type_ids: Ragged | None = None
+    features: Ragged | None = None
+    boxes: Ragged | None = None
     target: int | Tensor | None = None
+    reference: Any = None
 
 
 class Split(Dataset[Example], ABC):
@@ -52,6 +58,13 @@ class Split(Dataset[Example], ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
+
+    def draw(self, index: int, seed: int) -> Example:
+        """Return example ``index`` for training; its random parts, if it has any, derive from ``seed`` alone.
+
+        Every epoch serves an example with another seed.
+        """
+        return self[index]
 
     @property
     @abstractmethod
@@ -93,6 +106,17 @@ class TaskDataset(ABC):
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples into a batch."""
+
+    def refine(self, batch: Batch, score: Callable[[Batch], Tensor]) -> Batch:
+        """Replace a training micro-batch by the one to train on; by default it stays as it is.
+
+        Data sets that choose among candidates by the model's own opinion (hard negatives) do it here.
+
+        Args:
+            batch: on the model's device.
+            score: logits of a batch by the model as it is now, in evaluation mode and without gradients.
+        """
+        return batch
 
     @abstractmethod
     def save_assets(self, folder: Path) -> None:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from villa.batch import Batch
-from villa.datasets.base import Example
+from villa.datasets.base import Example, Ragged
 from villa.errors import DataError
+
+T = TypeVar("T")
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples into a batch.
 
-    Text of shape ``[T]`` and regions ``[R, D]`` are real throughout. Within an example of several rows (``[C, T]``
-    choices, ``[I, R, D]`` images) shorter rows are zero-padded already: there id 0, or an all-zero feature, is padding.
-
     Args:
-        examples: at least one; all of the same form (same number of dimensions, all or none with regions).
+        examples: at least one; all of the same form (all or none with several rows and as many of them, all or
+            none with types, regions, targets).
 
     Returns:
         A batch with ``input_ids [B, (C,) T]`` int64, ``features [B, (I,) R, D]`` float32, bool masks, and
@@ -32,55 +31,61 @@ def collate(examples: Sequence[Example]) -> Batch:
     """
     ids = [example.id for example in examples]
     texts = [example.input_ids for example in examples]
-    types = _all_or_none([example.token_type_ids for example in examples], "token_type_ids", ids)
-    features = _all_or_none([example.features for example in examples], "features", ids)
-    boxes = _all_or_none([example.boxes for example in examples], "boxes", ids)
+    types: list[Ragged] | None = _all_or_none([e.token_type_ids for e in examples], "token_type_ids", ids)
+    features: list[Ragged] | None = _all_or_none([e.features for e in examples], "features", ids)
+    boxes: list[Ragged] | None = _all_or_none([e.boxes for e in examples], "boxes", ids)
+    references = [example.reference for example in examples]
     return Batch(
         ids=ids,
-        input_ids=_pad(texts, ids),
-        attention_mask=_text_mask(texts, ids),
-        token_type_ids=None if types is None else _pad(types, ids),
-        features=None if features is None else _pad(features, ids).float(),
-        boxes=None if boxes is None else _pad(boxes, ids).float(),
-        region_mask=None if features is None else _region_mask(features, ids),
+        input_ids=_pad(texts, torch.int64, ids),
+        attention_mask=_mask(texts, ids),
+        token_type_ids=None if types is None else _pad(types, torch.int64, ids),
+        features=None if features is None else _pad(features, torch.float32, ids),
+        boxes=None if boxes is None else _pad(boxes, torch.float32, ids),
+        region_mask=None if features is None else _mask(features, ids),
         targets=_targets([example.target for example in examples], ids),
+        references=None if all(reference is None for reference in references) else references,
     )
 
 
-def _text_mask(texts: list[Tensor], ids: list[str]) -> Tensor:
-    return _length_mask(texts) if texts[0].dim() == 1 else _pad([text != 0 for text in texts], ids)
+def _pad(values: Sequence[Ragged], dtype: torch.dtype, ids: list[str]) -> Tensor:
+    """Stack the rows of all examples, zero-padded at the end of the first dimension, in one pass over the data."""
+    rows, per_example = _rows(values, ids)
+    widths = {row.shape[1:] for row in rows}
+    if len(widths) > 1:
+        raise DataError(f"a batch mixes rows of width {' and '.join(str(list(w)) for w in widths)} (first: '{ids[0]}')")
+    lengths = [len(row) for row in rows]
+    # Only what lies behind a row is zeroed: the rest is written once.
+    padded = torch.empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype)
+    for target, row, length in zip(padded.unbind(), rows, lengths, strict=True):
+        target[:length] = row
+        target[length:] = 0
+    return padded if per_example is None else padded.view(-1, per_example, *padded.shape[1:])
 
 
-def _region_mask(features: list[Tensor], ids: list[str]) -> Tensor:
-    return _length_mask(features) if features[0].dim() == 2 else _pad([(rows != 0).any(-1) for rows in features], ids)
-
-
-def _length_mask(rows: list[Tensor]) -> Tensor:
+def _mask(values: Sequence[Ragged], ids: list[str]) -> Tensor:
+    rows, per_example = _rows(values, ids)
     lengths = torch.tensor([len(row) for row in rows])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return mask if per_example is None else mask.view(-1, per_example, mask.shape[-1])
 
 
-def _pad(tensors: list[Tensor], ids: list[str]) -> Tensor:
-    """Stack tensors of equal rank, zero-padded at the end of every dimension to the largest size."""
-    shapes = {tensor.shape for tensor in tensors}
-    if len(shapes) == 1:
-        return torch.stack(tensors)
-    if all(tensor.dim() == 1 for tensor in tensors):
-        return pad_sequence(tensors, batch_first=True)
-    if len({len(shape) for shape in shapes}) > 1:
-        raise DataError(f"a batch mixes tensors of different rank: {sorted(map(tuple, shapes))} (first: '{ids[0]}')")
-    padded = tensors[0].new_zeros(len(tensors), *(max(sizes) for sizes in zip(*shapes, strict=True)))
-    for row, tensor in zip(padded.unbind(), tensors, strict=True):
-        row[tuple(map(slice, tensor.shape))] = tensor
-    return padded
+def _rows(values: Sequence[Ragged], ids: list[str]) -> tuple[list[Tensor], int | None]:
+    """Return the rows of all examples one after another, and their number an example (None: a plain tensor each)."""
+    counts = {len(value) if isinstance(value, tuple) else None for value in values}
+    if len(counts) > 1:
+        named = " and ".join("one" if count is None else str(count) for count in counts)
+        raise DataError(f"a batch mixes examples of {named} rows (first: '{ids[0]}'); keep them apart")
+    rows = [row for value in values for row in (value if isinstance(value, tuple) else (value,))]
+    return rows, counts.pop()
 
 
-def _all_or_none(values: list[Tensor | None], name: str, ids: list[str]) -> list[Tensor] | None:
-    missing = sum(value is None for value in values)
-    if 0 < missing < len(values):
+def _all_or_none(values: Sequence[T | None], name: str, ids: list[str]) -> list[T] | None:
+    present = [value for value in values if value is not None]
+    if 0 < len(present) < len(values):
         first = next(i for i, value in zip(ids, values, strict=True) if value is None)
         raise DataError(f"a batch mixes examples with and without {name} (without: '{first}'); keep them apart")
-    return None if missing else cast("list[Tensor]", values)
+    return present or None
 
 
 def _targets(targets: list[int | Tensor | None], ids: list[str]) -> Tensor | None:

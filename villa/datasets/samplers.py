@@ -27,7 +27,8 @@ class UpdateSampler:
     By examples: the shuffled epoch is cut into updates of ``examples``, each into even micro-batches of at most
     ``per_pass``. By tokens: the shuffled epoch is cut into buckets sorted by length, and micro-batches are filled while
     longest x count stays within the budget; what a bucket leaves over joins the next bucket, so nothing is
-    dropped. In contrast to the released ``TokenBucketSampler`` the longest length is that of the micro-batch.
+    dropped unless ``drop_last`` asks for it. In contrast to the released ``TokenBucketSampler`` the longest length is
+    that of the micro-batch.
 
     Args:
         lengths: text tokens plus regions of every example; only its length matters when cutting by examples.
@@ -36,7 +37,7 @@ class UpdateSampler:
 
     Raises:
         ConfigError: ``batch`` gives both or neither of ``examples`` and ``tokens``, or a number below 1.
-        DataError: there is no example, or one is longer than the budget.
+        DataError: there is no example, one is longer than the budget, or ``drop_last`` leaves nothing.
     """
 
     def __init__(self, lengths: Sequence[int], batch: BatchConfig, seed: int) -> None:
@@ -57,7 +58,7 @@ class UpdateSampler:
         self._cached = lru_cache(maxsize=2)(self._cut)
 
     def epoch(self, epoch: int) -> list[Update]:
-        """Return the updates of an epoch (counted from 0); every example is in exactly one micro-batch."""
+        """Return the updates of an epoch (counted from 0); no example is in two micro-batches."""
         return self._cached(epoch)
 
     def total_updates(self, epochs: int) -> int:
@@ -75,13 +76,21 @@ class UpdateSampler:
         random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
         order = random.permutation(self.count)
         if self._lengths is None:
-            return [
+            updates = np.split(order, range(self.size, self.count, self.size))
+            kept = updates[:-1] if self.batch.drop_last and len(updates[-1]) < self.size else updates
+            cut = [
                 [part.tolist() for part in np.array_split(update, math.ceil(len(update) / self.per_pass))]
-                for update in np.split(order, range(self.size, self.count, self.size))
+                for update in kept
             ]
-        batches = _token_batches(order, self._lengths, self.per_pass, self.batch.bucket)
-        shuffled = [batches[index].tolist() for index in random.permutation(len(batches))]
-        return [shuffled[start : start + self.passes] for start in range(0, len(shuffled), self.passes)]
+        else:
+            batches = _token_batches(order, self._lengths, self.per_pass, self.batch)
+            shuffled = [batches[index].tolist() for index in random.permutation(len(batches))]
+            cut = [shuffled[start : start + self.passes] for start in range(0, len(shuffled), self.passes)]
+        if not cut:
+            raise DataError(
+                f"batch.drop_last leaves nothing of {self.count} training examples: set it to false or lower the batch"
+            )
+        return cut
 
 
 def _plan(batch: BatchConfig) -> tuple[int, int, int]:
@@ -97,15 +106,20 @@ def _plan(batch: BatchConfig) -> tuple[int, int, int]:
     return size, passes, size // passes if batch.tokens else math.ceil(size / passes)
 
 
-def _token_batches(order: Indices, lengths: Indices, budget: int, bucket: int) -> list[Indices]:
+def _token_batches(order: Indices, lengths: Indices, budget: int, batch: BatchConfig) -> list[Indices]:
     """Cut shuffled indices into micro-batches of at most ``budget`` padded tokens."""
     batches: list[Indices] = []
     left = order[:0]
-    for start in range(0, len(order), bucket):
-        items = np.concatenate([left, order[start : start + bucket]])
+    for start in range(0, len(order), batch.bucket):
+        items = np.concatenate([left, order[start : start + batch.bucket]])
         items = items[np.argsort(-lengths[items], kind="stable")]
-        while len(items) > (count := budget // int(lengths[items[0]])):
+        while len(items) > (count := _multiple(budget // int(lengths[items[0]]), batch.multiple)):
             batches.append(items[:count])
             items = items[count:]
         left = items
-    return [*batches, left] if len(left) else batches
+    return [*batches, left] if len(left) and not batch.drop_last else batches
+
+
+def _multiple(count: int, of: int) -> int:
+    """Return the largest multiple that is not above ``count``, or ``count`` itself where that would be 0."""
+    return count // of * of or count

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
 from villa.datasets.samplers import UpdateSampler
+from villa.engine.rng import derive_seed
 from villa.errors import VillaError
 
 Collate = Callable[[Sequence[Example]], Batch]
@@ -81,24 +82,29 @@ class UpdateStream:
 
 def evaluation_batches(split: Split, collate: Collate, examples: int, workers: int = 0) -> Iterator[Batch]:
     """Yield the whole split in order, in ``ceil(len(split) / examples)`` batches of at most ``examples``."""
-    indices = range(len(split))
-    batches = (list(indices[start : start + examples]) for start in range(0, len(split), examples))
+    items: list[_Item] = [(index, None) for index in range(len(split))]
+    batches = (items[start : start + examples] for start in range(0, len(items), examples))
     for batch in _loader(_MicroBatches(split, collate), batches, workers, pin=False):
         yield _raise_if_error(batch)
 
 
-def _micro_batches(sampler: UpdateSampler, epoch: int, update: int) -> Iterator[list[int]]:
+def _micro_batches(sampler: UpdateSampler, epoch: int, update: int) -> Iterator[list[_Item]]:
     """Yield micro-batches from a position on, for ever.
 
     No method of the stream: the cycle would leave its workers to the garbage collector, perhaps that of a fork.
     """
     for later in itertools.count(epoch):
         for parts in sampler.epoch(later)[update if later == epoch else 0 :]:
-            yield from parts
+            for part in parts:
+                yield [(index, derive_seed("example", sampler.seed, later, index)) for index in part]
+
+
+#: An example's index, and the seed of its random parts (None: as it is).
+_Item = tuple[int, int | None]
 
 
 class _MicroBatches(Dataset[Batch | VillaError]):
-    """Lists of example indices to batches.
+    """Lists of examples to batches.
 
     An error of the user's data is handed over as a value: raised in a worker, it would arrive as a traceback.
     """
@@ -106,25 +112,26 @@ class _MicroBatches(Dataset[Batch | VillaError]):
     def __init__(self, split: Split, collate: Collate) -> None:
         self.split, self.collate = split, collate
 
-    def __getitem__(self, indices: list[int]) -> Batch | VillaError:
+    def __getitem__(self, items: list[_Item]) -> Batch | VillaError:
+        split = self.split
         try:
-            return self.collate([self.split[index] for index in indices])
+            return self.collate([split[i] if seed is None else split.draw(i, seed) for i, seed in items])
         except VillaError as error:
             return error
 
 
-class _Plan(Iterable[list[int]]):
+class _Plan(Iterable[list[_Item]]):
     """A sampler that runs once through an iterator of micro-batches."""
 
-    def __init__(self, batches: Iterator[list[int]]) -> None:
+    def __init__(self, batches: Iterator[list[_Item]]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[_Item]]:
         return self._batches
 
 
 def _loader(
-    batches: _MicroBatches, plan: Iterator[list[int]], workers: int, pin: bool
+    batches: _MicroBatches, plan: Iterator[list[_Item]], workers: int, pin: bool
 ) -> DataLoader[Batch | VillaError]:
     return DataLoader(
         batches,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from villa.batch import Batch
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
 from villa.engine.checkpoint import FOLDER, Checkpoint, resolve
@@ -40,6 +41,11 @@ class Parts:
     loss: Loss
     precision: Precision
     evaluator: Evaluator
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Move a training micro-batch to the device, and let the data set choose among its candidates."""
+        moved = batch.to(self.precision.device)
+        return self.data.refine(moved, lambda given: next(self.evaluator.predict([given]))[1].logits)
 
     def split(self, name: str, option: str) -> Split:
         """Return a split that a recipe's ``option`` names.

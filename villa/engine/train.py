@@ -99,8 +99,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     )
     print(plan(parts, trainer, sampler, total), flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
-    device = parts.precision.device
-    return Training(parts.model, updater, stream, lambda batch: batch.to(device), callbacks, Progress(total=total))
+    return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
 
 
 def plan(parts: Parts, trainer: Trainer, sampler: UpdateSampler, total: int) -> str:

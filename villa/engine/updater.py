@@ -19,7 +19,7 @@ from villa.losses.base import Loss
 from villa.models.base import Model
 from villa.trainers.base import Logs, Trainer
 
-Accumulation = Literal["mean", "sum"]
+Accumulation = Literal["mean", "sum", "total"]
 
 
 class Updater:
@@ -33,7 +33,8 @@ class Updater:
         schedule: learning rate by update.
         config: clipping, precision and the policy for NaN and infinity.
         precision: autocast and loss scaling.
-        accumulation: ``mean`` over the update's examples, or the ``sum`` of micro-batch means.
+        accumulation: ``mean`` over the update's examples, the ``sum`` of micro-batch means, or the ``total`` over
+            examples.
         seed: the run's seed.
     """
 
@@ -64,11 +65,11 @@ class Updater:
         """
         self.schedule.apply(self.optimizer, number)
         counts = [self.loss.count(batch) for batch in batches]
-        weights = [count / sum(counts) for count in counts]
         logs: Logs = {}
-        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            self.passes.begin(number, i, weight if self.accumulation == "mean" else 1.0)
-            _add(logs, self.trainer.step(batch, self.passes), weight)
+        for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            share = count / sum(counts)
+            self.passes.begin(number, i, {"mean": share, "sum": 1.0, "total": float(count)}[self.accumulation])
+            _add(logs, self.trainer.step(batch, self.passes), share)
         norm = self._gradient_norm()
         if self._acceptable(number, batches, norm, logs):
             self._step(norm)

@@ -19,12 +19,7 @@ class CrossEntropy(Loss):
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean over the rows of ``logits [rows, labels]``."""
-        targets = _targets(batch)
-        if targets.is_floating_point():
-            raise DataError(
-                "loss 'cross_entropy' needs class indices, but the targets are soft: use binary_cross_entropy"
-            )
-        return F.cross_entropy(_wide(output.logits), _indices(targets, output.logits))
+        return F.cross_entropy(widened(output.logits), class_indices(batch, output.logits))
 
 
 @register_loss("binary_cross_entropy")
@@ -36,7 +31,7 @@ class BinaryCrossEntropy(Loss):
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean over examples of the sum over ``[B, labels]`` (released: mean x number of answers)."""
-        logits = _wide(output.logits)
+        logits = widened(output.logits)
         targets = _targets(batch)
         if not targets.is_floating_point():
             targets = F.one_hot(_indices(targets, logits), logits.shape[-1])
@@ -44,6 +39,23 @@ class BinaryCrossEntropy(Loss):
             raise DataError(f"soft targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
         terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
         return terms.mean() * logits.shape[-1]
+
+
+def class_indices(batch: Batch, logits: Tensor) -> Tensor:
+    """Return the target class of each row of ``logits [rows, labels]``: int64 ``[rows]``.
+
+    Raises:
+        DataError: the batch has no targets, or targets of another form.
+    """
+    targets = _targets(batch)
+    if targets.is_floating_point():
+        raise DataError("this loss needs class indices, but the targets are soft: use binary_cross_entropy")
+    return _indices(targets, logits)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Return the logits in fp32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _targets(batch: Batch) -> Tensor:
@@ -57,7 +69,3 @@ def _indices(targets: Tensor, logits: Tensor) -> Tensor:
     if targets.numel() != len(logits):
         raise DataError(f"class indices {list(targets.shape)} do not fit logits {list(logits.shape)}: one a row")
     return targets.reshape(-1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

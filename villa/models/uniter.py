@@ -28,13 +28,25 @@ class Encoded(NamedTuple):
 
     Attributes:
         states: embedding output and output of every layer, ``[N, L, hidden]`` each.
-        mask: ``[N, L]`` bool, True on real positions, or None when all are real.
         attentions: maps of every layer, ``[N, heads, L, L]``, on request.
+        rows: what was encoded.
+        packing: where text and regions of each row are in the sequence.
     """
 
     states: tuple[Tensor, ...]
-    mask: Tensor | None
     attentions: tuple[Tensor, ...]
+    rows: Rows
+    packing: Packing
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[N, L]`` bool, True on real positions, or None when all are real."""
+        return self.packing.mask
+
+    @property
+    def regions(self) -> Tensor:
+        """Last states of the regions, ``[N, R, hidden]``; arbitrary where ``rows.region_mask`` is False."""
+        return self.packing.regions(self.states[-1], self.rows.features.shape[1])
 
 
 class UniterModel(nn.Module):
@@ -54,7 +66,7 @@ class UniterModel(nn.Module):
         image = self.img_embeddings(rows.features, rows.boxes, types)
         packing = Packing.of(rows)
         states, maps = self.encoder(packing.pack(text, image), packing.mask, attentions)
-        return Encoded(states, packing.mask, maps)
+        return Encoded(states, maps, rows, packing)
 
 
 @register_model("uniter")
@@ -66,14 +78,14 @@ class Uniter(Model):
         num_labels: classes of the head.
 
     Attributes:
-        images: images that the head reads an example.
+        images: images that the head reads an example; None for any number.
         joint: whether these lie in one row.
         types: rows of the type embedding unless the recipe says otherwise.
         labels: classes, where the task fixes them.
     """
 
     Config = UniterConfig
-    images: ClassVar[int] = 1
+    images: ClassVar[int | None] = 1
     joint: ClassVar[bool] = False
     types: ClassVar[int] = 2
     labels: ClassVar[int | None] = None
@@ -83,7 +95,7 @@ class Uniter(Model):
         self.sizes = sizes
         self.num_labels = num_labels
         self.layout = RowLayout(
-            self.images, self.joint, typed_images=self.images > 1 and sizes.type_vocab_size > self.images
+            self.images, self.joint, typed_images=(self.images or 1) > 1 and sizes.type_vocab_size > (self.images or 1)
         )
         self.uniter = UniterModel(sizes)
         self.add_head()

@@ -23,6 +23,7 @@ class Rows:
         boxes: ``[N, R, 4 | 6 | 7]``.
         region_mask: ``[N, R]`` bool, or None when every region is real.
         image_types: ``[N | 1, R | 1]`` type of each region.
+        examples: B, examples that the rows are of.
     """
 
     input_ids: Tensor
@@ -32,28 +33,30 @@ class Rows:
     boxes: Tensor
     region_mask: Tensor | None
     image_types: Tensor
+    examples: int
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """How the examples of a batch become rows.
 
-    A text with C choices makes C rows that repeat the image. I images an example either make I rows that repeat
-    the text (left and right image of a pair interleaved), or lie side by side in one row.
+    An example with C texts and I images makes max(C, I) rows: text i with image i, and where there is only one
+    text or one image, it is repeated (VCR: one image for four texts; NLVR2: one text for two images; retrieval:
+    any of these). Joint images lie side by side in one row instead.
 
     Attributes:
-        images: images an example.
+        images: images an example; None takes any number.
         joint: all images of an example lie in one row.
         typed_images: image i has type 1 + i; otherwise every region has type 1.
     """
 
-    images: int = 1
+    images: int | None = 1
     joint: bool = False
     typed_images: bool = False
 
     def text_mask(self, batch: Batch) -> Tensor | None:
         """``[N, T]`` bool of the rows of ``batch``, or None when every token is real."""
-        return None if batch.attention_mask is None else self._text_rows(batch.attention_mask)
+        return None if batch.attention_mask is None else self._text_rows(batch.attention_mask, batch)
 
     def region_mask(self, batch: Batch) -> Tensor | None:
         """``[N, R]`` bool of the rows of ``batch``, or None when every region is real."""
@@ -63,40 +66,52 @@ class RowLayout:
         """Make the rows of a batch.
 
         Raises:
-            DataError: the batch lacks text, features or boxes, or has another number of images.
+            DataError: the batch lacks text, features or boxes, or its texts and images do not go together.
         """
         if batch.input_ids is None or batch.features is None or batch.boxes is None:
             missing = next(n for n in ("input_ids", "features", "boxes") if getattr(batch, n) is None)
             raise DataError(f"UNITER reads text and regions, but the batch has no {missing}: use another model")
-        images = batch.features.shape[1] if batch.features.dim() == 4 else 1
-        if images != self.images:
+        texts, images = self._counts(batch)
+        if self.images not in (None, images):
             raise DataError(f"the head reads {self.images} image(s) an example, but the batch has {images}")
+        if not (self.joint or texts == images or 1 in (texts, images)):
+            raise DataError(f"an example has {texts} texts and {images} images; these cannot be paired")
         types = batch.token_type_ids
         return Rows(
-            input_ids=self._text_rows(batch.input_ids),
+            input_ids=self._text_rows(batch.input_ids, batch),
             text_mask=self.text_mask(batch),
-            token_types=batch.input_ids.new_zeros(1, 1) if types is None else self._text_rows(types),
+            token_types=batch.input_ids.new_zeros(1, 1) if types is None else self._text_rows(types, batch),
             features=self._image_rows(batch.features, batch),
             boxes=self._image_rows(batch.boxes, batch),
             region_mask=self.region_mask(batch),
             image_types=self._image_types(batch.features),
+            examples=len(batch.input_ids),
         )
 
-    def _text_rows(self, tensor: Tensor) -> Tensor:
+    def _counts(self, batch: Batch) -> tuple[int, int]:
+        """Texts and images of an example."""
+        ids, features = batch.input_ids, batch.features
+        texts = ids.shape[1] if ids is not None and ids.dim() == 3 else 1
+        return texts, features.shape[1] if features is not None and features.dim() == 4 else 1
+
+    def _text_rows(self, tensor: Tensor, batch: Batch) -> Tensor:
         """``[B, T]`` or ``[B, C, T]`` to ``[N, T]``."""
+        texts, images = self._counts(batch)
         flat = tensor.flatten(0, -2)
-        return flat if self.joint or self.images == 1 else flat.repeat_interleave(self.images, dim=0)
+        return flat if self.joint or images in (texts, 1) else flat.repeat_interleave(images, dim=0)
 
     def _image_rows(self, tensor: Tensor, batch: Batch) -> Tensor:
         """``[B, R, ...]`` or ``[B, I, R, ...]`` to ``[N, R, ...]`` or, joint, ``[N, I * R, ...]``."""
-        if self.images > 1:
+        texts, images = self._counts(batch)
+        if batch.features is not None and batch.features.dim() == 4:
             tensor = tensor.flatten(1, 2) if self.joint else tensor.flatten(0, 1)
-        ids = batch.input_ids
-        return tensor if ids is None or ids.dim() == 2 else tensor.repeat_interleave(ids.shape[1], dim=0)
+        repeats = texts > 1 and (self.joint or images == 1)
+        return tensor.repeat_interleave(texts, dim=0) if repeats else tensor
 
     def _image_types(self, features: Tensor) -> Tensor:
         if not self.typed_images:
             return torch.ones(1, 1, dtype=torch.long, device=features.device)
+        assert self.images is not None, "typed images are counted"
         types = torch.arange(1, self.images + 1, device=features.device)
         if self.joint:
             return types.repeat_interleave(features.shape[2]).unsqueeze(0)
@@ -109,11 +124,13 @@ class Packing:
 
     Attributes:
         length: L, positions of the longest row.
+        text_lengths: ``[N]`` real tokens of each row, or their common number.
         order: ``[N, L]`` positions in text followed by regions, or None when these need no reordering.
         mask: ``[N, L]`` bool, True on real positions, or None when all are real.
     """
 
     length: int
+    text_lengths: Tensor | int
     order: Tensor | None = None
     mask: Tensor | None = None
 
@@ -121,21 +138,22 @@ class Packing:
     def of(cls, rows: Rows) -> Packing:
         """Derive the packing from the masks of ``rows``."""
         if rows.text_mask is None and rows.region_mask is None:
-            return cls(rows.input_ids.shape[1] + rows.features.shape[1])
+            width = rows.input_ids.shape[1]
+            return cls(width + rows.features.shape[1], width)
         text = _given(rows.text_mask, rows.input_ids)
         valid = torch.cat((text, _given(rows.region_mask, rows.features[..., 0])), dim=1)
-        lengths = valid.sum(dim=1)
+        lengths, text_lengths = valid.sum(dim=1), text.sum(dim=1)
         # The shapes that follow depend on these three numbers: the only host synchronisation of a pass.
-        facts = torch.stack((lengths.amax(), lengths.amin(), text.sum(dim=1).amin()))
+        facts = torch.stack((lengths.amax(), lengths.amin(), text_lengths.amin()))
         longest, shortest, shortest_text = facts.tolist()
         order = None
         if shortest_text < text.shape[1]:
             # A stable sort keeps the order of words and regions, and no position occurs twice.
             order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
         if shortest == longest:
-            return cls(longest, order)
+            return cls(longest, text_lengths, order)
         places = torch.arange(longest, device=lengths.device)
-        return cls(longest, order, places < lengths.unsqueeze(1))
+        return cls(longest, text_lengths, order, places < lengths.unsqueeze(1))
 
     def pack(self, text: Tensor, image: Tensor) -> Tensor:
         """Pack ``[N, T, hidden]`` and ``[N, R, hidden]`` into ``[N, L, hidden]``."""
@@ -143,6 +161,17 @@ class Packing:
             return torch.cat((text, image[:, : self.length - text.shape[1]]), dim=1)
         both = torch.cat((text, image), dim=1)
         return both.gather(1, self.order.unsqueeze(-1).expand(-1, -1, both.shape[-1]))
+
+    def regions(self, states: Tensor, count: int) -> Tensor:
+        """Take the states of ``count`` regions out of packed ``[N, L, hidden]``: ``[N, count, hidden]``.
+
+        What stands where a row has fewer regions is arbitrary.
+        """
+        places = torch.arange(count, device=states.device)
+        if isinstance(self.text_lengths, int):
+            return states[:, self.text_lengths : self.text_lengths + count]
+        index = (self.text_lengths.unsqueeze(1) + places).clamp(max=self.length - 1)
+        return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 def _given(mask: Tensor | None, like: Tensor) -> Tensor:
