@@ -1,0 +1,147 @@
+"""LMDB environments for reading: opened on first use in each process, once however many stores share one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from villa.errors import DataError
+from villa.plugins import one_line
+
+DATA_FILE = "data.mdb"
+
+
+class LmdbReader:
+    """A read-only LMDB environment (its default database), opened when first used.
+
+    It may be used after a fork and be pickled to another process: each process opens the environment anew. All
+    readers of a folder within a process share one environment, because LMDB cannot open a file twice. Writers that
+    change the file meanwhile are not supported (no lock is taken).
+
+    Args:
+        folder: folder with ``data.mdb``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._opened: _Opened | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def get(self, key: str) -> memoryview | None:
+        """Return a value without copying it, or None; read it before this object goes away.
+
+        Raises:
+            DataError: the environment cannot be opened.
+        """
+        opened = self._open()
+        try:
+            with opened.lock:  # a transaction is for one thread at a time
+                return opened.transaction.get(key.encode())
+        except lmdb.BadValsizeError:  # an empty or over-long key: no writer can have stored it
+            return None
+        except lmdb.Error as error:
+            raise _damaged(self.folder, error) from error
+
+    def keys(self) -> Iterator[str]:
+        """Yield all keys in the order of their bytes."""
+        try:
+            for key in self._open().transaction.cursor().iternext(keys=True, values=False):
+                yield bytes(key).decode()
+        except (lmdb.Error, UnicodeDecodeError) as error:
+            raise _damaged(self.folder, error) from error
+
+    def __len__(self) -> int:
+        return int(self._open().environment.stat()["entries"])
+
+    @property
+    def size(self) -> int:
+        """Bytes in use in ``data.mdb``."""
+        return self._open().size
+
+    def _open(self) -> _Opened:
+        if self._opened is None or self._opened.closed:
+            self._opened = _share(self.folder)
+        return self._opened
+
+
+class _Opened:
+    """An open environment with a read transaction; closed when the last reader lets go of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lock = threading.Lock()
+        self.closed = False
+        try:
+            # readahead stays on: a value spans many pages.
+            self.environment = lmdb.open(
+                str(folder), readonly=True, lock=False, create=False, max_readers=1, subdir=True
+            )
+        except (lmdb.Error, OSError) as error:
+            raise _damaged(folder, error) from error
+        try:
+            self.size = _checked_size(self.environment, folder)
+            self.transaction = self.environment.begin(buffers=True)
+        except (lmdb.Error, DataError):
+            self.environment.close()
+            raise
+
+    def close(self) -> None:
+        self.closed = True
+        self.transaction.abort()
+        self.environment.close()
+
+    def __del__(self) -> None:
+        if not self.closed and hasattr(self, "transaction"):
+            self.close()
+
+
+_table: weakref.WeakValueDictionary[tuple[int, int], _Opened] = weakref.WeakValueDictionary()
+_table_lock = threading.Lock()
+
+
+def _share(folder: Path) -> _Opened:
+    """Return this process's environment of a folder, whatever path leads to it."""
+    try:
+        stat = (folder / DATA_FILE).stat()
+    except OSError as error:
+        raise DataError(f"'{folder}' is not an LMDB database: it has no {DATA_FILE} ({error.strerror})") from error
+    with _table_lock:
+        key = (stat.st_dev, stat.st_ino)
+        opened = _table.get(key)
+        if opened is None:
+            opened = _table[key] = _Opened(folder)
+        return opened
+
+
+def _forget() -> None:
+    """In a forked child: close what the parent had open (the parent's copy stays), so that it is opened again."""
+    global _table_lock  # noqa: PLW0603 - another thread of the parent may have held it
+    _table_lock = threading.Lock()
+    for opened in list(_table.values()):
+        opened.close()
+    _table.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _checked_size(environment: lmdb.Environment, folder: Path) -> int:
+    """Return the bytes in use; refuse a shorter file, which would kill the process when a missing page is read."""
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    present = (folder / DATA_FILE).stat().st_size
+    if present < needed:
+        raise DataError(
+            f"'{folder / DATA_FILE}' is truncated: {present:,} bytes of {needed:,}; copy or download it again"
+        )
+    return int(needed)
+
+
+def _damaged(folder: Path, error: Exception) -> DataError:
+    return DataError(f"cannot read the LMDB database '{folder}' ({one_line(error)}); copy or download it again")

@@ -1,0 +1,180 @@
+"""Text databases in the format of UNITER and VILLA: an LMDB environment of examples beside JSON files.
+
+Values are ``lz4.frame``-compressed msgpack maps; ``id2len.json`` lists the examples in the order of the data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lz4.frame
+import msgpack
+
+from villa.datasets.stores.lmdb_env import LmdbReader
+from villa.errors import DataError
+from villa.plugins import one_line
+
+#: Largest example after decompression, in bytes: damaged or hostile values claim more.
+MAX_EXAMPLE_BYTES = 1 << 26
+
+
+class TextDatabase:
+    """The examples of one split, read by id.
+
+    Args:
+        path: the folder (``vqa_train.db``).
+        subset: use the examples listed in ``id2len.<subset>.json`` instead of ``id2len.json``.
+
+    Attributes:
+        path: the folder.
+        meta: contents of ``meta.json``.
+
+    Raises:
+        DataError: the folder is not a text database.
+    """
+
+    def __init__(self, path: Path, subset: str | None = None) -> None:
+        self.path = path
+        self.subset = subset
+        if not path.is_dir():
+            raise DataError(
+                f"text database '{path}' is not a folder; give one with data.mdb, meta.json and id2len.json"
+            )
+        self._reader = LmdbReader(path)
+        self.meta: Mapping[str, Any] = self._read_object("meta.json")
+        self._check_meta()
+
+    @property
+    def cls_id(self) -> int:
+        """Id of [CLS]."""
+        return int(self.meta["CLS"])
+
+    @property
+    def sep_id(self) -> int:
+        """Id of [SEP]."""
+        return int(self.meta["SEP"])
+
+    @property
+    def mask_id(self) -> int:
+        """Id of [MASK]."""
+        return int(self.meta["MASK"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of word-pieces: the end of ``v_range``."""
+        return int(self.meta["v_range"][1])
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Name of the tokenizer that made the ids, if the database says so."""
+        return next((self.meta[key] for key in ("bert", "toker", "tokenizer") if key in self.meta), None)
+
+    def lengths(self, kind: str = "") -> dict[str, int]:
+        """Read the number of word-pieces (without [CLS] and [SEP]) of every example, in the order of the data set.
+
+        Args:
+            kind: ``""``, or ``qa`` or ``qar`` for the two tasks of VCR.
+
+        Raises:
+            DataError: the file is missing or holds something else.
+        """
+        name = ".".join(["id2len" + (f"_{kind}" if kind else ""), *([self.subset] if self.subset else []), "json"])
+        lengths = self._read_object(name)
+        wrong = next((id for id, length in lengths.items() if type(length) is not int or length < 0), None)
+        if wrong is not None:
+            raise DataError(f"'{self.path / name}': the length of '{wrong}' is {lengths[wrong]!r:.40}, not a number")
+        return lengths
+
+    @cached_property
+    def images(self) -> Mapping[str, str | list[str]]:
+        """Image file name, or names, of every example (``txt2img.json``)."""
+        images = self._read_object("txt2img.json")
+        wrong = next((id for id, names in images.items() if not (isinstance(names, str) or _are_texts(names))), None)
+        if wrong is not None:
+            given = f"{images[wrong]!r:.40}"
+            raise DataError(f"'{self.path / 'txt2img.json'}': '{wrong}' has {given}, not one or several file names")
+        return images
+
+    @cached_property
+    def texts_of_images(self) -> Mapping[str, list[str]]:
+        """Ids of the texts about every image (``img2txts.json``; retrieval only)."""
+        texts = self._read_object("img2txts.json")
+        wrong = next((name for name, ids in texts.items() if not _are_texts(ids)), None)
+        if wrong is not None:
+            raise DataError(f"'{self.path / 'img2txts.json'}': '{wrong}' has {texts[wrong]!r:.40}, not a list of ids")
+        return texts
+
+    def __getitem__(self, id: str) -> dict[str, Any]:
+        """Read an example.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        value = self._reader.get(id)
+        if value is None:
+            raise DataError(f"text database '{self.path}' has no example '{id}', but a list of ids names it")
+        try:
+            decompressor = lz4.frame.LZ4FrameDecompressor()
+            data = decompressor.decompress(value, max_length=MAX_EXAMPLE_BYTES)
+            if not decompressor.eof:
+                raise ValueError("it does not end within its value")
+            example = msgpack.unpackb(data, raw=False, strict_map_key=False)
+        except (RuntimeError, ValueError, EOFError, msgpack.UnpackException) as error:
+            raise self._damaged(id, one_line(error)) from error
+        if not isinstance(example, dict):
+            raise self._damaged(id, f"{type(example).__name__} instead of a map")
+        return example
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file of the database (``refs.json``, say).
+
+        Raises:
+            DataError: it is missing or not JSON.
+        """
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except OSError as error:
+            present = ", ".join(sorted(file.name for file in self.path.glob("*.json"))) or "no JSON file"
+            raise DataError(
+                f"text database '{self.path}' lacks {name} ({error.strerror}; it has {present}); "
+                "is it the database of another task?"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"'{self.path / name}' is not valid JSON ({one_line(error)}); copy it again") from error
+
+    def fingerprint(self) -> str:
+        """Hash the lists of examples and the size of the data: equal on all machines that hold the same data."""
+        digest = hashlib.blake2b(f"{len(self._reader)} {self._reader.size}".encode(), digest_size=16)
+        for file in sorted(self.path.glob(f"id2len*.{self.subset}.json" if self.subset else "id2len*.json")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        value = self.read_json(name)
+        if not isinstance(value, dict):
+            raise DataError(f"'{self.path / name}' holds a JSON {type(value).__name__}; an object is needed")
+        return value
+
+    def _check_meta(self) -> None:
+        """Refuse a ``meta.json`` without the ids that every task needs."""
+        where = self.path / "meta.json"
+        for key in ("CLS", "SEP", "MASK"):
+            if type(self.meta.get(key)) is not int or self.meta[key] < 0:
+                raise DataError(f"'{where}': {key} is {self.meta.get(key)!r:.40}; it must be the id of a word-piece")
+        bounds = self.meta.get("v_range")
+        if not isinstance(bounds, list) or [type(bound) for bound in bounds] != [int, int]:
+            raise DataError(f"'{where}': v_range is {bounds!r:.40}; it must be two ids, [first, end]")
+        if not 0 <= bounds[0] < bounds[1]:
+            raise DataError(f"'{where}': v_range {bounds} is empty; its end must be above its first id")
+
+    def _damaged(self, id: str, reason: str) -> DataError:
+        return DataError(f"text database '{self.path}': example '{id}' is damaged ({reason}); copy it again")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
