@@ -7,6 +7,8 @@ import http.client
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,29 @@ def fsync_tree(folder: Path) -> None:
     fsync(folder)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; the file written there takes its place when the block ends well.
+
+    A crash leaves either the old contents or the new, never a part.
+
+    Args:
+        path: file to write; missing parent folders are made.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; the old file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own for each of several writers
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a file so that a crash leaves either the old contents or the new, never a part.
 
@@ -77,19 +102,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         data: the contents; text is written as UTF-8.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; the old file is intact.
+        OSError: as for ``replacing``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own for each of several writers
-    try:
-        with temporary.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:

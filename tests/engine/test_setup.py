@@ -108,7 +108,7 @@ def test_training_starts_from_the_best_weights_of_a_run(tmp_path: Path, capsys: 
     best = json.loads((tmp_path / "first/checkpoints/best.json").read_text())["update"]
     folder = tmp_path / f"first/checkpoints/update_{best:08d}"
     started = training(tmp_path / "second", f"model.checkpoint={tmp_path / 'first'}")
-    assert f"{folder}: 7 tensors loaded" in capsys.readouterr().out
+    assert f"{folder}: 7 of 7 tensors loaded" in capsys.readouterr().out
     weights = load_file(folder / "model.safetensors")
     torch.testing.assert_close(dict(started.model.state_dict()), weights, rtol=0, atol=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -75,7 +75,11 @@ class ModelConfig:
 class Model(nn.Module, ABC):
     """Base of all models. A subclass knows nothing about adversaries, parallelism or the training loop."""
 
+    #: Options of the class.
     Config: type[ModelConfig] = ModelConfig
+    #: Parameters that a file of weights may lack, each with the tensor of the file and its rows that it starts from
+    #: instead: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
+    initial_rows: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = {}
 
     @classmethod
     @abstractmethod
