@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +79,7 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
             where = f"{path} line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not JSON ({line.strip()[:60]!r}); each line is {_FORM}") from error
             _check(record, where)
             if record["id"] in seen:
@@ -94,7 +94,7 @@ def _check(record: Any, where: str) -> None:
         raise DataError(f"{where} is a {type(record).__name__}, not an object; each line is {_FORM}")
     wrong = [
         name
-        for name, valid in (("id", _is_text), ("answer", _is_answer), ("score", _is_number))
+        for name, valid in (("id", _is_text), ("answer", _is_answer), ("score", is_number))
         if not valid(record.get(name))
     ]
     if wrong:
@@ -110,5 +110,7 @@ def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Say whether a value of JSON is a number that a float can hold; NaN and infinities are none."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
