@@ -98,6 +98,8 @@ LOSSES: Registry[Any] = Registry(
     {
         "binary_cross_entropy": "villa.losses.classification",
         "cross_entropy": "villa.losses.classification",
+        "margin_ranking": "villa.losses.ranking",
+        "region_ranking": "villa.losses.ranking",
     },
 )
 TRAINERS: Registry[Any] = Registry(
@@ -112,7 +114,12 @@ TRAINERS: Registry[Any] = Registry(
 METRICS: Registry[Any] = Registry(
     "metric",
     "villa.evaluation.metrics:Metric",
-    dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
+    {
+        **dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
+        "referring": "villa.evaluation.referring",
+        "retrieval": "villa.evaluation.retrieval",
+        "vcr": "villa.evaluation.vcr",
+    },
 )
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer",
@@ -124,6 +131,14 @@ SCHEDULERS: Registry[Any] = Registry(
     "villa.engine.schedules:Schedule",
     dict.fromkeys(("linear", "cosine", "constant", "noam"), "villa.engine.schedules"),
 )
+SUBMISSIONS: Registry[Any] = Registry(
+    "submission",
+    "villa.evaluation.submissions.base:Submission",
+    {
+        name: f"villa.evaluation.submissions.{name}"
+        for name in ("vqa", "vcr", "nlvr2", "snli_ve", "gqa", "retrieval", "referring")
+    },
+)
 
 #: Every registry under the plural that ``villa_run --list`` and the recipes' sections use.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -134,6 +149,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "metrics": METRICS,
     "optimizers": OPTIMIZERS,
     "schedulers": SCHEDULERS,
+    "submissions": SUBMISSIONS,
 }
 
 register_model = MODELS.register
@@ -143,3 +159,4 @@ register_trainer = TRAINERS.register
 register_metric = METRICS.register
 register_optimizer = OPTIMIZERS.register
 register_scheduler = SCHEDULERS.register
+register_submission = SUBMISSIONS.register

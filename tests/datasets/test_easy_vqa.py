@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from villa.batch import Batch
 from villa.datasets.easy_vqa import EasyVqa, EasyVqaConfig
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
@@ -87,7 +88,7 @@ def test_requests_and_answers(images: list[Path]) -> None:
     assert not batch.features[0].equal(batch.features[1])
     logits = torch.zeros(2, 13)
     logits[0, 3], logits[1, 4] = 5.0, 9.0
-    first, second = dataset.decode(logits)
+    first, second = dataset.decode(logits, Batch(["0", "1"]))
     assert (first["answer"], second["answer"]) == ("gray", "yes")
     assert first["score"] == pytest.approx(float(logits[0].softmax(0)[3]))
 

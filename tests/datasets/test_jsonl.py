@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.jsonl import Jsonl, JsonlConfig
 from villa.datasets.samplers import UpdateSampler
@@ -99,7 +100,7 @@ def test_soft_targets(write_lines: WriteLines) -> None:
     torch.testing.assert_close(batch.targets, expected)
     hard = data(train=str(dataset.config.train), target="class").split("train")
     assert [hard[index].target for index in range(3)] == [0, 1, 3]
-    assert dataset.decode(torch.tensor([[0.0, 2.0, 1.0, -1.0]])) == [
+    assert dataset.decode(torch.tensor([[0.0, 2.0, 1.0, -1.0]]), Batch(["0"])) == [
         {"answer": "dog", "score": pytest.approx(float(torch.tensor(2.0).sigmoid()))}
     ]
 
@@ -197,7 +198,7 @@ def test_assets_replace_the_training_file(tmp_path: Path, write_lines: WriteLine
     assert loaded.facts() == original.facts()
     split = loaded.requests([{"question": "is this a dog?"}])
     assert split[0].input_ids.equal(original.encode("is this a dog?"))
-    assert loaded.decode(torch.eye(3)[:1])[0]["answer"] == "no"
+    assert loaded.decode(torch.eye(3)[:1], Batch(["0"]))[0]["answer"] == "no"
 
 
 @pytest.mark.usefixtures("images")

@@ -59,6 +59,11 @@ class Split(Dataset[Example], ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
 
+    @property
+    def answered(self) -> bool:
+        """Whether the examples can be scored: the first one's answer is known, so all are."""
+        return self[0].target is not None
+
     def draw(self, index: int, seed: int) -> Example:
         """Return example ``index`` for training; its random parts, if it has any, derive from ``seed`` alone.
 
@@ -134,8 +139,11 @@ class TaskDataset(ABC):
         """
         raise DataError(f"dataset '{self.config.name}' cannot predict on free records; predict on a split instead")
 
-    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Turn ``[B, labels]`` logits into ``[{"answer": ..., "score": ...}]``; by default the class's number."""
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Turn the logits of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
+
+        By default logits are ``[B, labels]`` and the answer is the number of the best class.
+        """
         scores, classes = logits.softmax(-1).max(-1)
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]

@@ -133,7 +133,7 @@ class QuestionAnswering(TaskDataset):
             store.prepare(range(len(store)))
         return TableSplit(rows, texts, store)
 
-    def decode(self, logits: Tensor) -> list[dict[str, Any]]:
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer of every row and its probability (soft targets: its sigmoid score)."""
         scores = logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
         best, labels = scores.max(-1)

@@ -42,7 +42,7 @@ class Evaluator:
     def evaluate(
         self, batches: Iterable[Batch], each: Callable[[Batch, ModelOutput], None] | None = None
     ) -> dict[str, float]:
-        """Return the mean loss and every metric over the batches.
+        """Return every metric over the batches, and the mean loss where there are targets.
 
         Args:
             batches: the split's batches.
@@ -55,14 +55,15 @@ class Evaluator:
             metric.reset()
         total, count = torch.zeros((), dtype=torch.float64, device=self.precision.device), 0
         for batch, output in self.predict(batches):
-            elements = self.loss.count(batch)
-            total += self.loss(output, batch).double() * elements
-            count += elements
+            if batch.targets is not None or not self.metrics:
+                elements = self.loss.count(batch)
+                total += self.loss(output, batch).double() * elements
+                count += elements
             if each is not None:
                 each(batch, output)
             for metric in self.metrics.values():
                 metric.update(output, batch)
-        values = {"loss": total.item() / max(count, 1)}
+        values = {"loss": total.item() / count} if count else {}
         for metric in self.metrics.values():
             values |= metric.compute()
         return values

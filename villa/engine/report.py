@@ -59,7 +59,7 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     shown = track(batches, split, -(-len(examples) // size), mode=parts.config.logging.progress)
     with PredictionWriter(_predictions(folder, split)) as writer:
         return parts.evaluator.evaluate(
-            shown, lambda batch, output: writer.write(batch.ids, parts.data.decode(output.logits))
+            shown, lambda batch, output: writer.write(batch.ids, parts.data.decode(output.logits, batch))
         )
 
 
@@ -70,7 +70,7 @@ def _test(parts: Parts, folder: Path) -> dict[str, float]:
         print(f"dataset '{parts.config.dataset.name}' has no {split} split: nothing is tested")
         return {}
     examples = parts.data.split(split)
-    if len(examples) and examples[0].target is None:
+    if len(examples) and not examples.answered:
         print(f"the {split} split has no answers: it gets predictions, but no scores")
         write_answers(parts, examples, _predictions(folder, split))
         return {}

@@ -53,7 +53,7 @@ class Metric(ABC):
 
 
 class MeanScore(Metric):
-    """Mean over examples of a score in [0, 1]; a subclass names it and scores a batch."""
+    """Mean over examples of a score in [0, 1]; a subclass names it, scores a batch and calls ``add``."""
 
     name: ClassVar[str]
 
@@ -63,15 +63,8 @@ class MeanScore(Metric):
     def __init__(self) -> None:
         self.reset()
 
-    @abstractmethod
-    def scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return scores ``[B]`` for logits ``[B, labels]`` and the batch's targets."""
-
-    def update(self, output: ModelOutput, batch: Batch) -> None:
-        """Add the batch's scores."""
-        if batch.targets is None:
-            raise DataError(f"metric '{self.name}': no targets in the batch; evaluate a split that has answers")
-        scores = self.scores(output.logits.detach(), batch.targets)
+    def add(self, scores: Tensor) -> None:
+        """Take in the scores ``[B]`` of a batch."""
         self._sum = self._sum + scores.sum(dtype=torch.float64)
         self._count += len(scores)
 
@@ -95,8 +88,25 @@ class MeanScore(Metric):
         self._sum, self._count = state[0].clone(), round(state[1].item())
 
 
+class TargetScore(MeanScore):
+    """Mean of a score that compares logits with targets."""
+
+    @abstractmethod
+    def scores(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return scores ``[B]`` for logits ``[B, labels]`` and the batch's targets."""
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Add the batch's scores."""
+        if batch.targets is None:
+            raise DataError(
+                f"metric '{self.name}': the examples have no targets (first: '{batch.ids[0]}'); "
+                "evaluate a split that has answers"
+            )
+        self.add(self.scores(output.logits.detach(), batch.targets))
+
+
 @register_metric("accuracy")
-class Accuracy(MeanScore):
+class Accuracy(TargetScore):
     """Share of examples whose highest logit is the target: logits ``[B, labels]``, targets int64 ``[B]``."""
 
     name = "accuracy"
@@ -112,7 +122,7 @@ class Accuracy(MeanScore):
 
 
 @register_metric("soft_accuracy")
-class SoftAccuracy(MeanScore):
+class SoftAccuracy(TargetScore):
     """VQA accuracy: the soft score of the answer with the highest logit (min(annotators / 3, 1) in VQA v2).
 
     Logits and targets are ``[B, labels]``; targets are floats in [0, 1].

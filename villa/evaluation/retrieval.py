@@ -1,0 +1,100 @@
+"""Recall at K of image-text retrieval, from the scores of all pairs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import DataError
+from villa.evaluation.metrics import Metric
+from villa.evaluation.references import RetrievalReference
+from villa.models.base import ModelOutput
+from villa.registry import register_metric
+
+
+def recalls(scores: Tensor, right_images: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at K in both directions.
+
+    Args:
+        scores: ``[texts, images]``.
+        right_images: ``[texts]`` column of each text's own image; an image may have several texts.
+        cutoffs: the Ks.
+
+    Returns:
+        ``image_r1`` ...: share of texts whose image is among the K best images; ``text_r1`` ...: share of images
+        with one of their texts among the K best texts. Images without a text do not count.
+    """
+    rows = torch.arange(len(scores), device=scores.device)
+    own = scores[rows, right_images]
+    # Of equal scores the right one counts as the worse: a constant model finds nothing.
+    image_rank = (scores >= own.unsqueeze(1)).sum(1) - 1
+    best = scores.new_full((scores.shape[1],), -torch.inf).scatter_reduce(0, right_images, own, "amax")
+    above = scores >= best
+    above[rows, right_images] = False
+    text_rank = above.sum(0)[best > -torch.inf]
+    return {
+        f"{name}_r{k}": (rank < k).double().mean().item()
+        for name, rank in (("image", image_rank), ("text", text_rank))
+        for k in cutoffs
+    }
+
+
+@register_metric("retrieval")
+class RetrievalRecall(Metric):
+    """``retrieval``, the mean of the six recalls that follow it: ``image_r1``, ..., ``text_r10``.
+
+    Takes scores ``[B, I]`` of a text with some of the images, in any order, until the matrix is full.
+    """
+
+    name: ClassVar[str] = "retrieval"
+
+    _scores: Tensor | None
+    _right: Tensor
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Put the batch's scores in their place."""
+        if not batch.references or not isinstance(batch.references[0], RetrievalReference):
+            raise DataError("metric 'retrieval' needs texts with candidate images; use the data set 'retrieval'")
+        references: list[RetrievalReference] = batch.references
+        if self._scores is None:
+            self._scores = torch.full(references[0].shape, -torch.inf)
+            self._right = torch.full((references[0].shape[0],), -1)
+        for reference, row in zip(references, output.logits.detach().float().cpu(), strict=True):
+            first = reference.first_image
+            self._scores[reference.text, first : first + len(row)] = row
+            self._right[reference.text] = reference.right_image
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean of the recalls, and the recalls; over the texts that were scored."""
+        if self._scores is None:
+            raise DataError("metric 'retrieval': no examples were evaluated; is the split empty?")
+        seen = self._right >= 0
+        values = recalls(self._scores[seen], self._right[seen])
+        return {self.name: sum(values.values()) / len(values), **values}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._scores = None
+        self._right = torch.zeros(0, dtype=torch.long)
+
+    def state(self) -> Tensor:
+        """Return a vector with 0 where nothing was scored here, so that those of several ranks may be added."""
+        if self._scores is None:
+            raise DataError("metric 'retrieval': no examples were evaluated; is the split empty?")
+        scored = self._scores > -torch.inf
+        parts = (self._right + 1, scored, self._scores.masked_fill(~scored, 0))
+        return torch.cat([part.flatten().double() for part in parts])
+
+    def load_state(self, state: Tensor) -> None:
+        """Go on from such a vector, of a matrix of the shape seen here."""
+        assert self._scores is not None, "nothing was scored, so the shape is not known"
+        size, texts = self._scores.numel(), len(self._right)
+        right, scored, scores = torch.split(state, (texts, size, size))
+        self._right = right.round().long() - 1
+        self._scores = scores.masked_fill(scored == 0, -torch.inf).float().view_as(self._scores)
