@@ -1,8 +1,10 @@
-"""Reading files of weights. Nothing in a file is ever executed."""
+"""Reading and writing files of weights. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor
 
 from villa.errors import CheckpointError
-from villa.files import local_path
+from villa.files import local_path, replacing
+from villa.plugins import one_line
+
+#: How a file of safetensors is called.
+SAFETENSORS = ".safetensors"
 
 #: Files of weights in a folder, in order of preference: ours and transformers', and older transformers'.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -32,13 +38,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         DataError: a URL cannot be downloaded.
     """
     file = _find(local_path(str(path)))
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_torch(file)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(_is_weight(item) for item in content.items()):
-        raise CheckpointError(f"'{file}' is no file of weights: it should map names to tensors")
+        raise CheckpointError(f"'{file}' is no file of weights: it should map names to plain tensors")
     return dict(content)
+
+
+def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors on the CPU to a file, atomically: safetensors when it is called so, else as ``torch.save``.
+
+    Tensors that share memory (tied weights) do so again when a file of ``torch.save`` is read; safetensors holds each.
+
+    Args:
+        weights: contiguous tensors by name.
+        path: the file; missing parent folders are made.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full; a file that was there is intact.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with replacing(path) as temporary:
+            if path.suffix == SAFETENSORS:
+                save_file({name: value.clone() for name, value in weights.items()}, temporary)
+            else:
+                with temporary.open("xb") as file:  # given a path, torch would write its name into the file
+                    torch.save(OrderedDict(weights), file)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+        raise CheckpointError(f"'{path}' cannot be written: {one_line(error)}; choose another file") from error
 
 
 def _find(path: Path) -> Path:
@@ -52,13 +84,17 @@ def _find(path: Path) -> Path:
 
 
 def _read_safetensors(file: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{file}' cannot be read as safetensors; it may be cut off: {error}") from error
+        with safe_open(file, framework="pt") as content:
+            weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+            aliases = json.loads((content.metadata() or {}).get("aliases", "{}"))  # tied weights of our checkpoints
+            return weights | {alias: weights[name] for alias, name in aliases.items()}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"'{file}' cannot be read as safetensors; it may be cut off: {one_line(error)}"
+        ) from error
 
 
 def _read_torch(file: Path) -> Any:
@@ -69,9 +105,11 @@ def _read_torch(file: Path) -> Any:
             f"'{file}' was refused: it is corrupt or holds more than tensors, and opening that could run code; "
             "use a file of tensors only (best .safetensors)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch has no error of its own: a broken file may raise any
         raise CheckpointError(f"'{file}' cannot be read; it may be cut off or no file of torch.save") from error
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    name, value = item
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and plain and not (value.is_quantized or value.is_nested or value.is_complex())
