@@ -50,7 +50,7 @@ class LmdbReader:
         except lmdb.Error as error:
             raise _damaged(self.folder, error) from error
 
-    def keys(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         """Yield all keys in the order of their bytes."""
         try:
             for key in self._open().transaction.cursor().iternext(keys=True, values=False):

@@ -1,0 +1,276 @@
+"""Databases of region features in the format of UNITER and VILLA, and the check that a text database fits one.
+
+A folder (``coco_train2014``) holds an LMDB environment for each choice of boxes (``feat_th0.2_max100_min10``) and,
+beside it, the number of boxes of every image (``nbb_th0.2_max100_min10.json``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from villa.datasets.stores.box_selection import BoxSelection, read_counts
+from villa.datasets.stores.lmdb_env import DATA_FILE, LmdbReader
+from villa.datasets.stores.packed_arrays import Array, read_msgpack, read_npz
+from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.engine.progress import track
+from villa.errors import DataError
+
+__all__ = ["BoxSelection", "ImageDatabase", "PairedImageDatabase", "check_names", "check_pair"]
+
+#: Key of the JSON list of all names.
+NAMES_KEY = "__keys__"
+#: Columns of a stored box: x1, y1, x2, y2, width, height, each divided by the image's.
+BOX_WIDTH = 6
+
+
+class ImageDatabase:
+    """Region features of images, read by file name.
+
+    Without a file of counts, the environment ``all`` (or ``all_compressed``) is used if there is one, and the counts
+    are computed from the confidences stored with the features.
+
+    Args:
+        folder: folder with the environments of all choices of boxes.
+        boxes: the choice.
+
+    Raises:
+        DataError: there is no such environment.
+    """
+
+    def __init__(self, folder: Path, boxes: BoxSelection) -> None:
+        self.boxes = boxes
+        counts_file = boxes.counts_file()
+        self._counts_file = folder / counts_file if counts_file and (folder / counts_file).exists() else None
+        self.folder = self._find(folder)
+        self._reader = LmdbReader(self.folder)
+
+    @cached_property
+    def dim(self) -> int:
+        """Width D of a region feature, that of the first image."""
+        name = next(self._keys(), None)
+        if name is None:
+            raise DataError(f"image database '{self.folder}' is empty")
+        features = self._read(name, ("features",))["features"]
+        if features.ndim != 2:
+            raise self._unusable(name, f"features of shape {list(features.shape)}; they must be [R, D]")
+        return int(features.shape[1])
+
+    def count(self, name: str) -> int:
+        """Return the number of boxes used of an image, without reading its features.
+
+        With a fixed number it is that number even for an image with fewer boxes, as in the released code.
+
+        Raises:
+            DataError: the image is not in the database.
+        """
+        if self.boxes.fixed is not None:
+            return self.boxes.fixed
+        try:
+            return self._counts[name]
+        except KeyError:
+            source = self._counts_file or self.folder
+            raise DataError(f"image '{name}' is not in '{source}'; is it the database of these images?") from None
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read the regions of an image: at most ``count(name)``, fewer where fewer are stored.
+
+        Returns:
+            Features ``[R, D]`` as stored (float16, as a rule) and boxes ``[R, 6]`` float32: x1, y1, x2, y2, width,
+            height, each divided by the image's.
+
+        Raises:
+            DataError: the image is missing or its arrays are damaged or of other shapes.
+        """
+        arrays = self._read(name, ("features", "norm_bb"))
+        features, boxes = arrays["features"], arrays["norm_bb"]
+        if features.ndim != 2 or features.shape[1] != self.dim or not len(features):
+            raise self._unusable(name, f"features of shape {list(features.shape)}; the others are [R, {self.dim}]")
+        if boxes.shape != (len(features), BOX_WIDTH):
+            raise self._unusable(name, f"norm_bb of shape {list(boxes.shape)}; needed: [{len(features)}, {BOX_WIDTH}]")
+        rows = slice(self.count(name))
+        # The one copy: what was read lies in the mapped file.
+        return torch.from_numpy(np.array(features[rows])), torch.from_numpy(boxes[rows].astype(np.float32))
+
+    def soft_labels(self, name: str) -> Tensor:
+        """Read the detector's class distributions ``[R, classes]`` float32 of an image (column 0: background).
+
+        Raises:
+            DataError: the image or its distributions are missing or damaged.
+        """
+        labels = self._read(name, ("soft_labels",))["soft_labels"]
+        if labels.ndim != 2:
+            raise self._unusable(name, f"soft_labels of shape {list(labels.shape)}; they must be [R, classes]")
+        return torch.from_numpy(labels[: self.count(name)].astype(np.float32))
+
+    def names(self) -> list[str]:
+        """Names of all images."""
+        value = self._reader.get(NAMES_KEY)
+        if value is None:
+            return list(self._keys())
+        try:
+            names = json.loads(bytes(value))
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._unusable(NAMES_KEY, "it is not a JSON list of names")
+        return names
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name != NAMES_KEY and self._reader.get(name) is not None
+
+    def __len__(self) -> int:
+        return len(self._reader) - (self._reader.get(NAMES_KEY) is not None)
+
+    def fingerprint(self) -> str:
+        """Hash the names, counts and sizes: equal on all machines that hold the same data."""
+        digest = hashlib.blake2b(f"{self.boxes} {self.dim} {self._reader.size}".encode(), digest_size=16)
+        for name in sorted(self.names()):
+            digest.update(f"{name}\0{self.count(name)}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _counts(self) -> Mapping[str, int]:
+        if self._counts_file is not None:
+            return read_counts(self._counts_file)
+        names = self.names()
+        return {
+            name: self.boxes.count(self._read(name, ("conf",))["conf"])
+            for name in track(names, f"count the boxes of '{self.folder.parent.name}'")
+        }
+
+    def _find(self, folder: Path) -> Path:
+        """Return the folder of the environment that holds the choice of boxes."""
+        chosen = folder / self.boxes.folder()
+        everything = folder / ("all_compressed" if self.boxes.compressed else "all")
+        if self.boxes.fixed is not None:
+            candidates = [chosen]
+        else:
+            candidates = [chosen, everything] if self._counts_file else [everything, chosen]
+        for candidate in candidates:
+            if (candidate / DATA_FILE).is_file():
+                return candidate
+        if not folder.is_dir():
+            raise DataError(f"image database '{folder}' is not a folder; mend the path")
+        present = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{DATA_FILE}"))) or "no database"
+        raise DataError(f"image database '{folder}' has no {chosen.name} (present: {present}); choose other boxes")
+
+    def _keys(self) -> Iterator[str]:
+        return (key for key in self._reader if key != NAMES_KEY)
+
+    def _read(self, name: str, arrays: tuple[str, ...]) -> dict[str, Array]:
+        """Return arrays of an image as views of the mapped file (of memory, if they are compressed)."""
+        value = self._reader.get(name)
+        if value is None:
+            raise DataError(f"image database '{self.folder}' has no image '{name}'; is it the one of these texts?")
+        try:
+            read = (read_npz if self.boxes.compressed else read_msgpack)(value, arrays)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
+        missing = next((array for array in arrays if array not in read), None)
+        if missing:
+            raise self._unusable(name, f"it has no {missing}")
+        return read
+
+    def _unusable(self, name: str, reason: str) -> DataError:
+        return DataError(f"image database '{self.folder}': '{name}' cannot be used: {reason}")
+
+
+class PairedImageDatabase:
+    """Two databases about the same images, ground-truth boxes before detected ones (VCR).
+
+    Args:
+        ground_truth: the boxes that annotators drew.
+        detected: those of a detector.
+
+    Raises:
+        DataError: their features have different widths.
+    """
+
+    def __init__(self, ground_truth: ImageDatabase, detected: ImageDatabase) -> None:
+        self.ground_truth = ground_truth
+        self.detected = detected
+        self.dim = ground_truth.dim
+        if detected.dim != self.dim:
+            raise DataError(
+                f"features of '{ground_truth.folder}' are {self.dim} wide, those of '{detected.folder}' "
+                f"{detected.dim}; use features of one network"
+            )
+
+    def count(self, names: Sequence[str]) -> int:
+        """Return the number of boxes of an image, given its names in both databases."""
+        ground_truth, detected = names
+        return self.ground_truth.count(ground_truth) + self.detected.count(detected)
+
+    def __getitem__(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Read the regions ``[R, D]`` and boxes ``[R, 6]`` of an image, given its names in both databases."""
+        ground_truth, detected = names
+        first, second = self.ground_truth[ground_truth], self.detected[detected]
+        return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+    def soft_labels(self, names: Sequence[str]) -> Tensor:
+        """Read the class distributions ``[R, classes]`` of an image, given its names in both databases."""
+        ground_truth, detected = names
+        return torch.cat([self.ground_truth.soft_labels(ground_truth), self.detected.soft_labels(detected)])
+
+    def fingerprint(self) -> str:
+        """Hash both databases."""
+        return hashlib.blake2b(
+            f"{self.ground_truth.fingerprint()} {self.detected.fingerprint()}".encode(), digest_size=16
+        ).hexdigest()
+
+
+def check_pair(
+    text: TextDatabase, images: ImageDatabase | PairedImageDatabase, *, ids: Iterable[str] | None = None
+) -> None:
+    """Make sure that every image that a text database names is in its image database.
+
+    Args:
+        text: the texts, with ``txt2img.json``.
+        images: the image database; a pair of them takes the first and second name of every text.
+        ids: the examples that will be used; all by default.
+
+    Raises:
+        DataError: an image is missing, or an example has no image.
+    """
+    try:
+        named = list(text.images.values()) if ids is None else [text.images[id] for id in ids]
+    except KeyError as error:
+        raise DataError(f"text database '{text.path}': txt2img.json lacks the example {error}") from error
+    if isinstance(images, ImageDatabase):
+        names = (name for entry in named for name in ((entry,) if isinstance(entry, str) else entry))
+        check_names(text, images, names)
+        return
+    single = next((entry for entry in named if isinstance(entry, str) or len(entry) != 2), None)
+    if single is not None:
+        raise DataError(f"text database '{text.path}' names {single!r:.80}, but two image databases were given")
+    check_names(text, images.ground_truth, (entry[0] for entry in named))
+    check_names(text, images.detected, (entry[1] for entry in named))
+
+
+def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str]) -> None:
+    """Make sure that images are in an image database.
+
+    Args:
+        text: the text database that names them, for the message.
+        images: the image database.
+        names: the images wanted.
+
+    Raises:
+        DataError: at least one is missing; the message says how many, and the first.
+    """
+    wanted = dict.fromkeys(names)  # distinct, in order
+    present = set(images.names())
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise DataError(
+            f"text database '{text.path}' does not fit image database '{images.folder}': {len(missing):,} of "
+            f"{len(wanted):,} images are missing, first '{missing[0]}'; give the images of these texts"
+        )

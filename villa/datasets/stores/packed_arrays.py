@@ -1,0 +1,193 @@
+"""Named arrays packed into one value: msgpack maps with numpy arrays, and ``.npz`` archives, read without copies.
+
+Both readers return only the arrays asked for and do not look at the data of the others. The values are not trusted:
+object arrays are refused, and every size is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+import struct
+import zlib
+from collections.abc import Collection
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from villa.plugins import one_line
+
+inflater: ModuleType = zlib
+with contextlib.suppress(ImportError):  # optional, and twice as fast
+    from isal import isal_zlib as inflater
+
+Array = npt.NDArray[np.floating[Any]]
+
+#: Types of arrays that a feature database holds.
+DTYPES: dict[str, np.dtype[np.floating[Any]]] = {"<f2": np.dtype(np.float16), "<f4": np.dtype(np.float32)}
+#: Largest array after decompression, in bytes: a damaged or hostile archive claims more.
+MAX_ARRAY_BYTES = 1 << 28
+
+_INTEGER = rb"[\x00-\x7f]|\xcc.|\xcd..|\xce...."
+#: An array as the package msgpack-numpy writes it, up to its data: a map {nd, type, kind, shape, data}.
+_PACKED_ARRAY = re.compile(
+    rb"\x85\xc4\x02nd\xc3\xc4\x04type\xa3(<f[24])\xc4\x04kind\xc4\x00\xc4\x05shape"
+    rb"(?:\x91(" + _INTEGER + rb")|\x92(" + _INTEGER + rb")(" + _INTEGER + rb"))"
+    rb"\xc4\x04data(?:\xc4(.)|\xc5(..)|\xc6(....))",
+    re.DOTALL,
+)
+
+
+def read_msgpack(value: memoryview, names: Collection[str]) -> dict[str, Array]:
+    """Read arrays of a msgpack map of float16 or float32 arrays, as the package msgpack-numpy writes it.
+
+    Args:
+        value: the packed bytes; the arrays are views of them.
+        names: the arrays wanted; those that the value lacks are left out.
+
+    Raises:
+        ValueError: the value is damaged or holds other things.
+    """
+    try:
+        return _scan(value, names)
+    except (_OtherLayoutError, IndexError):  # rare writers: decode all of it
+        return _unpack(value, names)
+
+
+class _OtherLayoutError(Exception):
+    """The value is not laid out as msgpack-numpy does it."""
+
+
+def _scan(value: memoryview, names: Collection[str]) -> dict[str, Array]:
+    """Walk over the map, from one array's header to the next; stop at the last array wanted."""
+    if value[0] & 0xF0 != 0x80:
+        raise _OtherLayoutError
+    arrays: dict[str, Array] = {}
+    position = 1
+    for _ in range(value[0] & 0x0F):
+        if not 0xA0 <= value[position] <= 0xBF:  # a short text
+            raise _OtherLayoutError
+        start = position + 1
+        position = start + (value[position] & 0x1F)
+        match = _PACKED_ARRAY.match(value, position)
+        if match is None:
+            raise _OtherLayoutError
+        dtype, *shape, size8, size16, size32 = match.groups()
+        size, position = int.from_bytes(size8 or size16 or size32, "big"), match.end()
+        name = str(value[start : match.start()], "ascii", "replace")
+        if name in names:
+            dimensions = [_integer(number) for number in shape if number is not None]
+            arrays[name] = _view(value[position : position + size], dtype.decode(), dimensions)
+            if len(arrays) == len(names):
+                break
+        position += size
+    return arrays
+
+
+def _integer(packed: bytes) -> int:
+    return packed[0] if len(packed) == 1 else int.from_bytes(packed[1:], "big")
+
+
+def _unpack(value: memoryview, names: Collection[str]) -> dict[str, Array]:
+    try:
+        content = msgpack.unpackb(value, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"not a msgpack map of arrays: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{type(content).__name__} instead of a map of arrays")
+    arrays = {}
+    for name, packed in content.items():
+        if name in names:
+            fields = {_text(key): entry for key, entry in packed.items()} if isinstance(packed, dict) else {}
+            try:
+                arrays[str(name)] = _view(memoryview(fields["data"]), _text(fields["type"]), fields["shape"])
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"'{name}' is not an array") from error
+    return arrays
+
+
+def _text(value: object) -> str:
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _view(data: memoryview, type_name: str, shape: Collection[int]) -> Array:
+    """View bytes as an array after checking that they hold just that."""
+    dtype = DTYPES.get(type_name)
+    if dtype is None:
+        raise ValueError(f"an array of type '{type_name}'; allowed: float16, float32")
+    count = math.prod(shape)
+    if count * dtype.itemsize != len(data):
+        raise ValueError(f"an array of shape {list(shape)} has {len(data)} bytes of {count * dtype.itemsize}")
+    return np.frombuffer(data, dtype).reshape(tuple(shape))
+
+
+def read_npz(value: memoryview, names: Collection[str]) -> dict[str, Array]:
+    """Read float16 or float32 arrays of an ``.npz`` archive (``numpy.savez_compressed``); others are not unpacked.
+
+    Args:
+        value: the archive.
+        names: the arrays wanted; those that the archive lacks are left out.
+
+    Raises:
+        ValueError: the archive is damaged, or an array wanted is of another type.
+    """
+    try:
+        return {name: _read_member(value, *entry) for name, entry in _directory(value).items() if name in names}
+    except (struct.error, IndexError, zlib.error, inflater.error) as error:
+        raise ValueError(f"not an intact npz archive: {error}") from error
+
+
+_END = struct.Struct("<4s4xHH2I2x")  # end of the central directory: signature, entries (twice), size, offset
+_ENTRY = struct.Struct("<4s4x2H4x3I3H8xI")  # entry: signature, flags, method, CRC, sizes, lengths of texts, offset
+_LOCAL = struct.Struct("<4s22x2H")  # member: signature, lengths of its texts
+
+
+def _directory(value: memoryview) -> dict[str, tuple[int, int, int, int, int]]:
+    """Return method, CRC, packed size, size and offset of every member of a zip archive without a comment."""
+    signature, _, entries, _, position = _END.unpack_from(value, max(len(value) - _END.size, 0))
+    if signature != b"PK\5\6":
+        raise ValueError("not an intact npz archive: it has no directory at its end")
+    members = {}
+    for _ in range(entries):
+        signature, flags, method, crc, packed, size, named, extra, comment, offset = _ENTRY.unpack_from(value, position)
+        if signature != b"PK\1\2" or flags & 1:
+            raise ValueError("not an intact npz archive: its directory is damaged")
+        position += _ENTRY.size
+        name = str(value[position : position + named], "ascii", "replace")
+        members[name.removesuffix(".npy")] = (method, crc, packed, size, offset)
+        position += named + extra + comment
+    return members
+
+
+def _read_member(value: memoryview, method: int, crc: int, packed: int, size: int, offset: int) -> Array:
+    signature, named, extra = _LOCAL.unpack_from(value, offset)
+    start = offset + _LOCAL.size + named + extra
+    data = value[start : start + packed]
+    if signature != b"PK\3\4" or len(data) != packed or size > MAX_ARRAY_BYTES or method not in (0, 8):
+        raise ValueError("not an intact npz archive: a member does not fit its directory")
+    content = memoryview(inflater.decompressobj(-15).decompress(data, size + 1)) if method else data
+    if len(content) != size or inflater.crc32(content) != crc:
+        raise ValueError("not an intact npz archive: a member does not match its checksum")
+    length = 10 + int.from_bytes(content[8:10], "little")
+    type_name, fortran, shape = _npy_header(bytes(content[:length]))
+    array = _view(content[length:], type_name, shape[::-1] if fortran else shape)
+    return array.T if fortran else array
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[str, bool, tuple[int, ...]]:
+    """Parse the header of an array file, version 1.0: its type, whether columns come first, its shape."""
+    file = io.BytesIO(header)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("a version that float arrays never have")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy's parser lets errors of Python's own parser through
+        raise ValueError(f"not an array file: {one_line(error)}") from error
+    return dtype.str, fortran, shape
