@@ -18,6 +18,11 @@ class UniterForRanking(Uniter):
 
     images = None
     labels = 1
+    # Row 1 of the pre-training head is "they match". A file that has rank_output keeps its own.
+    initial_rows = {
+        "rank_output.weight": ("itm_output.weight", (1,)),
+        "rank_output.bias": ("itm_output.bias", (1,)),
+    }
 
     def add_head(self) -> None:
         """Add ``itm_output`` and ``rank_output``."""
