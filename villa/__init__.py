@@ -11,6 +11,7 @@ from villa.registry import (
     register_model,
     register_optimizer,
     register_scheduler,
+    register_submission,
     register_trainer,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "register_model",
     "register_optimizer",
     "register_scheduler",
+    "register_submission",
     "register_trainer",
 ]
 

@@ -74,7 +74,16 @@ def test_list_names_everything_with_a_summary(capsys: pytest.CaptureFixture[str]
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     headings = [line for line in lines if not line.startswith(" ")]
-    assert headings == ["models:", "datasets:", "losses:", "trainers:", "metrics:", "optimizers:", "schedulers:"]
+    assert headings == [
+        "models:",
+        "datasets:",
+        "losses:",
+        "trainers:",
+        "metrics:",
+        "optimizers:",
+        "schedulers:",
+        "submissions:",
+    ]
     entries = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(" ")}
     assert {"uniter", "villa", "adamw", "linear", "accuracy"} <= set(entries)
     assert all(len(summary) > 1 for name, summary in entries.items() if name in ("villa", "adamw"))

@@ -1,0 +1,1 @@
+"""Submission files: predictions in the form that a leaderboard reads, with validators."""

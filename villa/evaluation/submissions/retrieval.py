@@ -1,0 +1,162 @@
+"""Retrieval: the score of every pair of a text and an image."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from villa.engine.progress import track
+from villa.errors import DataError
+from villa.evaluation.predictions import read_predictions
+from villa.evaluation.submissions.base import Report, Submission
+from villa.evaluation.submissions.ids import IdCheck
+from villa.evaluation.submissions.json_list import checked_field, is_id
+from villa.evaluation.submissions.score_archive import IMAGES, SCORES, TEXTS, ScoreArchive
+from villa.files import replacing
+from villa.plugins import one_line
+from villa.registry import register_submission
+
+
+@register_submission("retrieval")
+class RetrievalSubmission(Submission):
+    """Retrieval: npz file with ``scores`` float32 ``[texts, images]``, ``text_ids`` and ``image_ids``.
+
+    There is no leaderboard: this form is villa's own. A line of the predictions has the scores of one text with some
+    images, ``{"text": id, "images": [names], "scores": [numbers], ...}``; all lines together have each pair once, in
+    any order. The lines are read twice, and memory does not grow with the number of pairs.
+    """
+
+    name = "retrieval"
+    suffix = ".npz"
+    description = f"npz file with {SCORES} [texts, images], {TEXTS} and {IMAGES}"
+
+    def write(self, predictions: Path, output: Path) -> int:
+        """Collect the scores in a file that is mapped into memory, then put it into the archive."""
+        self.check_suffix(output)
+        texts, images = _names(predictions)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+                scores = _empty_scores(Path(folder) / "scores.npy", (len(texts), len(images)))
+                _fill(scores, predictions, texts, images)
+                _check_complete(scores, predictions, list(texts), list(images))
+                with replacing(output) as temporary, temporary.open("xb") as file:
+                    names = {TEXTS: np.array(list(texts)), IMAGES: np.array(list(images))}
+                    np.savez(file, **{SCORES: scores}, **names)  # type: ignore[arg-type]
+        except OSError as error:
+            raise DataError(f"cannot turn '{predictions}' into '{output}' ({one_line(error)}); check both") from error
+        return len(texts)
+
+    def validate(self, file: Path, ids: Collection[str] | None = None) -> Report:
+        """Check the names and every score; ``ids`` are those of the texts."""
+        self.check_suffix(file)
+        with ScoreArchive(file) as archive:
+            texts, images = _checked(archive, TEXTS, ids), _checked(archive, IMAGES, None)
+            for row, scores in enumerate(archive.rows(len(texts), len(images))):
+                wrong = np.flatnonzero(~np.isfinite(scores))
+                if wrong.size:
+                    pair = f"row {row} column {wrong[0]} (text {texts[row]!r:.40}, image {images[wrong[0]]!r:.40})"
+                    raise DataError(f"{file}: score of {pair} is {scores[wrong[0]]}; every pair needs a finite score")
+        shape = f"{len(texts):,} texts x {len(images):,} images"
+        return Report(self.name, len(texts), compared=ids is not None, detail=shape)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Scores ``[n]`` of a text with n images; ``where`` is the place of the prediction."""
+
+    where: str
+    text: str
+    images: list[str]
+    scores: npt.NDArray[np.float32]
+
+
+def _names(predictions: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Number the texts and the images in the order in which they occur."""
+    texts: dict[str, int] = {}
+    images: dict[str, int] = {}
+    for chunk in _chunks(predictions, "find names"):
+        texts.setdefault(chunk.text, len(texts))
+        for image in chunk.images:
+            images.setdefault(image, len(images))
+    if not texts:
+        raise DataError(f"{predictions} holds no prediction; write the scores of every text")
+    return texts, images
+
+
+def _chunks(predictions: Path, description: str) -> Iterator[_Chunk]:
+    records = track(read_predictions(predictions), description)
+    return (_chunk(record, f"{predictions} line {number}") for number, record in enumerate(records, start=1))
+
+
+def _chunk(record: Mapping[str, Any], where: str) -> _Chunk:
+    text = checked_field(record, "text", _is_name, "the id of a text", where)
+    images = checked_field(record, "images", _are_names, "a list of the images' names", where)
+    try:
+        numbers = np.asarray(record.get("scores"))
+    except (ValueError, OverflowError):  # lists of unequal lengths
+        numbers = np.empty(0, dtype=object)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        valid = numbers.dtype.kind in "fiu" and numbers.shape == (len(images),)
+        scores = numbers.astype(np.float32) if valid else np.empty(0, dtype=np.float32)
+    if not valid or not np.isfinite(scores).all():
+        raise DataError(f"{where}: 'scores' must be a list of {len(images):,} finite numbers, one an image")
+    return _Chunk(where, text, images, scores)
+
+
+def _empty_scores(path: Path, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Make an npy file of NaN and map it: writing first finds out whether the disk has the room."""
+    with path.open("xb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        row = np.full(shape[1], np.nan, dtype="<f4").tobytes()
+        for _ in range(shape[0]):
+            file.write(row)
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _fill(
+    scores: npt.NDArray[np.float32], predictions: Path, texts: Mapping[str, int], images: Mapping[str, int]
+) -> None:
+    for chunk in _chunks(predictions, "collect scores"):
+        row, columns = texts[chunk.text], [images[image] for image in chunk.images]
+        if len(set(columns)) != len(columns) or not np.isnan(scores[row, columns]).all():
+            raise DataError(f"{chunk.where} scores an image with text {chunk.text!r:.40} again; keep one score a pair")
+        scores[row, columns] = chunk.scores
+
+
+def _check_complete(scores: npt.NDArray[np.float32], predictions: Path, texts: list[str], images: list[str]) -> None:
+    for row, text in enumerate(texts):
+        missing = np.flatnonzero(np.isnan(scores[row]))
+        if missing.size:
+            raise DataError(
+                f"{predictions} scores text {text!r:.40} with {len(images) - missing.size:,} of {len(images):,} "
+                f"images, not with {images[missing[0]]!r:.40}; score every pair"
+            )
+
+
+def _checked(archive: ScoreArchive, name: str, wanted: Collection[str] | None) -> list[str]:
+    """Return the unique names of an array of the archive, which are those that are wanted, if any are."""
+    names = archive.names(name)
+    check = IdCheck(wanted)
+    for number, id_ in enumerate(names):
+        where = f"{archive.path}: {name}[{number}]"
+        if not id_:
+            raise DataError(f"{where} is empty; every id needs text")
+        check.add(id_, where)
+    check.finish(archive.path)
+    return names
+
+
+def _is_name(value: Any) -> bool:
+    return is_id(value) and "\0" not in value  # numpy takes NUL for the end of a text
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_name, value))
