@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,10 +108,11 @@ def read_json(path: Path) -> Any:
         DataError: it is missing, is not JSON, or is a pickle, which is never read.
     """
     if path.suffix in (".p", ".pkl", ".pickle"):
+        code = "import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), open(sys.argv[2], 'w'))"
+        command = shlex.join(["python", "-c", code, path.name, path.with_suffix(".json").name])
         raise DataError(
-            f"'{path}' is a pickle, and reading one would run whatever code is in it; convert it once on a machine "
-            f"that may (python -c \"import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), "
-            f"open(sys.argv[2], 'w'))\" {path.name} {path.with_suffix('.json').name}) and give the .json file"
+            f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
+            f"convert it (with {command}) and give the .json file"
         )
     try:
         return json.loads(path.read_bytes())
