@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 
+#: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
+#: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
+InitialRows = Mapping[str, tuple[str, tuple[int, ...]]]
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -73,13 +77,15 @@ class ModelConfig:
 
 
 class Model(nn.Module, ABC):
-    """Base of all models. A subclass knows nothing about adversaries, parallelism or the training loop."""
+    """Base of all models. A subclass knows nothing about adversaries, parallelism or the training loop.
 
-    #: Options of the class.
+    Attributes:
+        Config: the class of its options.
+        initial_rows: parameters that start from rows of others when a file of weights lacks them.
+    """
+
     Config: type[ModelConfig] = ModelConfig
-    #: Parameters that a file of weights may lack, each with the tensor of the file and its rows that it starts from
-    #: instead: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
-    initial_rows: ClassVar[Mapping[str, tuple[str, tuple[int, ...]]]] = {}
+    initial_rows: ClassVar[InitialRows] = {}
 
     @classmethod
     @abstractmethod

@@ -44,8 +44,8 @@ class LoadReport:
         lines = {
             "text-only weights, all of the image side is fresh": self._image_side(),
             "fresh": [g for g in grouped(self.missing, self.loaded) if g not in self._image_side()],
-            "enlarged": self.enlarged,
-            "started from other tensors": self.derived,
+            "enlarged": ["; ".join(self.enlarged)] if self.enlarged else [],
+            "started from other tensors": ["; ".join(self.derived)] if self.derived else [],
             "pre-training heads, not used": pretraining,
             "not used": [group for group in unused if group not in pretraining],
         }

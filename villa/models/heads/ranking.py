@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
+from villa.models.base import InitialRows
 from villa.models.uniter import Encoded, Uniter
 from villa.models.uniter_config import register_head
 
@@ -19,7 +22,7 @@ class UniterForRanking(Uniter):
     images = None
     labels = 1
     # Row 1 of the pre-training head is "they match". A file that has rank_output keeps its own.
-    initial_rows = {
+    initial_rows: ClassVar[InitialRows] = {
         "rank_output.weight": ("itm_output.weight", (1,)),
         "rank_output.bias": ("itm_output.bias", (1,)),
     }
