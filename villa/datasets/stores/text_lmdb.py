@@ -47,7 +47,7 @@ class TextDatabase:
             )
         self._reader = LmdbReader(path)
         self.meta: Mapping[str, Any] = self._read_object("meta.json")
-        self._check_meta()
+        check_meta(self.meta, f"'{path / 'meta.json'}'")
 
     @property
     def cls_id(self) -> int:
@@ -160,20 +160,28 @@ class TextDatabase:
             raise DataError(f"'{self.path / name}' holds a JSON {type(value).__name__}; an object is needed")
         return value
 
-    def _check_meta(self) -> None:
-        """Refuse a ``meta.json`` without the ids that every task needs."""
-        where = self.path / "meta.json"
-        for key in ("CLS", "SEP", "MASK"):
-            if type(self.meta.get(key)) is not int or self.meta[key] < 0:
-                raise DataError(f"'{where}': {key} is {self.meta.get(key)!r:.40}; it must be the id of a word-piece")
-        bounds = self.meta.get("v_range")
-        if not isinstance(bounds, list) or [type(bound) for bound in bounds] != [int, int]:
-            raise DataError(f"'{where}': v_range is {bounds!r:.40}; it must be two ids, [first, end]")
-        if not 0 <= bounds[0] < bounds[1]:
-            raise DataError(f"'{where}': v_range {bounds} is empty; its end must be above its first id")
-
     def _damaged(self, id: str, reason: str) -> DataError:
         return DataError(f"text database '{self.path}': example '{id}' is damaged ({reason}); copy it again")
+
+
+def check_meta(meta: Mapping[str, Any], where: str) -> None:
+    """Refuse a ``meta.json`` without the ids that every task needs.
+
+    Args:
+        meta: its contents.
+        where: its name for messages.
+
+    Raises:
+        DataError: CLS, SEP, MASK or v_range is missing or wrong.
+    """
+    for key in ("CLS", "SEP", "MASK"):
+        if type(meta.get(key)) is not int or meta[key] < 0:
+            raise DataError(f"{where}: {key} is {meta.get(key)!r:.40}; it must be the id of a word-piece")
+    bounds = meta.get("v_range")
+    if not isinstance(bounds, list) or [type(bound) for bound in bounds] != [int, int]:
+        raise DataError(f"{where}: v_range is {bounds!r:.40}; it must be two ids, [first, end]")
+    if not 0 <= bounds[0] < bounds[1]:
+        raise DataError(f"{where}: v_range {bounds} is empty; its end must be above its first id")
 
 
 def _are_texts(value: object) -> bool:

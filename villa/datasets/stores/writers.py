@@ -1,0 +1,211 @@
+"""Writers of text and image databases in the format of UNITER and VILLA; the released code reads what they write.
+
+Both go on where a killed process was: ``has`` tells what is stored already. ``close`` finishes a database; leaving a
+``with`` block by an exception keeps it unfinished, to be gone on with.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import lz4.frame
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.image_lmdb import BOX_WIDTH, NAMES_KEY
+from villa.datasets.stores.lmdb_filling import PUTS, Filling
+from villa.datasets.stores.text_lmdb import check_meta
+from villa.errors import DataError
+from villa.files import atomic_write
+
+
+class _Writer:
+    """What both writers share: a database being filled, as a context manager."""
+
+    _filling: Filling
+
+    def has(self, key: str) -> bool:
+        """Whether an entry is stored already: its caller may skip it."""
+        return key in self._filling.records
+
+    def __len__(self) -> int:
+        return len(self._filling.records)
+
+    def close(self) -> None:
+        """Write what belongs beside the entries, and finish the database.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._filling.release()
+
+
+class TextDatabaseWriter(_Writer):
+    """Writes a text database, or goes on with an unfinished one.
+
+    Args:
+        path: its folder (``vqa_train.db``).
+        meta: contents of ``meta.json``: at least CLS, SEP, MASK and v_range.
+        texts_of_images: write ``img2txts.json`` as well (retrieval).
+        puts: entries a transaction.
+
+    Raises:
+        DataError: ``meta`` lacks something, or the folder holds a finished or another database.
+    """
+
+    def __init__(self, path: Path, meta: Mapping[str, Any], *, texts_of_images: bool = False, puts: int = PUTS) -> None:
+        check_meta(meta, "meta")
+        self.path = path
+        self._meta = dict(meta)
+        self._texts_of_images = texts_of_images
+        self._filling = Filling(path, {"text database": self._meta}, puts)
+
+    def add(
+        self,
+        id: str,
+        example: Mapping[str, Any],
+        length: int | Mapping[str, int],
+        images: str | list[str] | None = None,
+    ) -> None:
+        """Add an example; the order of the calls is that of the data set.
+
+        Args:
+            id: unique within the database.
+            example: what the task reads: ``input_ids`` without [CLS] and [SEP], ``img_fname``, ``target``, ...
+            length: number of word-pieces, or one for each kind (``{"qa": 12, "qar": 20}``, VCR).
+            images: name, or names, of the image in its database; None for tasks without ``txt2img.json``.
+
+        Raises:
+            DataError: the id was added already, or the disk is full.
+        """
+        value = lz4.frame.compress(msgpack.packb(dict(example), use_bin_type=True))
+        self._filling.put(id, value, [dict(length) if isinstance(length, Mapping) else length, images])
+
+    def close(self) -> None:
+        """Write ``id2len.json`` (or one for each kind), ``txt2img.json`` and so on, and finish the database."""
+        lengths: dict[str, dict[str, int]] = {}
+        images: dict[str, str | list[str]] = {}
+        texts: dict[str, list[str]] = {}
+        for id, (length, names) in self._filling.records.items():
+            for kind, number in (length if isinstance(length, dict) else {"": length}).items():
+                lengths.setdefault(kind, {})[id] = number
+            if names is not None:
+                images[id] = names
+                for name in (names,) if isinstance(names, str) else names:
+                    texts.setdefault(name, []).append(id)
+        for kind, numbers in (lengths or {"": {}}).items():
+            _write_ordered(self.path / (f"id2len_{kind}.json" if kind else "id2len.json"), numbers)
+        if images:
+            _write_ordered(self.path / "txt2img.json", images)
+        if self._texts_of_images:
+            _write_ordered(self.path / "img2txts.json", texts)
+        _write_ordered(self.path / "meta.json", self._meta)
+        self._filling.finish()
+
+
+class ImageDatabaseWriter(_Writer):
+    """Writes the region features of images for one choice of boxes, or goes on with an unfinished database.
+
+    Args:
+        folder: folder of the environments of all choices (``coco_train2014``).
+        boxes: the choice.
+        puts: images a transaction.
+
+    Raises:
+        DataError: the folder holds a finished database for this choice.
+    """
+
+    def __init__(self, folder: Path, boxes: BoxSelection, *, puts: int = PUTS) -> None:
+        self.folder = folder
+        self.boxes = boxes
+        self._filling = Filling(folder / boxes.folder(), {"image database": boxes.folder()}, puts)
+
+    def add(
+        self,
+        name: str,
+        features: npt.ArrayLike,
+        norm_bb: npt.ArrayLike,
+        conf: npt.ArrayLike,
+        soft_labels: npt.ArrayLike | None = None,
+    ) -> None:
+        """Add an image; its first rows are kept, as many as the choice of boxes wants.
+
+        Args:
+            name: unique within the database (``coco_train2014_000000000009.npz``).
+            features: region features ``[R, D]`` by falling confidence.
+            norm_bb: boxes ``[R, 6]``: x1, y1, x2, y2, width, height, each divided by the image's.
+            conf: confidences ``[R]``.
+            soft_labels: class distributions ``[R, classes]``, column 0 the background.
+
+        Raises:
+            DataError: the shapes do not fit, a value is too large for float16, the name was added already, or the
+                disk is full.
+        """
+        given = {"features": features, "norm_bb": norm_bb, "conf": conf}
+        if soft_labels is not None:
+            given["soft_labels"] = soft_labels
+        arrays = {key: np.asarray(array) for key, array in given.items()}
+        _check(name, arrays)
+        rows = self.boxes.count(arrays["conf"])
+        with np.errstate(over="ignore"):  # reported below
+            kept = {key: np.ascontiguousarray(array[:rows], dtype=np.float16) for key, array in arrays.items()}
+        wrong = next((key for key, array in kept.items() if not np.isfinite(array).all()), None)
+        if wrong is not None:
+            raise DataError(f"image '{name}': {wrong} holds NaN, infinite values, or values too large for float16")
+        self._filling.put(name, _npz(kept) if self.boxes.compressed else _msgpack(kept), rows)
+
+    def close(self) -> None:
+        """Write the list of names and the numbers of boxes, and finish the database."""
+        counts = self.boxes.counts_file()
+        if counts is not None:
+            _write_ordered(self.folder / counts, self._filling.records)
+        self._filling.finish({NAMES_KEY: json.dumps(list(self._filling.records)).encode()})
+
+
+def _check(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Refuse arrays that are not floats of fitting shapes."""
+    rows = len(arrays["features"]) if arrays["features"].ndim else 0
+    forms = {"features": "[R, D]", "norm_bb": "[R, 6]", "conf": "[R]", "soft_labels": "[R, classes]"}
+    for key, array in arrays.items():
+        fits = array.ndim == forms[key].count(",") + 1 and len(array) == rows and array.size > 0
+        if not fits or (key == "norm_bb" and array.shape[1] != BOX_WIDTH) or array.dtype.kind != "f":
+            raise DataError(
+                f"image '{name}': {key} is {array.dtype} {list(array.shape)}; it must be floats {forms[key]} "
+                f"with the R of the features (here {rows}) and R >= 1"
+            )
+
+
+def _msgpack(arrays: Mapping[str, npt.NDArray[np.float16]]) -> bytes:
+    """Pack arrays as the package msgpack-numpy does."""
+    packed = {
+        key: {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
+        for key, array in arrays.items()
+    }
+    return bytes(msgpack.packb(packed, use_bin_type=True))
+
+
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _write_ordered(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON whose order of keys has a meaning."""
+    atomic_write(path, json.dumps(value, ensure_ascii=False))
