@@ -1,6 +1,7 @@
 """What all tests share: one torch thread, and the example project on the path."""
 
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def official_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small databases in the released formats: ``txt_db/<name>.db`` and ``img_db/<name>``; read only."""
+    folder = tmp_path_factory.mktemp("official_db")
+    with tarfile.open(ROOT / "tests" / "golden" / "official_db" / "databases.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
