@@ -78,10 +78,11 @@ def _check_complete(report: LoadReport, expected: Mapping[str, Tensor]) -> None:
     if not any(map(is_backbone, expected)) and 2 * len(report.loaded) < len(expected):
         absent = list(report.missing)  # a model of unknown build
     if absent:
-        instead = listed(grouped(report.unexpected, report.loaded)) or "nothing"
+        lacking, unused = (listed(grouped(names, report.loaded)) for names in (absent, report.unexpected))
         raise CheckpointError(
-            f"'{report.path}' does not fit the model: it lacks {listed(grouped(absent, report.loaded))} and has "
-            f"{instead} instead; check the model's size and kind"
+            f"'{report.path}' does not fit the model: it lacks {lacking}"
+            + (f" and has {unused} instead" if unused else "")
+            + "; check the model's size and kind"
         )
 
 

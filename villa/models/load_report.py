@@ -63,11 +63,13 @@ def grouped(names: Sequence[str], others: Iterable[str]) -> list[str]:
         others: parameters that the listed modules must not hold.
 
     Returns:
-        The largest modules that hold no others, with the number of their parameters, in the order of ``names``.
+        The largest modules that hold no others, with the number of their parameters, in the order of ``names``; a
+        single parameter has its own name.
     """
     shared = {prefix for name in others for prefix in _prefixes(name)}
-    groups = Counter(next(prefix for prefix in _prefixes(name) if prefix not in shared) for name in names)
-    return [group if group in names else f"{group} ({count})" for group, count in groups.items()]
+    modules = {name: next(prefix for prefix in _prefixes(name) if prefix not in shared) for name in names}
+    counts = Counter(modules.values())
+    return list(dict.fromkeys(name if counts[m] == 1 else f"{m} ({counts[m]})" for name, m in modules.items()))
 
 
 def listed(items: Sequence[str], most: int = 4) -> str:
