@@ -90,7 +90,16 @@ MODELS: Registry[Any] = Registry(
 DATASETS: Registry[Any] = Registry(
     "dataset",
     "villa.datasets.base:TaskDataset",
-    {"easy_vqa": "villa.datasets.easy_vqa", "jsonl": "villa.datasets.jsonl"},
+    {
+        "easy_vqa": "villa.datasets.easy_vqa",
+        "jsonl": "villa.datasets.jsonl",
+        "nlvr2": "villa.datasets.nlvr2",
+        "referring": "villa.datasets.referring",
+        "retrieval": "villa.datasets.retrieval",
+        "snli_ve": "villa.datasets.vqa",
+        "vcr": "villa.datasets.vcr",
+        "vqa": "villa.datasets.vqa",
+    },
 )
 LOSSES: Registry[Any] = Registry(
     "loss",

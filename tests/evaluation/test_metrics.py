@@ -72,8 +72,8 @@ def test_reset_forgets_and_nothing_seen_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "targets", "message"),
     [
-        ("accuracy", None, "no targets in the batch"),
-        ("soft_accuracy", None, "no targets in the batch"),
+        ("accuracy", None, "the examples have no targets"),
+        ("soft_accuracy", None, "the examples have no targets"),
         ("accuracy", torch.zeros(2, 3), r"float32 \[2, 3\]; use 'soft_accuracy'"),
         ("accuracy", torch.zeros(2), r"float32 \[2\]"),
         ("accuracy", torch.zeros(2, 4, dtype=torch.int64), r"int64 \[2, 4\]"),

@@ -95,6 +95,6 @@ class RetrievalRecall(Metric):
         """Go on from such a vector, of a matrix of the shape seen here."""
         assert self._scores is not None, "nothing was scored, so the shape is not known"
         size, texts = self._scores.numel(), len(self._right)
-        right, scored, scores = torch.split(state, (texts, size, size))
+        right, scored, scores = torch.split(state, [texts, size, size])
         self._right = right.round().long() - 1
         self._scores = scores.masked_fill(scored == 0, -torch.inf).float().view_as(self._scores)

@@ -1,0 +1,30 @@
+"""The answers of a classification task, in the order of the logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from villa.errors import DataError
+from villa.plugins import one_line
+
+
+def read_answers(path: Path) -> list[str]:
+    """Read a list of answers, or an object ``{answer: label}`` as in the released ``ans2label.json``.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the answers '{path}' ({error.strerror}); give ans2label.json") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the answers '{path}' are not valid JSON ({one_line(error)})") from error
+    if isinstance(value, dict):
+        if sorted(value.values(), key=str) != sorted(range(len(value)), key=str):
+            raise DataError(f"'{path}' must give the labels 0 to {len(value) - 1}, each to one answer")
+        value = sorted(value, key=value.__getitem__)
+    if not (isinstance(value, list) and value and all(isinstance(answer, str) for answer in value)):
+        raise DataError(f"'{path}' holds no answers; give a JSON list of texts, or an object {{answer: label}}")
+    return value

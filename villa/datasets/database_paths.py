@@ -1,0 +1,61 @@
+"""Where the databases of a split are, and what to say when they are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "val", "test")
+#: How many missing paths a message names.
+_NAMED = 4
+
+
+@dataclass(frozen=True)
+class DatabasePaths:
+    """A text database and the folders of its images.
+
+    Attributes:
+        split: the split that they are for.
+        text: folder of the text database.
+        images: folder of the image database; two for VCR (ground truth, detected).
+    """
+
+    split: str
+    text: Path
+    images: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, root: Path, split: str, text: str, images: str) -> DatabasePaths:
+        """Resolve what a recipe says; two folders of images are separated by a semicolon, as in the release."""
+        return cls(split, root / text, tuple(root / part.strip() for part in images.split(";")))
+
+    @classmethod
+    def synthetic(cls, root: Path, task: str, split: str) -> DatabasePaths:
+        """Where the generated databases of a split are."""
+        images = ("gt", "det") if task == "vcr" else ("images",)
+        return cls(split, root / "txt_db" / f"{split}.db", tuple(root / "img_db" / name for name in images))
+
+    def missing(self) -> Iterator[tuple[Path, str]]:
+        """Yield the folders that do not exist, each with what it should be."""
+        if not self.text.is_dir():
+            yield self.text, "text database: data.mdb, meta.json, id2len.json, ..."
+        for folder in self.images:
+            if not folder.is_dir():
+                yield folder, "image database: feat_*/data.mdb, nbb_*.json"
+
+
+def describe_missing(task: str, root: str, missing: Sequence[tuple[Path, str]]) -> str:
+    """Say in a few lines what is missing, where it is expected, in which format, and how to try the recipe now."""
+    distinct = list(dict(missing).items())
+    listed = [f"  {path}  ({what})" for path, what in distinct[:_NAMED]]
+    more = [f"  and {len(distinct) - _NAMED} more"] if len(distinct) > _NAMED else []
+    return "\n".join(
+        [
+            f"the data of dataset '{task}' is not there; the recipe expects, below dataset.root={root}:",
+            *listed,
+            *more,
+            "docs/data.md says where to get these databases or how to make them; set dataset.root to where they are.",
+            "To try the recipe now on generated data, add dataset.synthetic=true",
+        ]
+    )

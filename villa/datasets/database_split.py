@@ -1,0 +1,187 @@
+"""Splits that read their examples from a text database and the images that it names."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from villa.datasets.base import Example, Split
+from villa.datasets.stores.image_lmdb import ImageDatabase, PairedImageDatabase, check_pair
+from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.errors import DataError
+
+if TYPE_CHECKING:
+    from villa.datasets.databases import DatabaseTask
+
+Images = ImageDatabase | PairedImageDatabase
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text database with its images.
+
+    Attributes:
+        text: the texts.
+        images: the regions of the images that they name.
+    """
+
+    text: TextDatabase
+    images: Images
+
+    def count(self, names: str | Sequence[str]) -> int:
+        """Return the number of regions of an example's image or images."""
+        if isinstance(self.images, PairedImageDatabase):
+            return self.images.count(names)
+        return self.images.count(names) if isinstance(names, str) else sum(map(self.images.count, names))
+
+
+class DatabaseSplit(Split):
+    """The examples of one pair of databases; a subclass makes them of what is stored.
+
+    Args:
+        task: the task.
+        name: the split's name; ``train`` makes examples for training.
+        pair: the databases.
+        lengths: text length of every example by id, in the order of the split.
+
+    Attributes:
+        ids: ids of the examples.
+
+    Raises:
+        DataError: an image that the texts name is not there.
+    """
+
+    def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
+        self.task, self.name, self.pair = task, name, pair
+        self.ids = list(lengths)
+        self.check_images()
+        self._lengths = [self.length(id, length) for id, length in lengths.items()]
+
+    @abstractmethod
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example of what the text database stores under ``id``.
+
+        Raises:
+            DataError: what is stored does not make an example of this task.
+        """
+
+    def image_names(self, id: str) -> str | Sequence[str]:
+        """Return the name of an example's image, or the names of its images."""
+        return self.pair.text.images[id]
+
+    def check_images(self) -> None:
+        """Make sure that the images of all examples are there.
+
+        Raises:
+            DataError: naming both databases.
+        """
+        check_pair(self.pair.text, self.pair.images, ids=self.ids)
+
+    def length(self, id: str, text: int) -> int:
+        """Return the length of an example for batches by tokens: word-pieces and regions, as in the release."""
+        return text + self.pair.count(self.image_names(id))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        id = self.ids[index]
+        return self.example(id, self.pair.text[id])
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Word-pieces and regions of every example."""
+        return self._lengths
+
+    @property
+    def training(self) -> bool:
+        """Whether examples are made for training."""
+        return self.name == "train"
+
+    @cached_property
+    def stores_answers(self) -> bool:
+        """Whether the first example has a ``target``: in a split with answers the others need not."""
+        return bool(self.ids) and self.pair.text[self.ids[0]].get("target") is not None
+
+    def words(self, *texts: Sequence[int], id: str) -> Tensor:
+        """Return [CLS], the texts with [SEP] between them, and [SEP]: ``[T]`` int64.
+
+        Raises:
+            DataError: an id of a word-piece is outside the vocabulary.
+        """
+        database = self.pair.text
+        ids = [database.cls_id]
+        for text in texts:
+            ids += [*text, database.sep_id]
+        limit = database.vocab_size + self.task.extra_words
+        if not 0 <= min(ids) <= max(ids) < limit:
+            raise self.unusable(
+                id, f"word-piece {max(ids)}, but the vocabulary of meta.json ends at {limit}; another tokenizer made it"
+            )
+        return torch.tensor(ids)
+
+    def regions(self, id: str) -> tuple[Tensor, Tensor]:
+        """Return the features ``[R, D]`` and boxes ``[R, 6]`` of an example's only image."""
+        names: Any = self.image_names(id)
+        features, boxes = self.pair.images[names]
+        return features, boxes
+
+    def field(self, fields: Mapping[str, Any], name: str, id: str) -> Any:
+        """Return a field that an example must have.
+
+        Raises:
+            DataError: it has none; the message names what it has.
+        """
+        if name not in fields:
+            raise self.unusable(id, f"no {name} (only {', '.join(fields)}); it is not one of '{self.task.config.name}'")
+        return fields[name]
+
+    def unusable(self, id: str, found: str) -> DataError:
+        """Return the error that an example has something that this task cannot use."""
+        return DataError(f"text database '{self.pair.text.path}': example '{id}' has {found}")
+
+
+class ConcatenatedSplit(Split):
+    """Several splits, one after another.
+
+    Args:
+        parts: at least one.
+    """
+
+    def __init__(self, parts: Sequence[Split]) -> None:
+        self.parts = parts
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        part, within = self._place(index)
+        return part[within]
+
+    def draw(self, index: int, seed: int) -> Example:
+        """See the base class."""
+        part, within = self._place(index)
+        return part.draw(within, seed)
+
+    @property
+    def answered(self) -> bool:
+        """Whether every part has answers."""
+        return all(part.answered for part in self.parts)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The parts' lengths one after another."""
+        return [length for part in self.parts for length in part.lengths]
+
+    def _place(self, index: int) -> tuple[Split, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(torch.searchsorted(self._ends, index, right=True))
+        return self.parts[part], index - (int(self._ends[part - 1]) if part else 0)

@@ -1,0 +1,246 @@
+"""What the tasks on the text and image databases of UNITER and VILLA share.
+
+A recipe lists, for each split, text databases and the image database of each one; a task turns what they hold into
+examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from villa.batch import Batch
+from villa.datasets.base import DatasetConfig, Example, Split, TaskDataset
+from villa.datasets.collation import collate
+from villa.datasets.database_paths import SPLITS, DatabasePaths, describe_missing
+from villa.datasets.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.image_lmdb import ImageDatabase
+from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.errors import ConfigError, DataError
+from villa.files import write_json
+from villa.models.base import DataFacts
+
+#: File of the facts that a checkpoint keeps about the data that it was trained on.
+FACTS_FILE = "dataset.json"
+
+
+@dataclass
+class DatabaseConfig(DatasetConfig):
+    """Options of the tasks on databases; relative paths are below ``root``.
+
+    Attributes:
+        name: the registered name.
+        root: folder that the other paths are relative to.
+        train_text: text databases to train on.
+        train_images: image database of each of them.
+        val_text: text databases to validate on.
+        val_images: image database of each of them.
+        test_text: text databases to test on.
+        test_images: image database of each of them.
+        subset: train on the examples that ``id2len.<subset>.json`` lists instead of ``id2len.json``.
+        max_text_length: longest text to train on, in word-pieces without [CLS] and [SEP]; longer ones are left out.
+        box_threshold: confidence above which a detected box is used.
+        max_boxes: largest number of detected boxes an image.
+        min_boxes: smallest number of detected boxes an image.
+        fixed_boxes: this many boxes of every image instead.
+        compressed: the image databases are the compressed ones.
+        synthetic: generate small databases of the same format and run a tiny model on them, to try the recipe.
+    """
+
+    root: str = "data"
+    train_text: list[str] = field(default_factory=list)
+    train_images: list[str] = field(default_factory=list)
+    val_text: list[str] = field(default_factory=list)
+    val_images: list[str] = field(default_factory=list)
+    test_text: list[str] = field(default_factory=list)
+    test_images: list[str] = field(default_factory=list)
+    subset: str | None = None
+    max_text_length: int = 60
+    box_threshold: float = 0.2
+    max_boxes: int = 100
+    min_boxes: int = 10
+    fixed_boxes: int | None = None
+    compressed: bool = False
+    synthetic: bool = False
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        for split in SPLITS:
+            texts, images = len(getattr(self, f"{split}_text")), len(getattr(self, f"{split}_images"))
+            if texts != images:
+                raise ConfigError(
+                    f"dataset.{split}_images names {images} image databases for {texts} text databases in "
+                    f"{split}_text; give one for each"
+                )
+        if self.max_text_length < 1:
+            raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least 1")
+        self.detected_boxes()
+
+    def detected_boxes(self) -> BoxSelection:
+        """Which detected boxes of an image are used.
+
+        Raises:
+            ConfigError: the numbers make no sense.
+        """
+        return BoxSelection(self.box_threshold, self.max_boxes, self.min_boxes, self.fixed_boxes, self.compressed)
+
+
+class DatabaseTask(TaskDataset):
+    """A task on databases. A subclass names the class of its splits and decodes its logits.
+
+    Attributes:
+        Examples: makes examples of a pair of databases.
+        labels: class names, where the task fixes them.
+        extra_words: rows of the word embedding beyond the tokenizer's.
+    """
+
+    Config: ClassVar[type[DatasetConfig]] = DatabaseConfig
+    config: DatabaseConfig
+    Examples: ClassVar[type[DatabaseSplit]]
+    labels: ClassVar[tuple[str, ...] | None] = None
+    extra_words: ClassVar[int] = 0
+
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        super().__init__(config, assets)
+        config.check()
+        self._opened: dict[DatabasePaths, Pair] = {}
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the recipe lists databases for."""
+        return SPLITS if self.config.synthetic else tuple(s for s in SPLITS if getattr(self.config, f"{s}_text"))
+
+    def split(self, name: str) -> Split:
+        """Return a split, over all of its databases; every image that the texts name is looked up first."""
+        parts = [part for paths in self._paths(name) for part in self.parts(name, self._open(paths))]
+        if not parts:
+            raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list databases in {name}_text")
+        return parts[0] if len(parts) == 1 else ConcatenatedSplit(parts)
+
+    def parts(self, name: str, pair: Pair) -> list[Split]:
+        """Return what a pair of databases adds to a split."""
+        return [self.Examples(self, name, pair, self.text_lengths(name, pair))]
+
+    def text_lengths(self, name: str, pair: Pair, kind: str = "") -> dict[str, int]:
+        """Return the text length of every example of a split by id; to train on, those that are not too long."""
+        lengths = pair.text.lengths(kind)
+        if name != "train":
+            return lengths
+        kept = {id: length for id, length in lengths.items() if length <= self.config.max_text_length}
+        if not kept:
+            raise DataError(
+                f"all {len(lengths)} texts of '{pair.text.path}' are longer than "
+                f"dataset.max_text_length={self.config.max_text_length}; raise it"
+            )
+        return kept
+
+    def facts(self) -> DataFacts:
+        """Sizes of the vocabulary, the labels and a region feature, the same in all databases."""
+        pair = self._first
+        facts = DataFacts(
+            vocab_size=pair.text.vocab_size + self.extra_words,
+            num_labels=self.num_labels(),
+            feature_dim=pair.images.dim,
+        )
+        self._check_against_checkpoint(facts)
+        return facts
+
+    def num_labels(self) -> int | None:
+        """Number of classes, or None where the head knows it."""
+        return None if self.labels is None else len(self.labels)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad examples into a batch."""
+        return collate(examples)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the sizes that the data fixes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FACTS_FILE, {**asdict(self.facts()), "tokenizer": self._first.text.tokenizer})
+
+    def fingerprint(self) -> str:
+        """Hash of the databases of all splits and of the options."""
+        parts: list[Any] = [asdict(self.config) | {"root": None}]
+        for name in self.splits():
+            for paths in self._paths(name):
+                pair = self._open(paths)
+                parts.append([name, pair.text.fingerprint(), pair.images.fingerprint()])
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def open_images(self, paths: DatabasePaths) -> Images:
+        """Open the image database of a split."""
+        return ImageDatabase(paths.images[0], self.config.detected_boxes())
+
+    @cached_property
+    def _first(self) -> Pair:
+        paths = next((paths for name in self.splits() for paths in self._paths(name)), None)
+        if paths is None:
+            raise DataError(f"dataset '{self.config.name}' lists no database; set dataset.train_text and train_images")
+        return self._open(paths)
+
+    def _paths(self, name: str) -> Iterator[DatabasePaths]:
+        config = self.config
+        if config.synthetic:
+            from villa.datasets.synthetic import databases
+
+            root = databases(config.name)
+            yield DatabasePaths.synthetic(root, config.name, name)
+            return
+        for text, images in zip(getattr(config, f"{name}_text"), getattr(config, f"{name}_images"), strict=True):
+            yield DatabasePaths.of(Path(config.root).expanduser(), name, text, images)
+
+    def _open(self, paths: DatabasePaths) -> Pair:
+        """Open a pair of databases, and compare it with those that are open already."""
+        if paths in self._opened:
+            return self._opened[paths]
+        missing = [p for name in self.splits() for paths in self._paths(name) for p in paths.missing()]
+        if missing:
+            raise DataError(describe_missing(self.config.name, self.config.root, missing))
+        subset = self.config.subset if paths.split == "train" else None
+        pair = Pair(TextDatabase(paths.text, subset), self.open_images(paths))
+        for other in self._opened.values():
+            _check_alike(pair, other)
+        self._opened[paths] = pair
+        return pair
+
+    def _check_against_checkpoint(self, facts: DataFacts) -> None:
+        if self.assets is None:
+            return
+        try:
+            trained = json.loads((self.assets / FACTS_FILE).read_text(encoding="utf-8"))
+            trained_dim, trained_words = trained["feature_dim"], trained["vocab_size"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"cannot read '{self.assets / FACTS_FILE}'; use a checkpoint with its assets") from error
+        if (facts.feature_dim, facts.vocab_size) != (trained_dim, trained_words):
+            raise DataError(
+                f"the checkpoint was trained on region features {trained_dim} wide and {trained_words} word-pieces, "
+                f"but '{self._first.text.path}' and its images have {facts.feature_dim} and {facts.vocab_size}; use the "
+                "features and the tokenizer of the training data"
+            )
+
+
+def _check_alike(pair: Pair, other: Pair) -> None:
+    """Refuse databases that no one model can read."""
+    for what, ours, theirs in (
+        ("tokenizer", pair.text.tokenizer, other.text.tokenizer),
+        ("vocabulary", pair.text.vocab_size, other.text.vocab_size),
+    ):
+        if None not in (ours, theirs) and ours != theirs:
+            raise DataError(
+                f"text database '{pair.text.path}' was made with {what} {ours}, '{other.text.path}' with {theirs}; "
+                "make both with one tokenizer"
+            )
+    if pair.images.dim != other.images.dim:
+        raise DataError(
+            f"the images of '{pair.text.path}' have features {pair.images.dim} wide, those of '{other.text.path}' "
+            f"{other.images.dim}; use features of one detector"
+        )

@@ -1,0 +1,65 @@
+"""NLVR2 on the released databases: is a sentence true of two images?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.datasets.base import DatasetConfig, Example
+from villa.datasets.database_split import DatabaseSplit
+from villa.datasets.databases import DatabaseConfig, DatabaseTask
+from villa.errors import DataError
+from villa.registry import register_dataset
+
+
+class PairOfImagesSplit(DatabaseSplit):
+    """Sentences about a left and a right image."""
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example; see the base class."""
+        images: Any = self.pair.images
+        features, boxes = zip(*(images[name] for name in self.image_names(id)), strict=True)
+        target = fields.get("target") if self.training or self.stores_answers else None
+        if target not in (0, 1, None) or (target is None and (self.training or self.stores_answers)):
+            raise self.unusable(id, f"the target {target!r:.40}; it must be 0 or 1")
+        words = self.words(self.field(fields, "input_ids", id), id=id)
+        return Example(id, words, None, features, boxes, None if target is None else int(target))
+
+    def length(self, id: str, text: int) -> int:
+        """Both rows of an example: the text twice, and the regions of both images."""
+        return super().length(id, 2 * text)
+
+    def check_images(self) -> None:
+        """Make sure that every sentence has two images, and that they are there."""
+        names = self.pair.text.images
+        if any(isinstance(names.get(id), str) or len(names.get(id, "--")) != 2 for id in self.ids):
+            raise DataError(
+                f"text database '{self.pair.text.path}' is not one of NLVR2: a text does not have two images"
+            )
+        super().check_images()
+
+
+@dataclass
+class Nlvr2Config(DatabaseConfig):
+    """Options of NLVR2: those of ``DatabaseConfig``."""
+
+    name: str = "nlvr2"
+
+
+@register_dataset("nlvr2")
+class Nlvr2(DatabaseTask):
+    """NLVR2: one sentence, a left and a right image."""
+
+    Config: ClassVar[type[DatasetConfig]] = Nlvr2Config
+    Examples = PairOfImagesSplit
+    labels = ("False", "True")
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return ``True`` or ``False`` and its probability."""
+        scores, classes = logits.float().softmax(-1).max(-1)
+        pairs = zip(classes.tolist(), scores.tolist(), strict=True)
+        return [{"answer": self.labels[label], "score": score} for label, score in pairs]

@@ -1,0 +1,118 @@
+"""VQA v2 and SNLI-VE on the released databases: soft scores of a fixed list of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.datasets.answers import read_answers
+from villa.datasets.base import DatasetConfig, Example
+from villa.datasets.database_split import DatabaseSplit
+from villa.datasets.databases import DatabaseConfig, DatabaseTask
+from villa.files import write_json
+from villa.registry import register_dataset
+
+_ANSWERS_FILE = "answers.json"
+
+
+class SoftAnswerSplit(DatabaseSplit):
+    """Questions whose targets are scores of some answers."""
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example; see the base class."""
+        features, boxes = self.regions(id)
+        words = self.words(self.field(fields, "input_ids", id), id=id)
+        target = self._target(fields, id) if self.training or self.stores_answers else None
+        return Example(id, words, None, features, boxes, target)
+
+    def _target(self, fields: Mapping[str, Any], id: str) -> Tensor:
+        """Return the scores ``[labels]``; all 0 for an example without a known answer."""
+        target = torch.zeros(self.task.num_labels() or 0)
+        given = fields.get("target") or {}
+        try:
+            labels = torch.tensor(given.get("labels", []), dtype=torch.long)
+            target[labels] = torch.tensor(given.get("scores", []), dtype=torch.float)
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            needed = f"labels below {len(target)} and as many scores"
+            raise self.unusable(id, f"the target {given!r:.80}; needed are {needed}") from error
+        return target
+
+
+class SoftAnswers(DatabaseTask):
+    """A task whose targets are scores of some of its answers."""
+
+    Examples = SoftAnswerSplit
+
+    @property
+    def answers(self) -> list[str]:
+        """Answers in the order of the logits."""
+        assert self.labels is not None
+        return list(self.labels)
+
+    def num_labels(self) -> int:
+        """Number of answers."""
+        return len(self.answers)
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return the best answer of every row and its sigmoid score."""
+        best, labels = logits.float().sigmoid().max(-1)
+        pairs = zip(labels.tolist(), best.tolist(), strict=True)
+        return [{"answer": self.answers[label], "score": score} for label, score in pairs]
+
+
+@dataclass
+class VqaConfig(DatabaseConfig):
+    """Options of VQA, besides those of ``DatabaseConfig``.
+
+    Attributes:
+        answers: JSON file of the answers (the released ``ans2label.json``, 3,129 of them), below ``root``.
+    """
+
+    name: str = "vqa"
+    answers: str = "ans2label.json"
+
+
+@register_dataset("vqa")
+class Vqa(SoftAnswers):
+    """VQA v2: an answer's score is what the annotators' agreement gives it."""
+
+    Config: ClassVar[type[DatasetConfig]] = VqaConfig
+    config: VqaConfig
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """Answers in the order of the logits: the checkpoint's, or those of ``dataset.answers``."""
+        if self.assets is not None:
+            return read_answers(self.assets / _ANSWERS_FILE)
+        if self.config.synthetic:
+            from villa.datasets.synthetic import databases
+
+            return read_answers(databases(self.config.name) / "ans2label.json")
+        return read_answers(Path(self.config.root).expanduser() / self.config.answers)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the answers, and what every task writes."""
+        super().save_assets(folder)
+        write_json(folder / _ANSWERS_FILE, self.answers)
+
+
+@dataclass
+class SnliVeConfig(DatabaseConfig):
+    """Options of SNLI-VE: those of ``DatabaseConfig``."""
+
+    name: str = "snli_ve"
+
+
+@register_dataset("snli_ve")
+class SnliVe(SoftAnswers):
+    """SNLI-VE: does an image entail a sentence, contradict it, or neither?"""
+
+    Config: ClassVar[type[DatasetConfig]] = SnliVeConfig
+    labels = ("contradiction", "entailment", "neutral")
