@@ -52,6 +52,8 @@ def test_plain_paths_and_unknown_prefixes_are_local(tmp_path: Path, monkeypatch:
     assert local_path("relative/file") == Path("relative/file")
     assert local_path("~/file") == tmp_path / "file"
     assert local_path("s3:bucket/file") == Path("s3:bucket/file")
+    with pytest.raises(DataError, match="there is no such home folder"):
+        local_path("~nobody-of-this-name/file")
 
 
 def test_url_is_downloaded_once(servers: list[ThreadingHTTPServer], tmp_path: Path) -> None:

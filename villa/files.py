@@ -37,10 +37,13 @@ def local_path(uri: str) -> Path:
         uri: a path (``~`` is the home folder) or an http(s) URL; any other prefix counts as a path.
 
     Raises:
-        DataError: the URL cannot be downloaded.
+        DataError: the URL cannot be downloaded, or the path starts with the home folder of an unknown user.
     """
     if not uri.startswith(_URL_PREFIXES):
-        return Path(_path_manager().get_local_path(str(Path(uri).expanduser())))
+        try:
+            return Path(_path_manager().get_local_path(str(Path(uri).expanduser())))
+        except RuntimeError as error:
+            raise DataError(f"'{uri}' starts with '~', but there is no such home folder; give a full path") from error
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir

@@ -1,7 +1,9 @@
 """Files of weights are read, never executed."""
 
+import json
 import os
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from villa.errors import CheckpointError
-from villa.models.weight_files import read_weights
+from villa.models.weight_files import read_weights, write_weights
 
 
 class Malicious:
@@ -89,3 +91,87 @@ def test_missing_files_and_empty_folders_are_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "nothing.pt")
     with pytest.raises(CheckpointError, match=r"should hold model\.safetensors"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_written_is_read_again(tmp_path: Path, suffix: str) -> None:
+    tied = torch.randn(4, 3)
+    file = tmp_path / "new folder" / f"weights{suffix}"
+    write_weights({"b": tied, "a": torch.arange(3), "c": tied}, file)
+    read = read_weights(file)
+    assert all(torch.equal(read[name], value) for name, value in {"a": torch.arange(3), "b": tied, "c": tied}.items())
+    assert (read["b"].data_ptr() == read["c"].data_ptr()) == (suffix == ".pt")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("first.pt", "second.pt"):
+        write_weights({"a": torch.arange(3)}, tmp_path / name)
+    assert (tmp_path / "first.pt").read_bytes() == (tmp_path / "second.pt").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"old")
+    with pytest.raises(CheckpointError, match="cannot be written") as caught:
+        write_weights({"a": torch.zeros(2, device="meta")}, file)
+    assert "\n" not in str(caught.value)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_weights({"a": torch.zeros(2)}, tmp_path / "file" / f"weights{suffix}")
+
+
+def test_names_of_tied_weights_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2)}, file, metadata={"aliases": json.dumps({"b": "a"})})
+    read = read_weights(tmp_path)
+    assert read["b"] is read["a"]
+    for damaged in ("[", "3", '{"b": "c"}', '["a"]'):
+        save_file({"a": torch.ones(2)}, file, metadata={"aliases": damaged})
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+            read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(2, device="meta"),
+        torch.eye(2).to_sparse(),
+        torch.zeros(2, dtype=torch.complex64),
+    ],
+    ids=["meta", "sparse", "complex"],
+)
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"a": tensor}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match="is no file of weights"):
+        read_weights(tmp_path / "file.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_flipped_and_lost_bytes_are_read_or_one_clear_line(tmp_path: Path, kind: str) -> None:
+    weights = {"a.weight": torch.randn(3, 4), "b": torch.arange(5.0)}
+    file = tmp_path / ("file.safetensors" if kind == "safetensors" else "file.pt")
+    if kind == "safetensors":
+        save_file(weights, file)
+    else:
+        torch.save(weights, file, _use_new_zipfile_serialization=kind == "zip")
+    whole, draw = file.read_bytes(), random.Random(0)
+    refused: list[str] = []
+    for _ in range(200):
+        broken = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            broken[draw.randrange(len(broken))] = draw.randrange(256)
+        file.write_bytes(broken[: draw.randrange(len(broken))] if draw.random() < 0.2 else broken)
+        try:
+            read_weights(file)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert not any("\n" in message for message in refused)

@@ -54,7 +54,10 @@ def export_checkpoint(
         CheckpointError: the source cannot be used or holds no UNITER, or the output exists or cannot be written.
     """
     target = _checked_target(output, file_format, force)
-    origin = _weights_path(source)
+    try:
+        origin = _weights_path(source)
+    except OSError as error:
+        raise CheckpointError(f"'{source}' cannot be read: {one_line(error)}; give another path") from error
     weights = released_layout(read_weights(origin), layout)
     try:
         weights = _single_precision(weights)
@@ -113,7 +116,8 @@ def _weights_path(source: str | Path) -> Path:
     from villa.engine.checkpoint_files import MANIFEST
 
     path = local_path(str(source))
-    foreign = any((path / name).is_file() for name in FOLDER_FILES) and not (path / MANIFEST).exists()
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    foreign = not names.isdisjoint(FOLDER_FILES) and MANIFEST not in names
     return path if foreign or not path.is_dir() else load(resolve(path)).path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,20 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _find(path: Path) -> Path:
-    candidates = [path / name for name in FOLDER_FILES] if path.is_dir() else [path]
+    candidates = [path / name for name in FOLDER_FILES] if _is(Path.is_dir, path) else [path]
     for candidate in candidates:
-        if candidate.is_file():
+        if _is(Path.is_file, candidate):
             return candidate
-    if path.is_dir():
+    if candidates != [path]:
         raise CheckpointError(f"folder '{path}' has no weights: it should hold {' or '.join(FOLDER_FILES)}")
     raise CheckpointError(f"'{path}' does not exist; give a file of weights or a checkpoint folder")
+
+
+def _is(what: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return what(path)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}; give another path") from error
 
 
 def _read_safetensors(file: Path) -> Any:
