@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,7 +24,7 @@ from villa.plugins import one_line
 SCORES, TEXTS, IMAGES = "scores", "text_ids", "image_ids"
 
 #: Bytes of ids that are read at most; COCO's 25,000 texts have some megabytes.
-_LARGEST_NAMES = 1 << 28
+_LARGEST_NAMES = 1 << 26
 _ALLOWED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 
 
@@ -62,11 +65,14 @@ class ScoreArchive:
             size = math.prod(shape) * dtype.itemsize
             if dtype.kind != "U" or len(shape) != 1 or not dtype.itemsize:
                 raise DataError(f"{self.path}: {name} is {dtype} {list(shape)}; it must be a list of texts")
-            if size > _LARGEST_NAMES:
-                raise DataError(f"{self.path}: {name} has {size:,} bytes; {_LARGEST_NAMES:,} are the most")
+            if not 0 <= size <= _LARGEST_NAMES:
+                raise DataError(f"{self.path}: {name} has {size:,} bytes; 0 to {_LARGEST_NAMES:,} are allowed")
             data = self._read(file, size, name)
             if file.read(1):
                 raise DataError(f"{self.path}: {name} goes on after its end; write the file again")
+            codes = np.frombuffer(data, np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+            if codes.max(initial=0) > sys.maxunicode:  # numpy would fail on it
+                raise DataError(f"{self.path}: {name} holds what is no character; write the file again")
             return [str(text) for text in np.frombuffer(data, dtype)]
 
     def rows(self, texts: int, images: int) -> Iterator[npt.NDArray[np.float32]]:
@@ -96,7 +102,9 @@ class ScoreArchive:
     def _header(self, file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         if np.lib.format.read_magic(file) != (1, 0):
             raise DataError(f"{self.path}: {name} is in another version of the npy format than 1.0; use numpy.savez")
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         if by_columns and len(shape) > 1:
             raise DataError(f"{self.path}: {name} is in Fortran's order; write numpy.ascontiguousarray of it")
         return shape, dtype
@@ -122,6 +130,8 @@ class ScoreArchive:
             RuntimeError,  # encrypted members; NotImplementedError and RecursionError are kinds of it
             OverflowError,
             SyntaxError,
+            tokenize.TokenError,  # of numpy's second try to understand a header, as is the warning
+            UserWarning,
             MemoryError,
             zlib.error,
             zipfile.BadZipFile,
