@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ def _restored() -> dict[str, str]:
 _RESTORED = _restored()
 
 
+@lru_cache(1 << 16)
 def normalise_answer(answer: str) -> str:
     """Bring an answer into the form in which VQA v2 compares answers.
 

@@ -1,0 +1,137 @@
+"""From a folder of ``.npz`` files of region features to an image database."""
+
+from __future__ import annotations
+
+import multiprocessing
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from villa.datasets.raw.text_database import Outcome
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.image_lmdb import ImageDatabase
+from villa.datasets.stores.lmdb_env import DATA_FILE
+from villa.datasets.stores.lmdb_filling import JOURNAL
+from villa.datasets.stores.writers import ImageDatabaseWriter
+from villa.engine.progress import Mode, track
+from villa.errors import ConfigError, DataError
+from villa.plugins import one_line
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_NEEDED = ("features", "norm_bb", "conf")
+_OPTIONAL = "soft_labels"
+_CHUNK = 4
+
+
+def make_image_database(
+    source: Path, output: Path, boxes: BoxSelection, *, workers: int = 0, progress: Mode = "auto"
+) -> Outcome | None:
+    """Write an image database from feature files, or go on with an unfinished one.
+
+    Args:
+        source: folder of ``.npz`` files with ``features [R, D]``, ``norm_bb [R, 6]`` and ``conf [R]`` by falling
+            confidence, and, for MRC, ``soft_labels [R, classes]``; object arrays are never unpickled.
+        output: folder of the database's environments (``coco_train2014``).
+        boxes: which boxes to keep.
+        workers: processes that read files besides the one that writes.
+        progress: how to show how far it is.
+
+    Returns:
+        What was done, or None if the database of these files was finished before.
+
+    Raises:
+        ConfigError: a negative number of workers.
+        DataError: a file cannot be used, or the database there is one of other files.
+    """
+    if workers < 0:
+        raise ConfigError(f"{workers} workers are too few; give 0 to read in the process that writes, or more")
+    names = _names(source)
+    if _is_finished(output, boxes, names):
+        return None
+    with ImageDatabaseWriter(output, boxes) as writer:
+        present = len(writer)
+        todo = [name for name in names if not writer.has(name)]
+        if present + len(todo) != len(names):
+            raise DataError(
+                f"'{output / boxes.folder()}' was begun with other files than those of '{source}'; remove it"
+            )
+        with _reading(source, todo, boxes, workers) as files:
+            for name, arrays in track(files, f"write {output.name}", len(todo), mode=progress):
+                _add(writer, source / name, arrays)
+    return Outcome(len(names), present)
+
+
+def read_features(path: Path, boxes: BoxSelection) -> Arrays:
+    """Read the arrays of a feature file, cut to the boxes that are kept.
+
+    Raises:
+        DataError: it cannot be read or lacks an array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = [*_NEEDED, *([_OPTIONAL] if _OPTIONAL in archive else [])]
+            arrays = {name: archive[name] for name in names}
+    except KeyError as error:
+        raise DataError(f"'{path}' lacks {error.args[0]}; a feature file holds {', '.join(_NEEDED)}") from error
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read features from '{path}': {one_line(error)}; extract them again") from error
+    if arrays["conf"].ndim != 1:
+        raise DataError(f"'{path}': conf has shape {list(arrays['conf'].shape)}; it must be [R]")
+    if len({len(array) if array.ndim else -1 for array in arrays.values()}) == 1:  # else the writer names the culprit
+        rows = boxes.count(arrays["conf"])
+        arrays = {name: array[:rows] for name, array in arrays.items()}
+    return arrays
+
+
+def _names(source: Path) -> list[str]:
+    if not source.is_dir():
+        raise DataError(f"'{source}' is not a folder; give one of .npz files")
+    names = sorted(path.name for path in source.iterdir() if path.suffix == ".npz")
+    if not names:
+        raise DataError(f"'{source}' holds no .npz file; give the folder of region features")
+    return names
+
+
+def _is_finished(output: Path, boxes: BoxSelection, names: Sequence[str]) -> bool:
+    """Say whether a finished database of these files is there."""
+    folder = output / boxes.folder()
+    if not (folder / DATA_FILE).exists() or (folder / JOURNAL).exists():
+        return False
+    present = set(ImageDatabase(output, boxes).names())
+    if present != set(names):
+        raise DataError(
+            f"'{folder}' holds a finished database of {len(present):,} other files than the {len(names):,} given; "
+            "give another folder, or remove it"
+        )
+    return True
+
+
+def _add(writer: ImageDatabaseWriter, path: Path, arrays: Arrays) -> None:
+    try:
+        writer.add(path.name, arrays["features"], arrays["norm_bb"], arrays["conf"], arrays.get(_OPTIONAL))
+    except DataError as error:
+        raise DataError(f"'{path}': {error}") from error
+
+
+@contextmanager
+def _reading(
+    source: Path, names: Sequence[str], boxes: BoxSelection, workers: int
+) -> Iterator[Iterator[tuple[str, Arrays]]]:
+    """Read files in order, in processes of their own if wanted."""
+    read = partial(_read, source, boxes)
+    if not workers:
+        yield map(read, names)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield pool.imap(read, names, chunksize=_CHUNK)
+
+
+def _read(source: Path, boxes: BoxSelection, name: str) -> tuple[str, Arrays]:
+    return name, read_features(source / name, boxes)
