@@ -14,6 +14,7 @@ import pytest
 import yaml
 from blocks import Block, headings, links, read_blocks
 
+from villa.cli import validate
 from villa.cli.run import main
 from villa.config import load
 
@@ -44,7 +45,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkout(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in a folder that looks like the checkout's root, with a feature cache of its own."""
-    (tmp_path / "projects").symlink_to(ROOT / "projects")
+    for name in ("projects", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VILLA_CACHE", str(cache))
     return tmp_path
@@ -90,6 +92,8 @@ def run_command(command: str, where: str) -> None:
     if program == "villa_run":
         extra = [override for argument in arguments for override in QUICK.get(argument, [])]
         assert main([*arguments, *extra]) == 0, f"{where}: {command}"
+    elif program == "villa_validate":
+        assert validate.main(arguments) == 0, f"{where}: {command}"
     elif program == "python":
         subprocess.run([sys.executable, *arguments], check=True)
     elif program == "pip":
@@ -108,12 +112,13 @@ def check_install(command: str) -> None:
 
 def compare_output(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     """Each ``$ command`` is a mistake, followed by all that it prints; ``...`` stands for the rest of the line."""
-    for shown in re.findall(r"^\$ villa_run (.+)\n((?:[^$].*\n)+)", block.text, re.MULTILINE):
+    commands = {"villa_run": main, "villa_validate": validate.main}
+    for program, arguments, shown in re.findall(r"^\$ (\w+) (.+)\n((?:[^$].*\n)+)", block.text, re.MULTILINE):
         capsys.readouterr()
-        assert main(shlex.split(shown[0])) == 2, f"{block.where}: {shown[0]}"
-        start, dots, _ = shown[1].partition("...\n")
+        assert commands[program](shlex.split(arguments)) == 2, f"{block.where}: {arguments}"
+        start, dots, _ = shown.partition("...\n")
         printed = capsys.readouterr().err
-        assert printed.startswith(start) if dots else printed == start, f"{block.where}: {shown[0]}"
+        assert printed.startswith(start) if dots else printed == start, f"{block.where}: {arguments}"
 
 
 def run_python(block: Block) -> None:
