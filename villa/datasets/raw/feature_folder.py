@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import multiprocessing
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from villa.datasets.raw.feature_file import Arrays, read_named
 from villa.datasets.raw.text_database import Outcome
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
 from villa.datasets.stores.lmdb_env import DATA_FILE
-from villa.datasets.stores.lmdb_filling import JOURNAL
+from villa.datasets.stores.lmdb_filling import JOURNAL, PUTS
 from villa.datasets.stores.writers import ImageDatabaseWriter
 from villa.engine.progress import Mode, track
 from villa.errors import ConfigError, DataError
-from villa.plugins import one_line
 
-Arrays = dict[str, npt.NDArray[Any]]
-
-_NEEDED = ("features", "norm_bb", "conf")
-_OPTIONAL = "soft_labels"
+#: Files handed to a process at a time.
 _CHUNK = 4
 
 
 def make_image_database(
-    source: Path, output: Path, boxes: BoxSelection, *, workers: int = 0, progress: Mode = "auto"
+    source: Path, output: Path, boxes: BoxSelection, *, workers: int = 0, puts: int = PUTS, progress: Mode = "auto"
 ) -> Outcome | None:
     """Write an image database from feature files, or go on with an unfinished one.
 
@@ -41,6 +33,7 @@ def make_image_database(
         output: folder of the database's environments (``coco_train2014``).
         boxes: which boxes to keep.
         workers: processes that read files besides the one that writes.
+        puts: images that a kill may cost, at most (less where they are large).
         progress: how to show how far it is.
 
     Returns:
@@ -55,7 +48,7 @@ def make_image_database(
     names = _names(source)
     if _is_finished(output, boxes, names):
         return None
-    with ImageDatabaseWriter(output, boxes) as writer:
+    with ImageDatabaseWriter(output, boxes, puts=puts) as writer:
         present = len(writer)
         todo = [name for name in names if not writer.has(name)]
         if present + len(todo) != len(names):
@@ -66,28 +59,6 @@ def make_image_database(
             for name, arrays in track(files, f"write {output.name}", len(todo), mode=progress):
                 _add(writer, source / name, arrays)
     return Outcome(len(names), present)
-
-
-def read_features(path: Path, boxes: BoxSelection) -> Arrays:
-    """Read the arrays of a feature file, cut to the boxes that are kept.
-
-    Raises:
-        DataError: it cannot be read or lacks an array.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = [*_NEEDED, *([_OPTIONAL] if _OPTIONAL in archive else [])]
-            arrays = {name: archive[name] for name in names}
-    except KeyError as error:
-        raise DataError(f"'{path}' lacks {error.args[0]}; a feature file holds {', '.join(_NEEDED)}") from error
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read features from '{path}': {one_line(error)}; extract them again") from error
-    if arrays["conf"].ndim != 1:
-        raise DataError(f"'{path}': conf has shape {list(arrays['conf'].shape)}; it must be [R]")
-    if len({len(array) if array.ndim else -1 for array in arrays.values()}) == 1:  # else the writer names the culprit
-        rows = boxes.count(arrays["conf"])
-        arrays = {name: array[:rows] for name, array in arrays.items()}
-    return arrays
 
 
 def _names(source: Path) -> list[str]:
@@ -115,7 +86,7 @@ def _is_finished(output: Path, boxes: BoxSelection, names: Sequence[str]) -> boo
 
 def _add(writer: ImageDatabaseWriter, path: Path, arrays: Arrays) -> None:
     try:
-        writer.add(path.name, arrays["features"], arrays["norm_bb"], arrays["conf"], arrays.get(_OPTIONAL))
+        writer.add(path.name, arrays["features"], arrays["norm_bb"], arrays["conf"], arrays.get("soft_labels"))
     except DataError as error:
         raise DataError(f"'{path}': {error}") from error
 
@@ -125,13 +96,9 @@ def _reading(
     source: Path, names: Sequence[str], boxes: BoxSelection, workers: int
 ) -> Iterator[Iterator[tuple[str, Arrays]]]:
     """Read files in order, in processes of their own if wanted."""
-    read = partial(_read, source, boxes)
+    read = partial(read_named, source, boxes)
     if not workers:
         yield map(read, names)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield pool.imap(read, names, chunksize=_CHUNK)
-
-
-def _read(source: Path, boxes: BoxSelection, name: str) -> tuple[str, Arrays]:
-    return name, read_features(source / name, boxes)
