@@ -148,6 +148,10 @@ class TaskDataset(ABC):
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]
 
+    def submission(self, split: str) -> str | None:
+        """Name of the registered submission format that predictions on a split are also written in."""
+        return None
+
     def reference_scores(self, split: str) -> dict[str, float]:
         """Scores of trivial baselines on a split (majority, question only), in [0, 1], computed from the data."""
         return {}

@@ -162,6 +162,10 @@ class DatabaseTask(TaskDataset):
         """Pad examples into a batch."""
         return collate(examples)
 
+    def submission(self, split: str) -> str | None:
+        """The format that is called like the data set."""
+        return str(self.config.name)
+
     def save_assets(self, folder: Path) -> None:
         """Write the sizes that the data fixes."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,25 @@ class UpdateSampler:
         passes = "pass" if self.passes == 1 else "passes"
         return f"{self.size} {unit} an update = {most}{self.per_pass} x {self.passes} {passes}"
 
+    def warnings(self) -> list[str]:
+        """What an update cannot be as the recipe asks, one line each."""
+        found = []
+        unit, available = "examples", self.count
+        if self._lengths is not None:
+            unit, available = "tokens", int(self._lengths.sum())
+        if available < self.size:
+            found.append(
+                f"batch.{unit}={self.size} is not reachable: the whole training split has {available} {unit}, "
+                "so an update is one epoch"
+            )
+        asked = self.batch.per_pass
+        if asked is not None and asked < self.size and asked != self.per_pass:
+            found.append(
+                f"batch.per_pass={asked} does not divide batch.{unit}={self.size}: a pass has at most {self.per_pass} "
+                f"{unit}, so that {self.passes} passes make an update"
+            )
+        return found
+
     def _cut(self, epoch: int) -> list[Update]:
         random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
         order = random.permutation(self.count)

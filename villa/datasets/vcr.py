@@ -130,6 +130,10 @@ class Vcr(DatabaseTask):
         detected = ImageDatabase(paths.images[1], self.config.detected_boxes())
         return PairedImageDatabase(ImageDatabase(paths.images[0], fixed), detected)
 
+    def submission(self, split: str) -> str | None:
+        """Only predictions of all rationales can be submitted."""
+        return super().submission(split) if split in self.config.all_rationales else None
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer and, four by four, the ``probabilities`` of all choices."""
         groups = logits.float()[:, 1].reshape(len(batch), -1, CHOICES).softmax(-1)

@@ -14,6 +14,7 @@ from villa.engine.checkpoint import Checkpoint, load, resolve
 from villa.engine.folder import CONFIG, METRICS, claim
 from villa.engine.report import protocol, score, show
 from villa.engine.setup import Parts, build, load_model
+from villa.engine.submission import submission_path, write_submission
 from villa.errors import ConfigError, DataError
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path
@@ -57,6 +58,9 @@ def predict(config: RunConfig) -> int:
     if output.exists():
         raise ConfigError(f"'{output}' exists; move it away or give another predict.output")
     parts, _ = restore_parts(config)
+    submission = submission_path(parts.data, config.predict.split, output.parent) if given is None else None
+    if submission is not None and submission.exists():
+        raise ConfigError(f"'{submission}' exists; move it away or give another predict.output")
     if given is None:
         examples = parts.split(config.predict.split, "predict.split")
     else:
@@ -66,6 +70,9 @@ def predict(config: RunConfig) -> int:
     except OSError as error:
         raise ConfigError(f"'{output}' cannot be written: {one_line(error)}; give another predict.output") from error
     print(f"{len(examples)} predictions written to {output}")
+    if submission is not None:
+        write_submission(parts.data, config.predict.split, output)
+        print(f"submission file written to {submission}")
     return 0
 
 

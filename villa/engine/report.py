@@ -13,8 +13,10 @@ from villa.engine.folder import CURVES, LOG, METRICS
 from villa.engine.progress import track
 from villa.engine.provenance import provenance
 from villa.engine.setup import Parts, load_model
+from villa.engine.submission import submission_path, write_submission
 from villa.engine.tracking import Trackers
 from villa.engine.training import Training
+from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
 from villa.evaluation.predictions import PredictionWriter
 from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
@@ -43,8 +45,8 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
             cost=training.updater.trainer.relative_cost(),
         )
         show(parts, [result], references, title=f"{parts.config.name}: {split}")
-    predictions = [path.name for path in (_predictions(folder, split),) if path.exists()]
-    written = ", ".join([METRICS, *predictions, CURVES, LOG])
+    files = [_predictions(folder, split), submission_path(parts.data, split, folder)]
+    written = ", ".join([METRICS, *(path.name for path in files if path and path.exists()), CURVES, LOG])
     print(f"written to {folder}: {written}, checkpoints of the best and last")
 
 
@@ -58,9 +60,11 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
     shown = track(batches, split, -(-len(examples) // size), mode=parts.config.logging.progress)
     with PredictionWriter(_predictions(folder, split)) as writer:
-        return parts.evaluator.evaluate(
+        values = parts.evaluator.evaluate(
             shown, lambda batch, output: writer.write(batch.ids, parts.data.decode(output.logits, batch))
         )
+    _submit(parts, split, folder)
+    return values
 
 
 def _test(parts: Parts, folder: Path) -> dict[str, float]:
@@ -73,8 +77,17 @@ def _test(parts: Parts, folder: Path) -> dict[str, float]:
     if len(examples) and not examples.answered:
         print(f"the {split} split has no answers: it gets predictions, but no scores")
         write_answers(parts, examples, _predictions(folder, split))
+        _submit(parts, split, folder)
         return {}
     return score(parts, split, examples, folder)
+
+
+def _submit(parts: Parts, split: str, folder: Path) -> None:
+    """Write the submission file; predictions that do not make one are kept, and the reason is said."""
+    try:
+        write_submission(parts.data, split, _predictions(folder, split))
+    except DataError as error:
+        print(f"no submission file: {error}", flush=True)
 
 
 def _predictions(folder: Path, split: str) -> Path:

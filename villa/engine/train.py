@@ -98,6 +98,8 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
         total, config.logging.progress, monitor=config.evaluation.monitor, cost=trainer.relative_cost()
     )
     print(plan(parts, trainer, sampler, total), flush=True)
+    for warning in sampler.warnings():
+        print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
     return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
 
