@@ -33,15 +33,9 @@ VOCABULARY_SIZE = 512
 
 @dataclass
 class EasyVqaConfig(QuestionAnsweringConfig):
-    """Options of easy-VQA.
+    """Options of easy-VQA, besides those that question answering shares.
 
     Attributes:
-        name: the registered name.
-        grid: cells a side of grid features; an image has ``grid`` x ``grid`` regions.
-        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
-        cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
-        max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
-        standardize: centre and scale every dimension of the region features by its statistics over training images.
         regions: ``grid`` features, or ``none`` for questions without their images.
         val_images: training images (the last ones) that are held out, with their questions, as split ``val``.
         fraction: share of the other training questions to train on; a smaller share is part of a larger one.

@@ -48,12 +48,6 @@ class JsonlConfig(QuestionAnsweringConfig):
     ``answers`` gives ``{text: score}`` or a list of human answers. Without ``id`` it is the line's number.
 
     Attributes:
-        name: the registered name.
-        grid: cells a side of grid features; an image has ``grid`` x ``grid`` regions.
-        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
-        cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
-        max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
-        standardize: centre and scale every dimension of the region features by its statistics over training images.
         train: file of the training questions; may be left out when only a checkpoint is evaluated.
         val: file of the validation questions.
         test: file of the test questions; its answers may be left out.

@@ -45,7 +45,7 @@ class PairOfImagesSplit(DatabaseSplit):
 
 @dataclass
 class Nlvr2Config(DatabaseConfig):
-    """Options of NLVR2: those of ``DatabaseConfig``."""
+    """Options of NLVR2: those that tasks on databases share."""
 
     name: str = "nlvr2"
 

@@ -30,13 +30,9 @@ from villa.models.base import DataFacts
 
 @dataclass
 class QuestionAnsweringConfig(GridOptions, DatasetConfig):
-    """Options that question-answering data sets share.
+    """Options that question-answering data sets share, besides those of grid features.
 
     Attributes:
-        name: the registered name.
-        grid: cells a side of grid features; an image has ``grid`` x ``grid`` regions.
-        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
-        cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
         max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
         standardize: centre and scale every dimension of the region features by its statistics over training images.
     """

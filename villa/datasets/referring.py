@@ -30,7 +30,9 @@ _NAMES = {
 
 @dataclass
 class ReferringConfig(DatabaseConfig):
-    """Options of referring expressions, besides those of ``DatabaseConfig``. Training is on ground-truth boxes.
+    """Options of referring expressions, besides those that tasks on databases share.
+
+    Training is on ground-truth boxes.
 
     Attributes:
         ground_truth_boxes: number in the name of the databases of ground-truth boxes; all boxes stored are used.

@@ -21,7 +21,7 @@ from villa.registry import register_dataset
 
 @dataclass
 class RetrievalConfig(DatabaseConfig):
-    """Options of retrieval, besides those of ``DatabaseConfig``.
+    """Options of retrieval, besides those that tasks on databases share.
 
     Attributes:
         negatives: ``random`` wrong images and texts for every pair, or the ``hard`` ones: those of many candidates

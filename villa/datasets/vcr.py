@@ -29,11 +29,12 @@ QUESTION, ANSWER, RATIONALE = 0, 2, 3
 
 @dataclass
 class VcrConfig(DatabaseConfig):
-    """Options of VCR, besides those of ``DatabaseConfig``; images are ``"ground truth folder;detected folder"``.
+    """Options of VCR, besides those that tasks on databases share.
+
+    Images are ``"ground truth folder;detected folder"``.
 
     Attributes:
         ground_truth_boxes: number in the name of the databases of ground-truth boxes; all boxes stored are used.
-        max_text_length: longest text to train on, in word-pieces without [CLS] and [SEP]; longer ones are left out.
         all_rationales: splits (of ``val``, ``test``) where rationales are scored for each of the four answers, as
             the leaderboard wants them, and not for the right answer alone.
     """

@@ -69,7 +69,7 @@ class SoftAnswers(DatabaseTask):
 
 @dataclass
 class VqaConfig(DatabaseConfig):
-    """Options of VQA, besides those of ``DatabaseConfig``.
+    """Options of VQA, besides those that tasks on databases share.
 
     Attributes:
         answers: JSON file of the answers (the released ``ans2label.json``, 3,129 of them), below ``root``.
@@ -105,7 +105,7 @@ class Vqa(SoftAnswers):
 
 @dataclass
 class SnliVeConfig(DatabaseConfig):
-    """Options of SNLI-VE: those of ``DatabaseConfig``."""
+    """Options of SNLI-VE: those that tasks on databases share."""
 
     name: str = "snli_ve"
 

@@ -35,10 +35,9 @@ class MarginConfig(LossConfig):
 
 @dataclass
 class RegionRankingConfig(MarginConfig):
-    """Options of ``region_ranking``.
+    """Options of the margin loss on regions.
 
     Attributes:
-        margin: by how much the right score must exceed a wrong one; both are sigmoids, in (0, 1).
         hard_ratio: share of examples whose wrong region is the one with the highest score; the others draw any.
     """
 
