@@ -10,6 +10,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.base import Example, Ragged
+from villa.datasets.buffers import empty
 from villa.errors import DataError
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def _pad(values: Sequence[Ragged], dtype: torch.dtype, ids: list[str]) -> Tensor
         raise DataError(f"a batch mixes rows of width {' and '.join(str(list(w)) for w in widths)} (first: '{ids[0]}')")
     lengths = [len(row) for row in rows]
     # Only what lies behind a row is zeroed: the rest is written once.
-    padded = torch.empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype)
+    padded = empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype)
     for target, row, length in zip(padded.unbind(), rows, lengths, strict=True):
         target[:length] = row
         target[length:] = 0

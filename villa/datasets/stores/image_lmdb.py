@@ -96,8 +96,10 @@ class ImageDatabase:
         if boxes.shape != (len(features), BOX_WIDTH):
             raise self._unusable(name, f"norm_bb of shape {list(boxes.shape)}; needed: [{len(features)}, {BOX_WIDTH}]")
         rows = slice(self.count(name))
-        # The one copy: what was read lies in the mapped file.
-        return torch.from_numpy(np.array(features[rows])), torch.from_numpy(boxes[rows].astype(np.float32))
+        features = features[rows]
+        if not features.flags.writeable:  # a view of the mapped file, or of bytes
+            features = np.array(features)
+        return torch.from_numpy(features), torch.from_numpy(boxes[rows].astype(np.float32))
 
     def soft_labels(self, name: str) -> Tensor:
         """Read the detector's class distributions ``[R, classes]`` float32 of an image (column 0: background).
