@@ -66,6 +66,48 @@ def test_token_budget_is_used_on_realistic_lengths() -> None:
         assert real >= 0.95
 
 
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 3))
+def test_token_micro_batches_are_cut_to_a_multiple(lengths: list[int], multiple: int, epoch: int) -> None:
+    sampler = UpdateSampler(lengths, BatchConfig(tokens=200, multiple=multiple), seed=1)
+    assert indices(sampler, epoch) == Counter(range(len(lengths)))
+    sizes = [len(part) for update in sampler.epoch(epoch) for part in update]
+    # Fewer than the multiple only where no more fit, or where no more were left.
+    assert sum(size % multiple != 0 and size > multiple for size in sizes) <= 1
+
+
+def test_the_last_micro_batch_may_be_left_out() -> None:
+    lengths = [20] * 8 + [5] * 8
+    sampler = UpdateSampler(lengths, BatchConfig(tokens=165, multiple=8, drop_last=True), seed=1)
+    for epoch in range(3):  # the released runs of tests/golden/e2e are cut like this
+        assert [sorted(part) for update in sampler.epoch(epoch) for part in update] == [list(range(8))]
+    sampler = UpdateSampler([1] * 10, BatchConfig(examples=4, drop_last=True), seed=1)
+    assert [len(part) for update in sampler.epoch(0) for part in update] == [4, 4]
+    assert len(UpdateSampler([1] * 8, BatchConfig(examples=4, drop_last=True), seed=1).epoch(0)) == 2
+    for batch in (BatchConfig(examples=4, drop_last=True), BatchConfig(tokens=4, drop_last=True)):
+        with pytest.raises(DataError, match="drop_last leaves nothing of 3 training examples"):
+            UpdateSampler([1] * 3, batch, 0).epoch(0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "warnings"),
+    [
+        (BatchConfig(examples=30, per_pass=10), []),
+        (BatchConfig(tokens=300, per_pass=100), []),
+        (BatchConfig(examples=31), ["batch.examples=31 is not reachable: the whole training split has 30 examples"]),
+        (BatchConfig(tokens=301), ["batch.tokens=301 is not reachable: the whole training split has 300 tokens"]),
+        (
+            BatchConfig(tokens=300, per_pass=70),
+            ["batch.per_pass=70 does not divide batch.tokens=300: a pass has at most 60 tokens, so that 5 passes"],
+        ),
+    ],
+)
+def test_what_an_update_cannot_be_is_said(batch: BatchConfig, warnings: list[str]) -> None:
+    found = UpdateSampler([10] * 30, batch, 0).warnings()
+    assert len(found) == len(warnings)
+    assert all(line.startswith(start) for line, start in zip(found, warnings, strict=True))
+
+
 def test_passes_share_an_update_evenly() -> None:
     sampler = UpdateSampler([10] * 90, BatchConfig(tokens=100, per_pass=40), 0)
     assert {len(update) for update in sampler.epoch(0)} == {3}

@@ -104,3 +104,19 @@ def test_the_global_generator_is_left_alone(workers: int) -> None:
 def test_evaluation_is_in_order_and_complete(workers: int) -> None:
     batches = list(evaluation_batches(Numbers(10), collate, 4, workers))
     assert ids(batches) == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]
+
+
+class Drawn(Numbers):
+    """Examples whose id shows the seed of their random parts."""
+
+    def draw(self, index: int, seed: int) -> Example:
+        return Example(f"{index}:{seed}", torch.tensor([1]))
+
+
+def test_every_epoch_draws_examples_anew_and_a_position_draws_the_same() -> None:
+    first, again = stream(split=Drawn(6)), stream(split=Drawn(6))
+    epochs = [ids(next(first)) for _ in range(3)]
+    assert len({name for update in epochs for part in update for name in part}) == 18
+    again.seek({"epoch": 2, "update": 0})
+    assert ids(next(again)) == epochs[2]
+    assert [batch.ids for batch in evaluation_batches(Drawn(2), collate, 2)] == [["0", "1"]]

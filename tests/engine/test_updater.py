@@ -64,6 +64,13 @@ def test_the_sum_adds_the_micro_batches_means() -> None:
     torch.testing.assert_close(after(model, (4, 2), StandardTrainer(), "sum"), expected)
 
 
+@pytest.mark.parametrize("sizes", [(6,), (4, 2)])
+def test_the_total_is_that_over_the_examples(sizes: tuple[int, ...]) -> None:
+    model = tiny_model()
+    expected = {name: 6 * value for name, value in clean_gradients(model, tiny_batch()).items()}
+    torch.testing.assert_close(after(model, sizes, StandardTrainer(), "total"), expected)
+
+
 def test_logs_are_means_over_the_examples() -> None:
     model, parts = tiny_model(), cut(tiny_batch(), (4, 2))
     losses = [torch.nn.functional.cross_entropy(model(part).logits, part.targets) for part in parts]
