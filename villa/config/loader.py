@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from villa.config.build import build
+from villa.config.overlays import lay_over
 from villa.config.overrides import parse_overrides
 from villa.config.printer import leaves
 from villa.config.reader import read_layers
@@ -38,7 +39,8 @@ def load(args: Iterable[str]) -> Loaded:
     """Load ``config=recipe.yaml`` with the dotted overrides ``section.option=value``.
 
     The order of precedence, lowest first: defaults, the presets of a section's ``reference``, included files, the
-    recipe, the command line. A relative ``user_dir`` is relative to the working directory, also in a recipe.
+    recipe, the command line; overlays lie between (see ``lay_over``). A relative ``user_dir`` is relative to the
+    working directory, also in a recipe.
     Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` takes the one saved with the checkpoint.
 
     Args:
@@ -52,7 +54,7 @@ def load(args: Iterable[str]) -> Loaded:
     layers = [name_variants(layer) for layer in (*files, overrides)]
     import_user_dir(layers)
     variants = {section: choose(section, layers) for section in VARIANTS}
-    given, notices = drop_foreign(layers, variants)
+    given, notices = drop_foreign(lay_over(layers, variants), variants)
     values = _below(variants, given) | given
     config = build({section: variant.config for section, variant in variants.items()}, values)
     origins = {key: _origin(key, values) for key in leaves(config)}
