@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from villa.errors import DataError
 from villa.plugins import one_line
 
 DATA_FILE = "data.mdb"
+#: Most values that go into a fingerprint.
+SAMPLED = 16
 
 
 class LmdbReader:
@@ -61,10 +64,12 @@ class LmdbReader:
     def __len__(self) -> int:
         return int(self._open().environment.stat()["entries"])
 
-    @property
-    def size(self) -> int:
-        """Bytes in use in ``data.mdb``."""
-        return self._open().size
+    def sample(self, keys: Sequence[str]) -> bytes:
+        """Hash a few evenly spaced keys and their values: a cheap sign of what the environment holds."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key in keys[:: len(keys) // SAMPLED + 1]:
+            digest.update(key.encode() + b"\0" + (self.get(key) or b""))
+        return digest.digest()
 
     def _open(self) -> _Opened:
         if self._opened is None or self._opened.closed:
@@ -86,7 +91,7 @@ class _Opened:
         except (lmdb.Error, OSError) as error:
             raise _damaged(folder, error) from error
         try:
-            self.size = _checked_size(self.environment, folder)
+            _check_size(self.environment, folder)
             self.transaction = self.environment.begin(buffers=True)
         except (lmdb.Error, DataError):
             self.environment.close()
@@ -132,15 +137,14 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _checked_size(environment: lmdb.Environment, folder: Path) -> int:
-    """Return the bytes in use; refuse a shorter file, which would kill the process when a missing page is read."""
+def _check_size(environment: lmdb.Environment, folder: Path) -> None:
+    """Refuse a file that is cut short: reading a page that is missing would kill the process."""
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     present = (folder / DATA_FILE).stat().st_size
     if present < needed:
         raise DataError(
             f"'{folder / DATA_FILE}' is truncated: {present:,} bytes of {needed:,}; copy or download it again"
         )
-    return int(needed)
 
 
 def _damaged(folder: Path, error: Exception) -> DataError:

@@ -83,7 +83,7 @@ class TextDatabase:
         Raises:
             DataError: the file is missing or holds something else.
         """
-        name = ".".join(["id2len" + (f"_{kind}" if kind else ""), *([self.subset] if self.subset else []), "json"])
+        name = self._lengths_file(kind)
         lengths = self._read_object(name)
         wrong = next((id for id, length in lengths.items() if type(length) is not int or length < 0), None)
         if wrong is not None:
@@ -148,11 +148,16 @@ class TextDatabase:
             raise DataError(f"'{self.path / name}' is not valid JSON ({one_line(error)}); copy it again") from error
 
     def fingerprint(self) -> str:
-        """Hash the lists of examples and the size of the data: equal on all machines that hold the same data."""
-        digest = hashlib.blake2b(f"{len(self._reader)} {self._reader.size}".encode(), digest_size=16)
-        for file in sorted(self.path.glob(f"id2len*.{self.subset}.json" if self.subset else "id2len*.json")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        """Hash the lists of examples and some examples: equal on all machines that hold the same data."""
+        digest = hashlib.blake2b(digest_size=16)
+        for kind in ("", "qa", "qar"):
+            if (self.path / self._lengths_file(kind)).exists():
+                lengths = self.lengths(kind)
+                digest.update(f"{kind}\0{json.dumps(lengths)}".encode() + self._reader.sample(list(lengths)))
         return digest.hexdigest()
+
+    def _lengths_file(self, kind: str) -> str:
+        return "id2len" + (f"_{kind}" if kind else "") + (f".{self.subset}" if self.subset else "") + ".json"
 
     def _read_object(self, name: str) -> dict[str, Any]:
         value = self.read_json(name)
