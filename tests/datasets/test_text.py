@@ -77,6 +77,13 @@ def test_vocabulary_file_agrees_with_transformers(tmp_path: Path, cased: bool) -
         assert encode(load_tokenizer(tmp_path), text, 60).tolist() == reference(text)["input_ids"]
 
 
+def test_entries_that_look_like_ends_of_lines_keep_the_ids_of_the_others(tmp_path: Path) -> None:
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u2028", "\x85", "word"]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "vocab.txt").write_bytes((end.join(entries) + end).encode())
+        assert load_tokenizer(tmp_path / "vocab.txt").token_to_id("word") == 6
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -116,7 +116,8 @@ def _bert_tokenizer(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    entries = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): entries may be characters that it takes for the end of a line.
+    entries = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
     if missing:
