@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from villa.cli.command import Parser, run_command
 from villa.datasets.raw.feature_folder import make_image_database
 from villa.datasets.stores.box_selection import BoxSelection
-from villa.errors import VillaError
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("make_image_db", description=__doc__)
     add = parser.add_argument
     add("source", type=Path, help="folder of .npz files")
     add("output", type=Path, help="folder of the databases of these images, like img_db/coco_train2014")
@@ -35,15 +35,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; return 0, 2 for a mistake in the input (one line on stderr), or 130 when interrupted."""
-    given = _parse(argv)
-    try:
-        boxes = BoxSelection(given.conf_th, given.max_boxes, given.min_boxes, given.fixed, given.compressed)
-        outcome = make_image_database(given.source, given.output, boxes, workers=given.workers, progress=given.progress)
-    except VillaError as error:
-        print(f"make_image_db: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return run_command("make_image_db", lambda: _convert(_parse(argv)))
+
+
+def _convert(given: argparse.Namespace) -> int:
+    boxes = BoxSelection(given.conf_th, given.max_boxes, given.min_boxes, given.fixed, given.compressed)
+    outcome = make_image_database(given.source, given.output, boxes, workers=given.workers, progress=given.progress)
     where = given.output / boxes.folder()
     if outcome is None:
         print(f"{where} is finished already")

@@ -13,14 +13,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from villa.cli.command import Parser, run_command
 from villa.datasets.raw.tasks import TASKS, TextOptions, make_text_database
 from villa.datasets.raw.vqa import IMAGE_SETS
-from villa.errors import VillaError
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("make_text_db", description=__doc__)
     add = parser.add_argument
     add("--task", required=True, choices=sorted(TASKS))
     add("--tokenizer", required=True, help="vocab.txt, tokenizer.json, a folder with one, or a name (bert-base-cased)")
@@ -44,19 +45,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; return 0, 2 for a mistake in the input (one line on stderr), or 130 when interrupted."""
-    given = vars(_parse(argv))
+    return run_command("make_text_db", lambda: _convert(vars(_parse(argv))))
+
+
+def _convert(given: dict[str, Any]) -> int:
     common = {name: given.pop(name) for name in ("task", "tokenizer", "output")}
     extra = {name: given.pop(name) for name in ("tokenizer_name", "missing_images", "progress")}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    try:
-        outcome = make_text_database(
-            common["task"], TextOptions(**values), common["tokenizer"], common["output"], **extra
-        )
-    except VillaError as error:
-        print(f"make_text_db: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    outcome = make_text_database(common["task"], TextOptions(**values), common["tokenizer"], common["output"], **extra)
     if outcome is None:
         print(f"{common['output']} is finished already")
         return 0

@@ -20,6 +20,10 @@ class DataError(VillaError):
     """A data set, feature file or example cannot be used."""
 
 
+class MissingDataError(DataError):
+    """Data that a recipe needs is not there. Its message has several lines: one for each thing that is missing."""
+
+
 class CheckpointError(VillaError):
     """A checkpoint is missing, corrupt or does not fit the model."""
 

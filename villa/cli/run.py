@@ -7,11 +7,9 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from villa.errors import ConfigError, VillaError
+from villa.cli.command import Parser, run_command
 
-_INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
 
@@ -24,18 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a mistake in the input (reported in one line on stderr), 130 when interrupted.
     """
-    try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except VillaError as error:
-        print(f"villa_run: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; villa_run --help shows the usage")
+    return run_command("villa_run", lambda: _main(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -61,7 +48,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="villa_run", add_help=False, allow_abbrev=False)
+    parser = Parser("villa_run", add_help=False)
     parser.add_argument("values", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--version", action="store_true")

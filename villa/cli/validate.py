@@ -6,11 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
 
-from villa.errors import ConfigError, VillaError
-
-_INTERRUPTED = 130
+from villa.cli.command import Parser, printable, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,28 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for a valid file, 2 for one that is not or another mistake (reported in one line on stderr),
         130 when interrupted.
     """
-    try:
-        line = _validate(_parser().parse_args(argv))
-    except VillaError as error:
-        problem, code = str(error), error.exit_code
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    else:
-        _print(line, sys.stdout)
-        return 0
-    _print(f"villa_validate: error: {problem}", sys.stderr)  # after the block: the progress bar is gone by now
-    return code
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; villa_validate --help shows the usage")
+    return run_command("villa_validate", lambda: _validate(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="villa_validate",
-        allow_abbrev=False,
+    parser = Parser(
+        "villa_validate",
         description="Check a submission file. Exit code 0: it is valid; 2: it is not, and one line says why.",
         epilog="villa_run --list submissions describes the tasks.",
     )
@@ -60,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _validate(options: argparse.Namespace) -> str:
+def _validate(options: argparse.Namespace) -> int:
     from villa.evaluation.submissions.ids import read_ids
     from villa.plugins import load_user_dir
     from villa.registry import SUBMISSIONS
@@ -69,14 +50,10 @@ def _validate(options: argparse.Namespace) -> str:
         load_user_dir(options.user_dir)
     submission = SUBMISSIONS.get(options.task)()
     ids = None if options.ids is None else read_ids(options.ids)
-    return f"{options.file}: {submission.validate(options.file, ids)}"
-
-
-def _print(line: str, stream: TextIO) -> None:
-    """Print a line; names of files may hold line breaks and what the terminal cannot show."""
-    encoding = stream.encoding or "utf-8"
-    text = "\\n".join(line.splitlines()).encode(encoding, "backslashreplace").decode(encoding)
-    print(text, file=stream)
+    report = submission.validate(options.file, ids)
+    line = "\\n".join(f"{options.file}: {report}".splitlines())  # a name may hold line breaks
+    print(printable(line, sys.stdout))
+    return 0
 
 
 if __name__ == "__main__":
