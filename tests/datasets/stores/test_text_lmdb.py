@@ -146,6 +146,7 @@ def _damage(path: Path, value: bytes) -> TextDatabase:
         (lz4.frame.compress(b"\x81\xa1"), "is damaged"),
         (lz4.frame.compress(b"\x91" * 10_000), "is damaged"),  # nested too deep
         (lz4.frame.compress(b"\x81\xa1\xff\x01"), "is damaged"),  # not UTF-8
+        (lz4.frame.compress(b"\x81\x91\x01\x01"), "is damaged"),  # a list as a key
         (lz4.frame.compress(bytes(MAX_EXAMPLE_BYTES + 1)), "does not end"),  # would fill the memory
     ],
 )

@@ -91,7 +91,7 @@ def _integer(packed: bytes) -> int:
 def _unpack(value: memoryview, names: Collection[str]) -> dict[str, Array]:
     try:
         content = msgpack.unpackb(value, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:  # TypeError: a map as a key
         raise ValueError(f"not a msgpack map of arrays: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{type(content).__name__} instead of a map of arrays")

@@ -124,7 +124,7 @@ class TextDatabase:
             if not decompressor.eof:
                 raise ValueError("it does not end within its value")
             example = msgpack.unpackb(data, raw=False, strict_map_key=False)
-        except (RuntimeError, ValueError, EOFError, msgpack.UnpackException) as error:
+        except (RuntimeError, ValueError, TypeError, EOFError, msgpack.UnpackException) as error:
             raise self._damaged(id, one_line(error)) from error
         if not isinstance(example, dict):
             raise self._damaged(id, f"{type(example).__name__} instead of a map")
