@@ -1,0 +1,67 @@
+"""Small made-up databases in the released formats, to try a recipe without its data (``dataset.synthetic=true``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+from villa.datasets.stores.cache import cache_root
+from villa.datasets.synthetic.tasks import TASKS, write_databases
+from villa.errors import DataError, nearest
+from villa.files import fsync_tree
+
+#: To be raised when what is generated changes, so that older caches are not used.
+VERSION = 1
+#: Training examples; validation and test get a quarter of them each.
+EXAMPLES = 512
+
+
+def databases(task: str, examples: int = EXAMPLES) -> Path:
+    """Return a folder with the databases of all splits, generating them if they are not in the cache.
+
+    They hold a rule that a small model learns in seconds; see ``villa.datasets.synthetic.tasks``. The same task and
+    size give the same databases on every machine. Several processes may ask at once: one of them generates.
+
+    Args:
+        task: registered name of the data set.
+        examples: examples to train on.
+
+    Returns:
+        The folder, laid out as ``DatabasePaths.synthetic`` says.
+
+    Raises:
+        DataError: there is no generator for the task, or the cache cannot be written.
+    """
+    if task not in TASKS:
+        raise DataError(
+            f"there is no synthetic data for dataset '{task}'{nearest(task, TASKS)} (there is for {', '.join(TASKS)}); "
+            "set dataset.synthetic=false"
+        )
+    key = hashlib.sha256(json.dumps([VERSION, task, examples]).encode()).hexdigest()[:16]
+    folder = cache_root(None) / "synthetic" / f"{task}-{key}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                _generate(task, examples, folder)
+    except OSError as error:
+        raise DataError(
+            f"the synthetic data '{folder}' cannot be written: {error.strerror or error}; make room, or choose another "
+            "place by VILLA_CACHE"
+        ) from error
+    return folder
+
+
+def _generate(task: str, examples: int, folder: Path) -> None:
+    """Write everything into a temporary folder and rename it; the caller holds the lock."""
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    write_databases(task, examples, temporary)
+    fsync_tree(temporary)
+    temporary.rename(folder)

@@ -1,0 +1,72 @@
+"""What ``dataset.synthetic=true`` makes of a recipe: a tiny model and a run of less than a minute on one core."""
+
+from __future__ import annotations
+
+from villa.config.overlays import Overlay
+
+_ON = {"synthetic": True}
+
+#: What all tasks share.
+SMALL = (
+    Overlay(
+        _ON,
+        {
+            "output_dir": "outputs/synthetic/${name}/${trainer.name}_seed${seed}",
+            "model.checkpoint": None,
+            "dataset.subset": None,
+            "dataset.max_text_length": 220,
+            "dataset.box_threshold": 0.2,
+            "dataset.max_boxes": 100,
+            "dataset.min_boxes": 10,
+            "dataset.fixed_boxes": None,
+            "dataset.compressed": False,
+            "optimizer.lr": 1e-3,
+            "optimizer.head_lr_multiplier": 1.0,
+            "scheduler.warmup": 0.1,
+            "batch.examples": None,
+            "batch.tokens": 1024,
+            "batch.per_pass": None,
+            "training.updates": 240,
+            "training.epochs": None,
+            "training.precision": "fp32",
+            "training.workers": 0,
+            "evaluation.every": 80,
+            "evaluation.examples": 32,
+            "evaluation.patience": None,
+            "checkpoint.every": None,
+        },
+    ),
+    # Of UNITER; another model keeps its options.
+    Overlay(
+        _ON,
+        {
+            "model.hidden_size": 64,
+            "model.num_layers": 2,
+            "model.num_heads": 4,
+            "model.intermediate_size": None,
+            "model.max_positions": 64,
+            "model.hidden_dropout": 0.0,
+            "model.attention_dropout": 0.0,
+            "model.initializer_range": 0.1,  # of the order of 1 / sqrt(hidden_size); 0.02 is too small for this width
+        },
+    ),
+)
+
+#: An example of VCR is four rows, and its length counts 100 ground-truth boxes, however few there are.
+SMALL_VCR = (*SMALL, Overlay(_ON, {"batch.tokens": 2048, "dataset.ground_truth_boxes": 100}))
+
+_BY_EXAMPLES = {"batch.tokens": None, "batch.multiple": 1, "batch.drop_last": False}
+SMALL_REFERRING = (
+    *SMALL,
+    Overlay(_ON, {**_BY_EXAMPLES, "batch.examples": 32, "dataset.ground_truth_boxes": 100}),
+)
+SMALL_RETRIEVAL = (
+    *SMALL,
+    Overlay(_ON, {**_BY_EXAMPLES, "batch.examples": 32, "evaluation.examples": 4, "dataset.eval_images": 400}),
+    Overlay(_ON, {"dataset.negative_size": 1}),
+    # Candidates are scored one example after another.
+    Overlay(
+        {**_ON, "negatives": "hard"},
+        {"batch.examples": 4, "batch.per_pass": 1, "dataset.negative_size": 15, "dataset.hard_negatives": 5},
+    ),
+)

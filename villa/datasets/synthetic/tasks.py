@@ -1,0 +1,154 @@
+"""A rule for every task, and the databases of its examples.
+
+An image shows one thing, of some kind and colour; a text names a kind or a colour and is right or wrong about it:
+
+- VQA asks for the kind or the colour, or whether it is of some kind; SNLI-VE claims a kind, or nothing about it.
+- NLVR2 claims that both images show a kind; both do, or neither.
+- VCR's answers name four kinds, its rationales what four kinds do.
+- Captions of retrieval name colour and kind.
+- Images of referring expressions show a different thing in every region; the text names one by colour and kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from villa.datasets.database_paths import SPLITS, DatabasePaths
+from villa.datasets.raw.vcr import vcr_lengths
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
+from villa.datasets.synthetic.referring import write_referring
+from villa.datasets.synthetic.world import COLOURS, DEEDS, KINDS, META, VOCABULARY, Regions, World, ids
+from villa.files import write_json
+
+#: File of VQA's answers.
+ANSWERS = "ans2label.json"
+_CHOICES = 4
+_ANSWERS = (*KINDS, *COLOURS, "yes", "no")
+_LABELS = {answer: label for label, answer in enumerate(_ANSWERS)}
+_DETECTED, _GROUND_TRUTH = BoxSelection(), BoxSelection(fixed=100)
+
+Images = Mapping[str, ImageDatabaseWriter]
+
+
+@dataclass(frozen=True)
+class SyntheticTask:
+    """How the databases of a task are generated.
+
+    Attributes:
+        write: draws a split of so many examples and adds it to the text and image databases.
+        images: folder and choice of boxes of every image database, by the name that ``write`` uses.
+        files: JSON files beside the databases.
+        texts_of_images: whether the text databases have ``img2txts.json``.
+    """
+
+    write: Callable[[World, str, int, TextDatabaseWriter, Images], None]
+    images: Mapping[str, tuple[str, BoxSelection]] = field(default_factory=lambda: {"images": ("images", _DETECTED)})
+    files: Mapping[str, Any] = field(default_factory=dict)
+    texts_of_images: bool = False
+
+
+def write_databases(task: str, examples: int, root: Path) -> None:
+    """Generate the databases of all splits of a task below ``root``; a quarter of ``examples`` to evaluate on."""
+    kind = TASKS[task]
+    with ExitStack() as stack:
+        images = {
+            name: stack.enter_context(ImageDatabaseWriter(root / "img_db" / folder, boxes))
+            for name, (folder, boxes) in kind.images.items()
+        }
+        for split in SPLITS:
+            path = DatabasePaths.synthetic(root, task, split).text
+            with TextDatabaseWriter(path, META, texts_of_images=kind.texts_of_images) as text:
+                kind.write(World(task, split), split, examples if split == "train" else examples // 4, text, images)
+    for name, value in kind.files.items():
+        write_json(root / name, value)
+
+
+def _write_vqa(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    for number in range(count):
+        thing = world.thing()
+        shown = thing.kind if world.below(2) else world.other_kind(thing.kind)
+        question, answer = [
+            ("what is it ?", KINDS[thing.kind]),
+            ("which colour is it ?", COLOURS[thing.colour]),
+            (f"is it a {KINDS[shown]} ?", "yes" if shown == thing.kind else "no"),
+        ][world.below(3)]
+        target = {"labels": [_LABELS[answer]], "scores": [1.0]}
+        # Question ids of VQA are numbers, different in all splits.
+        id = str(1_000_000 * (1 + SPLITS.index(split)) + number)
+        _add_pair(text, images, id, question, f"{split}_{number}.npz", world.image(thing), target=target)
+
+
+def _write_snli_ve(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    for number in range(count):
+        thing, label = world.thing(), world.below(3)  # contradiction, entailment, neutral
+        claims = (f"it is a {KINDS[world.other_kind(thing.kind)]}", f"it is a {KINDS[thing.kind]}", "it is like this")
+        target = {"labels": [label], "scores": [1.0]}
+        name = f"{split}_{number}.npz"
+        _add_pair(text, images, f"{split}_{number}.jpg#0r1n", claims[label], name, world.image(thing), target=target)
+
+
+def _write_nlvr2(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    for number in range(count):
+        thing, target = world.thing(), world.below(2)
+        claimed = thing.kind if target else world.other_kind(thing.kind)
+        names = [f"nlvr2_{split}-{number}-0-img{side}.npz" for side in (0, 1)]
+        for name in names:
+            _add_image(images["images"], name, world.image(thing))
+        words = ids(f"each image shows a {KINDS[claimed]}")
+        fields = {"input_ids": words, "img_fname": names, "target": target}
+        text.add(f"{split}-{number}-0-0", fields, len(words), names)
+
+
+def _write_vcr(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    for number in range(count):
+        thing = world.thing()
+        names = [f"vcr_gt_{split}_{number}.npz", f"vcr_{split}_{number}.npz"]
+        for image, name in zip((images["gt"], images["det"]), names, strict=True):
+            _add_image(image, name, world.image(thing))
+        answers, rationales = world.kinds(thing.kind, _CHOICES), world.kinds(thing.kind, _CHOICES)
+        words = {
+            "input_ids": [*ids("what is"), VOCABULARY + world.below(3), *ids("?")],  # the name of an object
+            "input_ids_as": [ids(f"it is a {KINDS[kind]}") for kind in answers],
+            "input_ids_rs": [ids(f"because it {DEEDS[kind]}") for kind in rationales],
+        }
+        targets = {"qa_target": answers.index(thing.kind), "qar_target": rationales.index(thing.kind)}
+        text.add(f"{split}-{number}", {**words, **targets, "img_fname": names}, vcr_lengths(words), names)
+
+
+def _write_retrieval(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    """Two captions an image. Images to evaluate on show different things, so that a text fits one image alone."""
+    most = min(count // 2, len(KINDS) * len(COLOURS))
+    things = [world.thing() for _ in range(count // 2)] if split == "train" else world.things(most)
+    for number, thing in enumerate(things):
+        name, regions = f"flickr30k_{split}_{number}.npz", world.image(thing)
+        for caption, words in enumerate((f"this looks like a {thing}", f"here is another {thing}")):
+            _add_pair(text, images, f"{split}_{number}_{caption}", words, name, None if caption else regions)
+
+
+def _add_pair(
+    text: TextDatabaseWriter, images: Images, id: str, words: str, name: str, regions: Regions | None, **fields: Any
+) -> None:
+    """Add an example of one text and one image, and the image unless it is there already."""
+    if regions is not None:
+        _add_image(images["images"], name, regions)
+    pieces = ids(words)
+    text.add(id, {"input_ids": pieces, "img_fname": name, **fields}, len(pieces), name)
+
+
+def _add_image(images: ImageDatabaseWriter, name: str, regions: Regions) -> None:
+    images.add(name, regions.features, regions.norm_bb(), regions.conf)
+
+
+TASKS = {
+    "vqa": SyntheticTask(_write_vqa, files={ANSWERS: _LABELS}),
+    "snli_ve": SyntheticTask(_write_snli_ve),
+    "nlvr2": SyntheticTask(_write_nlvr2),
+    "vcr": SyntheticTask(_write_vcr, {"gt": ("gt", _GROUND_TRUTH), "det": ("det", _DETECTED)}),
+    "retrieval": SyntheticTask(_write_retrieval, texts_of_images=True),
+    "referring": SyntheticTask(write_referring, {"gt": ("images", _GROUND_TRUTH), "det": ("images", _DETECTED)}),
+}
