@@ -295,6 +295,15 @@ def test_box_selections_have_the_released_names() -> None:
             BoxSelection(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("confidences", "count"),
+    [([0.9, 0.6, 0.5, 0.1], 2), ([0.9, 0.8, 0.7, 0.6], 3), ([0.5, 0.4, 0.3], 2), ([0.5], 1)],
+)
+def test_boxes_above_the_threshold_count_within_bounds(confidences: list[float], count: int) -> None:
+    choice = BoxSelection(threshold=0.5, min_boxes=2, max_boxes=3)
+    assert choice.count(np.array(confidences, np.float16)) == count
+
+
 @pytest.fixture
 def pair(images: Path) -> PairedImageDatabase:
     ground_truth = ImageDatabase(images / "vcr_gt_train", BoxSelection(fixed=100))

@@ -173,3 +173,10 @@ def test_an_archive_that_claims_less_or_more_than_it_holds_is_refused() -> None:
         value[place : place + 4] = claimed.to_bytes(4, "little")
         with pytest.raises(ValueError, match="not an intact npz archive"):
             read_npz(memoryview(value), ["features"])
+
+
+def test_an_array_too_large_for_a_database_of_features_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_arrays, "MAX_ARRAY_BYTES", 10_000)
+    assert_equal(read_npz(zipped(ARRAYS), {"features"}), {"features"})
+    with pytest.raises(ValueError, match="does not fit its directory"):
+        read_npz(zipped(ARRAYS), {"soft_labels"})
