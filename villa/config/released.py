@@ -96,6 +96,10 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
             "margin": given("margin", 0.2),
             "hard_ratio": given("hard_ratio", 0.3),
         }
+    if task == "itm" and "hard_neg_size" in options:
+        _as_mean(recipe, 2)  # the means of both directions are added
+    elif gpus > 1 and task != "re":
+        _as_mean(recipe, given("gradient_accumulation_steps", 1))
     if task == "itm":
         recipe["loss"]["margin"] = given("margin", 0.2)
         recipe["evaluation"]["examples"] = 1
@@ -189,7 +193,19 @@ def _batch(task: str, given: _Given, gpus: int) -> Recipe:
     if task == "re":
         return {"examples": whole, "per_pass": size, "accumulation": "total"}
     if task == "itm" and "hard_neg_size" in given.options:
-        return {"examples": 2 * whole, "per_pass": 1, "accumulation": "mean"}
+        return {"examples": 2 * whole, "per_pass": 1}
     if task == "itm":
         return {"examples": whole, "per_pass": size, "accumulation": "sum"}
     return {"tokens": whole, "per_pass": size, "accumulation": "sum", "multiple": 8, "drop_last": True}
+
+
+def _as_mean(recipe: Recipe, summed: int) -> None:
+    """Take the mean over examples where the release sums the means of ``summed`` micro-batches.
+
+    Clipping and the optimiser's epsilon are divided by their number, so that the updates are the same. In contrast to
+    the sum it does not depend on the number of processes: the release averages over its GPUs before it sums.
+    """
+    recipe["batch"]["accumulation"] = "mean"
+    recipe["optimizer"]["eps"] = 1e-6 / summed
+    if recipe["training"]["clip_norm"] is not None:
+        recipe["training"]["clip_norm"] /= summed
