@@ -76,12 +76,18 @@ class DatabaseSplit(Split):
         return self.pair.text.images[id]
 
     def check_images(self) -> None:
-        """Make sure that the images of all examples are there.
+        """Make sure that the images of all examples are there, and that an example has one of them.
 
         Raises:
             DataError: naming both databases.
         """
         check_pair(self.pair.text, self.pair.images, ids=self.ids)
+        names = self.pair.text.images
+        several = next((id for id in self.ids if isinstance(names[id], list)), None)
+        if several is not None and isinstance(self.pair.images, ImageDatabase):
+            raise self.unusable(
+                several, f"{len(names[several])} images; it is not one of '{self.task.config.name}', which have one"
+            )
 
     def length(self, id: str, text: int) -> int:
         """Return the length of an example for batches by tokens: word-pieces and regions, as in the release."""
@@ -113,16 +119,19 @@ class DatabaseSplit(Split):
         """Return [CLS], the texts with [SEP] between them, and [SEP]: ``[T]`` int64.
 
         Raises:
-            DataError: an id of a word-piece is outside the vocabulary.
+            DataError: a text is no list of ids, or an id is outside the vocabulary.
         """
         database = self.pair.text
         ids = [database.cls_id]
         for text in texts:
+            if not (isinstance(text, list) and all(type(word) is int for word in text)):
+                raise self.unusable(id, f"the text {text!r:.40}; it must be a list of ids of word-pieces")
             ids += [*text, database.sep_id]
         limit = database.vocab_size + self.task.extra_words
-        if not 0 <= min(ids) <= max(ids) < limit:
+        wrong = next((word for word in (min(ids), max(ids)) if not 0 <= word < limit), None)
+        if wrong is not None:
             raise self.unusable(
-                id, f"word-piece {max(ids)}, but the vocabulary of meta.json ends at {limit}; another tokenizer made it"
+                id, f"word-piece {wrong}, but the vocabulary of meta.json ends at {limit}; another tokenizer made it"
             )
         return torch.tensor(ids)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from villa.batch import Batch
+from villa.config.overlays import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split, TaskDataset
 from villa.datasets.collation import collate
 from villa.datasets.database_paths import SPLITS, DatabasePaths, describe_missing
@@ -22,7 +23,9 @@ from villa.datasets.database_split import ConcatenatedSplit, DatabaseSplit, Imag
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
 from villa.datasets.stores.text_lmdb import TextDatabase
-from villa.errors import ConfigError, DataError
+from villa.datasets.synthetic import EXAMPLES, databases
+from villa.datasets.synthetic.overlay import SMALL
+from villa.errors import ConfigError, DataError, MissingDataError
 from villa.files import write_json
 from villa.models.base import DataFacts
 
@@ -51,7 +54,10 @@ class DatabaseConfig(DatasetConfig):
         fixed_boxes: this many boxes of every image instead.
         compressed: the image databases are the compressed ones.
         synthetic: generate small databases of the same format and run a tiny model on them, to try the recipe.
+        synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
     """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL
 
     root: str = "data"
     train_text: list[str] = field(default_factory=list)
@@ -68,6 +74,7 @@ class DatabaseConfig(DatasetConfig):
     fixed_boxes: int | None = None
     compressed: bool = False
     synthetic: bool = False
+    synthetic_examples: int = EXAMPLES
 
     def check(self) -> None:
         """Refuse options that do not go together.
@@ -84,6 +91,8 @@ class DatabaseConfig(DatasetConfig):
                 )
         if self.max_text_length < 1:
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least 1")
+        if self.synthetic_examples < 32:
+            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
         self.detected_boxes()
 
     def detected_boxes(self) -> BoxSelection:
@@ -114,13 +123,23 @@ class DatabaseTask(TaskDataset):
         super().__init__(config, assets)
         config.check()
         self._opened: dict[DatabasePaths, Pair] = {}
+        self._splits: dict[str, Split] = {}
 
     def splits(self) -> tuple[str, ...]:
         """The splits that the recipe lists databases for."""
         return SPLITS if self.config.synthetic else tuple(s for s in SPLITS if getattr(self.config, f"{s}_text"))
 
     def split(self, name: str) -> Split:
-        """Return a split, over all of its databases; every image that the texts name is looked up first."""
+        """Return a split, over all of its databases; every image that the texts name is looked up first.
+
+        With the training split come all others, so that what is wrong with them is known before training.
+        """
+        for wanted in (name, *(self.splits() if name == "train" else ())):
+            if wanted not in self._splits:
+                self._splits[wanted] = self._make(wanted)
+        return self._splits[name]
+
+    def _make(self, name: str) -> Split:
         parts = [part for paths in self._paths(name) for part in self.parts(name, self._open(paths))]
         if not parts:
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list databases in {name}_text")
@@ -133,6 +152,8 @@ class DatabaseTask(TaskDataset):
     def text_lengths(self, name: str, pair: Pair, kind: str = "") -> dict[str, int]:
         """Return the text length of every example of a split by id; to train on, those that are not too long."""
         lengths = pair.text.lengths(kind)
+        if not lengths:
+            raise DataError(f"text database '{pair.text.path}' lists no examples; make it again")
         if name != "train":
             return lengths
         kept = {id: length for id, length in lengths.items() if length <= self.config.max_text_length}
@@ -194,10 +215,7 @@ class DatabaseTask(TaskDataset):
     def _paths(self, name: str) -> Iterator[DatabasePaths]:
         config = self.config
         if config.synthetic:
-            from villa.datasets.synthetic import databases
-
-            root = databases(config.name)
-            yield DatabasePaths.synthetic(root, config.name, name)
+            yield DatabasePaths.synthetic(databases(config.name, config.synthetic_examples), config.name, name)
             return
         for text, images in zip(getattr(config, f"{name}_text"), getattr(config, f"{name}_images"), strict=True):
             yield DatabasePaths.of(Path(config.root).expanduser(), name, text, images)
@@ -208,7 +226,7 @@ class DatabaseTask(TaskDataset):
             return self._opened[paths]
         missing = [p for name in self.splits() for paths in self._paths(name) for p in paths.missing()]
         if missing:
-            raise DataError(describe_missing(self.config.name, self.config.root, missing))
+            raise MissingDataError(describe_missing(self.config.name, self.config.root, missing))
         subset = self.config.subset if paths.split == "train" else None
         pair = Pair(TextDatabase(paths.text, subset), self.open_images(paths))
         for other in self._opened.values():
@@ -227,8 +245,8 @@ class DatabaseTask(TaskDataset):
         if (facts.feature_dim, facts.vocab_size) != (trained_dim, trained_words):
             raise DataError(
                 f"the checkpoint was trained on region features {trained_dim} wide and {trained_words} word-pieces, "
-                f"but '{self._first.text.path}' and its images have {facts.feature_dim} and {facts.vocab_size}; use the "
-                "features and the tokenizer of the training data"
+                f"but '{self._first.text.path}' and its images have {facts.feature_dim} and {facts.vocab_size}; use "
+                "the features and the tokenizer of the training data"
             )
 
 

@@ -12,6 +12,7 @@ from villa.batch import Batch
 from villa.datasets.base import DatasetConfig, Example
 from villa.datasets.database_split import DatabaseSplit
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.stores.image_lmdb import check_pair
 from villa.errors import DataError
 from villa.registry import register_dataset
 
@@ -40,7 +41,7 @@ class PairOfImagesSplit(DatabaseSplit):
             raise DataError(
                 f"text database '{self.pair.text.path}' is not one of NLVR2: a text does not have two images"
             )
-        super().check_images()
+        check_pair(self.pair.text, self.pair.images, ids=self.ids)
 
 
 @dataclass

@@ -147,10 +147,11 @@ def answer_scores(record: Mapping[str, Any], where: str) -> dict[str, float] | N
     answers = record["answers"]
     if isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers):
         return {answer: min(count / FULL_AGREEMENT, 1.0) for answer, count in Counter(answers).items()}
-    if isinstance(answers, dict) and answers and all(_is_score(score) for score in answers.values()):
+    if isinstance(answers, dict) and answers and all(is_score(score) for score in answers.values()):
         return {answer: float(score) for answer, score in answers.items()}
     raise DataError(f"{where}: 'answers' must be {{answer: score in [0, 1]}} or a list of texts, not {answers!r:.60}")
 
 
-def _is_score(value: object) -> bool:
+def is_score(value: object) -> bool:
+    """Say whether a value of JSON is a number in [0, 1]."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.config.overlays import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.database_paths import DatabasePaths
 from villa.datasets.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase, check_names
+from villa.datasets.synthetic.overlay import SMALL_REFERRING
 from villa.errors import ConfigError, DataError
+from villa.evaluation.predictions import is_number
 from villa.evaluation.references import RegionReference
 from villa.registry import register_dataset
 
@@ -25,6 +28,11 @@ Regions = Literal["ground_truth", "detected"]
 _NAMES = {
     "ground_truth": "visual_grounding_coco_gt_{:012}.npz",
     "detected": "visual_grounding_det_coco_{:012}.npz",
+}
+#: Keys of the tables that are read, and the types of their values.
+_KEYS: Mapping[str, Mapping[str, type]] = {
+    "refs.json": {"sent_ids": list, "image_id": int},
+    "images.json": {"id": int, "ann_ids": list, "width": int, "height": int},
 }
 
 
@@ -39,6 +47,8 @@ class ReferringConfig(DatabaseConfig):
         val_boxes: regions to choose from in validation: ``ground_truth`` or ``detected`` boxes.
         test_boxes: the same for the test.
     """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_REFERRING
 
     name: str = "referring"
     ground_truth_boxes: int = 100
@@ -70,11 +80,9 @@ class ExpressionSplit(DatabaseSplit):
     def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], kind: Regions) -> None:
         self._pattern = _NAMES[kind]
         self._image_of = {
-            str(sentence): int(ref["image_id"])
-            for ref in self._table(pair, "refs.json")
-            for sentence in ref["sent_ids"]
+            str(sentence): ref["image_id"] for ref in self._table(pair, "refs.json") for sentence in ref["sent_ids"]
         }
-        self._images = {int(image["id"]): image for image in self._table(pair, "images.json")}
+        self._images = {image["id"]: image for image in self._table(pair, "images.json")}
         super().__init__(task, name, pair, lengths)
 
     def example(self, id: str, fields: Mapping[str, Any]) -> Example:
@@ -120,16 +128,21 @@ class ExpressionSplit(DatabaseSplit):
         sides = torch.tensor([image["width"], image["height"], image["width"], image["height"]])
         pixels = (boxes[:, [0, 1, 4, 5]] * sides).tolist()
         meant = fields.get("bbox")
+        if meant is not None and not (isinstance(meant, list) and len(meant) == 4 and all(map(is_number, meant))):
+            raise self.unusable(id, f"the bbox {meant!r:.60}; it must be x, y, width, height in pixels")
         return RegionReference(None if meant is None else tuple(meant), [tuple(box) for box in pixels])
 
     @staticmethod
     def _table(pair: Pair, name: str) -> list[dict[str, Any]]:
         """Read a list of objects with the keys that are needed."""
-        needed = {"refs.json": {"sent_ids", "image_id"}, "images.json": {"id", "ann_ids", "width", "height"}}[name]
-        table = pair.text.read_json(name)
-        if not (isinstance(table, list) and all(isinstance(row, dict) and needed <= row.keys() for row in table)):
-            keys = ", ".join(sorted(needed))
-            raise DataError(f"'{pair.text.path / name}' must be a list of objects with {keys}; copy it again")
+        needed, table = _KEYS[name], pair.text.read_json(name)
+        if not (isinstance(table, list) and all(isinstance(row, dict) for row in table)):
+            raise DataError(f"'{pair.text.path / name}' must be a list of objects; copy it again")
+        for number, row in enumerate(table):
+            wrong = next((key for key, kind in needed.items() if not isinstance(row.get(key), kind)), None)
+            if wrong is not None:
+                given, kind = f"{row.get(wrong)!r:.40}", needed[wrong].__name__
+                raise DataError(f"'{pair.text.path / name}': {wrong} of entry {number} is {given}, not of type {kind}")
         return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets.base import DatasetConfig, Split
+from villa.config.overlays import Overlay
+from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.database_split import Pair
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.retrieval_splits import HardCandidates, RandomNegatives, RetrievalEvaluation
-from villa.errors import ConfigError
+from villa.datasets.synthetic.overlay import SMALL_RETRIEVAL
+from villa.errors import ConfigError, DataError
 from villa.evaluation.references import RetrievalReference
 from villa.registry import register_dataset
 
@@ -31,6 +33,8 @@ class RetrievalConfig(DatabaseConfig):
         scored_at_once: pairs that are scored at once in search of hard negatives.
         eval_images: images that are scored with a text at once in evaluation.
     """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_RETRIEVAL
 
     name: str = "retrieval"
     negatives: Literal["random", "hard"] = "random"
@@ -67,6 +71,22 @@ class Retrieval(DatabaseTask):
         kind = HardCandidates if self.config.negatives == "hard" else RandomNegatives
         return [kind(self, name, pair, lengths, self.config.negative_size)]
 
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad examples into a batch.
+
+        To evaluate, where examples have different numbers of images, the last image of an example is repeated: its
+        reference names the real ones. Candidates are not padded so, for they would be chosen.
+
+        Raises:
+            DataError: candidate images and candidate texts are in one batch.
+        """
+        if len({len(example.input_ids) for example in examples}) > 1:
+            raise DataError("hard negatives are chosen for one example at a time; set batch.per_pass=1")
+        if examples[0].reference is None:
+            return super().collate(examples)
+        most = max(len(example.reference.image_names) for example in examples)
+        return super().collate([_filled(example, most) for example in examples])
+
     def refine(self, batch: Batch, score: Callable[[Batch], Tensor]) -> Batch:
         """Keep the right pair and the wrong pairs that score best; see the base class."""
         if self.config.negatives != "hard":
@@ -92,6 +112,15 @@ class Retrieval(DatabaseTask):
                 }
             )
         return decoded
+
+
+def _filled(example: Example, count: int) -> Example:
+    """Repeat the last image until there are ``count``."""
+    assert isinstance(example.features, tuple)
+    assert isinstance(example.boxes, tuple)
+    more = count - len(example.features)
+    features, boxes = ((*rows, *rows[-1:] * more) for rows in (example.features, example.boxes))
+    return replace(example, features=features, boxes=boxes)
 
 
 def _candidates(batch: Batch) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.config.overlays import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.database_paths import SPLITS, DatabasePaths
 from villa.datasets.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase, PairedImageDatabase
+from villa.datasets.synthetic.overlay import SMALL_VCR
 from villa.errors import ConfigError
 from villa.evaluation.references import VcrReference
 from villa.evaluation.vcr import CHOICES
@@ -38,6 +40,8 @@ class VcrConfig(DatabaseConfig):
         all_rationales: splits (of ``val``, ``test``) where rationales are scored for each of the four answers, as
             the leaderboard wants them, and not for the right answer alone.
     """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_VCR
 
     name: str = "vcr"
     max_text_length: int = 220
@@ -182,7 +186,7 @@ class Choices:
     def right(self, name: str) -> int | None:
         """The number under ``qa_target`` or ``qar_target``; None where it is -1 (test)."""
         value = self._split.field(self._fields, name, self._id)
-        if not isinstance(value, int) or not -1 <= value < CHOICES:
+        if type(value) is not int or not -1 <= value < CHOICES:
             raise self._split.unusable(
                 self._id, f"{name} {value!r:.40}; it must be 0 to 3, or -1 where it is not known"
             )
@@ -206,6 +210,8 @@ class Choices:
 
     def _four(self, name: str) -> Sequence[Sequence[int]]:
         value: Sequence[Sequence[int]] = self._split.field(self._fields, name, self._id)
+        if not isinstance(value, list):
+            raise self._split.unusable(self._id, f"{name} {value!r:.40}; needed are {CHOICES} texts")
         if len(value) != CHOICES:
             raise self._split.unusable(self._id, f"{len(value)} {name}; needed are {CHOICES}")
         return value

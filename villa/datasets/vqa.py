@@ -16,6 +16,9 @@ from villa.datasets.answers import read_answers
 from villa.datasets.base import DatasetConfig, Example
 from villa.datasets.database_split import DatabaseSplit
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.records import is_score
+from villa.datasets.synthetic import databases
+from villa.datasets.synthetic.tasks import ANSWERS
 from villa.files import write_json
 from villa.registry import register_dataset
 
@@ -35,14 +38,21 @@ class SoftAnswerSplit(DatabaseSplit):
     def _target(self, fields: Mapping[str, Any], id: str) -> Tensor:
         """Return the scores ``[labels]``; all 0 for an example without a known answer."""
         target = torch.zeros(self.task.num_labels() or 0)
-        given = fields.get("target") or {}
-        try:
-            labels = torch.tensor(given.get("labels", []), dtype=torch.long)
-            target[labels] = torch.tensor(given.get("scores", []), dtype=torch.float)
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            needed = f"labels below {len(target)} and as many scores"
-            raise self.unusable(id, f"the target {given!r:.80}; needed are {needed}") from error
+        given = self.field(fields, "target", id) if self.training else fields.get("target")
+        given = {"labels": [], "scores": []} if given in (None, {}) else given
+        if not _are_scores(given, len(target)):
+            needed = f"labels below {len(target)}, as many as answers are known, and a score in [0, 1] for each"
+            raise self.unusable(id, f"the target {given!r:.80}; needed are {needed}")
+        target[given["labels"]] = torch.tensor(given["scores"], dtype=torch.float)
         return target
+
+
+def _are_scores(target: object, answers: int) -> bool:
+    """Whether an example's target is ``{"labels": [...], "scores": [...]}`` of a task with so many answers."""
+    match target:
+        case {"labels": list(labels), "scores": list(scores)} if len(labels) == len(scores):
+            return all(type(label) is int and 0 <= label < answers for label in labels) and all(map(is_score, scores))
+    return False
 
 
 class SoftAnswers(DatabaseTask):
@@ -92,9 +102,7 @@ class Vqa(SoftAnswers):
         if self.assets is not None:
             return read_answers(self.assets / _ANSWERS_FILE)
         if self.config.synthetic:
-            from villa.datasets.synthetic import databases
-
-            return read_answers(databases(self.config.name) / "ans2label.json")
+            return read_answers(databases(self.config.name, self.config.synthetic_examples) / ANSWERS)
         return read_answers(Path(self.config.root).expanduser() / self.config.answers)
 
     def save_assets(self, folder: Path) -> None:

@@ -66,8 +66,8 @@ class RetrievalRecall(Metric):
             self._scores = torch.full(references[0].shape, -torch.inf)
             self._right = torch.full((references[0].shape[0],), -1)
         for reference, row in zip(references, output.logits.detach().float().cpu(), strict=True):
-            first = reference.first_image
-            self._scores[reference.text, first : first + len(row)] = row
+            first, count = reference.first_image, len(reference.image_names)
+            self._scores[reference.text, first : first + count] = row[:count]  # the rest fills up the batch
             self._right[reference.text] = reference.right_image
 
     def compute(self) -> dict[str, float]:
