@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import cases, load, load_bert, load_task
+from golden_compare import close, compare_parameters
 from tiny import RecordingPasses
 from torch import Tensor
 
@@ -45,48 +46,8 @@ def villa_config(opts: dict[str, Any], task: str, detached: bool) -> VillaConfig
     )
 
 
-def close(mine: Tensor, golden: Tensor, tolerance: float, what: str, *, floor: float = 0.0) -> None:
-    """Relative distance as a whole; ``floor`` is the size below which a value is rounding noise."""
-    error = (mine.detach().double() - golden.double()).norm()
-    limit = max(tolerance * float(golden.double().norm()), floor)
-    assert error <= limit, f"{what}: off by {error:.3e}, allowed {limit:.3e}"
-
-
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def zero_gradient(name: str, value: Tensor) -> Tensor:
-    """Which entries of a parameter have an analytically zero gradient (the keys' biases): rounding noise."""
-    zero = torch.zeros_like(value, dtype=torch.bool)
-    if name.endswith("attention.self.key.bias"):
-        zero[:] = True
-    if name.endswith("in_proj_bias"):
-        zero[len(zero) // 3 : 2 * len(zero) // 3] = True
-    return zero
-
-
-def compare_parameters(mine: dict[str, Tensor], golden: dict[str, Tensor], tolerance: float, what: str) -> None:
-    """All together within the tolerance; each within twice of it, as both sides round (7e-7 against fp64).
-
-    A sum that cancels (a bias of one number) is off by its terms' rounding: 2 % of the whole's tolerance is free.
-    """
-    assert set(golden) <= set(mine)
-    noise = {name: zero_gradient(name, value) for name, value in golden.items()}
-    mine_all = torch.cat([mine[name].detach()[~noise[name]].flatten() for name in golden])
-    golden_all = torch.cat([value[~noise[name]].flatten() for name, value in golden.items()])
-    close(mine_all, golden_all, tolerance, f"{what} of all parameters")
-    for name, value in golden.items():
-        kept = ~noise[name]
-        close(
-            mine[name][kept],
-            value[kept],
-            2 * tolerance,
-            f"{what} of {name}",
-            floor=0.02 * tolerance * float(golden_all.norm()),
-        )
-        if what == "gradient" and noise[name].any():
-            assert mine[name][noise[name]].abs().max() < tolerance * float(golden_all.norm())
 
 
 def make_updater(model: Model, trainer: Trainer, loss: Any, case: dict[str, Any]) -> Updater:
