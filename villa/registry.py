@@ -85,7 +85,11 @@ class Registry(Generic[T]):
 MODELS: Registry[Any] = Registry(
     "model",
     "villa.models.base:Model",
-    {"uniter": "villa.models.uniter", "text_classifier": "villa.models.text_classifier"},
+    {
+        "uniter": "villa.models.uniter",
+        "text_classifier": "villa.models.text_classifier",
+        "lxmert": "villa.models.lxmert",
+    },
 )
 DATASETS: Registry[Any] = Registry(
     "dataset",
@@ -133,12 +137,12 @@ METRICS: Registry[Any] = Registry(
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer",
     "villa.engine.optimizers:OptimizerFactory",
-    dict.fromkeys(("adamw", "adam", "adamax", "bert_adamw"), "villa.engine.optimizers"),
+    dict.fromkeys(("adamw", "adam", "adamax", "bert_adam", "bert_adamw"), "villa.engine.optimizers"),
 )
 SCHEDULERS: Registry[Any] = Registry(
     "scheduler",
     "villa.engine.schedules:Schedule",
-    dict.fromkeys(("linear", "cosine", "constant", "noam"), "villa.engine.schedules"),
+    dict.fromkeys(("linear", "warmup_linear", "cosine", "constant", "noam"), "villa.engine.schedules"),
 )
 SUBMISSIONS: Registry[Any] = Registry(
     "submission",

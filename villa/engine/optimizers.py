@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.optim import Optimizer
 
+from villa.engine.bert_adam import BertAdam
 from villa.engine.bert_adamw import BertAdamW
-from villa.engine.parameter_groups import parameter_groups
+from villa.engine.parameter_groups import Grouping, parameter_groups
 from villa.errors import ConfigError
 from villa.models.base import Model
 from villa.registry import register_optimizer
@@ -31,7 +32,7 @@ class OptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: weight decay of the parameters that decay.
         grouping: which parameters decay: ``standard`` spares biases and all 1-d and normalisation parameters,
-            ``released`` those that the released code spares (see ``parameter_groups``).
+            ``released`` those that the released code spares, ``all`` none (see ``parameter_groups``).
         head_lr_multiplier: factor on ``lr`` for the task head.
         lr_multipliers: factor on ``lr`` by the dotted name of a module or parameter; the longest match wins.
     """
@@ -41,7 +42,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
-    grouping: Literal["standard", "released"] = "standard"
+    grouping: Grouping = "standard"
     head_lr_multiplier: float = 1.0
     lr_multipliers: dict[str, float] = field(default_factory=dict)
 
@@ -93,6 +94,15 @@ class BertAdamWConfig(OptimizerConfig):
 
     name: str = "bert_adamw"
     correct_bias: bool = True
+
+
+@dataclass
+class BertAdamConfig(OptimizerConfig):
+    """Options of ``bert_adam``: by default, those of LXMERT's released code, which decays every parameter."""
+
+    name: str = "bert_adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    grouping: Grouping = "all"
 
 
 class OptimizerFactory(ABC):
@@ -184,3 +194,14 @@ class BertAdamWFactory(OptimizerFactory):
     def build(self, model: Model) -> Optimizer:
         """See ``OptimizerFactory.build``."""
         return BertAdamW(self.groups(model), **self.options(), correct_bias=self.config.correct_bias)
+
+
+@register_optimizer("bert_adam")
+class BertAdamFactory(OptimizerFactory):
+    """The Adam of LXMERT's released code (see ``BertAdam``); its schedule is ``warmup_linear``."""
+
+    Config = BertAdamConfig
+
+    def build(self, model: Model) -> Optimizer:
+        """See ``OptimizerFactory.build``."""
+        return BertAdam(self.groups(model), **self.options())

@@ -10,7 +10,7 @@ from torch import nn
 from villa.errors import ConfigError, nearest
 from villa.models.base import Model
 
-Grouping = Literal["standard", "released"]
+Grouping = Literal["standard", "released", "all"]
 
 #: Names that hold one of these are not decayed by the released code: it overlooks ``img_layer_norm.weight``,
 #: ``pos_layer_norm.weight`` and the normalisation inside heads.
@@ -34,7 +34,7 @@ def parameter_groups(
         lr: base learning rate.
         weight_decay: weight decay of the parameters that decay.
         grouping: ``standard`` leaves out biases, normalisation and other 1-d parameters; ``released`` those whose
-            names hold ``bias``, ``LayerNorm.bias`` or ``LayerNorm.weight``.
+            names hold ``bias``, ``LayerNorm.bias`` or ``LayerNorm.weight``; ``all`` decays every parameter.
         head_lr_multiplier: factor on ``lr`` for the parameters below ``model.head_prefixes()``.
         lr_multipliers: factor on ``lr`` by the dotted name of a module or parameter; the longest one wins, and
             one of these wins over the head's.
@@ -70,6 +70,8 @@ def parameter_groups(
 
 
 def _no_decay(model: nn.Module, grouping: Grouping) -> set[str]:
+    if grouping == "all":
+        return set()
     if grouping == "released":
         return {name for name, _ in model.named_parameters() if any(part in name for part in _RELEASED_NO_DECAY)}
     normalisations = {name for name, module in model.named_modules() if isinstance(module, _NORMALISATIONS)}

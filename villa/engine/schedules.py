@@ -93,6 +93,17 @@ class LinearSchedule(Schedule):
         return max(self.total - update, 0) / max(self.total - self.warmup, 1)
 
 
+@register_scheduler("warmup_linear")
+class WarmupLinearSchedule(LinearSchedule):
+    """Linear warm-up and decay that counts updates from 0, as ``BertAdam`` does: the first one moves nothing."""
+
+    def factor(self, update: int) -> float:
+        """Share of the base learning rate in ``update`` (1 to ``total``); a share of warm-up is not rounded."""
+        step, given = update - 1, self.config.warmup
+        warmup = given * self.total if given < 1 else given
+        return step / warmup if step < warmup else max(self.total - step, 0) / max(self.total - warmup, 1)
+
+
 @register_scheduler("cosine")
 class CosineSchedule(Schedule):
     """Half a cosine wave down to zero at the last update."""

@@ -70,7 +70,7 @@ class RowLayout:
         """
         if batch.input_ids is None or batch.features is None or batch.boxes is None:
             missing = next(n for n in ("input_ids", "features", "boxes") if getattr(batch, n) is None)
-            raise DataError(f"UNITER reads text and regions, but the batch has no {missing}: use another model")
+            raise DataError(f"the model reads text and regions, but the batch has no {missing}: use another model")
         texts, images = self._counts(batch)
         if self.images not in (None, images):
             raise DataError(f"the head reads {self.images} image(s) an example, but the batch has {images}")

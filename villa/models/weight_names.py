@@ -11,6 +11,9 @@ from villa.errors import CheckpointError
 
 T = TypeVar("T")
 
+#: What fine-tuned files of LXMERT put before the names of the transformer.
+_LXMERT_WRAPPER = re.compile(r"^lxrt_encoder\.model\.(module\.)?")
+
 _TEXT = re.compile(r"(^|\.)(encoder|layers?|(word|position|token_type)_embeddings|embeddings\.LayerNorm)\.")
 _IMAGE = re.compile(r"(^|\.)(img|image|visual|vision)_\w*(embeddings?|projection)\.")
 
@@ -26,13 +29,14 @@ def is_image_side(name: str) -> bool:
 
 
 def plain_names(weights: Mapping[str, T]) -> dict[str, T]:
-    """Drop the ``module.`` of parallel wrappers; call ``gamma`` and ``beta`` of old files ``weight`` and ``bias``.
+    """Drop ``module.`` of parallel wrappers and what wraps LXMERT; ``gamma`` and ``beta`` are ``weight`` and ``bias``.
 
     Raises:
         CheckpointError: two tensors get the same name.
     """
     wrapped = all(name.startswith("module.") for name in weights)
-    plain = ((name.removeprefix("module.") if wrapped else name, value) for name, value in weights.items())
+    inner = ((name.removeprefix("module.") if wrapped else name, value) for name, value in weights.items())
+    plain = ((_LXMERT_WRAPPER.sub("", name), value) for name, value in inner)
     return _distinct((re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", k)), v) for k, v in plain)
 
 

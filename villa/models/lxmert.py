@@ -1,0 +1,141 @@
+"""LXMERT (arXiv 1908.07490) on the modules of transformers: text and regions apart, then reading each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import DataError
+from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.models.lxmert_config import HEAD_IMAGES, LxmertConfig
+from villa.models.uniter_rows import RowLayout, Rows
+from villa.registry import register_model
+
+#: What the released code adds to the attention scores of masked positions.
+RELEASED_MASK = -10000.0
+_LAYER_NORM_EPS = 1e-12
+
+
+@register_model("lxmert")
+class Lxmert(Model):
+    """LXMERT with the head that scores answers, or the one for two images (NLVR2).
+
+    The head's parameters carry the released names ``logit_fc.{0,2,3}``, those of the transformer the names of
+    ``LxmertModel`` below ``lxmert``.
+
+    Args:
+        config: configuration object of transformers.
+        images: images an example; the pooled outputs of all lie side by side in the head.
+        num_labels: classes of the head.
+        released: see ``LxmertConfig``.
+    """
+
+    Config = LxmertConfig
+
+    def __init__(self, config: Any, *, images: int, num_labels: int, released: bool = False) -> None:
+        super().__init__()
+        from transformers import LxmertModel
+
+        self.layout = RowLayout(images)
+        self.released = released
+        self.lxmert = LxmertModel(config)
+        wide = 2 * config.hidden_size
+        self.logit_fc = nn.Sequential(
+            nn.Linear(images * config.hidden_size, wide),
+            nn.GELU(),
+            nn.LayerNorm(wide, eps=_LAYER_NORM_EPS),
+            nn.Linear(wide, num_labels),
+        )
+        if not released:
+            for embedding in (self.lxmert.embeddings.position_embeddings, self.lxmert.embeddings.token_type_embeddings):
+                embedding.padding_idx = None  # row 0 is a position, or a type, like the others
+        self.apply(self._initialise)
+
+    @classmethod
+    def from_config(cls, config: LxmertConfig, facts: DataFacts) -> Lxmert:
+        """Build the model with the configured head and fresh weights.
+
+        Raises:
+            ConfigError: the configuration contradicts the data or itself.
+        """
+        config.check()
+        return cls(
+            config.transformer(facts),
+            images=HEAD_IMAGES[config.head],
+            num_labels=config.labels(facts),
+            released=config.released,
+        )
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Score a batch of texts and image regions.
+
+        Returns:
+            Logits ``[B, labels]``; the pooled output ``[B * images, hidden]``; on request the states of the text
+            (embedding, then every language and cross layer), and the attention of the language layers
+            ``[rows, heads, T, T]``, the vision layers ``[..., R, R]`` and, from text to regions, the cross layers
+            ``[..., T, R]``, in this order.
+
+        Raises:
+            DataError: the batch lacks text, features or boxes, or they do not suit the model.
+        """
+        rows = self.layout.rows(batch)
+        text = self._embed(rows)
+        vision, language, crossed = self.lxmert.encoder(
+            text,
+            self._score_mask(rows.text_mask, text),
+            rows.features,
+            self._boxes(rows),
+            self._score_mask(rows.region_mask, text),
+            output_attentions=attentions,
+        )
+        pooled = self.lxmert.pooler(language[0][-1])
+        return ModelOutput(
+            self.logit_fc(pooled.reshape(rows.examples, -1)),
+            pooled,
+            (text, *language[0]) if hidden_states else (),
+            (*language[1], *vision[1], *crossed) if attentions else (),
+        )
+
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """Text: the looked-up word embedding. Image: the region feature before its projection."""
+        return {
+            "text": Point("lxmert.embeddings.word_embeddings", "output", self.layout.text_mask),
+            "image": Point("lxmert.encoder.visn_fc.visn_fc", "input", self.layout.region_mask),
+        }
+
+    def head_prefixes(self) -> tuple[str, ...]:
+        """The answer head."""
+        return ("logit_fc",)
+
+    def _embed(self, rows: Rows) -> Tensor:
+        """Embed the texts: ``[N, T, hidden]``."""
+        longest, length = self.lxmert.config.max_position_embeddings, rows.input_ids.shape[1]
+        if length > longest:
+            raise DataError(f"a text has {length} tokens, but the model has {longest} positions; cut texts to it")
+        embedded: Tensor = self.lxmert.embeddings(rows.input_ids, rows.token_types.expand_as(rows.input_ids))
+        return embedded
+
+    def _boxes(self, rows: Rows) -> Tensor:
+        """The first numbers of every box, ``[N, R, box_dim]``."""
+        wanted, given = self.lxmert.config.visual_pos_dim, rows.boxes.shape[-1]
+        if given < wanted:
+            raise DataError(f"the model reads boxes of {wanted} numbers, but those of the data have {given}")
+        return rows.boxes[..., :wanted]
+
+    def _score_mask(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """What is added to attention scores, ``[N, 1, 1, L]``: 0 on real positions, very little on others."""
+        if mask is None:
+            return None
+        lowest = RELEASED_MASK if self.released else torch.finfo(like.dtype).min
+        return (~mask[:, None, None, :]).to(like.dtype) * lowest
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Fresh weights of the release."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.lxmert.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
