@@ -26,6 +26,8 @@ SMALL = (
             "batch.examples": None,
             "batch.tokens": 1024,
             "batch.per_pass": None,
+            "batch.multiple": 1,
+            "batch.drop_last": False,
             "training.updates": 240,
             "training.epochs": None,
             "training.precision": "fp32",
@@ -55,14 +57,13 @@ SMALL = (
 #: An example of VCR is four rows, and its length counts 100 ground-truth boxes, however few there are.
 SMALL_VCR = (*SMALL, Overlay(_ON, {"batch.tokens": 2048, "dataset.ground_truth_boxes": 100}))
 
-_BY_EXAMPLES = {"batch.tokens": None, "batch.multiple": 1, "batch.drop_last": False}
 SMALL_REFERRING = (
     *SMALL,
-    Overlay(_ON, {**_BY_EXAMPLES, "batch.examples": 32, "dataset.ground_truth_boxes": 100}),
+    Overlay(_ON, {"batch.tokens": None, "batch.examples": 32, "dataset.ground_truth_boxes": 100}),
 )
 SMALL_RETRIEVAL = (
     *SMALL,
-    Overlay(_ON, {**_BY_EXAMPLES, "batch.examples": 32, "evaluation.examples": 4, "dataset.eval_images": 400}),
+    Overlay(_ON, {"batch.tokens": None, "batch.examples": 32, "evaluation.examples": 4, "dataset.eval_images": 400}),
     Overlay(_ON, {"dataset.negative_size": 1}),
     # Candidates are scored one example after another.
     Overlay(
