@@ -45,7 +45,7 @@ class DatabasePaths:
                 yield folder, "image database: feat_*/data.mdb, nbb_*.json"
 
 
-def describe_missing(task: str, root: str, missing: Sequence[tuple[Path, str]]) -> str:
+def describe_missing(task: str, root: str, missing: Sequence[tuple[Path, str]], guide: str = "docs/data.md") -> str:
     """Say in a few lines what is missing, where it is expected, in which format, and how to try the recipe now."""
     distinct = list(dict(missing).items())
     listed = [f"  {path}  ({what})" for path, what in distinct[:_NAMED]]
@@ -55,7 +55,7 @@ def describe_missing(task: str, root: str, missing: Sequence[tuple[Path, str]]) 
             f"the data of dataset '{task}' is not there; the recipe expects, below dataset.root={root}:",
             *listed,
             *more,
-            "docs/data.md says where to get these databases or how to make them; set dataset.root to where they are.",
+            f"{guide} says where to get them or how to make them; set dataset.root to where they are.",
             "To try the recipe now on generated data, add dataset.synthetic=true",
         ]
     )

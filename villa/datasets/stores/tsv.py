@@ -1,0 +1,229 @@
+"""LXMERT's feature files (``*_obj36.tsv``): indexed once, then read at random with flat memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from villa.datasets.stores.cache import cache_root
+from villa.datasets.stores.tsv_line import Header, read_header, read_regions
+from villa.engine.progress import Display
+from villa.errors import DataError
+from villa.files import write_json
+from villa.plugins import one_line
+
+logger = logging.getLogger(__name__)
+
+#: To be raised when the index file changes.
+FORMAT = 1
+_MIB = 1 << 20
+
+
+class TsvFile:
+    """The images of a feature file by name.
+
+    The places of the lines are kept in a small file in villa's cache folder (``$VILLA_CACHE``), so that the feature
+    file itself is read through once, and its own folder may be read-only. A feature file that has changed since is
+    indexed again. The object may travel to forked and spawned workers.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        dim: width D of a region feature.
+
+    Raises:
+        DataError: the file is missing, empty or damaged; the message names file and line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+        index = self._index()
+        self.dim: int = index["dim"]
+        self._names: list[str] = index["names"]
+        self._starts, self._regions = array("q", index["starts"]), array("i", index["regions"])
+        self._places = {name: place for place, name in enumerate(self._names)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}  # a mapping cannot travel to another process
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def count(self, name: str) -> int:
+        """Return the number of regions R of an image, without reading its features."""
+        regions: int = self._regions[self._places[name]]
+        return regions
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read features ``[R, D]`` float32 and normalised boxes ``[R, 4]`` float32 of an image.
+
+        Raises:
+            DataError: the line is damaged, or the file has changed since it was indexed.
+        """
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        place = self._places[name]
+        start = self._starts[place]
+        end = self._map.find(b"\n", start)
+        try:
+            found, features, boxes = read_regions(self._map[start : end if end >= 0 else None])
+        except ValueError as error:
+            raise _unusable(self.path, place + 1, str(error)) from error
+        if found != name or features.shape != (self._regions[place], self.dim):
+            raise _unusable(self.path, place + 1, "the file has changed since it was indexed; start the run again")
+        return torch.from_numpy(features), torch.from_numpy(boxes)
+
+    def fingerprint(self) -> str:
+        """Hash the names, places and numbers of regions: equal on all machines that hold the same data."""
+        rows = [self._names, self._starts.tolist(), self._regions.tolist(), self.dim]
+        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+    def _index(self) -> dict[str, Any]:
+        """Read the index file, or make it."""
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read '{self.path}' ({error.strerror}); mend the path") from error
+        described = {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+        file = cache_root(None) / "tsv" / f"{self.path.stem}-{place}.json"
+        index = _stored(file, described)
+        if index is not None:
+            return index
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".lock")):
+                index = _stored(file, described) or described | _scan(self.path, stat.st_size)
+                write_json(file, index)
+        except OSError as error:
+            logger.warning("the index of %s is not kept: %s", self.path, error.strerror or error)
+            index = index or described | _scan(self.path, stat.st_size)
+        return index
+
+
+class TsvStore:
+    """The images of several feature files by name.
+
+    Args:
+        files: the files; where two hold an image, the first one counts.
+
+    Raises:
+        DataError: there is none, or their features have different widths.
+    """
+
+    def __init__(self, files: Sequence[TsvFile]) -> None:
+        if not files:
+            raise DataError("there is no feature file; list them in the recipe")
+        self.files = list(files)
+        self.dim = files[0].dim
+        other = next((file for file in files if file.dim != self.dim), None)
+        if other is not None:
+            raise DataError(
+                f"features of '{files[0].path}' are {self.dim} wide, those of '{other.path}' {other.dim}; use features "
+                "of one detector"
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in file for file in self.files)
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read features ``[R, D]`` and normalised boxes ``[R, 4]``, both float32, of an image."""
+        return self._holder(name)[name]
+
+    def count(self, name: str) -> int:
+        """Return the number of regions R of an image."""
+        return self._holder(name).count(name)
+
+    def check(self, names: Iterable[str], source: Path) -> None:
+        """Make sure that images are there.
+
+        Args:
+            names: the images wanted.
+            source: the file that names them, for the message.
+
+        Raises:
+            DataError: how many are missing, and the first.
+        """
+        wanted = dict.fromkeys(names)
+        missing = [name for name in wanted if name not in self]
+        if missing:
+            listed = ", ".join(f"'{file.path}'" for file in self.files)
+            raise DataError(
+                f"{len(missing)} of {len(wanted)} images that '{source}' names are not in {listed} (first: "
+                f"'{missing[0]}'); add the feature file that holds them"
+            )
+
+    def _holder(self, name: str) -> TsvFile:
+        return next(file for file in self.files if name in file)
+
+
+def _stored(file: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the stored index, or None when there is none of this state of the feature file."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        names, starts, regions = index["names"], array("q", index["starts"]), array("i", index["regions"])
+        whole = len(names) == len(starts) == len(regions) > 0 and type(index["dim"]) is int
+        return index if whole and all(index[key] == value for key, value in described.items()) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _scan(path: Path, size: int) -> dict[str, Any]:
+    """Read a feature file through, and return name, place and number of regions of every line."""
+    display, starts, regions = Display(), array("q"), array("i")
+    names: dict[str, int] = {}
+    first: Header | None = None
+    task = display.add(f"indexing {path.name} (MiB)", size // _MIB)
+    try:
+        with path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, start=1):
+                header = _checked(path, number, line, first)
+                first = first or header
+                if header.name in names:
+                    raise _unusable(path, number, f"the image '{header.name}' is also in line {names[header.name]}")
+                names[header.name] = number
+                starts.append(start)
+                regions.append(header.regions)
+                start += len(line)
+                display.show(task, start // _MIB)
+    except OSError as error:
+        raise DataError(f"cannot read '{path}' ({one_line(error)}); check the disk") from error
+    finally:
+        display.stop()
+    if first is None:
+        raise DataError(f"'{path}' is empty; get the feature file again")
+    return {"names": list(names), "starts": starts.tolist(), "regions": regions.tolist(), "dim": first.dim}
+
+
+def _checked(path: Path, number: int, line: bytes, first: Header | None) -> Header:
+    try:
+        header = read_header(line)
+    except ValueError as error:
+        raise _unusable(path, number, str(error)) from error
+    if first is not None and header.dim != first.dim:
+        raise _unusable(path, number, f"features are {header.dim} wide, those of line 1 {first.dim}")
+    return header
+
+
+def _unusable(path: Path, number: int, reason: str) -> DataError:
+    return DataError(f"{path}:{number}: not a line of region features: {reason}; get or make the file again")
