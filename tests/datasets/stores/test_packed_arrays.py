@@ -1,5 +1,4 @@
 import io
-import sys
 import zipfile
 from typing import Any
 
@@ -34,18 +33,6 @@ def assert_equal(read: dict[str, Any], names: set[str]) -> None:
     for name, array in read.items():
         assert array.dtype == ARRAYS[name].dtype
         np.testing.assert_array_equal(array, ARRAYS[name])
-
-
-@pytest.fixture(params=["deflate", "zlib"])
-def _codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run with the optional package, and as if it were not installed."""
-    if request.param == "deflate":
-        pytest.importorskip("deflate")
-    else:
-        monkeypatch.setitem(sys.modules, "deflate", None)
-    packed_arrays._codec.cache_clear()
-    yield
-    packed_arrays._codec.cache_clear()
 
 
 @pytest.mark.parametrize("names", [{"features"}, {"features", "norm_bb"}, {"soft_labels", "conf"}, set(ARRAYS)])
@@ -94,7 +81,6 @@ def test_other_layouts_are_read_too(value: memoryview) -> None:
     assert_equal(read_msgpack(value, set(ARRAYS)), set(ARRAYS))
 
 
-@pytest.mark.usefixtures("_codec")
 def test_reads_archives_of_all_kinds() -> None:
     assert_equal(read_npz(zipped(ARRAYS), set(ARRAYS)), set(ARRAYS))
     assert_equal(read_npz(zipped(ARRAYS, np.savez), set(ARRAYS)), set(ARRAYS))
@@ -110,7 +96,6 @@ def _flipped(value: memoryview, place: int) -> memoryview:
     return memoryview(bytes(damaged))
 
 
-@pytest.mark.usefixtures("_codec")
 def test_a_damaged_archive_is_refused_or_its_other_members_are_read() -> None:
     value = zipped({"features": ARRAYS["features"], "conf": ARRAYS["conf"]})
     for place in range(len(value)):
@@ -162,7 +147,6 @@ def test_maps_of_other_things_are_refused(content: Any) -> None:
         read_msgpack(packed(content), ["features"])
 
 
-@pytest.mark.usefixtures("_codec")
 def test_an_archive_that_claims_less_or_more_than_it_holds_is_refused() -> None:
     for claimed in (10, 1 << 27, 1 << 31):
         buffer = io.BytesIO()
