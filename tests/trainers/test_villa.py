@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from adversarial_oracle import oracle
 from shapes.model import AverageModel
 from tiny import RecordingPasses, gradients, tiny_batch, tiny_model
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError
+from villa.losses.classification import CrossEntropy
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
@@ -34,50 +35,6 @@ def score(model: AverageModel, batch: Batch, text: Tensor, image: Tensor) -> Ten
     return model.head(torch.cat((words, regions), -1))  # type: ignore[no-any-return]
 
 
-def divergence(a: Tensor, b: Tensor, reduction: str) -> Tensor:
-    p, q = a.softmax(-1), b.softmax(-1)
-    terms = (p - q) * (p.log() - q.log())
-    return terms.mean() if reduction == "mean" else terms.sum(-1).mean()
-
-
-def oracle(model: AverageModel, batch: Batch, config: VillaConfig) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Parameter gradients and the perturbations of every pass, by autograd through one big graph."""
-    masks = {"text": batch.attention_mask, "image": batch.region_mask}
-    shapes = {"text": (*batch.input_ids.shape, model.words.embedding_dim), "image": batch.features.shape}  # type: ignore[union-attr]
-    zeros = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in shapes.items()}
-    deltas = {m: zeros[m].clone() for m in ("text", "image")}
-    views = {
-        "text": [["text"]],
-        "image": [["image"]],
-        "both": [["text", "image"]],
-        "alternating": [["text"], ["image"]],
-    }
-    view_list = views[config.modality]
-    clean = score(model, batch, **zeros)
-    target = clean if config.clean_logits == "attached" else clean.detach()
-    total = F.cross_entropy(clean, batch.targets) if config.clean_loss else torch.zeros((), dtype=torch.float64)
-    weight = 1 / (config.steps * (len(view_list) if config.average_views else 1))
-    used = []
-    for _ in range(config.steps):
-        leaves = {m: d.clone().requires_grad_() for m, d in deltas.items()}
-        terms = []
-        for view in view_list:
-            logits = score(model, batch, **{m: leaves[m] if m in view else zeros[m] for m in zeros})
-            kl = divergence(logits, target, config.kl_reduction)
-            terms.append(F.cross_entropy(logits, batch.targets) + config.kl_weight * kl)
-        total = total + weight * sum(terms)
-        names = [m for view in view_list for m in view]
-        used.append({m: deltas[m] for m in names})
-        for m, gradient in zip(
-            names, torch.autograd.grad(sum(terms), [leaves[m] for m in names], retain_graph=True), strict=True
-        ):  # type: ignore[arg-type]
-            g = gradient * masks[m][..., None]  # type: ignore[index]
-            size = g.flatten(1).norm(dim=1) if config.norm == "l2" else g.flatten(1).abs().amax(1)
-            deltas[m] = deltas[m] + getattr(config, f"{m}_step_size") * g / size[:, None, None]
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(total, list(named.values())), strict=True)), used
-
-
 @pytest.mark.parametrize("modality", ["text", "image", "both", "alternating"])
 @pytest.mark.parametrize("clean_logits", ["attached", "detached"])
 @pytest.mark.parametrize("clean_loss", [True, False])
@@ -96,7 +53,8 @@ def test_gradients_and_perturbations_equal_the_loop_without_hooks(
         init="zero",
     )
     model, batch = tiny_model(), tiny_batch()
-    expected, used = oracle(model, batch, config)
+    widths = {"text": model.words.embedding_dim, "image": model.regions.in_features}
+    expected, used = oracle(model, batch, config, score, CrossEntropy(), widths)
     passes = RecordingPasses(model)
     VillaTrainer(config).step(batch, passes)
     for name, gradient in gradients(model).items():

@@ -1,0 +1,80 @@
+"""VILLA as a loop written by hand, without hooks, that sends every term through every graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.losses.base import Loss
+from villa.models.base import Model, ModelOutput
+from villa.trainers.villa import VillaConfig
+
+VIEWS = {
+    "text": [["text"]],
+    "image": [["image"]],
+    "both": [["text", "image"]],
+    "alternating": [["text"], ["image"]],
+}
+
+
+def divergence(a: Tensor, b: Tensor, reduction: str) -> Tensor:
+    """The symmetric divergence of two softmax distributions; finite where a probability is 0."""
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    terms = (log_p.exp() - log_q.exp()) * (log_p - log_q)
+    return terms.mean() if reduction == "mean" else terms.sum(-1).mean()
+
+
+def oracle(
+    model: Any, batch: Batch, config: VillaConfig, score: Callable[..., Tensor], loss: Loss, widths: dict[str, int]
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Parameter gradients and the perturbations of every pass, by autograd through one big graph.
+
+    Args:
+        model: the model, in double precision.
+        batch: a batch with padding.
+        config: the options of VILLA, starting from zero.
+        score: ``score(model, batch, text, image)``, the logits with perturbations, written out.
+        loss: the task loss.
+        widths: width of the perturbation of each modality.
+    """
+    masks = perturbed(model, batch)
+    zeros = {m: torch.zeros(*mask.shape, widths[m], dtype=torch.float64) for m, mask in masks.items()}
+    deltas = {m: zeros[m].clone() for m in masks}
+
+    def task(logits: Tensor) -> Tensor:
+        value: Tensor = loss(ModelOutput(logits), batch)
+        return value
+
+    views = VIEWS[config.modality]
+    clean = score(model, batch, **zeros)
+    target = clean if config.clean_logits == "attached" else clean.detach()
+    total = task(clean) if config.clean_loss else torch.zeros((), dtype=torch.float64)
+    weight = 1 / (config.steps * (len(views) if config.average_views else 1))
+    used = []
+    for _ in range(config.steps):
+        leaves = {m: d.clone().requires_grad_() for m, d in deltas.items()}
+        terms = []
+        for view in views:
+            logits = score(model, batch, **{m: leaves[m] if m in view else zeros[m] for m in zeros})
+            terms.append(task(logits) + config.kl_weight * divergence(logits, target, config.kl_reduction))
+        objective = torch.stack(terms).sum()
+        total = total + weight * objective
+        names = [m for view in views for m in view]
+        used.append({m: deltas[m] for m in names})
+        for m, gradient in zip(
+            names, torch.autograd.grad(objective, [leaves[m] for m in names], retain_graph=True), strict=True
+        ):
+            g = gradient * masks[m][..., None]
+            size = g.flatten(1).norm(dim=1) if config.norm == "l2" else g.flatten(1).abs().amax(1)
+            deltas[m] = deltas[m] + getattr(config, f"{m}_step_size") * g / size.clamp(min=1e-8)[:, None, None]
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, gradients, strict=True) if g is not None}, used
+
+
+def perturbed(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """Where each modality may be perturbed: ``[rows, tokens]`` bool."""
+    masks = {m: point.mask(batch) for m, point in model.perturbation_points().items()}
+    return {m: mask for m, mask in masks.items() if mask is not None}
