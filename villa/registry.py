@@ -97,6 +97,7 @@ DATASETS: Registry[Any] = Registry(
     {
         "easy_vqa": "villa.datasets.easy_vqa",
         "jsonl": "villa.datasets.jsonl",
+        **dict.fromkeys(("lxmert_vqa", "lxmert_gqa", "lxmert_nlvr2"), "villa.datasets.lxmert"),
         "nlvr2": "villa.datasets.nlvr2",
         "referring": "villa.datasets.referring",
         "retrieval": "villa.datasets.retrieval",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from villa.errors import DataError
 from villa.plugins import one_line
@@ -28,3 +32,10 @@ def read_answers(path: Path) -> list[str]:
     if not (isinstance(value, list) and value and all(isinstance(answer, str) for answer in value)):
         raise DataError(f"'{path}' holds no answers; give a JSON list of texts, or an object {{answer: label}}")
     return value
+
+
+def best_answers(scores: Tensor, answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the best of the ``answers`` in every row of ``scores [rows, answers]``, with its score."""
+    best, labels = scores.max(-1)
+    pairs = zip(labels.tolist(), best.tolist(), strict=True)
+    return [{"answer": answers[label], "score": score} for label, score in pairs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -20,7 +21,7 @@ VERSION = 1
 EXAMPLES = 512
 
 
-def databases(task: str, examples: int = EXAMPLES) -> Path:
+def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Path], None] | None = None) -> Path:
     """Return a folder with the databases of all splits, generating them if they are not in the cache.
 
     They hold a rule that a small model learns in seconds; see ``villa.datasets.synthetic.tasks``. The same task and
@@ -29,14 +30,16 @@ def databases(task: str, examples: int = EXAMPLES) -> Path:
     Args:
         task: registered name of the data set.
         examples: examples to train on.
+        write: writes the files of a task, with so many examples, into a folder that does not exist yet; by default
+            the databases of UNITER's tasks.
 
     Returns:
-        The folder, laid out as ``DatabasePaths.synthetic`` says.
+        The folder, by default laid out as ``DatabasePaths.synthetic`` says.
 
     Raises:
         DataError: there is no generator for the task, or the cache cannot be written.
     """
-    if task not in TASKS:
+    if write is None and task not in TASKS:
         raise DataError(
             f"there is no synthetic data for dataset '{task}'{nearest(task, TASKS)} (there is for {', '.join(TASKS)}); "
             "set dataset.synthetic=false"
@@ -49,7 +52,7 @@ def databases(task: str, examples: int = EXAMPLES) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                _generate(task, examples, folder)
+                _generate(task, examples, folder, write or write_databases)
     except OSError as error:
         raise DataError(
             f"the synthetic data '{folder}' cannot be written: {error.strerror or error}; make room, or choose another "
@@ -58,10 +61,10 @@ def databases(task: str, examples: int = EXAMPLES) -> Path:
     return folder
 
 
-def _generate(task: str, examples: int, folder: Path) -> None:
+def _generate(task: str, examples: int, folder: Path, write: Callable[[str, int, Path], None]) -> None:
     """Write everything into a temporary folder and rename it; the caller holds the lock."""
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    write_databases(task, examples, temporary)
+    write(task, examples, temporary)
     fsync_tree(temporary)
     temporary.rename(folder)
