@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache as cache_results
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,19 @@ def elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("VILLA_CACHE", str(cache))
 
 
+@cache_results
+def plain(recipe: str) -> RunConfig:
+    """A recipe as it stands."""
+    return load([argument(recipe)]).config
+
+
 def argument(recipe: str) -> str:
     return f"config={ROOT / 'projects' / recipe}.yaml"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_loads_and_says_how_to_run_it(recipe: str) -> None:
-    config = load([argument(recipe)]).config
+    config = plain(recipe)
     assert config.name == recipe.replace("/", "_")
     small = load([argument(recipe), "dataset.synthetic=true"])
     assert not small.notices
@@ -66,7 +73,7 @@ def test_a_recipe_loads_and_says_how_to_run_it(recipe: str) -> None:
 
 
 def test_no_two_recipes_write_into_the_same_folder() -> None:
-    folders = [load([argument(recipe)]).config.output_dir for recipe in RECIPES]
+    folders = [plain(recipe).output_dir for recipe in RECIPES]
     assert len(set(folders)) == len(folders)
 
 
@@ -95,7 +102,7 @@ def last_parts(paths: list[str]) -> list[str]:
 @pytest.mark.parametrize("recipe", CONFIGS)
 def test_a_recipe_has_the_values_of_the_released_configuration(recipe: str) -> None:
     expected, reference = released(recipe)
-    config = load([argument(recipe)]).config
+    config = plain(recipe)
     found = leaves(config)
     assert config.model.shape() == reference.model.shape()
     assert Path(config.model.checkpoint).name == reference.model.checkpoint
@@ -131,7 +138,7 @@ def run(recipe: str, *extra: str) -> Path:
 def test_a_recipe_runs_on_generated_data(recipe: str) -> None:
     folder = run(recipe)
     metrics = json.loads((folder / "metrics.json").read_text())
-    config = load([argument(recipe)]).config
+    config = plain(recipe)
     assert config.evaluation.monitor in json.dumps(metrics)
     assert next(records(folder / "predictions_test.jsonl"))["id"]
     assert list(folder.glob("submission_test.*"))
@@ -145,7 +152,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 def test_every_data_set_trainer_and_head_of_the_recipes_is_run() -> None:
     def kinds(recipes: list[str]) -> set[tuple[str, ...]]:
-        configs = [load([argument(recipe)]).config for recipe in recipes]
+        configs = [plain(recipe) for recipe in recipes]
         return {
             kind
             for c in configs
@@ -169,6 +176,7 @@ def test_without_its_data_a_recipe_says_what_is_missing(capsys: pytest.CaptureFi
     assert lines[-1].endswith("dataset.synthetic=true")
 
 
+@pytest.mark.slow
 def test_a_synthetic_run_learns_the_rule() -> None:
     assert (
         main([argument("uniter/vqa"), "dataset.synthetic=true", "output_dir=run", "evaluation.every=null", *SHORT[2:]])
