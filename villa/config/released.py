@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from villa.errors import ConfigError
+from villa.evaluation.predictions import is_number
 from villa.plugins import one_line
 
 Options = Mapping[str, Any]
@@ -62,6 +63,8 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
     """
     if task not in TASKS:
         raise ConfigError(f"task '{task}' is not one of the release (known: {', '.join(TASKS)})")
+    if gpus < 1:
+        raise ConfigError(f"gpus={gpus} is too small; give at least 1")
     dataset, head, loss, metric = TASKS[task]
     given = _Given(options)
     recipe: Recipe = {
@@ -75,16 +78,16 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
         "optimizer": {
             "name": _OPTIMIZERS[given("optim", "adamw", of=_OPTIMIZERS)],
             "lr": given("learning_rate"),
-            "betas": list(map(float, given("betas", [0.9, 0.98]))),
+            "betas": given.numbers("betas", [0.9, 0.98]),
             "weight_decay": given("weight_decay", 0.01),
             "grouping": "released",
             "head_lr_multiplier": given("lr_mul", 1.0) if task in _HEAD_RATES else 1.0,
         },
-        "scheduler": {"name": "linear", "warmup": given("warmup_steps")},
+        "scheduler": {"name": "linear", "warmup": given("warmup_steps"), "floor": 1e-8},
         "batch": _batch(task, given, gpus),
         "training": {
             "updates": given("num_train_steps"),
-            "clip_norm": None if given("grad_norm", 2.0) == -1 else given("grad_norm", 2.0),
+            "clip_norm": None if given("grad_norm", 2.0) == -1 else given.number("grad_norm", 2.0),
             "precision": "fp16" if given("fp16", False) else "fp32",
             "workers": given("n_workers", 0),
         },
@@ -99,7 +102,7 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
     if task == "itm" and "hard_neg_size" in options:
         _as_mean(recipe, 2)  # the means of both directions are added
     elif gpus > 1 and task != "re":
-        _as_mean(recipe, given("gradient_accumulation_steps", 1))
+        _as_mean(recipe, given.count("gradient_accumulation_steps", 1))
     if task == "itm":
         recipe["loss"]["margin"] = given("margin", 0.2)
         recipe["evaluation"]["examples"] = 1
@@ -118,9 +121,42 @@ class _Given:
         if name not in self.options and not default:
             raise ConfigError(f"the released configuration has no '{name}'; is it one of this task?")
         value = self.options.get(name, *default)
-        if of is not None and value not in of:
-            raise ConfigError(f"the released configuration has {name}={value!r:.40}; known are {', '.join(of)}")
+        if of is not None and not (isinstance(value, str) and value in of):
+            raise self.wrong(name, value, f"known are {', '.join(of)}")
         return value
+
+    def count(self, name: str, *default: int) -> int:
+        """Return an option that is a number of things, at least one."""
+        value = self(name, *default)
+        if type(value) is not int or value < 1:
+            raise self.wrong(name, value, "it must be a whole number of at least 1")
+        return value
+
+    def number(self, name: str, *default: float) -> Any:
+        """Return an option that is computed with."""
+        value = self(name, *default)
+        if not is_number(value):
+            raise self.wrong(name, value, "it must be a number")
+        return value
+
+    def numbers(self, name: str, default: Sequence[float]) -> list[float]:
+        """Return an option that is a list of numbers."""
+        value = self(name, default)
+        if not (isinstance(value, list) and all(map(is_number, value))):
+            raise self.wrong(name, value, "it must be a list of numbers")
+        return [float(number) for number in value]
+
+    def texts(self, name: str) -> list[str] | None:
+        """Return an option that is a text or a list of texts; None where it is not given."""
+        value = self(name, None)
+        value = [value] if isinstance(value, str) else value
+        if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise self.wrong(name, value, "it must be a text or a list of texts")
+        return value
+
+    def wrong(self, name: str, value: object, needed: str) -> ConfigError:
+        """Return the error that an option has a value of another form."""
+        return ConfigError(f"the released configuration has {name}={value!r:.40}; {needed}")
 
 
 def _model(task: str, given: _Given, sizes: _Given) -> Recipe:
@@ -146,9 +182,9 @@ def _model(task: str, given: _Given, sizes: _Given) -> Recipe:
 def _data(task: str, given: _Given) -> Recipe:
     data: Recipe = {"max_text_length": given("max_txt_len", 60)}
     for split in ("train", "val", "test"):
-        texts, images = (given(f"{split}_{kind}_dbs", given(f"{split}_{kind}_db", [])) for kind in ("txt", "img"))
-        data[f"{split}_text"] = [texts] if isinstance(texts, str) else texts
-        data[f"{split}_images"] = [images] if isinstance(images, str) else images
+        for kind, name in (("txt", "text"), ("img", "images")):
+            listed = given.texts(f"{split}_{kind}_dbs")
+            data[f"{split}_{name}"] = (given.texts(f"{split}_{kind}_db") or []) if listed is None else listed
     fixed = given("conf_th", 0.2) == -1
     data |= {"fixed_boxes": given("num_bb", 36)} if fixed and task != "re" else {}
     # The detected boxes of referring expressions keep the usual database whatever conf_th says of the training ones.
@@ -166,10 +202,9 @@ def _data(task: str, given: _Given) -> Recipe:
 def _trainer(task: str, given: _Given) -> Recipe:
     if not given("adv_training", False):
         return {"name": "standard"}
-    modality = given("adv_modality")
-    named = {modality} if isinstance(modality, str) else set(modality)
+    named = set(given.texts("adv_modality") or [])
     if not named <= {"text", "image", "alter"} or not named - {"alter"}:
-        raise ConfigError(f"the released configuration has adv_modality={modality!r:.40}; known are text, image, alter")
+        raise given.wrong("adv_modality", given("adv_modality"), "known are text, image, alter")
     both = "alternating" if "alter" in named else "both"
     radius = given("adv_max_norm", 0) or None
     return {
@@ -188,7 +223,7 @@ def _trainer(task: str, given: _Given) -> Recipe:
 
 
 def _batch(task: str, given: _Given, gpus: int) -> Recipe:
-    size, accumulation = given("train_batch_size"), given("gradient_accumulation_steps", 1)
+    size, accumulation = given.count("train_batch_size"), given.count("gradient_accumulation_steps", 1)
     whole = size * accumulation * gpus
     if task == "re":
         return {"examples": whole, "per_pass": size, "accumulation": "total"}
