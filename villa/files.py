@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import secrets
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -125,3 +126,29 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's contents as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
+    """Read a JSON file that a user gave.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages: ``answers``.
+        advice: what to do when it cannot be read.
+
+    Raises:
+        DataError: it is missing, is not JSON, or is a pickle, which is never read.
+    """
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        code = "import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), open(sys.argv[2], 'w'))"
+        command = shlex.join(["python", "-c", code, path.name, path.with_suffix(".json").name])
+        raise DataError(
+            f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
+            f"convert it (with {command}) and give the .json file"
+        )
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the {what} '{path}' ({error.strerror}); {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the {what} '{path}' is not valid JSON ({str(error).splitlines()[0]}); {advice}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from villa.errors import DataError
-from villa.plugins import one_line
+from villa.files import read_json
 
 
 def read_answers(path: Path) -> list[str]:
@@ -19,14 +18,9 @@ def read_answers(path: Path) -> list[str]:
     Raises:
         DataError: the file is missing or holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the answers '{path}' ({error.strerror}); give ans2label.json") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the answers '{path}' are not valid JSON ({one_line(error)})") from error
+    value = read_json(path, "list of answers", "give ans2label.json")
     if isinstance(value, dict):
-        if sorted(value.values(), key=str) != sorted(range(len(value)), key=str):
+        if sorted(map(repr, value.values())) != sorted(map(repr, range(len(value)))):
             raise DataError(f"'{path}' must give the labels 0 to {len(value) - 1}, each to one answer")
         value = sorted(value, key=value.__getitem__)
     if not (isinstance(value, list) and value and all(isinstance(answer, str) for answer in value)):

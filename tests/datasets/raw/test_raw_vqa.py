@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from raw_files import WriteJson
 
-from villa.datasets.raw.answers import answer_target, build_answers, normalise_answer, read_answers
+from villa.datasets.answers import read_answers
+from villa.datasets.raw.answers import answer_target, build_answers, normalise_answer
 from villa.datasets.raw.example import Record
 from villa.datasets.raw.vqa import image_set, read_vqa
 from villa.errors import DataError
@@ -150,7 +151,7 @@ def test_an_answer_list_is_built_from_frequent_answers() -> None:
         build_answers(records, min_occurrences=13)
 
 
-@pytest.mark.parametrize("answers", [["yes"], {"yes": "0"}, {"yes": 0, "no": 2}, {}, {"yes": True}])
+@pytest.mark.parametrize("answers", [[1], {"yes": "0"}, {"yes": 0, "no": 2}, {}, {"yes": True}])
 def test_an_answer_list_must_number_its_answers(write_json: WriteJson, answers: Any) -> None:
     with pytest.raises(DataError, match=r"answers\.json"):
         read_answers(write_json("answers.json", answers))

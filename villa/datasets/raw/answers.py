@@ -6,10 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
-from villa.datasets.raw.example import Record, read_object
+from villa.datasets.raw.example import Record
 from villa.errors import DataError
 
 #: How many of the ten annotators' answers make which score.
@@ -63,21 +62,6 @@ def normalise_answer(answer: str) -> str:
         kept = kept.replace(mark, "" if drop else " ")
     words = (_DIGITS.get(word, word) for word in _FULL_STOP.sub("", kept).split())
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES).replace(",", "")
-
-
-def read_answers(path: Path) -> dict[str, int]:
-    """Read an answer list, ``{answer: label}``, whose labels are 0, 1, 2, ...
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
-    """
-    answers = dict(read_object(path).values)
-    labels = list(answers.values())
-    if any(not isinstance(label, int) or isinstance(label, bool) for label in labels):
-        raise DataError(f"'{path}' is no answer list; it must hold {{answer: label}} with whole numbers as labels")
-    if not answers or set(labels) != set(range(len(labels))):
-        raise DataError(f"'{path}': the labels of {len(labels)} answers must be 0 to {max(len(labels) - 1, 0)}")
-    return answers
 
 
 def build_answers(annotations: Iterable[Record], min_occurrences: int = MIN_OCCURRENCES) -> dict[str, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,9 @@ from typing import Any
 
 from villa.datasets.records import JsonLines
 from villa.errors import DataError
+from villa.files import read_json
+
+_WHAT, _ADVICE = "file", "mend the path or download it again"
 
 #: A text to tokenise: a part that is a string is split on white space into words; an integer is the number of a word
 #: that is not in the vocabulary (a person of VCR) and gets the id ``vocabulary size + number``.
@@ -101,43 +102,22 @@ class Record:
         raise DataError(f"{self.where}: {_quoted(names)} is missing (present: {present or 'nothing':.200})")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: it is missing, is not JSON, or is a pickle, which is never read.
-    """
-    if path.suffix in (".p", ".pkl", ".pickle"):
-        code = "import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), open(sys.argv[2], 'w'))"
-        command = shlex.join(["python", "-c", code, path.name, path.with_suffix(".json").name])
-        raise DataError(
-            f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
-            f"convert it (with {command}) and give the .json file"
-        )
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read '{path}' ({error.strerror}); mend the path") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"'{path}' is not valid JSON ({str(error).splitlines()[0]}); download it again") from error
-
-
 def read_object(path: Path) -> Record:
     """Read a JSON file that holds one object.
 
     Raises:
-        DataError: as for ``read_json``, or it holds something else.
+        DataError: as for ``villa.files.read_json``, or it holds something else.
     """
-    return as_record(read_json(path), str(path))
+    return as_record(read_json(path, _WHAT, _ADVICE), str(path))
 
 
 def read_records(path: Path, key: str | None = None) -> list[Record]:
     """Read the objects of a list: the whole of a JSON file, or its entry ``key``.
 
     Raises:
-        DataError: as for ``read_json``, or there is no such list.
+        DataError: as for ``villa.files.read_json``, or there is no such list.
     """
-    value = read_json(path) if key is None else read_object(path).items(key)
+    value = read_json(path, _WHAT, _ADVICE) if key is None else read_object(path).items(key)
     if not isinstance(value, list):
         raise DataError(f"'{path}' must hold a list of objects, not {_kind(value)}")
     return [as_record(item, f"{path}: record {number}") for number, item in enumerate(value, start=1)]

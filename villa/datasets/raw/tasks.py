@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from villa.datasets.raw.answers import MIN_OCCURRENCES, Scores, build_answers, read_answers
+from villa.datasets.answers import read_answers
+from villa.datasets.raw.answers import MIN_OCCURRENCES, Scores, build_answers
 from villa.datasets.raw.captions import read_captions
-from villa.datasets.raw.example import LineRecords, read_json, read_records
+from villa.datasets.raw.example import LineRecords, read_records
 from villa.datasets.raw.karpathy import read_karpathy
 from villa.datasets.raw.nlvr2 import read_nlvr2
 from villa.datasets.raw.referring import ReferringFiles
@@ -20,7 +21,7 @@ from villa.datasets.raw.vqa import image_set, read_vqa
 from villa.datasets.raw.word_pieces import WordPieces
 from villa.engine.progress import Mode
 from villa.errors import ConfigError, DataError
-from villa.files import sha256
+from villa.files import read_json, sha256
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _vqa(options: TextOptions) -> TextSource:
     if options.answers is not None:
         if options.answers_from is not None:
             raise ConfigError("--answers and --answers-from exclude each other; give one of them")
-        labels = read_answers(options.answers)
+        labels = {answer: label for label, answer in enumerate(read_answers(options.answers))}
     elif options.annotations is not None:
         files = options.answers_from or (options.annotations,)
         records = (record for file in files for record in read_records(file, "annotations"))
@@ -214,7 +215,7 @@ def _recorded(value: Any) -> Any:
 
 
 def _names(path: Path) -> frozenset[str]:
-    names = read_json(path)
+    names = read_json(path, "list of file names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"'{path}' must hold a JSON list of file names")
     return frozenset(names)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from villa.datasets.stores.packed_arrays import Array
 from villa.errors import ConfigError, DataError
-from villa.plugins import one_line
+from villa.files import read_json
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,7 @@ def read_counts(path: Path) -> dict[str, int]:
     Raises:
         DataError: the file cannot be read or holds something else.
     """
-    try:
-        counts = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read the numbers of boxes from '{path}' ({one_line(error)}); copy it again") from error
+    counts = read_json(path, "numbers of boxes", "copy it again")
     if not isinstance(counts, dict):
         raise DataError(f"'{path}' holds a JSON {type(counts).__name__}; an object {{image: boxes}} is needed")
     wrong = next((name for name, count in counts.items() if type(count) is not int or count < 1), None)
