@@ -12,7 +12,7 @@ from villa.config.overlays import Overlay
 from villa.datasets.database_paths import SPLITS
 from villa.datasets.stores.tsv_line import write_line
 from villa.datasets.synthetic.overlay import SMALL
-from villa.datasets.synthetic.world import COLOURS, HEIGHT, KINDS, VOCABULARY, WIDTH, WORDS, World
+from villa.datasets.synthetic.world import COLOURS, HEIGHT, KINDS, VOCABULARY, WIDTH, WORDS, Thing, World
 from villa.files import write_json
 
 _ON = {"synthetic": True}
@@ -26,8 +26,8 @@ SMALL_LXMERT = (
             "batch.multiple": 1,
             "batch.drop_last": False,
             "batch.examples": 32,
-            "training.updates": 320,
-            "evaluation.every": 160,
+            "training.updates": 200,
+            "evaluation.every": 100,
         },
     ),
     Overlay(_ON, {"dataset.max_text_length": 20, "dataset.tokenizer": "vocab.txt"}),
@@ -87,9 +87,9 @@ def _gqa_question(world: World, split: str, number: int, features: BinaryIO) -> 
 
 
 def _sentence(world: World, split: str, number: int, features: BinaryIO) -> Record:
-    """Claim that both images show a kind; both do, or neither."""
-    thing, label = world.thing(), world.below(2)
-    claimed = thing.kind if label else world.other_kind(thing.kind)
+    """Claim that both images show one of two kinds; both do, or both show the other one."""
+    label, kinds = world.below(2), world.random.permutation(2).tolist()
+    thing, claimed = Thing(kinds[0], world.below(len(COLOURS))), kinds[1 - label]
     identifier = f"{split}-{number}-0-0"
     images = {f"img{side}": f"{split}-{number}-0-img{side}" for side in (0, 1)}
     for name in images.values():
@@ -98,7 +98,7 @@ def _sentence(world: World, split: str, number: int, features: BinaryIO) -> Reco
     return {"identifier": identifier, "uid": f"nlvr2_{split}_{number}", "sent": sentence, "label": label, **images}
 
 
-def _add_image(file: BinaryIO, name: str, world: World, thing: Any) -> None:
+def _add_image(file: BinaryIO, name: str, world: World, thing: Thing) -> None:
     regions = world.image(thing)
     corners = np.concatenate([regions.boxes[:, :2], regions.boxes[:, :2] + regions.boxes[:, 2:]], axis=1)
     file.write(write_line(name, (HEIGHT, WIDTH), regions.features, corners, regions.conf))
