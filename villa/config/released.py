@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from villa.errors import ConfigError
 from villa.evaluation.predictions import is_number
-from villa.plugins import one_line
+from villa.files import read_json
 
 Options = Mapping[str, Any]
 Recipe = dict[str, Any]
@@ -33,14 +32,10 @@ def read_options(path: Path) -> dict[str, Any]:
     """Read a configuration of the release (``config/train-vqa-base-4gpu-adv.json``, or ``log/hps.json`` of a run).
 
     Raises:
-        ConfigError: it is missing or not a JSON object.
+        DataError: it is missing or not JSON.
+        ConfigError: it is not an object.
     """
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read '{path}' ({error.strerror}); give a configuration of the release") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"'{path}' is not valid JSON ({one_line(error)})") from error
+    options = read_json(path, "configuration", "give one of the release")
     if not isinstance(options, dict):
         raise ConfigError(f"'{path}' is not a configuration of the release: it must be a JSON object")
     return options
