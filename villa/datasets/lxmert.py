@@ -21,7 +21,7 @@ from villa.datasets.base import DatasetConfig, Example, TaskDataset
 from villa.datasets.collation import collate
 from villa.datasets.database_paths import SPLITS, describe_missing
 from villa.datasets.lxmert_split import AnnotatedSplit, ImagePairSplit, QuestionSplit
-from villa.datasets.lxmert_synthetic import SMALL_LXMERT, write_lxmert
+from villa.datasets.lxmert_synthetic import GENERATED_ANSWERS, SMALL_LXMERT, VOCABULARY_FILE, write_lxmert
 from villa.datasets.stores.tsv import TsvFile, TsvStore
 from villa.datasets.synthetic import EXAMPLES, databases
 from villa.datasets.text import SHORTEST, encode, load_tokenizer, save_tokenizer, vocabulary_size
@@ -31,12 +31,6 @@ from villa.models.base import DataFacts
 from villa.registry import register_dataset
 
 _ANSWERS_FILE, _FACTS_FILE = "answers.json", "dataset.json"
-#: Kind of a file, for the message that it is missing.
-_KINDS = {
-    ".json": "annotations: JSON list of records",
-    ".tsv": "region features: lines of img_id, img_h, ..., boxes, features",
-    "": "tokenizer: vocab.txt of bert-base-uncased",
-}
 
 
 @dataclass
@@ -140,7 +134,9 @@ class LxmertTask(TaskDataset):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, or that of ``dataset.tokenizer``."""
-        return load_tokenizer(self.assets if self.assets is not None else self._path(self.config.tokenizer))
+        return load_tokenizer(
+            self.assets if self.assets is not None else self._path(self.config.tokenizer, VOCABULARY_FILE)
+        )
 
     def encode(self, text: str) -> Tensor:
         """Return the word-piece ids of a text, ``[T]`` int64."""
@@ -186,15 +182,15 @@ class LxmertTask(TaskDataset):
             return databases(self.config.name, self.config.synthetic_examples, write_lxmert)
         return Path(self.config.root).expanduser()
 
-    def _path(self, name: str) -> Path:
-        """Return the path of a file below the root; generated files lie there without folders."""
-        return self._root / (Path(name).name if self.config.synthetic else name)
+    def _path(self, name: str, generated: str) -> Path:
+        """Return the path of a file below the root, or that of the generated one."""
+        return self._root / (generated if self.config.synthetic else name)
 
     def _files(self, split: str, kind: str = "") -> list[Path]:
         """Return the annotation files of a split, or with ``"_features"`` its feature files."""
         if self.config.synthetic:
             return [self._root / (f"{split}_obj36.tsv" if kind else f"{split}.json")]
-        return [self._path(name) for name in getattr(self.config, split + kind)]
+        return [self._root / name for name in getattr(self.config, split + kind)]
 
     def _store(self, split: str) -> TsvStore:
         for path in self._files(split, "_features"):
@@ -202,14 +198,17 @@ class LxmertTask(TaskDataset):
                 self._features[path] = TsvFile(path)
         return TsvStore([self._features[path] for path in self._files(split, "_features")])
 
-    def _needed(self) -> Iterator[Path]:
+    def _needed(self) -> Iterator[tuple[Path, str]]:
+        """Yield the files that are read, each with what it should be."""
         for split in self.splits():
-            yield from (*self._files(split), *self._files(split, "_features"))
+            yield from ((path, "annotations: JSON list of records") for path in self._files(split))
+            features = "region features: lines of img_id, img_h, ..., boxes, features"
+            yield from ((path, features) for path in self._files(split, "_features"))
         if self.assets is None:
-            yield self._path(self.config.tokenizer)
+            yield self._path(self.config.tokenizer, VOCABULARY_FILE), "tokenizer: vocab.txt of bert-base-uncased"
 
     def _check_files(self) -> None:
-        missing = [(path, _KINDS.get(path.suffix, _KINDS[""])) for path in self._needed() if not path.exists()]
+        missing = [(path, what) for path, what in self._needed() if not path.exists()]
         if missing:
             raise MissingDataError(describe_missing(self.config.name, self.config.root, missing, "docs/lxmert.md"))
 
@@ -249,12 +248,16 @@ class LxmertVqa(LxmertTask):
 
     @cached_property
     def _listed(self) -> list[str]:
-        return read_answers(self.assets / _ANSWERS_FILE if self.assets is not None else self._path(self.config.answers))
+        return read_answers(
+            self.assets / _ANSWERS_FILE
+            if self.assets is not None
+            else self._path(self.config.answers, GENERATED_ANSWERS)
+        )
 
-    def _needed(self) -> Iterator[Path]:
-        yield from super()._needed()
+    def _needed(self) -> Iterator[tuple[Path, str]]:
         if self.assets is None:
-            yield self._path(self.config.answers)
+            yield self._path(self.config.answers, GENERATED_ANSWERS), "answers: {answer: label}"
+        yield from super()._needed()
 
 
 @dataclass

@@ -15,6 +15,8 @@ from villa.datasets.synthetic.overlay import SMALL
 from villa.datasets.synthetic.world import COLOURS, HEIGHT, KINDS, VOCABULARY, WIDTH, WORDS, Thing, World
 from villa.files import write_json
 
+#: Names of the generated files besides annotations and features.
+VOCABULARY_FILE, GENERATED_ANSWERS = "vocab.txt", "trainval_ans2label.json"
 _ON = {"synthetic": True}
 
 SMALL_LXMERT = (
@@ -30,8 +32,7 @@ SMALL_LXMERT = (
             "evaluation.every": 100,
         },
     ),
-    Overlay(_ON, {"dataset.max_text_length": 20, "dataset.tokenizer": "vocab.txt"}),
-    Overlay(_ON, {"dataset.answers": "trainval_ans2label.json"}),
+    Overlay(_ON, {"dataset.max_text_length": 20}),
     Overlay(
         _ON,
         {
@@ -57,8 +58,8 @@ def write_lxmert(task: str, examples: int, root: Path) -> None:
     """Write the files of all splits of a task into ``root``; a quarter of ``examples`` to evaluate on."""
     root.mkdir(parents=True)
     entries = [*WORDS, *(f"[unused{number}]" for number in range(len(WORDS), VOCABULARY))]
-    (root / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
-    write_json(root / "trainval_ans2label.json", {answer: label for label, answer in enumerate(_ANSWERS)})
+    (root / VOCABULARY_FILE).write_text("\n".join(entries) + "\n", encoding="utf-8")
+    write_json(root / GENERATED_ANSWERS, {answer: label for label, answer in enumerate(_ANSWERS)})
     for split in SPLITS:
         world, count = World(task, split), examples if split == "train" else examples // 4
         with (root / f"{split}_obj36.tsv").open("xb") as features:
