@@ -74,3 +74,13 @@ def test_predictions_that_no_leaderboard_takes_are_kept(
     assert "no submission file: " in capsys.readouterr().out
     assert copy.exists()
     assert not (tmp_path / "submission_test.json").exists()
+
+
+def test_the_training_data_need_not_be_there_to_predict(run: tuple[list[str], Path], tmp_path: Path) -> None:
+    arguments, folder = run
+    elsewhere = ["dataset.train_text=[txt_db/none.db]", "dataset.train_images=[img_db/none]"]
+    read = [*arguments, *elsewhere, f"checkpoint.path={folder}", f"output_dir={tmp_path}"]
+    assert main(["run_type=predict", *read]) == 0
+    assert (tmp_path / "submission_test.json").read_bytes() == (folder / "submission_test.json").read_bytes()
+    assert main(["run_type=test", *read, f"output_dir={tmp_path / 'tested'}"]) == 0
+    assert main(["run_type=train", *arguments, *elsewhere, f"output_dir={tmp_path / 'trained'}"]) == 2

@@ -193,12 +193,11 @@ class DatabaseTask(TaskDataset):
         write_json(folder / FACTS_FILE, {**asdict(self.facts()), "tokenizer": self._first.text.tokenizer})
 
     def fingerprint(self) -> str:
-        """Hash of the databases of all splits and of the options."""
+        """Hash of the options and of the databases that are there (to test, those to train on need not be)."""
         parts: list[Any] = [asdict(self.config) | {"root": None}]
-        for name in self.splits():
-            for paths in self._paths(name):
-                pair = self._open(paths)
-                parts.append([name, pair.text.fingerprint(), pair.images.fingerprint()])
+        for paths in self._present():
+            pair = self._open(paths)
+            parts.append([paths.split, pair.text.fingerprint(), pair.images.fingerprint()])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def open_images(self, paths: DatabasePaths) -> Images:
@@ -207,10 +206,14 @@ class DatabaseTask(TaskDataset):
 
     @cached_property
     def _first(self) -> Pair:
-        paths = next((paths for name in self.splits() for paths in self._paths(name)), None)
-        if paths is None:
+        listed = [paths for name in self.splits() for paths in self._paths(name)]
+        if not listed:
             raise DataError(f"dataset '{self.config.name}' lists no database; set dataset.train_text and train_images")
-        return self._open(paths)
+        return self._open(next(self._present(), listed[0]))
+
+    def _present(self) -> Iterator[DatabasePaths]:
+        every = (paths for name in self.splits() for paths in self._paths(name))
+        return (paths for paths in every if not any(paths.missing()))
 
     def _paths(self, name: str) -> Iterator[DatabasePaths]:
         config = self.config
@@ -224,8 +227,8 @@ class DatabaseTask(TaskDataset):
         """Open a pair of databases, and compare it with those that are open already."""
         if paths in self._opened:
             return self._opened[paths]
-        missing = [p for name in self.splits() for paths in self._paths(name) for p in paths.missing()]
-        if missing:
+        if any(paths.missing()):
+            missing = [path for name in self.splits() for paths in self._paths(name) for path in paths.missing()]
             raise MissingDataError(describe_missing(self.config.name, self.config.root, missing))
         subset = self.config.subset if paths.split == "train" else None
         pair = Pair(TextDatabase(paths.text, subset), self.open_images(paths))
