@@ -163,6 +163,18 @@ def test_a_checkpoint_keeps_tokenizer_and_answers(root: Path, tmp_path: Path) ->
         make(root, assets=tmp_path / "assets").facts()
 
 
+def test_a_checkpoint_is_tested_where_the_training_data_are_not(root: Path, tmp_path: Path) -> None:
+    files = {"test": ["test.json"], "test_features": ["train_obj36.tsv"]}
+    make(root, **files).save_assets(tmp_path / "assets")
+    (root / "train.json").unlink()
+    data = make(root, assets=tmp_path / "assets", **files)
+    assert data.facts().feature_dim == 6
+    assert len(data.split("test")) == 3  # type: ignore[arg-type]
+    assert data.fingerprint() == data.fingerprint()
+    with pytest.raises(MissingDataError, match=r"train\.json"):
+        data.split("train")
+
+
 def test_a_split_travels_to_workers(root: Path) -> None:
     split = make(root).split("train")
     split[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,69 +15,27 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.config.overlays import Overlay
 from villa.datasets.answers import best_answers, read_answers
 from villa.datasets.base import DatasetConfig, Example, TaskDataset
 from villa.datasets.collation import collate
 from villa.datasets.database_paths import SPLITS, describe_missing
+from villa.datasets.lxmert_options import (
+    LxmertAnswersConfig,
+    LxmertDataConfig,
+    LxmertGqaConfig,
+    LxmertNlvr2Config,
+)
 from villa.datasets.lxmert_split import AnnotatedSplit, ImagePairSplit, QuestionSplit
-from villa.datasets.lxmert_synthetic import GENERATED_ANSWERS, SMALL_LXMERT, VOCABULARY_FILE, write_lxmert
+from villa.datasets.lxmert_synthetic import GENERATED_ANSWERS, VOCABULARY_FILE, write_lxmert
 from villa.datasets.stores.tsv import TsvFile, TsvStore
-from villa.datasets.synthetic import EXAMPLES, databases
-from villa.datasets.text import SHORTEST, encode, load_tokenizer, save_tokenizer, vocabulary_size
-from villa.errors import ConfigError, DataError, MissingDataError
+from villa.datasets.synthetic import databases
+from villa.datasets.text import encode, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.errors import DataError, MissingDataError
 from villa.files import sha256, write_json
 from villa.models.base import DataFacts
 from villa.registry import register_dataset
 
 _ANSWERS_FILE, _FACTS_FILE = "answers.json", "dataset.json"
-
-
-@dataclass
-class LxmertDataConfig(DatasetConfig):
-    """Options that LXMERT's tasks share; relative paths are below ``root``.
-
-    Attributes:
-        root: folder that the other paths are relative to.
-        train: annotation files to train on.
-        train_features: feature files with their images.
-        val: annotation files to validate on.
-        val_features: feature files with their images.
-        test: annotation files to test on.
-        test_features: feature files with their images.
-        tokenizer: ``vocab.txt`` of bert-base-uncased, or another tokenizer's file or folder.
-        max_text_length: word-pieces of a text with [CLS] and [SEP]; longer ones are cut.
-        synthetic: generate small files of the same format and run a tiny model on them, to try the recipe.
-        synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
-    """
-
-    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_LXMERT
-
-    root: str = "data"
-    train: list[str] = field(default_factory=list)
-    train_features: list[str] = field(default_factory=list)
-    val: list[str] = field(default_factory=list)
-    val_features: list[str] = field(default_factory=list)
-    test: list[str] = field(default_factory=list)
-    test_features: list[str] = field(default_factory=list)
-    tokenizer: str = "pretrained/bert-base-uncased/vocab.txt"
-    max_text_length: int = 20
-    synthetic: bool = False
-    synthetic_examples: int = EXAMPLES
-
-    def check(self) -> None:
-        """Refuse options that do not go together.
-
-        Raises:
-            ConfigError: naming the option.
-        """
-        for split in SPLITS:
-            if bool(getattr(self, split)) != bool(getattr(self, f"{split}_features")):
-                raise ConfigError(f"dataset.{split} and dataset.{split}_features go together; list files in both")
-        if self.max_text_length < SHORTEST:
-            raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
-        if self.synthetic_examples < 32:
-            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
 
 
 class LxmertTask(TaskDataset):
@@ -120,10 +78,11 @@ class LxmertTask(TaskDataset):
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the answers and a region feature."""
-        self._check_files()
         if not self.splits():
             raise DataError(f"dataset '{self.config.name}' lists no file; set dataset.train and train_features")
-        dim = self._store(self.splits()[0]).dim
+        split = next(iter(self._present()), self.splits()[0])
+        self._require(split)
+        dim = self._store(split).dim
         if self.assets is not None and dim != self._trained_dim():
             raise DataError(
                 f"the checkpoint was trained on region features {self._trained_dim()} wide, but those of the recipe "
@@ -162,17 +121,17 @@ class LxmertTask(TaskDataset):
         write_json(folder / _FACTS_FILE, asdict(self.facts()))
 
     def fingerprint(self) -> str:
-        """Hash of the files of all splits and of the options."""
+        """Hash of the options and of the splits that are there (to test, the one to train on need not be)."""
         parts: list[Any] = [asdict(self.config) | {"root": None}, self.answers]
         parts.append(hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest())
-        for name in self.splits():
+        for name in self._present():
             parts.append([name, *map(sha256, self._files(name)), *(f.fingerprint() for f in self._store(name).files)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _make(self, name: str) -> AnnotatedSplit:
-        self._check_files()
         if name not in self.splits():
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
+        self._require(name)
         labels = {answer: label for label, answer in enumerate(self.answers)}
         return self.Examples(self._files(name), self._store(name), self.encode, labels)
 
@@ -198,18 +157,24 @@ class LxmertTask(TaskDataset):
                 self._features[path] = TsvFile(path)
         return TsvStore([self._features[path] for path in self._files(split, "_features")])
 
-    def _needed(self) -> Iterator[tuple[Path, str]]:
-        """Yield the files that are read, each with what it should be."""
-        for split in self.splits():
-            yield from ((path, "annotations: JSON list of records") for path in self._files(split))
-            features = "region features: lines of img_id, img_h, ..., boxes, features"
-            yield from ((path, features) for path in self._files(split, "_features"))
-        if self.assets is None:
-            yield self._path(self.config.tokenizer, VOCABULARY_FILE), "tokenizer: vocab.txt of bert-base-uncased"
+    def _needed(self, split: str) -> Iterator[tuple[Path, str]]:
+        """Yield the files of a split, each with what it should be."""
+        yield from ((path, "annotations: JSON list of records") for path in self._files(split))
+        features = "region features: lines of img_id, img_h, ..., boxes, features"
+        yield from ((path, features) for path in self._files(split, "_features"))
 
-    def _check_files(self) -> None:
-        missing = [(path, what) for path, what in self._needed() if not path.exists()]
-        if missing:
+    def _shared(self) -> Iterator[tuple[Path, str]]:
+        """Yield the files that a checkpoint's assets replace, each with what it should be."""
+        yield self._path(self.config.tokenizer, VOCABULARY_FILE), "tokenizer: vocab.txt of bert-base-uncased"
+
+    def _present(self) -> list[str]:
+        return [split for split in self.splits() if not _missing(self._needed(split))]
+
+    def _require(self, split: str) -> None:
+        """Make sure that the files of a split are there; if they are not, all that is missing is named."""
+        shared = [] if self.assets is not None else _missing(self._shared())
+        if shared or _missing(self._needed(split)):
+            missing = shared + [entry for name in self.splits() for entry in _missing(self._needed(name))]
             raise MissingDataError(describe_missing(self.config.name, self.config.root, missing, "docs/lxmert.md"))
 
     def _trained_dim(self) -> int:
@@ -220,16 +185,8 @@ class LxmertTask(TaskDataset):
             raise DataError(f"cannot read '{self.assets / _FACTS_FILE}'; use a checkpoint with its assets") from error
 
 
-@dataclass
-class LxmertAnswersConfig(LxmertDataConfig):
-    """Options of LXMERT's question answering, besides those that its tasks share.
-
-    Attributes:
-        answers: JSON file with the label of every answer (the released ``trainval_ans2label.json``), below ``root``.
-    """
-
-    name: str = "lxmert_vqa"
-    answers: str = "lxmert/vqa/trainval_ans2label.json"
+def _missing(files: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    return [(path, what) for path, what in files if not path.exists()]
 
 
 @register_dataset("lxmert_vqa")
@@ -254,18 +211,9 @@ class LxmertVqa(LxmertTask):
             else self._path(self.config.answers, GENERATED_ANSWERS)
         )
 
-    def _needed(self) -> Iterator[tuple[Path, str]]:
-        if self.assets is None:
-            yield self._path(self.config.answers, GENERATED_ANSWERS), "answers: {answer: label}"
-        yield from super()._needed()
-
-
-@dataclass
-class LxmertGqaConfig(LxmertAnswersConfig):
-    """Options of GQA: those of LXMERT's question answering."""
-
-    name: str = "lxmert_gqa"
-    answers: str = "lxmert/gqa/trainval_ans2label.json"
+    def _shared(self) -> Iterator[tuple[Path, str]]:
+        yield from super()._shared()
+        yield self._path(self.config.answers, GENERATED_ANSWERS), "answers: {answer: label}"
 
 
 @register_dataset("lxmert_gqa")
@@ -274,13 +222,6 @@ class LxmertGqa(LxmertVqa):
 
     Config: ClassVar[type[DatasetConfig]] = LxmertGqaConfig
     submissions = "gqa"
-
-
-@dataclass
-class LxmertNlvr2Config(LxmertDataConfig):
-    """Options of NLVR2: those that LXMERT's tasks share."""
-
-    name: str = "lxmert_nlvr2"
 
 
 @register_dataset("lxmert_nlvr2")
