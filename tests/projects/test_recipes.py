@@ -183,4 +183,4 @@ def test_a_synthetic_run_learns_the_rule() -> None:
         == 0
     )
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics["test"]["soft_accuracy"] > 0.8 > 3 * 0.2  # the best constant answer is right in less than a fifth
+    assert metrics["test"]["soft_accuracy"] > 0.7 > 3 * 0.2  # the best constant answer is right in less than a fifth

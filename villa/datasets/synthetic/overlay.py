@@ -28,11 +28,11 @@ SMALL = (
             "batch.per_pass": None,
             "batch.multiple": 1,
             "batch.drop_last": False,
-            "training.updates": 240,
+            "training.updates": 160,
             "training.epochs": None,
             "training.precision": "fp32",
             "training.workers": 0,
-            "evaluation.every": 80,
+            "evaluation.every": 40,
             "evaluation.examples": 32,
             "evaluation.patience": None,
             "checkpoint.every": None,
@@ -55,19 +55,45 @@ SMALL = (
 )
 
 #: An example of VCR is four rows, and its length counts 100 ground-truth boxes, however few there are.
-SMALL_VCR = (*SMALL, Overlay(_ON, {"batch.tokens": 2048, "dataset.ground_truth_boxes": 100}))
+SMALL_VCR = (*SMALL, Overlay(_ON, {"batch.tokens": 1700, "dataset.ground_truth_boxes": 100}))
 
 SMALL_REFERRING = (
     *SMALL,
-    Overlay(_ON, {"batch.tokens": None, "batch.examples": 32, "dataset.ground_truth_boxes": 100}),
+    Overlay(
+        _ON,
+        {
+            "batch.tokens": None,
+            "batch.examples": 32,
+            "training.updates": 80,
+            "evaluation.every": 20,
+            "dataset.ground_truth_boxes": 100,
+        },
+    ),
 )
 SMALL_RETRIEVAL = (
     *SMALL,
-    Overlay(_ON, {"batch.tokens": None, "batch.examples": 32, "evaluation.examples": 4, "dataset.eval_images": 400}),
-    Overlay(_ON, {"dataset.negative_size": 1}),
-    # Candidates are scored one example after another.
+    Overlay(
+        _ON,
+        {
+            "batch.tokens": None,
+            "batch.examples": 32,
+            "training.updates": 120,
+            "evaluation.examples": 4,
+            "dataset.eval_images": 400,
+            "dataset.negative_size": 1,
+        },
+    ),
+    # Examples go through the model one after another, so that they are few. All candidates are kept: the hardest ones
+    # teach an untrained model little.
     Overlay(
         {**_ON, "negatives": "hard"},
-        {"batch.examples": 4, "batch.per_pass": 1, "dataset.negative_size": 15, "dataset.hard_negatives": 5},
+        {
+            "optimizer.lr": 2e-3,
+            "batch.examples": 4,
+            "batch.per_pass": 1,
+            "training.updates": 180,
+            "dataset.negative_size": 6,
+            "dataset.hard_negatives": 6,
+        },
     ),
 )
