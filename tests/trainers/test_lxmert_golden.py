@@ -173,7 +173,7 @@ def compare_passes(
         for modality, delta in passes.used[t + 1].items():
             key = {"text": "delta", "image": "img_delta"}[modality]
             close(delta, step[key], 1e-6, f"{modality} perturbation of pass {t}")
-        task_key = next(k for k in step if k.endswith("ce_loss"))
+        task_key = next(k for k in step if k.endswith("_loss") and k != "kl_loss")
         close(logs[f"pass{t}/loss"], step[task_key], 1e-6, f"loss of pass {t}")
         close(logs[f"pass{t}/kl"], step["kl_loss"], 1e-6, f"KL of pass {t}", floor=1e-6)
         objective = (logs[f"pass{t}/loss"] + args["adv_kl_weight"] * logs[f"pass{t}/kl"]) / args["adv_steps"]
