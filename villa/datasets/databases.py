@@ -47,7 +47,8 @@ class DatabaseConfig(DatasetConfig):
         test_text: text databases to test on.
         test_images: image database of each of them.
         subset: train on the examples that ``id2len.<subset>.json`` lists instead of ``id2len.json``.
-        max_text_length: longest text to train on, in word-pieces without [CLS] and [SEP]; longer ones are left out.
+        max_text_length: longest text to train on, by the lengths in ``id2len.json`` (word-pieces without [CLS] and
+            [SEP]; for VCR see docs/data.md); longer ones are left out.
         box_threshold: confidence above which a detected box is used.
         max_boxes: largest number of detected boxes an image.
         min_boxes: smallest number of detected boxes an image.
