@@ -101,7 +101,7 @@ def test_help_documents_sections_and_options(capsys: pytest.CaptureFixture[str])
     page = capsys.readouterr().out
     assert "villa_run config=recipe.yaml trainer=freelb" in page
     assert "  training.precision: one of 'fp32', 'bf16', 'fp16'; default fp32\n" in page
-    assert "  names: constant, cosine, linear, noam\n" in page
+    assert "  names: constant, cosine, linear, noam, warmup_linear\n" in page
     assert "early" in page  # documentation of evaluation.patience
     assert max(map(len, page.splitlines())) <= 120
 

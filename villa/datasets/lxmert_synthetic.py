@@ -28,6 +28,7 @@ SMALL_LXMERT = (
             "batch.multiple": 1,
             "batch.drop_last": False,
             "batch.examples": 32,
+            "optimizer.lr": 5e-4,
             "training.updates": 200,
             "evaluation.every": 100,
         },
