@@ -88,7 +88,6 @@ SMALL_RETRIEVAL = (
     Overlay(
         {**_ON, "negatives": "hard"},
         {
-            "optimizer.lr": 2e-3,
             "batch.examples": 4,
             "batch.per_pass": 1,
             "training.updates": 180,
