@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.datasets.answers import best_answers
 from villa.datasets.base import DatasetConfig, Example
 from villa.datasets.database_split import DatabaseSplit
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
@@ -61,6 +62,4 @@ class Nlvr2(DatabaseTask):
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return ``True`` or ``False`` and its probability."""
-        scores, classes = logits.float().softmax(-1).max(-1)
-        pairs = zip(classes.tolist(), scores.tolist(), strict=True)
-        return [{"answer": self.labels[label], "score": score} for label, score in pairs]
+        return best_answers(logits.float().softmax(-1), self.labels)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.datasets.answers import best_answers
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig, Example, TaskDataset
 from villa.datasets.collation import collate
@@ -132,12 +133,7 @@ class QuestionAnswering(TaskDataset):
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer of every row and its probability (soft targets: its sigmoid score)."""
         scores = logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
-        best, labels = scores.max(-1)
-        answers = self.vocabulary.answers
-        return [
-            {"answer": answers[label], "score": score}
-            for label, score in zip(labels.tolist(), best.tolist(), strict=True)
-        ]
+        return best_answers(scores, self.vocabulary.answers)
 
     def _request_folder(self) -> Path:
         """Return the folder that a request's paths are relative to."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets.answers import read_answers
+from villa.datasets.answers import best_answers, read_answers
 from villa.datasets.base import DatasetConfig, Example
 from villa.datasets.database_split import DatabaseSplit
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
@@ -72,9 +72,7 @@ class SoftAnswers(DatabaseTask):
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer of every row and its sigmoid score."""
-        best, labels = logits.float().sigmoid().max(-1)
-        pairs = zip(labels.tolist(), best.tolist(), strict=True)
-        return [{"answer": self.answers[label], "score": score} for label, score in pairs]
+        return best_answers(logits.float().sigmoid(), self.answers)
 
 
 @dataclass
