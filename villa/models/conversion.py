@@ -12,7 +12,14 @@ from villa.errors import CheckpointError
 from villa.models.initial_rows import derived, enlarged
 from villa.models.load_report import LoadReport, grouped, listed
 from villa.models.weight_files import read_weights
-from villa.models.weight_names import is_backbone, is_image_side, matched_names, plain_names, prefixes_of
+from villa.models.weight_names import (
+    is_backbone,
+    is_image_side,
+    matched_names,
+    plain_names,
+    prefixes_of,
+    without_wrapper,
+)
 
 __all__ = ["LoadReport", "load_weights"]
 
@@ -39,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
         CheckpointError: the file cannot be used, lacks weights of the backbone, or has tensors of another shape.
     """
     expected = model.state_dict()
-    weights = matched_names(plain_names(read_weights(path)), expected, prefixes_of(expected))
+    weights = without_wrapper(plain_names(read_weights(path)))
+    weights = matched_names(weights, expected, prefixes_of(expected))
     made, derivations = derived(model, weights)
     missing = _missing(expected, {*weights, *made})
     report = LoadReport(

@@ -29,15 +29,23 @@ def is_image_side(name: str) -> bool:
 
 
 def plain_names(weights: Mapping[str, T]) -> dict[str, T]:
-    """Drop ``module.`` of parallel wrappers and what wraps LXMERT; ``gamma`` and ``beta`` are ``weight`` and ``bias``.
+    """Drop ``module.`` of parallel wrappers; ``gamma`` and ``beta`` are ``weight`` and ``bias``.
 
     Raises:
         CheckpointError: two tensors get the same name.
     """
     wrapped = all(name.startswith("module.") for name in weights)
-    inner = ((name.removeprefix("module.") if wrapped else name, value) for name, value in weights.items())
-    plain = ((_LXMERT_WRAPPER.sub("", name), value) for name, value in inner)
+    plain = ((name.removeprefix("module.") if wrapped else name, value) for name, value in weights.items())
     return _distinct((re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", k)), v) for k, v in plain)
+
+
+def without_wrapper(weights: Mapping[str, T]) -> dict[str, T]:
+    """Drop what the release wraps around a fine-tuned LXMERT, from plain names.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+    """
+    return _distinct((_LXMERT_WRAPPER.sub("", name), value) for name, value in weights.items())
 
 
 def matched_names(weights: Mapping[str, T], expected: Container[str], prefixes: Iterable[str]) -> dict[str, T]:
