@@ -31,6 +31,7 @@ SMALL = (
             "training.updates": 160,
             "training.epochs": None,
             "training.precision": "fp32",
+            "training.threads": 1,  # so small a model gains nothing by more, and loses much where cores are busy
             "training.workers": 0,
             "evaluation.every": 40,
             "evaluation.examples": 32,
