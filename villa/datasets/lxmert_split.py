@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from villa.datasets.records import is_score, text_field
 from villa.datasets.stores.tsv import TsvStore
 from villa.engine.progress import track
 from villa.errors import DataError
-from villa.plugins import one_line
+from villa.files import read_json
 
 
 class AnnotatedSplit(Split):
@@ -185,12 +184,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is missing or holds something else.
     """
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read '{file}' ({error.strerror}); mend the path") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"'{file}' is not valid JSON ({one_line(error)}); get it again") from error
+    records = read_json(file, "annotations", "mend the path or get it again")
     if not (isinstance(records, list) and records and all(isinstance(record, dict) for record in records)):
         raise DataError(f"'{file}' must be a JSON list of records, at least one")
     return records
