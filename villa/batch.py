@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,8 +25,13 @@ class Batch:
         features: ``[B, R, D]`` or ``[B, I, R, D]`` float region features.
         boxes: ``[B, R, 4 | 6 | 7]`` (or with I) normalised x1, y1, x2, y2 (, w, h (, area)).
         region_mask: ``[B, R]`` (or with I) bool; True on real regions.
-        pixel_values: ``[B, 3, H, W]`` float, for models that read pixels.
-        targets: int64 class indices ``[B]`` (or ``[B, C]``), or float32 soft targets ``[B, labels]``.
+        pixel_values: ``[B, 3, H, W]`` (or ``[B, I, 3, H, W]``) float, for models that read pixels; a model's own
+            processor may have another layout.
+        inputs: what else a model's own processor made, by its names (``image_grid_thw``, ``pixel_mask``, ...); the
+            first dimension need not be B.
+        answer_mask: ``[B, T]`` bool; True on the tokens of the text that a generative model is to write.
+        targets: int64 class indices ``[B]`` (or ``[B, C]``), float32 soft targets ``[B, labels]``, the ids ``[N]`` of
+            the N tokens of ``answer_mask``, row by row, or ``[B, B]`` float32, 1 where text j is about image i.
         references: what only the task's own metric and decoder know how to read (boxes in pixels, names of
             candidates), an entry an example; models, losses and trainers do not look at it.
     """
@@ -39,6 +44,8 @@ class Batch:
     boxes: Tensor | None = None
     region_mask: Tensor | None = None
     pixel_values: Tensor | None = None
+    inputs: Mapping[str, Tensor] | None = None
+    answer_mask: Tensor | None = None
     targets: Tensor | None = None
     references: list[Any] | None = None
 
@@ -49,6 +56,8 @@ class Batch:
         """Return a batch with ``function`` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        if self.inputs is not None:
+            mapped["inputs"] = {name: function(value) for name, value in self.inputs.items()}
         return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.models.base import Point
+
+_ROWS_TOKENS_WIDTH = 3
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def inject(
         calls = dict.fromkeys(perturbations, 0)
         for modality, perturbation in perturbations.items():
             point = points[modality]
-            perturbation.begin(point.mask(batch))
+            perturbation.begin(point.mask(batch), confined=point.confined)
             handle = _register(model.get_submodule(point.module), point, modality, perturbation, calls)
             stack.callback(handle.remove)
         yield
@@ -50,14 +53,34 @@ def _register(
 ) -> RemovableHandle:
     def perturb(value: Tensor) -> Tensor:
         calls[modality] += 1
-        return perturbation.apply(value)
+        rows = _to_rows(value, point)
+        return _from_rows(perturbation.apply(rows), value.shape, point)
 
-    def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (perturb(arguments[0]), *arguments[1:])
+    def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        if point.argument is not None:
+            return arguments, named | {point.argument: perturb(named[point.argument])}
+        return (perturb(arguments[0]), *arguments[1:]), named
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (perturb(output[0]), *output[1:])
         return perturb(output)
 
     if point.side == "input":
-        return module.register_forward_pre_hook(before)
+        return module.register_forward_pre_hook(before, with_kwargs=True)
     return module.register_forward_hook(after)
+
+
+def _to_rows(value: Tensor, point: Point) -> Tensor:
+    """Bring what is perturbed into the form ``[rows, tokens, width]``."""
+    if value.dim() < _ROWS_TOKENS_WIDTH:
+        raise RuntimeError(
+            f"perturbation point '{point.module}' has a value of shape {list(value.shape)}, which does not say what "
+            "belongs to which example; choose a module with [rows, tokens, width]"
+        )
+    return value.flatten(2).transpose(1, 2) if point.layout == "channels_first" else value.flatten(1, -2)
+
+
+def _from_rows(rows: Tensor, shape: torch.Size, point: Point) -> Tensor:
+    """Undo ``_to_rows``."""
+    return (rows.transpose(1, 2) if point.layout == "channels_first" else rows).reshape(shape)

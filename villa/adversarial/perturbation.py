@@ -34,9 +34,9 @@ class Perturbation:
         self.gradient_norm: Tensor | None = None
         self._mask: Tensor | None = None
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Prepare for a forward pass over rows whose ``[rows, tokens]`` mask is given."""
-        self._mask = mask if self.settings.mask_padding else None
+    def begin(self, mask: Tensor | None, *, confined: bool = False) -> None:
+        """Prepare for a forward pass over rows whose ``[rows, tokens]`` mask is given; see ``Point.confined``."""
+        self._mask = mask if self.settings.mask_padding or confined else None
 
     def apply(self, embedding: Tensor) -> Tensor:
         """Return the perturbed embedding, in its own type; the sum is taken in fp32 or wider."""

@@ -140,9 +140,10 @@ class TaskDataset(ABC):
         raise DataError(f"dataset '{self.config.name}' cannot predict on free records; predict on a split instead")
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Turn the logits of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
+        """Turn the predictions of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
 
-        By default logits are ``[B, labels]`` and the answer is the number of the best class.
+        They are the logits, or what ``Model.predictions`` makes of them. By default they are ``[B, labels]`` and the
+        answer is the number of the best class.
         """
         scores, classes = logits.softmax(-1).max(-1)
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)

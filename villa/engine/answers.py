@@ -19,7 +19,7 @@ def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dic
     batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
     total = -(-len(examples) // size)
     for batch, output in parts.evaluator.predict(track(batches, "predict", total, mode=parts.config.logging.progress)):
-        yield batch.ids, parts.data.decode(output.logits, batch)
+        yield batch.ids, parts.decode(batch, output)
 
 
 def write_answers(parts: Parts, examples: Split, path: Path) -> None:

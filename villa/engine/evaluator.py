@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from villa.batch import Batch
 from villa.engine.precision import Precision
@@ -38,6 +39,11 @@ class Evaluator:
                 yield moved, output
         finally:
             self.model.train(training)
+
+    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor:
+        """What the data set decodes for a batch that ``predict`` has yielded: its logits, or a generated text."""
+        with torch.inference_mode(), self.precision.autocast():
+            return self.model.predictions(batch, output)
 
     def evaluate(
         self, batches: Iterable[Batch], each: Callable[[Batch, ModelOutput], None] | None = None

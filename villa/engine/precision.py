@@ -31,11 +31,12 @@ class Precision:
 
     def run(self, model: Model, batch: Batch) -> ModelOutput:
         """Run the model under autocast; logits come in fp32 or wider."""
-        with self._autocast():
+        with self.autocast():
             output: ModelOutput = model(batch)
         return replace(output, logits=output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision as a context; nothing in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     @property

@@ -61,7 +61,7 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     shown = track(batches, split, -(-len(examples) // size), mode=parts.config.logging.progress)
     with PredictionWriter(_predictions(folder, split)) as writer:
         values = parts.evaluator.evaluate(
-            shown, lambda batch, output: writer.write(batch.ids, parts.data.decode(output.logits, batch))
+            shown, lambda batch, output: writer.write(batch.ids, parts.decode(batch, output))
         )
     _submit(parts, split, folder)
     return values

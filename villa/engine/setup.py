@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from villa.engine.rng import seed_pass
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.files import local_path
 from villa.losses.base import Loss
-from villa.models.base import Model
+from villa.models.base import DataFacts, Model, ModelOutput
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.trainers.base import Trainer
 
@@ -46,6 +47,15 @@ class Parts:
         """Move a training micro-batch to the device, and let the data set choose among its candidates."""
         moved = batch.to(self.precision.device)
         return self.data.refine(moved, lambda given: next(self.evaluator.predict([given]))[1].logits)
+
+    def decode(self, batch: Batch, output: ModelOutput) -> list[dict[str, Any]]:
+        """Turn a batch's output into B answers ``{"answer": ..., "score": ...}``; see ``TaskDataset.decode``."""
+        return self.data.decode(self.evaluator.predictions(batch, output), batch)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write what a checkpoint needs besides its weights."""
+        self.data.save_assets(folder)
+        self.model.save_assets(folder)
 
     def split(self, name: str, option: str) -> Split:
         """Return a split that a recipe's ``option`` names.
@@ -78,17 +88,24 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
         torch.set_num_threads(config.training.threads)
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset, assets=assets)
     seed_pass(config.seed, 0, 0, 0, 0)  # fresh weights derive from the seed, as update 0
-    model: Model = MODELS.get(config.model.name).from_config(config.model, data.facts())
-    if config.model.checkpoint is not None and assets is None:
-        from villa.models.conversion import load_weights
-
-        source = local_path(config.model.checkpoint)
-        print(load_weights(model, resolve(source) if (source / FOLDER).is_dir() else source))
+    model = _build_model(config, data.facts(), assets)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)
     model.to(device)
     return Parts(config, data, model, loss.to(device), precision, Evaluator(model, loss, metrics, precision))
+
+
+def _build_model(config: RunConfig, facts: DataFacts, assets: Path | None) -> Model:
+    """Build the model with fresh weights or those of ``model.checkpoint``; a checkpoint's follow (``load_model``)."""
+    kind: type[Model] = MODELS.get(config.model.name)
+    if assets is not None:
+        return kind.restore(config.model, facts, assets)
+    model = kind.from_config(config.model, facts)
+    if config.model.checkpoint is not None:
+        source = local_path(config.model.checkpoint)
+        print(model.load_weights(str(resolve(source) if (source / FOLDER).is_dir() else source)))
+    return model
 
 
 def build_trainer(config: RunConfig, model: Model) -> Trainer:

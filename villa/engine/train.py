@@ -183,7 +183,7 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
         store,
         config.checkpoint.every or evaluation.every,
         config_yaml=saved_yaml(config),
-        assets=parts.data.save_assets,
+        assets=parts.save_assets,
         provenance={**provenance(), "data": parts.data.fingerprint(), "seed": config.seed},
     )
     return [*callbacks, checkpoints, SignalCallback()]

@@ -5,15 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from villa.batch import Batch
 
+if TYPE_CHECKING:
+    from villa.models.load_report import LoadReport
+
 #: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
 #: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
 InitialRows = Mapping[str, tuple[str, tuple[int, ...]]]
+
+#: What is asked of a model: to choose a label, to match images and texts, or to write an answer.
+Task = Literal["classification", "contrastive", "generation"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,15 @@ class DataFacts:
         vocab_size: rows of the word embedding.
         num_labels: classes of the head.
         feature_dim: width of a region feature, or None without region features.
+        task: what the targets ask for, or None where the data does not say.
+        labels: names of the classes, in the order of the logits, or None where they have none.
     """
 
     vocab_size: int | None = None
     num_labels: int | None = None
     feature_dim: int | None = None
+    task: Task | None = None
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,16 +47,19 @@ class ModelOutput:
     """What a forward pass returns.
 
     Attributes:
-        logits: ``[rows, labels]`` scores that the loss and the KL term read.
+        logits: ``[rows, labels]`` scores that the loss and the KL term read. A generative model has a row for each
+            token of ``Batch.answer_mask``, a dual encoder one for each image, with the texts of the batch as labels.
         pooled: ``[rows, hidden]`` pooled output, where the model has one.
         hidden_states: embedding output and the output of every layer, ``[rows, L, hidden]``, on request.
         attentions: every layer's attention maps, ``[rows, heads, L, L]``, on request.
+        embeddings: of a dual encoder: images and texts, ``[B, D]`` each, of unit length.
     """
 
     logits: Tensor
     pooled: Tensor | None = None
     hidden_states: tuple[Tensor, ...] = ()
     attentions: tuple[Tensor, ...] = ()
+    embeddings: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,18 @@ class Point:
         module: dotted path below the model, as in ``named_modules()``.
         side: ``"output"`` of the module, or its first ``"input"``; a ``[rows, tokens, width]`` tensor.
         mask: gives ``[rows, tokens]`` bool for a batch, True where the perturbation may move; None for all.
+        argument: keyword that the input is given by, instead of being the first one.
+        layout: ``channels_first`` for ``[rows, width, height, width]`` maps (patch embeddings); several dimensions
+            of ``tokens`` are taken as one.
+        confined: what the mask leaves out is not padding but belongs to another modality, and is never perturbed.
     """
 
     module: str
     side: Literal["input", "output"]
     mask: Callable[[Batch], Tensor | None] = field(default=lambda batch: None)
+    argument: str | None = None
+    layout: Literal["tokens", "channels_first"] = "tokens"
+    confined: bool = False
 
 
 @dataclass
@@ -69,7 +90,7 @@ class ModelConfig:
 
     Attributes:
         name: the registered name.
-        checkpoint: weights to start from: a file or a run folder.
+        checkpoint: weights to start from: a file, a run folder, or a folder of transformers.
     """
 
     name: str = "uniter"
@@ -99,6 +120,37 @@ class Model(nn.Module, ABC):
         Raises:
             ConfigError: the configuration contradicts the data or itself.
         """
+
+    @classmethod
+    def restore(cls, config: Any, facts: DataFacts, assets: Path) -> Model:
+        """Build a model whose weights are about to be loaded from a checkpoint.
+
+        Args:
+            config: an instance of ``cls.Config``.
+            facts: what the data fixes.
+            assets: folder with what ``save_assets`` wrote beside the checkpoint.
+        """
+        return cls.from_config(config, facts)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write what ``restore`` needs besides the configuration into ``folder``; by default nothing."""
+
+    def load_weights(self, source: str) -> LoadReport:
+        """Load the weights that ``model.checkpoint`` names.
+
+        Returns:
+            What was loaded and what stays fresh, for people.
+
+        Raises:
+            CheckpointError: there are no weights, or they are of another model.
+        """
+        from villa.models.conversion import load_weights
+
+        return load_weights(self, source)
+
+    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor:
+        """What ``TaskDataset.decode`` reads for a batch: the logits, unless the model has to do more for an answer."""
+        return output.logits
 
     @abstractmethod
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
