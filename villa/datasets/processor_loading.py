@@ -1,0 +1,97 @@
+"""Loading the processor of a model of transformers, also where torchvision, which videos need, is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from villa.errors import DataError
+from villa.plugins import one_line
+
+#: Files of a processor that name its class, the first one first.
+_NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def load_processor(source: str | Path, *, local: bool = False) -> Any:
+    """Load the processor of a model: its tokenizer and image processor in one, or what of these it has.
+
+    Args:
+        source: a folder, or a name on the hub of models.
+        local: read folders only.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    import transformers
+
+    kind = _processor_class(source, local)
+    if kind is not None and "video_processor" in kind.get_attributes() and not _has_torchvision():
+        kind = without_videos(kind)
+    try:
+        return (kind or transformers.AutoProcessor).from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the library's many loaders raise for files that they do not understand
+        raise DataError(
+            f"the processor of '{source}' cannot be loaded: {one_line(error)}; give a folder with a model's tokenizer "
+            "and image processor, as transformers saves them"
+        ) from error
+
+
+def without_videos(kind: Any) -> Any:
+    """Return a processor class that does without its processor of videos.
+
+    Args:
+        kind: a processor class of transformers.
+
+    Returns:
+        A class of the same name; its ``video_processor`` may be None.
+    """
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if argument is None else kind.check_argument_for_proper_class(self, name, argument)
+
+    def attributes(_: Any) -> list[str]:
+        return [name for name in kind.get_attributes() if name != "video_processor"]
+
+    # By the same name: the library writes it into the files, and other installations load it by that.
+    methods = {
+        "check_argument_for_proper_class": check,
+        "get_attributes": classmethod(attributes),
+        "__reduce__": _reduce,
+    }
+    return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+
+
+def _reduce(processor: Any) -> Any:
+    """Pickle a processor without videos for another process by its original class."""
+    return _rebuild, (type(processor).__mro__[1], processor.__dict__)
+
+
+def _rebuild(kind: Any, state: dict[str, Any]) -> Any:
+    made = without_videos(kind)
+    processor = made.__new__(made)
+    processor.__dict__.update(state)
+    return processor
+
+
+def _has_torchvision() -> bool:
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def _processor_class(source: str | Path, local: bool) -> Any:
+    """The class that the processor's files name; None leaves the choice to transformers."""
+    import transformers
+    from transformers.utils import cached_file
+
+    for name in _NAMING_FILES:
+        try:
+            found = cached_file(source, name, local_files_only=local)
+            named = json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class")
+        except Exception:  # noqa: S112 (transformers says what is wrong with the files when it reads them)
+            continue
+        if isinstance(named, str) and hasattr(transformers, named):
+            return getattr(transformers, named)
+    return None
