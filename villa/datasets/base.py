@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.models.base import DataFacts
+from villa.models.base import DataFacts, Written
 
 
 @dataclass
@@ -148,6 +148,16 @@ class TaskDataset(ABC):
         scores, classes = logits.softmax(-1).max(-1)
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]
+
+    def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
+        """Turn the texts that a generative model wrote into B records ``{"answer": text, "score": probability}``.
+
+        Raises:
+            DataError: the data set has no use for texts.
+        """
+        raise DataError(
+            f"dataset '{self.config.name}' does not read texts that a model writes; set dataset.target=text"
+        )
 
     def submission(self, split: str) -> str | None:
         """Name of the registered submission format that predictions on a split are also written in."""

@@ -11,7 +11,7 @@ from villa.batch import Batch
 from villa.engine.precision import Precision
 from villa.evaluation.metrics import Metric
 from villa.losses.base import Loss
-from villa.models.base import Model, ModelOutput
+from villa.models.base import Model, ModelOutput, Written
 
 
 class Evaluator:
@@ -40,7 +40,7 @@ class Evaluator:
         finally:
             self.model.train(training)
 
-    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor:
+    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
         """What the data set decodes for a batch that ``predict`` has yielded: its logits, or a generated text."""
         with torch.inference_mode(), self.precision.autocast():
             return self.model.predictions(batch, output)

@@ -18,7 +18,7 @@ from villa.engine.rng import seed_pass
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.files import local_path
 from villa.losses.base import Loss
-from villa.models.base import DataFacts, Model, ModelOutput
+from villa.models.base import DataFacts, Model, ModelOutput, Written
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.trainers.base import Trainer
 
@@ -50,7 +50,10 @@ class Parts:
 
     def decode(self, batch: Batch, output: ModelOutput) -> list[dict[str, Any]]:
         """Turn a batch's output into B answers ``{"answer": ..., "score": ...}``; see ``TaskDataset.decode``."""
-        return self.data.decode(self.evaluator.predictions(batch, output), batch)
+        predictions = self.evaluator.predictions(batch, output)
+        if isinstance(predictions, Written):
+            return self.data.decode_written(predictions, batch)
+        return self.data.decode(predictions, batch)
 
     def save_assets(self, folder: Path) -> None:
         """Write what a checkpoint needs besides its weights."""

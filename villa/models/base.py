@@ -63,6 +63,19 @@ class ModelOutput:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What a generative model wrote for a batch.
+
+    Attributes:
+        tokens: ``[B, L]`` int64 token ids, -1 behind the end of a text.
+        scores: ``[B]`` probability of each text.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
 class Point:
     """A place where a perturbation is added.
 
@@ -148,8 +161,8 @@ class Model(nn.Module, ABC):
 
         return load_weights(self, source)
 
-    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor:
-        """What ``TaskDataset.decode`` reads for a batch: the logits, unless the model has to do more for an answer."""
+    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
+        """What the data set decodes for a batch: the logits, unless the model has to do more for an answer."""
         return output.logits
 
     @abstractmethod
