@@ -84,12 +84,12 @@ def _has_torchvision() -> bool:
 def _processor_class(source: str | Path, local: bool) -> Any:
     """The class that the processor's files name; None leaves the choice to transformers."""
     import transformers
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in _NAMING_FILES:
         try:
             found = cached_file(source, name, local_files_only=local)
-            named = json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class")
+            named = json.loads(Path(str(found)).read_text(encoding="utf-8")).get("processor_class")
         except Exception:  # noqa: S112 (transformers says what is wrong with the files when it reads them)
             continue
         if isinstance(named, str) and hasattr(transformers, named):

@@ -1,0 +1,131 @@
+"""Configurations and weights in the form of the transformers library: a folder, or a name on its hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from villa.errors import CheckpointError, ConfigError, nearest
+from villa.models.load_report import LoadReport
+from villa.plugins import one_line
+
+CONFIG_FILE = "config.json"
+
+
+def is_transformers_folder(path: str | Path) -> bool:
+    """Say whether a path is a folder as transformers saves a model: one with ``config.json``."""
+    return (Path(path).expanduser() / CONFIG_FILE).is_file()
+
+
+def find_config(architecture: str, options: Mapping[str, Any]) -> Any:
+    """Return the configuration object of transformers for an architecture.
+
+    Args:
+        architecture: a model type (``clip``), a folder with a ``config.json``, or a name on the hub (``owner/name``).
+        options: change it, by their names in transformers; those of a nested configuration in a mapping.
+
+    Raises:
+        ConfigError: no such architecture or option, or options that do not go together.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        if is_transformers_folder(architecture) or _is_hub_name(architecture):
+            return _changed(_stored(architecture), options)
+        if architecture in CONFIG_MAPPING:
+            return _made(architecture, options)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever transformers raises for values that it does not expect
+        raise ConfigError(f"model.architecture='{architecture}' cannot be built: {one_line(error)}") from error
+    raise ConfigError(
+        f"model.architecture='{architecture}' is no model type of transformers and no folder with a {CONFIG_FILE}"
+        f"{nearest(architecture, CONFIG_MAPPING)}"
+    )
+
+
+def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadReport]:
+    """Load a model that transformers has saved, in fp32.
+
+    Nothing in the files is executed: pickles are read as tensors only, and code beside the weights is not imported.
+
+    Args:
+        kind: the model's class, or one of the library's automatic classes.
+        source: a folder, or a name on the hub.
+        config: its configuration, perhaps with changed options.
+
+    Returns:
+        The model in training mode, and what was loaded.
+
+    Raises:
+        CheckpointError: the files cannot be read or have tensors of another shape.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the library's loaders raise for files that they do not understand
+        raise CheckpointError(f"'{source}' cannot be loaded: {one_line(error)}; check the folder or name") from error
+    missing = tuple(sorted(found["missing_keys"]))
+    report = LoadReport(
+        path=source,
+        loaded=tuple(name for name in model.state_dict() if name not in missing),
+        missing=missing,
+        unexpected=tuple(sorted(found["unexpected_keys"])),
+    )
+    if not report.loaded or len(missing) > len(report.loaded):
+        raise CheckpointError(f"'{source}' has the weights of another model than '{config.model_type}'")
+    return model.train(), report
+
+
+def _is_hub_name(architecture: str) -> bool:
+    owner, slash, name = architecture.partition("/")
+    return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
+
+
+def _stored(source: str) -> Any:
+    from transformers import AutoConfig
+
+    folder = Path(source).expanduser()
+    return AutoConfig.from_pretrained(folder if folder.is_dir() else source, trust_remote_code=False)
+
+
+def _made(architecture: str, options: Mapping[str, Any]) -> Any:
+    """Return a fresh configuration; a nested one may be of another type (``text_config.model_type``)."""
+    from transformers import CONFIG_MAPPING
+
+    kind: Any = CONFIG_MAPPING[architecture]
+    _check(options, kind().to_dict(), f"'{architecture}'", "")
+    # Through dictionaries: values that belong together (sizes, numbers of layers) are checked when all are there.
+    return kind(**{name: dict(value) if isinstance(value, Mapping) else value for name, value in options.items()})
+
+
+def _changed(config: Any, options: Mapping[str, Any]) -> Any:
+    """Change a stored configuration."""
+    if not options:
+        return config
+    values = config.to_dict()
+    _check(options, values, f"'{config.model_type}'", "")
+    return type(config).from_dict(_merged(values, options))
+
+
+def _merged(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {
+        name: _merged(values[name], option)
+        for name, option in options.items()
+        if isinstance(option, Mapping) and isinstance(values.get(name), Mapping)
+    }
+    return {**values, **options, **nested}
+
+
+def _check(options: Mapping[str, Any], known: Mapping[str, Any], owner: str, prefix: str) -> None:
+    """Refuse an option that the configuration does not have."""
+    for name, value in options.items():
+        nested = known.get(name)
+        if name not in known and name != "num_labels":
+            raise ConfigError(f"model.options.{prefix}{name} is no option of {owner}{nearest(name, known)}")
+        if isinstance(value, Mapping) and isinstance(nested, Mapping) and "model_type" not in value:
+            _check(value, nested, f"the {name} of {owner}", f"{prefix}{name}.")
