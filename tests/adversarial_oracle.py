@@ -27,7 +27,14 @@ def divergence(a: Tensor, b: Tensor, reduction: str) -> Tensor:
 
 
 def oracle(
-    model: Any, batch: Batch, config: VillaConfig, score: Callable[..., Tensor], loss: Loss, widths: dict[str, int]
+    model: Any,
+    batch: Batch,
+    config: VillaConfig,
+    score: Callable[..., Tensor],
+    loss: Loss,
+    widths: dict[str, int],
+    *,
+    masks: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Parameter gradients and the perturbations of every pass, by autograd through one big graph.
 
@@ -38,8 +45,9 @@ def oracle(
         score: ``score(model, batch, text, image)``, the logits with perturbations, written out.
         loss: the task loss.
         widths: width of the perturbation of each modality.
+        masks: where each may be perturbed; None asks the model.
     """
-    masks = perturbed(model, batch)
+    masks = perturbed(model, batch) if masks is None else masks
     zeros = {m: torch.zeros(*mask.shape, widths[m], dtype=torch.float64) for m, mask in masks.items()}
     deltas = {m: zeros[m].clone() for m in masks}
 

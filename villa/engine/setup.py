@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,12 @@ def _build_model(config: RunConfig, facts: DataFacts, assets: Path | None) -> Mo
     kind: type[Model] = MODELS.get(config.model.name)
     if assets is not None:
         return kind.restore(config.model, facts, assets)
-    model = kind.from_config(config.model, facts)
-    if config.model.checkpoint is not None:
-        source = local_path(config.model.checkpoint)
-        print(model.load_weights(str(resolve(source) if (source / FOLDER).is_dir() else source)))
+    if config.model.checkpoint is None:
+        return kind.from_config(config.model, facts)
+    given = local_path(config.model.checkpoint)
+    source = str(resolve(given) if (given / FOLDER).is_dir() else given)
+    model = kind.from_config(replace(config.model, checkpoint=source), facts)
+    print(model.load_weights(source))
     return model
 
 

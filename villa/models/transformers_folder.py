@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
         CheckpointError: the files cannot be read or have tensors of another shape.
     """
     try:
-        model, found = kind.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        with _quiet():
+            model, found = kind.from_pretrained(
+                source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # whatever the library's loaders raise for files that they do not understand
         raise CheckpointError(f"'{source}' cannot be loaded: {one_line(error)}; check the folder or name") from error
     missing = tuple(sorted(found["missing_keys"]))
@@ -79,6 +81,22 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     if not report.loaded or len(missing) > len(report.loaded):
         raise CheckpointError(f"'{source}' has the weights of another model than '{config.model_type}'")
     return model.train(), report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from printing a report and a progress bar of its own."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _is_hub_name(architecture: str) -> bool:

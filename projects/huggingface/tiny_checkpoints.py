@@ -1,6 +1,6 @@
 """Write a tiny random checkpoint of an architecture of transformers, with its processor, in the library's own format.
 
-    python projects/huggingface/tiny.py llava outputs/tiny/llava
+    python projects/huggingface/tiny_checkpoints.py llava outputs/tiny/llava
 
 stands in for downloaded weights where there is no network: recipes and tests run on it as on the real thing. The
 vocabulary is made for questions about pictures of coloured shapes; any other text is spelt in characters.
@@ -208,6 +208,9 @@ def write(name: str, folder: Path, *, seed: int = 0) -> Path:
     processor = kind(**made, **options)
     torch.manual_seed(seed)
     model = getattr(transformers, architecture.model)(make_config(name, len(tokenizer)))
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # some are zero until they are loaded
+            torch.nn.init.normal_(parameter, std=SMALL["initializer_range"])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

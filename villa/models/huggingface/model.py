@@ -1,0 +1,228 @@
+"""Any vision-and-language model of the transformers library."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import ConfigError, DataError
+from villa.models.base import DataFacts, Model, ModelOutput, Point, Task, Written
+from villa.models.huggingface.classes import choose_task, model_class
+from villa.models.huggingface.config import HuggingFaceConfig
+from villa.models.huggingface.lora import adapt
+from villa.models.huggingface.points import find_points, override
+from villa.models.huggingface.pooling import pool, pooled_size
+from villa.models.huggingface.writing import answer_logits, prompts, write
+from villa.models.load_report import LoadReport
+from villa.models.settling import settle
+from villa.models.transformers_folder import find_config, is_transformers_folder, load_pretrained
+from villa.registry import register_model
+
+#: Folder of a checkpoint's assets with the model's ``config.json``.
+ASSETS = "model"
+#: Fields of a batch that models of transformers know by the same names.
+_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+
+
+@register_model("huggingface")
+class HuggingFaceModel(Model):
+    """A model of transformers that reads images and texts, with its perturbation points found from its structure.
+
+    For ``classification`` a model without a head of its own gets one (``head``) on its pooled output.
+
+    Args:
+        transformer: the model of transformers.
+        task: what it is asked for.
+        config: points, adapters and frozen parts.
+    """
+
+    Config = HuggingFaceConfig
+
+    transformer: Any
+
+    def __init__(self, transformer: Any, task: Task, config: HuggingFaceConfig) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.task, self.options = task, config
+        self.head: nn.Linear | None = None
+        if task == "classification" and not self._has_own_head():
+            width = pooled_size(transformer, last=self._looks_back())
+            self.head = nn.Linear(width, transformer.config.num_labels)
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        self._prepare()
+
+    @classmethod
+    def from_config(cls, config: HuggingFaceConfig, facts: DataFacts) -> HuggingFaceModel:
+        """Build the model with fresh weights.
+
+        Raises:
+            ConfigError: unknown architecture, option or class, or numbers that contradict the data.
+        """
+        config.check()
+        return cls._build(config, facts, find_config(_architecture(config), config.options))
+
+    @classmethod
+    def restore(cls, config: HuggingFaceConfig, facts: DataFacts, assets: Path) -> HuggingFaceModel:
+        """Build the model by the configuration that ``save_assets`` wrote."""
+        return cls._build(config, facts, find_config(str(assets / ASSETS), {}))
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the configuration of transformers."""
+        self.transformer.config.save_pretrained(folder / ASSETS)
+
+    def load_weights(self, source: str) -> LoadReport:
+        """Load weights that transformers saved, or those of a run.
+
+        Raises:
+            CheckpointError: they cannot be read or are of another model.
+        """
+        path = Path(source).expanduser()
+        if path.exists() and not is_transformers_folder(path):
+            return super().load_weights(source)
+        kind, config = type(self.transformer), self.transformer.config
+        self.transformer, report = load_pretrained(kind, source, config)
+        self._prepare()
+        return report
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Score a batch.
+
+        Returns:
+            Logits ``[B, labels]`` (classification), ``[B, B]``, images by texts (contrastive), or ``[N, vocabulary]``,
+            one row for each token of ``Batch.answer_mask`` (generation; without answers, the next token of each row).
+
+        Raises:
+            DataError: the batch lacks what the model reads.
+        """
+        usual = self.transformer.config._attn_implementation
+        if attentions:  # the fused kernels return no maps
+            self.transformer.set_attn_implementation("eager")
+        try:
+            asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+            return self._score(batch, {name: True for name, wanted in asked.items() if wanted})
+        finally:
+            if attentions:
+                self.transformer.set_attn_implementation(usual)
+
+    def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
+        """Logits of labels, the logit ``[B]`` of every image with its own text, or the answers that are written."""
+        if self.task == "contrastive":
+            return output.logits.diagonal()
+        if self.task == "classification":
+            return output.logits
+        pad = self._pad_token()
+        arguments = self._arguments(prompts(batch, pad), self.transformer.forward)
+        return write(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
+
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """Text: the word embedding. Image: its tokens as they enter the language model, or the patch embedding."""
+        found = find_points(self.transformer, "transformer", generative=self._looks_back())
+        return override(found, self.options.points, self)
+
+    def head_prefixes(self) -> tuple[str, ...]:
+        """The classification head."""
+        if self.head is not None:
+            return ("head",)
+        return ("transformer.classifier",) if self.task == "classification" else ()
+
+    @classmethod
+    def _build(cls, config: HuggingFaceConfig, facts: DataFacts, described: Any) -> HuggingFaceModel:
+        task = choose_task(described, config.task, facts.task)
+        if task == "classification":
+            described.num_labels = settle("model.num_labels", config.num_labels, facts.num_labels)
+            if facts.labels is not None:
+                described.id2label = dict(enumerate(facts.labels))
+                described.label2id = {label: number for number, label in enumerate(facts.labels)}
+        kind = model_class(described, task, config.model_class)
+        try:
+            transformer = kind._from_config(described) if hasattr(kind, "_from_config") else kind(described)
+        except (ValueError, TypeError, AttributeError, RuntimeError, AssertionError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"model.architecture: {kind.__name__} cannot be built: {reason}") from error
+        return cls(transformer, task, config)
+
+    def _prepare(self) -> None:
+        """Set what training needs, and add what the recipe asks for."""
+        self.transformer.config.use_cache = False
+        adapt(self.transformer, self.options)
+
+    def _has_own_head(self) -> bool:
+        return hasattr(self.transformer, "classifier") or type(self.transformer).__name__.endswith("Retrieval")
+
+    def _looks_back(self) -> bool:
+        """Whether a language model, of which every position sees those before it, reads the images."""
+        names = inspect.signature(self.transformer.forward).parameters
+        return "past_key_values" in names
+
+    def _score(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
+        if self.task == "generation":
+            return self._score_answers(batch, asked)
+        output = self.transformer(**self._arguments(batch, self.transformer.forward), **asked, return_dict=True)
+        common: dict[str, Any] = {name: getattr(output, name, None) or () for name in ("hidden_states", "attentions")}
+        if self.task == "contrastive":
+            return ModelOutput(output.logits_per_image, embeddings=_embeddings(output), **common)
+        if self.head is None:
+            return ModelOutput(output.logits if hasattr(output, "logits") else output.itm_score, **common)
+        pooled = pool(output, batch.attention_mask, last=self._looks_back())
+        if pooled.shape[-1] != self.head.in_features:
+            raise DataError(f"the pooled output is {pooled.shape[-1]} wide, its head reads {self.head.in_features}")
+        return ModelOutput(self.head(pooled), pooled, **common)
+
+    def _score_answers(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
+        arguments, kept = self._arguments(batch, self.transformer.forward), {}
+        found: list[Any] = []
+
+        def score(positions: Tensor) -> Tensor:
+            if "logits_to_keep" in inspect.signature(self.transformer.forward).parameters:
+                kept["logits_to_keep"] = positions
+            found.append(self.transformer(**arguments, **kept, **asked, return_dict=True))
+            logits: Tensor = found[0].logits
+            return logits if kept else logits[:, positions]
+
+        if batch.answer_mask is not None:
+            logits = answer_logits(score, batch.answer_mask)
+        else:
+            assert batch.input_ids is not None
+            rows = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask.long()
+            logits = score(rows)[torch.arange(len(mask), device=mask.device), (rows * mask).argmax(1)]
+        states, maps = (getattr(found[0], name, None) or () for name in ("hidden_states", "attentions"))
+        return ModelOutput(logits, hidden_states=tuple(states), attentions=tuple(maps))
+
+    def _arguments(self, batch: Batch, function: Any) -> dict[str, Tensor]:
+        """What of a batch the model's ``forward`` has a name for."""
+        if batch.input_ids is None or batch.pixel_values is None:
+            lacking = "texts" if batch.input_ids is None else "images"
+            known = inspect.signature(function).parameters
+            if lacking == "texts" or "pixel_values" in known:
+                raise DataError(f"the model reads {lacking}, but the data has none; set dataset.regions=pixels")
+        given = {name: getattr(batch, name) for name in _FIELDS if getattr(batch, name) is not None}
+        parameters = inspect.signature(function).parameters
+        named = {name: value for name, value in {**given, **(batch.inputs or {})}.items() if name in parameters}
+        if "attention_mask" in named:
+            named["attention_mask"] = named["attention_mask"].long()  # some models count it up
+        return named
+
+    def _pad_token(self) -> int:
+        configs = (self.transformer.config.get_text_config(), self.transformer.config)
+        pads = (getattr(config, "pad_token_id", None) for config in configs)
+        return next((int(pad) for pad in pads if pad is not None), 0)
+
+
+def _architecture(config: HuggingFaceConfig) -> str:
+    """The architecture that the recipe names, or that of its checkpoint: one of ours, or a model of transformers."""
+    named = config.architecture if config.architecture is not None else str(config.checkpoint)
+    saved = Path(named).expanduser() / "assets" / ASSETS
+    return str(saved) if is_transformers_folder(saved) else named
+
+
+def _embeddings(output: Any) -> tuple[Tensor, Tensor]:
+    image, text = output.image_embeds, output.text_embeds
+    return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)

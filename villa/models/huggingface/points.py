@@ -1,0 +1,194 @@
+"""Where a model of transformers may be perturbed, found from its structure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import ConfigError, nearest
+from villa.models.base import Point
+
+#: Names of the module that turns patches of pixels into vectors, where it is no convolution.
+_PATCH_NAMES = ("patch_embedding", "patch_embed", "patch_embeddings", "patch_embedder", "img_projection")
+_CHANNELS = 3
+_SIDES = ("input", "output")
+
+
+def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str, Point]:
+    """Find the perturbation points of a model.
+
+    Text is perturbed at the output of the word embedding. Images are perturbed where their tokens enter the language
+    model of a generative model (the output of its projector), and at the embedding of the patches otherwise.
+
+    Args:
+        model: a model of transformers.
+        prefix: dotted path of ``model`` below the module that the points' paths start from.
+        generative: whether the model writes text.
+    """
+    points: dict[str, Point] = {}
+    words = word_embedding(model)
+    image_token = _image_token(model) if generative else None
+    if words is not None:
+        points["text"] = Point(f"{prefix}.{words}", "output", _text_mask(_pad_token(model), image_token))
+    reader = None if words is None or image_token is None else _language_model(model, words)
+    if reader is not None and image_token is not None:
+        mask = _image_token_mask(image_token)
+        points["image"] = Point(f"{prefix}.{reader}", "input", mask, argument="inputs_embeds", confined=True)
+    elif (patches := _patch_embedding(model)) is not None:
+        points["image"] = _patch_point(patches[1], f"{prefix}.{patches[0]}")
+    return points
+
+
+def override(points: Mapping[str, Point], given: Mapping[str, str], model: nn.Module) -> dict[str, Point]:
+    """Replace points by those that a user names.
+
+    Args:
+        points: found from the structure.
+        given: by modality: ``path.to.module``, perturbed at its output, or ``path.to.module:input``, or
+            ``path.to.module:name`` for the keyword argument ``name`` of its call.
+        model: what the paths start from.
+
+    Raises:
+        ConfigError: no such module.
+    """
+    modules = dict(model.named_modules())
+    chosen = dict(points)
+    for modality, text in given.items():
+        path, _, side = text.partition(":")
+        if path not in modules:
+            hint = nearest(path, modules)
+            raise ConfigError(f"model.points.{modality}='{text}': the model has no module '{path}'{hint}")
+        usual = points.get(modality)
+        if usual is not None and usual.module == path and side in ("", usual.side, usual.argument):
+            continue
+        point = _named_point(modules[path], path, side or "output")
+        if usual is not None and (isinstance(modules[path], nn.Embedding) or point.argument == "inputs_embeds"):
+            point = replace(point, mask=usual.mask, confined=usual.confined)  # it has the tokens of the text
+        chosen[modality] = point
+    return chosen
+
+
+def word_embedding(model: nn.Module) -> str | None:
+    """Dotted path of the word embedding, or None where a model has none."""
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    try:
+        embedding = cast("Any", model).get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    if isinstance(embedding, nn.Embedding) and embedding in names:
+        return names[embedding]
+    rows = getattr(_text_config(model), "vocab_size", None)
+    tables = ((name, module) for module, name in names.items() if isinstance(module, nn.Embedding))
+    return next((name for name, table in tables if table.num_embeddings == rows), None)
+
+
+def _named_point(module: nn.Module, path: str, side: str) -> Point:
+    layout: Literal["tokens", "channels_first"] = "channels_first" if _is_convolution(module) else "tokens"
+    if side in _SIDES:
+        return Point(path, cast("Literal['input', 'output']", side), layout=layout)
+    return Point(path, "input", argument=side)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = cast("Any", model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _pad_token(model: nn.Module) -> int | None:
+    configs = (_text_config(model), cast("Any", model).config)
+    return next((c.pad_token_id for c in configs if getattr(c, "pad_token_id", None) is not None), None)
+
+
+def _image_token(model: nn.Module) -> int | None:
+    """Id of the text token that stands for a token of the image."""
+    config = cast("Any", model).config
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    return None
+
+
+def _language_model(model: nn.Module, words: str) -> str | None:
+    """Path of the module that holds the word embedding and is given ``inputs_embeds`` with the images in place."""
+    path = words
+    while path:
+        path = path.rpartition(".")[0]
+        names = inspect.signature(model.get_submodule(path).forward).parameters
+        if "pixel_values" in names:
+            return None  # it puts the images in place itself
+        if "inputs_embeds" in names:
+            return path or None
+    return None
+
+
+def _patch_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The first convolution over colours, or the module that is called like one."""
+    for name, module in model.named_modules():
+        if _is_convolution(module) and cast("Any", module).in_channels == _CHANNELS:
+            return name, module
+    named = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _PATCH_NAMES)
+    return next(named, None)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Conv3d)
+
+
+def _patch_point(module: nn.Module, path: str) -> Point:
+    if _is_convolution(module):
+        stride = cast("tuple[int, int]", tuple(cast("Any", module).stride)[-2:])
+        return Point(path, "output", lambda batch: _patch_mask(batch, stride), layout="channels_first")
+    return Point(path, "output", _flat_patch_mask)
+
+
+def _patch_mask(batch: Batch, stride: tuple[int, int]) -> Tensor | None:
+    """True on patches of real pixels: ``pixel_mask [B, H, W]`` as ``[B, patches]``."""
+    mask = (batch.inputs or {}).get("pixel_mask")
+    if mask is None or mask.dim() != 3:
+        return None
+    size = (mask.shape[1] // stride[0], mask.shape[2] // stride[1])
+    return F.interpolate(mask[:, None].float(), size=size).flatten(1) > 0
+
+
+def _flat_patch_mask(batch: Batch) -> Tensor | None:
+    """True on real patches, where the processor cuts images into ``[B, patches, pixels]`` itself."""
+    mask = (batch.inputs or {}).get("pixel_attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+def _text_mask(pad: int | None, image: int | None) -> Callable[[Batch], Tensor | None]:
+    """True on the words that a model is given: neither padding, nor places of images, nor the answer to be written."""
+
+    def mask(batch: Batch) -> Tensor | None:
+        if batch.input_ids is None:
+            return None
+        parts = list(_text_parts(batch, batch.input_ids, pad, image))
+        if not parts:
+            return None
+        kept = parts[0]
+        for part in parts[1:]:
+            kept = kept & part
+        return kept
+
+    return mask
+
+
+def _text_parts(batch: Batch, ids: Tensor, pad: int | None, image: int | None) -> Iterator[Tensor]:
+    if batch.attention_mask is not None:
+        yield batch.attention_mask.bool()
+    elif pad is not None:
+        yield ids != pad
+    if image is not None:
+        yield ids != image
+    if batch.answer_mask is not None:
+        yield ~batch.answer_mask
+
+
+def _image_token_mask(token: int) -> Callable[[Batch], Tensor | None]:
+    return lambda batch: None if batch.input_ids is None else batch.input_ids == token
