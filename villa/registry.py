@@ -112,8 +112,11 @@ LOSSES: Registry[Any] = Registry(
     "villa.losses.base:Loss",
     {
         "binary_cross_entropy": "villa.losses.classification",
+        "contrastive": "villa.losses.contrastive",
         "cross_entropy": "villa.losses.classification",
+        "language_model": "villa.losses.language_model",
         "margin_ranking": "villa.losses.ranking",
+        "pretraining": "villa.losses.pretraining",
         "region_ranking": "villa.losses.ranking",
     },
 )
@@ -131,6 +134,8 @@ METRICS: Registry[Any] = Registry(
     "villa.evaluation.metrics:Metric",
     {
         **dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
+        "exact_match": "villa.evaluation.exact_match",
+        "pair_retrieval": "villa.evaluation.pairs",
         "referring": "villa.evaluation.referring",
         "retrieval": "villa.evaluation.retrieval",
         "vcr": "villa.evaluation.vcr",

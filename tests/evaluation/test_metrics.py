@@ -40,16 +40,16 @@ def test_soft_accuracy_is_the_score_of_the_chosen_answer() -> None:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 1000))
 def test_states_of_several_ranks_add_up_to_the_whole(sizes: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    whole, total = Accuracy(), torch.zeros(2, dtype=torch.float64)
+    whole, states = Accuracy(), []
     for size in sizes:
         logits = torch.randn(size, 3, generator=generator)
         targets = torch.randint(3, (size,), generator=generator)
         rank = Accuracy()
         _update(rank, logits, targets)
         _update(whole, logits, targets)
-        total += rank.state()
+        states.append(rank.state())
     merged = Accuracy()
-    merged.load_state(total)
+    merged.load_states(states)
     assert merged.compute() == whole.compute()
     assert torch.equal(merged.state(), whole.state())
 

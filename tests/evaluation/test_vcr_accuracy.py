@@ -68,7 +68,7 @@ def test_a_saved_state_goes_on() -> None:
     scores, references = questions(10)
     metric, other = VcrAccuracy(), VcrAccuracy()
     metric.update(ModelOutput(logits(scores[:4])), Batch(["q"] * 4, references=references[:4]))
-    other.load_state(metric.state())
+    other.load_states([metric.state()])
     for each in (metric, other):
         each.update(ModelOutput(logits(scores[4:])), Batch(["q"] * 6, references=references[4:]))
     assert metric.compute() == other.compute() == pytest.approx(by_hand(scores, references), abs=1e-12)

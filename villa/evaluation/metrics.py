@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -45,11 +46,11 @@ class Metric(ABC):
 
     @abstractmethod
     def state(self) -> Tensor:
-        """Return what was taken in as a float64 vector; the vectors of several ranks may be added."""
+        """Return what was taken in as a float64 tensor."""
 
     @abstractmethod
-    def load_state(self, state: Tensor) -> None:
-        """Go on from such a vector, or from a sum of them."""
+    def load_states(self, states: Sequence[Tensor]) -> None:
+        """Go on from such tensors, those of several ranks together."""
 
 
 class MeanScore(Metric):
@@ -83,9 +84,10 @@ class MeanScore(Metric):
         """Return ``[sum, count]``."""
         return torch.stack((self._sum, self._sum.new_tensor(self._count)))
 
-    def load_state(self, state: Tensor) -> None:
-        """Go on from ``[sum, count]``."""
-        self._sum, self._count = state[0].clone(), round(state[1].item())
+    def load_states(self, states: Sequence[Tensor]) -> None:
+        """Go on from the sum of all."""
+        state = torch.stack(list(states)).sum(0)
+        self._sum, self._count = state[0], round(state[1].item())
 
 
 class TargetScore(MeanScore):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -84,15 +85,16 @@ class RetrievalRecall(Metric):
         self._right = torch.zeros(0, dtype=torch.long)
 
     def state(self) -> Tensor:
-        """Return a vector with 0 where nothing was scored here, so that those of several ranks may be added."""
+        """Return a vector with 0 where nothing was scored here, so that those of several ranks add up."""
         if self._scores is None:
             raise DataError("metric 'retrieval': no examples were evaluated; is the split empty?")
         scored = self._scores > -torch.inf
         parts = (self._right + 1, scored, self._scores.masked_fill(~scored, 0))
         return torch.cat([part.flatten().double() for part in parts])
 
-    def load_state(self, state: Tensor) -> None:
-        """Go on from such a vector, of a matrix of the shape seen here."""
+    def load_states(self, states: Sequence[Tensor]) -> None:
+        """Go on from such vectors, of a matrix of the shape seen here."""
+        state = torch.stack(list(states)).sum(0)
         assert self._scores is not None, "nothing was scored, so the shape is not known"
         size, texts = self._scores.numel(), len(self._right)
         right, scored, scores = torch.split(state, [texts, size, size])

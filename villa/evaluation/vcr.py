@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import torch
 from torch import Tensor
 
@@ -61,9 +62,10 @@ class VcrAccuracy(Metric):
         """Return the three sums and the count."""
         return torch.cat((self._sums, self._sums.new_tensor([self._count])))
 
-    def load_state(self, state: Tensor) -> None:
-        """Go on from such a vector."""
-        self._sums, self._count = state[:3].clone(), round(state[3].item())
+    def load_states(self, states: Sequence[Tensor]) -> None:
+        """Go on from the sum of such vectors."""
+        state = torch.stack(list(states)).sum(0)
+        self._sums, self._count = state[:3], round(state[3].item())
 
 
 def given_answer(scores: Tensor, answers: Tensor) -> Tensor:
