@@ -31,7 +31,13 @@ class Batch:
             first dimension need not be B.
         answer_mask: ``[B, T]`` bool; True on the tokens of the text that a generative model is to write.
         targets: int64 class indices ``[B]`` (or ``[B, C]``), float32 soft targets ``[B, labels]``, the ids ``[N]`` of
-            the N tokens of ``answer_mask``, row by row, or ``[B, B]`` float32, 1 where text j is about image i.
+            the N tokens of ``answer_mask``, row by row, or ``[B, B]`` float32, 1 where text j is about image i. In
+            pre-training also the ids ``[N]`` of the masked tokens, or features or class distributions ``[M, ...]``
+            of the masked regions, row by row.
+        objective: name of the pre-training objective that the batch is for (``villa.objectives``); None for a task.
+        masked_tokens: ``[B, T]`` bool; True on the tokens that masked language modelling asks for.
+        masked_regions: ``[B, R]`` bool; True on the regions that masked region modelling asks for.
+        part_targets: targets by name of an objective that is a sum of several (LXMERT's).
         references: what only the task's own metric and decoder know how to read (boxes in pixels, names of
             candidates), an entry an example; models, losses and trainers do not look at it.
     """
@@ -47,6 +53,10 @@ class Batch:
     inputs: Mapping[str, Tensor] | None = None
     answer_mask: Tensor | None = None
     targets: Tensor | None = None
+    objective: str | None = None
+    masked_tokens: Tensor | None = None
+    masked_regions: Tensor | None = None
+    part_targets: Mapping[str, Tensor] | None = None
     references: list[Any] | None = None
 
     def __len__(self) -> int:
@@ -56,8 +66,9 @@ class Batch:
         """Return a batch with ``function`` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
-        if self.inputs is not None:
-            mapped["inputs"] = {name: function(value) for name, value in self.inputs.items()}
+        for name in ("inputs", "part_targets"):
+            if values[name] is not None:
+                mapped[name] = {key: function(value) for key, value in values[name].items()}
         return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:

@@ -14,6 +14,7 @@ from villa.batch import Batch
 from villa.engine.precision import Precision
 from villa.engine.rng import derive_seed, seed_pass
 from villa.losses.base import Loss
+from villa.losses.consistency import Reduction
 from villa.models.base import Model, ModelOutput, Point
 
 
@@ -74,6 +75,10 @@ class ModelPasses:
         """Return the mean task loss of the micro-batch."""
         value: Tensor = self.loss_function(output, batch)
         return value
+
+    def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
+        """Return the divergence of the predictions from those on clean inputs, as the loss defines it."""
+        return self.loss_function.consistency(output, clean, batch, reduction)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate the scaled, weighted loss; ``last`` matters only where processes share gradients."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from villa.batch import Batch
+from villa.losses.classification import widened
 from villa.models.base import Model, ModelOutput
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -30,10 +30,10 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def run(self, model: Model, batch: Batch) -> ModelOutput:
-        """Run the model under autocast; logits come in fp32 or wider."""
+        """Run the model under autocast; logits and the like come in fp32 or wider."""
         with self.autocast():
             output: ModelOutput = model(batch)
-        return replace(output, logits=output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)))
+        return output.map_scores(widened)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision as a context; nothing in fp32."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.losses.consistency import Reduction, symmetric_kl
 from villa.models.base import ModelOutput
 
 
@@ -36,6 +37,19 @@ class Loss(nn.Module, ABC):
         Raises:
             DataError: the batch has no targets, or targets of the wrong form.
         """
+
+    def consistency(
+        self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
+    ) -> Tensor:
+        """Return how far the predictions are from those on clean inputs: the L_kl of VILLA.
+
+        Args:
+            output: on perturbed inputs.
+            clean: on clean inputs; its logits and extras may be read, and gradients flow into both outputs.
+            batch: what both were computed from.
+            reduction: see ``symmetric_kl``.
+        """
+        return symmetric_kl(output.logits, clean.logits, reduction)
 
     def count(self, batch: Batch) -> int:
         """Number of elements that ``forward`` averages over: weights micro-batches within an update."""

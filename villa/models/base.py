@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -48,11 +48,13 @@ class ModelOutput:
 
     Attributes:
         logits: ``[rows, labels]`` scores that the loss and the KL term read. A generative model has a row for each
-            token of ``Batch.answer_mask``, a dual encoder one for each image, with the texts of the batch as labels.
+            token of ``Batch.answer_mask``, a dual encoder one for each image, with the texts of the batch as labels;
+            masked modelling has a row for each masked token or region.
         pooled: ``[rows, hidden]`` pooled output, where the model has one.
         hidden_states: embedding output and the output of every layer, ``[rows, L, hidden]``, on request.
         attentions: every layer's attention maps, ``[rows, heads, L, L]``, on request.
         embeddings: of a dual encoder: images and texts, ``[B, D]`` each, of unit length.
+        extras: what else a loss reads, by name, floating: the logits of the parts of an objective, a distance ``[B]``.
     """
 
     logits: Tensor
@@ -60,6 +62,12 @@ class ModelOutput:
     hidden_states: tuple[Tensor, ...] = ()
     attentions: tuple[Tensor, ...] = ()
     embeddings: tuple[Tensor, Tensor] | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def map_scores(self, function: Callable[[Tensor], Tensor]) -> ModelOutput:
+        """Return the output with ``function`` applied to the logits and to every one of ``extras``."""
+        extras = {name: function(value) for name, value in self.extras.items()}
+        return replace(self, logits=function(self.logits), extras=extras)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ class Point:
         argument: keyword that the input is given by, instead of being the first one.
         layout: ``channels_first`` for ``[rows, width, height, width]`` maps (patch embeddings); several dimensions
             of ``tokens`` are taken as one.
-        confined: what the mask leaves out is not padding but belongs to another modality, and is never perturbed.
+        confined: what the mask leaves out is not just padding (it belongs to another modality, or is masked), and is
+            never perturbed.
     """
 
     module: str

@@ -44,6 +44,11 @@ class Encoded(NamedTuple):
         return self.packing.mask
 
     @property
+    def words(self) -> Tensor:
+        """Last states of the tokens, ``[N, T, hidden]``; arbitrary where ``rows.text_mask`` is False."""
+        return self.packing.words(self.states[-1], self.rows.input_ids.shape[1])
+
+    @property
     def regions(self) -> Tensor:
         """Last states of the regions, ``[N, R, hidden]``; arbitrary where ``rows.region_mask`` is False."""
         return self.packing.regions(self.states[-1], self.rows.features.shape[1])
@@ -63,7 +68,7 @@ class UniterModel(nn.Module):
         """Encode rows into sequences of L = the longest row's tokens and regions."""
         text = self.embeddings(rows.input_ids, rows.token_types)
         types = self.embeddings.token_type_embeddings(rows.image_types)
-        image = self.img_embeddings(rows.features, rows.boxes, types)
+        image = self.img_embeddings(rows.features, rows.boxes, types, rows.masked_regions)
         packing = Packing.of(rows)
         states, maps = self.encoder(packing.pack(text, image), packing.mask, attentions)
         return Encoded(states, maps, rows, packing)

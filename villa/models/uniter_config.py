@@ -21,6 +21,7 @@ HEADS: Registry[Any] = Registry(
         "nlvr2_paired": "villa.models.heads.nlvr2",
         "nlvr2_paired_attn": "villa.models.heads.nlvr2",
         "nlvr2_triplet": "villa.models.heads.nlvr2",
+        "pretraining": "villa.models.heads.pretraining",
         "ranking": "villa.models.heads.ranking",
         "regions": "villa.models.heads.regions",
         "regions_mlp": "villa.models.heads.regions",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from villa.batch import Batch
@@ -24,6 +25,7 @@ class Rows:
         region_mask: ``[N, R]`` bool, or None when every region is real.
         image_types: ``[N | 1, R | 1]`` type of each region.
         examples: B, examples that the rows are of.
+        masked_regions: ``[N, R]`` bool, True where masked region modelling hides a region; None for nowhere.
     """
 
     input_ids: Tensor
@@ -34,6 +36,7 @@ class Rows:
     region_mask: Tensor | None
     image_types: Tensor
     examples: int
+    masked_regions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class RowLayout:
             region_mask=self.region_mask(batch),
             image_types=self._image_types(batch.features),
             examples=len(batch.input_ids),
+            masked_regions=None if batch.masked_regions is None else self._image_rows(batch.masked_regions, batch),
         )
 
     def _counts(self, batch: Batch) -> tuple[int, int]:
@@ -140,8 +144,8 @@ class Packing:
         if rows.text_mask is None and rows.region_mask is None:
             width = rows.input_ids.shape[1]
             return cls(width + rows.features.shape[1], width)
-        text = _given(rows.text_mask, rows.input_ids)
-        valid = torch.cat((text, _given(rows.region_mask, rows.features[..., 0])), dim=1)
+        text = given_mask(rows.text_mask, rows.input_ids)
+        valid = torch.cat((text, given_mask(rows.region_mask, rows.features[..., 0])), dim=1)
         lengths, text_lengths = valid.sum(dim=1), text.sum(dim=1)
         # The shapes that follow depend on these three numbers: the only host synchronisation of a pass.
         facts = torch.stack((lengths.amax(), lengths.amin(), text_lengths.amin()))
@@ -162,6 +166,14 @@ class Packing:
         both = torch.cat((text, image), dim=1)
         return both.gather(1, self.order.unsqueeze(-1).expand(-1, -1, both.shape[-1]))
 
+    def words(self, states: Tensor, count: int) -> Tensor:
+        """Take the states of ``count`` tokens out of packed ``[N, L, hidden]``: ``[N, count, hidden]``.
+
+        What stands where a row has fewer tokens is arbitrary.
+        """
+        missing = count - states.shape[1]
+        return states[:, :count] if missing <= 0 else F.pad(states, (0, 0, 0, missing))
+
     def regions(self, states: Tensor, count: int) -> Tensor:
         """Take the states of ``count`` regions out of packed ``[N, L, hidden]``: ``[N, count, hidden]``.
 
@@ -174,5 +186,6 @@ class Packing:
         return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
-def _given(mask: Tensor | None, like: Tensor) -> Tensor:
+def given_mask(mask: Tensor | None, like: Tensor) -> Tensor:
+    """Return the mask, or one that is True everywhere, shaped ``like``."""
     return torch.ones(like.shape, dtype=torch.bool, device=like.device) if mask is None else mask

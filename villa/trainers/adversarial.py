@@ -10,7 +10,9 @@ from torch import Tensor
 
 from villa.adversarial.ascent import AscentSettings, Init, Norm
 from villa.adversarial.perturbation import Perturbation
+from villa.batch import Batch
 from villa.errors import ConfigError
+from villa.objectives import check_objectives
 from villa.trainers.base import Logs, Passes, Trainer, TrainerConfig
 
 Modality = Literal["text", "image", "both", "alternating"]
@@ -42,6 +44,8 @@ class AdversarialConfig(TrainerConfig):
         mask_padding: padding neither moves nor counts in a norm.
         dropout: ``fresh`` masks in every pass, or ``shared`` by all passes of a micro-batch.
         fp32_gradient: round the perturbation's gradient to fp32 even in fp64 runs (released code).
+        objectives: in pre-training, the objectives that are trained adversarially; batches of others take one clean
+            pass. None perturbs every batch.
     """
 
     steps: int = 3
@@ -56,9 +60,11 @@ class AdversarialConfig(TrainerConfig):
     mask_padding: bool = True
     dropout: Literal["fresh", "shared"] = "fresh"
     fp32_gradient: bool = False
+    objectives: list[str] | None = None
 
     def check(self) -> None:
         """Raise ConfigError for values that make no sense."""
+        check_objectives("trainer.objectives", self.objectives or ())
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")
         for name in ("text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale"):
@@ -91,6 +97,10 @@ class AdversarialTrainer(Trainer):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.views = VIEWS[self.config.modality]
+
+    def perturbs(self, batch: Batch) -> bool:
+        """Whether a batch is trained on adversarially: what is no objective of pre-training always is."""
+        return None in (self.config.objectives, batch.objective) or batch.objective in (self.config.objectives or ())
 
     def modalities(self) -> tuple[str, ...]:
         """The modalities that are perturbed."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
+from villa.losses.consistency import Reduction
 from villa.models.base import ModelOutput
 
 #: Detached values to log, by name; a trainer prefixes per-pass values with ``pass<t>/``.
@@ -56,6 +57,9 @@ class Passes(Protocol):
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""
+
+    def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
+        """Return the divergence of the predictions from those on clean inputs, as the loss defines it."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate. ``last`` marks the micro-batch's last backward: gradients may be reduced then."""

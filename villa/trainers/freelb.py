@@ -10,6 +10,7 @@ from villa.batch import Batch
 from villa.registry import register_trainer
 from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, pass_logs
 from villa.trainers.base import Logs, Passes, TrainerConfig
+from villa.trainers.standard import clean_step
 
 
 class FreeLBConfig(AdversarialConfig):
@@ -28,6 +29,8 @@ class FreeLBTrainer(AdversarialTrainer):
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run the K passes of every view, moving its perturbation in between."""
+        if not self.perturbs(batch):
+            return clean_step(batch, passes)
         steps, weight = self.config.steps, 1 / (self.config.steps * len(self.views))
         deltas, logs, index = self.perturbations(passes), Logs(), 0
         total = torch.zeros(())

@@ -13,10 +13,15 @@ class StandardTrainer(Trainer):
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run and back-propagate one clean pass."""
-        loss = passes.loss(passes.forward(batch), batch)
-        passes.backward(loss, last=True)
-        return {"loss": loss.detach()}
+        return clean_step(batch, passes)
 
     def cost(self) -> tuple[int, int]:
         """One forward, one backward."""
         return 1, 1
+
+
+def clean_step(batch: Batch, passes: Passes) -> Logs:
+    """Run and back-propagate one clean pass: what a method does with a batch that it does not perturb."""
+    loss = passes.loss(passes.forward(batch), batch)
+    passes.backward(loss, last=True)
+    return {"loss": loss.detach()}

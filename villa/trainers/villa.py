@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError
-from villa.losses.consistency import Reduction, symmetric_kl
+from villa.losses.consistency import Reduction
 from villa.models.base import ModelOutput
+from villa.objectives import check_objectives
 from villa.registry import register_trainer
 from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, Modality, pass_logs
 from villa.trainers.base import Logs, Passes, TrainerConfig
+from villa.trainers.standard import clean_step
 
 
 @dataclass
@@ -25,6 +27,7 @@ class VillaConfig(AdversarialConfig):
         reference: sets the options below that differ between the ``paper`` (Algorithm 1) and the ``official``
             code; an option given explicitly wins.
         kl_weight: alpha, the weight of the KL term.
+        kl_weights: in pre-training, alpha of single objectives by name, instead of ``kl_weight``.
         kl_reduction: ``batchmean``, or the ``mean`` over rows and labels.
         clean_logits: ``attached`` trains the clean branch of the KL term too; ``detached`` does not.
         clean_loss: add the loss on clean inputs, L_std, to every update.
@@ -53,6 +56,7 @@ class VillaConfig(AdversarialConfig):
     reference: Literal["paper", "official"] = "paper"
     modality: Modality = "alternating"
     kl_weight: float = 1.0
+    kl_weights: dict[str, float] = field(default_factory=dict)
     kl_reduction: Reduction = "batchmean"
     clean_logits: Literal["attached", "detached"] = "attached"
     clean_loss: bool = True
@@ -61,32 +65,44 @@ class VillaConfig(AdversarialConfig):
     def check(self) -> None:
         """Raise ConfigError for values that make no sense."""
         super().check()
-        if not 0 <= self.kl_weight < float("inf"):
-            raise ConfigError(f"kl_weight is {self.kl_weight}; it must be a finite number of at least 0")
+        check_objectives("trainer.kl_weights", self.kl_weights)
+        weights = {"kl_weight": self.kl_weight} | {f"kl_weights.{name}": w for name, w in self.kl_weights.items()}
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ConfigError(f"{name} is {weight}; it must be a finite number of at least 0")
+
+    def alpha(self, batch: Batch) -> float:
+        """The weight of a batch's KL term."""
+        return self.kl_weights.get(batch.objective or "", self.kl_weight)
 
 
 class CleanBranch:
     """The clean pass: target of the KL terms, back-propagated once however many passes use it.
 
-    Weights are fixed within an update, so the gradients that the KL terms send into the clean logits add up.
-    They are collected on a detached copy, and go through the clean graph together with the last pass, as the
-    gradient of an inner product: one clean backward instead of K, with the same parameter gradients.
+    Weights are fixed within an update, so the gradients that the KL terms send into the clean logits (and into what
+    else of the output they read) add up. They are collected on a detached copy, and go through the clean graph
+    together with the last pass, as the gradient of an inner product: one clean backward instead of K, with the same
+    parameter gradients.
     """
 
     def __init__(self, output: ModelOutput, *, attached: bool) -> None:
         self.output = output
         self.attached = attached
-        self._leaf = output.logits.detach().requires_grad_(attached)
+        self._copy = output.map_scores(lambda scores: scores.detach().requires_grad_(attached))
 
-    def target(self, *, last: bool) -> Tensor:
-        """The clean logits ``[rows, labels]`` for a KL term: the real ones in the last pass, else the copy."""
-        return self.output.logits if last and self.attached else self._leaf
+    def target(self, *, last: bool) -> ModelOutput:
+        """The clean output for a KL term: the real one in the last pass, else the copy."""
+        return self.output if last and self.attached else self._copy
 
     def collected(self, gradient_scale: float) -> Tensor | None:
-        """A scalar whose gradient is what the earlier passes sent into the clean logits; None if nothing."""
-        if self._leaf.grad is None:
-            return None
-        return (self.output.logits * (self._leaf.grad / gradient_scale)).sum()
+        """A scalar whose gradient is what the earlier passes sent into the clean output; None if nothing."""
+        pairs = zip(_scores(self.output), _scores(self._copy), strict=True)
+        sums = [(real * (copy.grad / gradient_scale)).sum() for real, copy in pairs if copy.grad is not None]
+        return torch.stack(sums).sum() if sums else None
+
+
+def _scores(output: ModelOutput) -> tuple[Tensor, ...]:
+    return output.logits, *output.extras.values()
 
 
 @register_trainer("villa")
@@ -101,10 +117,12 @@ class VillaTrainer(AdversarialTrainer):
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run the clean pass, then K passes of every view; the clean graph is back-propagated with the last."""
+        if not self.perturbs(batch):
+            return clean_step(batch, passes)
         clean = self._clean(batch, passes)
         clean_loss = passes.loss(clean.output, batch)
         deltas, logs, count = self.perturbations(passes), Logs(), self.config.steps * len(self.views)
-        total = clean_loss.detach() * self.config.clean_loss
+        total, alpha = clean_loss.detach() * self.config.clean_loss, self.config.alpha(batch)
         weight = 1 / (count if self.config.average_views else self.config.steps)
         for t in range(self.config.steps):
             terms = []
@@ -112,8 +130,9 @@ class VillaTrainer(AdversarialTrainer):
                 index = t * len(self.views) + v + 1
                 output = passes.forward(batch, {m: deltas[m] for m in view}, index=self.pass_index(index))
                 task = passes.loss(output, batch)
-                kl = self._kl(output, clean, last=index == count)
-                objective = (task + self.config.kl_weight * kl) * weight
+                target = clean.target(last=index == count)
+                kl = passes.consistency(output, target, batch, self.config.kl_reduction)
+                objective = (task + alpha * kl) * weight
                 total = total + objective.detach()
                 if index == count:
                     objective = self._with_clean(objective, clean, clean_loss, passes)
@@ -127,19 +146,15 @@ class VillaTrainer(AdversarialTrainer):
     def cost(self) -> tuple[int, int]:
         """The passes of all views, and the clean pass: a forward, and a backward where its graph is used."""
         count = self.config.steps * len(self.views)
-        return count + 1, count + self._clean_graph
+        return count + 1, count + (self._attached(self.config.kl_weight) or self.config.clean_loss)
 
-    @property
-    def _clean_graph(self) -> bool:
-        attached = self.config.clean_logits == "attached" and self.config.kl_weight > 0
-        return attached or self.config.clean_loss
+    def _attached(self, alpha: float) -> bool:
+        return self.config.clean_logits == "attached" and alpha > 0
 
     def _clean(self, batch: Batch, passes: Passes) -> CleanBranch:
-        attached = self.config.clean_logits == "attached" and self.config.kl_weight > 0
-        return CleanBranch(passes.forward(batch, index=0, grad=self._clean_graph), attached=attached)
-
-    def _kl(self, output: ModelOutput, clean: CleanBranch, *, last: bool) -> Tensor:
-        return symmetric_kl(output.logits, clean.target(last=last), self.config.kl_reduction)
+        attached = self._attached(self.config.alpha(batch))
+        output = passes.forward(batch, index=0, grad=attached or self.config.clean_loss)
+        return CleanBranch(output, attached=attached)
 
     def _with_clean(self, objective: Tensor, clean: CleanBranch, clean_loss: Tensor, passes: Passes) -> Tensor:
         collected = clean.collected(passes.gradient_scale)

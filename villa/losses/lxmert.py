@@ -1,0 +1,141 @@
+"""The sum of losses that LXMERT was pre-trained with: all of its objectives on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.errors import DataError, nearest
+from villa.losses.classification import widened
+from villa.losses.consistency import Reduction, symmetric_kl
+from villa.models.base import ModelOutput
+
+#: What an answer, or a class of a region, that is not known is called.
+UNKNOWN = -1
+
+
+def joint_loss(output: ModelOutput, batch: Batch, region_weight: float) -> Tensor:
+    """Sum the losses of the parts that ``batch.part_targets`` has targets for.
+
+    ``words`` (the masked ones), ``matched`` (1: the text is about the image) and ``answers`` (-1: not known) are means
+    over what they ask for. ``objects``, ``attributes`` and ``features`` are summed over the masked regions (each of
+    the classes times the detector's confidence in it, ``object_confidence`` and ``attribute_confidence``), divided by
+    all regions, and weighted.
+
+    Args:
+        output: its extras are the logits by part.
+        batch: the targets.
+        region_weight: weight of the parts about regions.
+
+    Raises:
+        DataError: the batch or the model lacks a part.
+    """
+    regions = _region_count(batch)
+    terms = [
+        PARTS[name](output.extras[name], batch) * (region_weight / regions if name in REGION_PARTS else 1)
+        for name in _asked(batch, output)
+    ]
+    return torch.stack(terms).sum()
+
+
+def joint_consistency(
+    output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction, region_weight: float
+) -> Tensor:
+    """Sum the divergences of the parts, weighted like their losses.
+
+    That of features is the squared difference, mean over the width; answers count where they are known.
+    """
+    regions, terms = _region_count(batch), []
+    for name in _asked(batch, output):
+        ours, theirs = output.extras[name], clean.extras[name]
+        if name == "answers":
+            known = _targets(batch, name) != UNKNOWN
+            ours, theirs = ours[known], theirs[known]
+        if not len(ours):
+            continue
+        term = F.mse_loss(ours, theirs) if name == "features" else symmetric_kl(ours, theirs, reduction)
+        terms.append(term * (region_weight * len(ours) / regions if name in REGION_PARTS else 1))
+    return torch.stack(terms).sum() if terms else output.logits.sum() * 0
+
+
+def _classes(name: str) -> Callable[[Tensor, Batch], Tensor]:
+    """Cross-entropy of rows ``[n, labels]`` whose target is known, mean over these; 0 without any."""
+
+    def term(logits: Tensor, batch: Batch) -> Tensor:
+        targets = _targets(batch, name)
+        total = F.cross_entropy(widened(logits), targets, ignore_index=UNKNOWN, reduction="sum")
+        return total / (targets != UNKNOWN).sum().clamp(min=1)
+
+    return term
+
+
+def _confident_classes(name: str, confidence: str) -> Callable[[Tensor, Batch], Tensor]:
+    """Cross-entropy of masked regions ``[M, classes]`` times the detector's confidence, summed."""
+
+    def term(logits: Tensor, batch: Batch) -> Tensor:
+        terms = F.cross_entropy(widened(logits), _targets(batch, name), ignore_index=UNKNOWN, reduction="none")
+        return (terms * _targets(batch, confidence).to(terms.dtype)).sum()
+
+    return term
+
+
+def _features(logits: Tensor, batch: Batch) -> Tensor:
+    """Smooth L1 distance of masked regions' features ``[M, D]``, mean over the width, summed over regions."""
+    wide = widened(logits)
+    return F.smooth_l1_loss(wide, _targets(batch, "features").to(wide.dtype), reduction="none").mean(1).sum()
+
+
+#: The parts: what computes the loss of each of its logits.
+PARTS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "words": _classes("words"),
+    "matched": _classes("matched"),
+    "objects": _confident_classes("objects", "object_confidence"),
+    "attributes": _confident_classes("attributes", "attribute_confidence"),
+    "features": _features,
+    "answers": _classes("answers"),
+}
+REGION_PARTS = ("objects", "attributes", "features")
+
+
+def asked_parts(batch: Batch) -> list[str]:
+    """The parts that a batch has targets for.
+
+    Raises:
+        DataError: none.
+    """
+    given: Iterable[Any] = batch.part_targets or ()
+    asked = [name for name in PARTS if name in given]
+    if not asked:
+        found = next(iter(given), "")
+        raise DataError(
+            f"objective 'lxmert' needs targets of at least one part{nearest(found, list(PARTS))} "
+            f"(known: {', '.join(PARTS)})"
+        )
+    return asked
+
+
+def _asked(batch: Batch, output: ModelOutput) -> list[str]:
+    asked = asked_parts(batch)
+    lacking = next((name for name in asked if name not in output.extras), None)
+    if lacking is not None:
+        raise DataError(f"objective 'lxmert' has targets of '{lacking}', but the model has no head for them")
+    return asked
+
+
+def _targets(batch: Batch, name: str) -> Tensor:
+    try:
+        return (batch.part_targets or {})[name]
+    except KeyError:
+        raise DataError(f"objective 'lxmert' lacks the targets '{name}'") from None
+
+
+def _region_count(batch: Batch) -> Tensor | int:
+    """All regions of a batch, masked or not."""
+    if batch.region_mask is not None:
+        return batch.region_mask.sum()
+    return 1 if batch.features is None else batch.features.shape[:-1].numel()

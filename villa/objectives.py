@@ -1,0 +1,37 @@
+"""The pre-training objectives: names that recipes and batches give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from villa.errors import ConfigError, nearest
+
+#: Every objective with what it asks of a model.
+OBJECTIVES: Mapping[str, str] = {
+    "mlm": "the words that are masked",
+    "mrfr": "the features of masked regions",
+    "mrc": "the detector's classes of masked regions",
+    "mrc_kl": "the detector's class distributions of masked regions",
+    "itm": "whether text and image match",
+    "itm_wra": "whether they match, with words and regions aligned by optimal transport",
+    "qa": "the answer to a question",
+    "lxmert": "all that LXMERT was pre-trained for, at once",
+}
+
+
+def check_objectives(option: str, names: Iterable[str]) -> None:
+    """Refuse names that are not those of objectives.
+
+    Args:
+        option: the option that gives them, for the message.
+        names: what it gives.
+
+    Raises:
+        ConfigError: a name is not known.
+    """
+    wrong = next((name for name in names if name not in OBJECTIVES), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{option} names '{wrong}', which is not an objective{nearest(wrong, list(OBJECTIVES))} "
+            f"(known: {', '.join(OBJECTIVES)})"
+        )
