@@ -25,7 +25,7 @@ def scored(images: Tensor, texts: Tensor, references: list[Any] | None = None) -
 
 
 def unit(*rows: list[float]) -> Tensor:
-    return torch.nn.functional.normalize(torch.tensor(rows), dim=-1)
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)
 
 
 def test_all_right() -> None:
@@ -55,7 +55,7 @@ def test_counts_by_brute_force() -> None:
 
 
 def test_an_image_with_two_texts_counts_once_and_both_are_right() -> None:
-    images = unit([1, 0], [1, 0], [0, 1])
+    images = unit([1.0, 0], [1, 0], [0, 1])
     texts = unit([0.2, 1], [1, 0.1], [0, 1])  # the second text of image a is nearest to it, the first to image b
     references = [{"image": "a", "text": "1"}, {"image": "a", "text": "2"}, {"image": "b", "text": "3"}]
     values = scored(images, texts, references).compute()
