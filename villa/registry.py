@@ -89,6 +89,7 @@ MODELS: Registry[Any] = Registry(
         "uniter": "villa.models.uniter",
         "text_classifier": "villa.models.text_classifier",
         "lxmert": "villa.models.lxmert",
+        "lxmert_pretraining": "villa.models.lxmert_pretraining",
         "huggingface": "villa.models.huggingface.model",
     },
 )

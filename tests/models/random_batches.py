@@ -6,7 +6,12 @@ from villa.batch import Batch
 
 
 def random_batch(
-    texts: tuple[int, ...] = (3, 7), images: tuple[int, ...] = (3, 5), *, columns: int = 4, padded: bool = True
+    texts: tuple[int, ...] = (3, 7),
+    images: tuple[int, ...] = (3, 5),
+    *,
+    columns: int = 4,
+    padded: bool = True,
+    objective: str | None = None,
 ) -> Batch:
     """Random texts ``[*texts]`` and regions ``[*images, 8]``; ``padded`` pads the first example by one each."""
     torch.manual_seed(1)
@@ -21,4 +26,5 @@ def random_batch(
         features=torch.randn(*images, 8),
         boxes=torch.rand(*images, columns),
         region_mask=region_mask,
+        objective=objective,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,24 @@ from villa.registry import register_model
 #: What the released code adds to the attention scores of masked positions.
 RELEASED_MASK = -10000.0
 _LAYER_NORM_EPS = 1e-12
+
+
+class LxmertEncoded(NamedTuple):
+    """What the transformer made of N rows.
+
+    Attributes:
+        text: states of the text, embedding and after every language and cross layer, ``[N, T, hidden]`` each.
+        regions: last states of the regions, ``[N, R, hidden]``.
+        pooled: ``[N, hidden]``.
+        attentions: see ``Lxmert.forward``.
+        examples: B, examples that the rows are of.
+    """
+
+    text: tuple[Tensor, ...]
+    regions: Tensor
+    pooled: Tensor
+    attentions: tuple[Tensor, ...]
+    examples: int
 
 
 @register_model("lxmert")
@@ -82,6 +100,16 @@ class Lxmert(Model):
         Raises:
             DataError: the batch lacks text, features or boxes, or they do not suit the model.
         """
+        encoded = self.encode(batch, attentions)
+        logits = self.logit_fc(encoded.pooled.reshape(encoded.examples, -1))
+        return ModelOutput(logits, encoded.pooled, encoded.text if hidden_states else (), encoded.attentions)
+
+    def encode(self, batch: Batch, attentions: bool = False) -> LxmertEncoded:
+        """Run the transformer.
+
+        Raises:
+            DataError: as ``forward``.
+        """
         rows = self.layout.rows(batch)
         text = self._embed(rows)
         vision, language, crossed = self.lxmert.encoder(
@@ -92,12 +120,12 @@ class Lxmert(Model):
             self._score_mask(rows.region_mask, text),
             output_attentions=attentions,
         )
-        pooled = self.lxmert.pooler(language[0][-1])
-        return ModelOutput(
-            self.logit_fc(pooled.reshape(rows.examples, -1)),
-            pooled,
-            (text, *language[0]) if hidden_states else (),
+        return LxmertEncoded(
+            (text, *language[0]),
+            vision[0][-1],
+            self.lxmert.pooler(language[0][-1]),
             (*language[1], *vision[1], *crossed) if attentions else (),
+            rows.examples,
         )
 
     def perturbation_points(self) -> Mapping[str, Point]:

@@ -68,7 +68,10 @@ class UniterModel(nn.Module):
         """Encode rows into sequences of L = the longest row's tokens and regions."""
         text = self.embeddings(rows.input_ids, rows.token_types)
         types = self.embeddings.token_type_embeddings(rows.image_types)
-        image = self.img_embeddings(rows.features, rows.boxes, types, rows.masked_regions)
+        masked, features = rows.masked_regions, rows.features
+        if masked is not None:
+            features = features.masked_fill(masked.unsqueeze(-1), 0)
+        image = self.img_embeddings(features, rows.boxes, types, masked)
         packing = Packing.of(rows)
         states, maps = self.encoder(packing.pack(text, image), packing.mask, attentions)
         return Encoded(states, maps, rows, packing)

@@ -82,7 +82,7 @@ class ImageEmbeddings(nn.Module):
         """Embed the regions of ``N`` images.
 
         Args:
-            features: ``[N, R, feature_dim]``; what a masked region has is not read.
+            features: ``[N, R, feature_dim]``, zero where a region is masked.
             boxes: ``[N, R, 4 | 6 | 7]`` normalised.
             types: type embeddings, ``[N, R, hidden]`` or any shape that broadcasts to it.
             masked_regions: ``[N, R]`` bool; True where row 1 of the mask embedding is added (masked region
@@ -92,8 +92,7 @@ class ImageEmbeddings(nn.Module):
             ``[N, R, hidden]``.
         """
         if masked_regions is not None:
-            masked = masked_regions.unsqueeze(-1)
-            features = features.masked_fill(masked, 0) + masked * self.mask_embedding.weight[1]
+            features = features + masked_regions.unsqueeze(-1) * self.mask_embedding.weight[1]
         seen = self.img_layer_norm(self.img_linear(features))
         placed = self.pos_layer_norm(self.pos_linear(box_geometry(boxes)))
         normalised: Tensor = self.dropout(self.LayerNorm(seen + placed + types))

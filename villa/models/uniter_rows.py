@@ -65,6 +65,14 @@ class RowLayout:
         """``[N, R]`` bool of the rows of ``batch``, or None when every region is real."""
         return None if batch.region_mask is None else self._image_rows(batch.region_mask, batch)
 
+    def visible_regions(self, batch: Batch) -> Tensor | None:
+        """As ``region_mask``, without the regions that masked region modelling asks for."""
+        real = self.region_mask(batch)
+        if batch.masked_regions is None:
+            return real
+        seen = ~self._image_rows(batch.masked_regions, batch)
+        return seen if real is None else real & seen
+
     def rows(self, batch: Batch) -> Rows:
         """Make the rows of a batch.
 

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.errors import DataError
 from villa.losses.transport import align
 from villa.models.base import ModelOutput, Point
-from villa.models.heads.pretraining_modules import FeatureRegression, RegionClassifier, WordPrediction
+from villa.models.heads.pretraining_modules import (
+    FeatureRegression,
+    RegionClassifier,
+    WordPrediction,
+    head_of,
+    required_mask,
+)
 from villa.models.uniter import Encoded, Uniter
 from villa.models.uniter_config import register_head
 from villa.models.uniter_rows import given_mask
@@ -57,12 +62,7 @@ class UniterForPretraining(Uniter):
         Raises:
             DataError: the batch lacks text, features, boxes or masks, or its objective has no head here.
         """
-        head = self._heads.get(batch.objective or "")
-        if head is None:
-            raise DataError(
-                f"the batch is for objective '{batch.objective}', but model.head=pretraining has heads for "
-                f"{', '.join(self._heads)}; use a pre-training data set, or the head of the task"
-            )
+        head = head_of(batch, self._heads)
         encoded = self.uniter(self.layout.rows(batch), attentions)
         states = encoded.states if hidden_states else ()
         return replace(head(encoded, batch), hidden_states=states, attentions=encoded.attentions)
@@ -75,20 +75,10 @@ class UniterForPretraining(Uniter):
     def perturbation_points(self) -> Mapping[str, Point]:
         """As for the tasks, but masked regions are never perturbed: what they have is not read."""
         points = super().perturbation_points()
-        return {**points, "image": replace(points["image"], mask=self._visible_regions, confined=True)}
-
-    def head_prefixes(self) -> tuple[str, ...]:
-        """The heads; the release gives them no learning rate of their own."""
-        return ("cls", "feat_regress", "region_classifier", "itm_output")
-
-    def _visible_regions(self, batch: Batch) -> Tensor | None:
-        real = self.layout.region_mask(batch)
-        if batch.masked_regions is None:
-            return real
-        return ~batch.masked_regions if real is None else real & ~batch.masked_regions
+        return {**points, "image": replace(points["image"], mask=self.layout.visible_regions, confined=True)}
 
     def _words(self, encoded: Encoded, batch: Batch) -> ModelOutput:
-        masked = _required(batch.masked_tokens, "masked_tokens", batch)
+        masked = required_mask("masked_tokens", batch)
         return ModelOutput(self.cls["predictions"](encoded.words[masked]))
 
     def _features(self, encoded: Encoded, batch: Batch) -> ModelOutput:
@@ -108,13 +98,7 @@ class UniterForPretraining(Uniter):
 
 def _masked_regions(encoded: Encoded, batch: Batch) -> Tensor:
     """States of the masked regions, ``[M, hidden]``."""
-    return encoded.regions[_required(batch.masked_regions, "masked_regions", batch)]
-
-
-def _required(mask: Tensor | None, name: str, batch: Batch) -> Tensor:
-    if mask is None:
-        raise DataError(f"the batch is for objective '{batch.objective}' but has no {name}")
-    return mask
+    return encoded.regions[required_mask("masked_regions", batch)]
 
 
 def _clear_unmasked_row(model: nn.Module, _: Any = None) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from villa.batch import Batch
+from villa.errors import DataError
 from villa.models.uniter_sizes import LAYER_NORM_EPS
+
+T = TypeVar("T")
 
 
 class Transform(nn.Module):
@@ -69,3 +76,31 @@ class RegionClassifier(nn.Module):
 def region_transform(hidden_size: int) -> nn.Sequential:
     """Linear map, GELU and LayerNorm, as ``net.0`` and ``net.2``."""
     return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS))
+
+
+def head_of(batch: Batch, heads: Mapping[str, T]) -> T:
+    """Return what a model has for the objective of a batch.
+
+    Raises:
+        DataError: nothing.
+    """
+    objective = batch.objective or ""
+    if objective not in heads:
+        given = f"objective '{objective}'" if objective else "no objective"
+        raise DataError(
+            f"the batch is for {given}, but the model has heads for {', '.join(heads)}; use a data set of one of "
+            "these, or the head of the task"
+        )
+    return heads[objective]
+
+
+def required_mask(name: str, batch: Batch) -> Tensor:
+    """Return ``masked_tokens`` or ``masked_regions`` of a batch.
+
+    Raises:
+        DataError: it has none.
+    """
+    mask: Tensor | None = getattr(batch, name)
+    if mask is None:
+        raise DataError(f"the batch is for objective '{batch.objective}' but has no {name} (first: '{batch.ids[0]}')")
+    return mask

@@ -1,0 +1,147 @@
+"""LXMERT with the heads that it was pre-trained with; every batch says which of them it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import ConfigError
+from villa.losses.lxmert import asked_parts
+from villa.models.base import DataFacts, ModelOutput, Point
+from villa.models.heads.pretraining_modules import Transform, WordPrediction, head_of, required_mask
+from villa.models.lxmert import Lxmert, LxmertEncoded
+from villa.models.lxmert_config import LxmertConfig
+from villa.models.settling import require_positive, settle
+from villa.registry import register_model
+
+#: Objectives of a single part, and the part; ``lxmert`` asks for all parts that a batch has targets for.
+PARTS = {
+    "mlm": "words",
+    "mrfr": "features",
+    "mrc": "objects",
+    "mrc_kl": "objects",
+    "itm": "matched",
+    "qa": "answers",
+}
+#: The released names of the decoders of regions.
+_DECODERS = {"objects": "obj", "attributes": "attr", "features": "feat"}
+
+
+@dataclass
+class LxmertPretrainingConfig(LxmertConfig):
+    """Options of LXMERT in pre-training, besides those of the model for tasks.
+
+    Attributes:
+        num_labels: classes of regions (1,600 in the release); None takes the data's.
+        num_attributes: attributes of regions.
+        num_answers: answers to questions.
+    """
+
+    name: str = "lxmert_pretraining"
+    num_attributes: int = 400
+    num_answers: int = 9500
+
+    def check(self) -> None:
+        """Check the numbers against each other."""
+        super().check()
+        require_positive(num_attributes=self.num_attributes, num_answers=self.num_answers)
+        if self.head != "answers":
+            raise ConfigError(f"model.head='{self.head}' does not exist in pre-training; leave it out")
+
+
+@register_model("lxmert_pretraining")
+class LxmertForPretraining(Lxmert):
+    """Logits of what the batch's objective asks for, or, for ``lxmert``, of every part of it in ``extras``.
+
+    ``words [N, vocabulary]`` of the N masked tokens; ``objects [M, labels]``, ``attributes [M, attributes]`` and
+    ``features [M, feature_dim]`` of the M masked regions; ``matched [B, 2]``; ``answers [B, answers]``. The heads carry
+    the released names ``cls``, ``obj_predict_head`` and ``answer_head``.
+
+    Args:
+        config: configuration object of transformers.
+        num_labels: classes of regions.
+        num_attributes: attributes of regions.
+        num_answers: answers.
+        released: see ``LxmertConfig``.
+    """
+
+    Config = LxmertPretrainingConfig
+
+    def __init__(
+        self, config: Any, *, num_labels: int, num_attributes: int, num_answers: int, released: bool = False
+    ) -> None:
+        super().__init__(config, images=1, num_labels=num_answers, released=released)
+        self.answer_head = nn.ModuleDict({"logit_fc": self.logit_fc})
+        del self.logit_fc
+        hidden = config.hidden_size
+        self.cls = nn.ModuleDict(
+            {
+                "predictions": WordPrediction(self.lxmert.embeddings.word_embeddings),
+                "seq_relationship": nn.Linear(hidden, 2),
+            }
+        )
+        widths = {"obj": num_labels, "attr": num_attributes, "feat": config.visual_feat_dim}
+        decoders = nn.ModuleDict({name: nn.Linear(hidden, width) for name, width in widths.items()})
+        self.obj_predict_head = nn.ModuleDict({"transform": Transform(hidden), "decoder_dict": decoders})
+        self.cls.apply(self._initialise)
+        self.obj_predict_head.apply(self._initialise)
+
+    @classmethod
+    def from_config(cls, config: LxmertPretrainingConfig, facts: DataFacts) -> LxmertForPretraining:  # type: ignore[override]
+        """Build the model with all heads and fresh weights.
+
+        Raises:
+            ConfigError: the configuration contradicts the data or itself.
+        """
+        config.check()
+        return cls(
+            config.transformer(facts),
+            num_labels=settle("model.num_labels", config.num_labels, facts.num_labels),
+            num_attributes=config.num_attributes,
+            num_answers=config.num_answers,
+            released=config.released,
+        )
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Predict what the batch's objective asks for; states and attention as in ``Lxmert.forward``.
+
+        Raises:
+            DataError: the batch lacks text, features, boxes or masks, or its objective has no head here.
+        """
+        part = head_of(batch, {**PARTS, "lxmert": None})
+        encoded = self.encode(batch, attentions)
+        asked = asked_parts(batch) if part is None else [part]
+        scores = {name: self._score(name, encoded, batch) for name in asked}
+        logits = scores.get("matched", scores[asked[0]])
+        output = ModelOutput(logits, encoded.pooled, extras=scores if part is None else {})
+        return replace(output, hidden_states=encoded.text if hidden_states else (), attentions=encoded.attentions)
+
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """As for the tasks, but masked regions are never perturbed."""
+        points = super().perturbation_points()
+        return {**points, "image": replace(points["image"], mask=self.layout.visible_regions, confined=True)}
+
+    def head_prefixes(self) -> tuple[str, ...]:
+        """None: the release gives the heads no learning rate of their own."""
+        return ()
+
+    def _score(self, part: str, encoded: LxmertEncoded, batch: Batch) -> Tensor:
+        """Logits of a part."""
+        if part == "words":
+            words: Tensor = self.cls["predictions"](encoded.text[-1][required_mask("masked_tokens", batch)])
+            return words
+        if part in _DECODERS:
+            return self._regions(_DECODERS[part], encoded.regions[required_mask("masked_regions", batch)])
+        head: Callable[[Tensor], Tensor] = (
+            self.cls["seq_relationship"] if part == "matched" else self.answer_head["logit_fc"]
+        )
+        return head(encoded.pooled)
+
+    def _regions(self, decoder: str, states: Tensor) -> Tensor:
+        decoders: Any = self.obj_predict_head["decoder_dict"]
+        scores: Tensor = decoders[decoder](self.obj_predict_head["transform"](states))
+        return scores
