@@ -114,7 +114,7 @@ def test_assets_replace_the_training_data(tmp_path: Path, monkeypatch: pytest.Mo
     loaded = EasyVqa(config, assets=tmp_path / "assets")
     assert loaded.facts() == original.facts()
     record = {"image": str(images[0]), "question": "what color is the shape?"}
-    assert loaded.requests([record])[0].input_ids.equal(original.encode("what color is the shape?"))
+    assert loaded.requests([record])[0].input_ids.equal(original.reader.words("what color is the shape?", None)[0])
 
 
 def test_assets_of_another_extractor_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+from villa.datasets.processor_loading import load_processor
+from villa.datasets.processor_reader import Kind
 from villa.datasets.records import REGION_FIELDS, Regions
 from villa.datasets.text import load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError
-from villa.files import write_json
-from villa.models.base import DataFacts
+from villa.files import sha256, write_json
+from villa.models.base import DataFacts, Task
 
-ANSWERS_FILE, META_FILE = "answers.json", "dataset.json"
+ANSWERS_FILE, META_FILE, PROCESSOR = "answers.json", "dataset.json", "processor"
+
+#: What a model is asked for, as its ``task``.
+_TASKS: dict[Any, Task] = {"label": "classification", "text": "generation", "pair": "contrastive"}
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,24 @@ class Assets:
     """Vocabulary and labels of a data set.
 
     Attributes:
-        tokenizer: text to ids.
-        answers: label names in the order of the logits.
+        tokenizer: text to ids; None where a model's own processor reads the text.
+        answers: label names in the order of the logits; none where there are no labels.
         soft: targets are scores of every answer, not one class.
         regions: where region features come from.
         feature_dim: width of a region feature; None for text only.
         extractor: what makes grid features (network, weights, sizes); None for other regions.
+        kind: what is asked of a model: a ``label``, a ``text``, or whether a ``pair`` belongs together.
+        processor: the model's own processor of transformers, or None.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     answers: list[str]
     soft: bool
     regions: Regions
     feature_dim: int | None = None
     extractor: str | None = None
+    kind: Kind = "label"
+    processor: Any = None
 
     @cached_property
     def labels(self) -> dict[str, int]:
@@ -46,14 +56,28 @@ class Assets:
 
     def facts(self) -> DataFacts:
         """What the data fixes about a model."""
-        return DataFacts(vocabulary_size(self.tokenizer), len(self.answers), self.feature_dim)
+        words = None if self.tokenizer is None else vocabulary_size(self.tokenizer)
+        labels = tuple(self.answers) if self.kind == "label" else None
+        return DataFacts(words, len(labels) if labels else None, self.feature_dim, _TASKS[self.kind], labels)
+
+    def reading_fingerprint(self) -> str:
+        """Hash of what reads texts and images."""
+        if self.tokenizer is not None:
+            return self.tokenizer.to_str()
+        with tempfile.TemporaryDirectory() as folder:
+            self.processor.save_pretrained(folder)
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            return json.dumps([[str(path.relative_to(folder)), sha256(path)] for path in files])
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``, ``answers.json`` and ``dataset.json`` into ``folder``."""
+        """Write the tokenizer or processor, ``answers.json`` and ``dataset.json`` into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(self.tokenizer, folder)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder / PROCESSOR)
         write_json(folder / ANSWERS_FILE, self.answers)
-        names = ("soft", "regions", "feature_dim", "extractor")
+        names = ("soft", "regions", "feature_dim", "extractor", "kind")
         write_json(folder / META_FILE, {name: getattr(self, name) for name in names})
 
     @classmethod
@@ -64,17 +88,23 @@ class Assets:
             DataError: a file is missing or damaged.
         """
         answers, meta = _read_json(folder / ANSWERS_FILE), _read_json(folder / META_FILE)
-        if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
-            raise DataError(f"'{folder / ANSWERS_FILE}' is not a list of answers; use an undamaged checkpoint")
-        if not isinstance(meta, dict) or meta.get("regions") not in (*REGION_FIELDS, "none"):
+        known = isinstance(meta, dict) and meta.get("regions") in (*REGION_FIELDS, "none")
+        kind: Any = meta.get("kind", "label") if known else None
+        if kind not in _TASKS:
             raise DataError(f"'{folder / META_FILE}' does not describe a data set; use an undamaged checkpoint")
+        named = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+        if not named or (kind == "label" and not answers):
+            raise DataError(f"'{folder / ANSWERS_FILE}' is not a list of answers; use an undamaged checkpoint")
+        own = (folder / PROCESSOR).is_dir()
         return cls(
-            load_tokenizer(folder),
+            None if own else load_tokenizer(folder),
             answers,
             soft=bool(meta.get("soft")),
             regions=cast("Regions", meta["regions"]),
             feature_dim=meta.get("feature_dim"),
             extractor=meta.get("extractor"),
+            kind=kind,
+            processor=load_processor(folder / PROCESSOR, local=True) if own else None,
         )
 
 

@@ -33,21 +33,30 @@ class Example:
 
     Attributes:
         id: unique within the split.
-        input_ids: ``[T]`` with [CLS] and [SEP] in place, or a tuple of these, one a choice.
+        input_ids: ``[T]`` with [CLS] and [SEP] in place, or a tuple of these, one a choice; None where a model's own
+            processor reads ``text`` in collation.
         token_type_ids: like ``input_ids``, or None.
         features: ``[R, D]`` float16 or float32, or a tuple of these, one an image, or None.
         boxes: ``[R, 4 | 6 | 7]``, or a tuple like ``features``, or None.
         target: class index (int), indices ``[C]``, soft targets ``[labels]``, or None when there is no answer.
         reference: see ``Batch.references``.
+        images: whole images, for models that read pixels: ``[3, H, W]`` bytes, or as a processor takes them.
+        text: the text, for a processor.
+        pair: a second text, or None.
+        answer: the text that a model is to write, or None.
     """
 
     id: str
-    input_ids: Ragged
+    input_ids: Ragged | None = None
     token_type_ids: Ragged | None = None
     features: Ragged | None = None
     boxes: Ragged | None = None
     target: int | Tensor | None = None
     reference: Any = None
+    images: tuple[Any, ...] = ()
+    text: str = ""
+    pair: str | None = None
+    answer: str | None = None
 
 
 class Split(Dataset[Example], ABC):
@@ -62,7 +71,8 @@ class Split(Dataset[Example], ABC):
     @property
     def answered(self) -> bool:
         """Whether the examples can be scored: the first one's answer is known, so all are."""
-        return self[0].target is not None
+        first = self[0]
+        return first.target is not None or first.answer is not None
 
     def draw(self, index: int, seed: int) -> Example:
         """Return example ``index`` for training; its random parts, if it has any, derive from ``seed`` alone.

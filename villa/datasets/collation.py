@@ -31,7 +31,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         DataError: the examples are of different forms.
     """
     ids = [example.id for example in examples]
-    texts = [example.input_ids for example in examples]
+    texts = [example.input_ids for example in examples if example.input_ids is not None]
     types: list[Ragged] | None = _all_or_none([e.token_type_ids for e in examples], "token_type_ids", ids)
     features: list[Ragged] | None = _all_or_none([e.features for e in examples], "features", ids)
     boxes: list[Ragged] | None = _all_or_none([e.boxes for e in examples], "boxes", ids)
@@ -44,7 +44,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         features=None if features is None else _pad(features, torch.float32, ids),
         boxes=None if boxes is None else _pad(boxes, torch.float32, ids),
         region_mask=None if features is None else _mask(features, ids),
-        targets=_targets([example.target for example in examples], ids),
+        targets=stack_targets(examples),
         references=None if all(reference is None for reference in references) else references,
     )
 
@@ -89,7 +89,13 @@ def _all_or_none(values: Sequence[T | None], name: str, ids: list[str]) -> list[
     return present or None
 
 
-def _targets(targets: list[int | Tensor | None], ids: list[str]) -> Tensor | None:
+def stack_targets(examples: Sequence[Example]) -> Tensor | None:
+    """Return the targets of examples: int64 ``[B]`` or ``[B, C]``, float32 ``[B, labels]``, or None.
+
+    Raises:
+        DataError: they are of different forms, or only some have one.
+    """
+    targets, ids = [example.target for example in examples], [example.id for example in examples]
     if all(isinstance(target, int) for target in targets):
         return torch.tensor(targets)
     tensors = [torch.tensor(target) if isinstance(target, int) else target for target in targets]

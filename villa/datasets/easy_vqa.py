@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
 
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig
+from villa.datasets.processor_reader import Kind
 from villa.datasets.question_answering import QuestionAnswering, QuestionAnsweringConfig
-from villa.datasets.records import Regions
+from villa.datasets.reader import Record
 from villa.datasets.stores.base import Source, files_digest
 from villa.datasets.stores.grid import GridExtractor
-from villa.datasets.table import Row, TableSplit
+from villa.datasets.table import TableSplit
 from villa.datasets.text import build_tokenizer
 from villa.engine.rng import derive_seed
 from villa.errors import ConfigError, DataError, nearest
@@ -36,7 +36,9 @@ class EasyVqaConfig(QuestionAnsweringConfig):
     """Options of easy-VQA, besides those that question answering shares.
 
     Attributes:
-        regions: ``grid`` features, or ``none`` for questions without their images.
+        regions: ``grid`` features, whole images as ``pixels``, or ``none`` for questions without their images. With a
+            processor, images are taken whole.
+        target: ``class``, one of the 13 answers, or ``text``, an answer that a model with a processor writes.
         val_images: training images (the last ones) that are held out, with their questions, as split ``val``.
         fraction: share of the other training questions to train on; a smaller share is part of a larger one.
         fraction_seed: of the choice of that share.
@@ -45,7 +47,8 @@ class EasyVqaConfig(QuestionAnsweringConfig):
 
     name: str = "easy_vqa"
     max_text_length: int = 24
-    regions: Literal["grid", "none"] = "grid"
+    regions: Literal["grid", "pixels", "none"] = "grid"
+    target: Literal["class", "text"] = "class"
     val_images: int = 200
     fraction: float = 1.0
     fraction_seed: int = 0
@@ -60,6 +63,12 @@ class EasyVqaConfig(QuestionAnsweringConfig):
             raise ConfigError(f"dataset.limit={self.limit} is not allowed; give at least 1, or null for all questions")
         if self.val_images < 0:
             raise ConfigError(f"dataset.val_images={self.val_images} is not allowed; give 0 or more")
+        self.check_kind(self.kind)
+
+    @property
+    def kind(self) -> Kind:
+        """What is asked of the model."""
+        return "text" if self.target == "text" else "label"
 
 
 @dataclass(frozen=True)
@@ -79,20 +88,19 @@ class EasyVqa(QuestionAnswering):
     Config: ClassVar[type[DatasetConfig]] = EasyVqaConfig
     config: EasyVqaConfig
 
-    @cached_property
-    def _texts(self) -> dict[str, Tensor]:
-        """Word-piece ids of the distinct questions (107 of them)."""
-        return {text: self.encode(text) for text in _distinct_texts()}
-
     def _build_assets(self) -> Assets:
-        regions: Regions = self.config.regions
+        processor, regions = self._processor(), self.config.regions
+        if processor is not None and regions == "grid":
+            regions = "pixels"
         return Assets(
-            build_tokenizer(_distinct_texts(), VOCABULARY_SIZE),
-            list(_package().get_answers()),
+            build_tokenizer(_distinct_texts(), VOCABULARY_SIZE) if processor is None else None,
+            list(_package().get_answers()) if self.config.kind == "label" else [],
             soft=False,
             regions=regions,
             feature_dim=GridExtractor.dim if regions == "grid" else None,
             extractor=self._extractor(regions),
+            kind=self.config.kind,
+            processor=processor,
         )
 
     def _training_images(self) -> tuple[list[Source], list[int]]:
@@ -101,17 +109,22 @@ class EasyVqa(QuestionAnswering):
     def split(self, name: str) -> TableSplit:
         """Return a split; features that are not cached yet are extracted first (see the base class)."""
         questions = self._questions(name)
-        store = self._open_store(_images(name == "test"))
-        if store is not None:
-            store.prepare(question.image for question in questions)
-        texts = {text: index for index, text in enumerate(self._texts)}
-        labels = self.vocabulary.labels
-        rows = [Row(str(q.number), texts[q.text], q.image, labels[q.answer]) for q in questions]
-        return TableSplit(rows, list(self._texts.values()), store)
+        seen = self.vocabulary.regions != "none"
+        store = self.open_store(_images(name == "test"), (q.image for q in questions)) if seen else None
+        return TableSplit([self._record(question) for question in questions], self.reader, store)
+
+    def _record(self, question: Question) -> Record:
+        images = () if self.vocabulary.regions == "none" else (question.image,)
+        record = Record(str(question.number), question.text, images=images)
+        if self.config.kind == "text":
+            return replace(record, answer=question.answer)
+        return replace(record, target=self.vocabulary.labels[question.answer])
 
     def fingerprint(self) -> str:
         """Hash of questions, image files, options and extractor."""
-        parts: list[Any] = [asdict(self.config) | {"cache_dir": None}, self.vocabulary.extractor]
+        parts: list[Any] = [asdict(self.config) | {"cache_dir": None, "processor": None}, self.vocabulary.extractor]
+        if self.vocabulary.processor is not None:
+            parts.append(self.vocabulary.reading_fingerprint())
         for test in (False, True):
             questions = [(q.number, q.text, q.answer, q.image) for q in _read(test)]
             parts += [questions, files_digest(_images(test))]

@@ -6,25 +6,27 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tokenizers import Tokenizer
 
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig
 from villa.datasets.jsonl_split import JsonlSplit
+from villa.datasets.processor_reader import Kind
 from villa.datasets.question_answering import QuestionAnswering, QuestionAnsweringConfig, ranked_answers
 from villa.datasets.records import (
     JsonLines,
     Regions,
     answer_scores,
     guess_regions,
+    record_sources,
+    record_texts,
     region_source,
-    text_field,
 )
 from villa.datasets.stores.base import Source, Sources, files_digest
 from villa.datasets.stores.files import FileStore
@@ -44,8 +46,9 @@ class JsonlConfig(QuestionAnsweringConfig):
     """Options of a user's own data.
 
     A line is ``{"question": text, "answer": text, "image": path, "id": text}``. Instead of ``image``, ``features``
-    names a ``.npz`` or ``.safetensors`` file; with neither, questions are text alone. Instead of ``answer``,
-    ``answers`` gives ``{text: score}`` or a list of human answers. Without ``id`` it is the line's number.
+    names a ``.npz`` or ``.safetensors`` file, or ``images`` gives several paths; with none, questions are text alone.
+    ``text`` may stand for ``question``; ``text_pair`` is a second text. Instead of ``answer``, ``answers`` gives
+    ``{text: score}`` or a list of human answers. Without ``id`` it is the line's number.
 
     Attributes:
         train: file of the training questions; may be left out when only a checkpoint is evaluated.
@@ -57,9 +60,11 @@ class JsonlConfig(QuestionAnsweringConfig):
         min_count: keep only answers of at least this many questions of ``train``.
         tokenizer: ``tokenizer.json``, ``vocab.txt`` or folder; None builds one from the questions of ``train``.
         vocabulary_size: largest size of a vocabulary that is built.
-        regions: ``grid`` of ``image``, ``files`` of ``features``, or ``none``; ``auto`` looks at the first question.
+        regions: ``grid`` of ``image``, ``files`` of ``features``, whole images as ``pixels``, or ``none``; ``auto``
+            looks at the first question, and takes images whole where there is a processor.
         target: ``class``, one answer (the best-scored), or ``soft``, scores of all; ``auto`` is soft when the first
-            question of ``train`` has ``answers``.
+            question of ``train`` has ``answers``. With a processor also ``text``, an answer that the model writes, or
+            ``pair``, images and texts that belong together.
     """
 
     name: str = "jsonl"
@@ -72,8 +77,8 @@ class JsonlConfig(QuestionAnsweringConfig):
     min_count: int = 1
     tokenizer: str | None = None
     vocabulary_size: int = 8192
-    regions: Literal["auto", "grid", "files", "none"] = "auto"
-    target: Literal["auto", "class", "soft"] = "auto"
+    regions: Literal["auto", "grid", "files", "pixels", "none"] = "auto"
+    target: Literal["auto", "class", "soft", "text", "pair"] = "auto"
 
     def check(self) -> None:
         """Refuse numbers that make no sense; see the base class."""
@@ -82,6 +87,12 @@ class JsonlConfig(QuestionAnsweringConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
+        self.check_kind(self.kind)
+
+    @property
+    def kind(self) -> Kind:
+        """What is asked of the model."""
+        return self.target if self.target in ("text", "pair") else "label"
 
 
 @register_dataset("jsonl")
@@ -103,20 +114,18 @@ class Jsonl(QuestionAnswering):
         """Return a split, after checking every line and extracting features that are not cached yet."""
         lines = self._lines(name)
         sources = Sources()
-        split = JsonlSplit(lines, self.vocabulary, self.encode, train=name == "train")
+        split = JsonlSplit(lines, self.vocabulary, self.reader, train=name == "train")
         split.read_index(sources, self._folder(lines.path))
-        split.store = self._open_store(sources.files)
-        if split.store is not None:
-            split.store.prepare(range(len(split.store)))
+        split.store = self.open_store(sources.files) if sources.files else None
         return split
 
     def fingerprint(self) -> str:
         """Hash of the files, names and sizes of what they refer to, options and extractor."""
         options = asdict(self.config)
-        for place in ("cache_dir", "image_root", *SPLITS, "answers", "tokenizer"):
+        for place in ("cache_dir", "image_root", *SPLITS, "answers", "tokenizer", "processor"):
             options.pop(place)
         parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
-        parts.append(self.vocabulary.tokenizer.to_str())
+        parts.append(self.vocabulary.reading_fingerprint())
         for name in SPLITS:
             if getattr(self.config, name) is not None:
                 lines = self._lines(name)
@@ -124,16 +133,25 @@ class Jsonl(QuestionAnswering):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _build_assets(self) -> Assets:
-        first = self._train[0]
-        regions: Regions = guess_regions(first) if self.config.regions == "auto" else self.config.regions
+        first, kind, processor = self._train[0], self.config.kind, self._processor()
+        regions = self._regions(first)
         return Assets(
-            self._tokenizer(),
-            self._answers(),
+            None if processor is not None else self._tokenizer(),
+            self._answers() if kind == "label" else [],
             soft="answers" in first if self.config.target == "auto" else self.config.target == "soft",
             regions=regions,
             feature_dim=self._feature_dim(regions),
             extractor=self._extractor(regions),
+            kind=kind,
+            processor=processor,
         )
+
+    def _regions(self, first: Mapping[str, Any]) -> Regions:
+        """What a model sees of records like the first one."""
+        if self.config.regions != "auto":
+            return self.config.regions
+        guessed = guess_regions(first)
+        return "pixels" if guessed == "grid" and self.config.processor is not None else guessed
 
     def _training_images(self) -> tuple[list[Source], range]:
         files = self._files(self._train)
@@ -168,16 +186,15 @@ class Jsonl(QuestionAnswering):
         """Yield the files that lines refer to."""
         regions, folder = self.vocabulary.regions, self._folder(lines.path)
         for index, record in enumerate(lines):
-            source = region_source(record, regions, folder, lines.where(index))
-            if source is not None:
-                yield source
+            yield from record_sources(record, regions, folder, lines.where(index))
 
     def _tokenizer(self) -> Tokenizer:
         if self.config.tokenizer is not None:
             return load_tokenizer(local_path(self.config.tokenizer))
         lines = self._train
-        questions = (text_field(record, "question", lines.where(i)) for i, record in enumerate(lines))
-        return build_tokenizer(questions, self.config.vocabulary_size)
+        pairs = (record_texts(record, lines.where(i)) for i, record in enumerate(lines))
+        texts = (text for pair in pairs for text in pair if text is not None)
+        return build_tokenizer(texts, self.config.vocabulary_size)
 
     def _answers(self) -> list[str]:
         if self.config.answers is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from villa.datasets.assets import Assets
 from villa.datasets.base import Example, Split
-from villa.datasets.records import JsonLines, answer_scores, region_source, text_field
-from villa.datasets.stores.base import RegionStore, Sources
+from villa.datasets.reader import Reader, Record
+from villa.datasets.records import JsonLines, answer_scores, record_sources, record_texts
+from villa.datasets.stores.base import Sources
 from villa.engine.progress import track
 from villa.errors import DataError
 
@@ -27,18 +28,25 @@ class JsonlSplit(Split):
     Args:
         lines: the file.
         vocabulary: answers and kind of regions.
-        encode: question to word-piece ids ``[T]``.
+        reader: makes examples of texts and images.
         train: leave out questions without a known answer, instead of keeping or refusing them.
 
     Attributes:
-        store: region features of the files that ``read_index`` collected; None for text only.
+        store: images or region features of the files that ``read_index`` collected; None for text only.
     """
 
-    def __init__(self, lines: JsonLines, vocabulary: Assets, encode: Callable[[str], Tensor], *, train: bool) -> None:
-        self.store: RegionStore | None = None
-        self._lines, self._vocabulary, self._encode, self._train = lines, vocabulary, encode, train
-        self._kept, self._text_lengths, self._images = array("q"), array("i"), array("q")
-        self._has_answers = train or _has_answer(lines[0])
+    def __init__(self, lines: JsonLines, vocabulary: Assets, reader: Reader, *, train: bool) -> None:
+        self.store: Any = None
+        self._lines, self._vocabulary, self._reader, self._train = lines, vocabulary, reader, train
+        self._kept, self._text_lengths = array("q"), array("i")
+        self._images, self._first_image = array("q"), array("q", [0])
+        self._pairs = vocabulary.kind == "pair"
+        self._has_answers = not self._pairs and (train or _has_answer(lines[0]))
+
+    @property
+    def answered(self) -> bool:
+        """Whether the lines have answers; pairs are answers themselves."""
+        return self._pairs or self._has_answers
 
     def read_index(self, sources: Sources, folder: Path) -> None:
         """Check every line and collect the files that they refer to.
@@ -53,8 +61,8 @@ class JsonlSplit(Split):
         ids: set[str] = set()
         for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
             where = self._lines.where(index)
-            length = len(self._encode(text_field(record, "question", where)))
-            source = region_source(record, self._vocabulary.regions, folder, where)
+            length = self._reader.text_length(*record_texts(record, where))
+            files = record_sources(record, self._vocabulary.regions, folder, where)
             name = self._id(index, record)
             if name in ids:
                 raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
@@ -62,7 +70,8 @@ class JsonlSplit(Split):
             if self._is_kept(record, where):
                 self._kept.append(index)
                 self._text_lengths.append(length)
-                self._images.append(sources.add(source) if source else 0)
+                self._images.extend(sources.add(source) for source in files)
+                self._first_image.append(len(self._images))
         self._report_dropped()
 
     def __len__(self) -> int:
@@ -72,30 +81,45 @@ class JsonlSplit(Split):
         line = self._kept[index]
         record = self._lines[line]
         where = self._lines.where(line)
-        features, boxes = (None, None) if self.store is None else self.store[self._images[index]]
         scores = answer_scores(record, where) if self._has_answers else None
-        return Example(
+        written = self._vocabulary.kind == "text"
+        example = Record(
             self._id(line, record),
-            self._encode(text_field(record, "question", where)),
-            features=features,
-            boxes=boxes,
-            target=None if scores is None else self._target(scores),
+            *record_texts(record, where),
+            images=self.images(index),
+            target=None if scores is None or written else self._target(scores),
+            answer=max(scores, key=lambda answer: scores[answer]) if scores and written else None,
         )
+        return self._reader.example(example, self.store)
+
+    def images(self, index: int) -> tuple[int, ...]:
+        """Return the indices of an example's images in the store."""
+        return tuple(self._images[self._first_image[index] : self._first_image[index + 1]])
 
     @property
     def lengths(self) -> Sequence[int]:
         """Word-pieces plus regions of every question; the headers of feature files are read when asked for."""
-        return _Lengths(self._text_lengths, self._images, self.store)
+        return _Lengths(self._text_lengths, self)
 
     def _id(self, line: int, record: Mapping[str, Any]) -> str:
         return str(record["id"]) if "id" in record else str(self._lines.number(line))
 
+    def image_length(self, index: int) -> int:
+        """Return the positions that an example's images take, as far as they are counted."""
+        return sum(self._reader.image_length(self.store, image) for image in self.images(index))
+
     def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
+        if self._pairs:
+            return True
         if _has_answer(record) != self._has_answers:
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
         scores = answer_scores(record, where)
-        if scores is None or any(answer in self._vocabulary.labels for answer in scores):
+        if (
+            scores is None
+            or self._vocabulary.kind == "text"
+            or any(answer in self._vocabulary.labels for answer in scores)
+        ):
             return True
         if not (self._train or self._vocabulary.soft):
             raise DataError(
@@ -126,8 +150,8 @@ class JsonlSplit(Split):
 class _Lengths(Sequence[int]):
     """Text lengths plus numbers of regions, the latter looked up when an entry is read."""
 
-    def __init__(self, texts: Sequence[int], images: Sequence[int], store: RegionStore | None) -> None:
-        self._texts, self._images, self._store = texts, images, store
+    def __init__(self, texts: Sequence[int], split: JsonlSplit) -> None:
+        self._texts, self._split = texts, split
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -135,7 +159,7 @@ class _Lengths(Sequence[int]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return self._texts[index] + (self._store.regions(self._images[index]) if self._store else 0)
+        return self._texts[index] + self._split.image_length(range(len(self))[index])
 
 
 def _has_answer(record: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,17 +16,20 @@ from villa.batch import Batch
 from villa.datasets.answers import best_answers
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig, Example, TaskDataset
-from villa.datasets.collation import collate
-from villa.datasets.records import Regions, region_source, text_field
+from villa.datasets.processor_loading import load_processor
+from villa.datasets.processor_reader import Kind, ProcessorReader, Reading
+from villa.datasets.reader import PixelReader, Reader, Record, RegionReader, WordPieces
+from villa.datasets.records import Regions, record_sources, record_texts
 from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor, GridOptions
 from villa.datasets.stores.grid_store import GridStore
 from villa.datasets.stores.scaled import SAMPLE, ScaledStore, Scaling
-from villa.datasets.table import Row, TableSplit
-from villa.datasets.text import SHORTEST, encode
+from villa.datasets.table import TableSplit
+from villa.datasets.text import SHORTEST
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts
+from villa.files import local_path
+from villa.models.base import DataFacts, Written
 
 
 @dataclass
@@ -36,10 +39,17 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
     Attributes:
         max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
         standardize: centre and scale every dimension of the region features by its statistics over training images.
+        processor: folder, or name on the hub, of a model of transformers whose own tokenizer and image processor
+            read texts and images; None reads them by the data set's own word-pieces.
+        padding: of a processor's texts: to the ``longest`` of a batch, or to ``max_length``, max_text_length.
+        prompt: what a model that writes is told, with ``{question}`` in it; None is the question alone.
     """
 
     max_text_length: int = 60
     standardize: bool = False
+    processor: str | None = None
+    padding: Literal["longest", "max_length"] = "longest"
+    prompt: str | None = None
 
     def check(self) -> None:
         """Refuse numbers that make no sense.
@@ -49,6 +59,20 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
         """
         if self.max_text_length < SHORTEST:
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ConfigError(f"dataset.prompt='{self.prompt}' has no place for the question; write {{question}} in it")
+
+    def check_kind(self, kind: Kind) -> None:
+        """Refuse targets that only a processor can make.
+
+        Raises:
+            ConfigError: there is no processor.
+        """
+        if kind != "label" and self.processor is None:
+            raise ConfigError(
+                f"dataset.target={kind} needs a model's own processor; set dataset.processor to its folder, or to its "
+                "name on the hub"
+            )
 
 
 class QuestionAnswering(TaskDataset):
@@ -80,7 +104,7 @@ class QuestionAnswering(TaskDataset):
     @cached_property
     def scaling(self) -> Scaling | None:
         """Statistics of the region features: from the checkpoint's assets, or of training images."""
-        if not self.config.standardize or self.vocabulary.regions == "none":
+        if not self.config.standardize or self.vocabulary.regions in ("none", "pixels"):
             return None
         if self.assets is not None:
             return Scaling.load(self.assets)
@@ -98,12 +122,25 @@ class QuestionAnswering(TaskDataset):
         """Return files, and the indices of training images among them."""
 
     def facts(self) -> DataFacts:
-        """Sizes of the vocabulary, the answers and a region feature."""
+        """Sizes of the vocabulary, the answers and a region feature, and what is asked of the model."""
         return self.vocabulary.facts()
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What makes examples of texts and images, and batches of examples."""
+        vocabulary, config = self.vocabulary, self.config
+        if vocabulary.processor is not None:
+            reading = Reading(vocabulary.kind, config.max_text_length, config.padding, config.prompt)
+            return ProcessorReader(vocabulary.processor, reading)
+        assert vocabulary.tokenizer is not None
+        words = WordPieces(vocabulary.tokenizer, config.max_text_length)
+        if vocabulary.regions == "pixels":
+            return PixelReader(words, config.image_size)
+        return RegionReader(words, self._open_store)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples into a batch."""
-        return collate(examples)
+        return self.reader.collate(examples)
 
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, answers and a description of the regions."""
@@ -111,29 +148,41 @@ class QuestionAnswering(TaskDataset):
         if self.scaling is not None:
             self.scaling.save(folder)
 
-    def encode(self, text: str) -> Tensor:
-        """Return the word-piece ids of a question, ``[T]`` int64."""
-        return encode(self.vocabulary.tokenizer, text, self.config.max_text_length)
-
     def requests(self, records: Sequence[Mapping[str, Any]]) -> TableSplit:
         """Turn records into questions without answers; see the base class."""
-        rows: list[Row] = []
-        texts: list[Tensor] = []
+        rows: list[Record] = []
         sources = Sources()
         for number, record in enumerate(records, start=1):
-            where = f"record {number}"
-            texts.append(self.encode(text_field(record, "question", where)))
-            source = region_source(record, self.vocabulary.regions, self._request_folder(), where)
-            rows.append(Row(str(record.get("id", number)), len(rows), sources.add(source) if source else 0))
-        store = self._open_store(sources.files)
-        if store is not None:
-            store.prepare(range(len(store)))
-        return TableSplit(rows, texts, store)
+            where = str(record.get("where", f"record {number}"))
+            files = record_sources(record, self.vocabulary.regions, self._request_folder(), where)
+            images = tuple(sources.add(source) for source in files)
+            rows.append(Record(str(record.get("id", number)), *record_texts(record, where), images))
+        store = self.open_store(sources.files)
+        return TableSplit(rows, self.reader, store)
+
+    def open_store(self, sources: Sequence[Source], images: Iterable[int] | None = None) -> Any:
+        """Return the reader's store of files, with those of ``images`` (all by default) ready to be read."""
+        store = self.reader.open(sources)
+        if isinstance(store, RegionStore):
+            store.prepare(range(len(store)) if images is None else images)
+        return store
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best answer of every row and its probability (soft targets: its sigmoid score)."""
+        """Return the best answer of every row and its probability (soft targets: its sigmoid score).
+
+        Of pairs, the logit ``[B]`` of the image with its own text.
+        """
+        if self.vocabulary.kind == "pair":
+            return [{"answer": "match", "score": score} for score in logits.float().tolist()]
         scores = logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
         return best_answers(scores, self.vocabulary.answers)
+
+    def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
+        """Return the texts that the model wrote, and their probabilities."""
+        tokenizer = getattr(self.vocabulary.processor, "tokenizer", self.vocabulary.processor)
+        rows = [row[row >= 0].tolist() for row in written.tokens]
+        texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return [{"answer": text, "score": score} for text, score in zip(texts, written.scores.tolist(), strict=True)]
 
     def _request_folder(self) -> Path:
         """Return the folder that a request's paths are relative to."""
@@ -155,6 +204,10 @@ class QuestionAnswering(TaskDataset):
                 f"{self.vocabulary.feature_dim}: another detector made them"
             )
         return store
+
+    def _processor(self) -> Any:
+        """Load the processor that the recipe names, or return None."""
+        return None if self.config.processor is None else load_processor(str(local_path(self.config.processor)))
 
     def _extractor(self, regions: Regions) -> str | None:
         """Return what makes grid features under the configuration."""

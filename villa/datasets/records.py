@@ -13,11 +13,14 @@ from typing import Any, Literal
 from villa.datasets.stores.base import Source
 from villa.errors import DataError
 
-#: Where the regions of a record come from: an image's grid, a feature file, or nowhere (text only).
-Regions = Literal["grid", "files", "none"]
+#: What a model sees of a record: the grid of its image, a feature file, whole images, or nothing (text only).
+Regions = Literal["grid", "files", "pixels", "none"]
 
-#: The field of a record that names its regions' file.
-REGION_FIELDS = {"grid": "image", "files": "features"}
+#: The field of a record that names what a model sees.
+REGION_FIELDS = {"grid": "image", "files": "features", "pixels": "image"}
+
+#: Names of the field with the text of a record.
+TEXT_FIELDS = ("question", "text")
 
 #: An answer that this many of the human annotators gave is fully right (the VQA score).
 FULL_AGREEMENT = 3
@@ -102,6 +105,32 @@ def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
     raise DataError(f"{where}: {given}; it must be a text that is not empty")
 
 
+def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+    """Return the text of a record (``question`` or ``text``), and its second text (``text_pair``) or None.
+
+    Raises:
+        DataError: one is no text, or is empty.
+    """
+    name = next((name for name in TEXT_FIELDS if name in record), TEXT_FIELDS[0])
+    pair = None if record.get("text_pair") is None else text_field(record, "text_pair", where)
+    return text_field(record, name, where), pair
+
+
+def record_sources(record: Mapping[str, Any], regions: Regions, folder: Path, where: str) -> list[Source]:
+    """Return the files that a record refers to, relative to ``folder``: one, several ``images``, or none.
+
+    Raises:
+        DataError: the record does not name them.
+    """
+    if regions == "pixels" and "images" in record:
+        images = record["images"]
+        if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
+            raise DataError(f"{where}: 'images' is {images!r:.40}; it must be a list of paths")
+        return [Source(folder / Path(image).expanduser(), where) for image in images]
+    source = region_source(record, regions, folder, where)
+    return [] if source is None else [source]
+
+
 def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, where: str) -> Source | None:
     """Return the file of a record's regions, relative to ``folder``; None for text only.
 
@@ -113,10 +142,14 @@ def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, whe
     return Source(folder / Path(text_field(record, REGION_FIELDS[regions], where)).expanduser(), where)
 
 
-def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the image or feature file of a record by field, if its relative path leads to one from ``folder``."""
-    named = {field: folder / record[field] for field in REGION_FIELDS.values() if isinstance(record.get(field), str)}
-    return {field: str(path) for field, path in named.items() if _exists(path)}
+    named = {field: folder / record[field] for field in {*REGION_FIELDS.values()} if isinstance(record.get(field), str)}
+    found: dict[str, Any] = {field: str(path) for field, path in named.items() if _exists(path)}
+    images = record.get("images")
+    if isinstance(images, list) and all(isinstance(image, str) for image in images):
+        found["images"] = [str(folder / image) if _exists(folder / image) else image for image in images]
+    return found
 
 
 def _exists(path: Path) -> bool:
@@ -130,6 +163,8 @@ def guess_regions(record: Mapping[str, Any]) -> Regions:
     """Say where the regions of records like this one come from, by its fields."""
     if "features" in record:
         return "files"
+    if "images" in record:
+        return "pixels"
     return "grid" if "image" in record else "none"
 
 

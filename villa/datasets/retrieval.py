@@ -80,7 +80,7 @@ class Retrieval(DatabaseTask):
         Raises:
             DataError: candidate images and candidate texts are in one batch.
         """
-        if len({len(example.input_ids) for example in examples}) > 1:
+        if len({len(example.input_ids) for example in examples if example.input_ids is not None}) > 1:
             raise DataError("hard negatives are chosen for one example at a time; set batch.per_pass=1")
         if examples[0].reference is None:
             return super().collate(examples)

@@ -1,55 +1,33 @@
-"""A split whose questions are in memory, each distinct text tokenised once."""
+"""A split whose records are in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Any
 
 from villa.datasets.base import Example, Split
-from villa.datasets.stores.base import RegionStore
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question.
-
-    Attributes:
-        id: unique within the split.
-        text: index of its text.
-        image: index of its image in the store; ignored without a store.
-        target: class index or soft targets ``[labels]``; None when there is no answer.
-    """
-
-    id: str
-    text: int
-    image: int = 0
-    target: int | Tensor | None = None
+from villa.datasets.reader import Reader, Record
 
 
 class TableSplit(Split):
-    """Questions in memory over region features in a store.
+    """Records in memory, over images or region features in a store.
 
     Args:
-        rows: the questions.
-        texts: word-piece ids of the distinct texts, ``[T]`` each.
-        store: region features; None for text only.
+        records: the records.
+        reader: makes examples of them.
+        store: what ``reader.open`` returned.
     """
 
-    def __init__(self, rows: Sequence[Row], texts: Sequence[Tensor], store: RegionStore | None) -> None:
-        self._rows, self._texts, self._store = rows, texts, store
+    def __init__(self, records: Sequence[Record], reader: Reader, store: Any) -> None:
+        self._records, self._reader, self._store = records, reader, store
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        row = self._rows[index]
-        features, boxes = (None, None) if self._store is None else self._store[row.image]
-        return Example(row.id, self._texts[row.text], None, features, boxes, row.target)
+        return self._reader.example(self._records[index], self._store)
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Word-pieces plus regions of every question."""
-        store = self._store
-        return [len(self._texts[row.text]) + (store.regions(row.image) if store else 0) for row in self._rows]
+        """Tokens plus regions of every record."""
+        return [self._reader.length((r.text, r.pair), r.images, self._store) for r in self._records]

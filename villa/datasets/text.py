@@ -95,10 +95,17 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, text: str, max_length: int) -> Tensor:
     """Return the word-piece ids of a text with [CLS] and [SEP]: ``[T]`` int64, T <= ``max_length``."""
+    return encode_texts(tokenizer, text, None, max_length)[0]
+
+
+def encode_texts(tokenizer: Tokenizer, text: str, pair: str | None, max_length: int) -> tuple[Tensor, Tensor | None]:
+    """Return the word-piece ids ``[T]`` of a text or of two, and with two their types ``[T]`` (0 and 1), else None."""
     truncation = tokenizer.truncation
     if truncation is None or truncation["max_length"] != max_length:
         tokenizer.enable_truncation(max_length)
-    return torch.tensor(tokenizer.encode(text).ids, dtype=torch.int64)
+    found = tokenizer.encode(text, pair)
+    types = None if pair is None else torch.tensor(found.type_ids, dtype=torch.int64)
+    return torch.tensor(found.ids, dtype=torch.int64), types
 
 
 def _ranked(counts: Counter[str]) -> list[str]:
