@@ -101,6 +101,7 @@ DATASETS: Registry[Any] = Registry(
         "jsonl": "villa.datasets.jsonl",
         **dict.fromkeys(("lxmert_vqa", "lxmert_gqa", "lxmert_nlvr2"), "villa.datasets.lxmert"),
         "nlvr2": "villa.datasets.nlvr2",
+        **dict.fromkeys(("pretraining", "vcr_pretraining"), "villa.datasets.pretraining.dataset"),
         "referring": "villa.datasets.referring",
         "retrieval": "villa.datasets.retrieval",
         "snli_ve": "villa.datasets.vqa",

@@ -33,7 +33,7 @@ class DatabasePaths:
     @classmethod
     def synthetic(cls, root: Path, task: str, split: str) -> DatabasePaths:
         """Where the generated databases of a split are."""
-        images = ("gt", "det") if task == "vcr" else ("images",)
+        images = ("gt", "det") if task.startswith("vcr") else ("images",)
         return cls(split, root / "txt_db" / f"{split}.db", tuple(root / "img_db" / name for name in images))
 
     def missing(self) -> Iterator[tuple[Path, str]]:

@@ -97,3 +97,8 @@ SMALL_RETRIEVAL = (
         },
     ),
 )
+
+#: What batches of an objective are scored by is their loss alone.
+_BY_LOSS = Overlay(_ON, {"evaluation.metrics": [], "evaluation.monitor": "loss", "evaluation.mode": "min"})
+SMALL_PRETRAINING = (*SMALL, _BY_LOSS)
+SMALL_VCR_PRETRAINING = (*SMALL, _BY_LOSS, Overlay(_ON, {"dataset.ground_truth_boxes": 100}))

@@ -5,7 +5,7 @@ An image shows one thing, of some kind and colour; a text names a kind or a colo
 - VQA asks for the kind or the colour, or whether it is of some kind; SNLI-VE claims a kind, or nothing about it.
 - NLVR2 claims that both images show a kind; both do, or neither.
 - VCR's answers name four kinds, its rationales what four kinds do.
-- Captions of retrieval name colour and kind.
+- Captions of retrieval and of pre-training name colour and kind.
 - Images of referring expressions show a different thing in every region; the text names one by colour and kind.
 """
 
@@ -22,7 +22,7 @@ from villa.datasets.raw.vcr import vcr_lengths
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
 from villa.datasets.synthetic.referring import write_referring
-from villa.datasets.synthetic.world import COLOURS, DEEDS, KINDS, META, VOCABULARY, Regions, World, ids
+from villa.datasets.synthetic.world import COLOURS, DEEDS, KINDS, META, VOCABULARY, Array, Regions, World, ids
 from villa.files import write_json
 
 #: File of VQA's answers.
@@ -104,12 +104,16 @@ def _write_nlvr2(world: World, split: str, count: int, text: TextDatabaseWriter,
         text.add(f"{split}-{number}-0-0", fields, len(words), names)
 
 
-def _write_vcr(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+def _write_vcr(
+    world: World, split: str, count: int, text: TextDatabaseWriter, images: Images, classes: bool = False
+) -> None:
     for number in range(count):
         thing = world.thing()
         names = [f"vcr_gt_{split}_{number}.npz", f"vcr_{split}_{number}.npz"]
         for image, name in zip((images["gt"], images["det"]), names, strict=True):
-            _add_image(image, name, world.image(thing))
+            regions = world.image(thing)
+            labels = world.soft_labels(thing, len(regions.features)) if classes else None
+            _add_image(image, name, regions, labels)
         answers, rationales = world.kinds(thing.kind, _CHOICES), world.kinds(thing.kind, _CHOICES)
         words = {
             "input_ids": [*ids("what is"), VOCABULARY + world.below(3), *ids("?")],  # the name of an object
@@ -130,6 +134,20 @@ def _write_retrieval(world: World, split: str, count: int, text: TextDatabaseWri
             _add_pair(text, images, f"{split}_{number}_{caption}", words, name, None if caption else regions)
 
 
+def _write_pretraining(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    """Captions that name colour and kind, of images whose detector knows the kinds."""
+    for number in range(count):
+        thing, name = world.thing(), f"coco_{split}_{number}.npz"
+        regions = world.image(thing)
+        _add_image(images["images"], name, regions, world.soft_labels(thing, len(regions.features)))
+        _add_pair(text, images, f"{split}_{number}", f"this looks like a {thing}", name, None)
+
+
+def _write_vcr_pretraining(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
+    """VCR, with the classes of a detector."""
+    _write_vcr(world, split, count, text, images, classes=True)
+
+
 def _add_pair(
     text: TextDatabaseWriter, images: Images, id: str, words: str, name: str, regions: Regions | None, **fields: Any
 ) -> None:
@@ -140,8 +158,8 @@ def _add_pair(
     text.add(id, {"input_ids": pieces, "img_fname": name, **fields}, len(pieces), name)
 
 
-def _add_image(images: ImageDatabaseWriter, name: str, regions: Regions) -> None:
-    images.add(name, regions.features, regions.norm_bb(), regions.conf)
+def _add_image(images: ImageDatabaseWriter, name: str, regions: Regions, labels: Array | None = None) -> None:
+    images.add(name, regions.features, regions.norm_bb(), regions.conf, labels)
 
 
 TASKS = {
@@ -149,6 +167,8 @@ TASKS = {
     "snli_ve": SyntheticTask(_write_snli_ve),
     "nlvr2": SyntheticTask(_write_nlvr2),
     "vcr": SyntheticTask(_write_vcr, {"gt": ("gt", _GROUND_TRUTH), "det": ("det", _DETECTED)}),
+    "pretraining": SyntheticTask(_write_pretraining),
+    "vcr_pretraining": SyntheticTask(_write_vcr_pretraining, {"gt": ("gt", _GROUND_TRUTH), "det": ("det", _DETECTED)}),
     "retrieval": SyntheticTask(_write_retrieval, texts_of_images=True),
     "referring": SyntheticTask(write_referring, {"gt": ("images", _GROUND_TRUTH), "det": ("images", _DETECTED)}),
 }

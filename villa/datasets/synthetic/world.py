@@ -119,6 +119,13 @@ class World:
         """Draw an image of one thing: every region shows some of it."""
         return self.regions([thing] * self.number_of_regions())
 
+    def soft_labels(self, thing: Thing, count: int) -> Array:
+        """Draw what a detector thinks of ``count`` regions of a thing: ``[count, 1 + kinds]``, background first."""
+        scores = np.exp(self.random.normal(size=(count, 1 + len(KINDS))))
+        scores[:, 1 + thing.kind] *= 20
+        labels: Array = scores / scores.sum(1, keepdims=True)
+        return labels
+
     def regions(self, things: list[Thing]) -> Regions:
         """Draw a region for each thing."""
         sizes = self.random.integers(40, 160, (len(things), 2))
