@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets import prompts
 from villa.datasets.base import Example
 from villa.datasets.collation import stack_targets
-from villa.datasets.reader import Reader, Record
+from villa.datasets.prompts import QUESTION, Prompts, append
+from villa.datasets.reader import KEPT_TEXTS, Reader, Record
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.pictures import PictureStore
 from villa.errors import DataError
@@ -23,8 +23,6 @@ from villa.plugins import one_line
 Kind = Literal["label", "text", "pair"]
 
 _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-#: A tokenizer without a limit of its own says a number like 1e30.
-_NO_LIMIT = 10**6
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Reading:
 
     Attributes:
         kind: what is asked of the model.
-        max_length: longest text in tokens; not for texts to be continued, which are never cut.
-        padding: to the ``longest`` text of a batch, or to ``max_length``.
+        max_length: longest text in tokens; not for texts to be continued or with marks of images, which are never cut.
+        padding: to the ``longest`` text of a batch, or to ``max_length``; prompts always to the longest.
         prompt: what a model is told in place of the question alone; holds ``{question}``.
     """
 
@@ -50,14 +48,27 @@ class ProcessorReader(Reader):
     Args:
         processor: of transformers; a tokenizer for texts alone.
         reading: how it is used.
+
+    Raises:
+        DataError: its tokenizer has no token that an answer or a padded text needs.
     """
 
     def __init__(self, processor: Any, reading: Reading) -> None:
         self.processor, self.reading = processor, reading
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.prompts = Prompts(processor, reading.prompt)
+        self.tokenizer = self.prompts.tokenizer
         self.tokenizer.padding_side = "right"
+        self._end = self.tokenizer.eos_token_id
+        if self._end is None:
+            self._end = self.tokenizer.sep_token_id
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self._end is None or self.tokenizer.pad_token is None:
+            raise DataError(
+                "the processor's tokenizer has no end-of-text or padding token; use another dataset.processor"
+            )
+        self._limit = min(reading.max_length, self.tokenizer.model_max_length)
+        self._lengths: dict[tuple[str, str | None], int] = {}
 
     def open(self, sources: Sequence[Source]) -> PictureStore | None:
         """Return the images."""
@@ -65,19 +76,24 @@ class ProcessorReader(Reader):
 
     def text_length(self, text: str, pair: str | None) -> int:
         """Tokens of the text, without what stands for images."""
-        return min(len(self.tokenizer(text, pair)["input_ids"]), self.reading.max_length)
+        length = self._lengths.get((text, pair))
+        if length is None:
+            cut = {"truncation": True, "max_length": self._limit} if self.reading.kind != "text" else {}
+            length = len(self.tokenizer(text, pair, verbose=False, **cut)["input_ids"])
+            if len(self._lengths) < KEPT_TEXTS:
+                self._lengths[text, pair] = length
+        return length
 
     def image_length(self, store: Any, image: int) -> int:
-        """0: what an image becomes is known when it is read."""
-        return 0
+        """Tokens that stand for an image in the text: as many as a small square one has."""
+        return self.prompts.image_tokens
 
     def example(self, record: Record, store: PictureStore | None) -> Example:
         """Keep the texts, and decode the images."""
         images = () if store is None else tuple(store[image] for image in record.images)
-        pair = self.reading.kind == "pair" and store is not None
-        reference = (
-            {"image": str(store.sources[record.images[0]].path), "text": record.text} if pair and store else None
-        )
+        reference = None
+        if self.reading.kind == "pair" and store is not None and record.images:
+            reference = {"image": str(store.sources[record.images[0]].path), "text": record.text}
         return Example(
             record.id,
             target=record.target,
@@ -99,11 +115,11 @@ class ProcessorReader(Reader):
         except DataError:
             raise
         except Exception as error:  # whatever the processors of the library raise for what they do not expect
-            names = f"'{examples[0].id}' to '{examples[-1].id}'"
-            raise DataError(f"the processor cannot read examples {names}: {one_line(error)}") from error
+            raise DataError(f"the processor cannot read {_named(examples)}: {one_line(error)}") from error
 
     def _scored(self, examples: Sequence[Example]) -> Batch:
-        made = self._read([e.text for e in examples], [e.pair for e in examples], [e.images for e in examples])
+        # Marks of images in a text are never cut.
+        made = self._prompted(examples) if self.prompts.marks_images and examples[0].images else self._read(examples)
         references = [example.reference for example in examples]
         targets = stack_targets(examples)
         if self.reading.kind == "pair":
@@ -111,33 +127,45 @@ class ProcessorReader(Reader):
         return _batch(examples, made, targets=targets, references=references if any(references) else None)
 
     def _written(self, examples: Sequence[Example]) -> Batch:
-        images = [list(example.images) for example in examples]
-        texts = prompts.build(self.processor, self.reading.prompt, [(e.text, len(e.images)) for e in examples])
-        given = {"images": images} if any(images) else {}
-        made = dict((self.processor if images[0] else self.tokenizer)(text=texts, **given, **self._options(cut=False)))
-        self._check_length(made["input_ids"], examples)
+        made = self._prompted(examples)
         answers = [example.answer for example in examples]
         known = [answer for answer in answers if answer is not None]
         if len(known) < len(answers):
             return _batch(examples, made)
-        ids = [[*self.tokenizer(a, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id] for a in known]
-        made, mask = prompts.append(made, ids, self.tokenizer.pad_token_id)
+        ids = [[*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self._end] for answer in known]
+        made, mask = append(made, ids, self.tokenizer.pad_token_id, self.prompts.answer_type)
+        self._check_length(made["input_ids"], examples)
         return _batch(examples, made, answer_mask=mask, targets=made["input_ids"][mask])
 
-    def _read(self, texts: list[str], pairs: list[str | None], images: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
-        seconds = [pair for pair in pairs if pair is not None]
-        flat, options = [image for each in images for image in each], self._options(cut=True)
+    def _prompted(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Read texts that mark where their images are, or that are to be continued."""
+        if any(example.pair is not None for example in examples):
+            raise DataError(
+                f"{_named(examples)} have a text_pair, for which a prompt has no place; put both in one text"
+            )
+        made = self.prompts.read([example.text for example in examples], [example.images for example in examples])
+        self._check_length(made["input_ids"], examples)
+        return made
+
+    def _read(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Read texts, and images beside them."""
+        texts, seconds = self._texts(examples), [e.pair for e in examples if e.pair is not None]
+        flat = [image for example in examples for image in example.images]
+        options = {"return_tensors": "pt", "padding": self.reading.padding, "truncation": True}
+        options["max_length"] = self._limit
         if flat and not seconds and len(flat) == len(texts) and hasattr(self.processor, "image_processor"):
             return dict(self.processor(text=texts, images=flat, **options))
         made = dict(self.tokenizer(texts, seconds or None, **options))
         if flat:
+            if len({len(example.images) for example in examples}) > 1:
+                raise DataError(f"{_named(examples)} have different numbers of images; give all of them as many")
             seen = self._image_processor()(flat, return_tensors="pt")
             made |= {name: _by_example(value, len(texts), len(flat)) for name, value in seen.items()}
         return made
 
-    def _options(self, *, cut: bool) -> dict[str, Any]:
-        options: dict[str, Any] = {"return_tensors": "pt", "padding": self.reading.padding}
-        return options | ({"truncation": True, "max_length": self.reading.max_length} if cut else {"padding": True})
+    def _texts(self, examples: Sequence[Example]) -> list[str]:
+        template = self.reading.prompt
+        return [e.text if template is None else template.replace(QUESTION, e.text) for e in examples]
 
     def _image_processor(self) -> Any:
         if not hasattr(self.processor, "image_processor"):
@@ -146,11 +174,15 @@ class ProcessorReader(Reader):
 
     def _check_length(self, ids: Tensor, examples: Sequence[Example]) -> None:
         limit = self.tokenizer.model_max_length
-        if limit < _NO_LIMIT and ids.shape[1] > limit:
+        if ids.shape[1] > limit:
             raise DataError(
-                f"a prompt among '{examples[0].id}' to '{examples[-1].id}' has {ids.shape[1]} tokens with its images, "
-                f"but the model reads {limit}; shorten dataset.prompt or the questions, or use smaller images"
+                f"a text among {_named(examples)} has {ids.shape[1]} tokens with its images and answer, but the model "
+                f"reads {limit}, and cutting could take an image apart; shorten it, or use smaller images"
             )
+
+
+def _named(examples: Sequence[Example]) -> str:
+    return f"examples '{examples[0].id}' to '{examples[-1].id}'"
 
 
 def _batch(examples: Sequence[Example], made: Mapping[str, Tensor], **more: Any) -> Batch:

@@ -1,83 +1,148 @@
-"""Prompts for models that write, and the answers that they learn to write."""
+"""Texts that a processor is given, with the places of images marked, and answers that a model learns to write."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+QUESTION, IMAGE = "{question}", "{image}"
+#: Side of the picture that a processor is tried on.
+_TRIAL = 224
 
-def build(processor: Any, template: str | None, questions: Sequence[tuple[str, int]]) -> list[str]:
-    """Return the texts that a processor is given, with the places of images marked as it wants them.
+
+class Prompts:
+    """Makes the texts that a processor of transformers is given.
+
+    Its chat template is used where it has one; otherwise the text is what is asked, behind a token for each image if
+    the processor wants that.
 
     Args:
-        processor: of transformers. Its chat template is used where it has one; otherwise the text is its image token
-            for each image, and what is asked.
+        processor: of transformers; a tokenizer for texts alone.
         template: what is asked, with ``{question}`` for the question, and perhaps ``{image}`` where the images are
-            to be (not in a chat, which has a place for them); None asks the question.
-        questions: the questions and how many images each has.
+            to be (in front by default); None asks the question alone.
     """
-    asked = [(template or "{question}").replace("{question}", question) for question, _ in questions]
-    counts = [count for _, count in questions]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    chat = next((p for p in (processor, tokenizer) if getattr(p, "chat_template", None)), None)
-    if chat is not None:
-        messages = [_message(text, count) for text, count in zip(asked, counts, strict=True)]
-        return [chat.apply_chat_template([m], add_generation_prompt=True, tokenize=False) for m in messages]
-    token = getattr(processor, "image_token", None) or ""
-    return [_marked(text, str(token) * count) for text, count in zip(asked, counts, strict=True)]
+
+    def __init__(self, processor: Any, template: str | None) -> None:
+        self.processor, self.template = processor, template or QUESTION
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self._chat = next((p for p in (processor, self.tokenizer) if getattr(p, "chat_template", None)), None)
+
+    @property
+    def marks_images(self) -> bool:
+        """Whether texts hold tokens in place of images."""
+        return bool(getattr(self.processor, "image_token", None))
+
+    @property
+    def answer_type(self) -> int:
+        """``token_type_ids`` of an answer: 1 where the processor itself can add one (PaliGemma's suffix)."""
+        return int("suffix" in inspect.signature(self.processor.__call__).parameters)
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens that a small square image adds to a text; those of others may be more."""
+        found = self._try(self.text("a", 1)) if self.marks_images else None
+        return 0 if found is None else len(found) - len(self.tokenizer("a")["input_ids"])
+
+    def read(self, questions: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Let the processor read questions, each with its images: right-padded tensors by name, none of them cut."""
+        texts = [self.text(question, len(seen)) for question, seen in zip(questions, images, strict=True)]
+        given: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        if self._chat is not None and self._holds_special_tokens(texts[0]):
+            given["add_special_tokens"] = False
+        if any(images):
+            given["images"] = [list(seen) for seen in images]
+        reads = self.processor if any(images) or self._chat is self.processor else self.tokenizer
+        return dict(reads(text=texts, **given))
+
+    def text(self, question: str, images: int) -> str:
+        """Return the text that the processor is given for a question about several images."""
+        front, marked, back = self.template.partition(IMAGE)
+        parts = [part.replace(QUESTION, question) for part in ((front, back) if marked else ("", front))]
+        if self._chat is not None and self._chat is self.processor:
+            said = [[{"type": "text", "text": part.strip()}] if part.strip() else [] for part in parts]
+            return self._say([*said[0], *({"type": "image"} for _ in range(images)), *said[1]])
+        plain = parts[0] + (self._mark * images if marked else self._leading(images)) + parts[1]
+        return plain if self._chat is None else self._say(plain)
+
+    def _say(self, content: Any) -> str:
+        message = [{"role": "user", "content": content}]
+        said: str = self._chat.apply_chat_template(message, add_generation_prompt=True, tokenize=False)  # type: ignore[union-attr]
+        return said
+
+    def _holds_special_tokens(self, text: str) -> bool:
+        """Whether a chat template has written the special tokens, as transformers decides it."""
+        first = self.tokenizer.bos_token
+        return self._chat is not self.processor or (first is not None and text.startswith(first))
+
+    def _leading(self, images: int) -> str:
+        """Marks of images in front of a text: on a line of their own, unless the processor puts them itself."""
+        return self._mark * images + ("\n" if images and self._mark and not self._puts_marks else "")
+
+    @cached_property
+    def _mark(self) -> str:
+        """What stands for an image in a text; nothing where the processor wants none."""
+        token = str(getattr(self.processor, "image_token", None) or "")
+        # Some (BLIP-2) put their tokens in front of any text, and take one in the text for another image.
+        return "" if self._puts_marks and self._try(token + "a") != self._try("a") else token
+
+    @cached_property
+    def _puts_marks(self) -> bool:
+        """Whether the processor marks images itself in a text without marks."""
+        found = self._try("a") if self.marks_images else None
+        return found is not None and self.tokenizer.convert_tokens_to_ids(str(self.processor.image_token)) in found
+
+    def _try(self, text: str) -> list[int] | None:
+        picture, logger = Image.new("RGB", (_TRIAL, _TRIAL)), logging.getLogger("transformers")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # some warn of a text without marks
+        try:
+            made = self.processor(text=[text], images=[[picture]], return_tensors="pt")
+        except Exception:  # whatever a processor raises for it
+            return None
+        finally:
+            logger.setLevel(level)
+        ids: list[int] = made["input_ids"][0].tolist()
+        return ids
 
 
-def append(made: Mapping[str, Tensor], answers: Sequence[Sequence[int]], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+def append(
+    made: Mapping[str, Any], answers: Sequence[Sequence[int]], pad: int, answer_type: int = 0
+) -> tuple[dict[str, Any], Tensor]:
     """Append answers to the prompts that a processor made, token by token, so that prompts are as in prediction.
 
     Args:
-        made: ``input_ids [B, T]``, right-padded, and other tensors; those with a value for each token are extended.
+        made: ``input_ids [B, T]``, right-padded, and other values; tensors with a value for each token are extended.
         answers: token ids of every answer.
         pad: id of the padding token.
+        answer_type: ``token_type_ids`` of answers.
 
     Returns:
-        The extended tensors, and a mask ``[B, T']`` of the answers' tokens.
+        The extended values, and a mask ``[B, T']`` of the answers' tokens.
     """
     ids = made["input_ids"]
-    mask = made.get("attention_mask", torch.ones_like(ids))
-    lengths = mask.sum(1).tolist()
-    total = max(length + len(answer) for length, answer in zip(lengths, answers, strict=True))
-    marks = torch.zeros(len(ids), total, dtype=torch.bool)
-    for row, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
-        marks[row, length : length + len(answer)] = True
-    written = torch.tensor([token for answer in answers for token in answer], dtype=ids.dtype)
+    real = made["attention_mask"].bool() if "attention_mask" in made else ids != pad
+    starts, counts = real.sum(1, keepdim=True), torch.tensor([[len(answer)] for answer in answers])
+    places = torch.arange(int((starts + counts).max()))
+    marks = (places >= starts) & (places < starts + counts)
+    behind = {
+        "input_ids": torch.tensor([token for answer in answers for token in answer], dtype=ids.dtype),
+        "attention_mask": 1,
+        "token_type_ids": answer_type,
+    }
     extended = dict(made)
     for name, value in made.items():
         if isinstance(value, Tensor) and value.shape == ids.shape:
-            extended[name] = _extended(name, value, mask.bool(), marks, written, pad)
+            fill = pad if name == "input_ids" else 0
+            longer = value.new_full(marks.shape, fill)
+            width = min(value.shape[1], marks.shape[1])
+            longer[:, :width] = value.masked_fill(~real, fill)[:, :width]
+            longer[marks] = torch.as_tensor(behind.get(name, 0), dtype=value.dtype)
+            extended[name] = longer
     return extended, marks
-
-
-def _extended(name: str, value: Tensor, real: Tensor, marks: Tensor, written: Tensor, pad: int) -> Tensor:
-    fill = pad if name == "input_ids" else 0
-    longer = value.new_full(marks.shape, fill)
-    width = min(value.shape[1], marks.shape[1])
-    longer[:, :width] = value.masked_fill(~real, fill)[:, :width]
-    if name == "input_ids":
-        longer[marks] = written
-    else:
-        longer[marks] = {"attention_mask": 1, "token_type_ids": _answer_type(value)}.get(name, 0)
-    return longer
-
-
-def _answer_type(prompt_types: Tensor) -> int:
-    """Type of an answer's tokens: that of text, or 1 behind a prefix that is of type 0 with its images (PaliGemma)."""
-    return 0 if bool(prompt_types.any()) else 1
-
-
-def _message(text: str, images: int) -> dict[str, Any]:
-    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
-
-
-def _marked(text: str, images: str) -> str:
-    if "{image}" in text:
-        return text.replace("{image}", images)
-    return f"{images}{text}"

@@ -20,7 +20,7 @@ from villa.datasets.stores.pictures import PictureStore
 from villa.datasets.text import encode_texts
 
 #: Texts that are kept as word-pieces; many data sets ask few different questions.
-_KEPT_TEXTS = 4096
+KEPT_TEXTS = 4096
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class WordPieces:
         found = self._kept.get((text, pair))
         if found is None:
             found = encode_texts(self.tokenizer, text, pair, self.max_length)
-            if len(self._kept) < _KEPT_TEXTS:
+            if len(self._kept) < KEPT_TEXTS:
                 self._kept[text, pair] = found
         return found
 
