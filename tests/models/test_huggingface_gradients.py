@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adversarial_oracle import oracle
-from processor_batches import GENERATIVE, make_batch, tiny, tiny_folder
+from processor_batches import ANSWERS, GENERATIVE, make_batch, tiny, tiny_folder, write_questions
 from tiny import RecordingPasses
 from torch import Tensor, nn
 
@@ -29,7 +30,6 @@ CASES: list[tuple[str, Task]] = [
     *((name, "classification") for name in ("clip", "vilt", "bridgetower", "flava", "llava")),
 ]
 STEPS: dict[str, Any] = {"steps": 3, "text_step_size": 0.05, "image_step_size": 0.1, "init": "zero"}
-LABELS = 4
 #: Language models normalise and rotate in fp32 whatever the type of their weights.
 CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 2e-8}
 
@@ -42,15 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(name: str, task: Task, folder: Path) -> tuple[HuggingFaceModel, Batch]:
     torch.manual_seed(0)
     path = tiny_folder(name, folder)
-    facts = DataFacts(num_labels=LABELS if task == "classification" else None, task=task)
+    questions = folder / "questions.jsonl"
+    batch = make_batch(path, task, questions if questions.exists() else write_questions(folder))
+    if task == "contrastive":  # the loss of the loop compares classes
+        batch = replace(batch, targets=torch.arange(len(batch)))
+    facts = DataFacts(num_labels=len(ANSWERS) if task == "classification" else None, task=task)
     model = HuggingFaceModel.from_config(HuggingFaceConfig(checkpoint=str(path)), facts)
     model.load_weights(str(path))
-    batch = make_batch(name, path)
-    targets = batch.targets if task == "generation" else torch.arange(len(batch)) % LABELS
-    values = {f: getattr(batch, f) for f in ("input_ids", "attention_mask", "token_type_ids", "inputs")}
-    answers = batch.answer_mask if task == "generation" else None
-    pixels = None if batch.pixel_values is None else batch.pixel_values.double()
-    return model.double(), Batch(batch.ids, **values, pixel_values=pixels, answer_mask=answers, targets=targets)
+    return model.double(), batch.map(lambda value: value.double() if value.is_floating_point() else value)
 
 
 class Plus(nn.Module):
