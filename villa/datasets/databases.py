@@ -6,40 +6,30 @@ examples.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from villa.batch import Batch
 from villa.config.overlays import Overlay
-from villa.datasets.base import DatasetConfig, Example, Split, TaskDataset
-from villa.datasets.collation import collate
+from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.database_paths import SPLITS, DatabasePaths, describe_missing
 from villa.datasets.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
+from villa.datasets.released_files import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
 from villa.datasets.stores.text_lmdb import TextDatabase
-from villa.datasets.synthetic import EXAMPLES, databases
 from villa.datasets.synthetic.overlay import SMALL
 from villa.errors import ConfigError, DataError, MissingDataError
-from villa.files import write_json
 from villa.models.base import DataFacts
-
-#: File of the facts that a checkpoint keeps about the data that it was trained on.
-FACTS_FILE = "dataset.json"
 
 
 @dataclass
-class DatabaseConfig(DatasetConfig):
+class DatabaseConfig(ReleasedFilesConfig):
     """Options of the tasks on databases; relative paths are below ``root``.
 
     Attributes:
-        name: the registered name.
-        root: folder that the other paths are relative to.
         train_text: text databases to train on.
         train_images: image database of each of them.
         val_text: text databases to validate on.
@@ -54,13 +44,10 @@ class DatabaseConfig(DatasetConfig):
         min_boxes: smallest number of detected boxes an image.
         fixed_boxes: this many boxes of every image instead.
         compressed: the image databases are the compressed ones.
-        synthetic: generate small databases of the same format and run a tiny model on them, to try the recipe.
-        synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
     """
 
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL
 
-    root: str = "data"
     train_text: list[str] = field(default_factory=list)
     train_images: list[str] = field(default_factory=list)
     val_text: list[str] = field(default_factory=list)
@@ -74,15 +61,10 @@ class DatabaseConfig(DatasetConfig):
     min_boxes: int = 10
     fixed_boxes: int | None = None
     compressed: bool = False
-    synthetic: bool = False
-    synthetic_examples: int = EXAMPLES
 
     def check(self) -> None:
-        """Refuse options that do not go together.
-
-        Raises:
-            ConfigError: naming the option.
-        """
+        """Refuse options that do not go together; see the base class."""
+        super().check()
         for split in SPLITS:
             texts, images = len(getattr(self, f"{split}_text")), len(getattr(self, f"{split}_images"))
             if texts != images:
@@ -92,8 +74,6 @@ class DatabaseConfig(DatasetConfig):
                 )
         if self.max_text_length < 1:
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least 1")
-        if self.synthetic_examples < 32:
-            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
         self.detected_boxes()
 
     def detected_boxes(self) -> BoxSelection:
@@ -105,7 +85,7 @@ class DatabaseConfig(DatasetConfig):
         return BoxSelection(self.box_threshold, self.max_boxes, self.min_boxes, self.fixed_boxes, self.compressed)
 
 
-class DatabaseTask(TaskDataset):
+class DatabaseTask(ReleasedFilesTask):
     """A task on databases. A subclass names the class of its splits and decodes its logits.
 
     Attributes:
@@ -122,25 +102,15 @@ class DatabaseTask(TaskDataset):
 
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
-        config.check()
         self._opened: dict[DatabasePaths, Pair] = {}
-        self._splits: dict[str, Split] = {}
 
-    def splits(self) -> tuple[str, ...]:
-        """The splits that the recipe lists databases for."""
-        return SPLITS if self.config.synthetic else tuple(s for s in SPLITS if getattr(self.config, f"{s}_text"))
+    def listed(self, split: str) -> Sequence[str]:
+        """The text databases of a split."""
+        names: Sequence[str] = getattr(self.config, f"{split}_text")
+        return names
 
-    def split(self, name: str) -> Split:
-        """Return a split, over all of its databases; every image that the texts name is looked up first.
-
-        With the training split come all others, so that what is wrong with them is known before training.
-        """
-        for wanted in (name, *(self.splits() if name == "train" else ())):
-            if wanted not in self._splits:
-                self._splits[wanted] = self._make(wanted)
-        return self._splits[name]
-
-    def _make(self, name: str) -> Split:
+    def open_split(self, name: str) -> Split:
+        """Open a split over all of its databases; see the base class."""
         parts = [part for paths in self._paths(name) for part in self.parts(name, self._open(paths))]
         if not parts:
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list databases in {name}_text")
@@ -180,26 +150,19 @@ class DatabaseTask(TaskDataset):
         """Number of classes, or None where the head knows it."""
         return None if self.labels is None else len(self.labels)
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pad examples into a batch."""
-        return collate(examples)
-
     def submission(self, split: str) -> str | None:
         """The format that is called like the data set."""
         return str(self.config.name)
 
-    def save_assets(self, folder: Path) -> None:
-        """Write the sizes that the data fixes."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FACTS_FILE, {**asdict(self.facts()), "tokenizer": self._first.text.tokenizer})
+    def kept_facts(self) -> dict[str, Any]:
+        """The facts, and the name of the tokenizer."""
+        return {**super().kept_facts(), "tokenizer": self._first.text.tokenizer}
 
-    def fingerprint(self) -> str:
-        """Hash of the options and of the databases that are there (to test, those to train on need not be)."""
-        parts: list[Any] = [asdict(self.config) | {"root": None}]
+    def contents(self) -> Iterator[Any]:
+        """The databases that are there; see the base class."""
         for paths in self._present():
             pair = self._open(paths)
-            parts.append([paths.split, pair.text.fingerprint(), pair.images.fingerprint()])
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+            yield [paths.split, pair.text.fingerprint(), pair.images.fingerprint()]
 
     def open_images(self, paths: DatabasePaths) -> Images:
         """Open the image database of a split."""
@@ -219,10 +182,10 @@ class DatabaseTask(TaskDataset):
     def _paths(self, name: str) -> Iterator[DatabasePaths]:
         config = self.config
         if config.synthetic:
-            yield DatabasePaths.synthetic(databases(config.name, config.synthetic_examples), config.name, name)
+            yield DatabasePaths.synthetic(self.root, config.name, name)
             return
-        for text, images in zip(getattr(config, f"{name}_text"), getattr(config, f"{name}_images"), strict=True):
-            yield DatabasePaths.of(Path(config.root).expanduser(), name, text, images)
+        for text, images in zip(self.listed(name), getattr(config, f"{name}_images"), strict=True):
+            yield DatabasePaths.of(self.root, name, text, images)
 
     def _open(self, paths: DatabasePaths) -> Pair:
         """Open a pair of databases, and compare it with those that are open already."""
@@ -241,16 +204,12 @@ class DatabaseTask(TaskDataset):
     def _check_against_checkpoint(self, facts: DataFacts) -> None:
         if self.assets is None:
             return
-        try:
-            trained = json.loads((self.assets / FACTS_FILE).read_text(encoding="utf-8"))
-            trained_dim, trained_words = trained["feature_dim"], trained["vocab_size"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot read '{self.assets / FACTS_FILE}'; use a checkpoint with its assets") from error
-        if (facts.feature_dim, facts.vocab_size) != (trained_dim, trained_words):
+        trained = self.trained_facts()
+        if (facts.feature_dim, facts.vocab_size) != (trained["feature_dim"], trained["vocab_size"]):
             raise DataError(
-                f"the checkpoint was trained on region features {trained_dim} wide and {trained_words} word-pieces, "
-                f"but '{self._first.text.path}' and its images have {facts.feature_dim} and {facts.vocab_size}; use "
-                "the features and the tokenizer of the training data"
+                f"the checkpoint was trained on region features {trained['feature_dim']} wide and "
+                f"{trained['vocab_size']} word-pieces, but '{self._first.text.path}' and its images have "
+                f"{facts.feature_dim} and {facts.vocab_size}; use the features and the tokenizer of the training data"
             )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +14,8 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.answers import best_answers, read_answers
-from villa.datasets.base import DatasetConfig, Example, TaskDataset
-from villa.datasets.collation import collate
-from villa.datasets.database_paths import SPLITS, describe_missing
+from villa.datasets.base import DatasetConfig
+from villa.datasets.database_paths import describe_missing
 from villa.datasets.lxmert_options import (
     LxmertAnswersConfig,
     LxmertDataConfig,
@@ -27,6 +24,7 @@ from villa.datasets.lxmert_options import (
 )
 from villa.datasets.lxmert_split import AnnotatedSplit, ImagePairSplit, QuestionSplit
 from villa.datasets.lxmert_synthetic import GENERATED_ANSWERS, VOCABULARY_FILE, write_lxmert
+from villa.datasets.released_files import ANSWERS_FILE, ReleasedFilesTask
 from villa.datasets.stores.tsv import TsvFile, TsvStore
 from villa.datasets.synthetic import databases
 from villa.datasets.text import encode, load_tokenizer, save_tokenizer, vocabulary_size
@@ -35,10 +33,8 @@ from villa.files import sha256, write_json
 from villa.models.base import DataFacts
 from villa.registry import register_dataset
 
-_ANSWERS_FILE, _FACTS_FILE = "answers.json", "dataset.json"
 
-
-class LxmertTask(TaskDataset):
+class LxmertTask(ReleasedFilesTask):
     """A task of LXMERT. A subclass names the class of its splits, its answers and its submission.
 
     Attributes:
@@ -53,28 +49,29 @@ class LxmertTask(TaskDataset):
 
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
-        config.check()
         self._features: dict[Path, TsvFile] = {}
-        self._splits: dict[str, AnnotatedSplit] = {}
 
     @property
     @abstractmethod
     def answers(self) -> list[str]:
         """Answers in the order of the logits."""
 
-    def splits(self) -> tuple[str, ...]:
-        """The splits that the recipe lists files for."""
-        return SPLITS if self.config.synthetic else tuple(s for s in SPLITS if getattr(self.config, s))
+    def listed(self, split: str) -> Sequence[str]:
+        """The annotation files of a split."""
+        names: Sequence[str] = getattr(self.config, split)
+        return names
 
-    def split(self, name: str) -> AnnotatedSplit:
-        """Return a split; every image that the annotations name is looked up first.
+    def generated(self) -> Path:
+        """The folder of LXMERT's made-up files."""
+        return databases(self.config.name, self.config.synthetic_examples, write_lxmert)
 
-        With the training split come all others, so that what is wrong with them is known before training.
-        """
-        for wanted in (name, *(self.splits() if name == "train" else ())):
-            if wanted not in self._splits:
-                self._splits[wanted] = self._make(wanted)
-        return self._splits[name]
+    def open_split(self, name: str) -> AnnotatedSplit:
+        """Read the annotations of a split; see the base class."""
+        if name not in self.splits():
+            raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
+        self._require(name)
+        labels = {answer: label for label, answer in enumerate(self.answers)}
+        return self.Examples(self._files(name), self._store(name), self.encode, labels)
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the answers and a region feature."""
@@ -83,9 +80,9 @@ class LxmertTask(TaskDataset):
         split = next(iter(self._present()), self.splits()[0])
         self._require(split)
         dim = self._store(split).dim
-        if self.assets is not None and dim != self._trained_dim():
+        if self.assets is not None and dim != (trained := self.trained_facts()["feature_dim"]):
             raise DataError(
-                f"the checkpoint was trained on region features {self._trained_dim()} wide, but those of the recipe "
+                f"the checkpoint was trained on region features {trained} wide, but those of the recipe "
                 f"are {dim} wide; use the features of the training data"
             )
         return DataFacts(vocabulary_size(self.tokenizer), len(self.answers), dim)
@@ -101,10 +98,6 @@ class LxmertTask(TaskDataset):
         """Return the word-piece ids of a text, ``[T]`` int64."""
         return encode(self.tokenizer, text, self.config.max_text_length)
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pad examples into a batch."""
-        return collate(examples)
-
     def submission(self, split: str) -> str | None:
         """The format of the task's leaderboard."""
         return self.submissions
@@ -114,42 +107,27 @@ class LxmertTask(TaskDataset):
         return best_answers(logits.float().sigmoid(), self.answers)
 
     def save_assets(self, folder: Path) -> None:
-        """Write tokenizer, answers and the width of a region feature."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write tokenizer, answers and the sizes that the data fixes."""
+        super().save_assets(folder)
         save_tokenizer(self.tokenizer, folder)
-        write_json(folder / _ANSWERS_FILE, self.answers)
-        write_json(folder / _FACTS_FILE, asdict(self.facts()))
+        write_json(folder / ANSWERS_FILE, self.answers)
 
-    def fingerprint(self) -> str:
-        """Hash of the options and of the splits that are there (to test, the one to train on need not be)."""
-        parts: list[Any] = [asdict(self.config) | {"root": None}, self.answers]
-        parts.append(hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest())
+    def contents(self) -> Iterator[Any]:
+        """The answers, the tokenizer and the splits that are there; see the base class."""
+        yield self.answers
+        yield hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
         for name in self._present():
-            parts.append([name, *map(sha256, self._files(name)), *(f.fingerprint() for f in self._store(name).files)])
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _make(self, name: str) -> AnnotatedSplit:
-        if name not in self.splits():
-            raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
-        self._require(name)
-        labels = {answer: label for label, answer in enumerate(self.answers)}
-        return self.Examples(self._files(name), self._store(name), self.encode, labels)
-
-    @cached_property
-    def _root(self) -> Path:
-        if self.config.synthetic:
-            return databases(self.config.name, self.config.synthetic_examples, write_lxmert)
-        return Path(self.config.root).expanduser()
+            yield [name, *map(sha256, self._files(name)), *(f.fingerprint() for f in self._store(name).files)]
 
     def _path(self, name: str, generated: str) -> Path:
         """Return the path of a file below the root, or that of the generated one."""
-        return self._root / (generated if self.config.synthetic else name)
+        return self.root / (generated if self.config.synthetic else name)
 
     def _files(self, split: str, kind: str = "") -> list[Path]:
         """Return the annotation files of a split, or with ``"_features"`` its feature files."""
         if self.config.synthetic:
-            return [self._root / (f"{split}_obj36.tsv" if kind else f"{split}.json")]
-        return [self._root / name for name in getattr(self.config, split + kind)]
+            return [self.root / (f"{split}_obj36.tsv" if kind else f"{split}.json")]
+        return [self.root / name for name in getattr(self.config, split + kind)]
 
     def _store(self, split: str) -> TsvStore:
         for path in self._files(split, "_features"):
@@ -177,13 +155,6 @@ class LxmertTask(TaskDataset):
             missing = shared + [entry for name in self.splits() for entry in _missing(self._needed(name))]
             raise MissingDataError(describe_missing(self.config.name, self.config.root, missing, "docs/lxmert.md"))
 
-    def _trained_dim(self) -> int:
-        assert self.assets is not None
-        try:
-            return int(json.loads((self.assets / _FACTS_FILE).read_text(encoding="utf-8"))["feature_dim"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot read '{self.assets / _FACTS_FILE}'; use a checkpoint with its assets") from error
-
 
 def _missing(files: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
     return [(path, what) for path, what in files if not path.exists()]
@@ -206,7 +177,7 @@ class LxmertVqa(LxmertTask):
     @cached_property
     def _listed(self) -> list[str]:
         return read_answers(
-            self.assets / _ANSWERS_FILE
+            self.assets / ANSWERS_FILE
             if self.assets is not None
             else self._path(self.config.answers, GENERATED_ANSWERS)
         )

@@ -6,20 +6,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from villa.config.overlays import Overlay
-from villa.datasets.base import DatasetConfig
 from villa.datasets.database_paths import SPLITS
 from villa.datasets.lxmert_synthetic import SMALL_LXMERT
-from villa.datasets.synthetic import EXAMPLES
+from villa.datasets.released_files import ReleasedFilesConfig
 from villa.datasets.text import SHORTEST
 from villa.errors import ConfigError
 
 
 @dataclass
-class LxmertDataConfig(DatasetConfig):
+class LxmertDataConfig(ReleasedFilesConfig):
     """Options that LXMERT's tasks share; relative paths are below ``root``.
 
     Attributes:
-        root: folder that the other paths are relative to.
         train: annotation files to train on.
         train_features: feature files with their images.
         val: annotation files to validate on.
@@ -28,13 +26,10 @@ class LxmertDataConfig(DatasetConfig):
         test_features: feature files with their images.
         tokenizer: ``vocab.txt`` of bert-base-uncased, or another tokenizer's file or folder.
         max_text_length: word-pieces of a text with [CLS] and [SEP]; longer ones are cut.
-        synthetic: generate small files of the same format and run a tiny model on them, to try the recipe.
-        synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
     """
 
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_LXMERT
 
-    root: str = "data"
     train: list[str] = field(default_factory=list)
     train_features: list[str] = field(default_factory=list)
     val: list[str] = field(default_factory=list)
@@ -43,22 +38,15 @@ class LxmertDataConfig(DatasetConfig):
     test_features: list[str] = field(default_factory=list)
     tokenizer: str = "pretrained/bert-base-uncased/vocab.txt"
     max_text_length: int = 20
-    synthetic: bool = False
-    synthetic_examples: int = EXAMPLES
 
     def check(self) -> None:
-        """Refuse options that do not go together.
-
-        Raises:
-            ConfigError: naming the option.
-        """
+        """Refuse options that do not go together; see the base class."""
+        super().check()
         for split in SPLITS:
             if bool(getattr(self, split)) != bool(getattr(self, f"{split}_features")):
                 raise ConfigError(f"dataset.{split} and dataset.{split}_features go together; list files in both")
         if self.max_text_length < SHORTEST:
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
-        if self.synthetic_examples < 32:
-            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
 
 
 @dataclass

@@ -17,12 +17,10 @@ from villa.datasets.base import DatasetConfig, Example
 from villa.datasets.database_split import DatabaseSplit
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.records import is_score
-from villa.datasets.synthetic import databases
+from villa.datasets.released_files import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
 from villa.files import write_json
 from villa.registry import register_dataset
-
-_ANSWERS_FILE = "answers.json"
 
 
 class SoftAnswerSplit(DatabaseSplit):
@@ -98,15 +96,13 @@ class Vqa(SoftAnswers):
     def answers(self) -> list[str]:
         """Answers in the order of the logits: the checkpoint's, or those of ``dataset.answers``."""
         if self.assets is not None:
-            return read_answers(self.assets / _ANSWERS_FILE)
-        if self.config.synthetic:
-            return read_answers(databases(self.config.name, self.config.synthetic_examples) / ANSWERS)
-        return read_answers(Path(self.config.root).expanduser() / self.config.answers)
+            return read_answers(self.assets / ANSWERS_FILE)
+        return read_answers(self.root / (ANSWERS if self.config.synthetic else self.config.answers))
 
     def save_assets(self, folder: Path) -> None:
         """Write the answers, and what every task writes."""
         super().save_assets(folder)
-        write_json(folder / _ANSWERS_FILE, self.answers)
+        write_json(folder / ANSWERS_FILE, self.answers)
 
 
 @dataclass
