@@ -41,7 +41,8 @@ def by_hand(objective: str, output: ModelOutput, batch: Batch) -> float:
             best = max(range(1, 5), key=lambda c: targets[row, c].item())
             total -= log_p[row, best].item()
         elif objective == "mrc_kl":
-            total += sum((t * (math.log(t) - p)) for t, p in zip(targets[row].tolist(), log_p[row].tolist())) / 5
+            pairs = zip(targets[row].tolist(), log_p[row].tolist(), strict=True)
+            total += sum(t * (math.log(t) - p) for t, p in pairs) / 5
         else:
             total -= log_p[row, int(targets[row])].item()
     total /= len(logits)
