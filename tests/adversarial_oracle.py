@@ -35,6 +35,7 @@ def oracle(
     widths: dict[str, int],
     *,
     masks: dict[str, Tensor] | None = None,
+    apart: Callable[[Tensor, Tensor, str], Tensor] = divergence,
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Parameter gradients and the perturbations of every pass, by autograd through one big graph.
 
@@ -46,6 +47,7 @@ def oracle(
         loss: the task loss.
         widths: width of the perturbation of each modality.
         masks: where each may be perturbed; None asks the model.
+        apart: how far the logits are from the clean ones.
     """
     masks = perturbed(model, batch) if masks is None else masks
     zeros = {m: torch.zeros(*mask.shape, widths[m], dtype=torch.float64) for m, mask in masks.items()}
@@ -66,7 +68,7 @@ def oracle(
         terms = []
         for view in views:
             logits = score(model, batch, **{m: leaves[m] if m in view else zeros[m] for m in zeros})
-            terms.append(task(logits) + config.kl_weight * divergence(logits, target, config.kl_reduction))
+            terms.append(task(logits) + config.kl_weight * apart(logits, target, config.kl_reduction))
         objective = torch.stack(terms).sum()
         total = total + weight * objective
         names = [m for view in views for m in view]
