@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from villa.errors import ConfigError
-from villa.evaluation.predictions import is_number
 from villa.files import read_json
+from villa.json_values import is_number
 
 Options = Mapping[str, Any]
 Recipe = dict[str, Any]

@@ -19,8 +19,8 @@ from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase, check_names
 from villa.datasets.synthetic.overlay import SMALL_REFERRING
 from villa.errors import ConfigError, DataError
-from villa.evaluation.predictions import is_number
 from villa.evaluation.references import RegionReference
+from villa.json_values import is_number
 from villa.registry import register_dataset
 
 Regions = Literal["ground_truth", "detected"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import Any
 
 from villa.errors import DataError
 from villa.files import fsync
+from villa.json_values import is_number
 
 _FORM = '{"id": text, "answer": text or whole number, "score": number}'
 
@@ -108,9 +108,3 @@ def _is_text(value: Any) -> bool:
 
 def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
-
-
-def is_number(value: Any) -> bool:
-    """Say whether a value of JSON is a number that a float can hold; NaN and infinities are none."""
-    largest = sys.float_info.max
-    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest

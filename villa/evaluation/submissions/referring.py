@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from villa.evaluation.predictions import is_number
 from villa.evaluation.submissions.json_list import JsonSubmission, checked_field, is_whole, whole_id
+from villa.json_values import is_number
 from villa.registry import register_submission
 
 _FORM = "[x, y, width, height] in pixels, four numbers with width and height above 0"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from villa.errors import DataError
-from villa.evaluation.predictions import is_number
 from villa.evaluation.submissions.csv_table import CsvSubmission, checked_id
 from villa.evaluation.submissions.json_list import checked_field
+from villa.json_values import is_number
 from villa.registry import register_submission
 
 CHOICES = 4
