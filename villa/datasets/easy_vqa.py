@@ -98,7 +98,7 @@ class EasyVqa(QuestionAnswering):
             soft=False,
             regions=regions,
             feature_dim=GridExtractor.dim if regions == "grid" else None,
-            extractor=self._extractor(regions),
+            extractor=self._extractor(regions, processor),
             kind=self.config.kind,
             processor=processor,
         )
@@ -116,7 +116,7 @@ class EasyVqa(QuestionAnswering):
     def _record(self, question: Question) -> Record:
         images = () if self.vocabulary.regions == "none" else (question.image,)
         record = Record(str(question.number), question.text, images=images)
-        if self.config.kind == "text":
+        if self.vocabulary.kind == "text":
             return replace(record, answer=question.answer)
         return replace(record, target=self.vocabulary.labels[question.answer])
 

@@ -88,6 +88,9 @@ class JsonlConfig(QuestionAnsweringConfig):
             if value is not None and value < 1:
                 raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
         self.check_kind(self.kind)
+        if self.processor is not None and (self.tokenizer is not None or self.regions in ("grid", "files")):
+            other = "tokenizer" if self.tokenizer is not None else f"regions={self.regions}"
+            raise ConfigError(f"dataset.processor reads texts and whole images; leave out dataset.{other}")
 
     @property
     def kind(self) -> Kind:
@@ -135,13 +138,17 @@ class Jsonl(QuestionAnswering):
     def _build_assets(self) -> Assets:
         first, kind, processor = self._train[0], self.config.kind, self._processor()
         regions = self._regions(first)
+        if kind == "pair" and regions == "none":
+            raise DataError(
+                f"{self._train.where(0)}: dataset.target=pair needs an image beside every text; add 'image'"
+            )
         return Assets(
             None if processor is not None else self._tokenizer(),
             self._answers() if kind == "label" else [],
             soft="answers" in first if self.config.target == "auto" else self.config.target == "soft",
             regions=regions,
             feature_dim=self._feature_dim(regions),
-            extractor=self._extractor(regions),
+            extractor=self._extractor(regions, processor),
             kind=kind,
             processor=processor,
         )
@@ -151,7 +158,11 @@ class Jsonl(QuestionAnswering):
         if self.config.regions != "auto":
             return self.config.regions
         guessed = guess_regions(first)
-        return "pixels" if guessed == "grid" and self.config.processor is not None else guessed
+        if self.config.processor is None:
+            return guessed
+        if guessed == "files":
+            raise DataError(f"{self._train.where(0)}: dataset.processor reads images, not features; give 'image'")
+        return "pixels" if guessed == "grid" else guessed
 
     def _training_images(self) -> tuple[list[Source], range]:
         files = self._files(self._train)

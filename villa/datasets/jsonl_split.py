@@ -41,6 +41,7 @@ class JsonlSplit(Split):
         self._kept, self._text_lengths = array("q"), array("i")
         self._images, self._first_image = array("q"), array("q", [0])
         self._pairs = vocabulary.kind == "pair"
+        self._form: tuple[bool, int] | None = None
         self._has_answers = not self._pairs and (train or _has_answer(lines[0]))
 
     @property
@@ -61,8 +62,10 @@ class JsonlSplit(Split):
         ids: set[str] = set()
         for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
             where = self._lines.where(index)
-            length = self._reader.text_length(*record_texts(record, where))
+            text, pair = record_texts(record, where)
+            length = self._reader.text_length(text, pair)
             files = record_sources(record, self._vocabulary.regions, folder, where)
+            self._check_form(pair is not None, len(files), where)
             name = self._id(index, record)
             if name in ids:
                 raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
@@ -107,6 +110,20 @@ class JsonlSplit(Split):
     def image_length(self, index: int) -> int:
         """Return the positions that an example's images take, as far as they are counted."""
         return sum(self._reader.image_length(self.store, image) for image in self.images(index))
+
+    def _check_form(self, paired: bool, images: int, where: str) -> None:
+        """Refuse lines that cannot be in one batch with the others."""
+        kind = self._vocabulary.kind
+        if kind != "label" and paired:
+            raise DataError(f"{where}: 'text_pair' has no place with dataset.target={kind}; put both texts in one")
+        if kind == "pair" and images != 1:
+            raise DataError(f"{where}: the line has {images} images; dataset.target=pair needs one")
+        self._form = self._form or (paired, images)
+        if kind == "label" and (paired, images) != self._form:
+            here, first = (
+                f"{n} image(s) and {'a' if p else 'no'} text_pair" for p, n in ((paired, images), self._form)
+            )
+            raise DataError(f"{where}: the line has {here}, the first {first}; give all lines of a file the same")
 
     def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
         if self._pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -11,7 +12,8 @@ from villa.errors import DataError
 from villa.plugins import one_line
 
 #: Files of a processor that name its class, the first one first.
-_NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_IMAGES = "preprocessor_config.json"
+_NAMING_FILES = ("processor_config.json", _IMAGES, "tokenizer_config.json")
 
 
 def load_processor(source: str | Path, *, local: bool = False) -> Any:
@@ -24,20 +26,35 @@ def load_processor(source: str | Path, *, local: bool = False) -> Any:
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    import transformers
-
-    kind = _processor_class(source, local)
-    if kind is not None and "video_processor" in kind.get_attributes() and not _has_torchvision():
-        kind = without_videos(kind)
+    if not _names_hub(source) and not Path(source).exists():
+        raise DataError(f"the processor's folder '{source}' does not exist; mend the path")
     try:
-        return (kind or transformers.AutoProcessor).from_pretrained(
-            source, local_files_only=local, trust_remote_code=False
-        )
+        return _load(source, {"local_files_only": local, "trust_remote_code": False})
     except Exception as error:  # whatever the library's many loaders raise for files that they do not understand
         raise DataError(
             f"the processor of '{source}' cannot be loaded: {one_line(error)}; give a folder with a model's tokenizer "
             "and image processor, as transformers saves them"
         ) from error
+
+
+def _load(source: str | Path, options: dict[str, Any]) -> Any:
+    transformers: Any = importlib.import_module("transformers")
+    kind = _processor_class(source, options["local_files_only"])
+    if kind is not None and "video_processor" in kind.get_attributes() and not _has_torchvision():
+        kind = without_videos(kind)
+    processor = (kind or transformers.AutoProcessor).from_pretrained(source, **options)
+    if not hasattr(processor, "tokenizer") and _read_json(source, _IMAGES, options["local_files_only"]):
+        images = transformers.AutoImageProcessor.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        processor = transformers.VisionTextDualEncoderProcessor(images, tokenizer)  # the library's plain pair of both
+    for place in ("is_local", "local_files_only"):  # would be saved, but are about the place alone
+        getattr(processor, "tokenizer", processor).init_kwargs.pop(place, None)
+    return processor
+
+
+def _names_hub(source: str | Path) -> bool:
+    """Whether a place may be a name on the hub of models: ``name`` or ``owner/name``."""
+    return isinstance(source, str) and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
 
 
 def without_videos(kind: Any) -> Any:
@@ -84,14 +101,21 @@ def _has_torchvision() -> bool:
 def _processor_class(source: str | Path, local: bool) -> Any:
     """The class that the processor's files name; None leaves the choice to transformers."""
     import transformers
-    from transformers.utils.hub import cached_file
 
     for name in _NAMING_FILES:
-        try:
-            found = cached_file(source, name, local_files_only=local)
-            named = json.loads(Path(str(found)).read_text(encoding="utf-8")).get("processor_class")
-        except Exception:  # noqa: S112 (transformers says what is wrong with the files when it reads them)
-            continue
+        named = _read_json(source, name, local).get("processor_class")
         if isinstance(named, str) and hasattr(transformers, named):
             return getattr(transformers, named)
     return None
+
+
+def _read_json(source: str | Path, name: str, local: bool) -> dict[str, Any]:
+    """Read a JSON file of a model; nothing if it has none, or one that transformers will say is damaged."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(source, name, local_files_only=local)
+        value = json.loads(Path(str(found)).read_text(encoding="utf-8"))
+    except Exception:  # the hub's own, the operating system's, the parser's
+        return {}
+    return value if isinstance(value, dict) else {}

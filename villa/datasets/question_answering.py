@@ -18,7 +18,7 @@ from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig, Example, TaskDataset
 from villa.datasets.processor_loading import load_processor
 from villa.datasets.processor_reader import Kind, ProcessorReader, Reading
-from villa.datasets.reader import PixelReader, Reader, Record, RegionReader, WordPieces
+from villa.datasets.reader import SIDE, PixelReader, Reader, Record, RegionReader, WordPieces
 from villa.datasets.records import Regions, record_sources, record_texts
 from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
@@ -37,12 +37,16 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
     """Options that question-answering data sets share, besides those of grid features.
 
     Attributes:
-        max_text_length: word-pieces of a question with [CLS] and [SEP]; longer ones are cut.
+        max_text_length: word-pieces of a text (or two) with special tokens; longer ones are cut. Texts that a model
+            continues, or that mark the places of images, are never cut: a processor's tokenizer limits them itself.
         standardize: centre and scale every dimension of the region features by its statistics over training images.
         processor: folder, or name on the hub, of a model of transformers whose own tokenizer and image processor
             read texts and images; None reads them by the data set's own word-pieces.
-        padding: of a processor's texts: to the ``longest`` of a batch, or to ``max_length``, max_text_length.
-        prompt: what a model that writes is told, with ``{question}`` in it; None is the question alone.
+        padding: of a processor's texts: to the ``longest`` of a batch, or all to ``max_length``, that is
+            max_text_length (SigLIP was trained so, with 64).
+        prompt: what a model with a processor is told, with ``{question}`` in it, and ``{image}`` where the images are
+            to be (by default in front); None is the question alone. The processor's chat template, if it has one, is
+            put around it.
     """
 
     max_text_length: int = 60
@@ -61,18 +65,26 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ConfigError(f"dataset.prompt='{self.prompt}' has no place for the question; write {{question}} in it")
+        if self.image_size is not None and (self.image_size < 1 or self.processor is not None):
+            why = "give at least 1" if self.image_size < 1 else "the processor has a size of its own; leave one out"
+            raise ConfigError(f"dataset.image_size={self.image_size} is not allowed; {why}")
 
     def check_kind(self, kind: Kind) -> None:
-        """Refuse targets that only a processor can make.
+        """Refuse targets that only a processor can make, and options of a processor that have no effect.
 
         Raises:
-            ConfigError: there is no processor.
+            ConfigError: naming the option.
         """
         if kind != "label" and self.processor is None:
             raise ConfigError(
                 f"dataset.target={kind} needs a model's own processor; set dataset.processor to its folder, or to its "
                 "name on the hub"
             )
+        without = "without dataset.processor" if self.processor is None else f"with dataset.target={kind}"
+        if self.padding != "longest" and (self.processor is None or kind == "text"):
+            raise ConfigError(f"dataset.padding={self.padding} has no effect {without}; leave it out")
+        if self.prompt is not None and (self.processor is None or kind == "pair"):
+            raise ConfigError(f"dataset.prompt has no effect {without}; leave it out")
 
 
 class QuestionAnswering(TaskDataset):
@@ -93,7 +105,7 @@ class QuestionAnswering(TaskDataset):
         if self.assets is None:
             return self._build_assets()
         loaded = Assets.load(self.assets)
-        extractor = self._extractor(loaded.regions)
+        extractor = self._extractor(loaded.regions, loaded.processor)
         if extractor != loaded.extractor:
             raise DataError(
                 f"the checkpoint was trained on features of '{loaded.extractor}', but the configuration makes those of "
@@ -135,7 +147,7 @@ class QuestionAnswering(TaskDataset):
         assert vocabulary.tokenizer is not None
         words = WordPieces(vocabulary.tokenizer, config.max_text_length)
         if vocabulary.regions == "pixels":
-            return PixelReader(words, config.image_size)
+            return PixelReader(words, self._side())
         return RegionReader(words, self._open_store)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -209,8 +221,14 @@ class QuestionAnswering(TaskDataset):
         """Load the processor that the recipe names, or return None."""
         return None if self.config.processor is None else load_processor(str(local_path(self.config.processor)))
 
-    def _extractor(self, regions: Regions) -> str | None:
-        """Return what makes grid features under the configuration."""
+    def _side(self) -> int:
+        size: int | None = self.config.image_size
+        return SIDE if size is None else size
+
+    def _extractor(self, regions: Regions, processor: Any = None) -> str | None:
+        """Return what makes grid features, or images of one size, under the configuration."""
+        if regions == "pixels" and processor is None:
+            return f"whole images of {self._side()} pixels a side"
         return GridExtractor(self.config).signature if regions == "grid" else None
 
 

@@ -18,7 +18,10 @@ from villa.datasets.collation import collate
 from villa.datasets.stores.base import RegionStore, Source
 from villa.datasets.stores.pictures import PictureStore
 from villa.datasets.text import encode_texts
+from villa.errors import DataError
 
+#: Side of images that go to a model whole, where the recipe does not say it.
+SIDE = 224
 #: Texts that are kept as word-pieces; many data sets ask few different questions.
 KEPT_TEXTS = 4096
 
@@ -160,7 +163,13 @@ class PixelReader(Reader):
         return Example(record.id, ids, types, target=record.target, images=images)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pad the texts; scale the images to [-1, 1]."""
+        """Pad the texts; scale the images to [-1, 1].
+
+        Raises:
+            DataError: the examples have different numbers of images.
+        """
+        if len({len(example.images) for example in examples}) > 1:
+            raise DataError(f"a batch mixes examples of one and of several images (first: '{examples[0].id}')")
         stacked = torch.stack([torch.stack(example.images) for example in examples]).float() / 127.5 - 1
         pixels = stacked[:, 0] if stacked.shape[1] == 1 else stacked
         return replace(collate(examples), pixel_values=pixels)

@@ -37,7 +37,8 @@ class GridOptions:
     Attributes:
         grid: cells a side; an image has ``grid`` x ``grid`` regions.
         image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
-            The network's cells that fall into one cell of the grid are averaged.
+            The network's cells that fall into one cell of the grid are averaged. Whole images (``regions: pixels``)
+            may have any size; None takes 224.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
     """
 
