@@ -12,8 +12,11 @@ from torch import Tensor
 
 from villa.engine.checkpoint import CheckpointStore
 from villa.errors import CheckpointError
+from villa.models.base import DataFacts
 from villa.models.conversion import load_weights
 from villa.models.export import Layout, export_checkpoint, released_layout
+from villa.models.lxmert import Lxmert
+from villa.models.lxmert_config import LxmertConfig
 from villa.models.uniter import Uniter
 from villa.models.weight_files import read_weights
 
@@ -107,6 +110,25 @@ def test_other_models_have_no_released_layout(tiny_uniter: Build, prefix: str) -
     with pytest.raises(CheckpointError, match="these weights are not of one UNITER") as caught:
         released_layout(weights, "uniter")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "module.bert.", ""])
+def test_lxmert_under_the_names_of_its_release_is_refused(prefix: str) -> None:
+    config = LxmertConfig(hidden_size=8, language_layers=1, vision_layers=1, cross_layers=1, num_heads=2)
+    model = Lxmert.from_config(config, DataFacts(vocab_size=9, num_labels=2, feature_dim=3))
+    weights = {f"{prefix}{name}": value for name, value in model.lxmert.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"not of a UNITER, which has no '.*encoder\.\w+\..*'; only mod"
+    ) as caught:
+        released_layout(weights, "uniter")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["visual_projection.weight", "visual_token_type_embeddings.weight"])
+def test_visual_bert_is_refused(tiny_uniter: Build, name: str) -> None:
+    weights = tiny_uniter().state_dict() | {f"uniter.embeddings.{name}": torch.zeros(2, 2)}
+    with pytest.raises(CheckpointError, match=f"which has no 'uniter.embeddings.{name}'"):
+        released_layout(weights, "uniter")
 
 
 def test_two_models_in_one_file_are_refused(tiny_uniter: Build) -> None:

@@ -271,3 +271,17 @@ def test_a_file_without_cross_layers_is_refused(tmp_path: Path, released: dict[s
     torch.save(weights, tmp_path / "bert.pth")
     with pytest.raises(CheckpointError, match=r"lacks lxmert\.encoder\.x_layers"):
         load_weights(fresh(released), tmp_path / "bert.pth")
+
+
+@pytest.mark.parametrize("name", ["vqa.pth", "x" * 300])
+def test_where_there_are_no_weights_their_maker_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"projects/lxmert/answer_head\.py makes it .*docs/lxmert\.md") as caught:
+        build().load_weights(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_not_told_to_be_made(tmp_path: Path) -> None:
+    (tmp_path / "vqa.pth").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"vqa\.pth") as caught:
+        build().load_weights(str(tmp_path / "vqa.pth"))
+    assert "answer_head" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,9 @@ _BACKBONE = ("embeddings", "img_embeddings", "encoder", "pooler")
 
 #: Parameters that every UNITER and every BERT has.
 _WORDS, _LAYER = "embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"
+
+#: What other models have at such places: layers for regions and across (LXMERT), an embedding of regions (VisualBERT).
+_FOREIGN = re.compile(r"encoder\.(?!layer\.)|embeddings\.visual_")
 
 
 def export_checkpoint(
@@ -85,6 +89,12 @@ def released_layout(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, 
         raise CheckpointError(
             f"these weights are not of one UNITER: exactly one of {', '.join(p + _WORDS for p in known)}, and the "
             "layers beside it, should be there; only models of the kind 'uniter' have a released layout"
+        )
+    foreign = next((name for name in plain if _FOREIGN.match(name.removeprefix(found[0]))), None)
+    if foreign is not None:
+        raise CheckpointError(
+            f"these weights are not of a UNITER, which has no '{foreign}'; only models of the kind 'uniter' have a "
+            "released layout"
         )
     ours = tuple(f"{found[0]}{module}." for module in _BACKBONE)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.errors import DataError
+from villa.errors import CheckpointError, DataError
 from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.models.load_report import LoadReport
 from villa.models.lxmert_config import HEAD_IMAGES, LxmertConfig
 from villa.models.uniter_rows import RowLayout, Rows
 from villa.registry import register_model
@@ -87,6 +89,18 @@ class Lxmert(Model):
             num_labels=config.labels(facts),
             released=config.released,
         )
+
+    def load_weights(self, source: str) -> LoadReport:
+        """Load the weights that ``model.checkpoint`` names; see the base class."""
+        try:
+            return super().load_weights(source)
+        except CheckpointError as error:
+            if os.path.exists(source):  # noqa: PTH110 (pathlib raises for a name that is too long)
+                raise
+            raise CheckpointError(
+                f"{error}; for VQA and GQA, projects/lxmert/answer_head.py makes it of the pre-trained weights (see "
+                "docs/lxmert.md)"
+            ) from error
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score a batch of texts and image regions.
