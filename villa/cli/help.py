@@ -17,7 +17,7 @@ from villa.config.yaml_text import write
 from villa.registry import REGISTRIES
 
 USAGE = """\
-usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config]
+usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points]
        villa_run --list [KIND] | --help [section=name ...] | --version
 
 Train, evaluate or predict with what a recipe names. Later values win: defaults, presets, included files, the
@@ -29,6 +29,7 @@ recipe, the command line. Values are YAML; quote brackets and blanks for the she
   villa_run config=recipe.yaml 'evaluation.metrics=[accuracy]' --print-config
 
   --print-config        show the resolved recipe with the origin of every value, and stop
+  --perturbation-points show where the recipe's model is perturbed, and stop
   --list [KIND]         list what is registered: models, datasets, losses, ...
   --help [section=name] this page, or the options of a section's variant: --help trainer=villa
   --version             show the version

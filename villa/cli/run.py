@@ -42,6 +42,10 @@ def _main(argv: Sequence[str]) -> int:
         return _show(annotated(loaded.config, loaded.origins, loaded.notices))
     for notice in loaded.notices:
         print(f"villa_run: {notice}", file=sys.stderr)
+    if options.perturbation_points:
+        from villa.engine.points import describe_points
+
+        return _show("\n".join(describe_points(loaded.config)) + "\n")
     from villa.engine.run import run
 
     return run(loaded.config)
@@ -53,6 +57,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--perturbation-points", action="store_true")
     parser.add_argument("--list", nargs="?", const="all")
     return parser.parse_intermixed_args(list(argv))
 

@@ -18,7 +18,7 @@ from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.lora import adapt
 from villa.models.huggingface.points import find_points, override
 from villa.models.huggingface.pooling import pool, pooled_size
-from villa.models.huggingface.writing import answer_logits, prompts, write
+from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
 from villa.models.load_report import LoadReport
 from villa.models.settling import settle
 from villa.models.transformers_folder import find_config, is_transformers_folder, load_pretrained
@@ -143,9 +143,9 @@ class HuggingFaceModel(Model):
         kind = model_class(described, task, config.model_class)
         try:
             transformer = kind._from_config(described) if hasattr(kind, "_from_config") else kind(described)
-        except (ValueError, TypeError, AttributeError, RuntimeError, AssertionError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"model.architecture: {kind.__name__} cannot be built: {reason}") from error
+        except (ValueError, TypeError, AttributeError, RuntimeError, AssertionError, KeyError, ImportError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(f"model.architecture: {kind.__name__} cannot be built: {reason.strip()}") from error
         return cls(transformer, task, config)
 
     def _prepare(self) -> None:
@@ -176,6 +176,8 @@ class HuggingFaceModel(Model):
         return ModelOutput(self.head(pooled), pooled, **common)
 
     def _score_answers(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
+        if self._has_encoder() and batch.answer_mask is not None:
+            return self._score_decoded(batch, batch.answer_mask, asked)
         arguments, kept = self._arguments(batch, self.transformer.forward), {}
         found: list[Any] = []
 
@@ -186,7 +188,11 @@ class HuggingFaceModel(Model):
             logits: Tensor = found[0].logits
             return logits if kept else logits[:, positions]
 
-        if batch.answer_mask is not None:
+        if self._has_encoder():
+            start = torch.full((len(batch), 1), self._decoder_start(), device=self.transformer.device)
+            found.append(self.transformer(**arguments, decoder_input_ids=start, **asked, return_dict=True))
+            logits = found[0].logits[:, 0]
+        elif batch.answer_mask is not None:
             logits = answer_logits(score, batch.answer_mask)
         else:
             assert batch.input_ids is not None
@@ -195,6 +201,29 @@ class HuggingFaceModel(Model):
             logits = score(rows)[torch.arange(len(mask), device=mask.device), (rows * mask).argmax(1)]
         states, maps = (getattr(found[0], name, None) or () for name in ("hidden_states", "attentions"))
         return ModelOutput(logits, hidden_states=tuple(states), attentions=tuple(maps))
+
+    def _score_decoded(self, batch: Batch, answers: Tensor, asked: dict[str, bool]) -> ModelOutput:
+        """Score the answers by a decoder; the encoder reads the rest of the texts, at unchanged positions."""
+        read, predicted = decoder_inputs(batch, self._decoder_start())
+        arguments = self._arguments(batch, self.transformer.forward)
+        arguments["input_ids"] = arguments["input_ids"].masked_fill(answers, self._pad_token())
+        real = arguments.get("attention_mask", torch.ones_like(answers, dtype=torch.long))
+        arguments["attention_mask"] = real.masked_fill(answers, 0)
+        output = self.transformer(**arguments, decoder_input_ids=read, **asked, return_dict=True)
+        return ModelOutput(output.logits[predicted])
+
+    def _has_encoder(self) -> bool:
+        """Whether an encoder reads the text and a decoder writes the answer."""
+        config = self.transformer.config
+        if not getattr(config, "use_decoder_only_language_model", True):
+            return True
+        return bool(getattr(config, "is_encoder_decoder", False))
+
+    def _decoder_start(self) -> int:
+        config = self.transformer.config
+        parts = (self.transformer.generation_config, config.get_text_config(decoder=True), config)
+        starts = (getattr(part, "decoder_start_token_id", None) for part in parts)
+        return next((int(start) for start in starts if start is not None), self._pad_token())
 
     def _arguments(self, batch: Batch, function: Any) -> dict[str, Tensor]:
         """What of a batch the model's ``forward`` has a name for."""

@@ -17,6 +17,8 @@ from villa.models.base import Point
 #: Names of the module that turns patches of pixels into vectors, where it is no convolution.
 _PATCH_NAMES = ("patch_embedding", "patch_embed", "patch_embeddings", "patch_embedder", "img_projection")
 _CHANNELS = 3
+#: Argument of language models that read images by cross-attention.
+_BESIDE = "cross_attention_states"
 _SIDES = ("input", "output")
 
 
@@ -38,8 +40,7 @@ def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str,
         points["text"] = Point(f"{prefix}.{words}", "output", _text_mask(_pad_token(model), image_token))
     reader = None if words is None or image_token is None else _language_model(model, words)
     if reader is not None and image_token is not None:
-        mask = _image_token_mask(image_token)
-        points["image"] = Point(f"{prefix}.{reader}", "input", mask, argument="inputs_embeds", confined=True)
+        points["image"] = _image_point(model.get_submodule(reader), f"{prefix}.{reader}", image_token)
     elif (patches := _patch_embedding(model)) is not None:
         points["image"] = _patch_point(patches[1], f"{prefix}.{patches[0]}")
     return points
@@ -123,8 +124,22 @@ def _language_model(model: nn.Module, words: str) -> str | None:
         if "pixel_values" in names:
             return None  # it puts the images in place itself
         if "inputs_embeds" in names:
-            return path or None
+            return _encoder(model, path) if path else None
     return None
+
+
+def _encoder(model: nn.Module, path: str) -> str:
+    """Of a language model with an encoder and a decoder the encoder, which reads the images; else the model itself."""
+    encoder = getattr(model.get_submodule(path), "encoder", None)
+    reads = isinstance(encoder, nn.Module) and "inputs_embeds" in inspect.signature(encoder.forward).parameters
+    return f"{path}.encoder" if reads else path
+
+
+def _image_point(reader: nn.Module, path: str, image_token: int) -> Point:
+    """Where a language model is given the images: among its texts, or beside them for cross-attention."""
+    if _BESIDE in inspect.signature(reader.forward).parameters:
+        return Point(path, "input", argument=_BESIDE)
+    return Point(path, "input", _image_token_mask(image_token), argument="inputs_embeds", confined=True)
 
 
 def _patch_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:

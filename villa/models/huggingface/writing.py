@@ -28,6 +28,26 @@ def answer_logits(score: Callable[[Tensor], Tensor], answer_mask: Tensor) -> Ten
     return score(positions)[before[:, positions]]
 
 
+def decoder_inputs(batch: Batch, start: int) -> tuple[Tensor, Tensor]:
+    """Return what the decoder of an encoder-decoder model reads to write the answers.
+
+    Args:
+        batch: right-padded texts with their answers.
+        start: id of the token that a decoder starts with.
+
+    Returns:
+        Token ids ``[B, A]``, the answers moved by one position, and which of the ``[B, A]`` outputs predict a token.
+    """
+    ids, marks = batch.input_ids, batch.answer_mask
+    assert ids is not None
+    assert marks is not None
+    counts = marks.sum(1, keepdim=True)
+    predicted = torch.arange(int(counts.max()), device=ids.device) < counts
+    answers = ids.new_full(predicted.shape, start)
+    answers[predicted] = ids[marks]
+    return torch.cat((ids.new_full((len(ids), 1), start), answers[:, :-1]), dim=1), predicted
+
+
 def prompts(batch: Batch, pad: int) -> Batch:
     """Return the batch without its answers, left-padded, as a model continues it.
 
@@ -47,7 +67,10 @@ def prompts(batch: Batch, pad: int) -> Batch:
     mask = kept.gather(1, order)
 
     def move(value: Tensor) -> Tensor:
-        return value.gather(1, order) * mask if value.shape == ids.shape else value
+        if value.dim() < ids.dim() or value.shape[:2] != ids.shape or value.is_floating_point():
+            return value
+        places, real = (part.view(*part.shape, *[1] * (value.dim() - 2)) for part in (order, mask))
+        return value.gather(1, places.expand(*order.shape, *value.shape[2:])) * real
 
     moved = {name: move(value) for name, value in (batch.inputs or {}).items()}
     return replace(
