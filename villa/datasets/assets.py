@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from villa.datasets.processor_loading import load_processor
+from villa.datasets.processor_loading import load_processor, save_processor
 from villa.datasets.processor_reader import Kind
 from villa.datasets.records import REGION_FIELDS, Regions
 from villa.datasets.text import load_tokenizer, save_tokenizer, vocabulary_size
@@ -65,7 +65,7 @@ class Assets:
         if self.tokenizer is not None:
             return self.tokenizer.to_str()
         with tempfile.TemporaryDirectory() as folder:
-            self.processor.save_pretrained(folder)
+            save_processor(self.processor, Path(folder))
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             return json.dumps([[str(path.relative_to(folder)), sha256(path)] for path in files])
 
@@ -75,7 +75,7 @@ class Assets:
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
         if self.processor is not None:
-            self.processor.save_pretrained(folder / PROCESSOR)
+            save_processor(self.processor, folder / PROCESSOR)
         write_json(folder / ANSWERS_FILE, self.answers)
         names = ("soft", "regions", "feature_dim", "extractor", "kind")
         write_json(folder / META_FILE, {name: getattr(self, name) for name in names})

@@ -17,7 +17,7 @@ _NAMING_FILES = ("processor_config.json", _IMAGES, "tokenizer_config.json")
 
 
 def load_processor(source: str | Path, *, local: bool = False) -> Any:
-    """Load the processor of a model: its tokenizer and image processor in one, or what of these it has.
+    """Load the processor of a model: its tokenizer and image processor in one, or its tokenizer; it pads on the right.
 
     Args:
         source: a folder, or a name on the hub of models.
@@ -37,6 +37,15 @@ def load_processor(source: str | Path, *, local: bool = False) -> Any:
         ) from error
 
 
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write the files of a processor, the same whatever it has read so far."""
+    backend = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
+    if backend is not None:  # which keeps how the last texts were cut and padded
+        backend.no_truncation()
+        backend.no_padding()
+    processor.save_pretrained(folder)
+
+
 def _load(source: str | Path, options: dict[str, Any]) -> Any:
     transformers: Any = importlib.import_module("transformers")
     kind = _processor_class(source, options["local_files_only"])
@@ -47,8 +56,14 @@ def _load(source: str | Path, options: dict[str, Any]) -> Any:
         images = transformers.AutoImageProcessor.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         processor = transformers.VisionTextDualEncoderProcessor(images, tokenizer)  # the library's plain pair of both
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "init_kwargs"):
+        raise ValueError(f"there is no tokenizer, but a {type(processor).__name__}")
     for place in ("is_local", "local_files_only"):  # would be saved, but are about the place alone
-        getattr(processor, "tokenizer", processor).init_kwargs.pop(place, None)
+        tokenizer.init_kwargs.pop(place, None)
+    tokenizer.padding_side = "right"  # as all batches are
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 

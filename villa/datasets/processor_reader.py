@@ -57,16 +57,11 @@ class ProcessorReader(Reader):
         self.processor, self.reading = processor, reading
         self.prompts = Prompts(processor, reading.prompt)
         self.tokenizer = self.prompts.tokenizer
-        self.tokenizer.padding_side = "right"
-        self._end = self.tokenizer.eos_token_id
-        if self._end is None:
-            self._end = self.tokenizer.sep_token_id
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self._end is None or self.tokenizer.pad_token is None:
-            raise DataError(
-                "the processor's tokenizer has no end-of-text or padding token; use another dataset.processor"
-            )
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        self._end = next((end for end in ends if end is not None), None)
+        if self.tokenizer.pad_token is None or (reading.kind == "text" and self._end is None):
+            lacking = "padding" if self.tokenizer.pad_token is None else "end-of-text"
+            raise DataError(f"the processor's tokenizer has no {lacking} token; use another dataset.processor")
         self._limit = min(reading.max_length, self.tokenizer.model_max_length)
         self._lengths: dict[tuple[str, str | None], int] = {}
 
@@ -151,8 +146,8 @@ class ProcessorReader(Reader):
         """Read texts, and images beside them."""
         texts, seconds = self._texts(examples), [e.pair for e in examples if e.pair is not None]
         flat = [image for example in examples for image in example.images]
-        options = {"return_tensors": "pt", "padding": self.reading.padding, "truncation": True}
-        options["max_length"] = self._limit
+        options = {"truncation": True, "max_length": self._limit, "padding": self.reading.padding}
+        options |= {"padding_side": "right", "return_tensors": "pt"}
         if flat and not seconds and len(flat) == len(texts) and hasattr(self.processor, "image_processor"):
             return dict(self.processor(text=texts, images=flat, **options))
         made = dict(self.tokenizer(texts, seconds or None, **options))

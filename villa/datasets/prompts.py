@@ -53,7 +53,8 @@ class Prompts:
     def read(self, questions: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """Let the processor read questions, each with its images: right-padded tensors by name, none of them cut."""
         texts = [self.text(question, len(seen)) for question, seen in zip(questions, images, strict=True)]
-        given: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        # Said here too, for some processors (InternVL) pad on the left whatever their tokenizer does.
+        given: dict[str, Any] = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         if self._chat is not None and self._holds_special_tokens(texts[0]):
             given["add_special_tokens"] = False
         if any(images):
