@@ -21,6 +21,17 @@ def test_map_changes_every_tensor_and_leaves_the_original() -> None:
         assert after.equal(before * 2), name
 
 
+def test_map_changes_the_tensors_of_mappings() -> None:
+    batch = Batch(ids=["a"], inputs={"grid": torch.ones(2)}, part_targets={"words": torch.tensor([3])})
+    doubled = batch.map(lambda tensor: tensor * 2)
+    assert doubled.inputs is not None
+    assert doubled.part_targets is not None
+    assert doubled.inputs["grid"].tolist() == [2, 2]
+    assert doubled.part_targets["words"].tolist() == [6]
+    assert batch.part_targets is not None
+    assert batch.part_targets["words"].tolist() == [3]
+
+
 def test_to_moves_every_tensor() -> None:
     moved = tiny_batch().to("meta")
     assert {getattr(moved, name).device.type for name in ("input_ids", "features", "targets")} == {"meta"}

@@ -122,6 +122,19 @@ def test_freelb_equals_the_loop_without_hooks(objective: str, modality: Any) -> 
     compare(model, passes, expected, 0, 2 if modality == "alternating" else 1)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_gives_finite_gradients_and_scores_in_fp32(objective: str, precision: str) -> None:
+    model = build().float()
+    batch = objective_batch(objective).map(lambda value: value.float() if value.is_floating_point() else value)
+    passes = RecordingPasses(model, Pretraining(), precision)
+    logs = VillaTrainer(VillaConfig(**STEPS, modality="both")).step(batch, passes)
+    assert all(value.isfinite() for value in logs.values())
+    assert all(value.isfinite().all() for value in gradients(model).values())
+    for output in passes.outputs:
+        assert {value.dtype for value in (output.logits, *output.extras.values())} == {torch.float32}
+
+
 @pytest.mark.parametrize("mask_padding", [True, False])
 @pytest.mark.parametrize("init", ["zero", "uniform"])
 def test_masked_words_are_perturbed_and_masked_regions_never(init: Any, mask_padding: bool) -> None:
