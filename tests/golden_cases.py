@@ -1,40 +1,18 @@
-"""The golden cases: their names, and the models and batches that they are about.
+"""The golden cases: their names, and the models and batches that they are about."""
 
-``VILLA_GOLDEN=<folder>`` runs the tests on another folder with the same layout instead of ``tests/golden``.
-"""
-
-import io
-import lzma
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
-from golden_utils import GOLDEN, build_model, to_batch, to_double
+from golden_utils import FOLDER, build_model, load, to_batch, to_double
 
 from villa.batch import Batch
 from villa.models.base import DataFacts, Model
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
-
-FOLDER = Path(os.environ.get("VILLA_GOLDEN", GOLDEN))
 
 
 def cases(prefix: str) -> list[tuple[str, str]]:
     """Folder and name of every case below the folders that start with ``prefix``."""
     files = sorted(FOLDER.glob(f"{prefix}*/case_*.pt*"))
     return [(file.parent.name, file.name.split(".pt")[0]) for file in files]
-
-
-def load(folder: str, name: str) -> dict[str, Any]:
-    """Load a file; a folder without it shares that of its task (``villa_vqa_detached``: ``villa_vqa``)."""
-    shared = "_".join(folder.split("_")[:2])
-    for place in (FOLDER / folder, FOLDER / shared):
-        if (place / f"{name}.pt").exists():
-            return torch.load(place / f"{name}.pt", weights_only=True)  # type: ignore[no-any-return]
-        if (place / f"{name}.pt.xz").exists():
-            with lzma.open(place / f"{name}.pt.xz") as file:
-                return torch.load(io.BytesIO(file.read()), weights_only=True)  # type: ignore[no-any-return]
-    raise FileNotFoundError(f"no {name} in {FOLDER / folder}")
 
 
 def load_task(folder: str) -> tuple[Model, Batch]:

@@ -1,12 +1,14 @@
-"""Golden tensors of the released code: loading, and their batches as ``Batch``.
+"""Golden tensors of the released code: loading, their batches as ``Batch``, and the tiny UNITER that they are of.
 
-``tests/golden/README.md`` says what the files hold.
+``tests/golden/README.md`` says what the files hold. ``VILLA_GOLDEN=<folder>`` runs the tests on another folder with the
+same layout instead of ``tests/golden``.
 """
 
 from __future__ import annotations
 
 import io
 import lzma
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from villa.models.uniter import Uniter
 from villa.models.uniter_config import UniterConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+FOLDER = Path(os.environ.get("VILLA_GOLDEN", GOLDEN))
 
 Task = Literal["vqa", "ve", "nlvr2", "vcr"]
 HEADS: dict[str, str] = {
@@ -29,10 +32,19 @@ HEADS: dict[str, str] = {
 }
 
 
-def load(case_dir: str, name: str) -> Any:
-    """Load ``tests/golden/<case_dir>/<name>.pt.xz``: a dictionary of tensors, numbers, strings and lists."""
-    with lzma.open(GOLDEN / case_dir / f"{name}.pt.xz") as file:
-        return torch.load(io.BytesIO(file.read()), weights_only=True)
+def load(folder: str, name: str) -> Any:
+    """Load a file: a dictionary of tensors, numbers, strings and lists.
+
+    A folder without it shares that of its task (``villa_vqa_detached``: ``villa_vqa``).
+    """
+    shared = "_".join(folder.split("_")[:2])
+    for place in (FOLDER / folder, FOLDER / shared):
+        if (place / f"{name}.pt").exists():
+            return torch.load(place / f"{name}.pt", weights_only=True)
+        if (place / f"{name}.pt.xz").exists():
+            with lzma.open(place / f"{name}.pt.xz") as file:
+                return torch.load(io.BytesIO(file.read()), weights_only=True)
+    raise FileNotFoundError(f"no {name} in {FOLDER / folder}")
 
 
 def to_batch(golden: dict[str, Any], task: Task) -> Batch:
@@ -70,24 +82,27 @@ def to_double(batch: Batch) -> Batch:
     return batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def build_model(model_file: dict[str, Any], task: Task) -> Uniter:
-    """The tiny UNITER of a golden ``model`` file, with its weights, in training mode (its dropout is 0)."""
-    released, weights = model_file["config"], model_file["state_dict"]
-    config = UniterConfig(
-        head=HEADS[task],
-        hidden_size=released["hidden_size"],
-        num_layers=released["num_hidden_layers"],
-        num_heads=released["num_attention_heads"],
-        intermediate_size=released["intermediate_size"],
-        max_positions=released["max_position_embeddings"],
-        hidden_dropout=released["hidden_dropout_prob"],
-        attention_dropout=released["attention_probs_dropout_prob"],
-    )
+def golden_config(head: str, **changes: Any) -> UniterConfig:
+    """The options of the tiny UNITER."""
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 128, "max_positions": 128}
+    return UniterConfig(head=head, **{**sizes, "hidden_dropout": 0.0, "attention_dropout": 0.0, **changes})
+
+
+def golden_uniter(head: str, weights: dict[str, Tensor]) -> Uniter:
+    """The tiny UNITER with golden weights, in training mode."""
+    rows = {name: len(value) for name, value in weights.items()}
+    labels = [rows[name] for name in ("vqa_output.3.bias", "region_classifier.net.3.bias") if name in rows]
     facts = DataFacts(
-        vocab_size=len(weights["uniter.embeddings.word_embeddings.weight"]),
-        num_labels=len(weights["vqa_output.3.bias"]) if "vqa_output.3.bias" in weights else None,
-        feature_dim=model_file["img_dim"],
+        vocab_size=rows["uniter.embeddings.word_embeddings.weight"],
+        num_labels=labels[0] if labels else None,
+        feature_dim=weights["uniter.img_embeddings.img_linear.weight"].shape[1],
     )
-    model = Uniter.from_config(config, facts)
+    types = rows["uniter.embeddings.token_type_embeddings.weight"]
+    model = Uniter.from_config(golden_config(head, type_vocab_size=types), facts)
     model.load_state_dict(weights)
     return model
+
+
+def build_model(file: dict[str, Any], task: Task) -> Uniter:
+    """The tiny UNITER of a task's golden ``model`` file."""
+    return golden_uniter(HEADS[task], file["state_dict"])

@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from golden_cases import FOLDER, load
+from golden_utils import FOLDER, golden_config, golden_uniter, load
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.models.base import DataFacts
 from villa.models.uniter import Uniter
 from villa.models.uniter_config import UniterConfig
 
@@ -29,22 +28,12 @@ def golden_names() -> list[tuple[str, str]]:
 
 def golden_model(folder: str) -> Uniter:
     """The tiny UNITER with all pre-training heads, with the released weights."""
-    weights = load(folder, "model")["state_dict"]
-    config = tiny_config(type_vocab_size=len(weights["uniter.embeddings.token_type_embeddings.weight"]))
-    facts = DataFacts(
-        vocab_size=len(weights["uniter.embeddings.word_embeddings.weight"]),
-        num_labels=len(weights["region_classifier.net.3.bias"]),
-        feature_dim=weights["uniter.img_embeddings.mask_embedding.weight"].shape[1],
-    )
-    model = Uniter.from_config(config, facts)
-    model.load_state_dict(weights)
-    return model
+    return golden_uniter("pretraining", load(folder, "model")["state_dict"])
 
 
 def tiny_config(**changes: Any) -> UniterConfig:
     """The size of the golden model."""
-    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 128, "max_positions": 128}
-    return UniterConfig(head="pretraining", hidden_dropout=0.0, attention_dropout=0.0, **{**sizes, **changes})
+    return golden_config("pretraining", **changes)
 
 
 def golden_batch(golden: dict[str, Any], objective: str) -> Batch:

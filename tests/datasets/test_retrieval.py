@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from database_tasks import open_task
-from golden_cases import load
-from golden_utils import to_batch
+from golden_utils import load, to_batch
 from torch import Tensor
 
 from villa.batch import Batch

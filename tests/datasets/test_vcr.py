@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from database_tasks import assert_same_batch, open_task
-from golden_cases import load
-from golden_utils import to_batch
+from golden_utils import load, to_batch
 
 from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.datasets.vcr import VcrConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_cases import load
+from golden_utils import load
 
 from villa.batch import Batch
 from villa.errors import DataError

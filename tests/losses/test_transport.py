@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import load
 from golden_compare import close
+from golden_utils import load
 
 from villa.losses.transport import align, transport_plan
 

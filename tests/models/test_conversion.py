@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_utils import GOLDEN, build_model, load, to_batch
+from golden_utils import GOLDEN, build_model, golden_config, load, to_batch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,7 +16,6 @@ from villa.models.conversion import load_weights
 from villa.models.heads.classification import UniterForClassification
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
 from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
 
 Build = Callable[..., Uniter]
 Weights = dict[str, Tensor]
@@ -43,13 +42,10 @@ def pretrained(released: Weights) -> Weights:
 def fresh() -> Callable[..., Uniter]:
     """A fresh model of the golden files' size."""
 
-    def build(vocab_size: int = 500, **options: object) -> Uniter:
+    def build(vocab_size: int = 500, head: str = "classification", **options: object) -> Uniter:
         torch.manual_seed(5)
-        config = UniterConfig(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128, max_positions=128)
-        for name, value in options.items():
-            setattr(config, name, value)
-        labels = 40 if config.head == "classification" else None
-        return Uniter.from_config(config, DataFacts(vocab_size, labels, 32))
+        labels = 40 if head == "classification" else None
+        return Uniter.from_config(golden_config(head, **options), DataFacts(vocab_size, labels, 32))
 
     return build
 

@@ -6,39 +6,19 @@ from typing import Any
 import pytest
 import torch
 from database_tasks import open_task
-from golden_cases import load
 from golden_compare import close, compare_parameters
-from golden_utils import to_batch
+from golden_utils import golden_uniter, load, to_batch
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.losses.classification import CrossEntropy
 from villa.losses.ranking import MarginRanking, RegionRanking
-from villa.models.base import DataFacts
 from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
 
 TOLERANCE = 1e-6
 #: The right and the wrong pairs' terms cancel: in fp32 both sides are 3e-6 away from the gradient in fp64.
 CANCELLING = 6e-6
 IGNORED_BY_SOFTMAX = ("re_output.bias", "uniter.encoder.layer.1.output.LayerNorm.bias")
-
-
-def build(head: str, weights: dict[str, Tensor]) -> Uniter:
-    """The tiny UNITER of the golden files, with these weights."""
-    config = UniterConfig(
-        head=head,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=128,
-        max_positions=128,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
-    model = Uniter.from_config(config, DataFacts(vocab_size=500, feature_dim=32))
-    model.load_state_dict(weights)
-    return model
 
 
 def retrieval_batch(golden: dict[str, Any], pairs: int | None) -> Batch:
@@ -60,7 +40,7 @@ def gradients(model: Uniter, loss: Tensor) -> dict[str, Tensor]:
 
 def test_pairs_are_scored_and_trained_as_in_the_release() -> None:
     case, released = load("itm", "rank"), load("itm", "model")
-    model = build("ranking", released["state_dict"])
+    model = golden_uniter("ranking", released["state_dict"])
     batch = retrieval_batch(case["batch"], case["batch"]["sample_size"])
     output = model(batch)
     close(output.logits.flatten(), case["scores"].flatten(), TOLERANCE, "scores")
@@ -77,7 +57,7 @@ def image_set(batch: Batch) -> set[tuple[float, ...]]:
 
 def test_hard_negatives_are_chosen_and_trained_as_in_the_release(official_db: Any) -> None:
     case = load("itm", "hardneg_t")
-    model = build("ranking", load("itm", "model")["state_dict"])
+    model = golden_uniter("ranking", load("itm", "model")["state_dict"])
     task = open_task(
         "retrieval", official_db, negatives="hard", negative_size=15, hard_negatives=case["hard_size"], scored_at_once=6
     )
@@ -95,7 +75,7 @@ def test_hard_negatives_are_chosen_and_trained_as_in_the_release(official_db: An
 
 def test_candidate_texts_score_as_each_pair_alone(official_db: Any) -> None:
     """The release gathers from wrong columns here unless the last text is the longest (data/itm.py:360)."""
-    model = build("ranking", load("itm", "model")["state_dict"]).eval()
+    model = golden_uniter("ranking", load("itm", "model")["state_dict"]).eval()
     task = open_task("retrieval", official_db, negatives="hard", negative_size=9, hard_negatives=3)
     split = task.split("train")
     index, example = next(
@@ -119,7 +99,7 @@ def regions_batch() -> Batch:
 @pytest.mark.parametrize("kind", ["cls", "rank"])
 def test_regions_are_scored_and_trained_as_in_the_release(kind: str) -> None:
     case, batch = load("re", f"{kind}_mlp1"), regions_batch()
-    model = build("regions", load("re", "model_mlp1"))
+    model = golden_uniter("regions", load("re", "model_mlp1"))
     output = model(batch)
     close(output.logits[batch.region_mask], case["scores"][batch.region_mask], TOLERANCE, "scores")
     assert torch.equal(output.logits[~batch.region_mask], case["scores"][~batch.region_mask])
@@ -142,7 +122,7 @@ def test_regions_are_scored_and_trained_as_in_the_release(kind: str) -> None:
 def test_the_choice_of_wrong_regions_covers_what_the_release_drew() -> None:
     """The released draw is among those that ours makes: hard ones are the best wrong regions."""
     case, batch = load("re", "rank_mlp1"), regions_batch()
-    logits = build("regions", load("re", "model_mlp1"))(batch).logits.detach()
+    logits = golden_uniter("regions", load("re", "model_mlp1"))(batch).logits.detach()
     torch.manual_seed(0)
     drawn = torch.stack([RegionRanking().negatives(logits, batch.targets, batch) for _ in range(200)])
     for row, released in enumerate(case["neg_ix"][0].tolist()):

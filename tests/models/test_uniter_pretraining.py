@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import FOLDER, load
 from golden_compare import close, compare_parameters
+from golden_utils import FOLDER, load
 from pretraining_cases import golden_batch, golden_model, golden_names, objective_batch, objective_of, tiny_config
 
 from villa.errors import DataError

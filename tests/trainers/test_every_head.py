@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from adversarial_oracle import oracle
+from golden_utils import golden_config
 from tiny import RecordingPasses
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
 from villa.losses.ranking import MarginRanking, RegionRanking, RegionRankingConfig
 from villa.models.base import DataFacts
 from villa.models.uniter import Encoded, Uniter
-from villa.models.uniter_config import HEADS, UniterConfig
+from villa.models.uniter_config import HEADS
 from villa.models.uniter_rows import Packing
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
@@ -38,16 +39,7 @@ STEPS: dict[str, Any] = {"steps": 3, "text_step_size": 0.3, "image_step_size": 0
 
 def build(head: str) -> Uniter:
     torch.manual_seed(0)
-    config = UniterConfig(
-        head=head,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        max_positions=20,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        initializer_range=0.3,
-    )
+    config = golden_config(head, hidden_size=16, num_layers=1, num_heads=2, max_positions=20, initializer_range=0.3)
     labels = HEADS.get(head).labels or 5
     return Uniter.from_config(config, DataFacts(vocab_size=30, num_labels=labels, feature_dim=WIDTHS["image"])).double()
 

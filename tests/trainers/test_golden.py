@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import cases, load, load_bert, load_task
+from golden_cases import cases, load_bert, load_task
 from golden_compare import close, compare_parameters
+from golden_utils import load
 from tiny import RecordingPasses
 from torch import Tensor
 

@@ -1,14 +1,15 @@
 """Two updates of LXMERT against the released loop: losses, perturbations, gradients, parameters.
 
-``VILLA_GOLDEN`` names another folder of ``lxmert_*`` cases (see ``golden_cases``).
+``VILLA_GOLDEN`` names another folder of ``lxmert_*`` cases (see ``golden_utils``).
 """
 
 from typing import Any
 
 import pytest
 import torch
-from golden_cases import cases, load
+from golden_cases import cases
 from golden_compare import close, compare_parameters
+from golden_utils import load
 from tiny import CPU, RecordingPasses
 from torch import Tensor
 
