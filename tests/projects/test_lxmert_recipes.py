@@ -5,33 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipe_runs import SHORT, argument
 
 from villa.cli.run import main
 from villa.config import RunConfig, load
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 TASKS = ("vqa", "gqa", "nlvr2")
-SHORT = ("training.updates=2", "dataset.synthetic_examples=32", "logging.tensorboard=false", "logging.progress=off")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where there are no data sets, with a cache of this module's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VILLA_CACHE", str(cache))
-
-
-def argument(task: str) -> str:
-    return f"config={ROOT / 'projects' / 'lxmert' / task}.yaml"
 
 
 def recipe(task: str, *overrides: str) -> RunConfig:
-    return load([argument(task), *overrides]).config
+    return load([argument(f"lxmert/{task}"), *overrides]).config
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -70,7 +55,13 @@ def test_without_perturbations_only_the_trainer_differs(task: str) -> None:
 @pytest.mark.parametrize(("task", "trainer"), [("vqa", "villa"), ("gqa", "standard"), ("nlvr2", "villa")])
 def test_a_recipe_runs_on_generated_data(task: str, trainer: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = [argument(task), "dataset.synthetic=true", f"output_dir={out}", "evaluation.every=2", *SHORT]
+    arguments = [
+        argument(f"lxmert/{task}"),
+        "dataset.synthetic=true",
+        f"output_dir={out}",
+        "evaluation.every=2",
+        *SHORT,
+    ]
     assert main([*arguments, *(["trainer=standard"] if trainer == "standard" else [])]) == 0
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert metrics
@@ -80,7 +71,7 @@ def test_a_recipe_runs_on_generated_data(task: str, trainer: str, tmp_path: Path
 
 @pytest.mark.parametrize("task", TASKS)
 def test_without_data_the_files_are_named(task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([argument(task)]) == 2
+    assert main([argument(f"lxmert/{task}")]) == 2
     message = capsys.readouterr().err
     assert f"lxmert/{task}/train.json  (annotations" in message
     assert "dataset.synthetic=true" in message

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from recipe_runs import PROJECTS, SHORT, argument
 from released_configs import CONFIGS, SIZES
 
 from villa.cli.run import main
@@ -15,12 +16,13 @@ from villa.config import RunConfig, load
 from villa.config.printer import leaves
 from villa.config.released import released_recipe
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 #: Recipes on databases, by their path below ``projects`` without the suffix; files that begin with _ are parts of them.
 RECIPES = sorted(
-    str(path.relative_to(ROOT / "projects").with_suffix(""))
+    str(path.relative_to(PROJECTS).with_suffix(""))
     for project in ("uniter", "villa")
-    for path in (ROOT / "projects" / project).rglob("*.yaml")
+    for path in (PROJECTS / project).rglob("*.yaml")
     if not path.name.startswith("_") and path.name != "easy_vqa.yaml"
 )
 #: Those with a path of their own through the code; the others differ in numbers that a synthetic run replaces.
@@ -32,29 +34,12 @@ RUN = [
     ],
     *[f"villa/paper/{name}" for name in ("vqa", "vcr", "nlvr2", "snli_ve", "itm_flickr", "refcoco")],
 ]
-SHORT = ("training.updates=2", "dataset.synthetic_examples=32", "logging.tensorboard=false", "logging.progress=off")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where there are no data sets, with a cache of this module's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VILLA_CACHE", str(cache))
 
 
 @cache_results
 def plain(recipe: str) -> RunConfig:
     """A recipe as it stands."""
     return load([argument(recipe)]).config
-
-
-def argument(recipe: str) -> str:
-    return f"config={ROOT / 'projects' / recipe}.yaml"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -67,7 +52,7 @@ def test_a_recipe_loads_and_says_how_to_run_it(recipe: str) -> None:
     assert small.config.model.checkpoint is None
     assert small.config.model.hidden_size == 64
     assert str(small.origins["training.updates"]) == "dataset.synthetic=true"
-    head = (ROOT / "projects" / f"{recipe}.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    head = (PROJECTS / f"{recipe}.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
     assert f"# villa_run config=projects/{recipe}.yaml\n" in head
     assert f"villa_run config=projects/{recipe}.yaml dataset.synthetic=true" in head
 
