@@ -123,11 +123,10 @@ def test_freelb_equals_the_loop_without_hooks(objective: str, modality: Any) -> 
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_gives_finite_gradients_and_scores_in_fp32(objective: str, precision: str) -> None:
+def test_mixed_precision_gives_finite_gradients_and_scores_in_fp32(objective: str) -> None:
     model = build().float()
     batch = objective_batch(objective).map(lambda value: value.float() if value.is_floating_point() else value)
-    passes = RecordingPasses(model, Pretraining(), precision)
+    passes = RecordingPasses(model, Pretraining(), "bf16")
     logs = VillaTrainer(VillaConfig(**STEPS, modality="both")).step(batch, passes)
     assert all(value.isfinite() for value in logs.values())
     assert all(value.isfinite().all() for value in gradients(model).values())

@@ -226,6 +226,27 @@ def test_class_distributions_must_be_as_many_as_regions(tmp_path: Path, monkeypa
         split.draw(0, 0)
 
 
+def test_a_question_without_a_right_rationale_cannot_be_trained_on(official_db: Path) -> None:
+    part: Any = vcr(official_db, "mlm").split("train").parts[1]
+    id = part.ids[0]
+    part.pair = replace(part.pair, text=Changed(part.pair.text, qar_target=-1))
+    with pytest.raises(DataError, match=f"example '{id}' has no right rationale"):
+        part.draw(0, 0)
+
+
+class Changed:
+    """A text database whose examples have other fields."""
+
+    def __init__(self, database: Any, **fields: Any) -> None:
+        self._database, self._fields = database, fields
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+    def __getitem__(self, id: str) -> Any:
+        return self._database[id] | self._fields
+
+
 @pytest.mark.parametrize("objective", ["mlm", "mrc_kl", "itm_wra"])
 def test_a_whole_run(official_db: Path, tmp_path: Path, objective: str) -> None:
     """Adversarial pre-training by the command, and its checkpoint read by a task's head."""
