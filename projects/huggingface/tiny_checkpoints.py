@@ -26,11 +26,12 @@ WORDS = """
     a the is are there what which shape colour color of in picture image it does not contain no yes circle square
     triangle rectangle red green blue yellow black gray teal brown answer question user assistant match true false
 """.split()  # noqa: SIM905 (a list would be a page)
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<mask>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = ("<pad>", "<s>", "<unk>", "</s>", "<mask>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL += ("<|vision_start|>", "<|vision_end|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 SPECIAL += ("<IMG_CONTEXT>", "<img>", "</img>", "<boi>", "<eoi>", "<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>")
 SPECIAL += ("<row_2_col_2>",)
-PAD, BOS, EOS = range(3)
+#: CLIP takes an end of id 2 for a sign of old files.
+PAD, BOS, EOS = 0, 1, 3
 
 #: Options by their names in the configurations; a configuration is given those that it has.
 SMALL: dict[str, Any] = {

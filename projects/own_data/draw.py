@@ -2,8 +2,9 @@
 
     python projects/own_data/draw.py outputs/own_data/data
 
-writes ``images/*.png``, ``train.jsonl``, ``val.jsonl`` and ``test.jsonl`` (questions with answers), and
-``questions.jsonl`` (questions alone, to predict on). The same numbers are drawn every time.
+writes ``images/*.png``, ``train.jsonl``, ``val.jsonl`` and ``test.jsonl`` (questions with answers),
+``captions_*.jsonl`` (a caption for each image), and ``questions.jsonl`` (questions alone, to predict on). The same
+numbers are drawn every time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     for split, copies in COPIES.items():
         records = list(draw_split(folder, split, copies, random))
         write_lines(folder / f"{split}.jsonl", records)
+        write_lines(folder / f"captions_{split}.jsonl", captions(split, copies))
         print(f"{folder / split}.jsonl: {len(records)} questions")
     write_lines(folder / "questions.jsonl", [{"image": r["image"], "question": r["question"]} for r in records[:6]])
 
@@ -48,6 +50,16 @@ def draw_split(folder: Path, split: str, copies: int, random: np.random.Generato
                 yield {"image": name, "question": "What is the colour of the shape?", "answer": colour}
                 yield {"image": name, "question": "Which shape is in the picture?", "answer": shape}
                 yield {"image": name, "question": f"Is it a {other}?", "answer": "yes" if other == shape else "no"}
+
+
+def captions(split: str, copies: int) -> list[dict[str, str]]:
+    """Return a line for each image of a split, with its caption."""
+    return [
+        {"image": f"images/{split}_{colour}_{shape}_{copy}.png", "text": f"a {colour} {shape}"}
+        for copy in range(copies)
+        for colour in COLOURS
+        for shape in SHAPES
+    ]
 
 
 def draw(colour: str, shape: str, random: np.random.Generator) -> Image.Image:
