@@ -117,6 +117,22 @@ def test_early_stopping_is_told_and_remembered_by_a_resume(
     assert (killed / "log.jsonl").read_bytes() == before["log.jsonl"]
 
 
+def test_the_interval_before_an_early_stop_is_logged_once(tmp_path: Path) -> None:
+    args = (*EVALUATED, STUCK, "training.updates=20", "evaluation.patience=2")
+    assert run(tmp_path / "each", *args) == 0
+    assert run(tmp_path / "run", *args, "logging.every=4") == 0
+    assert updates(tmp_path / "run", "train") == [4, 6]
+    *_, fifth, sixth = (record["loss"] for record in log(tmp_path / "each", "train"))
+    assert log(tmp_path / "run", "train")[-1]["loss"] == pytest.approx((fifth + sixth) / 2, rel=1e-12)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    killed = rewind(tmp_path / "run", 4, tmp_path / "killed")
+    for folder in (tmp_path / "run", killed):
+        assert run(folder, *args, "logging.every=4", "checkpoint.resume=true") == 0
+        assert (folder / "log.jsonl").read_bytes() == before
+    assert updates(tmp_path / "run", "timing") == []
+    assert (tmp_path / "run" / "timing.jsonl").read_text().count('"update": 6,') == 1
+
+
 def test_more_patience_lets_a_stopped_run_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = (*EVALUATED, STUCK, "training.updates=20")
     assert run(tmp_path / "run", *args, "evaluation.patience=1") == 0

@@ -17,7 +17,7 @@ from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.engine.callbacks.base import Callback
 from villa.engine.callbacks.checkpointing import CheckpointCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
-from villa.engine.callbacks.logging import LoggingCallback
+from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.callbacks.signals import Interrupted, SignalCallback
 from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
 from villa.engine.folder import CONFIG, claim
@@ -170,7 +170,8 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
 
 def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress) -> list[Callback]:
     config, evaluation = parts.config, parts.config.evaluation
-    callbacks: list[Callback] = [LoggingCallback(trackers, display, config.logging.every)]
+    logging = LoggingCallback(trackers, display, config.logging.every)
+    callbacks: list[Callback] = [logging]
     if evaluation.split is not None:
         split = parts.split(evaluation.split, "evaluation.split (null for none)")
 
@@ -178,7 +179,8 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
             plain = evaluation_batches(split, parts.data.collate, evaluation.examples, config.training.workers)
             return display.track(plain, str(evaluation.split), -(-len(split) // evaluation.examples))
 
-        callbacks.append(EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display))
+        validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display)
+        callbacks += [validation, LastIntervalCallback(logging)]
     checkpoints = CheckpointCallback(
         store,
         config.checkpoint.every or evaluation.every,

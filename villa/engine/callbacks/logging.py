@@ -41,9 +41,14 @@ class LoggingCallback(Callback):
         for name, value in logs.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
         self._count += 1
-        update = training.progress.update
-        if update % self.every and not training.progress.finished:
+        if training.progress.update % self.every == 0 or training.progress.finished:
+            self.write(training)
+
+    def write(self, training: Training) -> None:
+        """Write the means since the last record, if there were updates."""
+        if not self._count:
             return
+        update = training.progress.update
         rate = training.updater.optimizer.param_groups[-1]["lr"]
         means = {name: value.item() / self._count for name, value in self._sums.items()}
         self.trackers.log(update, "train", {**means, "learning_rate": rate})
@@ -77,3 +82,24 @@ class LoggingCallback(Callback):
             "examples_per_second": (examples - old_examples) / elapsed,
             "data_wait": (waited - old_waited) / elapsed,
         }
+
+
+class LastIntervalCallback(Callback):
+    """Writes the records of an interval that early stopping cuts short.
+
+    It stands after the callback that stops the run and before the one that saves checkpoints, so that a stopped run
+    that is resumed has them already.
+
+    Args:
+        logging: has the values.
+    """
+
+    name = "last_interval"
+
+    def __init__(self, logging: LoggingCallback) -> None:
+        self.logging = logging
+
+    def on_update_end(self, training: Training, logs: Logs) -> None:
+        """Write when the run is stopped."""
+        if training.progress.stopped is not None:
+            self.logging.write(training)
