@@ -106,6 +106,21 @@ def test_help_documents_sections_and_options(capsys: pytest.CaptureFixture[str])
     assert max(map(len, page.splitlines())) <= 120
 
 
+@pytest.mark.parametrize("dataset", ["jsonl", "vcr", "lxmert_gqa"])
+def test_help_documents_options_of_base_classes_too(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", f"dataset={dataset}"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    names = [number for number, line in enumerate(lines) if line.startswith("  dataset.")]
+    assert len(names) > 10
+    assert all(lines[number + 1].startswith("      ") for number in names)  # a line of documentation below each
+
+
+@pytest.mark.parametrize("section", ["trainer=villa", "trainer=freelb", "model=lxmert"])
+def test_help_has_no_markup(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", section]) == 0
+    assert "``" not in capsys.readouterr().out
+
+
 def test_help_of_a_variant_documents_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-h", "trainer=villa"]) == 0
     page = capsys.readouterr().out

@@ -85,8 +85,8 @@ def _options(config: type, prefix: str) -> Iterator[str]:
 
 def _option(key: str, kind: str, default: object, doc: str) -> list[str]:
     state = "required" if default == MISSING else f"default {write(default)}"
-    return [f"  {key}: {kind}; {state}", *_wrapped(doc.replace("``", "'"), "      ")]
+    return [f"  {key}: {kind}; {state}", *_wrapped(doc, "      ")]
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.wrap(text.replace("``", "'"), _WIDTH, initial_indent=indent, subsequent_indent=indent)
