@@ -15,6 +15,7 @@ from PIL import Image
 from villa.batch import Batch
 from villa.datasets.easy_vqa import EasyVqa, EasyVqaConfig
 from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.records import beside
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.pictures import PictureStore
 from villa.datasets.stream import evaluation_batches
@@ -134,6 +135,12 @@ def test_requests_and_assets(tmp_path: Path, images: list[Path], write_lines: Wr
     assert batch.targets is None
     torch.testing.assert_close(batch.pixel_values, pixels(images[3])[None])
     assert pickle.loads(pickle.dumps(asked))[0].images[0].equal(asked[0].images[0])
+
+
+def test_files_beside_a_request(tmp_path: Path, images: list[Path]) -> None:
+    found = beside(tmp_path, {"images": ["image0.png", "elsewhere.png", "x" * 5000], "text": "same?"})
+    assert found == {"images": [str(images[0]), "elsewhere.png", "x" * 5000]}
+    assert beside(tmp_path, {"image": "image0.png", "images": [3]}) == {"image": str(images[0])}
 
 
 def test_broken_images_are_named(tmp_path: Path, write_lines: WriteLines) -> None:

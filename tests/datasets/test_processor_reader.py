@@ -347,6 +347,23 @@ def test_assets_hold_the_processor(work: Path, tmp_path: Path) -> None:
         assert loaded.fingerprint() == fingerprint
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("dataset.json", '{"regions": "pixels", "kind": "poem"}', "does not describe a data set"),
+        ("answers.json", "[1]", "is not a list of answers"),
+        ("processor/tokenizer.json", "{", "the processor of .* cannot be loaded"),
+    ],
+)
+def test_damaged_assets_are_refused(work: Path, tmp_path: Path, file: str, text: str, message: str) -> None:
+    data = make_data(work / "questions.jsonl", tiny_folder("clip", work), "classification")
+    data.save_assets(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        Jsonl(data.config, assets=tmp_path).facts()
+    assert "\n" not in str(caught.value)
+
+
 def test_fingerprints_follow_the_processor_and_the_options(work: Path, tmp_path: Path) -> None:
     folder, path = tiny_folder("llava", work), work / "questions.jsonl"
     moved = tmp_path / "moved"
@@ -380,6 +397,8 @@ def collate_elsewhere(pickled: bytes, path: str) -> None:
 def test_processors_go_to_spawned_workers(work: Path, tmp_path: Path) -> None:
     data = make_data(work / "questions.jsonl", tiny_folder("qwen2_vl", work), "generation")
     pickled = pickle.dumps((data.split("train"), data.collate))
+    split, collate = pickle.loads(pickled)
+    assert_equal(collate([split[index] for index in range(len(split))]), batch_of(data))
     worker = multiprocessing.get_context("spawn").Process(
         target=collate_elsewhere, args=(pickled, str(tmp_path / "ids.pt"))
     )

@@ -126,11 +126,8 @@ class RegionReader(Reader):
         ids, types = self.words(record.text, record.pair)
         if store is None or not record.images:
             return Example(record.id, ids, types, target=record.target)
-        pairs = [store[image] for image in record.images]
-        if len(pairs) == 1:
-            return Example(record.id, ids, types, *pairs[0], record.target)
-        features, boxes = (tuple(part) for part in zip(*pairs, strict=True))
-        return Example(record.id, ids, types, features, boxes, record.target)
+        (image,) = record.images
+        return Example(record.id, ids, types, *store[image], record.target)
 
 
 class PixelReader(Reader):
