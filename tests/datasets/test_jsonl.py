@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,17 @@ def test_assets_replace_the_training_file(tmp_path: Path, write_lines: WriteLine
     split = loaded.requests([{"question": "is this a dog?"}])
     assert split[0].input_ids.equal(words(original))
     assert loaded.decode(torch.eye(3)[:1], Batch(["0"]))[0]["answer"] == "no"
+
+
+def test_assets_of_before_there_were_processors(tmp_path: Path, write_lines: WriteLines) -> None:
+    original = data(train=write_lines("train.jsonl", TEXTS))
+    original.save_assets(tmp_path)
+    meta = json.loads((tmp_path / "dataset.json").read_text())
+    del meta["kind"]
+    (tmp_path / "dataset.json").write_text(json.dumps(meta))
+    loaded = Jsonl(JsonlConfig(grid=1), assets=tmp_path)
+    assert loaded.facts() == original.facts()
+    assert loaded.facts().task == "classification"
 
 
 @pytest.mark.usefixtures("images")
