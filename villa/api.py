@@ -12,6 +12,8 @@ from villa.datasets.records import REGION_FIELDS, beside
 from villa.engine.answers import answers
 from villa.engine.inference import restore_parts
 from villa.engine.setup import Parts
+from villa.hub.saving import save_pretrained
+from villa.hub.source import Source
 
 
 class Predictor:
@@ -19,10 +21,11 @@ class Predictor:
 
     Attributes:
         parts: the run's model, data and configuration.
+        source: where it was loaded from.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts, source: Source) -> None:
+        self.parts, self.source = parts, source
 
     def predict(self, *, image: str | Path | None = None, text: str) -> dict[str, Any]:
         """Answer one question about one image: ``{"answer": ..., "score": ...}``.
@@ -48,12 +51,27 @@ class Predictor:
         examples = self.parts.data.requests(numbered)
         return [one for _, decoded in answers(self.parts, examples) for one in decoded]
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Save the model as a folder that villa, transformers and the hub of models load; see docs/hub.md.
+
+        Args:
+            folder: absent, empty, or a folder that was saved before and not changed since.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the folder holds something else, or cannot be written.
+        """
+        return save_pretrained(self.parts, self.source, folder)
+
 
 def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | Path | None = None) -> Predictor:
     """Load a trained model for prediction.
 
     Args:
-        path: a run's output folder (its best checkpoint is taken) or a checkpoint's folder.
+        path: a run's output folder (its best checkpoint is taken), a checkpoint's folder, a folder that
+            ``save_pretrained`` of villa or of transformers wrote, or the name of one on the hub (``owner/name``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         user_dir: package or module to import first, for a model of your own. One that only the checkpoint names is
             not imported.
@@ -66,4 +84,4 @@ def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | P
     if user_dir is not None:
         values["user_dir"] = str(user_dir)
     loaded = load(f"{key}={json.dumps(value)}" for key, value in values.items())
-    return Predictor(restore_parts(loaded.config)[0])
+    return Predictor(*restore_parts(loaded.config))

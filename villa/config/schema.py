@@ -105,7 +105,8 @@ class CheckpointConfig:
         every: updates between checkpoints; None saves at evaluations and at the end only.
         keep: newest checkpoints to keep, besides the best.
         resume: go on from the newest usable checkpoint in ``output_dir``.
-        path: checkpoint (folder or run folder) to evaluate or predict with.
+        path: trained model to evaluate, predict with or train on with a fresh optimiser: a run, a checkpoint, a saved
+            folder (villa's or transformers') or its name on the hub. Vocabulary and labels are its own too.
     """
 
     every: int | None = None

@@ -115,12 +115,17 @@ def write(
     (folder / ASSETS).mkdir()
     if assets is not None:
         assets(folder / ASSETS)
+    write_manifest(folder, update)
+
+
+def write_manifest(folder: Path, update: int, name: str = MANIFEST) -> None:
+    """Flush every file below ``folder`` to the disk, then list them all in a manifest of this name."""
     fsync_tree(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
-    write_json(folder / MANIFEST, {"format": _FORMAT, "update": update, "files": listed})
+    write_json(folder / name, {"format": _FORMAT, "update": update, "files": listed})
 
 
 def load(folder: Path) -> Checkpoint:
@@ -129,9 +134,9 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is not a complete checkpoint; the message names the file and what is wrong with it.
     """
-    update, listed = _manifest(folder)
+    update, listed = read_manifest(folder)
     for name, expected in listed.items():
-        problem = _problem(folder, name, expected)
+        problem = file_problem(folder, name, expected)
         if problem:
             raise CheckpointError(f"checkpoint '{folder}' is damaged: {name} {problem}; use another one")
     for name in (MODEL, TRAINING_STATE, CONFIG):
@@ -140,10 +145,15 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(folder, update)
 
 
-def _manifest(folder: Path) -> tuple[int, dict[str, Any]]:
-    path = folder / MANIFEST
+def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, Any]]:
+    """Read a manifest: the updates done, and the size and SHA-256 of every file by its name below ``folder``.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"'{folder}' is not a complete checkpoint: it has no {MANIFEST}; use another one")
+        raise CheckpointError(f"'{folder}' is not a complete checkpoint: it has no {name}; use another one")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
@@ -151,11 +161,11 @@ def _manifest(folder: Path) -> tuple[int, dict[str, Any]]:
         return int(manifest["update"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"checkpoint '{folder}' is damaged: {MANIFEST} cannot be used ({one_line(error)}); use another one"
+            f"checkpoint '{folder}' is damaged: {name} cannot be used ({one_line(error)}); use another one"
         ) from error
 
 
-def _problem(folder: Path, name: str, expected: Any) -> str | None:
+def file_problem(folder: Path, name: str, expected: Any) -> str | None:
     """Say what is wrong with a listed file, or return None."""
     path = folder / name
     try:

@@ -10,28 +10,30 @@ from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.datasets.records import JsonLines, beside
 from villa.engine.answers import write_answers
-from villa.engine.checkpoint import Checkpoint, load, resolve
 from villa.engine.folder import CONFIG, METRICS, claim
 from villa.engine.report import protocol, score, show
-from villa.engine.setup import Parts, build, load_model
+from villa.engine.setup import Parts, build
 from villa.engine.submission import submission_path, write_submission
 from villa.errors import ConfigError, DataError
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path
+from villa.hub.opening import open_source
+from villa.hub.source import Source
 from villa.plugins import one_line
 
 
-def restore_parts(config: RunConfig) -> tuple[Parts, Checkpoint]:
+def restore_parts(config: RunConfig) -> tuple[Parts, Source]:
     """Build the parts of a run with the weights, vocabulary and labels of ``checkpoint.path``.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another model.
+        CheckpointError: the trained model is missing, damaged or of another kind.
     """
     assert config.checkpoint.path is not None, "the configuration was not validated"
-    checkpoint = load(resolve(local_path(config.checkpoint.path)))
-    parts = build(config, assets=checkpoint.assets)
-    load_model(parts.model, checkpoint)
-    return parts, checkpoint
+    source = open_source(config.checkpoint.path)
+    with source.assets() as assets:
+        parts = build(config, assets=assets)
+    source.load_into(parts.model)
+    return parts, source
 
 
 def evaluate(config: RunConfig) -> int:
@@ -39,12 +41,12 @@ def evaluate(config: RunConfig) -> int:
     tests = config.run_type == "test"
     split = config.evaluation.test_split if tests else str(config.evaluation.split)
     with claim(Path(config.output_dir), resume=False, trains=False) as folder:
-        parts, checkpoint = restore_parts(config)
+        parts, source = restore_parts(config)
         examples = parts.split(split, "evaluation.test_split" if tests else "evaluation.split")
         values = score(parts, split, examples, folder)
-        write_metrics(folder / METRICS, {split: values}, protocol(parts, checkpoint.update, "given"))
+        write_metrics(folder / METRICS, {split: values}, protocol(parts, source.update, "given"))
         atomic_write(folder / CONFIG, to_yaml(config))
-    result = Result(config.trainer.name, values, updates=checkpoint.update)
+    result = Result(config.trainer.name, values, updates=source.update)
     show(parts, [result], parts.data.reference_scores(split), title=f"{config.name}: {split}")
     print(f"written to {folder}")
     return 0

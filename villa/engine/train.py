@@ -21,6 +21,7 @@ from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.callbacks.signals import Interrupted, SignalCallback
 from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
 from villa.engine.folder import CONFIG, claim
+from villa.engine.inference import restore_parts
 from villa.engine.progress import TrainingProgress
 from villa.engine.provenance import provenance
 from villa.engine.report import report
@@ -48,7 +49,7 @@ def train(config: RunConfig) -> int:
         store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
         store.clean()
         checkpoint = newest(store) if config.checkpoint.resume else None
-        parts = build(config, assets=checkpoint.assets if checkpoint else None)
+        parts = build(config, assets=checkpoint.assets) if checkpoint else start(config)
         trackers = run_trackers(folder, tensorboard=config.logging.tensorboard)
         training = assemble(parts, store, trackers)
         if checkpoint is not None:
@@ -67,6 +68,19 @@ def train(config: RunConfig) -> int:
         finally:
             trackers.close()
     return 0
+
+
+def start(config: RunConfig) -> Parts:
+    """Build what a new run starts with: the trained model ``checkpoint.path``, or one as the recipe describes it.
+
+    Raises:
+        VillaError: the recipe, the data or the weights do not fit together.
+    """
+    if config.checkpoint.path is None:
+        return build(config)
+    parts, source = restore_parts(config)
+    print(f"starting from the weights, vocabulary and labels of {source.path}", flush=True)
+    return parts
 
 
 def newest(store: CheckpointStore) -> Checkpoint | None:

@@ -170,6 +170,13 @@ class Model(nn.Module, ABC):
 
         return load_weights(self, source)
 
+    def pretrained(self) -> Any:
+        """The model, or all of it but a head of its own, as a model of transformers that shares its parameters.
+
+        That is how it is saved for others, and how it is read again. None (the default) where transformers has none.
+        """
+        return None
+
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
         """What the data set decodes for a batch: the logits, unless the model has to do more for an answer."""
         return output.logits

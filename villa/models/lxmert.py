@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os.path
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,19 @@ class Lxmert(Model):
             (*language[1], *vision[1], *crossed) if attentions else (),
             rows.examples,
         )
+
+    def pretrained(self) -> Any:
+        """With a head for answers, the question answering model of transformers; else the transformer alone."""
+        from transformers import LxmertForQuestionAnswering
+
+        if (self.layout.images or 1) > 1:
+            return self.lxmert
+        config, last = copy.deepcopy(self.lxmert.config), cast("nn.Linear", self.logit_fc[-1])
+        config.num_qa_labels = last.out_features
+        with torch.device("meta"):
+            whole = LxmertForQuestionAnswering(config)
+        whole.lxmert, whole.answer_head.logit_fc = self.lxmert, self.logit_fc
+        return whole
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Text: the looked-up word embedding. Image: the region feature before its projection."""

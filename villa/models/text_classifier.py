@@ -81,6 +81,10 @@ class TextClassifier(Model):
             attentions=tuple(output.attentions or ()),
         )
 
+    def pretrained(self) -> Any:
+        """The classifier of transformers."""
+        return self.transformer
+
     def perturbation_points(self) -> Mapping[str, Point]:
         """Text: the output of the word embedding."""
         embedding = self.transformer.get_input_embeddings()

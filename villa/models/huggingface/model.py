@@ -15,7 +15,7 @@ from villa.errors import ConfigError, DataError
 from villa.models.base import DataFacts, Model, ModelOutput, Point, Task, Written
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig
-from villa.models.huggingface.lora import adapt
+from villa.models.huggingface.lora import adapt, merged
 from villa.models.huggingface.points import find_points, override
 from villa.models.huggingface.pooling import pool, pooled_size
 from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
@@ -120,6 +120,10 @@ class HuggingFaceModel(Model):
         pad = self._pad_token()
         arguments = self._arguments(prompts(batch, pad), self.transformer.forward)
         return write(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
+
+    def pretrained(self) -> Any:
+        """The model of transformers; with adapters a copy that they are merged into."""
+        return merged(self.transformer)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Text: the word embedding. Image: its tokens as they enter the language model, or the patch embedding."""

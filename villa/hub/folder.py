@@ -1,0 +1,90 @@
+"""The folder that a trained model is saved in: what lies where, and how it is read.
+
+At the top it is as transformers and its hub want it: weights, ``config.json``, tokenizer or processor, model card. The
+folder ``villa`` has what villa needs besides: the recipe, vocabulary and labels, results, and a manifest with the size
+and SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from villa.config.reader import read_layers
+from villa.config.values import Layer, Origin, Value
+from villa.engine.checkpoint_files import ASSETS, CONFIG, file_problem, read_manifest
+from villa.engine.folder import METRICS, unused
+from villa.errors import CheckpointError
+from villa.files import read_json
+from villa.hub.source import Source
+from villa.hub.weights import read_into
+from villa.models.base import Model
+from villa.models.transformers_folder import CONFIG_FILE
+
+OWN = "villa"
+MANIFEST = f"{OWN}/manifest.json"
+PROVENANCE = "provenance.json"
+
+#: Value of ``model.architecture`` in a saved recipe: the folder itself.
+ITSELF = "."
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether villa has saved a model in a folder."""
+    return (path / MANIFEST).is_file()
+
+
+def open_saved(path: Path) -> SavedFolder:
+    """Return the model that villa has saved in a folder, after verifying what it needs of it.
+
+    Model card, tokenizer and labels at the top are for others, and may be changed.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    update, listed = read_manifest(path, MANIFEST)
+    for name, expected in listed.items():
+        needed = name.startswith(f"{OWN}/") or "safetensors" in name or name == CONFIG_FILE
+        problem = file_problem(path, name, expected) if needed else None
+        if problem:
+            raise CheckpointError(f"'{path}' is damaged: {name} {problem}; use another copy")
+    return SavedFolder(path, update)
+
+
+class SavedFolder(Source):
+    """A folder that ``save_pretrained`` wrote, intact."""
+
+    def recipe(self) -> list[Layer]:
+        """Read the recipe inside; the architecture of a model of transformers is that of the folder."""
+        layers = read_layers(str(self.path / OWN / CONFIG))
+        key = "model.architecture"
+        if any(layer[key].data == ITSELF for layer in layers if key in layer):
+            layers.append({key: Value(str(self.path), Origin(str(self.path)), str(self.path))})
+        return layers
+
+    @contextmanager
+    def assets(self) -> Iterator[Path]:
+        """Give the folder inside."""
+        yield self.path / OWN / ASSETS
+
+    def load_into(self, model: Model) -> None:
+        """Load the weights; see the base class."""
+        read_into(model, self.path)
+
+    def results(self, run_type: str) -> Path:
+        """Return a folder beside this one, which stays as it was saved."""
+        return unused(self.path.absolute().with_name(f"{self.path.absolute().name}-{run_type}"))
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Return the results of the run that was saved."""
+        return self._read(METRICS)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the run noted."""
+        return self._read(PROVENANCE) or {}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.path / OWN / name
+        return dict(read_json(file, name)) if file.is_file() else None

@@ -1,0 +1,70 @@
+"""From a path, or a name on the hub of models, to the trained model that is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from villa.engine.checkpoint import FOLDER, resolve
+from villa.engine.checkpoint_files import MANIFEST as CHECKPOINT_MANIFEST
+from villa.engine.checkpoint_files import load
+from villa.errors import CheckpointError
+from villa.files import local_path
+from villa.hub.folder import is_saved, open_saved
+from villa.hub.foreign import TransformersSource
+from villa.hub.source import CheckpointSource, Source
+from villa.models.transformers_folder import is_transformers_folder
+from villa.plugins import one_line
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+#: What is fetched from the hub; pickled weights only where there are no others.
+_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.yaml", "villa/*"]
+_PICKLED = "pytorch_model*.bin"
+
+
+def open_source(place: str) -> Source:
+    """Return the trained model at a place.
+
+    Args:
+        place: a run's output folder (its best checkpoint is taken), a checkpoint's folder, a folder that
+            ``save_pretrained`` of villa or of transformers wrote, or the name of one on the hub (``owner/name``).
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = fetch(place) if _may_be_hub_name(place) else local_path(place)
+    try:
+        if is_saved(path):
+            return open_saved(path)
+        if is_transformers_folder(path) and not (path / FOLDER).exists() and not (path / CHECKPOINT_MANIFEST).exists():
+            return TransformersSource(path, 0)
+    except OSError as error:
+        raise CheckpointError(f"'{place}' cannot be read: {one_line(error)}; give another path") from error
+    checkpoint = load(resolve(path))
+    return CheckpointSource(checkpoint.path, checkpoint.update)
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of a model on the hub, downloaded once by huggingface_hub into its own cache.
+
+    Raises:
+        CheckpointError: there is no such folder here, and nothing of that name on the hub, or no way to it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*_FILES, _PICKLED]))
+    except Exception as error:  # the hub's many, the network's, the disk's
+        raise CheckpointError(
+            f"'{name}' does not exist here and cannot be fetched from the hub: {one_line(error)}; give a folder"
+        ) from error
+    return folder
+
+
+def _may_be_hub_name(place: str) -> bool:
+    """Whether a place is no path: there is nothing, not even the folder that it would be in."""
+    if not _HUB_NAME.fullmatch(place) or place.startswith(("./", "../")):
+        return False
+    return not Path(place).exists() and not Path(place).parent.exists()

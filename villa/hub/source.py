@@ -1,0 +1,100 @@
+"""Places that a trained model is restored from: checkpoints of runs, saved folders, folders of transformers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from villa.config.reader import read_layers
+from villa.config.values import Layer
+from villa.engine.checkpoint import FOLDER, Checkpoint
+from villa.engine.checkpoint_files import CONFIG
+from villa.engine.folder import METRICS, unused
+from villa.engine.setup import load_model
+from villa.files import read_json
+from villa.models.base import Model
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """A trained model on the disk.
+
+    Attributes:
+        path: its folder.
+        update: updates that it was trained for.
+    """
+
+    path: Path
+    update: int
+
+    @abstractmethod
+    def recipe(self) -> list[Layer]:
+        """Return the layers of the recipe that it was trained with."""
+
+    @abstractmethod
+    def assets(self) -> Any:
+        """Return a context manager that gives the folder with vocabulary and labels, which may be gone afterwards."""
+
+    @abstractmethod
+    def load_into(self, model: Model) -> None:
+        """Load the weights into a model that was built by the recipe.
+
+        Raises:
+            CheckpointError: they cannot be read, or are those of another model.
+        """
+
+    @abstractmethod
+    def results(self, run_type: str) -> Path:
+        """Return an unused folder for what a run of ``run_type`` writes."""
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Return the content of the ``metrics.json`` that is about these weights, if there is one."""
+        return None
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what made the weights: software, fingerprint of the data (``data``) and ``seed``, as far as known."""
+        return {}
+
+
+class CheckpointSource(Source):
+    """A checkpoint of a run, intact."""
+
+    def recipe(self) -> list[Layer]:
+        """Read the recipe that was saved with the checkpoint."""
+        return read_layers(str(self.path / CONFIG))
+
+    @contextmanager
+    def assets(self) -> Iterator[Path]:
+        """Give the folder inside the checkpoint."""
+        yield self._checkpoint.assets
+
+    def load_into(self, model: Model) -> None:
+        """Load the checkpoint's weights; see the base class."""
+        load_model(model, self._checkpoint)
+
+    def results(self, run_type: str) -> Path:
+        """Return a folder beside the run's files."""
+        return unused(self._run / run_type)
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Return the run's results if they are about this checkpoint and not a later or better one."""
+        file = self._run / METRICS
+        found = read_json(file, "results") if file.is_file() else None
+        about = found.get("protocol", {}).get("update") if isinstance(found, dict) else None
+        return found if about == self.update else None
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the run noted."""
+        return dict(self._checkpoint.training_state().get("provenance", {}))
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.path, self.update)
+
+    @property
+    def _run(self) -> Path:
+        return self.path.parents[1] if self.path.parent.name == FOLDER else self.path.parent
