@@ -212,6 +212,16 @@ def test_adapters_are_added_into_the_weights(work: Path) -> None:
     torch.testing.assert_close(model(batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_options_may_be_nested_or_dotted() -> None:
+    given = {"text_config": {"hidden_size": 16}, "text_config.num_attention_heads": 2, "vision_config.hidden_size": 64}
+    config = HuggingFaceConfig(architecture="clip", options=given)
+    with torch.device("meta"):
+        described = HuggingFaceModel.from_config(config, DataFacts()).transformer.config
+    assert described.text_config.hidden_size == 16
+    assert described.text_config.num_attention_heads == 2
+    assert described.vision_config.hidden_size == 64
+
+
 def test_options_change_a_fresh_architecture() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     options = {

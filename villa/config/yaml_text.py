@@ -130,12 +130,10 @@ def _refuse_bombs(text: str, locate: Locate) -> None:
 
 def _leaves(node: Any, path: tuple[str, ...], locate: Locate) -> Iterator[tuple[str, Value]]:
     key = ".".join(path)
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or len(path) >= LEVELS:  # below, a mapping is a value
         text = node.value if isinstance(node, yaml.ScalarNode) else None
         yield key, Value(_construct(node, locate), locate(node.start_mark.line + 1), text)
         return
-    if len(path) >= LEVELS:
-        raise ConfigError(f"{_where(node, locate)}: {key}: keys are at most {LEVELS} levels deep")
     pattern = _ENTRY_KEY if len(path) + 1 == LEVELS else _KEY
     for name, child in _items(node, locate, pattern):
         yield from _leaves(child, (*path, name), locate)

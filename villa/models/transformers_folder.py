@@ -26,13 +26,15 @@ def find_config(architecture: str, options: Mapping[str, Any]) -> Any:
 
     Args:
         architecture: a model type (``clip``), a folder with a ``config.json``, or a name on the hub (``owner/name``).
-        options: change it, by their names in transformers; those of a nested configuration in a mapping.
+        options: change it, by their names in transformers; those of a nested configuration in a mapping, or by
+            dotted names (``text_config.hidden_size``).
 
     Raises:
         ConfigError: no such architecture or option, or options that do not go together.
     """
     from transformers import CONFIG_MAPPING
 
+    options = _nested(options)
     try:
         if is_transformers_folder(architecture) or _is_hub_name(architecture):
             return _changed(_stored(architecture), options)
@@ -129,6 +131,17 @@ def _changed(config: Any, options: Mapping[str, Any]) -> Any:
     values = config.to_dict()
     _check(options, values, f"'{config.model_type}'", "")
     return type(config).from_dict(_merged(values, options))
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        first, dot, rest = name.partition(".")
+        inner = nested.get(first)
+        new = _nested({rest: value}) if dot else value
+        nested[first] = _merged(inner, new) if isinstance(inner, Mapping) and isinstance(new, Mapping) else new
+    return nested
 
 
 def _merged(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
