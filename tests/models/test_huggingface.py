@@ -213,13 +213,17 @@ def test_adapters_are_added_into_the_weights(work: Path) -> None:
 
 
 def test_options_may_be_nested_or_dotted() -> None:
-    given = {"text_config": {"hidden_size": 16}, "text_config.num_attention_heads": 2, "vision_config.hidden_size": 64}
+    given = {
+        "text_config": {"hidden_size": 16},
+        "text_config.num_attention_heads": 2,
+        "vision_config.intermediate_size": 64,
+    }
     config = HuggingFaceConfig(architecture="clip", options=given)
     with torch.device("meta"):
         described = HuggingFaceModel.from_config(config, DataFacts()).transformer.config
     assert described.text_config.hidden_size == 16
     assert described.text_config.num_attention_heads == 2
-    assert described.vision_config.hidden_size == 64
+    assert described.vision_config.intermediate_size == 64
 
 
 def test_options_change_a_fresh_architecture() -> None:
