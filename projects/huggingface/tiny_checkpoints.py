@@ -166,6 +166,58 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         chat=True,
     ),
+    "mllama": Architecture(
+        "MllamaForConditionalGeneration",
+        "MllamaProcessor",
+        "MllamaImageProcessor",
+        _SQUARE | {"max_image_tiles": 1},
+        options={
+            "vision_config": {
+                "max_num_tiles": 1,
+                "num_global_layers": 1,
+                "attention_heads": HEADS,
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 2 * WIDTH,
+                "supported_aspect_ratios": [[1, 1]],
+            },
+            "text_config": {"cross_attention_layers": [1]},
+        },
+        image_token="<image>",
+        chat=True,
+    ),
+    "florence2": Architecture(
+        "Florence2ForConditionalGeneration",
+        "Florence2Processor",
+        "CLIPImageProcessor",
+        _CLIP_SIZE | {"image_seq_length": (SIDE // PATCH) ** 2 + 1},
+        {"num_additional_image_tokens": 1},
+        {
+            "text_config": {
+                "model_type": "bart",
+                "decoder_start_token_id": EOS,
+                "forced_eos_token_id": None,
+                **dict.fromkeys(("encoder_layers", "decoder_layers"), LAYERS),
+                **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+                **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
+                "d_model": WIDTH,
+            },
+            "vision_config": {
+                "depths": [1, 1],
+                "patch_size": [PATCH, 3],
+                "patch_stride": [PATCH, 1],
+                "patch_padding": [0, 1],
+                "patch_prenorm": [False, True],
+                "embed_dim": [WIDTH // 2, WIDTH],
+                "num_heads": [2, HEADS],
+                "num_groups": [2, HEADS],
+                "window_size": 2,
+                "drop_path_rate": 0.0,
+                "projection_dim": WIDTH,
+                "max_position_embeddings": 8,
+            },
+        },
+        image_token="<image>",
+    ),
     "gemma3": Architecture(
         "Gemma3ForConditionalGeneration",
         "Gemma3Processor",
@@ -209,8 +261,8 @@ def write(name: str, folder: Path, *, seed: int = 0) -> Path:
     processor = kind(**made, **options)
     torch.manual_seed(seed)
     model = getattr(transformers, architecture.model)(make_config(name, len(tokenizer)))
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():  # some are zero until they are loaded
+    for part, parameter in model.named_parameters():
+        if not parameter.any() and (parameter.dim() > 1 or "gate" in part):  # some are zero until they are loaded
             torch.nn.init.normal_(parameter, std=SMALL["initializer_range"])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -79,7 +79,7 @@ def test_answers_are_predicted_from_what_stands_before_them(name: str, work: Pat
         assert not torch.allclose(again[own[1:]], logits[own[1:]], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", GENERATIVE)
+@pytest.mark.parametrize("name", [name for name in GENERATIVE if name not in ("mllama", "florence2")])
 def test_writing_takes_the_likeliest_token_again_and_again(name: str, work: Path) -> None:
     """Texts of a padded batch are those that a loop over single, unpadded prompts writes."""
     model, batch = build(name, "generation", work, max_new_tokens=4), batch_for(name, "generation", work)

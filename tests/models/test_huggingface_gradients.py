@@ -31,7 +31,7 @@ CASES: list[tuple[str, Task]] = [
 ]
 STEPS: dict[str, Any] = {"steps": 3, "text_step_size": 0.05, "image_step_size": 0.1, "init": "zero"}
 #: Language models normalise and rotate in fp32 whatever the type of their weights.
-CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 2e-8}
+CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 1e-7}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,6 @@ def test_gradients_equal_a_loop_without_hooks(name: str, task: Task, folder: Pat
             torch.testing.assert_close(standard[parameter_name], parameter.grad)
 
 
-def test_a_dozen_architectures_are_here() -> None:
+def test_more_than_a_dozen_architectures_are_here() -> None:
     assert {name for name, _ in CASES} == set(tiny.ARCHITECTURES)
-    assert len(tiny.ARCHITECTURES) >= 12
+    assert len(tiny.ARCHITECTURES) >= 14

@@ -119,7 +119,8 @@ def append(
     """Append answers to the prompts that a processor made, token by token, so that prompts are as in prediction.
 
     Args:
-        made: ``input_ids [B, T]``, right-padded, and other values; tensors with a value for each token are extended.
+        made: ``input_ids [B, T]``, right-padded, and other values; tensors with a value for each token are extended,
+            and masks ``[B, T, ...]`` of what a token sees: an answer sees what the end of its prompt does.
         answers: token ids of every answer.
         pad: id of the padding token.
         answer_type: ``token_type_ids`` of answers.
@@ -146,4 +147,16 @@ def append(
             longer[:, :width] = value.masked_fill(~real, fill)[:, :width]
             longer[marks] = torch.as_tensor(behind.get(name, 0), dtype=value.dtype)
             extended[name] = longer
+        elif name.endswith("_mask") and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+            extended[name] = _extended_rows(value, real, marks)
     return extended, marks
+
+
+def _extended_rows(value: Tensor, real: Tensor, marks: Tensor) -> Tensor:
+    """Extend ``[B, T, ...]`` by the row of each prompt's last token."""
+    longer = value.new_zeros((*marks.shape, *value.shape[2:]))
+    width = min(value.shape[1], marks.shape[1])
+    longer[:, :width] = value[:, :width]
+    last = value[torch.arange(len(value)), real.sum(1) - 1]
+    longer[marks] = last.repeat_interleave(marks.sum(1), 0)
+    return longer
