@@ -62,7 +62,7 @@ def _front_matter(described: Described) -> Iterator[str]:
     values: dict[str, Any] = {
         "library_name": "villa" if model.pretrained() is None else "transformers",
         "pipeline_tag": _pipeline(described),
-        "tags": ["villa", described.parts.config.model.name, described.parts.config.trainer.name],
+        "tags": list(dict.fromkeys(["villa", described.parts.config.model.name, described.parts.config.trainer.name])),
     }
     task = {"type": values["pipeline_tag"]}
     results = [
@@ -165,7 +165,9 @@ def _loading(described: Described, architecture: str | None) -> Iterator[str]:
     if architecture is not None:
         reader = "AutoProcessor" if described.parts.data.facts().vocab_size is None else "AutoTokenizer"
         names = f"{architecture}, {reader}" if described.reads_text else architecture
-        loads = f'\nprocessor = {reader}.from_pretrained(".")' if described.reads_text else ""
+        loads = (
+            f'\n{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained(".")' if described.reads_text else ""
+        )
         yield ""
         yield "With transformers:"
         yield ""

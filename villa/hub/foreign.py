@@ -29,7 +29,8 @@ _TARGETS: dict[Task, tuple[str, Kind, str, str]] = {
     "generation": ("text", "text", "language_model", "exact_match"),
 }
 #: Classes with a trained classification head; a model without one has nothing to predict with.
-_CLASSIFIERS = ("ForSequenceClassification", "ForQuestionAnswering", "ForImagesAndTextClassification")
+_TEXT_CLASSIFIER = "ForSequenceClassification"
+_CLASSIFIERS = (_TEXT_CLASSIFIER, "ForQuestionAnswering", "ForImagesAndTextClassification")
 #: Longest texts where neither tokenizer nor model says.
 _LENGTH = 512
 #: Architectures whose positions start behind the id of padding.
@@ -95,7 +96,11 @@ class TransformersSource(Source):
 
     @cached_property
     def _processor(self) -> Any:
-        return load_processor(self.path, local=True)
+        processor = load_processor(self.path, local=True)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+            raise CheckpointError(f"'{self.path}' holds no tokenizer: save it there, by its own save_pretrained")
+        return processor
 
     @cached_property
     def _sees(self) -> bool:
@@ -104,21 +109,25 @@ class TransformersSource(Source):
 
     @cached_property
     def _task(self) -> Task:
+        """What the model does.
+
+        Raises:
+            CheckpointError: villa cannot tell, or has no data that the model could read.
+        """
         from villa.models.huggingface.classes import choose_task
 
         named = (getattr(self._config, "architectures", None) or ["(none)"])[0]
-        if named.endswith(_CLASSIFIERS):
-            if self._sees or named.endswith("ForSequenceClassification"):
-                return "classification"
-            raise CheckpointError(
-                f"'{self.path}' is a {named}, but has no image processor: give model.checkpoint={self.path} to a "
-                "recipe with data that it reads"
-            )
-        task = choose_task(self._config, "auto", None)
-        if task == "classification":
+        heads = named.endswith(_CLASSIFIERS)
+        task = "classification" if heads else choose_task(self._config, "auto", None)
+        if task == "classification" and not heads:
             raise CheckpointError(
                 f"'{self.path}' is a {named}, which has no trained head to predict with: train one, with "
                 f"model.checkpoint={self.path} in a recipe"
+            )
+        if not self._sees and not named.endswith(_TEXT_CLASSIFIER):
+            raise CheckpointError(
+                f"'{self.path}' is a {named}, but has no image processor: give model.checkpoint={self.path} to a "
+                "recipe with data that it reads"
             )
         return task
 

@@ -13,7 +13,7 @@ from villa.errors import CheckpointError, ConfigError
 from villa.files import read_json, write_json
 from villa.models.base import Model, ModelConfig
 from villa.models.load_report import listed
-from villa.models.transformers_folder import CONFIG_FILE, load_pretrained
+from villa.models.transformers_folder import CONFIG_FILE, load_pretrained, quiet
 from villa.models.weight_files import read_weights, write_weights
 
 WEIGHTS = "model.safetensors"
@@ -40,7 +40,8 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
         options = {name: value for name, value in asdict(config).items() if name != "checkpoint"}
         write_json(folder / CONFIG_FILE, {"model_type": "villa", "model": options, **_label_maps(labels)})
         return
-    inner.save_pretrained(folder)
+    with quiet():
+        inner.save_pretrained(folder)
     described = read_json(folder / CONFIG_FILE, "configuration")
     write_json(folder / CONFIG_FILE, {**described, **_label_maps(labels)})
     rest = _plain(_beside(model, inner))

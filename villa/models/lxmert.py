@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os.path
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, DataError
+from villa.files import read_json
 from villa.models.base import DataFacts, Model, ModelOutput, Point
 from villa.models.load_report import LoadReport
 from villa.models.lxmert_config import HEAD_IMAGES, LxmertConfig
+from villa.models.transformers_folder import CONFIG_FILE, load_pretrained
 from villa.models.uniter_rows import RowLayout, Rows
 from villa.registry import register_model
 
@@ -94,6 +97,11 @@ class Lxmert(Model):
     def load_weights(self, source: str) -> LoadReport:
         """Load the weights that ``model.checkpoint`` names; see the base class."""
         try:
+            if self._is_whole(source):
+                whole = self.pretrained()
+                loaded, report = load_pretrained(type(whole), source, whole.config)
+                whole.load_state_dict(loaded.state_dict())
+                return report
             return super().load_weights(source)
         except CheckpointError as error:
             if os.path.exists(source):  # noqa: PTH110 (pathlib raises for a name that is too long)
@@ -166,6 +174,15 @@ class Lxmert(Model):
     def head_prefixes(self) -> tuple[str, ...]:
         """The answer head."""
         return ("logit_fc",)
+
+    def _is_whole(self, source: str) -> bool:
+        """Whether a folder of transformers has the head for answers too, with as many labels."""
+        file = os.path.join(source, CONFIG_FILE)  # noqa: PTH118 (as below)
+        if (self.layout.images or 1) > 1 or not os.path.isfile(file):  # noqa: PTH113 (as below)
+            return False
+        found = read_json(Path(file), "configuration")
+        kind, labels = "LxmertForQuestionAnswering", self.pretrained().config.num_qa_labels
+        return (found.get("architectures"), found.get("num_qa_labels")) == ([kind], labels)
 
     def _embed(self, rows: Rows) -> Tensor:
         """Embed the texts: ``[N, T, hidden]``."""

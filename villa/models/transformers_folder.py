@@ -67,7 +67,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
         CheckpointError: the files cannot be read or have tensors of another shape.
     """
     try:
-        with _quiet():
+        with quiet():
             model, found = kind.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
@@ -86,7 +86,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the library from printing a report and a progress bar of its own."""
     from transformers.utils import logging
 
