@@ -75,7 +75,8 @@ class SavedFolder(Source):
 
     def results(self, run_type: str) -> Path:
         """Return a folder beside this one, which stays as it was saved."""
-        return unused(self.path.absolute().with_name(f"{self.path.absolute().name}-{run_type}"))
+        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        return unused(path.with_name(f"{path.name}-{run_type}"))
 
     def metrics(self) -> dict[str, Any] | None:
         """Return the results of the run that was saved."""
