@@ -90,6 +90,8 @@ MODELS: Registry[Any] = Registry(
         "text_classifier": "villa.models.text_classifier",
         "lxmert": "villa.models.lxmert",
         "lxmert_pretraining": "villa.models.lxmert_pretraining",
+        "visual_bert": "villa.models.visual_bert",
+        "vilt": "villa.models.vilt",
         "huggingface": "villa.models.huggingface.model",
     },
 )

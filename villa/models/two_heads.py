@@ -1,0 +1,124 @@
+"""Options of transformers with one head for answers and one for NLVR2, and the masks of their attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from villa.errors import ConfigError
+from villa.models.base import DataFacts, ModelConfig
+from villa.models.lxmert_config import HEAD_IMAGES, NLVR2_LABELS
+from villa.models.settling import require_positive, settle
+
+
+@dataclass
+class TwoHeadConfig(ModelConfig):
+    """Options of a transformer over text and an image; the numbers left alone are those of the released base model.
+
+    Attributes:
+        head: ``answers`` scores the answers to a question about an image (VQA, GQA); ``nlvr2`` says whether a
+            sentence is true of two images.
+        hidden_size: width of the transformer.
+        num_layers: its layers.
+        num_heads: attention heads.
+        intermediate_size: width inside a layer; None is four times ``hidden_size``.
+        vocab_size: rows of the word embedding; None takes the data's.
+        num_labels: classes of the head; None takes the data's.
+        max_positions: longest text in tokens.
+        type_vocab_size: rows of the type embedding of the text.
+        hidden_dropout: dropout after embeddings and linear maps.
+        attention_dropout: dropout of attention weights.
+        initializer_range: standard deviation of fresh weights.
+    """
+
+    head: Literal["answers", "nlvr2"] = "answers"
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    num_labels: int | None = None
+    max_positions: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    initializer_range: float = 0.02
+
+    def check(self, *sizes: str) -> None:
+        """Check the numbers against each other.
+
+        Args:
+            sizes: names of the model's own options that have to be positive.
+
+        Raises:
+            ConfigError: a head that does not exist, or a number that no model can have.
+        """
+        if self.head not in HEAD_IMAGES:
+            raise ConfigError(f"model.head='{self.head}' is not known (known: {', '.join(HEAD_IMAGES)})")
+        shared = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "num_labels")
+        names = (*shared, "max_positions", "type_vocab_size", *sizes)
+        require_positive(**{name: getattr(self, name) for name in names})
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}: set "
+                "model.num_heads to a divisor"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
+        if self.initializer_range < 0:
+            raise ConfigError(f"model.initializer_range={self.initializer_range} is negative")
+
+    @property
+    def images(self) -> int:
+        """Images that the head reads an example."""
+        return HEAD_IMAGES[self.head]
+
+    def labels(self, facts: DataFacts) -> int:
+        """Classes of the head.
+
+        Raises:
+            ConfigError: they are not known, or not those of the head.
+        """
+        pair = self.head == "nlvr2"
+        found = NLVR2_LABELS if pair and facts.num_labels is None else facts.num_labels
+        labels = settle("model.num_labels", self.num_labels, found)
+        if pair and labels != NLVR2_LABELS:
+            raise ConfigError(f"head 'nlvr2' has {NLVR2_LABELS} classes, but the data has {labels}")
+        return labels
+
+    def shared_options(self, facts: DataFacts) -> dict[str, Any]:
+        """The options under their names in transformers.
+
+        Raises:
+            ConfigError: a number contradicts the data or is not known.
+        """
+        return {
+            "vocab_size": settle("model.vocab_size", self.vocab_size, facts.vocab_size),
+            "num_labels": self.labels(facts),
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size,
+            "max_position_embeddings": self.max_positions,
+            "type_vocab_size": self.type_vocab_size,
+            "hidden_dropout_prob": self.hidden_dropout,
+            "attention_probs_dropout_prob": self.attention_dropout,
+            "initializer_range": self.initializer_range,
+            "pad_token_id": 0,
+        }
+
+
+def score_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """What is added to attention scores, ``[N, 1, 1, L]``: 0 on real positions, the lowest number on others.
+
+    Args:
+        mask: ``[N, L]`` bool, True on real positions; None when all are.
+        like: a tensor of the dtype of the scores.
+    """
+    if mask is None:
+        return None
+    return (~mask[:, None, None, :]).to(like.dtype) * torch.finfo(like.dtype).min

@@ -1,0 +1,186 @@
+"""ViLT (arXiv 2102.03334) on the modules of transformers: words and patches of pixels in one transformer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import DataError
+from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.models.patches import Patches
+from villa.models.two_heads import score_mask
+from villa.models.uniter_rows import given_mask
+from villa.models.vilt_config import ViltConfig
+from villa.registry import register_model
+
+
+@register_model("vilt")
+class Vilt(Model):
+    """ViLT with the head that scores answers, or the one for two images (NLVR2).
+
+    Parameters carry the names that transformers gives them: those of ``ViltModel`` below ``vilt``, and the head's
+    ``classifier.{0,1,3}``. Patches keep the order that they have in the image, where transformers shuffles them, and
+    padding is whichever patches come next, where transformers draws them; neither changes the logits.
+
+    Args:
+        config: configuration object of transformers; ``num_images`` and ``num_labels`` choose the head.
+    """
+
+    Config = ViltConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import ViltModel
+
+        self.images: int = config.num_images
+        self.patch_size: int = config.patch_size
+        self.vilt: Any = ViltModel(config)
+        for table in (self.vilt.embeddings.cls_token, self.vilt.embeddings.position_embeddings):
+            nn.init.normal_(table, std=config.initializer_range)  # transformers leaves them at 0
+        read = config.hidden_size * self.images
+        wide = read if self.images > 1 else 2 * read
+        self.classifier = nn.Sequential(
+            nn.Linear(read, wide), nn.LayerNorm(wide), nn.GELU(), nn.Linear(wide, config.num_labels)
+        )
+        self.classifier.apply(self._initialise)
+
+    @classmethod
+    def from_config(cls, config: ViltConfig, facts: DataFacts) -> Vilt:
+        """Build the model with the configured head and fresh weights.
+
+        Raises:
+            ConfigError: the configuration contradicts the data or itself.
+        """
+        config.check()
+        return cls(config.transformer(facts))
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Score a batch of texts and images.
+
+        Reads ``pixel_values`` ``[B, 3, H, W]``, or ``[B, 2, 3, H, W]`` with the head for two images, and the
+        ``pixel_mask`` of ``Batch.inputs``, ``[B, H, W]`` or ``[B, 2, H, W]``, which is 1 on real pixels, the upper left
+        part; without one, all pixels are real.
+
+        Returns:
+            Logits ``[B, labels]``; the pooled output ``[B * images, hidden]``; on request the states after the
+            embedding and every layer, ``[B * images, T + 1 + P, hidden]`` of tokens, image as a whole and patches, and
+            the attention maps of every layer.
+
+        Raises:
+            DataError: the batch lacks text or pixels, or they do not suit the model.
+        """
+        pixels = self._pixels(batch)
+        texts, text_mask = self._texts(batch)
+        patches = Patches.of(self.vilt.embeddings.patch_embeddings(pixels), self._pixel_mask(batch))
+        seen, image_mask = self._embed_patches(patches)
+        both = torch.cat((texts, seen), dim=1)
+        mask = None
+        if text_mask is not None or image_mask is not None:
+            mask = torch.cat((given_mask(text_mask, texts[..., 0]), given_mask(image_mask, seen[..., 0])), dim=1)
+        encoded = self.vilt.encoder(
+            both, score_mask(mask, both), output_attentions=attentions, output_hidden_states=hidden_states
+        )
+        pooled = self.vilt.pooler(self.vilt.layernorm(encoded.last_hidden_state))
+        logits = self.classifier(pooled.reshape(len(batch), -1))
+        return ModelOutput(logits, pooled, encoded.hidden_states or (), encoded.attentions or ())
+
+    def pretrained(self) -> Any:
+        """The model of transformers with the same head."""
+        from transformers import ViltForImagesAndTextClassification, ViltForQuestionAnswering
+
+        kind: Any = ViltForQuestionAnswering if self.images == 1 else ViltForImagesAndTextClassification
+        with torch.device("meta"):
+            whole = kind(copy.deepcopy(self.vilt.config))
+        whole.vilt, whole.classifier = self.vilt, self.classifier
+        return whole
+
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """Text: the looked-up word embedding. Image: the patches after their projection, before their positions."""
+        words, patches = "vilt.embeddings.text_embeddings.word_embeddings", "vilt.embeddings.patch_embeddings"
+        return {
+            "text": Point(words, "output", self._text_mask),
+            "image": Point(patches, "output", self._patch_mask, layout="channels_first"),
+        }
+
+    def head_prefixes(self) -> tuple[str, ...]:
+        """The classifier."""
+        return ("classifier",)
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Embed the texts, each as often as an example has images: ``[B * images, T, hidden]``, and their mask."""
+        if batch.input_ids is None or batch.input_ids.dim() != 2:
+            raise DataError("ViLT reads one text an example; use another model for this data")
+        longest, length = self.vilt.config.max_position_embeddings, batch.input_ids.shape[1]
+        if length > longest:
+            raise DataError(f"a text has {length} tokens, but the model has {longest} positions; cut texts to it")
+        embeddings = self.vilt.embeddings
+        types = None if batch.token_type_ids is None else self._repeated(batch.token_type_ids)
+        words = embeddings.text_embeddings(self._repeated(batch.input_ids), token_type_ids=types)
+        return words + embeddings.token_type_embeddings.weight[0], self._text_mask(batch)
+
+    def _embed_patches(self, patches: Patches) -> tuple[Tensor, Tensor | None]:
+        """Embed image as a whole and patches: ``[B * images, 1 + P, hidden]``, and their mask."""
+        embeddings = self.vilt.embeddings
+        placed = patches.placed(embeddings.position_embeddings[:, 1:], self._grid())
+        values, mask = patches.packed(placed)
+        whole = (embeddings.cls_token + embeddings.position_embeddings[:, :1]).expand(len(values), -1, -1)
+        both = embeddings.dropout(torch.cat((whole, values), dim=1))
+        kinds = 1 + torch.arange(self.images, device=both.device).repeat(len(both) // self.images)
+        if mask is not None:
+            mask = torch.cat((mask.new_ones(len(mask), 1), mask), dim=1)
+        return both + embeddings.token_type_embeddings(kinds)[:, None], mask
+
+    def _grid(self) -> int:
+        """Patches a side that the position embedding is made for."""
+        side: int = self.vilt.config.image_size // self.patch_size
+        return side
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        """``[B * images, 3, H, W]``."""
+        pixels = batch.pixel_values
+        if pixels is None:
+            raise DataError(
+                "ViLT reads pixels, but the batch has none: set dataset.regions=pixels, or use another model"
+            )
+        images = pixels.shape[1] if pixels.dim() == 5 else 1
+        if images != self.images:
+            raise DataError(f"the head reads {self.images} image(s) an example, but the batch has {images}")
+        height, width = pixels.shape[-2:]
+        if min(height, width) < self.patch_size:
+            raise DataError(
+                f"an image of {height} x {width} pixels is smaller than a patch of {self.patch_size}: raise "
+                "dataset.image_size"
+            )
+        return pixels.flatten(0, -4)
+
+    def _patch_mask(self, batch: Batch) -> Tensor | None:
+        """``[B * images, h * w]`` bool, or None when all patches are real."""
+        mask = self._pixel_mask(batch)
+        if mask is None:
+            return None
+        grid = (mask.shape[-2] // self.patch_size, mask.shape[-1] // self.patch_size)
+        return Patches.real(mask, grid).flatten(1)
+
+    def _pixel_mask(self, batch: Batch) -> Tensor | None:
+        """``[B * images, H, W]``."""
+        mask = (batch.inputs or {}).get("pixel_mask")
+        return None if mask is None else mask.flatten(0, -3)
+
+    def _text_mask(self, batch: Batch) -> Tensor | None:
+        """``[B * images, T]`` bool."""
+        return None if batch.attention_mask is None else self._repeated(batch.attention_mask)
+
+    def _repeated(self, texts: Tensor) -> Tensor:
+        """``[B, T]`` to ``[B * images, T]``."""
+        return texts if self.images == 1 else texts.repeat_interleave(self.images, dim=0)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Fresh weights of the head, as the release makes them."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.vilt.config.initializer_range)
+            nn.init.zeros_(module.bias)
