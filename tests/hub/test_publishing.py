@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from database_tasks import arguments, write_answers
 from processor_batches import tiny_folder, write_questions
 from saved_runs import COMMON, requests, train
 from tiny_runs import SHAPES
@@ -212,3 +213,20 @@ def test_the_tool(
     assert capsys.readouterr().err.count("\n") == 1
     assert tool.main([str(tmp_path / "nowhere"), str(output)]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_task_on_released_databases(official_db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no texts to tokenize, so no tokenizer; labels are the answers; a task without any has no labels."""
+    monkeypatch.chdir(tmp_path)
+    quick = {"run_type": "train", "evaluation__split": "null"}
+    answers = {"dataset__answers": write_answers(tmp_path / "answers.json", 3129)}
+    for name, more in (("vqa", answers), ("retrieval", {})):
+        assert main(arguments(name, official_db, tmp_path / name, **quick, **more)) == 0
+        saved = villa.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name}-saved")
+        assert not (saved / "tokenizer.json").exists()
+        assert main(["run_type=val", f"checkpoint.path={saved}", "evaluation.split=val", "logging.progress=off"]) == 0
+        assert (tmp_path / "outputs" / f"{name}-saved-val" / "metrics.json").is_file()
+        assert ("pipeline_tag" in (saved / "README.md").read_text()) == (name == "vqa")
+    labels = json.loads((tmp_path / "vqa-saved" / "labels.json").read_text())
+    assert (labels[0], len(labels)) == ("answer0", 3129)
+    assert not (tmp_path / "retrieval-saved" / "labels.json").exists()

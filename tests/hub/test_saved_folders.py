@@ -96,12 +96,12 @@ def test_transformers_loads_the_tokenizer(name: str, work: Path) -> None:
 def test_the_folder_tests_without_a_recipe(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work / name)
     assert main(["run_type=test", "checkpoint.path=saved", "logging.progress=off"]) == 0
-    before, after = (read(work / name / folder / "metrics.json") for folder in ("moved", "saved-test"))
+    before, after = (read(work / name / folder / "metrics.json") for folder in ("moved", "outputs/saved-test"))
     assert after["test"]["accuracy"] == before["test"]["accuracy"]
     assert after["test"]["loss"] == pytest.approx(before["test"]["loss"])
     assert after["protocol"]["data"] == before["protocol"]["data"]
     assert after["protocol"]["update"] == before["protocol"]["update"]
-    tested = read_lines(work / name / "saved-test" / "predictions_test.jsonl")
+    tested = read_lines(work / name / "outputs" / "saved-test" / "predictions_test.jsonl")
     assert [p["answer"] for p in tested] == [
         p["answer"] for p in read_lines(work / name / "moved" / "predictions_test.jsonl")
     ]

@@ -141,7 +141,12 @@ def test_commands_predict_test_and_train_on(tmp_path: Path, monkeypatch: pytest.
     data = [f"dataset.{split}=data.jsonl" for split in ("train", "val", "test")]
     train = ["trainer=villa", "trainer.modality=text", "batch.examples=3", "training.updates=2", "output_dir=run"]
     assert main([*model, *data, *train]) == 0
-    assert villa.from_pretrained("run").predict(text="is it red?")["answer"] in COLOURS
+    found = villa.from_pretrained("run").predict(text="is it red?")
+    assert found["answer"] in COLOURS
+    saved = villa.from_pretrained("run").save_pretrained("saved")
+    Path("model").rename("gone")
+    for place in ("run", saved):
+        assert villa.from_pretrained(place).predict(text="is it red?") == found
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
@@ -253,6 +258,7 @@ def test_a_name_on_the_hub_that_is_in_its_cache(tmp_path: Path, monkeypatch: pyt
     revision = "0" * 40
     (repository / "refs" / "main").write_text(revision)
     folder = text_classifier(repository / "snapshots" / revision)
-    assert villa.from_pretrained("owner/name").predict(text=TEXTS[0]) == villa.from_pretrained(folder).predict(
-        text=TEXTS[0]
-    )
+    found = villa.from_pretrained("owner/name")
+    assert found.predict(text=TEXTS[0]) == villa.from_pretrained(folder).predict(text=TEXTS[0])
+    assert found.parts.config.name == "name"
+    assert found.parts.config.output_dir == "outputs/name-predict"

@@ -46,4 +46,4 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
     if not reads:
         return layers
     results = str(source.results(str(run_type.text)))
-    return [*layers, {"output_dir": Value(results, Origin("beside the run"), results)}]
+    return [*layers, {"output_dir": Value(results, Origin("for the results"), results)}]

@@ -28,6 +28,7 @@ class Described:
         update: updates that it was trained for.
         metrics: content of ``metrics.json``; empty where the model was not tested.
         provenance: software, ``data`` and ``seed``.
+        labels: names of the classes, or None.
         reads_text: whether the folder holds a tokenizer or processor.
     """
 
@@ -36,6 +37,7 @@ class Described:
     update: int
     metrics: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    labels: tuple[str, ...] | None
     reads_text: bool
 
     @property
@@ -59,12 +61,13 @@ def model_card(described: Described, folder: Path) -> str:
 
 def _front_matter(described: Described) -> Iterator[str]:
     model = described.parts.model
+    pipeline = _pipeline(described)
     values: dict[str, Any] = {
         "library_name": "villa" if model.pretrained() is None else "transformers",
-        "pipeline_tag": _pipeline(described),
+        **({} if pipeline is None else {"pipeline_tag": pipeline}),
         "tags": list(dict.fromkeys(["villa", described.parts.config.model.name, described.parts.config.trainer.name])),
     }
-    task = {"type": values["pipeline_tag"]}
+    task = {"type": pipeline or "other"}
     results = [
         {
             "task": task,
@@ -80,17 +83,17 @@ def _front_matter(described: Described) -> Iterator[str]:
     yield "---"
 
 
-def _pipeline(described: Described) -> str:
-    facts = described.parts.data.facts()
-    if facts.task == "generation":
+def _pipeline(described: Described) -> str | None:
+    """The hub's word for the task; it has none for matching, ranking or pre-training."""
+    task = described.parts.data.facts().task
+    if task == "generation":
         return "image-text-to-text"
-    if facts.task == "contrastive":
+    if task == "contrastive":
         return "zero-shot-image-classification"
-    return (
-        "text-classification"
-        if "image" not in described.parts.model.perturbation_points()
-        else ("visual-question-answering")
-    )
+    if described.labels is None:
+        return None
+    sees = "image" in described.parts.model.perturbation_points()
+    return "visual-question-answering" if sees else "text-classification"
 
 
 def _introduction(described: Described) -> Iterator[str]:
@@ -102,7 +105,7 @@ def _introduction(described: Described) -> Iterator[str]:
         f"A `{config.model.name}` model of {parameters / 1e6:.1f}M parameters, trained by villa with the method "
         f"`{config.trainer.name}` on the data set `{config.dataset.name}`."
     )
-    labels = described.parts.data.facts().labels
+    labels = described.labels
     if labels:
         shown = ", ".join(f"`{label}`" for label in labels[:_SHOWN_LABELS])
         yield ""

@@ -15,7 +15,7 @@ from typing import Any
 from villa.config.reader import read_layers
 from villa.config.values import Layer, Origin, Value
 from villa.engine.checkpoint_files import ASSETS, CONFIG, file_problem, read_manifest
-from villa.engine.folder import METRICS, unused
+from villa.engine.folder import METRICS
 from villa.errors import CheckpointError
 from villa.files import read_json
 from villa.hub.source import Source
@@ -72,11 +72,6 @@ class SavedFolder(Source):
     def load_into(self, model: Model) -> None:
         """Load the weights; see the base class."""
         read_into(model, self.path)
-
-    def results(self, run_type: str) -> Path:
-        """Return a folder beside this one, which stays as it was saved."""
-        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
-        return unused(path.with_name(f"{path.name}-{run_type}"))
 
     def metrics(self) -> dict[str, Any] | None:
         """Return the results of the run that was saved."""

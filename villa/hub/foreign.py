@@ -14,9 +14,8 @@ from villa.config.values import Layer, Origin, Value
 from villa.datasets.assets import Assets
 from villa.datasets.processor_loading import load_processor
 from villa.datasets.processor_reader import Kind
-from villa.engine.folder import unused
 from villa.errors import CheckpointError, VillaError
-from villa.hub.source import Source
+from villa.hub.source import Source, place_name
 from villa.hub.weights import read_into
 from villa.models.base import Model, Task
 from villa.models.huggingface.model import ASSETS as MODEL_ASSETS
@@ -50,7 +49,7 @@ class TransformersSource(Source):
         target, _, loss, metric = _TARGETS[self._task]
         place = str(self.path)
         options: dict[str, Any] = {
-            "name": self.path.name,
+            "name": place_name(self.path),
             "model.name": "huggingface" if self._sees else "text_classifier",
             "model.architecture": place,
             "dataset.name": "jsonl",
@@ -82,10 +81,6 @@ class TransformersSource(Source):
     def load_into(self, model: Model) -> None:
         """Load the weights; see the base class."""
         read_into(model, self.path)
-
-    def results(self, run_type: str) -> Path:
-        """Return a folder below ``outputs``: the folder may be a cache."""
-        return unused(Path("outputs") / f"{self.path.name}-{run_type}")
 
     @cached_property
     def _config(self) -> Any:

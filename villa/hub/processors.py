@@ -9,6 +9,8 @@ from typing import Any
 from villa.datasets.assets import PROCESSOR
 from villa.datasets.text import SPECIAL_TOKENS, TOKENIZER_FILE, load_tokenizer
 
+VOCABULARY_FILE = "vocab.txt"
+
 
 def write(assets: Path, folder: Path, max_length: int | None) -> bool:
     """Write what the assets of a data set hold.
@@ -24,7 +26,7 @@ def write(assets: Path, folder: Path, max_length: int | None) -> bool:
     if (assets / PROCESSOR).is_dir():
         shutil.copytree(assets / PROCESSOR, folder, dirs_exist_ok=True)
         return True
-    if (assets / TOKENIZER_FILE).is_file():
+    if any((assets / name).is_file() for name in (TOKENIZER_FILE, VOCABULARY_FILE)):
         _write_tokenizer(assets, folder, max_length)
         return True
     return False

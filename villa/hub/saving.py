@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from villa.config.printer import to_yaml
+from villa.datasets.base import TaskDataset
 from villa.engine.checkpoint_files import ASSETS, CONFIG
 from villa.engine.folder import METRICS
 from villa.engine.setup import Parts
@@ -39,7 +40,7 @@ def save_pretrained(parts: Parts, source: Source, folder: str | Path) -> Path:
         own = temporary / OWN
         (own / ASSETS).mkdir(parents=True)
         parts.save_assets(own / ASSETS)
-        labels = parts.data.facts().labels
+        labels = label_names(parts.data)
         weights.write(parts.model, parts.config.model, labels, temporary)
         reads_text = processors.write(own / ASSETS, temporary, getattr(parts.config.dataset, "max_text_length", None))
         if labels is not None:
@@ -49,9 +50,16 @@ def save_pretrained(parts: Parts, source: Source, folder: str | Path) -> Path:
         for name, value in ((METRICS, metrics), (PROVENANCE, provenance)):
             if value:
                 write_json(own / name, value)
-        described = Described(target.name, parts, source.update, metrics or {}, provenance, reads_text)
+        described = Described(target.name, parts, source.update, metrics or {}, provenance, labels, reads_text)
         atomic_write(temporary / CARD, model_card(described, temporary))
     return target
+
+
+def label_names(data: TaskDataset) -> tuple[str, ...] | None:
+    """Names of the classes in the order of the logits: of the facts, or the answers of a task on released files."""
+    facts = data.facts()
+    answers = tuple(getattr(data, "answers", ()))
+    return facts.labels or (answers if answers and len(answers) == facts.num_labels else None)
 
 
 def _provenance(source: Source) -> dict[str, Any]:

@@ -47,9 +47,9 @@ class Source(ABC):
             CheckpointError: they cannot be read, or are those of another model.
         """
 
-    @abstractmethod
     def results(self, run_type: str) -> Path:
-        """Return an unused folder for what a run of ``run_type`` writes."""
+        """Return an unused folder for what a run of ``run_type`` writes; the source's own may be shared or a cache."""
+        return unused(Path("outputs") / f"{place_name(self.path)}-{run_type}")
 
     def metrics(self) -> dict[str, Any] | None:
         """Return the content of the ``metrics.json`` that is about these weights, if there is one."""
@@ -58,6 +58,12 @@ class Source(ABC):
     def provenance(self) -> dict[str, Any]:
         """Return what made the weights: software, fingerprint of the data (``data``) and ``seed``, as far as known."""
         return {}
+
+
+def place_name(path: Path) -> str:
+    """Name of a model by its folder, which in the cache of the hub is called after a revision."""
+    path = path.resolve() if path.name in ("", "..") else path
+    return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
 class CheckpointSource(Source):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from villa.batch import Batch
 from villa.errors import ConfigError, DataError, nearest
 from villa.models.base import DataFacts, Model, ModelConfig, ModelOutput, Point
 from villa.models.settling import settle
+from villa.models.transformers_folder import is_transformers_folder
 from villa.registry import register_model
+
+#: Folder of a checkpoint's assets with the model's ``config.json``.
+ASSETS = "model"
 
 
 @dataclass
@@ -65,6 +69,17 @@ class TextClassifier(Model):
         except (ValueError, TypeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"model.architecture='{config.architecture}' cannot be built: {reason}") from error
+
+    @classmethod
+    def restore(cls, config: TextClassifierConfig, facts: DataFacts, assets: Path) -> TextClassifier:
+        """Build the classifier by the configuration that ``save_assets`` wrote, where there is one."""
+        if is_transformers_folder(assets / ASSETS):
+            config = replace(config, architecture=str(assets / ASSETS))
+        return cls.from_config(config, facts)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the configuration of transformers, which may come from a folder that is gone later."""
+        self.transformer.config.save_pretrained(folder / ASSETS)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score ``[B, T]`` texts; return logits ``[B, labels]``.

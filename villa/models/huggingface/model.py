@@ -71,7 +71,7 @@ class HuggingFaceModel(Model):
     @classmethod
     def restore(cls, config: HuggingFaceConfig, facts: DataFacts, assets: Path) -> HuggingFaceModel:
         """Build the model by the configuration that ``save_assets`` wrote."""
-        return cls._build(config, facts, find_config(str(assets / ASSETS), {}))
+        return cls._build(config, facts, find_config(str(assets / ASSETS), config.options))
 
     def save_assets(self, folder: Path) -> None:
         """Write the configuration of transformers."""
