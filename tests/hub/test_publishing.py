@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from database_tasks import arguments, write_answers
 from processor_batches import tiny_folder, write_questions
-from saved_runs import COMMON, requests, train
+from saved_runs import COMMON, requests, train, write_data
 from tiny_runs import SHAPES
 
 import villa
@@ -230,3 +231,58 @@ def test_a_task_on_released_databases(official_db: Path, tmp_path: Path, monkeyp
     labels = json.loads((tmp_path / "vqa-saved" / "labels.json").read_text())
     assert (labels[0], len(labels)) == ("answer0", 3129)
     assert not (tmp_path / "retrieval-saved" / "labels.json").exists()
+
+
+SMALL = ("model.hidden_size=16", "model.num_heads=2")
+OTHERS = {
+    "visual_bert": (*SMALL, "model.num_layers=1", "model.max_positions=20"),
+    "vilt": (*SMALL, "model.num_layers=1", "model.max_positions=20", "model.image_size=32", "model.patch_size=16"),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("visual_bert", "VisualBert"), ("vilt", "Vilt")])
+def test_models_on_modules_of_transformers(name: str, kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    pixels = name == "vilt"
+    data = write_data(tmp_path, features=not pixels)
+    if pixels:
+        questions = write_questions(tmp_path)
+        data = ["dataset=jsonl", f"dataset.train={questions}", "dataset.regions=pixels", "dataset.image_size=32"]
+    run = ["run_type=train", "evaluation.split=null", f"output_dir={tmp_path / 'run'}"]
+    assert main([f"model={name}", *OTHERS[name], *data, *COMMON, *run]) == 0
+    trained = villa.from_pretrained(tmp_path / "run")
+    saved = trained.save_pretrained(tmp_path / "saved")
+    other = getattr(transformers, f"{kind}ForQuestionAnswering")
+    loaded, found = other.from_pretrained(saved, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    state = trained.parts.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    again = villa.from_pretrained(saved)
+    assert all(torch.equal(value, state[key]) for key, value in again.parts.model.state_dict().items())
+    assert again.save_pretrained(tmp_path / "again")
+    assert content(tmp_path / "again").keys() == content(saved).keys()
+
+
+def test_a_head_for_two_images_lies_beside_the_transformer() -> None:
+    """LXMERT for NLVR2, which transformers has no class for."""
+    from villa.models.base import DataFacts
+    from villa.models.lxmert import Lxmert
+    from villa.models.lxmert_config import LxmertConfig
+
+    config = LxmertConfig(
+        head="nlvr2", hidden_size=16, num_heads=2, language_layers=1, vision_layers=1, cross_layers=1, max_positions=9
+    )
+    first, second = (Lxmert.from_config(config, DataFacts(20, 2, 6)) for _ in range(2))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "villa").mkdir()
+        weights.write(first, config, ("False", "True"), folder)
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["LxmertModel"]
+        weights.read_into(second, folder)
+        (folder / "villa" / "head.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"head\.safetensors"):
+            weights.read_into(second, folder)
+    state = second.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
