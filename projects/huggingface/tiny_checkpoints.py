@@ -138,6 +138,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         "<image>",
         chat=True,
     ),
+    "smolvlm": Architecture(  # its processor needs the package num2words
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMProcessor",
+        "SmolVLMImageProcessor",
+        _SPLIT,
+        {"image_seq_len": (SIDE // PATCH // 2) ** 2},
+        {"text_config": _LLAMA, "scale_factor": 2},
+        "<image>",
+        chat=True,
+    ),
     "paligemma": Architecture(
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaProcessor",

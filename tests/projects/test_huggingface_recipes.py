@@ -13,7 +13,7 @@ from processor_batches import tiny_folder
 from villa.cli.run import main
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {"clip": "clip", "siglip": "siglip", "llava": "llava", "qwen2_vl": "qwen2_vl", "smolvlm": "idefics3"}
+RECIPES = {"clip": "clip", "siglip": "siglip", "llava": "llava", "qwen2_vl": "qwen2_vl", "smolvlm": "smolvlm"}
 
 
 @pytest.fixture(scope="module")

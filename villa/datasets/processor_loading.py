@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,32 @@ def without_videos(kind: Any) -> Any:
 
     # By the same name: the library writes it into the files, and other installations load it by that.
     methods = {
+        "__init__": _optional_videos(kind.__init__),
         "check_argument_for_proper_class": check,
         "get_attributes": classmethod(attributes),
+        "video_processor": types.SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's chats ask for both
         "__reduce__": _reduce,
     }
     return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+
+
+def _optional_videos(start: Any) -> Any:
+    """Return a constructor with None for the processor of videos, if it asks for one.
+
+    It is the same code: the library reads the names of its arguments there.
+    """
+    parameters = [p for p in inspect.signature(start).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [parameter.name for parameter in parameters]
+    if (
+        "video_processor" not in names
+        or parameters[names.index("video_processor")].default is not inspect.Parameter.empty
+    ):
+        return start
+    behind = parameters[names.index("video_processor") + 1 :]
+    defaults = (None, *(parameter.default for parameter in behind))
+    made = types.FunctionType(start.__code__, start.__globals__, start.__name__, defaults, start.__closure__)
+    made.__kwdefaults__ = start.__kwdefaults__
+    return made
 
 
 def _reduce(processor: Any) -> Any:
