@@ -15,6 +15,7 @@ import villa
 from villa.cli.run import main
 from villa.datasets.text import encode, load_tokenizer
 from villa.engine.checkpoint import load, resolve
+from villa.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +209,13 @@ def test_a_checkpoint_that_was_not_tested_has_a_card_without_results(work: Path,
     protocol = read(work / "uniter" / "moved" / "metrics.json")["protocol"]
     assert f"| fingerprint of the data | {protocol['data']} |" in text
     assert not (folder / "villa" / "metrics.json").exists()
+
+
+def test_a_model_of_another_size_is_refused(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = f"checkpoint.path={work / 'uniter' / 'saved'}"
+    assert main([saved, "run_type=test", "model.hidden_size=32", f"output_dir={tmp_path / 'run'}"]) == 2
+    printed = capsys.readouterr().err
+    assert "is of another model" in printed
+    assert printed.count("\n") == 1
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        villa.from_pretrained("x" * 300)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from processor_batches import tiny, tiny_folder, write_questions
+from safetensors.torch import load_file
 from saved_runs import COLOURS, read_lines, write_lines
 
 import villa
@@ -91,22 +92,25 @@ def test_a_visual_question_answerer(tmp_path: Path) -> None:
     assert villa.from_pretrained(saved).predict_many(asked) == predictor.predict_many(asked)
 
 
-def test_a_dual_encoder(tmp_path: Path) -> None:
-    folder = tiny_folder("clip", tmp_path)
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_dual_encoder(name: str, tmp_path: Path) -> None:
+    folder = tiny_folder(name, tmp_path)
     write_questions(tmp_path)
     asked = [{"question": "a red square", "image": str(tmp_path / "0.png")}]
     predictor = villa.from_pretrained(folder)
-    reader: Any = transformers.CLIPProcessor
+    reader: Any = transformers.AutoProcessor
+    auto: Any = transformers.AutoModel
+    padding = {"padding": "max_length", "max_length": 512} if name == "siglip" else {}
     inputs = reader.from_pretrained(folder)(
-        text=["a red square"], images=Image.open(tmp_path / "0.png").convert("RGB"), return_tensors="pt"
+        text=["a red square"], images=Image.open(tmp_path / "0.png").convert("RGB"), return_tensors="pt", **padding
     )
     with torch.no_grad():
-        logit = transformers.CLIPModel.from_pretrained(folder).eval()(**inputs).logits_per_image.item()
-    assert predictor.predict_many(asked) == [{"answer": "match", "score": pytest.approx(logit, rel=1e-5)}]
+        logit = auto.from_pretrained(folder).eval()(**inputs).logits_per_image.item()
+    assert predictor.predict_many(asked) == [{"answer": "match", "score": pytest.approx(logit, rel=1e-4)}]
     saved = predictor.save_pretrained(tmp_path / "saved")
     assert villa.from_pretrained(saved).predict_many(asked) == predictor.predict_many(asked)
-    weights = [transformers.CLIPModel.from_pretrained(place).state_dict() for place in (folder, saved)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    weights = [auto.from_pretrained(place).state_dict() for place in (folder, saved)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
@@ -247,7 +251,8 @@ def test_a_name_on_the_hub_without_a_way_to_it(tmp_path: Path, monkeypatch: pyte
         villa.from_pretrained("outputs/nothing")
 
 
-def test_a_name_on_the_hub_that_is_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_name_on_the_hub_that_is_in_its_cache(pickled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
@@ -258,6 +263,9 @@ def test_a_name_on_the_hub_that_is_in_its_cache(tmp_path: Path, monkeypatch: pyt
     revision = "0" * 40
     (repository / "refs" / "main").write_text(revision)
     folder = text_classifier(repository / "snapshots" / revision)
+    if pickled:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     found = villa.from_pretrained("owner/name")
     assert found.predict(text=TEXTS[0]) == villa.from_pretrained(folder).predict(text=TEXTS[0])
     assert found.parts.config.name == "name"
