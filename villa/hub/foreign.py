@@ -18,7 +18,7 @@ from villa.errors import CheckpointError, VillaError
 from villa.hub.source import Source, place_name
 from villa.hub.weights import read_into
 from villa.models.base import Model, Task
-from villa.models.huggingface.model import ASSETS as MODEL_ASSETS
+from villa.models.transformers_folder import ASSETS as MODEL_ASSETS
 from villa.models.transformers_folder import find_config
 
 #: What the data asks for, and what is learned and measured, by what a model does.

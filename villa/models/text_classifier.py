@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.errors import ConfigError, DataError, nearest
+from villa.errors import ConfigError, DataError
 from villa.models.base import DataFacts, Model, ModelConfig, ModelOutput, Point
+from villa.models.load_report import LoadReport
 from villa.models.settling import settle
-from villa.models.transformers_folder import is_transformers_folder
+from villa.models.transformers_folder import ASSETS, describing, find_config, is_transformers_folder, load_pretrained
+from villa.plugins import one_line
 from villa.registry import register_model
 
-#: Folder of a checkpoint's assets with the model's ``config.json``.
-ASSETS = "model"
+#: Special tokens of a vocabulary that the data set builds (``villa.datasets.text.SPECIAL_TOKENS``), for fresh models.
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+#: What models call their embedding of learned positions.
+_POSITIONS = ("position_embeddings", "wpe")
 
 
 @dataclass
@@ -26,15 +30,16 @@ class TextClassifierConfig(ModelConfig):
     """Options of a text classifier.
 
     Attributes:
-        architecture: model type of transformers (``bert``, ``roberta``, ``albert``, ...), or a local folder with
-            its ``config.json``. Nothing is downloaded; ``checkpoint`` gives the weights.
+        architecture: model type of transformers (``bert``, ``roberta``, ``deberta-v2``, ...), a folder with its
+            ``config.json``, or a name on the hub. None is the checkpoint's where that is a model of transformers, and
+            otherwise ``bert``.
         options: options of the architecture, by their names in transformers (``hidden_size``, ...).
-        vocab_size: rows of the word embedding; None takes the data's.
+        vocab_size: rows of the word embedding; None takes the data's, or the architecture's.
         num_labels: classes; None takes the data's.
     """
 
     name: str = "text_classifier"
-    architecture: str = "bert"
+    architecture: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
     num_labels: int | None = None
@@ -64,11 +69,13 @@ class TextClassifier(Model):
         Raises:
             ConfigError: unknown architecture or option, or numbers that contradict the data.
         """
+        described = _described(config, facts)
         try:
-            return cls(_transformers_config(config, facts))
-        except (ValueError, TypeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"model.architecture='{config.architecture}' cannot be built: {reason}") from error
+            return cls(described)
+        except (ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"model.architecture='{described.model_type}' cannot be built: {one_line(error)}"
+            ) from error
 
     @classmethod
     def restore(cls, config: TextClassifierConfig, facts: DataFacts, assets: Path) -> TextClassifier:
@@ -81,14 +88,32 @@ class TextClassifier(Model):
         """Write the configuration of transformers, which may come from a folder that is gone later."""
         self.transformer.config.save_pretrained(folder / ASSETS)
 
+    def load_weights(self, source: str) -> LoadReport:
+        """Load weights that transformers saved (a folder, or a name on its hub), or those of a file or run.
+
+        Raises:
+            CheckpointError: they cannot be read or are of another model.
+        """
+        path = Path(source).expanduser()
+        if path.exists() and not is_transformers_folder(path):
+            return super().load_weights(source)
+        self.transformer, report = load_pretrained(type(self.transformer), source, self.transformer.config)
+        return report
+
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score ``[B, T]`` texts; return logits ``[B, labels]``.
 
         Raises:
-            DataError: the batch has no text, or several texts an example.
+            DataError: the batch has no text, several texts an example, or one that is longer than the model reads.
         """
         if batch.input_ids is None or batch.input_ids.dim() != 2:
             raise DataError("a text classifier reads one text an example; use another model for this data")
+        limit, length = self._limit(), batch.input_ids.shape[1]
+        if limit is not None and length > limit:
+            raise DataError(
+                f"a text among '{batch.ids[0]}' to '{batch.ids[-1]}' has {length} tokens, but the model reads {limit}; "
+                f"set dataset.max_text_length={limit}"
+            )
         output = self._run(batch, hidden_states, attentions)
         return ModelOutput(
             output.logits,
@@ -106,54 +131,74 @@ class TextClassifier(Model):
         module = next(name for name, child in self.named_modules() if child is embedding)
         return {"text": Point(module, "output", _text_mask)}
 
+    def head_prefixes(self) -> tuple[str, ...]:
+        """All but the encoder: pooler of its own, classifier."""
+        encoder = self.transformer.base_model_prefix
+        return tuple(f"transformer.{name}" for name, _ in self.transformer.named_children() if name != encoder)
+
     def _run(self, batch: Batch, hidden_states: bool, attentions: bool) -> Any:
-        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         usual = self.transformer.config._attn_implementation
         if attentions:  # the fused kernels return no maps
             self.transformer.set_attn_implementation("eager")
         try:
             return self.transformer(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                output_hidden_states=hidden_states,
-                output_attentions=attentions,
-                **types,
+                **self._arguments(batch), output_hidden_states=hidden_states, output_attentions=attentions
             )
         finally:
             if attentions:
                 self.transformer.set_attn_implementation(usual)
+
+    def _arguments(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the architecture has a name and a use for."""
+        assert batch.input_ids is not None
+        known, config = inspect.signature(self.transformer.forward).parameters, self.transformer.config
+        arguments = {"input_ids": batch.input_ids}
+        if batch.attention_mask is not None:
+            arguments["attention_mask"] = batch.attention_mask
+            # Batches are padded with 0; some architectures tell padding by its id, and count positions so.
+            if config.pad_token_id is not None:
+                arguments["input_ids"] = batch.input_ids.masked_fill(~batch.attention_mask, config.pad_token_id)
+        # A single type is no type: RoBERTa has one, and reads pairs without.
+        if batch.token_type_ids is not None and "token_type_ids" in known and getattr(config, "type_vocab_size", 2) > 1:
+            arguments["token_type_ids"] = batch.token_type_ids
+        return arguments
+
+    def _limit(self) -> int | None:
+        """The longest text that learned positions have rows for; some positions are those of padding and before."""
+        for name, module in self.transformer.named_modules():
+            if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+                return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return None
 
 
 def _text_mask(batch: Batch) -> Tensor | None:
     return batch.attention_mask
 
 
-def _transformers_config(config: TextClassifierConfig, facts: DataFacts) -> Any:
-    build, stored_vocabulary = _builder(config.architecture)
-    known = build()
-    for name in config.options:
-        if not hasattr(known, name):
-            hint = nearest(name, known.to_dict())
-            raise ConfigError(f"model.options.{name} is no option of '{known.model_type}'{hint}")
-    vocab_size = config.vocab_size if config.vocab_size is not None else stored_vocabulary
-    return build(
-        **config.options,
-        vocab_size=settle("model.vocab_size", vocab_size, facts.vocab_size),
-        num_labels=settle("model.num_labels", config.num_labels, facts.num_labels),
-    )
+def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
+    """The configuration of transformers, with the sizes and names that the data fix."""
+    architecture = _architecture(config)
+    described = find_config(architecture, config.options)
+    stored: int | None = described.vocab_size
+    if architecture == described.model_type:  # a fresh one, with the defaults of transformers
+        stored = config.options.get("vocab_size")
+        if facts.vocab_size is not None:
+            for name in (_TOKENS.keys() & described.to_dict().keys()) - config.options.keys():
+                setattr(described, name, _TOKENS[name])
+    vocab_size = config.vocab_size if config.vocab_size is not None else stored
+    described.vocab_size = settle("model.vocab_size", vocab_size, facts.vocab_size)
+    described.num_labels = settle("model.num_labels", config.num_labels, facts.num_labels)
+    if facts.labels is not None:
+        described.id2label = dict(enumerate(facts.labels))
+        described.label2id = {label: number for number, label in enumerate(facts.labels)}
+    return described
 
 
-def _builder(architecture: str) -> tuple[Callable[..., Any], int | None]:
-    """What builds the configuration from options, and the vocabulary of a folder's configuration."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    folder = Path(architecture).expanduser()
-    if folder.is_dir():
-        build = partial(AutoConfig.from_pretrained, folder, local_files_only=True, trust_remote_code=False)
-        return build, build().vocab_size
-    if architecture in CONFIG_MAPPING:
-        return partial(AutoConfig.for_model, architecture), None
-    raise ConfigError(
-        f"model.architecture='{architecture}' is no model type of transformers "
-        f"and no folder with a config.json{nearest(architecture, CONFIG_MAPPING)}"
-    )
+def _architecture(config: TextClassifierConfig) -> str:
+    """The architecture that the recipe names, that of its checkpoint, or BERT."""
+    if config.architecture is not None:
+        return describing(config.architecture)
+    if config.checkpoint is None:
+        return "bert"
+    found, path = describing(config.checkpoint), Path(config.checkpoint).expanduser()
+    return found if is_transformers_folder(found) or not path.exists() else "bert"

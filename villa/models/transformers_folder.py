@@ -14,11 +14,19 @@ from villa.models.load_report import LoadReport
 from villa.plugins import one_line
 
 CONFIG_FILE = "config.json"
+#: Folder of a checkpoint's assets with the model's ``config.json``.
+ASSETS = "model"
 
 
 def is_transformers_folder(path: str | Path) -> bool:
     """Say whether a path is a folder as transformers saves a model: one with ``config.json``."""
     return (Path(path).expanduser() / CONFIG_FILE).is_file()
+
+
+def describing(source: str) -> str:
+    """What ``find_config`` describes the model of a checkpoint by: its own folder or name, or the assets of a run."""
+    saved = Path(source).expanduser() / "assets" / ASSETS
+    return str(saved) if is_transformers_folder(saved) else source
 
 
 def find_config(architecture: str, options: Mapping[str, Any]) -> Any:

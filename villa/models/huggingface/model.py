@@ -21,11 +21,9 @@ from villa.models.huggingface.pooling import pool, pooled_size
 from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
 from villa.models.load_report import LoadReport
 from villa.models.settling import settle
-from villa.models.transformers_folder import find_config, is_transformers_folder, load_pretrained
+from villa.models.transformers_folder import ASSETS, describing, find_config, is_transformers_folder, load_pretrained
 from villa.registry import register_model
 
-#: Folder of a checkpoint's assets with the model's ``config.json``.
-ASSETS = "model"
 #: Fields of a batch that models of transformers know by the same names.
 _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
@@ -251,9 +249,7 @@ class HuggingFaceModel(Model):
 
 def _architecture(config: HuggingFaceConfig) -> str:
     """The architecture that the recipe names, or that of its checkpoint: one of ours, or a model of transformers."""
-    named = config.architecture if config.architecture is not None else str(config.checkpoint)
-    saved = Path(named).expanduser() / "assets" / ASSETS
-    return str(saved) if is_transformers_folder(saved) else named
+    return describing(config.architecture if config.architecture is not None else str(config.checkpoint))
 
 
 def _embeddings(output: Any) -> tuple[Tensor, Tensor]:
