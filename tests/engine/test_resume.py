@@ -67,7 +67,11 @@ def assert_same(a: Path, b: Path) -> None:
 def test_kill_at_random_moments_twenty_times_and_more(forks: Any, uninterrupted: Path, tmp_path: Path) -> None:
     draw = random.Random(7)
     folder, kills, begun = tmp_path / "run0", 0, time.monotonic()
-    while kills < 24:
+
+    def resumed() -> int:
+        return sum(file.read_text().count("resuming after update") for file in tmp_path.glob("*.out"))
+
+    while kills < 24 or resumed() < 10:  # on a busy machine many are killed before their first checkpoint
         process = start(forks, folder)
         process.join(draw.uniform(0.05, 1.2))
         if process.exitcode is None:
@@ -81,8 +85,7 @@ def test_kill_at_random_moments_twenty_times_and_more(forks: Any, uninterrupted:
         assert time.monotonic() - begun < 300
     assert finish(forks, folder) == 0, folder.with_suffix(".out").read_text()
     assert_same(folder, uninterrupted)
-    resumed = sum(file.read_text().count("resuming after update") for file in tmp_path.glob("*.out"))
-    assert resumed >= 10
+    assert resumed() >= 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -18,6 +18,14 @@ CARD = "README.md"
 _SHOWN_LABELS = 20
 
 
+class _NoAliases(yaml.SafeDumper):
+    """Writes values that occur twice twice: readers of model cards know no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Take every value as new."""
+        return True
+
+
 @dataclass(frozen=True)
 class Described:
     """What a model card is about.
@@ -79,7 +87,7 @@ def _front_matter(described: Described) -> Iterator[str]:
     if results:
         values["model-index"] = [{"name": described.name, "results": results}]
     yield "---"
-    yield yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()
+    yield yaml.dump(values, Dumper=_NoAliases, sort_keys=False, allow_unicode=True).rstrip()
     yield "---"
 
 
