@@ -139,6 +139,7 @@ METRICS: Registry[Any] = Registry(
     {
         **dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
         "exact_match": "villa.evaluation.exact_match",
+        **dict.fromkeys(("mlm_accuracy", "itm_accuracy", "mrc_accuracy"), "villa.evaluation.objectives"),
         "pair_retrieval": "villa.evaluation.pairs",
         "referring": "villa.evaluation.referring",
         "retrieval": "villa.evaluation.retrieval",

@@ -131,6 +131,16 @@ def _check_variant(section: str, options: object, origins: Mapping[str, Origin])
         check()
     except ConfigError as error:
         message = str(error).removeprefix(f"{section}.")
-        option = re.match(r"\w*", message)
-        origin = origins.get(f"{section}.{option[0]}") if option else None
+        option = re.match(r"[\w.]*\w", message)
+        origin = _origin(f"{section}.{option[0]}", origins) if option else None
         raise ConfigError(f"{section}.{message} ({origin})" if origin else f"{section}: {message}") from error
+
+
+def _origin(key: str, origins: Mapping[str, Origin]) -> Origin | None:
+    """Return where an option, or what it lies in or holds, was given; None for what is no option of a section."""
+    while "." in key:
+        found = next((name for name in origins if name == key or name.startswith(f"{key}.")), None)
+        if found is not None:
+            return origins[found]
+        key = key.rpartition(".")[0]
+    return None

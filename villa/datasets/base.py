@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from villa.batch import Batch
+from villa.config.schema import BatchConfig
+from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.errors import DataError
 from villa.models.base import DataFacts, Written
 
@@ -85,6 +87,15 @@ class Split(Dataset[Example], ABC):
     @abstractmethod
     def lengths(self) -> Sequence[int]:
         """Text tokens plus regions of every example, for token-bucket batches."""
+
+    def sampler(self, batch: BatchConfig, seed: int) -> Sampler:
+        """Return what says which examples make an update of training."""
+        return UpdateSampler(self.lengths, batch, seed)
+
+    def cut(self, examples: int) -> list[list[Sequence[int]]]:
+        """Cut the split, in order, into batches of at most ``examples``; parts that cannot share one are apart."""
+        count = len(self)
+        return [[range(start, min(start + examples, count)) for start in range(0, count, examples)]]
 
 
 class TaskDataset(ABC):

@@ -6,8 +6,13 @@ The plan depends on the data, the options, the seed and the epoch alone, never o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +24,55 @@ from villa.errors import ConfigError, DataError
 Indices = npt.NDArray[np.int64]
 #: One update: its micro-batches, each a list of example indices.
 Update = list[list[int]]
+#: Which update is the next one, as JSON values: it is saved in checkpoints.
+Position = Mapping[str, Any]
 
 
-class UpdateSampler:
+class Sampler(ABC):
+    """An endless sequence of updates, in which every position leads to the same updates."""
+
+    def start(self) -> Position:
+        """Return the position of the first update."""
+        return self.settle({})
+
+    @abstractmethod
+    def settle(self, saved: Position) -> Position:
+        """Return the position that a saved one means now; an empty one is the start.
+
+        Raises:
+            KeyError: it is one of another kind of sampler.
+        """
+
+    @abstractmethod
+    def update(self, position: Position) -> Update:
+        """Return the update at a position."""
+
+    @abstractmethod
+    def after(self, position: Position) -> Position:
+        """Return the next position."""
+
+    @abstractmethod
+    def example_seed(self, position: Position, index: int) -> int:
+        """Return what the random parts of an example derive from at a position."""
+
+    @abstractmethod
+    def label(self, position: Position) -> str | None:
+        """Return what the update at a position is logged under besides, or None."""
+
+    @abstractmethod
+    def total_updates(self, epochs: int) -> int:
+        """Return the number of updates of the first ``epochs`` epochs."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the log."""
+
+    @abstractmethod
+    def warnings(self) -> list[str]:
+        """What an update cannot be as the recipe asks, one line each."""
+
+
+class UpdateSampler(Sampler):
     """Cuts every epoch into updates made of micro-batches.
 
     By examples: the shuffled epoch is cut into updates of ``examples``, each into even micro-batches of at most
@@ -60,6 +111,29 @@ class UpdateSampler:
     def epoch(self, epoch: int) -> list[Update]:
         """Return the updates of an epoch (counted from 0); no example is in two micro-batches."""
         return self._cached(epoch)
+
+    def settle(self, saved: Position) -> Position:
+        """See the base class; one past the last update of an epoch is the start of the next epoch."""
+        epoch, update = (saved["epoch"], saved["update"]) if saved else (0, 0)
+        if update and update >= len(self.epoch(epoch)):
+            epoch, update = epoch + 1, 0
+        return {"epoch": epoch, "update": update}
+
+    def update(self, position: Position) -> Update:
+        """See the base class."""
+        return self.epoch(position["epoch"])[position["update"]]
+
+    def after(self, position: Position) -> Position:
+        """See the base class."""
+        return self.settle({"epoch": position["epoch"], "update": position["update"] + 1})
+
+    def example_seed(self, position: Position, index: int) -> int:
+        """See the base class; every epoch draws anew."""
+        return derive_seed("example", self.seed, position["epoch"], index)
+
+    def label(self, position: Position) -> str | None:
+        """None: all updates are of one kind."""
+        return None
 
     def total_updates(self, epochs: int) -> int:
         """Updates of the first ``epochs`` epochs."""
@@ -110,6 +184,118 @@ class UpdateSampler:
                 f"batch.drop_last leaves nothing of {self.count} training examples: set it to false or lower the batch"
             )
         return cut
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a part of mixed data needs to be sampled.
+
+    Attributes:
+        name: unique among the parts.
+        label: what its updates are logged under.
+        weight: how often it is drawn, relative to the others.
+        lengths: text tokens plus regions of its examples.
+    """
+
+    name: str
+    label: str
+    weight: float
+    lengths: Sequence[int]
+
+
+class MixedSampler(Sampler):
+    """Draws for every update one of several parts, whose own sampler goes on where the part was left.
+
+    The draw of update ``n`` derives from the seed and ``n`` alone; the position says besides where each part is.
+    Indices of examples count through all parts.
+
+    Args:
+        shares: the parts in order.
+        batch: the size of an update.
+        seed: of the draws and of the shuffling.
+
+    Raises:
+        ConfigError: as for ``UpdateSampler``.
+        DataError: as for ``UpdateSampler``, naming the part.
+    """
+
+    def __init__(self, shares: Sequence[Share], batch: BatchConfig, seed: int) -> None:
+        self.seed, self.shares = seed, list(shares)
+        self.samplers: dict[str, UpdateSampler] = {}
+        for share in self.shares:
+            try:
+                own = derive_seed("part", seed, share.name)
+                self.samplers[share.name] = UpdateSampler(share.lengths, batch, own)
+            except DataError as error:
+                raise DataError(f"{share.name}: {error}") from error
+        ends = accumulate(len(share.lengths) for share in self.shares)
+        self._starts = dict(zip(self.samplers, (0, *ends), strict=False))
+        self._cached = lru_cache(maxsize=16)(self._draw)
+
+    def draw(self, update: int) -> Share:
+        """Return the part that update number ``update`` (from 0) is of."""
+        return self._cached(update)
+
+    def _draw(self, update: int) -> Share:
+        draws = random.Random(derive_seed("mixture", self.seed, update))  # noqa: S311 - no secret
+        (share,) = draws.choices(self.shares, [share.weight for share in self.shares])
+        return share
+
+    def settle(self, saved: Position) -> Position:
+        """See the base class; parts that are new start at their beginning."""
+        update, parts = (saved["update"], saved["parts"]) if saved else (0, {})
+        return {
+            "update": update,
+            "parts": {name: sampler.settle(parts.get(name, {})) for name, sampler in self.samplers.items()},
+        }
+
+    def update(self, position: Position) -> Update:
+        """See the base class."""
+        name, sampler, within = self._drawn(position)
+        start = self._starts[name]
+        return [[start + index for index in part] for part in sampler.update(within)]
+
+    def after(self, position: Position) -> Position:
+        """See the base class."""
+        name, sampler, within = self._drawn(position)
+        return {"update": position["update"] + 1, "parts": {**position["parts"], name: sampler.after(within)}}
+
+    def example_seed(self, position: Position, index: int) -> int:
+        """See the base class; the parts draw apart from each other."""
+        name, sampler, within = self._drawn(position)
+        return sampler.example_seed(within, index - self._starts[name])
+
+    def label(self, position: Position) -> str | None:
+        """The label of the part that is drawn."""
+        return self.draw(position["update"]).label
+
+    def total_updates(self, epochs: int) -> int:
+        """Refuse: parts have epochs of their own.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"training.epochs={epochs}: each part of a mixture has epochs of its own; give training.updates"
+        )
+
+    def describe(self) -> str:
+        """The size of an update, and how likely each label is."""
+        total = sum(share.weight for share in self.shares)
+        likely: dict[str, float] = {}
+        for share in self.shares:
+            likely[share.label] = likely.get(share.label, 0) + share.weight / total
+        mix = ", ".join(f"{label} {100 * part:.3g} %" for label, part in likely.items())
+        return f"{next(iter(self.samplers.values())).describe()} (of one of {mix})"
+
+    def warnings(self) -> list[str]:
+        """Those of every part, each once."""
+        found = {line: name for name, sampler in self.samplers.items() for line in sampler.warnings()}
+        return [f"{name}: {line}" for line, name in found.items()]
+
+    def _drawn(self, position: Position) -> tuple[str, UpdateSampler, Position]:
+        name = self.draw(position["update"]).name
+        return name, self.samplers[name], position["parts"][name]
 
 
 def _plan(batch: BatchConfig) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -12,8 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
-from villa.datasets.samplers import UpdateSampler
-from villa.engine.rng import derive_seed
+from villa.datasets.samplers import Position, Sampler
 from villa.errors import VillaError
 
 Collate = Callable[[Sequence[Example]], Batch]
@@ -29,34 +27,32 @@ class UpdateStream:
     Args:
         split: the examples.
         collate: pads examples into a batch.
-        sampler: cuts epochs into updates.
+        sampler: says which examples make an update.
         workers: processes that read ahead; 0 reads in this process.
         pin: put batches in page-locked memory (for CUDA).
 
     Attributes:
         waited: seconds spent waiting for data so far.
+        label: what the sampler calls the update that was served last, or None.
     """
 
-    def __init__(
-        self, split: Split, collate: Collate, sampler: UpdateSampler, workers: int = 0, pin: bool = False
-    ) -> None:
+    def __init__(self, split: Split, collate: Collate, sampler: Sampler, workers: int = 0, pin: bool = False) -> None:
         self.sampler = sampler
         self.waited = 0.0
+        self.label: str | None = None
         self._batches = _MicroBatches(split, collate)
         self._workers, self._pin = workers, pin
-        self._epoch, self._update = 0, 0
+        self._position = sampler.start()
         self._loaded: Iterator[Batch | VillaError] | None = None
 
     @property
-    def position(self) -> dict[str, int]:
-        """Epoch and update within it (both from 0) of the next update to be served."""
-        return {"epoch": self._epoch, "update": self._update}
+    def position(self) -> Position:
+        """Where the sampler is at the next update to be served."""
+        return self._position
 
-    def seek(self, position: dict[str, int]) -> None:
-        """Go to a position; one past the last update of an epoch is the start of the next epoch."""
-        self._epoch, self._update = position["epoch"], position["update"]
-        if self._update >= len(self.sampler.epoch(self._epoch)):
-            self._epoch, self._update = self._epoch + 1, 0
+    def seek(self, position: Position) -> None:
+        """Go to a position that this or an equal stream had."""
+        self._position = self.sampler.settle(position)
         self.close()
 
     def close(self) -> None:
@@ -69,34 +65,42 @@ class UpdateStream:
     def __next__(self) -> list[Batch]:
         started = time.perf_counter()
         if self._loaded is None:
-            plan = _micro_batches(self.sampler, self._epoch, self._update)
+            plan = _micro_batches(self.sampler, self._position)
             self._loaded = iter(_loader(self._batches, plan, self._workers, self._pin))
-        updates = self.sampler.epoch(self._epoch)
-        served = [_raise_if_error(next(self._loaded)) for _ in updates[self._update]]
-        self._update += 1
-        if self._update == len(updates):
-            self._epoch, self._update = self._epoch + 1, 0
+        served = [_raise_if_error(next(self._loaded)) for _ in self.sampler.update(self._position)]
+        self.label = self.sampler.label(self._position)
+        self._position = self.sampler.after(self._position)
         self.waited += time.perf_counter() - started
         return served
 
 
-def evaluation_batches(split: Split, collate: Collate, examples: int, workers: int = 0) -> Iterator[Batch]:
-    """Yield the whole split in order, in ``ceil(len(split) / examples)`` batches of at most ``examples``."""
-    items: list[_Item] = [(index, None) for index in range(len(split))]
-    batches = (items[start : start + examples] for start in range(0, len(items), examples))
+def evaluation_batches(
+    split: Split, collate: Collate, examples: int, workers: int = 0, *, first: bool = False
+) -> Iterator[Batch]:
+    """Yield a split in order, in batches of at most ``examples``.
+
+    Args:
+        split: the examples.
+        collate: pads examples into a batch.
+        examples: largest number of examples of a batch.
+        workers: processes that read ahead.
+        first: yield only the first batch, or the first one of every part.
+    """
+    plan = (batch for part in split.cut(examples) for batch in part[: 1 if first else None])
+    batches: Iterator[list[_Item]] = ([(index, None) for index in batch] for batch in plan)
     for batch in _loader(_MicroBatches(split, collate), batches, workers, pin=False):
         yield _raise_if_error(batch)
 
 
-def _micro_batches(sampler: UpdateSampler, epoch: int, update: int) -> Iterator[list[_Item]]:
+def _micro_batches(sampler: Sampler, position: Position) -> Iterator[list[_Item]]:
     """Yield micro-batches from a position on, for ever.
 
     No method of the stream: the cycle would leave its workers to the garbage collector, perhaps that of a fork.
     """
-    for later in itertools.count(epoch):
-        for parts in sampler.epoch(later)[update if later == epoch else 0 :]:
-            for part in parts:
-                yield [(index, derive_seed("example", sampler.seed, later, index)) for index in part]
+    while True:
+        for part in sampler.update(position):
+            yield [(index, sampler.example_seed(position, index)) for index in part]
+        position = sampler.after(position)
 
 
 #: An example's index, and the seed of its random parts (None: as it is).

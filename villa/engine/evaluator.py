@@ -50,6 +50,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return every metric over the batches, and the mean loss where there are targets.
 
+        Batches may be for several objectives: ``<objective>_loss`` is then the mean of each, and ``loss`` theirs.
+
         Args:
             batches: the split's batches.
             each: also called with every batch and its output, to write predictions in the same pass.
@@ -59,17 +61,33 @@ class Evaluator:
         """
         for metric in self.metrics.values():
             metric.reset()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.precision.device), 0
+        means: dict[str | None, _Mean] = {}
         for batch, output in self.predict(batches):
             if batch.targets is not None or not self.metrics:
-                elements = self.loss.count(batch)
-                total += self.loss(output, batch).double() * elements
-                count += elements
+                means.setdefault(batch.objective, _Mean()).add(self.loss(output, batch), self.loss.count(batch))
             if each is not None:
                 each(batch, output)
             for metric in self.metrics.values():
                 metric.update(output, batch)
-        values = {"loss": total.item() / count} if count else {}
+        losses = {objective: mean.compute() for objective, mean in means.items() if mean.count}
+        values = {"loss": sum(losses.values()) / len(losses)} if losses else {}
+        if len(losses) > 1:
+            values |= {f"{objective}_loss": loss for objective, loss in losses.items()}
         for metric in self.metrics.values():
             values |= metric.compute()
         return values
+
+
+class _Mean:
+    """A mean over elements, summed up on the device."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, mean: Tensor, elements: int) -> None:
+        self._total = self._total + mean.double() * elements
+        self.count += elements
+
+    def compute(self) -> float:
+        return float(self._total) / self.count

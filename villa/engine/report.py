@@ -58,7 +58,7 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     """
     size = parts.config.evaluation.examples
     batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
-    shown = track(batches, split, -(-len(examples) // size), mode=parts.config.logging.progress)
+    shown = track(batches, split, sum(map(len, examples.cut(size))), mode=parts.config.logging.progress)
     with PredictionWriter(_predictions(folder, split)) as writer:
         values = parts.evaluator.evaluate(
             shown, lambda batch, output: writer.write(batch.ids, parts.decode(batch, output))
@@ -106,6 +106,7 @@ def protocol(parts: Parts, update: int, chosen: str) -> EvaluationProtocol:
 
 
 def show(parts: Parts, results: list[Result], references: Mapping[str, float], *, title: str) -> None:
-    """Print the result table under the first metric of the recipe."""
-    metric = next(iter(parts.config.evaluation.metrics), "loss")
+    """Print the result table under the first metric of the recipe that they have."""
+    metrics = parts.config.evaluation.metrics
+    metric = next((name for name in metrics if all(name in result.metrics for result in results)), "loss")
     print_results(results, references, metric=metric, title=title)

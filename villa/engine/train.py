@@ -12,7 +12,7 @@ from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
-from villa.datasets.samplers import UpdateSampler
+from villa.datasets.samplers import Sampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.engine.callbacks.base import Callback
 from villa.engine.callbacks.checkpointing import CheckpointCallback
@@ -101,7 +101,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     """Put a training run together from its parts, and print its plan."""
     config = parts.config
     split = parts.split("train", "the training split")
-    sampler = UpdateSampler(split.lengths, config.batch, config.seed)
+    sampler = split.sampler(config.batch, config.seed)
     stream = UpdateStream(
         split, parts.data.collate, sampler, config.training.workers, pin=parts.precision.device.type == "cuda"
     )
@@ -118,7 +118,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
 
 
-def plan(parts: Parts, trainer: Trainer, sampler: UpdateSampler, total: int) -> str:
+def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
     """One line on what is going to happen."""
     config, device = parts.config, parts.precision.device
     parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
@@ -189,9 +189,10 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
     if evaluation.split is not None:
         split = parts.split(evaluation.split, "evaluation.split (null for none)")
 
-        def batches() -> Iterable[Batch]:
-            plain = evaluation_batches(split, parts.data.collate, evaluation.examples, config.training.workers)
-            return display.track(plain, str(evaluation.split), -(-len(split) // evaluation.examples))
+        def batches(first: bool = False) -> Iterable[Batch]:
+            size, workers = evaluation.examples, config.training.workers
+            plain = evaluation_batches(split, parts.data.collate, size, workers, first=first)
+            return display.track(plain, str(evaluation.split), sum(1 if first else len(p) for p in split.cut(size)))
 
         validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display)
         callbacks += [validation, LastIntervalCallback(logging)]

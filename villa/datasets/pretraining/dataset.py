@@ -1,89 +1,54 @@
-"""Pre-training on the released databases, one objective at a time."""
+"""Pre-training on the released databases: one objective, or a mixture of which every update has one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.config.overlays import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split
-from villa.datasets.database_split import Pair
-from villa.datasets.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.database_paths import DatabasePaths
+from villa.datasets.database_split import ConcatenatedSplit, Pair
+from villa.datasets.databases import DatabaseTask
+from villa.datasets.mixture import Mixture, Part
+from villa.datasets.pretraining.corpora import Corpus
 from villa.datasets.pretraining.examples import ObjectiveExample, collate_objective
-from villa.datasets.pretraining.masking import PROBABILITY
+from villa.datasets.pretraining.options import (
+    ObjectiveOptions,
+    PretrainingDataConfig,
+    VcrPretrainingConfig,
+    objective_weights,
+)
 from villa.datasets.pretraining.splits import ObjectiveSettings, ObjectiveSplit, VcrObjectiveSplit
-from villa.datasets.synthetic.overlay import SMALL_PRETRAINING, SMALL_VCR_PRETRAINING
-from villa.datasets.vcr import Vcr, VcrConfig
-from villa.errors import ConfigError, DataError, nearest
+from villa.datasets.vcr import Vcr
+from villa.errors import DataError
 from villa.registry import register_dataset
 
-#: Objectives that texts with images have examples for.
-OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl", "itm", "itm_wra")
-#: Those of VCR's second stage.
-VCR_OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl")
-_CLASS_OBJECTIVES = ("mrc", "mrc_kl")
-
-
-@dataclass
-class PretrainingDataConfig(DatabaseConfig):
-    """Options of pre-training, besides those that tasks on databases share.
-
-    Attributes:
-        objective: what is asked for: ``mlm`` (masked words), ``mrfr`` (features of masked regions), ``mrc`` and
-            ``mrc_kl`` (their classes), ``itm`` and ``itm_wra`` (whether text and image match).
-        mask_probability: share of the words or regions that are masked.
-        negative_probability: share of the pairs that do not match.
-    """
-
-    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PRETRAINING
-
-    name: str = "pretraining"
-    objective: str = "mlm"
-    mask_probability: float = PROBABILITY
-    negative_probability: float = 0.5
-
-    def check(self) -> None:
-        """Refuse options that do not go together."""
-        super().check()
-        check_settings(self.settings(), OBJECTIVES)
-
-    def settings(self) -> ObjectiveSettings:
-        """The objective's settings."""
-        return ObjectiveSettings(self.objective, self.mask_probability, self.negative_probability)
-
-
-@dataclass
-class VcrPretrainingConfig(VcrConfig):
-    """Options of pre-training on VCR, besides those of the task.
-
-    Attributes:
-        objective: ``mlm`` (masked words), ``mrfr`` (features of masked regions), ``mrc`` or ``mrc_kl`` (their classes).
-        mask_probability: share of the words or regions that are masked.
-    """
-
-    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_VCR_PRETRAINING
-
-    name: str = "vcr_pretraining"
-    objective: str = "mlm"
-    mask_probability: float = PROBABILITY
-
-    def check(self) -> None:
-        """Refuse options that do not go together."""
-        super().check()
-        check_settings(self.settings(), VCR_OBJECTIVES)
-
-    def settings(self) -> ObjectiveSettings:
-        """The objective's settings."""
-        return ObjectiveSettings(self.objective, self.mask_probability)
+_CLASS_OBJECTIVES = {"mrc", "mrc_kl"}
 
 
 class ObjectiveTask(DatabaseTask):
     """What the data sets of pre-training share."""
+
+    def listed(self, split: str) -> Sequence[str]:
+        """The text databases of a split, of all corpora."""
+        return [text for corpus in self._options.sources() for text, _ in corpus.databases[split]]
+
+    def open_split(self, name: str) -> Split:
+        """Open a split; of a mixture, every objective of every corpus is a part."""
+        if not self._options.mixed:
+            return super().open_split(name)
+        parts = [part for corpus in self._options.sources() for part in self._mixed(name, corpus)]
+        if not parts:
+            raise DataError(f"no corpus of dataset '{self.config.name}' has a split '{name}'; list its databases")
+        return Mixture(parts)
+
+    def settings(self) -> ObjectiveSettings:
+        """The settings of the objective, or of the first one of a mixture."""
+        return self._options.settings(next(iter(objective_weights(self._options))))
 
     def num_labels(self) -> int | None:
         """Classes of the detector, where the databases store its distributions.
@@ -96,7 +61,7 @@ class ObjectiveTask(DatabaseTask):
             names: Any = next(iter(text.images.values()))
             return int(images.soft_labels(names).shape[1])
         except (DataError, StopIteration):
-            if self.config.settings().objective in _CLASS_OBJECTIVES:  # type: ignore[attr-defined]
+            if _CLASS_OBJECTIVES & objective_weights(self._options).keys():
                 raise
             return None
 
@@ -125,6 +90,29 @@ class ObjectiveTask(DatabaseTask):
             {"answer": " ".join(map(str, answers.tolist())), "score": score.mean().item()} for answers, score in rows
         ]
 
+    @property
+    def _options(self) -> ObjectiveOptions:
+        return cast("ObjectiveOptions", self.config)
+
+    def _mixed(self, name: str, corpus: Corpus) -> Iterator[Part]:
+        """Yield a corpus's texts for every objective; they are opened and measured once."""
+        splits = [part for paths in self._of(corpus, name) for part in self.parts(name, self._open(paths))]
+        for objective, weight in objective_weights(self._options).items() if splits and corpus.weight else ():
+            settings = self._options.settings(objective)
+            asking: list[Split] = [cast("ObjectiveSplit", split).asking(settings) for split in splits]
+            label = f"{objective}/{corpus.name}" if corpus.name else objective
+            yield Part(label, objective, weight * corpus.weight, ConcatenatedSplit(asking))
+
+    def _of(self, corpus: Corpus, name: str) -> Iterator[DatabasePaths]:
+        if self.config.synthetic:
+            yield DatabasePaths.synthetic(self.root, self.config.name, name)
+            return
+        for text, images in corpus.databases[name]:
+            yield DatabasePaths.of(self.root, name, text, images)
+
+    def _paths(self, name: str) -> Iterator[DatabasePaths]:
+        yield from dict.fromkeys(paths for corpus in self._options.sources() for paths in self._of(corpus, name))
+
 
 @register_dataset("pretraining")
 class Pretraining(ObjectiveTask):
@@ -135,7 +123,7 @@ class Pretraining(ObjectiveTask):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """One split a pair of databases."""
-        return [ObjectiveSplit(self, name, pair, self.text_lengths(name, pair), self.config.settings())]
+        return [ObjectiveSplit(self, name, pair, self.text_lengths(name, pair), self.settings())]
 
 
 @register_dataset("vcr_pretraining")
@@ -147,24 +135,8 @@ class VcrPretraining(ObjectiveTask, Vcr):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """Both kinds of text, of every pair of databases."""
-        settings = self.config.settings()
+        settings = self.settings()
         return [
             VcrObjectiveSplit(self, name, pair, self.text_lengths(name, pair, kind), settings, kind)
             for kind in ("qa", "qar")
         ]
-
-
-def check_settings(settings: ObjectiveSettings, known: Sequence[str]) -> None:
-    """Refuse an objective that is not known, and shares that are none.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    if settings.objective not in known:
-        raise ConfigError(
-            f"dataset.objective='{settings.objective}' is not known{nearest(settings.objective, list(known))} "
-            f"(known: {', '.join(known)})"
-        )
-    for name in ("mask_probability", "negative_probability"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ConfigError(f"dataset.{name}={getattr(settings, name)} is not allowed; give a share in [0, 1]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,20 +70,30 @@ class ObjectiveSplit(DatabaseSplit):
         self.settings = settings
         named = pair.text.images
         self.images = list(dict.fromkeys(n for id in self.ids if isinstance(n := named[id], str)))
-        self._makers: dict[str, Callable[[str, random.Random], ObjectiveExample]] = {
-            "mlm": self._masked_words,
-            **dict.fromkeys(("mrfr", "mrc", "mrc_kl"), self._masked_regions),
-            **dict.fromkeys(("itm", "itm_wra"), self._pair),
-        }
-        if settings.objective.startswith("itm") and len(self.images) < 2:
-            raise DataError(f"'{pair.text.path}' is about {len(self.images)} image; matching needs wrong ones too")
+        self._check()
+
+    def asking(self, settings: ObjectiveSettings) -> ObjectiveSplit:
+        """Return the same texts for another objective; what was read about them is shared.
+
+        Raises:
+            DataError: as for a new split.
+        """
+        other = copy.copy(self)
+        other.settings = settings
+        other._check()
+        return other
+
+    def _check(self) -> None:
+        if self.settings.objective.startswith("itm") and len(self.images) < 2:
+            raise DataError(f"'{self.pair.text.path}' is about {len(self.images)} image; matching needs wrong ones too")
 
     def __getitem__(self, index: int) -> ObjectiveExample:
         return self.draw(index, derive_seed("objective", index))
 
     def draw(self, index: int, seed: int) -> ObjectiveExample:
         """Return example ``index`` with masks, or a wrong image, that derive from ``seed``."""
-        return self._makers[self.settings.objective](self.ids[index], random.Random(seed))  # noqa: S311 - no secret
+        make = _MAKERS[self.settings.objective]
+        return make(self, self.ids[index], random.Random(seed))  # noqa: S311 - no secret
 
     @property
     def answered(self) -> bool:
@@ -142,6 +153,13 @@ class ObjectiveSplit(DatabaseSplit):
         counts[0] += 1  # [CLS]; the [SEP] behind a part has the part's type
         types = None if text.types is None else torch.tensor(text.types).repeat_interleave(counts)
         return ObjectiveExample(id, words, types, features, boxes, objective=self.settings.objective)
+
+
+_MAKERS: Mapping[str, Callable[[ObjectiveSplit, str, random.Random], ObjectiveExample]] = {
+    "mlm": ObjectiveSplit._masked_words,
+    **dict.fromkeys(("mrfr", "mrc", "mrc_kl"), ObjectiveSplit._masked_regions),
+    **dict.fromkeys(("itm", "itm_wra"), ObjectiveSplit._pair),
+}
 
 
 class VcrObjectiveSplit(ObjectiveSplit):

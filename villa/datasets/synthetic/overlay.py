@@ -98,7 +98,14 @@ SMALL_RETRIEVAL = (
     ),
 )
 
-#: What batches of an objective are scored by is their loss alone.
-_BY_LOSS = Overlay(_ON, {"evaluation.metrics": [], "evaluation.monitor": "loss", "evaluation.mode": "min"})
-SMALL_PRETRAINING = (*SMALL, _BY_LOSS)
-SMALL_VCR_PRETRAINING = (*SMALL, _BY_LOSS, Overlay(_ON, {"dataset.ground_truth_boxes": 100}))
+#: The metrics of other objectives than those of the recipe pass over its batches.
+_OBJECTIVES = Overlay(
+    _ON,
+    {
+        "evaluation.metrics": ["mlm_accuracy", "itm_accuracy", "mrc_accuracy"],
+        "evaluation.monitor": "loss",
+        "evaluation.mode": "min",
+    },
+)
+SMALL_PRETRAINING = (*SMALL, _OBJECTIVES)
+SMALL_VCR_PRETRAINING = (*SMALL, _OBJECTIVES, Overlay(_ON, {"dataset.ground_truth_boxes": 100}))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from villa.batch import Batch
 from villa.config.schema import EvaluationConfig
@@ -15,6 +14,13 @@ from villa.engine.tracking import Trackers
 from villa.engine.training import Training
 from villa.errors import ConfigError, nearest
 from villa.trainers.base import Logs
+
+
+class Batches(Protocol):
+    """Gives a split's batches anew."""
+
+    def __call__(self, first: bool = False) -> Iterable[Batch]:
+        """Return all batches; or the first one alone, of each part where a split has parts."""
 
 
 class EvaluationCallback(Callback):
@@ -33,7 +39,7 @@ class EvaluationCallback(Callback):
     def __init__(
         self,
         evaluator: Evaluator,
-        batches: Callable[[], Iterable[Batch]],
+        batches: Batches,
         config: EvaluationConfig,
         trackers: Trackers,
         display: TrainingProgress,
@@ -44,13 +50,13 @@ class EvaluationCallback(Callback):
         self.values: dict[str, float] = {}
 
     def on_start(self, training: Training) -> None:
-        """Try one batch, so that a metric that cannot read the data is found now; stop a run that had stopped.
+        """Try a batch of every part, so that a metric that cannot read it is found now; stop a run that had stopped.
 
         Raises:
             ConfigError: no metric gives the monitored value.
             DataError: the targets are missing, or of a form that the loss or a metric cannot read.
         """
-        self._monitored(self.evaluator.evaluate(islice(self.batches(), 1)))
+        self._monitored(self.evaluator.evaluate(self.batches(first=True)))
         self._stop_without_patience(training)
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
