@@ -219,6 +219,15 @@ def test_pretrained_weights_start_everything_but_the_head(tmp_path: Path) -> Non
             assert torch.equal(types[key], weights[key])
 
 
+@pytest.mark.parametrize("lost", ["patch_embeddings.projection.weight", "position_embeddings", "cls_token"])
+def test_a_file_without_a_part_of_the_image_side_is_refused(tmp_path: Path, lost: str) -> None:
+    model = build("answers")
+    weights = {name: value for name, value in model.state_dict().items() if name != f"vilt.embeddings.{lost}"}
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="lacks"):
+        model.load_weights(str(tmp_path / "weights.pt"))
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     bert: Any = transformers.BertConfig

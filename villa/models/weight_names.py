@@ -15,7 +15,10 @@ T = TypeVar("T")
 _LXMERT_WRAPPER = re.compile(r"^lxrt_encoder\.model\.(module\.)?")
 
 _TEXT = re.compile(r"(^|\.)(encoder|layers?|(word|position|token_type)_embeddings|embeddings\.LayerNorm)\.")
-_IMAGE = re.compile(r"(^|\.)(img|image|visual|vision)_\w*(embeddings?|projection)\.")
+_IMAGE = re.compile(
+    r"(^|\.)((img|image|visual|vision)_\w*(embeddings?|projection)|patch_embeddings)\."
+    r"|\.embeddings\.(cls_token|position_embeddings)$"
+)
 
 
 def is_backbone(name: str) -> bool:
