@@ -245,6 +245,30 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+#: Classifiers of text, each with a tokenizer alone.
+TEXT_ARCHITECTURES = ("bert", "roberta", "deberta-v2")
+
+
+def write_text(name: str, folder: Path, *, seed: int = 0) -> Path:
+    """Write ``config.json``, ``model.safetensors`` and the tokenizer's files of a text classifier.
+
+    Args:
+        name: one of ``TEXT_ARCHITECTURES``.
+        folder: made if need be.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    tokenizer, kind = make_tokenizer(Architecture("", "", "")), CONFIG_MAPPING[name]
+    torch.manual_seed(seed)
+    auto: Any = AutoModel
+    auto.from_config(kind(**_small(kind().to_dict(), len(tokenizer)))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
 
 def write(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write ``config.json``, ``model.safetensors`` and the processor's files of an architecture.
@@ -345,10 +369,11 @@ def chat_template(architecture: Architecture) -> str:
 def main() -> None:
     """Write what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("architecture", choices=ARCHITECTURES)
+    parser.add_argument("architecture", choices=(*ARCHITECTURES, *TEXT_ARCHITECTURES))
     parser.add_argument("folder", type=Path, help="folder to write; made if need be")
     arguments = parser.parse_args()
-    print(f"written to {write(arguments.architecture, arguments.folder)}")
+    make = write_text if arguments.architecture in TEXT_ARCHITECTURES else write
+    print(f"written to {make(arguments.architecture, arguments.folder)}")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_checkpoints_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     build("bert").transformer.save_pretrained(tmp_path / "three")
     config = TextClassifierConfig(checkpoint=str(tmp_path / "three"))
     model = TextClassifier.from_config(config, DataFacts(60, 2))
-    with pytest.raises(CheckpointError, match="cannot be loaded") as caught:
+    with pytest.raises(CheckpointError, match=r"classifier\.bias has shape \[3\] in the files and \[2\]") as caught:
         model.load_weights(str(tmp_path / "three"))
     assert "\n" not in str(caught.value)
     (tmp_path / "three" / "model.safetensors").write_bytes(b"nothing")
@@ -228,3 +228,10 @@ def test_checkpoints_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 def test_the_head_has_a_rate_of_its_own() -> None:
     for name, prefixes in {"bert": ("dropout", "classifier"), "roberta": ("classifier",)}.items():
         assert build(name).head_prefixes() == tuple(f"transformer.{prefix}" for prefix in prefixes)
+
+
+def test_models_that_look_words_up_twice_are_not_perturbed() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 40}
+    more = {**dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2), "encoder_ffn_dim": 16}
+    config = TextClassifierConfig(architecture="bart", options={**sizes, **more})
+    assert TextClassifier.from_config(config, FACTS).perturbation_points() == {}

@@ -126,7 +126,9 @@ class TextClassifier(Model):
         return self.transformer
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the output of the word embedding."""
+        """Text: the output of the word embedding; none where both an encoder and a decoder look words up."""
+        if self.transformer.config.is_encoder_decoder:
+            return {}
         embedding = self.transformer.get_input_embeddings()
         module = next(name for name, child in self.named_modules() if child is embedding)
         return {"text": Point(module, "output", _text_mask)}
