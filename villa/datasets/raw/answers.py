@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -101,12 +101,32 @@ def answer_target(annotation: Record, labels: Mapping[str, int], scores: Scores)
     Raises:
         DataError: the annotation has no such answers.
     """
-    answers = [normalise_answer(entry.text("answer")) for entry in annotation.records("answers")]
+    known = {
+        labels[answer]: score
+        for answer, score in human_scores(human_answers(annotation), scores).items()
+        if answer in labels
+    }
+    return {"labels": list(known), "scores": list(known.values())}
+
+
+def human_answers(annotation: Record) -> list[str]:
+    """Return what the annotators answered, in normal form.
+
+    Args:
+        annotation: record with ``answers``, a list of ``{"answer": text}``.
+
+    Raises:
+        DataError: the annotation has no such answers.
+    """
+    return [normalise_answer(entry.text("answer")) for entry in annotation.records("answers")]
+
+
+def human_scores(answers: Sequence[str], scores: Scores) -> dict[str, float]:
+    """Return the score of every answer that an annotator gave; a single one (Visual Genome) counts fully."""
     counts = Counter(answers)
     if len(answers) == 1:
         counts[answers[0]] = len(_SOFT)
-    known = {labels[answer]: _score(count, scores) for answer, count in counts.items() if answer in labels}
-    return {"labels": list(known), "scores": list(known.values())}
+    return {answer: _score(count, scores) for answer, count in counts.items()}
 
 
 def _score(count: int, scores: Scores) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from villa.datasets.answers import read_answers
 from villa.datasets.raw.answers import MIN_OCCURRENCES, Scores, build_answers
@@ -22,6 +22,8 @@ from villa.datasets.raw.word_pieces import WordPieces
 from villa.engine.progress import Mode
 from villa.errors import ConfigError, DataError
 from villa.files import read_json, sha256
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Generic[Opened]):
     """One kind of annotations.
 
     Attributes:
@@ -70,7 +72,7 @@ class Task:
         optional: names of options that may be given.
     """
 
-    open: Callable[[TextOptions], TextSource]
+    open: Callable[[TextOptions], Opened]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
@@ -103,7 +105,7 @@ def make_text_database(
         ConfigError: the options do not fit the task.
         DataError: a file cannot be used, or the database was made or begun with other options.
     """
-    _check(task, options)
+    check_options(task, TASKS[task], options)
     pieces = WordPieces(tokenizer, tokenizer_name)
     settings = {"task": task, **{name: _recorded(value) for name, value in options.given().items()}}
     if missing_images is not None:
@@ -186,9 +188,18 @@ TASKS = {
 }
 
 
-def _check(task: str, options: TextOptions) -> None:
-    """Refuse options that the task does not take, and a missing one."""
-    kind, given = TASKS[task], options.given()
+def check_options(task: str, kind: Task[Any], options: TextOptions) -> None:
+    """Refuse options that a task does not take, and a missing one.
+
+    Args:
+        task: its name, for messages.
+        kind: what it takes.
+        options: what was given.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    given = options.given()
     missing = [name for name in kind.required if name not in given]
     if missing:
         raise ConfigError(f"task {task} needs {_flag(missing[0])}")

@@ -1,0 +1,163 @@
+"""The tasks of ``tools/make_jsonl.py``: which options each takes, what it reads, and where its images are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from villa.datasets.raw.answers import MIN_OCCURRENCES, Scores, build_answers, human_answers, human_scores
+from villa.datasets.raw.example import LineRecords, RawExample, Record, read_records
+from villa.datasets.raw.gqa import count_gqa, gqa_answers, read_gqa
+from villa.datasets.raw.lines import Counts, Line, LineSource, write_lines
+from villa.datasets.raw.nlvr2 import read_nlvr2
+from villa.datasets.raw.snli_ve import CLASSES, read_snli_ve
+from villa.datasets.raw.tasks import Task, TextOptions, check_options
+from villa.datasets.raw.vqa import image_set, read_vqa
+from villa.engine.progress import Mode
+from villa.errors import ConfigError, DataError
+from villa.files import atomic_write
+from villa.plugins import one_line
+
+#: Answers of NLVR2 in the order of the labels, 0 and 1.
+_TRUTH = ("False", "True")
+
+
+def make_lines(
+    task: str,
+    options: TextOptions,
+    output: Path,
+    *,
+    images: Path | None = None,
+    answers_file: Path | None = None,
+    skip_missing: bool = False,
+    force: bool = False,
+    progress: Mode = "auto",
+) -> tuple[Counts, int | None]:
+    """Convert raw annotations into a JSON-lines file, and list the answers if asked to.
+
+    Args:
+        task: one of ``LINE_TASKS``.
+        options: files and settings of the task.
+        output: file to write.
+        images: folder of the images; see ``write_lines``.
+        answers_file: file to write with one answer a line, in the order of the labels.
+        skip_missing: leave out lines whose images are not there.
+        force: replace files that are there.
+        progress: how to show how far it is.
+
+    Returns:
+        Numbers of lines, and of answers that were listed.
+
+    Raises:
+        ConfigError: the options do not fit the task, or a file is there already.
+        DataError: a file cannot be used.
+    """
+    check_options(task, LINE_TASKS[task], options)
+    for path in (output, answers_file):
+        if path is not None and path.exists() and (path.is_dir() or not force):
+            advice = "give the name of a file" if path.is_dir() else "give another name, or --force to replace it"
+            raise ConfigError(f"output '{path}' exists; {advice}")
+    if images is None and skip_missing:
+        raise ConfigError("--skip-missing looks for images; give their folder by --images")
+    source = LINE_TASKS[task].open(options)
+    answers = None
+    if answers_file is not None:
+        if source.answers is None:
+            raise ConfigError(f"nothing given answers the questions of task {task}; leave out --answers-file")
+        answers = source.answers()
+    counts = write_lines(source, output, images, skip_missing=skip_missing, progress=progress)
+    if answers_file is None or answers is None:
+        return counts, None
+    try:
+        atomic_write(answers_file, "".join(f"{answer}\n" for answer in answers))
+    except OSError as error:
+        raise DataError(f"'{answers_file}' cannot be written: {one_line(error)}") from error
+    return counts, len(answers)
+
+
+def _vqa(options: TextOptions) -> LineSource:
+    assert options.questions is not None
+    images = options.image_set or image_set(options.questions)
+    examples = read_vqa(options.questions, options.annotations, images=images)
+    answered = options.annotations is not None
+    lines = (_vqa_line(example, images, options.scores, answered) for example in examples)
+    files = options.answers_from or (() if options.annotations is None else (options.annotations,))
+
+    def answers() -> list[str]:
+        records = (record for file in files for record in read_records(file, "annotations"))
+        return list(build_answers(records, options.min_occurrences or MIN_OCCURRENCES))
+
+    return LineSource(lines, len(read_records(options.questions, "questions")), answers if files else None)
+
+
+def _vqa_line(example: RawExample, images: str, scores: Scores | None, answered: bool) -> Line:
+    record = Record(example.fields, example.where)
+    digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # of the image, as the question gives it
+    name = f"{int(digits)}.jpg" if images == "vg" else f"COCO_{images}_{digits}.jpg"
+    folders = ("VG_100K", "VG_100K_2") if images == "vg" else (images,)
+    places = [name, *(f"{folder}/{name}" for folder in folders)]
+    if not answered:
+        return Line.of(example, [places])
+    given = human_answers(record)
+    if not given:
+        raise DataError(f"{example.where}: 'answers' is empty; download the annotations again")
+    return Line.of(example, [places], answers=given if scores is None else human_scores(given, scores))
+
+
+def _gqa(options: TextOptions) -> LineSource:
+    assert options.questions is not None
+    questions = options.questions
+    files = options.answers_from or (questions,)
+    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _some(gqa_answers(files), files))
+
+
+def _gqa_lines(questions: Path) -> Iterator[Line]:
+    for example in read_gqa(questions):
+        name = f"{example.fields['imageId']}.jpg"
+        answer = {"answer": example.fields["answer"]} if "answer" in example.fields else {}
+        yield Line.of(example, [[name, f"images/{name}"]], **answer)
+
+
+def _some(answers: list[str], files: tuple[Path, ...]) -> list[str]:
+    if not answers:
+        raise DataError(f"'{files[0]}' gives no answer; list files with answers in --answers-from")
+    return answers
+
+
+def _nlvr2(options: TextOptions) -> LineSource:
+    assert options.annotations is not None
+    lines = map(_nlvr2_line, read_nlvr2(options.annotations))
+    return LineSource(lines, len(LineRecords(options.annotations)), lambda: _TRUTH)
+
+
+def _nlvr2_line(example: RawExample) -> Line:
+    pair = example.id.rpartition("-")[0]
+    split, directory = pair.partition("-")[0], example.fields.get("directory")
+    # Images of the training split lie in numbered folders, the others in one a split.
+    folder = f"{split}/{directory}" if directory is not None else split
+    names = [f"{pair}-img{side}.png" for side in (0, 1)]
+    inner = [] if directory is None else [f"{directory}/"]
+    places = [[f"{prefix}{name}" for prefix in (*inner, "", f"{folder}/", f"images/{folder}/")] for name in names]
+    target = example.fields["target"]
+    return Line.of(example, places, **({} if target is None else {"answer": _TRUTH[target]}))
+
+
+def _snli_ve(options: TextOptions) -> LineSource:
+    assert options.annotations is not None
+    lines = map(_snli_ve_line, read_snli_ve(options.annotations))
+    return LineSource(lines, len(LineRecords(options.annotations)), lambda: sorted(CLASSES, key=CLASSES.__getitem__))
+
+
+def _snli_ve_line(example: RawExample) -> Line:
+    record = Record(example.fields, example.where)
+    name = f"{record.text('Flickr30K_ID', 'Flikr30kID').removesuffix('.jpg')}.jpg"
+    return Line.of(example, [[name, f"flickr30k-images/{name}"]], answer=record.text("gold_label"))
+
+
+_VQA_OPTIONS = ("annotations", "answers_from", "min_occurrences", "scores", "image_set")
+LINE_TASKS: dict[str, Task[LineSource]] = {
+    "vqa": Task(_vqa, ("questions",), _VQA_OPTIONS),
+    "gqa": Task(_gqa, ("questions",), ("answers_from",)),
+    "nlvr2": Task(_nlvr2, ("annotations",)),
+    "ve": Task(_snli_ve, ("annotations",)),
+}
