@@ -16,8 +16,9 @@ from villa.errors import CheckpointError, DataError
 from villa.files import read_json
 from villa.models.base import DataFacts, Model, ModelOutput, Point
 from villa.models.load_report import LoadReport
-from villa.models.lxmert_config import HEAD_IMAGES, LxmertConfig
+from villa.models.lxmert_config import LxmertConfig
 from villa.models.transformers_folder import CONFIG_FILE, load_pretrained
+from villa.models.two_heads import score_mask
 from villa.models.uniter_rows import RowLayout, Rows
 from villa.registry import register_model
 
@@ -89,7 +90,7 @@ class Lxmert(Model):
         config.check()
         return cls(
             config.transformer(facts),
-            images=HEAD_IMAGES[config.head],
+            images=config.images,
             num_labels=config.labels(facts),
             released=config.released,
         )
@@ -200,11 +201,8 @@ class Lxmert(Model):
         return rows.boxes[..., :wanted]
 
     def _score_mask(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """What is added to attention scores, ``[N, 1, 1, L]``: 0 on real positions, very little on others."""
-        if mask is None:
-            return None
-        lowest = RELEASED_MASK if self.released else torch.finfo(like.dtype).min
-        return (~mask[:, None, None, :]).to(like.dtype) * lowest
+        """What is added to attention scores; see ``score_mask``."""
+        return score_mask(mask, like, RELEASED_MASK if self.released else None)
 
     def _initialise(self, module: nn.Module) -> None:
         """Fresh weights of the release."""

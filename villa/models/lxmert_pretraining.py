@@ -15,7 +15,7 @@ from villa.models.base import DataFacts, ModelOutput, Point
 from villa.models.heads.pretraining_modules import Transform, WordPrediction, head_of, required_mask
 from villa.models.lxmert import Lxmert, LxmertEncoded
 from villa.models.lxmert_config import LxmertConfig
-from villa.models.settling import require_positive, settle
+from villa.models.settling import settle
 from villa.registry import register_model
 
 #: Objectives of a single part, and the part; ``lxmert`` asks for all parts that a batch has targets for.
@@ -45,10 +45,9 @@ class LxmertPretrainingConfig(LxmertConfig):
     num_attributes: int = 400
     num_answers: int = 9500
 
-    def check(self) -> None:
-        """Check the numbers against each other."""
-        super().check()
-        require_positive(num_attributes=self.num_attributes, num_answers=self.num_answers)
+    def check(self, *sizes: str) -> None:
+        """Check the numbers against each other; see the base class."""
+        super().check("num_attributes", "num_answers", *sizes)
         if self.head != "answers":
             raise ConfigError(f"model.head='{self.head}' does not exist in pre-training; leave it out")
 

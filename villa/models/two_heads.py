@@ -10,8 +10,12 @@ from torch import Tensor
 
 from villa.errors import ConfigError
 from villa.models.base import DataFacts, ModelConfig
-from villa.models.lxmert_config import HEAD_IMAGES, NLVR2_LABELS
 from villa.models.settling import require_positive, settle
+
+#: Images that each head reads an example.
+HEAD_IMAGES = {"answers": 1, "nlvr2": 2}
+#: Classes of NLVR2: false, true.
+NLVR2_LABELS = 2
 
 
 @dataclass
@@ -22,7 +26,6 @@ class TwoHeadConfig(ModelConfig):
         head: ``answers`` scores the answers to a question about an image (VQA, GQA); ``nlvr2`` says whether a
             sentence is true of two images.
         hidden_size: width of the transformer.
-        num_layers: its layers.
         num_heads: attention heads.
         intermediate_size: width inside a layer; None is four times ``hidden_size``.
         vocab_size: rows of the word embedding; None takes the data's.
@@ -36,7 +39,6 @@ class TwoHeadConfig(ModelConfig):
 
     head: Literal["answers", "nlvr2"] = "answers"
     hidden_size: int = 768
-    num_layers: int = 12
     num_heads: int = 12
     intermediate_size: int | None = None
     vocab_size: int | None = None
@@ -58,7 +60,7 @@ class TwoHeadConfig(ModelConfig):
         """
         if self.head not in HEAD_IMAGES:
             raise ConfigError(f"model.head='{self.head}' is not known (known: {', '.join(HEAD_IMAGES)})")
-        shared = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "num_labels")
+        shared = ("hidden_size", "num_heads", "intermediate_size", "vocab_size", "num_labels")
         names = (*shared, "max_positions", "type_vocab_size", *sizes)
         require_positive(**{name: getattr(self, name) for name in names})
         if self.hidden_size % self.num_heads:
@@ -98,9 +100,7 @@ class TwoHeadConfig(ModelConfig):
         """
         return {
             "vocab_size": settle("model.vocab_size", self.vocab_size, facts.vocab_size),
-            "num_labels": self.labels(facts),
             "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "intermediate_size": 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size,
             "max_position_embeddings": self.max_positions,
@@ -108,17 +108,41 @@ class TwoHeadConfig(ModelConfig):
             "hidden_dropout_prob": self.hidden_dropout,
             "attention_probs_dropout_prob": self.attention_dropout,
             "initializer_range": self.initializer_range,
+        }
+
+
+@dataclass
+class OneStreamConfig(TwoHeadConfig):
+    """Options of a transformer whose layers read text and image together.
+
+    Attributes:
+        num_layers: its layers.
+    """
+
+    num_layers: int = 12
+
+    def check(self, *sizes: str) -> None:
+        """Check the numbers against each other; see the base class."""
+        super().check("num_layers", *sizes)
+
+    def shared_options(self, facts: DataFacts) -> dict[str, Any]:
+        """The options under their names in transformers; see the base class."""
+        return super().shared_options(facts) | {
+            "num_labels": self.labels(facts),
+            "num_hidden_layers": self.num_layers,
             "pad_token_id": 0,
         }
 
 
-def score_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """What is added to attention scores, ``[N, 1, 1, L]``: 0 on real positions, the lowest number on others.
+def score_mask(mask: Tensor | None, like: Tensor, lowest: float | None = None) -> Tensor | None:
+    """What is added to attention scores, ``[N, 1, 1, L]``: 0 on real positions, very little on others.
 
     Args:
         mask: ``[N, L]`` bool, True on real positions; None when all are.
         like: a tensor of the dtype of the scores.
+        lowest: what others get; None is the lowest number of that type.
     """
     if mask is None:
         return None
-    return (~mask[:, None, None, :]).to(like.dtype) * torch.finfo(like.dtype).min
+    least = torch.finfo(like.dtype).min if lowest is None else lowest
+    return (~mask[:, None, None, :]).to(like.dtype) * least

@@ -7,11 +7,11 @@ from typing import Any
 
 from villa.errors import ConfigError
 from villa.models.base import DataFacts
-from villa.models.two_heads import TwoHeadConfig
+from villa.models.two_heads import OneStreamConfig
 
 
 @dataclass
-class ViltConfig(TwoHeadConfig):
+class ViltConfig(OneStreamConfig):
     """Options of ViLT, besides those that it shares with others.
 
     Attributes:

@@ -7,11 +7,11 @@ from typing import Any
 
 from villa.models.base import DataFacts
 from villa.models.settling import settle
-from villa.models.two_heads import TwoHeadConfig
+from villa.models.two_heads import OneStreamConfig
 
 
 @dataclass
-class VisualBertConfig(TwoHeadConfig):
+class VisualBertConfig(OneStreamConfig):
     """Options of VisualBERT, besides those that it shares with others.
 
     Attributes:
