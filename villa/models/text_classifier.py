@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts, Model, ModelConfig, ModelOutput, Point
-from villa.models.load_report import LoadReport
+from villa.models.base import DataFacts, ModelConfig, ModelOutput, Point
 from villa.models.settling import settle
-from villa.models.transformers_folder import ASSETS, describing, find_config, is_transformers_folder, load_pretrained
+from villa.models.transformers_folder import ASSETS, describing, find_config, is_transformers_folder
+from villa.models.transformers_model import TransformersModel, name_labels
 from villa.plugins import one_line
 from villa.registry import register_model
 
@@ -46,7 +46,7 @@ class TextClassifierConfig(ModelConfig):
 
 
 @register_model("text_classifier")
-class TextClassifier(Model):
+class TextClassifier(TransformersModel):
     """A sequence classifier of transformers, with its word embedding as the only perturbation point.
 
     Args:
@@ -83,22 +83,6 @@ class TextClassifier(Model):
         if is_transformers_folder(assets / ASSETS):
             config = replace(config, architecture=str(assets / ASSETS))
         return cls.from_config(config, facts)
-
-    def save_assets(self, folder: Path) -> None:
-        """Write the configuration of transformers, which may come from a folder that is gone later."""
-        self.transformer.config.save_pretrained(folder / ASSETS)
-
-    def load_weights(self, source: str) -> LoadReport:
-        """Load weights that transformers saved (a folder, or a name on its hub), or those of a file or run.
-
-        Raises:
-            CheckpointError: they cannot be read or are of another model.
-        """
-        path = Path(source).expanduser()
-        if path.exists() and not is_transformers_folder(path):
-            return super().load_weights(source)
-        self.transformer, report = load_pretrained(type(self.transformer), source, self.transformer.config)
-        return report
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score ``[B, T]`` texts; return logits ``[B, labels]``.
@@ -139,16 +123,10 @@ class TextClassifier(Model):
         return tuple(f"transformer.{name}" for name, _ in self.transformer.named_children() if name != encoder)
 
     def _run(self, batch: Batch, hidden_states: bool, attentions: bool) -> Any:
-        usual = self.transformer.config._attn_implementation
-        if attentions:  # the fused kernels return no maps
-            self.transformer.set_attn_implementation("eager")
-        try:
+        with self._maps(attentions):
             return self.transformer(
                 **self._arguments(batch), output_hidden_states=hidden_states, output_attentions=attentions
             )
-        finally:
-            if attentions:
-                self.transformer.set_attn_implementation(usual)
 
     def _arguments(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the architecture has a name and a use for."""
@@ -189,10 +167,7 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
                 setattr(described, name, _TOKENS[name])
     vocab_size = config.vocab_size if config.vocab_size is not None else stored
     described.vocab_size = settle("model.vocab_size", vocab_size, facts.vocab_size)
-    described.num_labels = settle("model.num_labels", config.num_labels, facts.num_labels)
-    if facts.labels is not None:
-        described.id2label = dict(enumerate(facts.labels))
-        described.label2id = {label: number for number, label in enumerate(facts.labels)}
+    name_labels(described, config.num_labels, facts)
     return described
 
 

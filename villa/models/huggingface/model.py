@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts, Model, ModelOutput, Point, Task, Written
+from villa.models.base import DataFacts, ModelOutput, Point, Task, Written
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.lora import adapt, merged
@@ -20,8 +20,8 @@ from villa.models.huggingface.points import find_points, override
 from villa.models.huggingface.pooling import pool, pooled_size
 from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
 from villa.models.load_report import LoadReport
-from villa.models.settling import settle
-from villa.models.transformers_folder import ASSETS, describing, find_config, is_transformers_folder, load_pretrained
+from villa.models.transformers_folder import ASSETS, describing, find_config
+from villa.models.transformers_model import TransformersModel, name_labels
 from villa.registry import register_model
 
 #: Fields of a batch that models of transformers know by the same names.
@@ -29,7 +29,7 @@ _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
 @register_model("huggingface")
-class HuggingFaceModel(Model):
+class HuggingFaceModel(TransformersModel):
     """A model of transformers that reads images and texts, with its perturbation points found from its structure.
 
     For ``classification`` a model without a head of its own gets one (``head``) on its pooled output.
@@ -41,8 +41,6 @@ class HuggingFaceModel(Model):
     """
 
     Config = HuggingFaceConfig
-
-    transformer: Any
 
     def __init__(self, transformer: Any, task: Task, config: HuggingFaceConfig) -> None:
         super().__init__()
@@ -71,22 +69,12 @@ class HuggingFaceModel(Model):
         """Build the model by the configuration that ``save_assets`` wrote."""
         return cls._build(config, facts, find_config(str(assets / ASSETS), config.options))
 
-    def save_assets(self, folder: Path) -> None:
-        """Write the configuration of transformers."""
-        self.transformer.config.save_pretrained(folder / ASSETS)
-
     def load_weights(self, source: str) -> LoadReport:
-        """Load weights that transformers saved, or those of a run.
-
-        Raises:
-            CheckpointError: they cannot be read or are of another model.
-        """
-        path = Path(source).expanduser()
-        if path.exists() and not is_transformers_folder(path):
-            return super().load_weights(source)
-        kind, config = type(self.transformer), self.transformer.config
-        self.transformer, report = load_pretrained(kind, source, config)
-        self._prepare()
+        """Load weights; see the base class."""
+        before = self.transformer
+        report = super().load_weights(source)
+        if self.transformer is not before:
+            self._prepare()
         return report
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
@@ -99,15 +87,9 @@ class HuggingFaceModel(Model):
         Raises:
             DataError: the batch lacks what the model reads.
         """
-        usual = self.transformer.config._attn_implementation
-        if attentions:  # the fused kernels return no maps
-            self.transformer.set_attn_implementation("eager")
-        try:
-            asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+        asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+        with self._maps(attentions):
             return self._score(batch, {name: True for name, wanted in asked.items() if wanted})
-        finally:
-            if attentions:
-                self.transformer.set_attn_implementation(usual)
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
         """Logits of labels, the logit ``[B]`` of every image with its own text, or the answers that are written."""
@@ -138,10 +120,7 @@ class HuggingFaceModel(Model):
     def _build(cls, config: HuggingFaceConfig, facts: DataFacts, described: Any) -> HuggingFaceModel:
         task = choose_task(described, config.task, facts.task)
         if task == "classification":
-            described.num_labels = settle("model.num_labels", config.num_labels, facts.num_labels)
-            if facts.labels is not None:
-                described.id2label = dict(enumerate(facts.labels))
-                described.label2id = {label: number for number, label in enumerate(facts.labels)}
+            name_labels(described, config.num_labels, facts)
         kind = model_class(described, task, config.model_class)
         try:
             transformer = kind._from_config(described) if hasattr(kind, "_from_config") else kind(described)
