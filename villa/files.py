@@ -75,6 +75,13 @@ def fsync_tree(folder: Path) -> None:
     fsync(folder)
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of one that this process makes; what safetensors writes is for its owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; the file written there takes its place when the block ends well.

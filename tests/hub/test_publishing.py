@@ -1,6 +1,7 @@
 """A folder is saved whole or not at all; what others put there is never lost; damage is one line."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import villa
 from villa.api import Predictor
 from villa.cli.run import main
 from villa.config import load
+from villa.engine.checkpoint import resolve
 from villa.engine.train import start
 from villa.errors import CheckpointError, ConfigError
 from villa.hub import weights
@@ -57,6 +59,19 @@ def test_its_own_folder_is_replaced(predictor: Predictor, saved: Path) -> None:
 def test_an_empty_folder_is_filled(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "deep" / "empty").mkdir(parents=True)
     assert villa.from_pretrained(predictor.save_pretrained(tmp_path / "deep" / "empty")).predict(text="is it red?")
+
+
+def test_others_may_read_it_as_the_umask_says(predictor: Predictor, trained: Path, tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        saved = predictor.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(umask)
+    modes = {str(path): path.stat().st_mode & 0o777 for path in saved.rglob("*")}
+    assert modes == {name: 0o750 if Path(name).is_dir() else 0o640 for name in modes}
+    checkpoint = resolve(trained)
+    weights, recipe = (checkpoint / name for name in ("model.safetensors", "config.yaml"))
+    assert weights.stat().st_mode == recipe.stat().st_mode
 
 
 def add_file(folder: Path) -> str:
@@ -157,6 +172,9 @@ def test_training_on_needs_a_new_folder(saved: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert not (saved.parent / "new").exists()
+    for resume in ("false", "true"):
+        assert main([f"checkpoint.path={saved}", f"output_dir={saved}", f"checkpoint.resume={resume}"]) == 2
+        assert f"output_dir '{saved}' holds a saved model" in capsys.readouterr().err
     assert content(saved) == before
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from processor_batches import tiny, tiny_folder, write_questions
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved_runs import COLOURS, read_lines, write_lines
 
 import villa
@@ -42,11 +42,12 @@ def text_classifier(folder: Path, architecture: str = "bert", **options: Any) ->
     return folder
 
 
-def expected(folder: Path, inputs: Any, kind: Any) -> list[dict[str, Any]]:
-    """Answers by plain transformers."""
+def expected(folder: Path, inputs: Any, kind: Any, *, soft: bool = False) -> list[dict[str, Any]]:
+    """Answers by plain transformers, each with its probability, or with a score of its own (soft)."""
     model = kind.from_pretrained(folder).eval()
     with torch.no_grad():
-        scores, best = model(**inputs).logits.softmax(-1).max(-1)
+        logits = model(**inputs).logits
+    scores, best = (logits.sigmoid() if soft else logits.softmax(-1)).max(-1)
     names = model.config.id2label
     return [
         {"answer": names[b], "score": pytest.approx(s, rel=1e-5)}
@@ -71,6 +72,27 @@ def test_text_classifiers(architecture: str, tmp_path: Path) -> None:
     assert predictor.predict(text="is it red " * 30)["answer"] in COLOURS
 
 
+def test_several_labels_at_once(tmp_path: Path) -> None:
+    folder = text_classifier(tmp_path / "model", problem_type="multi_label_classification")
+    predictor = villa.from_pretrained(folder)
+    auto: Any = transformers.AutoTokenizer
+    inputs = auto.from_pretrained(folder)(list(TEXTS), padding=True, return_tensors="pt")
+    answers = expected(folder, inputs, transformers.AutoModelForSequenceClassification, soft=True)
+    assert predictor.predict_many([{"question": text} for text in TEXTS]) == answers
+    assert predictor.parts.config.loss.name == "binary_cross_entropy"
+    assert villa.from_pretrained(predictor.save_pretrained(tmp_path / "saved")).predict(text=TEXTS[0]) == answers[0]
+
+
+def test_weights_that_are_not_used_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = text_classifier(tmp_path / "model")
+    villa.from_pretrained(folder)
+    assert capsys.readouterr().out == ""
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "bert.encoder.layer.1.output.dense.bias": torch.zeros(16)}, file, {"format": "pt"})
+    villa.from_pretrained(folder)
+    assert "not used: bert.encoder.layer.1" in capsys.readouterr().out
+
+
 def test_a_visual_question_answerer(tmp_path: Path) -> None:
     folder = tiny_folder("vilt", tmp_path)
     auto: Any = transformers.AutoConfig
@@ -87,9 +109,10 @@ def test_a_visual_question_answerer(tmp_path: Path) -> None:
     inputs = reader.from_pretrained(folder)(
         images, [one["question"] for one in asked], padding=True, return_tensors="pt"
     )
-    assert predictor.predict_many(asked) == expected(folder, inputs, transformers.ViltForQuestionAnswering)
+    answers = expected(folder, inputs, transformers.ViltForQuestionAnswering, soft=True)
+    assert predictor.predict_many(asked) == answers
     saved = predictor.save_pretrained(tmp_path / "saved")
-    assert villa.from_pretrained(saved).predict_many(asked) == predictor.predict_many(asked)
+    assert villa.from_pretrained(saved).predict_many(asked) == answers  # it draws the order of its patches
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -124,6 +147,7 @@ def test_a_model_that_writes(name: str, tmp_path: Path) -> None:
     saved = predictor.save_pretrained(tmp_path / "saved")
     assert villa.from_pretrained(saved).predict_many(asked) == found
     auto: Any = transformers.AutoModelForImageTextToText
+    assert "use_cache" not in json.loads((saved / "config.json").read_text())  # off in training, not for others
     both = [auto.from_pretrained(place).state_dict() for place in (folder, saved)]
     assert both[0].keys() == both[1].keys()
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
@@ -170,6 +194,18 @@ class Bomb:
         return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
 
 
+#: Changes of ``config.json`` that make no model for labels.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "same labels": {"id2label": {"0": "same", "1": "same", "2": "other"}},
+    "a hole": {"id2label": {"0": "red", "1": "green", "5": "blue"}},
+    "a number": {"problem_type": "regression"},
+    "one label": {"id2label": {"0": "score"}},
+    "sizes": {"hidden_size": 32},
+    "no class": {"architectures": None},
+    "another class": {"architectures": ["BertForMaskedLM"]},
+}
+
+
 def damage(folder: Path, how: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
@@ -193,12 +229,8 @@ def damage(folder: Path, how: str) -> None:
         bare = transformers.AutoModel
         bare.from_pretrained(folder).save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config))
-    elif how == "labels":
-        config["id2label"] = {"0": "same", "1": "same", "2": "other"}
-        (folder / "config.json").write_text(json.dumps(config))
-    elif how == "sizes":
-        config["hidden_size"] = 32
-        (folder / "config.json").write_text(json.dumps(config))
+    elif how in CONFIGS:
+        (folder / "config.json").write_text(json.dumps({**config, **CONFIGS[how]}))
 
 
 @pytest.mark.parametrize(
@@ -206,13 +238,18 @@ def damage(folder: Path, how: str) -> None:
     [
         ("cut", "cannot be loaded"),
         ("none", "cannot be loaded"),
-        ("pickle", "cannot be loaded"),
+        ("pickle", "was refused: its weights are a damaged pickle, or one of more than tensors"),
         ("json", "config.json is not understood"),
         ("tokenizer", "holds no tokenizer"),
         ("headless", "has no trained head to predict with"),
         ("base", "lacks weights of the model: classifier"),
-        ("labels", "names two classes alike"),
-        ("sizes", "cannot be loaded"),
+        ("same labels", "does not name the classes 0 to 2, each by a name of its own"),
+        ("a hole", "does not name the classes 0 to 2"),
+        ("a number", "predicts a number, and no labels"),
+        ("one label", "predicts a number, and no labels"),
+        ("sizes", "bert.embeddings.LayerNorm.bias has shape [16] in the files and [32] in the model"),
+        ("no class", "does not name the model's class in 'architectures'"),
+        ("another class", "is a BertForMaskedLM, which has no trained head to predict with"),
     ],
 )
 def test_damage_is_one_line(

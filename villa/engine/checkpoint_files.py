@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from villa.errors import CheckpointError
-from villa.files import atomic_write, fsync_tree, sha256, write_json
+from villa.files import atomic_write, follow_umask, fsync_tree, sha256, write_json
 from villa.plugins import one_line
 
 MODEL = "model.safetensors"
@@ -120,8 +120,10 @@ def write(
 
 def write_manifest(folder: Path, update: int, name: str = MANIFEST) -> None:
     """Flush every file below ``folder`` to the disk, then list them all in a manifest of this name."""
-    fsync_tree(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        follow_umask(path)
+    fsync_tree(folder)
     listed = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }

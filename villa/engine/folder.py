@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os.path
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from villa.plugins import one_line
 CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
 
 _LOCK = ".lock"
+
+#: What shows that a folder holds a saved model (see ``villa.hub``).
+SAVED = "villa/manifest.json"
 
 #: Names whose presence shows that a folder holds a run.
 TRACES = (CONFIG, LOG, METRICS, CHECKPOINTS)
@@ -31,13 +35,13 @@ def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
         trains: whether this is a run that could be gone on with, for the advice.
 
     Raises:
-        ConfigError: it holds a run that is not to be resumed, another process is using it, or it cannot be made.
+        ConfigError: it holds a saved model, or a run that is not to be resumed; another process is using it, or it
+            cannot be made.
     """
+    if os.path.isfile(folder / SAVED):  # noqa: PTH113 (pathlib raises for a name that is too long)
+        raise ConfigError(f"output_dir '{folder}' holds a saved model ({SAVED}); give another output_dir")
     with _locked(folder):
-        used = next((name for name in TRACES if (folder / name).exists()), None)
-        if used is not None and not resume:
-            advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
-            raise ConfigError(f"output_dir '{folder}' already holds a run ({used}); {advice} another output_dir")
+        used = refuse_used(folder, resume=resume, trains=trains)
         try:
             yield folder
         except BaseException:
@@ -48,6 +52,15 @@ def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
             if [path.name for path in folder.iterdir()] == [_LOCK]:
                 (folder / _LOCK).unlink()
                 folder.rmdir()
+
+
+def refuse_used(folder: Path, *, resume: bool, trains: bool = True) -> str | None:
+    """Return the name of something that shows that a folder holds a run, or None; see ``claim`` for the rest."""
+    used = next((name for name in TRACES if (folder / name).exists()), None)
+    if used is not None and not resume:
+        advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
+        raise ConfigError(f"output_dir '{folder}' already holds a run ({used}); {advice} another output_dir")
+    return used
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 from villa.config.reader import read_layers
 from villa.config.values import Layer, Origin, Value
 from villa.engine.checkpoint_files import ASSETS, CONFIG, file_problem, read_manifest
-from villa.engine.folder import METRICS
+from villa.engine.folder import METRICS, SAVED
 from villa.errors import CheckpointError
 from villa.files import read_json
 from villa.hub.source import Source
@@ -24,7 +24,7 @@ from villa.models.base import Model
 from villa.models.transformers_folder import CONFIG_FILE
 
 OWN = "villa"
-MANIFEST = f"{OWN}/manifest.json"
+MANIFEST = SAVED
 PROVENANCE = "provenance.json"
 
 #: Value of ``model.architecture`` in a saved recipe: the folder itself.

@@ -21,15 +21,17 @@ from villa.models.base import Model, Task
 from villa.models.transformers_folder import ASSETS as MODEL_ASSETS
 from villa.models.transformers_folder import find_config
 
-#: What the data asks for, and what is learned and measured, by what a model does.
-_TARGETS: dict[Task, tuple[str, Kind, str, str]] = {
-    "classification": ("class", "label", "cross_entropy", "accuracy"),
-    "contrastive": ("pair", "pair", "contrastive", "pair_retrieval"),
-    "generation": ("text", "text", "language_model", "exact_match"),
+#: What data are asked for, what is learned, and what is measured, by the target of the data.
+_TARGETS: dict[str, tuple[Kind, str, str]] = {
+    "class": ("label", "cross_entropy", "accuracy"),
+    "soft": ("label", "binary_cross_entropy", "soft_accuracy"),
+    "pair": ("pair", "contrastive", "pair_retrieval"),
+    "text": ("text", "language_model", "exact_match"),
 }
 #: Classes with a trained classification head; a model without one has nothing to predict with.
 _TEXT_CLASSIFIER = "ForSequenceClassification"
-_CLASSIFIERS = (_TEXT_CLASSIFIER, "ForQuestionAnswering", "ForImagesAndTextClassification")
+_QUESTION_ANSWERER = "ForQuestionAnswering"
+_CLASSIFIERS = (_TEXT_CLASSIFIER, _QUESTION_ANSWERER, "ForImagesAndTextClassification")
 #: Longest texts where neither tokenizer nor model says.
 _LENGTH = 512
 #: Architectures whose positions start behind the id of padding.
@@ -46,7 +48,7 @@ class TransformersSource(Source):
         Raises:
             CheckpointError: villa cannot tell what the model predicts, or has no data that it could read.
         """
-        target, _, loss, metric = _TARGETS[self._task]
+        _, loss, metric = _TARGETS[self._target]
         place = str(self.path)
         options: dict[str, Any] = {
             "name": place_name(self.path),
@@ -55,7 +57,7 @@ class TransformersSource(Source):
             "dataset.name": "jsonl",
             "dataset.processor": place,
             "dataset.regions": "pixels" if self._sees else "none",
-            "dataset.target": target,
+            "dataset.target": self._target,
             "dataset.max_text_length": self._length(),
             "loss.name": loss,
             "evaluation.metrics": [metric],
@@ -69,11 +71,11 @@ class TransformersSource(Source):
     @contextmanager
     def assets(self) -> Iterator[Path]:
         """Give a temporary folder, made of the processor and the names of the labels."""
-        kind = _TARGETS[self._task][1]
+        kind, soft = _TARGETS[self._target][0], self._target == "soft"
         regions: Any = "pixels" if self._sees else "none"
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            made = Assets(None, self._labels(kind), soft=False, regions=regions, kind=kind, processor=self._processor)
+            made = Assets(None, self._labels(kind), soft=soft, regions=regions, kind=kind, processor=self._processor)
             made.save(folder)
             self._config.save_pretrained(folder / MODEL_ASSETS)
             yield folder
@@ -103,34 +105,58 @@ class TransformersSource(Source):
         return hasattr(self._processor, "image_processor")
 
     @cached_property
-    def _task(self) -> Task:
-        """What the model does.
+    def _target(self) -> str:
+        """What the model is asked for, as a target of the data.
 
         Raises:
             CheckpointError: villa cannot tell, or has no data that the model could read.
         """
+        task, problem = self._task, getattr(self._config, "problem_type", None)
+        if task != "classification":
+            return "pair" if task == "contrastive" else "text"
+        if problem == "regression" or self._config.num_labels < 2:
+            raise CheckpointError(f"'{self.path}' predicts a number, and no labels; villa has no data for that")
+        # Answers to questions about images have scores of their own, as transformers reads them too.
+        scores = problem == "multi_label_classification" or self._class.endswith(_QUESTION_ANSWERER)
+        return "soft" if scores else "class"
+
+    @cached_property
+    def _task(self) -> Task:
         from villa.models.huggingface.classes import choose_task
 
-        named = (getattr(self._config, "architectures", None) or ["(none)"])[0]
-        heads = named.endswith(_CLASSIFIERS)
+        heads = self._class.endswith(_CLASSIFIERS)
         task = "classification" if heads else choose_task(self._config, "auto", None)
         if task == "classification" and not heads:
             raise CheckpointError(
-                f"'{self.path}' is a {named}, which has no trained head to predict with: train one, with "
+                f"'{self.path}' is a {self._class}, which has no trained head to predict with: train one, with "
                 f"model.checkpoint={self.path} in a recipe"
             )
-        if not self._sees and not named.endswith(_TEXT_CLASSIFIER):
+        if not self._sees and not self._class.endswith(_TEXT_CLASSIFIER):
             raise CheckpointError(
-                f"'{self.path}' is a {named}, but has no image processor: give model.checkpoint={self.path} to a "
+                f"'{self.path}' is a {self._class}, but has no image processor: give model.checkpoint={self.path} to a "
                 "recipe with data that it reads"
             )
         return task
 
+    @cached_property
+    def _class(self) -> str:
+        """Name of the model's class."""
+        named = getattr(self._config, "architectures", None)
+        if not (isinstance(named, list) and named and isinstance(named[0], str)):
+            raise CheckpointError(
+                f"'{self.path}': its config.json does not name the model's class in 'architectures', as transformers' "
+                "save_pretrained does; save the model again"
+            )
+        return named[0]
+
     def _labels(self, kind: Kind) -> list[str]:
         names = self._config.id2label if kind == "label" else {}
-        labels = [str(names[number]) for number in sorted(names)]
-        if len(set(labels)) < len(labels):
-            raise CheckpointError(f"'{self.path}': id2label in its config.json names two classes alike; mend it")
+        labels = [str(names.get(number)) for number in range(len(names))]
+        if sorted(names) != list(range(len(names))) or len(set(labels)) < len(labels):
+            raise CheckpointError(
+                f"'{self.path}': id2label in its config.json does not name the classes 0 to {len(names) - 1}, each by "
+                "a name of its own; mend it"
+            )
         return labels
 
     def _length(self) -> int:

@@ -43,6 +43,8 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
     with quiet():
         inner.save_pretrained(folder)
     described = read_json(folder / CONFIG_FILE, "configuration")
+    if described.get("use_cache") is False:  # as in training; whoever lets the model write wants the default
+        del described["use_cache"]
     write_json(folder / CONFIG_FILE, {**described, **_label_maps(labels)})
     rest = _plain(_beside(model, inner))
     if rest:
@@ -68,6 +70,8 @@ def read_into(model: Model, folder: Path) -> None:
     loaded, report = load_pretrained(type(inner), str(folder), inner.config)
     if report.missing:
         raise CheckpointError(f"'{folder}' lacks weights of the model: {listed(report.missing)}; use another folder")
+    if report.unexpected:
+        print(report, flush=True)
     _load(inner, loaded.state_dict(), folder)
     names = _beside(model, inner)
     if names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from villa.errors import CheckpointError, ConfigError, nearest
-from villa.models.load_report import LoadReport
+from villa.models.load_report import LoadReport, listed
 from villa.plugins import one_line
 
 CONFIG_FILE = "config.json"
@@ -77,10 +78,21 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     try:
         with quiet():
             model, found = kind.from_pretrained(
-                source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                source,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are told; they are refused below
+                trust_remote_code=False,
             )
+    except pickle.UnpicklingError as error:  # its message advises to load without protection
+        raise CheckpointError(
+            f"'{source}' was refused: its weights are a damaged pickle, or one of more than tensors, and opening that "
+            "could run code; use a folder with safetensors"
+        ) from error
     except Exception as error:  # whatever the library's loaders raise for files that they do not understand
         raise CheckpointError(f"'{source}' cannot be loaded: {one_line(error)}; check the folder or name") from error
+    _check_shapes(source, found["mismatched_keys"])
     missing = tuple(sorted(found["missing_keys"]))
     report = LoadReport(
         path=source,
@@ -91,6 +103,17 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     if not report.loaded or len(missing) > len(report.loaded):
         raise CheckpointError(f"'{source}' has the weights of another model than '{config.model_type}'")
     return model.train(), report
+
+
+def _check_shapes(source: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    wrong = [
+        f"{name} has shape {list(theirs)} in the files and {list(ours)} in the model"
+        for name, theirs, ours in sorted(mismatched)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"'{source}' does not fit the model: {listed(wrong)}; build the model with the files' sizes and labels"
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from villa.errors import CheckpointError
-from villa.files import local_path, replacing
+from villa.files import follow_umask, local_path, replacing
 from villa.plugins import one_line
 
 #: How a file of safetensors is called.
@@ -66,6 +66,7 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         with replacing(path) as temporary:
             if path.suffix == SAFETENSORS:
                 save_file({name: value.clone() for name, value in weights.items()}, temporary)
+                follow_umask(temporary)
             else:
                 with temporary.open("xb") as file:  # given a path, torch would write its name into the file
                     torch.save(OrderedDict(weights), file)
