@@ -28,6 +28,9 @@ recipe, the command line. Values are YAML; quote brackets and blanks for the she
   villa_run config=recipe.yaml run_type=test checkpoint.path=outputs/run
   villa_run config=recipe.yaml 'evaluation.metrics=[accuracy]' --print-config
 
+A recipe may have stages, each a recipe that starts from the weights of the one before: stages: [a.yaml, b.yaml].
+Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
+
   --print-config        show the resolved recipe with the origin of every value, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --list [KIND]         list what is registered: models, datasets, losses, ...

@@ -35,20 +35,21 @@ def _main(argv: Sequence[str]) -> int:
         return _show(help_text(options.values))
     if options.list is not None:
         return _list(options.list, options.values)
-    from villa.config import annotated, load
+    from villa.config import annotated, load_stages
 
-    loaded = load(options.values)
+    stages = load_stages(options.values)
     if options.print_config:
-        return _show(annotated(loaded.config, loaded.origins, loaded.notices))
-    for notice in loaded.notices:
+        return _show("".join(annotated(stage.config, stage.origins, stage.notices) for stage in stages))
+    for notice in (notice for stage in stages for notice in stage.notices):
         print(f"villa_run: {notice}", file=sys.stderr)
     if options.perturbation_points:
         from villa.engine.points import describe_points
 
-        return _show("\n".join(describe_points(loaded.config)) + "\n")
+        return _show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
     from villa.engine.run import run
+    from villa.engine.stages import run_stages
 
-    return run(loaded.config)
+    return run(stages[0].config) if len(stages) == 1 else run_stages([stage.config for stage in stages])
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

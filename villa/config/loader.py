@@ -51,7 +51,19 @@ def load(args: Iterable[str]) -> Loaded:
     """
     path, overrides = parse_overrides(args)
     files = saved_recipe(overrides) if path is None else read_layers(path)
-    layers = [name_variants(layer) for layer in (*files, overrides)]
+    given = next((layer["stages"] for layer in (*files, overrides) if "stages" in layer), None)
+    if given is not None:
+        raise ConfigError(f"stages ({given.origin}): this recipe has several stages, but one run is wanted; name one")
+    return assemble((*files, overrides))
+
+
+def assemble(given_layers: Sequence[Layer]) -> Loaded:
+    """Make one checked configuration of layers; a later one wins.
+
+    Raises:
+        ConfigError: as for ``load``.
+    """
+    layers = [name_variants(layer) for layer in given_layers]
     import_user_dir(layers)
     variants = {section: choose(section, layers) for section in VARIANTS}
     given, notices = drop_foreign(lay_over(layers, variants), variants)

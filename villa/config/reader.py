@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 from villa.config.values import Layer, Origin
-from villa.config.yaml_text import parse
+from villa.config.yaml_text import parse, write
 from villa.errors import ConfigError, DataError
 
 #: No recipe is larger; a data file given by mistake is.
@@ -36,26 +36,46 @@ def read_layers(path: str) -> list[Layer]:
     return layers
 
 
+def read_inline(data: dict[str, object], origin: Origin) -> list[Layer]:
+    """Read a recipe that stands in a list of another one, and what it includes.
+
+    Args:
+        data: its sections.
+        origin: where it stands; all its values get this line.
+
+    Raises:
+        ConfigError: as for ``read_layers``.
+    """
+    layers: list[Layer] = []
+    _add(parse(write(data), lambda line: origin), origin.source, (origin.source,), layers)
+    return layers
+
+
+def beside(path: str, name: str) -> str:
+    """Return where a path that the file ``path`` names is."""
+    if "://" in name or "://" in path:
+        return urljoin(path, name)
+    return os.path.normpath(Path(path).parent / name)
+
+
 def _read(path: str, named_by: str, chain: tuple[str, ...], layers: list[Layer]) -> None:
     if path in chain:
         raise ConfigError(f"{named_by}includes form a circle: {' -> '.join((*chain, path))}")
     if len(layers) + len(chain) >= MAX_FILES:
         raise ConfigError(f"{named_by}more than {MAX_FILES} files are included; include less")
-    layer = parse(_text(path, named_by), lambda line: Origin(path, line))
+    _add(parse(_text(path, named_by), lambda line: Origin(path, line)), path, (*chain, path), layers)
+
+
+def _add(layer: Layer, path: str, chain: tuple[str, ...], layers: list[Layer]) -> None:
+    """Add a file's layer, and before it those that it includes."""
     included = layer.pop("includes", None)
     if included is not None:
         names = [included.data] if isinstance(included.data, str) else included.data
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"includes ({included.origin}): give the path of a YAML file, or a list of paths")
         for name in names:
-            _read(_beside(path, name), f"includes ({included.origin}): ", (*chain, path), layers)
+            _read(beside(path, name), f"includes ({included.origin}): ", chain, layers)
     layers.append(layer)
-
-
-def _beside(path: str, name: str) -> str:
-    if "://" in name or "://" in path:
-        return urljoin(path, name)
-    return os.path.normpath(Path(path).parent / name)
 
 
 def _text(path: str, named_by: str) -> str:

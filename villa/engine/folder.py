@@ -56,7 +56,7 @@ def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
 
 def refuse_used(folder: Path, *, resume: bool, trains: bool = True) -> str | None:
     """Return the name of something that shows that a folder holds a run, or None; see ``claim`` for the rest."""
-    used = next((name for name in TRACES if (folder / name).exists()), None)
+    used = next((name for name in TRACES if os.path.exists(folder / name)), None)  # noqa: PTH110 (as above)
     if used is not None and not resume:
         advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
         raise ConfigError(f"output_dir '{folder}' already holds a run ({used}); {advice} another output_dir")

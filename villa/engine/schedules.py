@@ -21,11 +21,15 @@ class ScheduleConfig:
         name: the registered name.
         warmup: updates of linear warm-up; a number below 1 is a share of all updates.
         floor: smallest learning rate (before a group's multiplier). The released code never goes below 1e-8.
+        total: updates of the whole schedule, where this run is a part of it; None: those of this run.
+        before: updates of the schedule that an earlier run has done.
     """
 
     name: str = "linear"
     warmup: int | float = 0
     floor: float = 0.0
+    total: int | None = None
+    before: int = 0
 
     def check(self) -> None:
         """Refuse senseless values.
@@ -39,6 +43,11 @@ class ScheduleConfig:
             )
         if not 0 <= self.floor < math.inf:
             raise ConfigError(f"scheduler.floor is {self.floor}; give a learning rate of 0 or more")
+        if self.before < 0 or (self.total is not None and self.total <= self.before):
+            raise ConfigError(
+                f"scheduler.before is {self.before} and scheduler.total {self.total}; give at least 0, and more in all "
+                "than before"
+            )
 
 
 class Schedule(ABC):
@@ -46,9 +55,10 @@ class Schedule(ABC):
 
     Args:
         config: an instance of ``Config``.
-        total: number of updates of the whole run.
+        total: number of updates of the run.
 
     Attributes:
+        total: number of updates of the whole schedule.
         warmup: updates of warm-up. It may exceed ``total``, as in a short trial of a long recipe; the full
             learning rate is then never reached.
     """
@@ -58,8 +68,8 @@ class Schedule(ABC):
     def __init__(self, config: Any, total: int) -> None:
         config.check()
         self.config: ScheduleConfig = config
-        self.total = total
-        self.warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+        self.total = config.total or total + config.before
+        self.warmup = round(config.warmup * self.total) if config.warmup < 1 else int(config.warmup)
 
     def factor(self, update: int) -> float:
         """Share of the base learning rate in ``update`` (1 to ``total``)."""
@@ -70,8 +80,8 @@ class Schedule(ABC):
         """Share of the base learning rate after the warm-up."""
 
     def lr(self, base_lr: float, update: int) -> float:
-        """Learning rate of ``update``: the base rate times the factor, and at least the floor."""
-        return max(base_lr * self.factor(update), self.config.floor)
+        """Learning rate of the run's ``update``: the base rate times the factor, and at least the floor."""
+        return max(base_lr * self.factor(self.config.before + update), self.config.floor)
 
     def apply(self, optimizer: Optimizer, update: int) -> None:
         """Set the learning rate of every group (made by ``parameter_groups``) for ``update``."""

@@ -23,6 +23,8 @@ SMALL = (
             "optimizer.lr": 1e-3,
             "optimizer.head_lr_multiplier": 1.0,
             "scheduler.warmup": 0.1,
+            "scheduler.total": None,
+            "scheduler.before": 0,
             "batch.examples": None,
             "batch.tokens": 1024,
             "batch.per_pass": None,
@@ -105,6 +107,9 @@ _OBJECTIVES = Overlay(
         "evaluation.metrics": ["mlm_accuracy", "itm_accuracy", "mrc_accuracy"],
         "evaluation.monitor": "loss",
         "evaluation.mode": "min",
+        "training.updates": 60,
+        "evaluation.every": 30,
+        "evaluation.examples": 64,
     },
 )
 SMALL_PRETRAINING = (*SMALL, _OBJECTIVES)
