@@ -3,7 +3,7 @@ r"""Make a JSON-lines file of questions about images (dataset=jsonl) from the an
     python tools/make_jsonl.py --task vqa --questions v2_OpenEnded_mscoco_val2014_questions.json \
         --annotations v2_mscoco_val2014_annotations.json --images val2014 --output vqa/val.jsonl
 
-docs/own_data.md shows the commands of all tasks.
+docs/vilt.md shows the commands of all tasks.
 """
 
 from __future__ import annotations
