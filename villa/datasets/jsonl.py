@@ -8,12 +8,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tokenizers import Tokenizer
 
+from villa.config.overlays import Overlay
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig
 from villa.datasets.jsonl_split import JsonlSplit
@@ -31,6 +32,8 @@ from villa.datasets.records import (
 from villa.datasets.stores.base import Source, Sources, files_digest
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor
+from villa.datasets.synthetic import EXAMPLES, databases
+from villa.datasets.synthetic.pictures import SMALL_PICTURES, write_pictures
 from villa.datasets.text import build_tokenizer, load_tokenizer
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import local_path, sha256
@@ -39,6 +42,8 @@ from villa.registry import register_dataset
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+#: Options that the files themselves stand for in the fingerprint.
+_SYNTHETIC = ("synthetic", "synthetic_lines", "synthetic_examples")
 
 
 @dataclass
@@ -65,7 +70,13 @@ class JsonlConfig(QuestionAnsweringConfig):
         target: ``class``, one answer (the best-scored), or ``soft``, scores of all; ``auto`` is soft when the first
             question of ``train`` has ``answers``. With a processor also ``text``, an answer that the model writes, or
             ``pair``, images and texts that belong together.
+        synthetic: draw small pictures with lines about them and run a tiny model on these, to try the recipe.
+        synthetic_lines: what the lines are: ``questions`` about a picture, ``sentences`` about two, or ``captions``;
+            ``auto`` takes captions for the target ``pair`` and questions for others.
+        synthetic_examples: lines that are made to train on; a quarter of them to evaluate on.
     """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PICTURES
 
     name: str = "jsonl"
     train: str | None = None
@@ -79,6 +90,9 @@ class JsonlConfig(QuestionAnsweringConfig):
     vocabulary_size: int = 8192
     regions: Literal["auto", "grid", "files", "pixels", "none"] = "auto"
     target: Literal["auto", "class", "soft", "text", "pair"] = "auto"
+    synthetic: bool = False
+    synthetic_lines: Literal["auto", "questions", "sentences", "captions"] = "auto"
+    synthetic_examples: int = EXAMPLES
 
     def check(self) -> None:
         """Refuse numbers that make no sense; see the base class."""
@@ -87,6 +101,8 @@ class JsonlConfig(QuestionAnsweringConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
+        if self.synthetic_examples < 32:
+            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
         self.check_kind(self.kind)
         if self.processor is not None and (self.tokenizer is not None or self.regions in ("grid", "files")):
             other = "tokenizer" if self.tokenizer is not None else f"regions={self.regions}"
@@ -111,7 +127,7 @@ class Jsonl(QuestionAnswering):
 
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that a file is given for."""
-        return tuple(name for name in SPLITS if getattr(self.config, name) is not None)
+        return tuple(name for name in SPLITS if self._place(name) is not None)
 
     def split(self, name: str) -> JsonlSplit:
         """Return a split, after checking every line and extracting features that are not cached yet."""
@@ -125,12 +141,12 @@ class Jsonl(QuestionAnswering):
     def fingerprint(self) -> str:
         """Hash of the files, names and sizes of what they refer to, options and extractor."""
         options = asdict(self.config)
-        for place in ("cache_dir", "image_root", *SPLITS, "answers", "tokenizer", "processor"):
+        for place in ("cache_dir", "image_root", *SPLITS, "answers", "tokenizer", "processor", *_SYNTHETIC):
             options.pop(place)
         parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
         parts.append(self.vocabulary.reading_fingerprint())
         for name in SPLITS:
-            if getattr(self.config, name) is not None:
+            if self._place(name) is not None:
                 lines = self._lines(name)
                 parts.append([name, sha256(lines.path), files_digest(self._files(lines))])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -175,10 +191,20 @@ class Jsonl(QuestionAnswering):
     def _lines(self, name: str) -> JsonLines:
         if name not in SPLITS:
             raise DataError(f"jsonl has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
-        path = getattr(self.config, name)
+        path = self._place(name)
         if path is None:
             raise DataError(f"jsonl has no file for split '{name}'; set dataset.{name}=path/to/questions.jsonl")
         return JsonLines(local_path(path))
+
+    def _place(self, split: str) -> str | None:
+        """The file of a split, or None."""
+        place: str | None = getattr(self.config, split)
+        if not self.config.synthetic:
+            return place
+        lines = self.config.synthetic_lines
+        task = ("captions" if self.config.kind == "pair" else "questions") if lines == "auto" else lines
+        made = databases(f"jsonl_{task}", self.config.synthetic_examples, partial(_write_pictures, task))
+        return str(made / f"{split}.jsonl")
 
     def _folder(self, path: Path) -> Path:
         return path.parent if self.config.image_root is None else local_path(self.config.image_root)
@@ -225,6 +251,10 @@ class Jsonl(QuestionAnswering):
         where = self._train.where(0)
         source = region_source(self._train[0], regions, self._folder(self._train.path), where)
         return FileStore([source]).dim if source else None
+
+
+def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:
+    write_pictures(task, examples, root)
 
 
 def _read_answers(path: Path) -> list[str]:
