@@ -1,5 +1,6 @@
-"""What all tests share: one torch thread, and the example project on the path."""
+"""What all tests share: one torch thread, no network for models, and the example project on the path."""
 
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "projects" / "example"), str(Path(__file__).parent), str(Path(__file__).parent / "engine")]
 
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; read before the first test imports transformers
 
 
 @pytest.fixture(scope="session")
