@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (230, 200, 30)}
-SHAPES = ("circle", "square", "triangle")
-SIDE = 64
+from villa.datasets.synthetic.pictures import COLOURS, SHAPES, draw_shape
+
 #: Images of every colour and shape.
 COPIES = {"train": 6, "val": 2, "test": 2}
 
@@ -45,7 +43,7 @@ def draw_split(folder: Path, split: str, copies: int, random: np.random.Generato
         for colour in COLOURS:
             for shape in SHAPES:
                 name = f"images/{split}_{colour}_{shape}_{copy}.png"
-                draw(colour, shape, random).save(folder / name)
+                draw_shape(colour, shape, random).save(folder / name)
                 other = SHAPES[int(random.integers(len(SHAPES)))]
                 yield {"image": name, "question": "What is the colour of the shape?", "answer": colour}
                 yield {"image": name, "question": "Which shape is in the picture?", "answer": shape}
@@ -60,22 +58,6 @@ def captions(split: str, copies: int) -> list[dict[str, str]]:
         for colour in COLOURS
         for shape in SHAPES
     ]
-
-
-def draw(colour: str, shape: str, random: np.random.Generator) -> Image.Image:
-    """Draw one shape of a random size at a random place."""
-    image = Image.new("RGB", (SIDE, SIDE), "white")
-    radius = int(random.integers(14, 22))
-    x, y = (int(place) for place in random.integers(radius, SIDE - radius, size=2))
-    box = (x - radius, y - radius, x + radius, y + radius)
-    pen = ImageDraw.Draw(image)
-    if shape == "circle":
-        pen.ellipse(box, fill=COLOURS[colour])
-    elif shape == "square":
-        pen.rectangle(box, fill=COLOURS[colour])
-    else:
-        pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=COLOURS[colour])
-    return image
 
 
 def write_lines(path: Path, records: list[dict[str, str]]) -> None:

@@ -248,3 +248,10 @@ def test_streams_from_workers(write_lines: WriteLines, workers: int) -> None:
     (batch,) = evaluation_batches(split, dataset.collate, 8, workers)
     assert batch.ids == ["first", "2", "3", "4"]
     assert pickle.loads(pickle.dumps(split))[1].target == 0
+
+
+def test_the_fingerprint_does_not_depend_on_what_was_read_before(write_lines: Any) -> None:
+    dataset = data(train=write_lines("train.jsonl", TEXTS))
+    before = dataset.fingerprint()
+    dataset.split("train")
+    assert dataset.fingerprint() == before

@@ -63,7 +63,9 @@ class Assets:
     def reading_fingerprint(self) -> str:
         """Hash of what reads texts and images."""
         if self.tokenizer is not None:
-            return self.tokenizer.to_str()
+            plain = Tokenizer.from_str(self.tokenizer.to_str())
+            plain.no_truncation()  # remembered from the last text, and an option of the data set
+            return str(plain.to_str())
         with tempfile.TemporaryDirectory() as folder:
             save_processor(self.processor, Path(folder))
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

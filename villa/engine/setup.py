@@ -123,9 +123,10 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
     points = model.perturbation_points()
     missing = [modality for modality in trainer.modalities() if modality not in points]
     if missing:
+        possible = f"{' and '.join(points)} only" if points else "nothing"
         raise ConfigError(
             f"trainer '{config.trainer.name}' perturbs {' and '.join(missing)}, but model '{config.model.name}' can "
-            f"be perturbed in {' and '.join(points) or 'nothing'} only; set trainer.modality accordingly"
+            f"be perturbed in {possible}; set trainer.modality accordingly"
         )
     return trainer
 
