@@ -68,7 +68,7 @@ class Schedule(ABC):
     def __init__(self, config: Any, total: int) -> None:
         config.check()
         self.config: ScheduleConfig = config
-        self.total = config.total or total + config.before
+        self.total: int = config.total or total + config.before
         self.warmup = round(config.warmup * self.total) if config.warmup < 1 else int(config.warmup)
 
     def factor(self, update: int) -> float:
