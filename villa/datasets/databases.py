@@ -204,7 +204,7 @@ class DatabaseTask(ReleasedFilesTask):
     def _check_against_checkpoint(self, facts: DataFacts) -> None:
         if self.assets is None:
             return
-        trained = self.trained_facts()
+        trained = self.trained_facts
         if (facts.feature_dim, facts.vocab_size) != (trained["feature_dim"], trained["vocab_size"]):
             raise DataError(
                 f"the checkpoint was trained on region features {trained['feature_dim']} wide and "

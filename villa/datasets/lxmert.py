@@ -80,7 +80,7 @@ class LxmertTask(ReleasedFilesTask):
         split = next(iter(self._present()), self.splits()[0])
         self._require(split)
         dim = self._store(split).dim
-        if self.assets is not None and dim != (trained := self.trained_facts()["feature_dim"]):
+        if self.assets is not None and dim != (trained := self.trained_facts["feature_dim"]):
             raise DataError(
                 f"the checkpoint was trained on region features {trained} wide, but those of the recipe "
                 f"are {dim} wide; use the features of the training data"

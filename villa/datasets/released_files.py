@@ -106,8 +106,11 @@ class ReleasedFilesTask(TaskDataset):
         """Return what a checkpoint keeps of the facts, as a JSON object."""
         return asdict(self.facts())
 
+    @cached_property
     def trained_facts(self) -> dict[str, Any]:
-        """Return what the checkpoint kept of its data, with the sizes ``feature_dim`` and ``vocab_size``.
+        """What the checkpoint kept of its data, with the sizes ``feature_dim`` and ``vocab_size``.
+
+        They are read once: the checkpoint that a run was resumed from is removed when there are newer ones.
 
         Raises:
             DataError: the file is missing or damaged.
