@@ -16,7 +16,7 @@ from blocks import Block, headings, links, read_blocks
 
 from villa.cli import validate
 from villa.cli.run import main
-from villa.config import load
+from villa.config import load_stages
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -129,8 +129,9 @@ def load_recipe(block: Block) -> None:
     """A recipe, or some of its sections, has no mistake."""
     path = Path("block.yaml")
     path.write_text(block.text, encoding="utf-8")
-    missing = REST.keys() - yaml.safe_load(block.text).keys()
-    load([f"config={path}", *(REST[section] for section in missing)])
+    given = yaml.safe_load(block.text).keys()
+    missing = set() if "stages" in given else REST.keys() - given
+    load_stages([f"config={path}", *(REST[section] for section in missing)])
 
 
 def load_lines(block: Block) -> None:
