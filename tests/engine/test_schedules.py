@@ -100,3 +100,18 @@ def test_senseless_values_are_refused_in_one_line(options: dict[str, Any], word:
 def test_recipes_may_give_a_whole_number_or_a_share(warmup: float) -> None:
     config = OmegaConf.merge(OmegaConf.structured(ScheduleConfig), {"warmup": warmup})
     assert OmegaConf.to_object(config) == ScheduleConfig(warmup=warmup)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_share_a_schedule(name: str) -> None:
+    whole = schedule(name, 100, warmup=0.1)
+    first, second = schedule(name, 40, warmup=0.1, total=100), schedule(name, 60, warmup=0.1, total=100, before=40)
+    rates = [run.lr(0.5, update) for run, count in ((first, 40), (second, 60)) for update in range(1, count + 1)]
+    assert rates == [whole.lr(0.5, update) for update in range(1, 101)]
+    assert schedule(name, 60, warmup=0.1, before=40).lr(0.5, 7) == whole.lr(0.5, 47)
+
+
+@pytest.mark.parametrize("options", [{"before": -1}, {"total": 40, "before": 40}])
+def test_a_part_of_a_schedule_lies_within_it(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"scheduler\.before is"):
+        schedule("linear", 10, **options)
