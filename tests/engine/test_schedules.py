@@ -19,8 +19,8 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "misc" / "schedules.
 NAMES = ("linear", "cosine", "constant", "noam")
 
 
-def schedule(name: str, total: int, **options: Any) -> Any:
-    return SCHEDULERS.get(name)(ScheduleConfig(name=name, **options), total)
+def schedule(name: str, updates: int, /, **options: Any) -> Any:
+    return SCHEDULERS.get(name)(ScheduleConfig(name=name, **options), updates)
 
 
 def test_linear_equals_the_released_code() -> None:
