@@ -230,8 +230,70 @@ def test_the_head_has_a_rate_of_its_own() -> None:
         assert build(name).head_prefixes() == tuple(f"transformer.{prefix}" for prefix in prefixes)
 
 
-def test_models_that_look_words_up_twice_are_not_perturbed() -> None:
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 40}
-    more = {**dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2), "encoder_ffn_dim": 16}
-    config = TextClassifierConfig(architecture="bart", options={**sizes, **more})
-    assert TextClassifier.from_config(config, FACTS).perturbation_points() == {}
+BART: dict[str, Any] = {
+    **dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    "max_position_embeddings": 40,
+}
+T5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
+XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+OPT = {name: size for name, size in SIZES.items() if not name.startswith("i")} | {
+    "ffn_dim": 32,
+    "word_embed_proj_dim": 16,
+}
+
+
+def other(name: str, options: dict[str, Any]) -> TextClassifier:
+    """One of an architecture that is not in ``ARCHITECTURES``."""
+    return TextClassifier.from_config(TextClassifierConfig(architecture=name, options=options), FACTS).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "states"),
+    [("bart", BART, 2), ("t5", T5, 2), ("xlnet", XLNET, 2), ("longformer", {**SIZES, "attention_window": [4, 4]}, 3)],
+)
+def test_models_whose_words_lie_otherwise_score_texts_and_are_not_perturbed(
+    name: str, options: dict[str, Any], states: int
+) -> None:
+    model = other(name, options)
+    output = model(batch_of(TEXTS), hidden_states=True)
+    assert output.logits.shape == (3, 3)
+    assert len(output.hidden_states) == states
+    assert model.perturbation_points() == {}
+
+
+@pytest.mark.parametrize(("name", "options"), [("bart", BART), ("opt", OPT), ("roformer", {**SIZES})])
+def test_positions_of_other_names_have_a_limit_too(name: str, options: dict[str, Any]) -> None:
+    model = other(name, options)
+    assert model(batch_of([[2, *[5] * 38, 3]], types=False)).logits.shape == (1, 3)
+    with pytest.raises(DataError, match="has 41 tokens, but the model reads 40"):
+        model(batch_of([[2, *[5] * 39, 3]], types=False))
+
+
+@pytest.mark.parametrize("name", ["clip", "vit", "canine"])
+def test_architectures_without_a_vocabulary_are_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"architecture='{name}' has no vocabulary; use a text model"):
+        other(name, {})
+
+
+def test_a_model_without_padding_reads_batches(tmp_path: Path) -> None:
+    """GPT-2 as released names no padding, and finds a text's last word by it."""
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40, "vocab_size": 60}
+    config: Any = transformers.GPT2Config(**sizes, bos_token_id=3, eos_token_id=3, initializer_range=0.2)
+    transformers.GPT2Model(config).save_pretrained(tmp_path / "folder")
+    wanted = TextClassifierConfig(checkpoint=str(tmp_path / "folder"))
+    model = TextClassifier.from_config(wanted, replace(FACTS, vocab_size=None))
+    model.load_weights(str(tmp_path / "folder"))
+    model.eval()
+    alone = torch.cat([model(batch_of([text])).logits for text in TEXTS])
+    torch.testing.assert_close(model(batch_of(TEXTS)).logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_called_like_a_model_type_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("roberta", pad_token_id=1).transformer.save_pretrained(tmp_path / "roberta")
+    monkeypatch.chdir(tmp_path)
+    model = TextClassifier.from_config(TextClassifierConfig(checkpoint="roberta"), replace(FACTS, vocab_size=None))
+    assert model.transformer.config.vocab_size == 60
+    model = TextClassifier.from_config(TextClassifierConfig(checkpoint="roberta"), FACTS)
+    assert model.transformer.config.pad_token_id == 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
@@ -22,7 +22,9 @@ from villa.registry import register_model
 #: Special tokens of a vocabulary that the data set builds (``villa.datasets.text.SPECIAL_TOKENS``), for fresh models.
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 #: What models call their embedding of learned positions.
-_POSITIONS = ("position_embeddings", "wpe")
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+#: Models whose word vectors lie otherwise than a batch's words: time first (XLNet), or padded further inside.
+_OTHERWISE = ("xlnet", "longformer", "big_bird")
 
 
 @dataclass
@@ -101,8 +103,8 @@ class TextClassifier(TransformersModel):
         output = self._run(batch, hidden_states, attentions)
         return ModelOutput(
             output.logits,
-            hidden_states=tuple(output.hidden_states or ()),
-            attentions=tuple(output.attentions or ()),
+            hidden_states=_layers(output, "hidden_states"),
+            attentions=_layers(output, "attentions"),
         )
 
     def pretrained(self) -> Any:
@@ -110,11 +112,11 @@ class TextClassifier(TransformersModel):
         return self.transformer
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the output of the word embedding; none where both an encoder and a decoder look words up."""
-        if self.transformer.config.is_encoder_decoder:
+        """Text: the output of the word embedding; none where words are looked up twice, or lie otherwise."""
+        embedding, config = self.transformer.get_input_embeddings(), self.transformer.config
+        module = next((name for name, child in self.named_modules() if child is embedding), None)
+        if module is None or config.is_encoder_decoder or config.model_type in _OTHERWISE:
             return {}
-        embedding = self.transformer.get_input_embeddings()
-        module = next(name for name, child in self.named_modules() if child is embedding)
         return {"text": Point(module, "output", _text_mask)}
 
     def head_prefixes(self) -> tuple[str, ...]:
@@ -134,9 +136,9 @@ class TextClassifier(TransformersModel):
         known, config = inspect.signature(self.transformer.forward).parameters, self.transformer.config
         arguments = {"input_ids": batch.input_ids}
         if batch.attention_mask is not None:
-            arguments["attention_mask"] = batch.attention_mask
+            arguments["attention_mask"] = batch.attention_mask.long()  # XLNet subtracts it
             # Batches are padded with 0; some architectures tell padding by its id, and count positions so.
-            if config.pad_token_id is not None:
+            if getattr(config, "pad_token_id", None) is not None:
                 arguments["input_ids"] = batch.input_ids.masked_fill(~batch.attention_mask, config.pad_token_id)
         # A single type is no type: RoBERTa has one, and reads pairs without.
         if batch.token_type_ids is not None and "token_type_ids" in known and getattr(config, "type_vocab_size", 2) > 1:
@@ -144,11 +146,20 @@ class TextClassifier(TransformersModel):
         return arguments
 
     def _limit(self) -> int | None:
-        """The longest text that learned positions have rows for; some positions are those of padding and before."""
+        """The longest text that a table of positions has rows for; some rows are those of padding and before."""
         for name, module in self.transformer.named_modules():
-            if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
-                return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            table = getattr(module, "weight", None)
+            if name.rpartition(".")[2] in _POSITIONS and isinstance(table, Tensor):
+                padding = getattr(module, "padding_idx", None)
+                unused: int = getattr(module, "offset", 0 if padding is None else padding + 1)
+                return len(table) - unused
         return None
+
+
+def _layers(output: Any, what: str) -> tuple[Tensor, ...]:
+    """Hidden states or attentions; of a model with an encoder and a decoder, the encoder's."""
+    found = getattr(output, what, None) or getattr(output, f"encoder_{what}", None)
+    return tuple(found or ())
 
 
 def _text_mask(batch: Batch) -> Tensor | None:
@@ -156,19 +167,39 @@ def _text_mask(batch: Batch) -> Tensor | None:
 
 
 def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
-    """The configuration of transformers, with the sizes and names that the data fix."""
+    """The configuration of transformers, with the sizes and names that the data fix.
+
+    Raises:
+        ConfigError: an architecture without a vocabulary, or numbers that contradict the data.
+    """
     architecture = _architecture(config)
     described = find_config(architecture, config.options)
+    if not hasattr(described, "vocab_size"):
+        raise ConfigError(
+            f"model.architecture='{described.model_type}' has no vocabulary; use a text model like 'bert'"
+        )
     stored: int | None = described.vocab_size
-    if architecture == described.model_type:  # a fresh one, with the defaults of transformers
+    # A fresh one, with the defaults of transformers; a folder may be called like a model type.
+    if architecture == described.model_type and not is_transformers_folder(architecture):
         stored = config.options.get("vocab_size")
         if facts.vocab_size is not None:
             for name in (_TOKENS.keys() & described.to_dict().keys()) - config.options.keys():
                 setattr(described, name, _TOKENS[name])
     vocab_size = config.vocab_size if config.vocab_size is not None else stored
     described.vocab_size = settle("model.vocab_size", vocab_size, facts.vocab_size)
+    _settle_tokens(described)
     name_labels(described, config.num_labels, facts)
     return described
+
+
+def _settle_tokens(described: Any) -> None:
+    """Name the padding and the decoder's first token of architectures that need them and do not say."""
+    if getattr(described, "pad_token_id", None) is None:  # GPT-2 and its like find the last word by it
+        ends = getattr(described, "eos_token_id", None)
+        # What the reader of texts pads with where the tokenizer has no padding.
+        described.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    if described.is_encoder_decoder and getattr(described, "decoder_start_token_id", None) is None:
+        described.decoder_start_token_id = described.pad_token_id
 
 
 def _architecture(config: TextClassifierConfig) -> str:
