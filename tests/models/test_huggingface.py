@@ -242,7 +242,9 @@ def test_options_change_a_fresh_architecture() -> None:
     ("options", "facts", "message"),
     [
         ({}, DataFacts(), "model.architecture is missing"),
+        ({"architecture": "clipp"}, DataFacts(), "model.architecture='clipp' is no model type"),
         ({"architecture": "clipp"}, DataFacts(), "did you mean 'clip'"),
+        ({"checkpoint": "no_folder"}, DataFacts(), "model.checkpoint='no_folder' is no model type"),
         ({"architecture": "clip", "options": {"projection_dimm": 3}}, DataFacts(), "did you mean 'projection_dim'"),
         ({"architecture": "clip", "options": {"text_config": {"hiden_size": 3}}}, DataFacts(), "hiden_size"),
         ({"architecture": "clip"}, DataFacts(task="generation"), "is not for generation"),

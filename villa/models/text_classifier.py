@@ -173,7 +173,8 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
         ConfigError: an architecture without a vocabulary, or numbers that contradict the data.
     """
     architecture = _architecture(config)
-    described = find_config(architecture, config.options)
+    named = config.architecture is not None or config.checkpoint is None
+    described = find_config(architecture, config.options, "model.architecture" if named else "model.checkpoint")
     if not hasattr(described, "vocab_size"):
         raise ConfigError(
             f"model.architecture='{described.model_type}' has no vocabulary; use a text model like 'bert'"

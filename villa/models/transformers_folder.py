@@ -30,13 +30,14 @@ def describing(source: str) -> str:
     return str(saved) if is_transformers_folder(saved) else source
 
 
-def find_config(architecture: str, options: Mapping[str, Any]) -> Any:
+def find_config(architecture: str, options: Mapping[str, Any], option: str = "model.architecture") -> Any:
     """Return the configuration object of transformers for an architecture.
 
     Args:
         architecture: a model type (``clip``), a folder with a ``config.json``, or a name on the hub (``owner/name``).
         options: change it, by their names in transformers; those of a nested configuration in a mapping, or by
             dotted names (``text_config.hidden_size``).
+        option: that names the architecture, for messages.
 
     Raises:
         ConfigError: no such architecture or option, or options that do not go together.
@@ -52,9 +53,9 @@ def find_config(architecture: str, options: Mapping[str, Any]) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # whatever transformers raises for values that it does not expect
-        raise ConfigError(f"model.architecture='{architecture}' cannot be built: {one_line(error)}") from error
+        raise ConfigError(f"{option}='{architecture}' cannot be built: {one_line(error)}") from error
     raise ConfigError(
-        f"model.architecture='{architecture}' is no model type of transformers and no folder with a {CONFIG_FILE}"
+        f"{option}='{architecture}' is no model type of transformers and no folder with a {CONFIG_FILE}"
         f"{nearest(architecture, CONFIG_MAPPING)}"
     )
 

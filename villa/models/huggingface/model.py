@@ -62,7 +62,8 @@ class HuggingFaceModel(TransformersModel):
             ConfigError: unknown architecture, option or class, or numbers that contradict the data.
         """
         config.check()
-        return cls._build(config, facts, find_config(_architecture(config), config.options))
+        option = "model.checkpoint" if config.architecture is None else "model.architecture"
+        return cls._build(config, facts, find_config(_architecture(config), config.options, option))
 
     @classmethod
     def restore(cls, config: HuggingFaceConfig, facts: DataFacts, assets: Path) -> HuggingFaceModel:
