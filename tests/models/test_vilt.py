@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from saved_models import save_random
 from torch import Tensor
 
 from villa.adversarial.ascent import AscentSettings
@@ -170,15 +171,9 @@ def test_both_points_move_the_logits_where_it_is_real(head: str) -> None:
 def saved(kind: Any, folder: Path, head: str = "answers", **options: Any) -> dict[str, Tensor]:
     """Save a model of transformers as dandelin's are; return its weights."""
     config = ViltConfig(**{**TINY, "head": head}).transformer(DataFacts(50, LABELS[head]))
-    torch.manual_seed(5)
     for name, value in options.items():
         setattr(config, name, value)
-    model = kind(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    weights: dict[str, Tensor] = model.state_dict()
-    return weights
+    return save_random(kind, config, folder)
 
 
 @pytest.mark.parametrize("file", [True, False])

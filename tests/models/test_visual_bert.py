@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from random_batches import random_batch
+from saved_models import save_random
 from torch import Tensor
 
 from villa.adversarial.ascent import AscentSettings
@@ -153,13 +154,7 @@ def test_both_points_move_the_logits_where_it_is_real(head: str) -> None:
 def saved(kind: Any, folder: Path, head: str = "answers") -> dict[str, Tensor]:
     """Save a model of transformers as uclanlp's are; return its weights."""
     config = VisualBertConfig(**{**TINY, "head": head}).transformer(DataFacts(50, LABELS[head], 8))
-    torch.manual_seed(5)
-    model = kind(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    weights: dict[str, Tensor] = model.state_dict()
-    return weights
+    return save_random(kind, config, folder)
 
 
 @pytest.mark.parametrize("file", [True, False])

@@ -17,7 +17,7 @@ from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.lora import adapt, merged
 from villa.models.huggingface.points import find_points, override
-from villa.models.huggingface.pooling import pool, pooled_size
+from villa.models.huggingface.pooling import at_end, pool, pooled_size
 from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
 from villa.models.load_report import LoadReport
 from villa.models.transformers_folder import ASSETS, describing, find_config
@@ -46,6 +46,7 @@ class HuggingFaceModel(TransformersModel):
         super().__init__()
         self.transformer = transformer
         self.task, self.options = task, config
+        self._known = frozenset(inspect.signature(transformer.forward).parameters)
         self.head: nn.Linear | None = None
         if task == "classification" and not self._has_own_head():
             width = pooled_size(transformer, last=self._looks_back())
@@ -99,7 +100,7 @@ class HuggingFaceModel(TransformersModel):
         if self.task == "classification":
             return output.logits
         pad = self._pad_token()
-        arguments = self._arguments(prompts(batch, pad), self.transformer.forward)
+        arguments = self._arguments(prompts(batch, pad))
         return write(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
 
     def pretrained(self) -> Any:
@@ -140,13 +141,12 @@ class HuggingFaceModel(TransformersModel):
 
     def _looks_back(self) -> bool:
         """Whether a language model, of which every position sees those before it, reads the images."""
-        names = inspect.signature(self.transformer.forward).parameters
-        return "past_key_values" in names
+        return "past_key_values" in self._known
 
     def _score(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
         if self.task == "generation":
             return self._score_answers(batch, asked)
-        output = self.transformer(**self._arguments(batch, self.transformer.forward), **asked, return_dict=True)
+        output = self.transformer(**self._arguments(batch), **asked, return_dict=True)
         common: dict[str, Any] = {name: getattr(output, name, None) or () for name in ("hidden_states", "attentions")}
         if self.task == "contrastive":
             return ModelOutput(output.logits_per_image, embeddings=_embeddings(output), **common)
@@ -160,11 +160,11 @@ class HuggingFaceModel(TransformersModel):
     def _score_answers(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
         if self._has_encoder() and batch.answer_mask is not None:
             return self._score_decoded(batch, batch.answer_mask, asked)
-        arguments, kept = self._arguments(batch, self.transformer.forward), {}
+        arguments, kept = self._arguments(batch), {}
         found: list[Any] = []
 
         def score(positions: Tensor) -> Tensor:
-            if "logits_to_keep" in inspect.signature(self.transformer.forward).parameters:
+            if "logits_to_keep" in self._known:
                 kept["logits_to_keep"] = positions
             found.append(self.transformer(**arguments, **kept, **asked, return_dict=True))
             logits: Tensor = found[0].logits
@@ -179,15 +179,14 @@ class HuggingFaceModel(TransformersModel):
         else:
             assert batch.input_ids is not None
             rows = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask.long()
-            logits = score(rows)[torch.arange(len(mask), device=mask.device), (rows * mask).argmax(1)]
+            logits = at_end(score(rows), batch.attention_mask)
         states, maps = (getattr(found[0], name, None) or () for name in ("hidden_states", "attentions"))
         return ModelOutput(logits, hidden_states=tuple(states), attentions=tuple(maps))
 
     def _score_decoded(self, batch: Batch, answers: Tensor, asked: dict[str, bool]) -> ModelOutput:
         """Score the answers by a decoder; the encoder reads the rest of the texts, at unchanged positions."""
         read, predicted = decoder_inputs(batch, self._decoder_start())
-        arguments = self._arguments(batch, self.transformer.forward)
+        arguments = self._arguments(batch)
         arguments["input_ids"] = arguments["input_ids"].masked_fill(answers, self._pad_token())
         real = arguments.get("attention_mask", torch.ones_like(answers, dtype=torch.long))
         arguments["attention_mask"] = real.masked_fill(answers, 0)
@@ -207,16 +206,14 @@ class HuggingFaceModel(TransformersModel):
         starts = (getattr(part, "decoder_start_token_id", None) for part in parts)
         return next((int(start) for start in starts if start is not None), self._pad_token())
 
-    def _arguments(self, batch: Batch, function: Any) -> dict[str, Tensor]:
+    def _arguments(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch the model's ``forward`` has a name for."""
         if batch.input_ids is None or batch.pixel_values is None:
             lacking = "texts" if batch.input_ids is None else "images"
-            known = inspect.signature(function).parameters
-            if lacking == "texts" or "pixel_values" in known:
+            if lacking == "texts" or "pixel_values" in self._known:
                 raise DataError(f"the model reads {lacking}, but the data has none; set dataset.regions=pixels")
         given = {name: getattr(batch, name) for name in _FIELDS if getattr(batch, name) is not None}
-        parameters = inspect.signature(function).parameters
-        named = {name: value for name, value in {**given, **(batch.inputs or {})}.items() if name in parameters}
+        named = {name: value for name, value in {**given, **(batch.inputs or {})}.items() if name in self._known}
         if "attention_mask" in named:
             named["attention_mask"] = named["attention_mask"].long()  # some models count it up
         return named

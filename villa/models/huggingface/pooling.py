@@ -30,13 +30,21 @@ def pool(output: Any, attention_mask: Tensor | None, *, last: bool) -> Tensor:
         return pooled
     joint = getattr(output, "multimodal_embeddings", None)
     states: Tensor = joint if joint is not None else output.last_hidden_state
-    if not last:
-        return states[:, 0]
+    return at_end(states, attention_mask) if last else states[:, 0]
+
+
+def at_end(values: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return what ``values [B, T, ...]`` hold at the last real position of each row: ``[B, ...]``.
+
+    Args:
+        values: of right- or left-padded texts.
+        attention_mask: ``[B, T]``; None when all positions are real.
+    """
     if attention_mask is None:
-        return states[:, -1]
-    positions = torch.arange(attention_mask.shape[1], device=states.device)
-    end = (positions * attention_mask.long()).argmax(1)  # right- or left-padded
-    return states[torch.arange(len(states), device=states.device), end]
+        return values[:, -1]
+    positions = torch.arange(attention_mask.shape[1], device=values.device)
+    end = (positions * attention_mask.long()).argmax(1)
+    return values[torch.arange(len(values), device=values.device), end]
 
 
 def pooled_size(model: nn.Module, *, last: bool) -> int:
