@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -159,3 +160,31 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
         raise DataError(f"cannot read the {what} '{path}' ({error.strerror}); {advice}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"the {what} '{path}' is not valid JSON ({str(error).splitlines()[0]}); {advice}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``, which gets that name when the block ends well.
+
+    A crash leaves no folder of that name. Where another process has made it in the meantime, that one stays.
+
+    Args:
+        path: folder to make; missing parent folders are made.
+
+    Raises:
+        OSError: it cannot be written, or ``path`` is a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.is_dir():  # another process was not first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    fsync(path.parent)

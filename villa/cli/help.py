@@ -18,6 +18,7 @@ from villa.registry import REGISTRIES
 
 USAGE = """\
 usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points]
+       villa_run config=RECIPE.yaml ... --sweep section.option=value,value,... ... [--at-once N]
        villa_run --list [KIND] | --help [section=name ...] | --version
 
 Train, evaluate or predict with what a recipe names. Later values win: defaults, presets, included files, the
@@ -31,6 +32,9 @@ recipe, the command line. Values are YAML; quote brackets and blanks for the she
 A recipe may have stages, each a recipe that starts from the weights of the one before: stages: [a.yaml, b.yaml].
 Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
 
+  --sweep a=1,2 b=x,y   one run for every combination of the values, each in its folder below output_dir, and a table
+                        and a figure of what they reach; the same command again goes on with what is missing
+  --at-once N           run N of them at once (1)
   --print-config        show the resolved recipe with the origin of every value, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --list [KIND]         list what is registered: models, datasets, losses, ...

@@ -35,6 +35,8 @@ def _main(argv: Sequence[str]) -> int:
         return _show(help_text(options.values))
     if options.list is not None:
         return _list(options.list, options.values)
+    if options.sweep is not None:
+        return _sweep(options)
     from villa.config import annotated, load_stages
 
     stages = load_stages(options.values)
@@ -60,7 +62,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--perturbation-points", action="store_true")
     parser.add_argument("--list", nargs="?", const="all")
+    parser.add_argument("--sweep", nargs="+")
+    parser.add_argument("--at-once", type=int, default=1)
     return parser.parse_intermixed_args(list(argv))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from villa.sweeps.axes import parse_axis
+    from villa.sweeps.sweep import Sweep
+
+    sweep = Sweep(options.values, [parse_axis(argument) for argument in options.sweep])
+    code = sweep.run(options.at_once)
+    sweep.report()
+    return code
 
 
 def _list(kind: str, values: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from villa.config.overlays import Overlay
 from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.database_paths import SPLITS, DatabasePaths, describe_missing
 from villa.datasets.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
+from villa.datasets.fractions import check_fraction, share
 from villa.datasets.released_files import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
@@ -39,6 +40,8 @@ class DatabaseConfig(ReleasedFilesConfig):
         subset: train on the examples that ``id2len.<subset>.json`` lists instead of ``id2len.json``.
         max_text_length: longest text to train on, by the lengths in ``id2len.json`` (word-pieces without [CLS] and
             [SEP]; for VCR see docs/data.md); longer ones are left out.
+        fraction: share of each text database's examples to train on; a smaller share is part of a larger one.
+        fraction_seed: of the choice of that share.
         box_threshold: confidence above which a detected box is used.
         max_boxes: largest number of detected boxes an image.
         min_boxes: smallest number of detected boxes an image.
@@ -56,6 +59,8 @@ class DatabaseConfig(ReleasedFilesConfig):
     test_images: list[str] = field(default_factory=list)
     subset: str | None = None
     max_text_length: int = 60
+    fraction: float = 1.0
+    fraction_seed: int = 0
     box_threshold: float = 0.2
     max_boxes: int = 100
     min_boxes: int = 10
@@ -74,6 +79,7 @@ class DatabaseConfig(ReleasedFilesConfig):
                 )
         if self.max_text_length < 1:
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least 1")
+        check_fraction(self.fraction)
         self.detected_boxes()
 
     def detected_boxes(self) -> BoxSelection:
@@ -127,10 +133,11 @@ class DatabaseTask(ReleasedFilesTask):
             raise DataError(f"text database '{pair.text.path}' lists no examples; make it again")
         if name != "train":
             return lengths
-        kept = {id: length for id, length in lengths.items() if length <= self.config.max_text_length}
+        chosen = share(list(lengths), self.config.fraction, self.config.fraction_seed)
+        kept = {id: lengths[id] for id in chosen if lengths[id] <= self.config.max_text_length}
         if not kept:
             raise DataError(
-                f"all {len(lengths)} texts of '{pair.text.path}' are longer than "
+                f"all {len(chosen)} texts of '{pair.text.path}' are longer than "
                 f"dataset.max_text_length={self.config.max_text_length}; raise it"
             )
         return kept

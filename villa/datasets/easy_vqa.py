@@ -15,6 +15,7 @@ import numpy as np
 
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig
+from villa.datasets.fractions import check_fraction, share
 from villa.datasets.processor_reader import Kind
 from villa.datasets.question_answering import QuestionAnswering, QuestionAnsweringConfig
 from villa.datasets.reader import Record
@@ -22,7 +23,6 @@ from villa.datasets.stores.base import Source, files_digest
 from villa.datasets.stores.grid import GridExtractor
 from villa.datasets.table import TableSplit
 from villa.datasets.text import build_tokenizer
-from villa.engine.rng import derive_seed
 from villa.errors import ConfigError, DataError, nearest
 from villa.registry import register_dataset
 
@@ -57,8 +57,7 @@ class EasyVqaConfig(QuestionAnsweringConfig):
     def check(self) -> None:
         """Refuse numbers that make no sense; see the base class."""
         super().check()
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"dataset.fraction={self.fraction} is not allowed; give a share in (0, 1]")
+        check_fraction(self.fraction)
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"dataset.limit={self.limit} is not allowed; give at least 1, or null for all questions")
         if self.val_images < 0:
@@ -169,9 +168,7 @@ class EasyVqa(QuestionAnswering):
     def _trained_on(self, questions: list[Question]) -> list[Question]:
         first = self._first_held_out()
         kept = [question for question in questions if question.image < first]
-        order = np.random.default_rng(derive_seed("fraction", self.config.fraction_seed)).permutation(len(kept))
-        count = max(1, round(self.config.fraction * len(kept)))
-        return [kept[index] for index in sorted(order[:count].tolist())]
+        return list(share(kept, self.config.fraction, self.config.fraction_seed))
 
 
 def _package() -> ModuleType:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from villa.config.schema import RunConfig
 from villa.datasets.base import TaskDataset
+from villa.engine.finished import is_finished
 from villa.engine.folder import refuse_used
-from villa.engine.train import saved_yaml, train
+from villa.engine.train import train
 from villa.errors import VillaError
-from villa.files import read_json, write_json
 from villa.registry import DATASETS
-
-#: Says in a stage's folder that it is done, and by which recipe.
-FINISHED = "stage.json"
 
 
 def run_stages(configs: Sequence[RunConfig]) -> int:
@@ -32,7 +28,8 @@ def run_stages(configs: Sequence[RunConfig]) -> int:
     for number, config in enumerate(configs, start=1):
         with _named(number):
             refuse_used(Path(config.output_dir), resume=config.checkpoint.resume)
-    waiting = [number for number, config in enumerate(configs, start=1) if not _finished(config)]
+    passed = {i for i, config in enumerate(configs, start=1) if config.checkpoint.resume and is_finished(config)}
+    waiting = [number for number in range(1, len(configs) + 1) if number not in passed]
     for number in waiting[1:]:
         with _named(number):
             _open_data(configs[number - 1])
@@ -45,7 +42,6 @@ def run_stages(configs: Sequence[RunConfig]) -> int:
             code = train(config)
         if code:
             return code
-        write_json(Path(config.output_dir) / FINISHED, {"recipe": _recipe(config)})
     return 0
 
 
@@ -56,18 +52,6 @@ def _named(number: int) -> Iterator[None]:
         yield
     except VillaError as error:
         raise type(error)(f"stage {number}: {error}") from error
-
-
-def _finished(config: RunConfig) -> bool:
-    """Whether a stage is to be passed over: it was done by the recipe as it is now."""
-    path = Path(config.output_dir) / FINISHED
-    if not config.checkpoint.resume or not path.is_file():
-        return False
-    return bool(read_json(path, "note of a finished stage", "remove it") == {"recipe": _recipe(config)})
-
-
-def _recipe(config: RunConfig) -> str:
-    return hashlib.sha256(saved_yaml(config).encode()).hexdigest()
 
 
 def _open_data(config: RunConfig) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from villa.batch import Batch
-from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
@@ -20,6 +18,7 @@ from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.callbacks.signals import Interrupted, SignalCallback
 from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
+from villa.engine.finished import mark_finished, saved_yaml
 from villa.engine.folder import CONFIG, claim
 from villa.engine.inference import restore_parts
 from villa.engine.progress import TrainingProgress
@@ -67,6 +66,7 @@ def train(config: RunConfig) -> int:
             return interrupted.exit_code
         finally:
             trackers.close()
+        mark_finished(config)
     return 0
 
 
@@ -128,12 +128,6 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
         f"{total} updates, {sampler.describe()} on 1 process; "
         f"{forwards} forward + {backwards} backward a micro-batch, {trainer.relative_cost():.1f}x standard training"
     )
-
-
-def saved_yaml(config: RunConfig) -> str:
-    """The recipe as it is saved: the same whether the run was resumed or not."""
-    checkpoint = dataclasses.replace(config.checkpoint, resume=False)
-    return to_yaml(dataclasses.replace(config, checkpoint=checkpoint))
 
 
 def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> None:

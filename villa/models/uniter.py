@@ -90,6 +90,7 @@ class Uniter(Model):
         joint: whether these lie in one row.
         types: rows of the type embedding unless the recipe says otherwise.
         labels: classes, where the task fixes them.
+        fallback_labels: classes where neither the task nor the data says how many.
     """
 
     Config = UniterConfig
@@ -97,6 +98,7 @@ class Uniter(Model):
     joint: ClassVar[bool] = False
     types: ClassVar[int] = 2
     labels: ClassVar[int | None] = None
+    fallback_labels: ClassVar[int | None] = None
 
     def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
         super().__init__()
@@ -119,7 +121,8 @@ class Uniter(Model):
         config.check()
         head: type[Uniter] = HEADS.get(config.head)
         found = facts.num_labels if facts.num_labels is not None else head.labels
-        num_labels = settle("model.num_labels", config.num_labels, found)
+        given = config.num_labels if (config.num_labels, found) != (None, None) else head.fallback_labels
+        num_labels = settle("model.num_labels", given, found)
         if head.labels not in (None, num_labels):
             raise ConfigError(f"head '{config.head}' has {head.labels} classes, but the data has {num_labels}")
         return head(config.sizes(facts, head.types), num_labels)

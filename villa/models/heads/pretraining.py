@@ -32,19 +32,21 @@ class UniterForPretraining(Uniter):
     ``mlm``: ``[N, vocabulary]`` of the N masked tokens; ``mrfr``: ``[M, feature_dim]``, and ``mrc`` and ``mrc_kl``:
     ``[M, labels]``, of the M masked regions; ``itm`` and ``itm_wra``: ``[B, 2]``, the second with
     ``extras["transport"]``, the distance ``[B]`` between words and regions. The classes of regions are the model's
-    labels (1,601 in the release).
+    labels (1,601 in the release); where the data has none, there is no head for them.
     """
+
+    fallback_labels = 0
 
     def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
         super().__init__(sizes, num_labels)
         self._heads: dict[str, Callable[[Encoded, Batch], ModelOutput]] = {
             "mlm": self._words,
             "mrfr": self._features,
-            "mrc": self._classes,
-            "mrc_kl": self._classes,
             "itm": self._match,
             "itm_wra": self._aligned_match,
         }
+        if num_labels:
+            self._heads |= {"mrc": self._classes, "mrc_kl": self._classes}
         self.register_load_state_dict_post_hook(_clear_unmasked_row)  # type: ignore[no-untyped-call]
         _clear_unmasked_row(self)
 
@@ -53,7 +55,8 @@ class UniterForPretraining(Uniter):
         embeddings, hidden = self.uniter.embeddings, self.sizes.hidden_size
         self.cls = nn.ModuleDict({"predictions": WordPrediction(embeddings.word_embeddings)})
         self.feat_regress = FeatureRegression(self.uniter.img_embeddings.img_linear)
-        self.region_classifier = RegionClassifier(hidden, self.num_labels)
+        if self.num_labels:
+            self.region_classifier = RegionClassifier(hidden, self.num_labels)
         self.itm_output = nn.Linear(hidden, 2)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:

@@ -1,0 +1,141 @@
+"""From pictures with questions to the databases that pre-training and VQA read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from captions import caption
+from sources import SPLITS, Annotation, Pictures
+
+from villa.datasets.raw.feature_folder import make_image_database
+from villa.datasets.raw.tasks import TextOptions, make_text_database
+from villa.datasets.raw.vqa import image_name
+from villa.datasets.stores.base import Source
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.grid import PASS, GridExtractor, GridOptions
+from villa.datasets.text import build_tokenizer
+from villa.engine.progress import track
+from villa.files import atomic_write, new_folder, write_json
+
+#: Image database whose features are all 0: what a model reaches by the questions alone.
+BLANK = "img_db_blank"
+_NAMES = "vg"  # one answer a question, as in Visual Genome's
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pictures and texts become databases.
+
+    Attributes:
+        grid: cells a side; an image has ``grid`` x ``grid`` regions.
+        image_size: pixels a side that images are resized to.
+        vocabulary: word-pieces, a ``vocab.txt``; None makes one of the words of the training texts.
+    """
+
+    grid: int
+    image_size: int
+    vocabulary: Path | None = None
+
+
+def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
+    """Write ``img_db``, ``txt_db``, ``ans2label.json`` and ``vocab.txt``; what is finished is left as it is.
+
+    Args:
+        pictures: the data set.
+        root: folder of the databases.
+        options: of features and texts.
+
+    Raises:
+        DataError: a picture cannot be read, or the folder holds databases of something else.
+    """
+    extractor = GridExtractor(GridOptions(options.grid, options.image_size))
+    features = root / "features"
+    if not features.is_dir():
+        _extract(pictures, extractor, features)
+    if not (root / "features_blank").is_dir():
+        _blank(features, root / "features_blank")
+    for source, database in ((features, "img_db"), (root / "features_blank", BLANK)):
+        make_image_database(source, root / database, BoxSelection(fixed=extractor.regions))
+    raw = root / "raw"
+    if not raw.is_dir():
+        _write_raw(pictures, raw, options.vocabulary)
+    for split in SPLITS:
+        questions = TextOptions(
+            questions=raw / f"{split}_questions.json",
+            annotations=raw / f"{split}_annotations.json",
+            answers_from=(raw / "train_annotations.json",),
+            min_occurrences=1,
+            image_set=_NAMES,
+        )
+        vocabulary = str(raw / "vocab.txt")
+        make_text_database("vqa", questions, vocabulary, root / "txt_db" / f"questions_{split}.db")
+        captions = TextOptions(annotations=raw / f"{split}_captions.jsonl")
+        make_text_database("caption", captions, vocabulary, root / "txt_db" / f"captions_{split}.db")
+    answers = (root / "txt_db" / "questions_train.db" / "ans2label.json").read_text(encoding="utf-8")
+    atomic_write(root / "ans2label.json", answers)
+
+
+def _extract(pictures: Pictures, extractor: GridExtractor, folder: Path) -> None:
+    """Write one ``.npz`` a picture: features, centred and scaled by the training pictures, and the cells' boxes."""
+    numbers, network = sorted(pictures.files), extractor.load()
+    rows = []
+    for first in track(range(0, len(numbers), PASS), "extract features", len(numbers) // PASS + 1):
+        sources = [Source(pictures.files[number], "picture") for number in numbers[first : first + PASS]]
+        rows.append(extractor(network, np.stack([extractor.read(source) for source in sources])))
+    features = np.concatenate(rows).astype(np.float32)
+    trained = {row.image for row in pictures.annotations if row.split == "train"}
+    seen = features[[place for place, number in enumerate(numbers) if number in trained]]
+    features = (features - seen.mean((0, 1))) / (seen.std((0, 1)) + 1e-6)
+    corners = extractor.boxes().numpy()
+    boxes = np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float32)
+    with new_folder(folder) as unfinished:
+        for number, row in zip(numbers, features, strict=True):
+            arrays = {"features": row.astype(np.float16), "norm_bb": boxes, "conf": np.ones(len(row), np.float32)}
+            np.savez(unfinished / image_name(_NAMES, number), **arrays)
+
+
+def _blank(features: Path, folder: Path) -> None:
+    """Write the same files with features of 0."""
+    with new_folder(folder) as unfinished:
+        for path in sorted(features.iterdir()):
+            with np.load(path) as arrays:
+                np.savez(unfinished / path.name, **{**arrays, "features": np.zeros_like(arrays["features"])})
+
+
+def _write_raw(pictures: Pictures, folder: Path, vocabulary: Path | None) -> None:
+    with new_folder(folder) as unfinished:
+        rows = list(enumerate(pictures.annotations))
+        for split in SPLITS:
+            own = [(number, row) for number, row in rows if row.split == split]
+            write_json(unfinished / f"{split}_questions.json", {"questions": [_question(*row) for row in own]})
+            write_json(unfinished / f"{split}_annotations.json", {"annotations": [_annotation(*row) for row in own]})
+            lines = "".join(f"{json.dumps(line)}\n" for line in captions([row for _, row in own]))
+            atomic_write(unfinished / f"{split}_captions.jsonl", lines)
+        atomic_write(unfinished / "vocab.txt", _vocabulary(pictures) if vocabulary is None else vocabulary.read_text())
+
+
+def captions(rows: list[Annotation]) -> Iterator[dict[str, str]]:
+    """Yield the captions of pictures, each caption of a picture once."""
+    said = dict.fromkeys((row.image, text) for row in rows if (text := caption(row.question, row.answer)) is not None)
+    for number, (image, text) in enumerate(said):
+        yield {"id": str(number), "image": image_name(_NAMES, image), "caption": text}
+
+
+def _question(number: int, row: Annotation) -> dict[str, int | str]:
+    return {"question_id": number, "image_id": row.image, "question": row.question}
+
+
+def _annotation(number: int, row: Annotation) -> dict[str, object]:
+    answer = {"multiple_choice_answer": row.answer, "answers": [{"answer": row.answer}]}
+    return {"question_id": number, "image_id": row.image, **answer}
+
+
+def _vocabulary(pictures: Pictures) -> str:
+    trained = [row for row in pictures.annotations if row.split == "train"]
+    texts = [f"{row.question} {row.answer} {caption(row.question, row.answer) or ''}" for row in trained]
+    entries = build_tokenizer(texts, 1 << 16).get_vocab(with_added_tokens=True)
+    return "".join(f"{entry}\n" for entry in sorted(entries, key=entries.__getitem__))

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one recipe, and the table and figure of what they reach."""

@@ -1,0 +1,109 @@
+"""What a sweep varies: axes, and the runs at all combinations of their values."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from villa.errors import ConfigError
+
+#: The axis over which tables take means.
+SEED = "seed"
+
+_UNSAFE = re.compile(r"[^\w.=+-]+")
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that is varied.
+
+    Attributes:
+        name: heads its column: an option's name, or a word for several options that change together.
+        values: the overrides of each value, by what it is called.
+    """
+
+    name: str
+    values: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        values: what each axis has there.
+        overrides: the overrides that this makes.
+    """
+
+    values: Mapping[str, str]
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder: ``lr=1e-5,seed=2``, with a checksum where characters had to be left out."""
+        full = ",".join(f"{axis.rpartition('.')[2]}={value}" for axis, value in self.values.items())
+        safe = ",".join(_UNSAFE.sub("_", part) for part in full.split(","))[:_LONGEST_NAME]
+        exact = ",".join(f"{axis}={value}" for axis, value in self.values.items())
+        return safe if safe == full else f"{safe}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+    def group(self) -> tuple[tuple[str, str], ...]:
+        """Return what it shares with the same run of other seeds."""
+        return tuple((axis, value) for axis, value in self.values.items() if axis != SEED)
+
+
+def parse_axis(argument: str) -> Axis:
+    """Parse ``optimizer.lr=1e-5,3e-5``: values between commas, of which those in brackets or quotes do not count.
+
+    Raises:
+        ConfigError: it is not of that form, or a value is given twice.
+    """
+    name, equals, text = argument.partition("=")
+    values = _split(text)
+    if not (equals and name and all(values)):
+        raise ConfigError(f"--sweep {argument!r:.80} is not of the form option=value,value,...")
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--sweep {name} has {twice} twice; give every value once")
+    return Axis(name, {value: (f"{name}={value}",) for value in values})
+
+
+def points(axes: Sequence[Axis]) -> list[Point]:
+    """Return the runs of a sweep: every combination of the axes' values, those of the last axis changing first.
+
+    Raises:
+        ConfigError: no axis, two of one name, or two runs of one folder.
+    """
+    names = [axis.name for axis in axes]
+    if not names:
+        raise ConfigError("a sweep needs an option to vary: --sweep option=value,value,...")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--sweep gives {twice} twice; list all of its values in one")
+    found = [
+        Point(
+            dict(zip(names, (value for value, _ in chosen), strict=True)),
+            tuple(itertools.chain.from_iterable(overrides for _, overrides in chosen)),
+        )
+        for chosen in itertools.product(*(axis.values.items() for axis in axes))
+    ]
+    if len({point.name for point in found}) < len(found):  # a.size=1 and b.size=1 differ in folders by their order only
+        raise ConfigError("two runs of the sweep would write to one folder; give its options or values other names")
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        depth += (character in "[{") - (character in "]}") if not quote else 0
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]

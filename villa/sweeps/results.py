@@ -1,0 +1,132 @@
+"""The results of a sweep: a row a run, and mean and deviation over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from villa.config.schema import RunConfig
+from villa.engine.finished import is_finished
+from villa.engine.folder import LOG, METRICS
+from villa.engine.tracking import read_log
+from villa.errors import DataError
+from villa.files import atomic_write, read_json
+from villa.sweeps.axes import SEED, Point
+
+RUNS, TABLE, MARKDOWN = "runs.csv", "table.csv", "table.md"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same run of several seeds.
+
+    Attributes:
+        values: what each axis but the seed has.
+        scores: the value of every run that has ended, in percent unless it is a loss.
+        runs: how many there are in all.
+    """
+
+    values: Mapping[str, str]
+    scores: tuple[float, ...]
+    runs: int
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the runs that have ended."""
+        return statistics.fmean(self.scores) if self.scores else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of a sample (n - 1); None for fewer than two."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+def read_score(config: RunConfig, metric: str) -> float | None:
+    """Return what a run reached, in percent unless it is a loss; None for a run that has not ended.
+
+    It is the value on the test split, or for ``run_type=train`` the best one of validation.
+
+    Raises:
+        DataError: its results are damaged, or have no such value.
+    """
+    folder = Path(config.output_dir)
+    if not is_finished(config):
+        return None
+    if config.run_type == "train":
+        found = [dict(record) for record in read_log(folder / LOG) if record["kind"] == "val"]
+    else:
+        content = read_json(folder / METRICS, "results of a run", "remove its folder to run it again")
+        found = [content.get(config.evaluation.test_split, {})]
+    values = [record[metric] for record in found if isinstance(record.get(metric), int | float)]
+    if not values:
+        known = ", ".join(dict.fromkeys(key for record in found for key in record)) or "none"
+        raise DataError(f"run '{folder}' has no value '{metric}' (it has: {known}); name another one")
+    best = min(values) if "loss" in metric else max(values)
+    return float(best) * (1 if "loss" in metric else 100)
+
+
+def group(points: Sequence[Point], scores: Mapping[str, float | None]) -> list[Group]:
+    """Put runs that differ by their seed alone together.
+
+    Args:
+        points: the runs.
+        scores: value of each by its name; None where it has not ended.
+    """
+    together: defaultdict[tuple[tuple[str, str], ...], list[float | None]] = defaultdict(list)
+    for point in points:
+        together[point.group()].append(scores[point.name])
+    return [
+        Group(dict(values), tuple(score for score in found if score is not None), len(found))
+        for values, found in together.items()
+    ]
+
+
+def write_tables(folder: Path, points: Sequence[Point], scores: Mapping[str, float | None], metric: str) -> str:
+    """Write ``runs.csv``, ``table.csv`` and ``table.md``; return the last.
+
+    Args:
+        folder: of the sweep.
+        points: its runs.
+        scores: value of each by its name.
+        metric: what it is.
+    """
+    axes, groups = list(points[0].values), group(points, scores)
+    rows = [[*point.values.values(), _full(scores[point.name])] for point in points]
+    atomic_write(folder / RUNS, _csv([*axes, metric], rows))
+    shared = [axis for axis in axes if axis != SEED]
+    rows = [[*g.values.values(), _full(g.mean), _full(g.deviation), str(len(g.scores)), str(g.runs)] for g in groups]
+    atomic_write(folder / TABLE, _csv([*shared, "mean", "deviation", "ended", "runs"], rows))
+    lines = [[*g.values.values(), _rounded(g), f"{len(g.scores)} of {g.runs}"] for g in groups]
+    text = _markdown([*shared, metric.replace("_", " "), "runs"], lines)
+    atomic_write(folder / MARKDOWN, text)
+    return text
+
+
+def _rounded(found: Group) -> str:
+    if found.mean is None:
+        return "-"
+    deviation = "" if found.deviation is None else f" ± {found.deviation:.2f}"
+    return f"{found.mean:.2f}{deviation}"
+
+
+def _full(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _csv(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([heading, *rows])
+    return text.getvalue()
+
+
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heading, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "".join(f"| {line} |\n" for line in lines)

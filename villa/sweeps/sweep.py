@@ -1,0 +1,126 @@
+"""A sweep: its runs are checked, started where they are not done, and put into a table."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from villa.config.schema import RunConfig
+from villa.config.stages import load_stages
+from villa.engine.finished import is_finished
+from villa.errors import ConfigError, VillaError
+from villa.sweeps.axes import Axis, Point, points
+from villa.sweeps.figure import FIGURE, write_figure
+from villa.sweeps.local import Job, Processes
+from villa.sweeps.results import MARKDOWN, RUNS, TABLE, group, read_score, write_tables
+
+#: Folder of what the runs print, below that of the sweep.
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        point: what is varied there.
+        arguments: of ``villa_run``.
+        configs: the recipe that they make, or those of its stages.
+    """
+
+    point: Point
+    arguments: tuple[str, ...]
+    configs: Sequence[RunConfig]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is done."""
+        return all(map(is_finished, self.configs))
+
+
+class Sweep:
+    """Runs of one recipe.
+
+    Args:
+        arguments: of ``villa_run``, for all runs.
+        axes: what is varied.
+        folder: of the sweep; each run has its own below. By default ``outputs/<name of the recipe>_sweep``.
+
+    Attributes:
+        folder: of the sweep.
+        runs: all of them, loaded and checked.
+
+    Raises:
+        ConfigError: the recipe of a run is wrong.
+    """
+
+    def __init__(self, arguments: Sequence[str], axes: Sequence[Axis], folder: Path | None = None) -> None:
+        found = points(axes)
+        self.folder = folder or _default_folder(arguments, found[0])
+        self.runs = [self._load(arguments, point) for point in found]
+
+    def run(self, at_once: int = 1) -> int:
+        """Do what is not done yet; what is begun goes on.
+
+        Args:
+            at_once: how many runs at once.
+
+        Returns:
+            0, 1 if a run failed, or 128 + the number of the signal that ended the sweep.
+        """
+        waiting = [run for run in self.runs if not run.finished]
+        print(f"sweep of {len(self.runs)} runs in {self.folder}: {len(self.runs) - len(waiting)} done", flush=True)
+        codes: dict[str, int] = {}
+
+        def ended(name: str, code: int) -> None:
+            codes[name] = code
+            said = "done" if code == 0 else f"failed with exit code {code}, see {self._log(name)}"
+            print(f"{len(self.runs) - len(waiting) + len(codes)} of {len(self.runs)} {name}: {said}", flush=True)
+
+        processes = Processes(at_once)
+        processes.run([Job(run.point.name, run.arguments, self._log(run.point.name)) for run in waiting], ended)
+        if processes.told is not None:
+            name = signal.Signals(processes.told).name
+            print(f"ended by {name}; the same command goes on", flush=True)
+            return 128 + processes.told
+        return int(any(codes.values()))
+
+    def report(self, metric: str | None = None, references: Mapping[str, float] | None = None) -> None:
+        """Write and print the table, and draw the figure, of the runs that have ended.
+
+        Args:
+            metric: what to show; by default what the recipe chooses checkpoints by.
+            references: scores to draw as lines, by name.
+
+        Raises:
+            DataError: a run has no such value.
+        """
+        last = self.runs[0].configs[-1]
+        metric = metric or last.evaluation.monitor
+        scores = {run.point.name: read_score(run.configs[-1], metric) for run in self.runs}
+        every = [run.point for run in self.runs]
+        text = write_tables(self.folder, every, scores, metric)
+        title = last.name
+        write_figure(self.folder / FIGURE, group(every, scores), metric, title=title, references=references)
+        print(f"\n{text}\nwritten to {self.folder}: {RUNS}, {TABLE}, {MARKDOWN}, {FIGURE}", flush=True)
+
+    def _load(self, arguments: Sequence[str], point: Point) -> Run:
+        given = (f"output_dir={self.folder / point.name}", "checkpoint.resume=true", "logging.progress=off")
+        own = (*arguments, *point.overrides, *given)
+        try:
+            configs = [stage.config for stage in load_stages(own)]
+        except VillaError as error:
+            raise type(error)(f"run {point.name}: {error}") from error
+        return Run(point, own, configs)
+
+    def _log(self, name: str) -> Path:
+        return self.folder / LOGS / f"{name}.log"
+
+
+def _default_folder(arguments: Sequence[str], point: Point) -> Path:
+    given = next((text.partition("=")[2] for text in reversed(arguments) if text.startswith("output_dir=")), None)
+    if given == "":
+        raise ConfigError("output_dir= (command line): give the folder of the sweep")
+    return Path(given or f"outputs/{load_stages([*arguments, *point.overrides])[-1].config.name}_sweep")
