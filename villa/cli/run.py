@@ -35,8 +35,11 @@ def _main(argv: Sequence[str]) -> int:
         return _show(help_text(options.values))
     if options.list is not None:
         return _list(options.list, options.values)
-    if options.sweep is not None:
-        return _sweep(options)
+    return _recipe(options) if options.sweep is None else _sweep(options)
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    """Show or run what the recipe says."""
     from villa.config import annotated, load_stages
 
     stages = load_stages(options.values)
@@ -68,9 +71,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from villa.errors import ConfigError
     from villa.sweeps.axes import parse_axis
     from villa.sweeps.sweep import Sweep
 
+    if options.print_config or options.perturbation_points:
+        raise ConfigError("--sweep trains; leave it out to look at one recipe")
     sweep = Sweep(options.values, [parse_axis(argument) for argument in options.sweep])
     code = sweep.run(options.at_once)
     sweep.report()

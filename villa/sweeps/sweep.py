@@ -9,6 +9,7 @@ from pathlib import Path
 
 from villa.config.schema import RunConfig
 from villa.config.stages import load_stages
+from villa.config.validate import TRAINING_RUNS
 from villa.engine.finished import is_finished
 from villa.errors import ConfigError, VillaError
 from villa.sweeps.axes import Axis, Point, points
@@ -107,13 +108,14 @@ class Sweep:
         print(f"\n{text}\nwritten to {self.folder}: {RUNS}, {TABLE}, {MARKDOWN}, {FIGURE}", flush=True)
 
     def _load(self, arguments: Sequence[str], point: Point) -> Run:
-        given = (f"output_dir={self.folder / point.name}", "checkpoint.resume=true", "logging.progress=off")
-        own = (*arguments, *point.overrides, *given)
+        own = (*arguments, *point.overrides, f"output_dir={self.folder / point.name}", "logging.progress=off")
         try:
             configs = [stage.config for stage in load_stages(own)]
         except VillaError as error:
             raise type(error)(f"run {point.name}: {error}") from error
-        return Run(point, own, configs)
+        if configs[-1].run_type not in TRAINING_RUNS:
+            raise ConfigError(f"run_type={configs[-1].run_type} does not go with a sweep, whose runs train")
+        return Run(point, (*own, "checkpoint.resume=true"), configs)
 
     def _log(self, name: str) -> Path:
         return self.folder / LOGS / f"{name}.log"
