@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from villa.config.schema import BatchConfig
+from villa.datasets.cuts import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
 from villa.engine.rng import derive_seed
 from villa.errors import ConfigError, DataError
 
-Indices = npt.NDArray[np.int64]
-#: One update: its micro-batches, each a list of example indices.
-Update = list[list[int]]
+#: A number for every example: a list, an array or something that reads like one.
+Lengths = Sequence[int] | npt.NDArray[np.integer]
 #: Which update is the next one, as JSON values: it is saved in checkpoints.
 Position = Mapping[str, Any]
 
@@ -91,14 +91,14 @@ class UpdateSampler(Sampler):
         DataError: there is no example, one is longer than the budget, or ``drop_last`` leaves nothing.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: BatchConfig, seed: int) -> None:
+    def __init__(self, lengths: Lengths, batch: BatchConfig, seed: int) -> None:
         self.size, self.passes, self.per_pass = _plan(batch)
         self.batch = batch
         self.seed = seed
         self.count = len(lengths)
         if not self.count:
             raise DataError("there is no example to sample from; check the training split and its limit")
-        self._lengths = np.asarray(lengths, dtype=np.int64) if batch.tokens else None
+        self._lengths = np.asarray(lengths, dtype=np.int32) if batch.tokens else None
         if self._lengths is not None and self._lengths.max() > self.per_pass:
             worst = int(self._lengths.argmax())
             raise DataError(
@@ -108,7 +108,7 @@ class UpdateSampler(Sampler):
         # Two epochs: the one that is trained on and the one that is prefetched.
         self._cached = lru_cache(maxsize=2)(self._cut)
 
-    def epoch(self, epoch: int) -> list[Update]:
+    def epoch(self, epoch: int) -> Epoch:
         """Return the updates of an epoch (counted from 0); no example is in two micro-batches."""
         return self._cached(epoch)
 
@@ -165,20 +165,13 @@ class UpdateSampler(Sampler):
             )
         return found
 
-    def _cut(self, epoch: int) -> list[Update]:
+    def _cut(self, epoch: int) -> Epoch:
         random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
-        order = random.permutation(self.count)
+        order = shuffled(random, self.count)
         if self._lengths is None:
-            updates = np.split(order, range(self.size, self.count, self.size))
-            kept = updates[:-1] if self.batch.drop_last and len(updates[-1]) < self.size else updates
-            cut = [
-                [part.tolist() for part in np.array_split(update, math.ceil(len(update) / self.per_pass))]
-                for update in kept
-            ]
+            cut = cut_by_examples(order, self.size, self.passes, self.batch.drop_last)
         else:
-            batches = _token_batches(order, self._lengths, self.per_pass, self.batch)
-            shuffled = [batches[index].tolist() for index in random.permutation(len(batches))]
-            cut = [shuffled[start : start + self.passes] for start in range(0, len(shuffled), self.passes)]
+            cut = cut_by_tokens(order, self._lengths, self.per_pass, self.passes, self.batch, random)
         if not cut:
             raise DataError(
                 f"batch.drop_last leaves nothing of {self.count} training examples: set it to false or lower the batch"
@@ -200,7 +193,7 @@ class Share:
     name: str
     label: str
     weight: float
-    lengths: Sequence[int]
+    lengths: Lengths
 
 
 class MixedSampler(Sampler):
@@ -309,22 +302,3 @@ def _plan(batch: BatchConfig) -> tuple[int, int, int]:
     size = batch.examples or batch.tokens or 0
     passes = math.ceil(size / min(batch.per_pass or size, size))
     return size, passes, size // passes if batch.tokens else math.ceil(size / passes)
-
-
-def _token_batches(order: Indices, lengths: Indices, budget: int, batch: BatchConfig) -> list[Indices]:
-    """Cut shuffled indices into micro-batches of at most ``budget`` padded tokens."""
-    batches: list[Indices] = []
-    left = order[:0]
-    for start in range(0, len(order), batch.bucket):
-        items = np.concatenate([left, order[start : start + batch.bucket]])
-        items = items[np.argsort(-lengths[items], kind="stable")]
-        while len(items) > (count := _multiple(budget // int(lengths[items[0]]), batch.multiple)):
-            batches.append(items[:count])
-            items = items[count:]
-        left = items
-    return [*batches, left] if len(left) and not batch.drop_last else batches
-
-
-def _multiple(count: int, of: int) -> int:
-    """Return the largest multiple that is not above ``count``, or ``count`` itself where that would be 0."""
-    return count // of * of or count
