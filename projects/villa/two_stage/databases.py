@@ -16,7 +16,9 @@ from villa.datasets.raw.tasks import TextOptions, make_text_database
 from villa.datasets.raw.vqa import image_name
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.grid import PASS, GridExtractor, GridOptions
+from villa.datasets.stores.grid import GridOptions
+from villa.datasets.stores.grid_store import GridStore
+from villa.datasets.stores.scaled import ScaledStore, Scaling
 from villa.datasets.text import build_tokenizer
 from villa.engine.progress import track
 from villa.files import atomic_write, new_folder, write_json
@@ -42,7 +44,7 @@ class Options:
 
 
 def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
-    """Write ``img_db``, ``txt_db``, ``ans2label.json`` and ``vocab.txt``; what is finished is left as it is.
+    """Write ``img_db``, ``txt_db`` and ``ans2label.json``; what is finished is left as it is.
 
     Args:
         pictures: the data set.
@@ -52,14 +54,11 @@ def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
     Raises:
         DataError: a picture cannot be read, or the folder holds databases of something else.
     """
-    extractor = GridExtractor(GridOptions(options.grid, options.image_size))
-    features = root / "features"
-    if not features.is_dir():
-        _extract(pictures, extractor, features)
-    if not (root / "features_blank").is_dir():
-        _blank(features, root / "features_blank")
-    for source, database in ((features, "img_db"), (root / "features_blank", BLANK)):
-        make_image_database(source, root / database, BoxSelection(fixed=extractor.regions))
+    for database, blank in (("img_db", False), (BLANK, True)):
+        features = root / "features" / database
+        if not features.is_dir():
+            _extract(pictures, options, features, blank=blank)
+        make_image_database(features, root / database, BoxSelection(fixed=options.grid**2))
     raw = root / "raw"
     if not raw.is_dir():
         _write_raw(pictures, raw, options.vocabulary)
@@ -79,31 +78,24 @@ def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
     atomic_write(root / "ans2label.json", answers)
 
 
-def _extract(pictures: Pictures, extractor: GridExtractor, folder: Path) -> None:
-    """Write one ``.npz`` a picture: features, centred and scaled by the training pictures, and the cells' boxes."""
-    numbers, network = sorted(pictures.files), extractor.load()
-    rows = []
-    for first in track(range(0, len(numbers), PASS), "extract features", len(numbers) // PASS + 1):
-        sources = [Source(pictures.files[number], "picture") for number in numbers[first : first + PASS]]
-        rows.append(extractor(network, np.stack([extractor.read(source) for source in sources])))
-    features = np.concatenate(rows).astype(np.float32)
+def _extract(pictures: Pictures, options: Options, folder: Path, *, blank: bool) -> None:
+    """Write a ``.npz`` a picture: features, centred and scaled by training pictures, or of 0, and the cells' boxes."""
+    numbers = sorted(pictures.files)
+    plain = GridStore(
+        [Source(pictures.files[number], "picture") for number in numbers], GridOptions(options.grid, options.image_size)
+    )
+    plain.prepare(range(len(numbers)))
     trained = {row.image for row in pictures.annotations if row.split == "train"}
-    seen = features[[place for place, number in enumerate(numbers) if number in trained]]
-    features = (features - seen.mean((0, 1))) / (seen.std((0, 1)) + 1e-6)
-    corners = extractor.boxes().numpy()
-    boxes = np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float32)
+    store = ScaledStore(plain, Scaling.fit(plain, (i for i, number in enumerate(numbers) if number in trained)))
     with new_folder(folder) as unfinished:
-        for number, row in zip(numbers, features, strict=True):
-            arrays = {"features": row.astype(np.float16), "norm_bb": boxes, "conf": np.ones(len(row), np.float32)}
-            np.savez(unfinished / image_name(_NAMES, number), **arrays)
-
-
-def _blank(features: Path, folder: Path) -> None:
-    """Write the same files with features of 0."""
-    with new_folder(folder) as unfinished:
-        for path in sorted(features.iterdir()):
-            with np.load(path) as arrays:
-                np.savez(unfinished / path.name, **{**arrays, "features": np.zeros_like(arrays["features"])})
+        for index, number in track(list(enumerate(numbers)), "write features"):
+            features, corners = (tensor.numpy() for tensor in store[index])
+            np.savez(
+                unfinished / image_name(_NAMES, number),
+                features=(features * (not blank)).astype(np.float16),
+                norm_bb=np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float32),
+                conf=np.ones(len(features), np.float32),
+            )
 
 
 def _write_raw(pictures: Pictures, folder: Path, vocabulary: Path | None) -> None:

@@ -67,6 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="DAQUAR's folder: all_qa_pairs.txt, the lists of images, images/")
     parser.add_argument("--weights", type=Path, help="DAQUAR: folder of the BERT to start from, with its vocab.txt")
     parser.add_argument("--output", type=Path, help="folder of everything (outputs/two_stage/<study>)")
+    parser.add_argument("--pictures", type=int, help="only the first so many of every split, to try it")
     parser.add_argument("--seeds", default="1,2,3", help="seeds, separated by commas (1,2,3)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at once (2)")
     parser.add_argument(
@@ -81,6 +82,8 @@ def _study(given: argparse.Namespace) -> int:
         raise ConfigError(f"--weights '{given.weights}' holds no vocab.txt; give the folder of a BERT")
     vocabulary = None if given.weights is None else given.weights / "vocab.txt"
     pictures = SOURCES[given.study](given.data)
+    if given.pictures is not None:
+        pictures = pictures.first(given.pictures)
     write_databases(pictures, output / "data", Options(study.grid, study.image_size, vocabulary))
     plan = Plan(given.study, output, tuple(given.overrides), given.seeds.split(","))
     for sweep in (plan.first_half(given.weights), plan.second_half()):

@@ -47,6 +47,14 @@ class Pictures:
     files: dict[int, Path]
     annotations: list[Annotation]
 
+    def first(self, count: int) -> Pictures:
+        """Return the first pictures of every split, with what is asked about them."""
+        kept: set[int] = set()
+        for split in SPLITS:
+            kept |= set(sorted({row.image for row in self.annotations if row.split == split})[:count])
+        files = {number: path for number, path in self.files.items() if number in kept}
+        return Pictures(files, [row for row in self.annotations if row.image in kept])
+
 
 def read_easy_vqa(folder: Path | None = None) -> Pictures:
     """Read easy-VQA from its Python package; test image ``i`` has the number ``training images + i``.
