@@ -74,8 +74,9 @@ def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
         make_text_database("vqa", questions, vocabulary, root / "txt_db" / f"questions_{split}.db")
         captions = TextOptions(annotations=raw / f"{split}_captions.jsonl")
         make_text_database("caption", captions, vocabulary, root / "txt_db" / f"captions_{split}.db")
-    answers = (root / "txt_db" / "questions_train.db" / "ans2label.json").read_text(encoding="utf-8")
-    atomic_write(root / "ans2label.json", answers)
+    if not (root / "ans2label.json").is_file():
+        answers = root / "txt_db" / "questions_train.db" / "ans2label.json"
+        atomic_write(root / "ans2label.json", answers.read_bytes())
 
 
 def _extract(pictures: Pictures, options: Options, folder: Path, *, blank: bool) -> None:
