@@ -15,6 +15,7 @@ OBJECTIVES: Mapping[str, str] = {
     "itm": "whether text and image match",
     "itm_wra": "whether they match, with words and regions aligned by optimal transport",
     "qa": "the answer to a question",
+    "contrastive": "which texts of a micro-batch are about which of its images, each embedded on its own",
     "lxmert": "all that LXMERT was pre-trained for, at once",
 }
 

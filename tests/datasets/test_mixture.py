@@ -18,7 +18,7 @@ from villa.datasets.mixture import Mixture, Part
 from villa.datasets.samplers import MixedSampler, Sampler, Share, UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.engine.rng import derive_seed
-from villa.errors import ConfigError, DataError
+from villa.errors import CheckpointError, ConfigError, DataError
 
 BATCH = BatchConfig(examples=4, per_pass=2)
 SHARES = [Share("a", "first", 2, [1] * 10), Share("b", "second", 1, [1] * 7), Share("c", "first", 1, [1] * 5)]
@@ -176,5 +176,5 @@ def test_what_is_printed_and_refused() -> None:
         sampler.total_updates(2)
     with pytest.raises(DataError, match=r"b: example 1 has 9 tokens and regions, more than a pass of 8"):
         MixedSampler([SHARES[0], Share("b", "b", 1, [1, 9])], BatchConfig(tokens=8), 0)
-    with pytest.raises(KeyError):
+    with pytest.raises(CheckpointError, match="does not say where the parts of a mixture"):
         sampler.settle({"epoch": 0, "update": 3})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
-from villa.errors import ConfigError
+from villa.errors import ConfigError, nearest
 from villa.registry import METRICS
 
 TRAINING_RUNS = ("train", "train_val_test")
@@ -95,14 +95,17 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
     evaluation = config.evaluation
     if len(set(evaluation.metrics)) < len(evaluation.metrics):
         yield "evaluation.metrics", "a metric is named twice"
-    best = {"loss": "min"}
+    objectives: Collection[str] = getattr(config.dataset, "objectives", tuple)()
+    best = {"loss": "min", **{f"{name}_loss": "min" for name in objectives if len(objectives) > 1}}
     for name in evaluation.metrics:
         try:
             best[name] = "max" if METRICS.get(name).higher_is_better else "min"
         except ConfigError as error:
             yield "evaluation.metrics", str(error)
     if evaluation.monitor not in best:
-        yield "evaluation.monitor", f"must be one of {', '.join(best)}: the loss or one of evaluation.metrics"
+        losses = "the loss" if len(objectives) < 2 else "the loss, that of an objective of the mixture,"
+        hint = nearest(evaluation.monitor, best)
+        yield "evaluation.monitor", f"must be one of {', '.join(best)}: {losses} or one of evaluation.metrics{hint}"
     elif best[evaluation.monitor] != evaluation.mode:
         yield (
             "evaluation.mode",

@@ -24,6 +24,10 @@ class DatasetConfig:
 
     name: str = "jsonl"
 
+    def objectives(self) -> dict[str, float]:
+        """Objectives that batches name, with how often an update is of each, relative to others; none for a task."""
+        return {}
+
 
 #: One tensor, or a tuple with one for each choice or image of an example; their lengths may differ.
 Ragged = Tensor | tuple[Tensor, ...]

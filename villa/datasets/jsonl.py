@@ -94,6 +94,10 @@ class JsonlConfig(QuestionAnsweringConfig):
     synthetic_lines: Literal["auto", "questions", "sentences", "captions"] = "auto"
     synthetic_examples: int = EXAMPLES
 
+    def objectives(self) -> dict[str, float]:
+        """Pairs are for the contrastive objective."""
+        return {"contrastive": 1.0} if self.kind == "pair" else {}
+
     def check(self) -> None:
         """Refuse numbers that make no sense; see the base class."""
         super().check()

@@ -117,9 +117,11 @@ class ProcessorReader(Reader):
         made = self._prompted(examples) if self.prompts.marks_images and examples[0].images else self._read(examples)
         references = [example.reference for example in examples]
         targets = stack_targets(examples)
+        objective = None
         if self.reading.kind == "pair":
-            targets = _matches(references)
-        return _batch(examples, made, targets=targets, references=references if any(references) else None)
+            targets, objective = _matches(references), "contrastive"
+        known = references if any(references) else None
+        return _batch(examples, made, targets=targets, references=known, objective=objective)
 
     def _written(self, examples: Sequence[Example]) -> Batch:
         made = self._prompted(examples)

@@ -20,12 +20,14 @@ import numpy.typing as npt
 from villa.config.schema import BatchConfig
 from villa.datasets.cuts import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
 from villa.engine.rng import derive_seed
-from villa.errors import ConfigError, DataError
+from villa.errors import CheckpointError, ConfigError, DataError
 
 #: A number for every example: a list, an array or something that reads like one.
 Lengths = Sequence[int] | npt.NDArray[np.integer]
 #: Which update is the next one, as JSON values: it is saved in checkpoints.
 Position = Mapping[str, Any]
+
+_RESUME = "resume with the recipe that it was trained with, or start another run with model.checkpoint"
 
 
 class Sampler(ABC):
@@ -40,7 +42,7 @@ class Sampler(ABC):
         """Return the position that a saved one means now; an empty one is the start.
 
         Raises:
-            KeyError: it is one of another kind of sampler.
+            CheckpointError: it is one of another kind of sampler.
         """
 
     @abstractmethod
@@ -114,6 +116,11 @@ class UpdateSampler(Sampler):
 
     def settle(self, saved: Position) -> Position:
         """See the base class; one past the last update of an epoch is the start of the next epoch."""
+        if "parts" in saved:
+            raise CheckpointError(
+                "it was trained on a mixture (dataset.mix, dataset.corpora), and the data of this recipe is none; "
+                f"{_RESUME}"
+            )
         epoch, update = (saved["epoch"], saved["update"]) if saved else (0, 0)
         if update and update >= len(self.epoch(epoch)):
             epoch, update = epoch + 1, 0
@@ -236,6 +243,11 @@ class MixedSampler(Sampler):
 
     def settle(self, saved: Position) -> Position:
         """See the base class; parts that are new start at their beginning."""
+        if saved and "parts" not in saved:
+            raise CheckpointError(
+                "it does not say where the parts of a mixture (dataset.mix, dataset.corpora) are, because it was not "
+                f"trained on one; {_RESUME}"
+            )
         update, parts = (saved["update"], saved["parts"]) if saved else (0, {})
         return {
             "update": update,

@@ -42,7 +42,7 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
             values,
             updates=progress.update,
             seconds=training.seconds + training.stream.waited,
-            cost=training.updater.trainer.relative_cost(),
+            cost=training.updater.trainer.relative_cost(parts.config.dataset.objectives()),
         )
         show(parts, [result], references, title=f"{parts.config.name}: {split}")
     files = [_predictions(folder, split), submission_path(parts.data, split, folder)]

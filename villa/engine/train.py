@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,8 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
     trainer = build_trainer(config, parts.model)
     updater = _updater(parts, trainer, total)
-    display = TrainingProgress(
-        total, config.logging.progress, monitor=config.evaluation.monitor, cost=trainer.relative_cost()
-    )
+    cost = trainer.relative_cost(config.dataset.objectives())
+    display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
     for warning in sampler.warnings():
         print(f"  note: {warning}", flush=True)
@@ -122,12 +121,23 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
     """One line on what is going to happen."""
     config, device = parts.config, parts.precision.device
     parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
-    forwards, backwards = trainer.cost()
     return (
         f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}: "
-        f"{total} updates, {sampler.describe()} on 1 process; "
-        f"{forwards} forward + {backwards} backward a micro-batch, {trainer.relative_cost():.1f}x standard training"
+        f"{total} updates, {sampler.describe()} on 1 process; {_cost(trainer, config.dataset.objectives())}"
     )
+
+
+def _cost(trainer: Trainer, objectives: Mapping[str, float]) -> str:
+    """The passes of a micro-batch, of each objective where they differ, and what they cost on average."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name in objectives:
+        groups.setdefault(trainer.cost_of(name), []).append(name)
+    relative = f"{trainer.relative_cost(objectives):.1f}x standard training"
+    (forwards, backwards), *others = groups or [trainer.cost()]
+    if not others:
+        return f"{forwards} forward + {backwards} backward a micro-batch, {relative}"
+    passes = (f"{f} forward + {b} backward of {', '.join(names)}" for (f, b), names in groups.items())
+    return f"a micro-batch is {' and '.join(passes)}; on average {relative}"
 
 
 def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -144,10 +154,12 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
             "run cannot change it: start another run with model.checkpoint"
         )
     load_model(training.model, checkpoint)
+    state = checkpoint.training_state()
     try:
-        training.load_state_dict(checkpoint.training_state())
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint '{checkpoint.path}' does not fit this recipe: {one_line(error)}") from error
+        training.load_state_dict(state)
+    except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
+        raise CheckpointError(f"checkpoint '{checkpoint.path}' does not fit this recipe: {reason}") from error
     if {"evaluation.monitor", "evaluation.split"} & {*changed}:
         training.progress.best = training.progress.best_update = None
     print(f"resuming after update {checkpoint.update}", flush=True)

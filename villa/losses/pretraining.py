@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from villa.errors import ConfigError, DataError
 from villa.losses.base import Loss, LossConfig
 from villa.losses.classification import CrossEntropy
 from villa.losses.consistency import Reduction, symmetric_kl
+from villa.losses.contrastive import Contrastive, ContrastiveConfig
 from villa.losses.lxmert import joint_consistency, joint_loss
 from villa.losses.masked import masked_classes, masked_distributions, masked_features, mean_squared_difference
 from villa.losses.matching import alignment
@@ -29,12 +30,14 @@ class PretrainingConfig(LossConfig):
         weights: factor on the whole loss of single objectives by name, the KL term of VILLA included; 1 for others.
         transport_weight: weight of the alignment of words and regions in ``itm_wra``.
         region_weight: weight of LXMERT's losses about regions.
+        contrastive_form: ``softmax`` or ``sigmoid``, the ``form`` of the loss ``contrastive``.
     """
 
     name: str = "pretraining"
     weights: dict[str, float] = field(default_factory=dict)
     transport_weight: float = 0.1
     region_weight: float = 1 / 0.15
+    contrastive_form: Literal["softmax", "sigmoid"] = "softmax"
 
     def check(self) -> None:
         """Refuse unknown objectives and weights that make no sense."""
@@ -56,6 +59,7 @@ class Pretraining(Loss):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._classes = CrossEntropy()
+        self._contrastive = Contrastive(ContrastiveConfig(form=self.config.contrastive_form))
         self._terms: dict[str, Callable[[ModelOutput, Batch], Tensor]] = {
             **dict.fromkeys(("mlm", "itm", "qa"), self._classes),
             "mrfr": masked_features,
@@ -63,6 +67,7 @@ class Pretraining(Loss):
             "mrc_kl": masked_distributions,
             "itm_wra": self._itm_wra,
             "lxmert": self._lxmert,
+            "contrastive": self._contrastive,
         }
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
@@ -89,6 +94,8 @@ class Pretraining(Loss):
             return weight * joint_consistency(output, clean, batch, reduction, self.config.region_weight)
         if objective == "mrfr":
             return weight * mean_squared_difference(output, clean)
+        if objective == "contrastive":
+            return weight * self._contrastive.consistency(output, clean, batch, reduction)
         return weight * symmetric_kl(output.logits, clean.logits, reduction)
 
     def count(self, batch: Batch) -> int:

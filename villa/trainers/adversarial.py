@@ -14,6 +14,7 @@ from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.objectives import check_objectives
 from villa.trainers.base import Logs, Passes, Trainer, TrainerConfig
+from villa.trainers.standard import CLEAN_COST
 
 Modality = Literal["text", "image", "both", "alternating"]
 
@@ -100,7 +101,15 @@ class AdversarialTrainer(Trainer):
 
     def perturbs(self, batch: Batch) -> bool:
         """Whether a batch is trained on adversarially: what is no objective of pre-training always is."""
-        return None in (self.config.objectives, batch.objective) or batch.objective in (self.config.objectives or ())
+        return batch.objective is None or self.asks_for(batch.objective)
+
+    def asks_for(self, objective: str) -> bool:
+        """Whether an objective of pre-training is trained adversarially."""
+        return self.config.objectives is None or objective in self.config.objectives
+
+    def cost_of(self, objective: str) -> tuple[int, int]:
+        """One clean pass where the objective is not trained adversarially."""
+        return self.cost() if self.asks_for(objective) else CLEAN_COST
 
     def modalities(self) -> tuple[str, ...]:
         """The modalities that are perturbed."""

@@ -82,10 +82,20 @@ class Trainer(ABC):
     def cost(self) -> tuple[int, int]:
         """Forward and backward passes of one micro-batch (a backward costs about two forwards)."""
 
-    def relative_cost(self) -> float:
-        """Cost relative to standard training, a backward counting as two forwards."""
-        forwards, backwards = self.cost()
-        return (forwards + 2 * backwards) / 3
+    def cost_of(self, objective: str) -> tuple[int, int]:
+        """Forward and backward passes of a micro-batch of an objective of pre-training; by default as of any other."""
+        return self.cost()
+
+    def relative_cost(self, objectives: Mapping[str, float] | None = None) -> float:
+        """Cost relative to standard training, a backward counting as two forwards.
+
+        Args:
+            objectives: of a mixture, with how often an update is of each: the cost is the mean over updates.
+        """
+        weights = objectives or {}
+        costs = [(self.cost_of(name), weight) for name, weight in weights.items()] or [(self.cost(), 1.0)]
+        total = sum(weight * (forwards + 2 * backwards) / 3 for (forwards, backwards), weight in costs)
+        return total / sum(weight for _, weight in costs)
 
     def modalities(self) -> tuple[str, ...]:
         """The modalities that are perturbed, to check against the model's points before training."""

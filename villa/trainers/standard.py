@@ -6,6 +6,9 @@ from villa.batch import Batch
 from villa.registry import register_trainer
 from villa.trainers.base import Logs, Passes, Trainer
 
+#: Forward and backward passes of ``clean_step``.
+CLEAN_COST = (1, 1)
+
 
 @register_trainer("standard")
 class StandardTrainer(Trainer):
@@ -17,7 +20,7 @@ class StandardTrainer(Trainer):
 
     def cost(self) -> tuple[int, int]:
         """One forward, one backward."""
-        return 1, 1
+        return CLEAN_COST
 
 
 def clean_step(batch: Batch, passes: Passes) -> Logs:

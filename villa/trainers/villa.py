@@ -16,7 +16,7 @@ from villa.objectives import check_objectives
 from villa.registry import register_trainer
 from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, Modality, pass_logs
 from villa.trainers.base import Logs, Passes, TrainerConfig
-from villa.trainers.standard import clean_step
+from villa.trainers.standard import CLEAN_COST, clean_step
 
 
 @dataclass
@@ -71,9 +71,9 @@ class VillaConfig(AdversarialConfig):
             if not 0 <= weight < float("inf"):
                 raise ConfigError(f"{name} is {weight}; it must be a finite number of at least 0")
 
-    def alpha(self, batch: Batch) -> float:
-        """The weight of a batch's KL term."""
-        return self.kl_weights.get(batch.objective or "", self.kl_weight)
+    def alpha(self, objective: str | None) -> float:
+        """The weight of the KL term of an objective, or of a task (None)."""
+        return self.kl_weights.get(objective or "", self.kl_weight)
 
 
 class CleanBranch:
@@ -122,7 +122,7 @@ class VillaTrainer(AdversarialTrainer):
         clean = self._clean(batch, passes)
         clean_loss = passes.loss(clean.output, batch)
         deltas, logs, count = self.perturbations(passes), Logs(), self.config.steps * len(self.views)
-        total, alpha = clean_loss.detach() * self.config.clean_loss, self.config.alpha(batch)
+        total, alpha = clean_loss.detach() * self.config.clean_loss, self.config.alpha(batch.objective)
         weight = 1 / (count if self.config.average_views else self.config.steps)
         for t in range(self.config.steps):
             terms = []
@@ -145,14 +145,21 @@ class VillaTrainer(AdversarialTrainer):
 
     def cost(self) -> tuple[int, int]:
         """The passes of all views, and the clean pass: a forward, and a backward where its graph is used."""
+        return self._cost(self.config.alpha(None))
+
+    def cost_of(self, objective: str) -> tuple[int, int]:
+        """As above with the objective's own KL weight, or one clean pass."""
+        return self._cost(self.config.alpha(objective)) if self.asks_for(objective) else CLEAN_COST
+
+    def _cost(self, alpha: float) -> tuple[int, int]:
         count = self.config.steps * len(self.views)
-        return count + 1, count + (self._attached(self.config.kl_weight) or self.config.clean_loss)
+        return count + 1, count + (self._attached(alpha) or self.config.clean_loss)
 
     def _attached(self, alpha: float) -> bool:
         return self.config.clean_logits == "attached" and alpha > 0
 
     def _clean(self, batch: Batch, passes: Passes) -> CleanBranch:
-        attached = self._attached(self.config.alpha(batch))
+        attached = self._attached(self.config.alpha(batch.objective))
         output = passes.forward(batch, index=0, grad=attached or self.config.clean_loss)
         return CleanBranch(output, attached=attached)
 

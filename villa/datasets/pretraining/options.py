@@ -20,6 +20,8 @@ from villa.errors import ConfigError, nearest
 OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl", "itm", "itm_wra")
 #: Those of VCR's second stage.
 VCR_OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl")
+#: Databases have features of regions; models that embed texts and images apart read whole images.
+_PAIRS = " here: it is for pairs of a text and a whole image, dataset=jsonl with dataset.target=pair"
 
 
 class ObjectiveOptions(Protocol):
@@ -73,6 +75,10 @@ class PretrainingDataConfig(DatabaseConfig):
         if self.corpora and not sum(corpus.weight for corpus in self.sources()):
             raise ConfigError("dataset.corpora: all weights are 0; give one that is not")
 
+    def objectives(self) -> dict[str, float]:
+        """The objective, or those of the mixture with their shares; corpora have the same ones."""
+        return objective_weights(self)
+
     def settings(self, objective: str) -> ObjectiveSettings:
         """The settings of an objective."""
         return ObjectiveSettings(objective, self.mask_probability, self.negative_probability)
@@ -109,6 +115,10 @@ class VcrPretrainingConfig(VcrConfig):
         super().check()
         check_objectives(self, VCR_OBJECTIVES)
 
+    def objectives(self) -> dict[str, float]:
+        """The objective, or those of the mixture with their shares; corpora have the same ones."""
+        return objective_weights(self)
+
     def settings(self, objective: str) -> ObjectiveSettings:
         """The settings of an objective."""
         return ObjectiveSettings(objective, self.mask_probability)
@@ -144,7 +154,8 @@ def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
     given |= {f"dataset.mix names '{name}', which": name for name in config.mix}
     for where, name in given.items():
         if name not in known:
-            raise ConfigError(f"{where} is not known{nearest(name, list(known))} (known: {', '.join(known)})")
+            hint = _PAIRS if name == "contrastive" else nearest(name, list(known))
+            raise ConfigError(f"{where} is not known{hint} (known: {', '.join(known)})")
     for name, weight in config.mix.items():
         check_weight(f"dataset.mix.{name}", weight)
     if config.mix and not sum(config.mix.values()):
