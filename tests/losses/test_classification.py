@@ -38,6 +38,17 @@ def test_cross_entropy_takes_a_target_for_each_of_an_examples_choices() -> None:
     torch.testing.assert_close(loss, -logits.log_softmax(-1)[torch.arange(4), targets.flatten()].mean())
 
 
+def test_cross_entropy_weights_answers_by_their_scores() -> None:
+    scores = torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.0, 0.0]])
+    likely = LOGITS[0] - LOGITS[0].logsumexp(0)
+    loss = CrossEntropy()(output(), batch(scores))
+    torch.testing.assert_close(loss, -(likely[0] + 0.3 * likely[1]) / 2)
+    one_hot = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(
+        CrossEntropy()(output(), batch(one_hot)), CrossEntropy()(output(), batch(torch.tensor([2, 0])))
+    )
+
+
 def test_binary_cross_entropy_sums_over_answers_and_averages_over_examples() -> None:
     targets = torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.0, 0.6]])
     loss = BinaryCrossEntropy()(output(), batch(targets))
@@ -71,7 +82,7 @@ def test_a_loss_is_computed_in_fp32_or_wider(
     [
         (CrossEntropy(), None, "the examples have no targets (first: 'a')"),
         (BinaryCrossEntropy(), None, "the examples have no targets (first: 'a')"),
-        (CrossEntropy(), torch.rand(2, 3), "the targets are soft: use binary_cross_entropy"),
+        (CrossEntropy(), torch.rand(2, 4), "soft targets [2, 4] do not fit logits [2, 3]"),
         (CrossEntropy(), torch.zeros(2, 3, dtype=torch.long), "class indices [2, 3] do not fit logits [2, 3]"),
         (BinaryCrossEntropy(), torch.zeros(3, dtype=torch.long), "class indices [3] do not fit logits [2, 3]"),
         (BinaryCrossEntropy(), torch.rand(2, 4), "soft targets [2, 4] do not fit logits [2, 3]"),

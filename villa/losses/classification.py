@@ -15,11 +15,18 @@ from villa.registry import register_loss
 
 @register_loss("cross_entropy")
 class CrossEntropy(Loss):
-    """Cross-entropy on class indices, mean over rows (VCR, NLVR2; one of two classes for each choice)."""
+    """Cross-entropy on class indices, mean over rows (VCR, NLVR2; one of two classes for each choice).
+
+    Soft targets ``t [rows, labels]`` (VQA's scores) give ``-sum_a t_a log p_a``: with one right answer the same as its
+    index, and nothing for a row without an answer.
+    """
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean over the rows of ``logits [rows, labels]``."""
-        return F.cross_entropy(widened(output.logits), class_indices(batch, output.logits))
+        logits, targets = widened(output.logits), _targets(batch)
+        if targets.is_floating_point():
+            return F.cross_entropy(logits, _soft(targets, logits))
+        return F.cross_entropy(logits, _indices(targets, logits))
 
 
 @register_loss("binary_cross_entropy")
@@ -35,9 +42,7 @@ class BinaryCrossEntropy(Loss):
         targets = _targets(batch)
         if not targets.is_floating_point():
             targets = F.one_hot(_indices(targets, logits), logits.shape[-1])
-        if targets.shape != logits.shape:
-            raise DataError(f"soft targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
-        terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        terms = F.binary_cross_entropy_with_logits(logits, _soft(targets, logits), reduction="none")
         return terms.mean() * logits.shape[-1]
 
 
@@ -62,6 +67,13 @@ def _targets(batch: Batch) -> Tensor:
     if batch.targets is None:
         raise DataError(f"the examples have no targets (first: '{batch.ids[0]}'); a loss needs them")
     return batch.targets
+
+
+def _soft(targets: Tensor, logits: Tensor) -> Tensor:
+    """Return soft targets in the logits' type; both are ``[rows, labels]``."""
+    if targets.shape != logits.shape:
+        raise DataError(f"soft targets {list(targets.shape)} do not fit logits {list(logits.shape)}")
+    return targets.to(logits.dtype)
 
 
 def _indices(targets: Tensor, logits: Tensor) -> Tensor:
