@@ -52,7 +52,7 @@ class Study:
 
 STUDIES = {
     "easy_vqa": Study(grid=2, image_size=128, fractions={"0.05": 300, "1.0": 800}),
-    "daquar": Study(grid=3, image_size=288, fractions={"1.0": 400}),
+    "daquar": Study(grid=3, image_size=288, fractions={"1.0": 300}),
 }
 
 
