@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from villa.batch import Batch
 from villa.config.schema import BatchConfig
-from villa.datasets.samplers import Sampler, UpdateSampler
+from villa.datasets.samplers import Lengths, Sampler, UpdateSampler
 from villa.errors import DataError
 from villa.models.base import DataFacts, Written
 
@@ -89,7 +89,7 @@ class Split(Dataset[Example], ABC):
 
     @property
     @abstractmethod
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """Text tokens plus regions of every example, for token-bucket batches."""
 
     def sampler(self, batch: BatchConfig, seed: int) -> Sampler:

@@ -6,13 +6,18 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from villa.datasets.base import Example, Split
+from villa.datasets.samplers import Lengths
 from villa.datasets.stores.image_lmdb import ImageDatabase, PairedImageDatabase, check_pair
+from villa.datasets.stores.image_names import ImageNames
+from villa.datasets.stores.strings import Integers
+from villa.datasets.stores.tables import Numbers
 from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.errors import DataError
 
@@ -40,6 +45,20 @@ class Pair:
             return self.images.count(names)
         return self.images.count(names) if isinstance(names, str) else sum(map(self.images.count, names))
 
+    def counts(self, named: ImageNames) -> Integers:
+        """Return the numbers of regions ``[N]`` of examples, given their images."""
+        if isinstance(self.images, PairedImageDatabase):
+            return self.images.counts(named)
+        return named.total(self._counts(self.images, named))
+
+    @staticmethod
+    def _counts(images: ImageDatabase, named: ImageNames) -> Integers:
+        """Return the numbers of regions of all different images; 0 for those that no example has."""
+        used = named.mentioned()
+        found = np.zeros(len(named.distinct), np.int32)
+        found[used.numbers()] = images.counts(used)
+        return found
+
 
 class DatabaseSplit(Split):
     """The examples of one pair of databases; a subclass makes them of what is stored.
@@ -52,16 +71,21 @@ class DatabaseSplit(Split):
 
     Attributes:
         ids: ids of the examples.
+        text_copies: how often the text of an example counts in its length.
 
     Raises:
         DataError: an image that the texts name is not there.
     """
 
+    text_copies: ClassVar[int] = 1
+
     def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
         self.task, self.name, self.pair = task, name, pair
-        self.ids = list(lengths)
+        numbers = Numbers.of(lengths)
+        self.ids = numbers.texts
         self.check_images()
-        self._lengths = [self.length(id, length) for id, length in lengths.items()]
+        # For batches by tokens: word-pieces and regions, as in the release.
+        self._lengths = self.text_copies * numbers.values_array + pair.counts(self.named())
 
     @abstractmethod
     def example(self, id: str, fields: Mapping[str, Any]) -> Example:
@@ -75,6 +99,10 @@ class DatabaseSplit(Split):
         """Return the name of an example's image, or the names of its images."""
         return self.pair.text.images[id]
 
+    def named(self) -> ImageNames:
+        """Return the image or images of every example."""
+        return self.pair.text.images_of(self.ids)
+
     def check_images(self) -> None:
         """Make sure that the images of all examples are there, and that an example has one of them.
 
@@ -82,16 +110,13 @@ class DatabaseSplit(Split):
             DataError: naming both databases.
         """
         check_pair(self.pair.text, self.pair.images, ids=self.ids)
-        names = self.pair.text.images
-        several = next((id for id in self.ids if isinstance(names[id], list)), None)
+        named = self.named()
+        several = named.first_list()
         if several is not None and isinstance(self.pair.images, ImageDatabase):
             raise self.unusable(
-                several, f"{len(names[several])} images; it is not one of '{self.task.config.name}', which have one"
+                self.ids[several],
+                f"{len(named[several])} images; it is not one of '{self.task.config.name}', which have one",
             )
-
-    def length(self, id: str, text: int) -> int:
-        """Return the length of an example for batches by tokens: word-pieces and regions, as in the release."""
-        return text + self.pair.count(self.image_names(id))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,7 +126,7 @@ class DatabaseSplit(Split):
         return self.example(id, self.pair.text[id])
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """Word-pieces and regions of every example."""
         return self._lengths
 
@@ -185,9 +210,10 @@ class ConcatenatedSplit(Split):
         return all(part.answered for part in self.parts)
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """The parts' lengths one after another."""
-        return [length for part in self.parts for length in part.lengths]
+        parts = [part.lengths for part in self.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part, np.int32) for part in parts])
 
     def _place(self, index: int) -> tuple[Split, int]:
         if not 0 <= index < len(self):

@@ -16,10 +16,11 @@ from villa.config.overlays import Overlay
 from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.database_paths import SPLITS, DatabasePaths, describe_missing
 from villa.datasets.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
-from villa.datasets.fractions import check_fraction, share
+from villa.datasets.fractions import check_fraction, share_rows
 from villa.datasets.released_files import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
+from villa.datasets.stores.tables import Numbers
 from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.datasets.synthetic.overlay import SMALL
 from villa.errors import ConfigError, DataError, MissingDataError
@@ -126,21 +127,21 @@ class DatabaseTask(ReleasedFilesTask):
         """Return what a pair of databases adds to a split."""
         return [self.Examples(self, name, pair, self.text_lengths(name, pair))]
 
-    def text_lengths(self, name: str, pair: Pair, kind: str = "") -> dict[str, int]:
+    def text_lengths(self, name: str, pair: Pair, kind: str = "") -> Numbers:
         """Return the text length of every example of a split by id; to train on, those that are not too long."""
         lengths = pair.text.lengths(kind)
         if not lengths:
             raise DataError(f"text database '{pair.text.path}' lists no examples; make it again")
         if name != "train":
             return lengths
-        chosen = share(list(lengths), self.config.fraction, self.config.fraction_seed)
-        kept = {id: lengths[id] for id in chosen if lengths[id] <= self.config.max_text_length}
-        if not kept:
+        chosen = share_rows(len(lengths), self.config.fraction, self.config.fraction_seed)
+        rows = chosen[lengths.values_array[chosen] <= self.config.max_text_length]
+        if not len(rows):
             raise DataError(
                 f"all {len(chosen)} texts of '{pair.text.path}' are longer than "
                 f"dataset.max_text_length={self.config.max_text_length}; raise it"
             )
-        return kept
+        return lengths if len(rows) == len(lengths) else lengths.take(rows)
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the labels and a region feature, the same in all databases."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from villa.engine.rng import derive_seed
 from villa.errors import ConfigError
@@ -31,7 +32,12 @@ def share(items: Sequence[T], fraction: float, seed: int) -> Sequence[T]:
         fraction: the share, in (0, 1].
         seed: of the choice.
     """
+    return items if fraction == 1 else [items[row] for row in share_rows(len(items), fraction, seed).tolist()]
+
+
+def share_rows(count: int, fraction: float, seed: int) -> npt.NDArray[np.int64]:
+    """Return the places of such a share of ``count`` items, ascending; see ``share``."""
     if fraction == 1:
-        return items
-    order = np.random.default_rng(derive_seed("fraction", seed)).permutation(len(items))
-    return [items[index] for index in sorted(order[: max(1, round(fraction * len(items)))].tolist())]
+        return np.arange(count)
+    order = np.random.default_rng(derive_seed("fraction", seed)).permutation(count)
+    return np.sort(order[: max(1, round(fraction * count))])

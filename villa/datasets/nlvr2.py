@@ -19,7 +19,9 @@ from villa.registry import register_dataset
 
 
 class PairOfImagesSplit(DatabaseSplit):
-    """Sentences about a left and a right image."""
+    """Sentences about a left and a right image: two rows, each with the sentence and one image."""
+
+    text_copies: ClassVar[int] = 2
 
     def example(self, id: str, fields: Mapping[str, Any]) -> Example:
         """Make an example; see the base class."""
@@ -31,14 +33,10 @@ class PairOfImagesSplit(DatabaseSplit):
         words = self.words(self.field(fields, "input_ids", id), id=id)
         return Example(id, words, None, features, boxes, None if target is None else int(target))
 
-    def length(self, id: str, text: int) -> int:
-        """Both rows of an example: the text twice, and the regions of both images."""
-        return super().length(id, 2 * text)
-
     def check_images(self) -> None:
         """Make sure that every sentence has two images, and that they are there."""
-        names = self.pair.text.images
-        if any(isinstance(names.get(id), str) or len(names.get(id, "--")) != 2 for id in self.ids):
+        images = self.pair.text.images
+        if images.rows(self.ids).min() < 0 or self.named().first_list(but=2) is not None:
             raise DataError(
                 f"text database '{self.pair.text.path}' is not one of NLVR2: a text does not have two images"
             )

@@ -17,6 +17,7 @@ from villa.datasets.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase, check_names
+from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.synthetic.overlay import SMALL_REFERRING
 from villa.errors import ConfigError, DataError
 from villa.evaluation.references import RegionReference
@@ -96,6 +97,10 @@ class ExpressionSplit(DatabaseSplit):
     def image_names(self, id: str) -> str:
         """Return the name of the image that an expression is about."""
         return self._pattern.format(self._image_of[id])
+
+    def named(self) -> ImageNames:
+        """Return the image of every expression."""
+        return ImageNames.of(map(self.image_names, self.ids))
 
     def check_images(self) -> None:
         """Make sure that the images of all expressions are there and described."""

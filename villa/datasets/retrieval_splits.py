@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from villa.datasets.base import Example
 from villa.datasets.database_split import DatabaseSplit, Pair
+from villa.datasets.samplers import Lengths
 from villa.errors import DataError
 from villa.evaluation.references import RetrievalReference
 
@@ -36,7 +38,7 @@ class PairSplit(DatabaseSplit, ABC):
 
     def __init__(self, task: Retrieval, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
         super().__init__(task, name, pair, lengths)
-        self.image_of = {id: str(pair.text.images[id]) for id in self.ids}
+        self.image_of = dict(zip(self.ids, map(str, self.named()), strict=True))
         texts: defaultdict[str, list[str]] = defaultdict(list)
         for id, image in self.image_of.items():
             texts[image].append(id)
@@ -121,9 +123,9 @@ class HardCandidates(RandomNegatives):
         return self.pairs(f"{id}:texts", [id, *self.wrong_texts(image, draws)], [image])
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """Word-pieces and regions of the right pair."""
-        return [length for length in self._lengths for _ in range(2)]
+        return np.repeat(self._lengths, 2)
 
 
 class RetrievalEvaluation(PairSplit):
@@ -166,9 +168,9 @@ class RetrievalEvaluation(PairSplit):
         return True
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """Word-pieces and regions of each text with its own image."""
-        return self._lengths * len(self._starts)
+        return np.tile(self._lengths, len(self._starts))
 
     def _regions(self, number: int, names: Sequence[str]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Read a chunk of images once for all texts."""

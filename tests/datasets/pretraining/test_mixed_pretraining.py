@@ -12,6 +12,7 @@ from villa.datasets.database_split import ConcatenatedSplit
 from villa.datasets.mixture import Mixture
 from villa.datasets.pretraining.dataset import Pretraining, VcrPretraining
 from villa.datasets.pretraining.options import PretrainingDataConfig, VcrPretrainingConfig
+from villa.datasets.stores.strings import Strings
 from villa.errors import ConfigError, DataError
 from villa.losses.pretraining import Pretraining as PretrainingLoss
 
@@ -42,7 +43,7 @@ def test_a_part_for_every_objective_of_every_corpus_with_the_product_of_their_we
         for objective, weight in MIX.items()
         if objective != "mrc_kl"
     }
-    assert {type(part.split.parts[0].ids) for part in split.mixed} == {list}
+    assert {type(part.split.parts[0].ids) for part in split.mixed} == {Strings}
     assert len({id(part.split.parts[0].ids) for part in split.mixed}) == 2  # read once a corpus
 
 
@@ -89,6 +90,10 @@ def test_classes_are_needed_where_any_objective_of_the_mix_asks_for_them(officia
     ("options", "message"),
     [
         ({"mix": {"mlmm": 1}}, "dataset.mix names 'mlmm', which is not known; did you mean 'mlm'"),
+        (
+            {"mix": {"contrastive": 1}},
+            "dataset.mix names 'contrastive', which is not known here: it is for pairs of a text",
+        ),
         ({"mix": {"mlm": -1}}, "dataset.mix.mlm is -1; give a finite number of at least 0"),
         ({"mix": {"mlm": 0.0}}, "dataset.mix: all weights are 0"),
         ({"objective": "mrm"}, "dataset.objective='mrm' is not known"),

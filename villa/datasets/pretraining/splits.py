@@ -68,8 +68,7 @@ class ObjectiveSplit(DatabaseSplit):
     ) -> None:
         super().__init__(task, name, pair, lengths)
         self.settings = settings
-        named = pair.text.images
-        self.images = list(dict.fromkeys(n for id in self.ids if isinstance(n := named[id], str)))
+        self.images = self.named().single()
         self._check()
 
     def asking(self, settings: ObjectiveSettings) -> ObjectiveSplit:

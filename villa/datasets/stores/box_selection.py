@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from villa.datasets.stores.packed_arrays import Array
+from villa.datasets.stores.tables import UNREADABLE, NotAnObjectError, Numbers, WrongEntryError, read_numbers
 from villa.errors import ConfigError, DataError
-from villa.files import read_json
+from villa.plugins import one_line
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,19 @@ class BoxSelection:
         return f"{prefix}_th{self.threshold}_max{self.max_boxes}_min{self.min_boxes}"
 
 
-def read_counts(path: Path) -> dict[str, int]:
+def read_counts(path: Path) -> Numbers:
     """Read the number of boxes of every image.
 
     Raises:
         DataError: the file cannot be read or holds something else.
     """
-    counts = read_json(path, "numbers of boxes", "copy it again")
-    if not isinstance(counts, dict):
-        raise DataError(f"'{path}' holds a JSON {type(counts).__name__}; an object {{image: boxes}} is needed")
-    wrong = next((name for name, count in counts.items() if type(count) is not int or count < 1), None)
-    if wrong is not None:
-        raise DataError(f"'{path}': '{wrong}' has {counts[wrong]!r:.40} boxes; a number of at least 1 is needed")
-    return counts
+    try:
+        return read_numbers(path, 1)
+    except WrongEntryError as wrong:
+        raise DataError(
+            f"'{path}': '{wrong.name}' has {wrong.value!r:.40} boxes; a number of at least 1 is needed"
+        ) from wrong
+    except NotAnObjectError as error:
+        raise DataError(f"'{path}' holds a JSON {error.kind}; an object {{image: boxes}} is needed") from error
+    except UNREADABLE as error:
+        raise DataError(f"cannot read the numbers of boxes '{path}' ({one_line(error)}); copy it again") from error

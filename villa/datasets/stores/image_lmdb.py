@@ -7,8 +7,7 @@ beside it, the number of boxes of every image (``nbb_th0.2_max100_min10.json``).
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,11 +16,18 @@ import torch
 from torch import Tensor
 
 from villa.datasets.stores.box_selection import BoxSelection, read_counts
+from villa.datasets.stores.image_names import ImageNames
+from villa.datasets.stores.indexes import Built, indexed, remembered
+from villa.datasets.stores.json_pieces import MemoryFile, parse_pieces
+from villa.datasets.stores.keys import Keys
 from villa.datasets.stores.lmdb_env import DATA_FILE, LmdbReader
 from villa.datasets.stores.packed_arrays import Array, read_msgpack, read_npz
+from villa.datasets.stores.strings import CHUNK, Integers, Strings, StringsBuilder
+from villa.datasets.stores.tables import Numbers, load_keys, store_keys
 from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.engine.progress import track
 from villa.errors import DataError
+from villa.plugins import one_line
 
 __all__ = ["BoxSelection", "ImageDatabase", "PairedImageDatabase", "check_names", "check_pair"]
 
@@ -112,18 +118,26 @@ class ImageDatabase:
             raise self._unusable(name, f"soft_labels of shape {list(labels.shape)}; they must be [R, classes]")
         return torch.from_numpy(labels[: self.count(name)].astype(np.float32))
 
-    def names(self) -> list[str]:
+    def names(self) -> Strings:
         """Names of all images."""
-        value = self._reader.get(NAMES_KEY)
-        if value is None:
-            return list(self._keys())
-        try:
-            names = json.loads(bytes(value))
-        except (ValueError, RecursionError):
-            names = None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self._unusable(NAMES_KEY, "it is not a JSON list of names")
-        return names
+        return self._names.texts
+
+    def missing(self, names: Strings) -> Strings:
+        """Return those of some names that are no image's."""
+        return names.take(np.flatnonzero(self._names.find_all(names) < 0))
+
+    def counts(self, names: Strings) -> Integers:
+        """Return the numbers of boxes used ``[N]`` of images; see ``count``.
+
+        Raises:
+            DataError: an image is not in the database.
+        """
+        if self.boxes.fixed is not None:
+            return np.full(len(names), self.boxes.fixed, np.int32)
+        rows = self._counts.keys_table.find_all(names)
+        if len(rows) and rows.min() < 0:
+            self.count(names[int(rows.argmin())])  # raises
+        return self._counts.values_array[rows]
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name != NAMES_KEY and self._reader.get(name) is not None
@@ -133,21 +147,42 @@ class ImageDatabase:
 
     def fingerprint(self) -> str:
         """Hash the names, counts and some values: equal on all machines that hold the same data."""
-        names = sorted(self.names())
+        files = [self.folder / DATA_FILE, *([self._counts_file] if self._counts_file else [])]
+        return remembered(files, [str(self.boxes), len(self)], self._fingerprint)
+
+    def _fingerprint(self) -> str:
+        names = self.names().sorted()
         digest = hashlib.blake2b(f"{self.boxes}".encode() + self._reader.sample(names), digest_size=16)
-        for name in names:
-            digest.update(f"{name}\0{self.count(name)}\n".encode())
+        counts = self.counts(names)
+        for start in range(0, len(names), CHUNK):
+            part = zip(names[start : start + CHUNK], counts[start : start + CHUNK].tolist(), strict=True)
+            digest.update("".join(f"{name}\0{count}\n" for name, count in part).encode())
         return digest.hexdigest()
 
     @cached_property
-    def _counts(self) -> Mapping[str, int]:
+    def _names(self) -> Keys:
+        value = self._reader.get(NAMES_KEY)
+        arrays = indexed(self.folder / DATA_FILE, "keys", lambda: self._index_names(value), len(value or b""))
+        return load_keys(arrays)
+
+    def _index_names(self, value: memoryview | None) -> Built:
+        names = StringsBuilder()
+        try:
+            for part in [list(self._keys())] if value is None else parse_pieces(MemoryFile(value)):
+                if not isinstance(part, list) or not all(isinstance(name, str) for name in part):
+                    raise self._unusable(NAMES_KEY, "it is not a JSON list of names")
+                names.extend(part)
+            yield from store_keys(Keys.of(names.build())).items()
+        except (ValueError, RecursionError) as error:
+            raise self._unusable(NAMES_KEY, f"it is not a JSON list of names ({one_line(error)})") from error
+
+    @cached_property
+    def _counts(self) -> Numbers:
         if self._counts_file is not None:
             return read_counts(self._counts_file)
         names = self.names()
-        return {
-            name: self.boxes.count(self._read(name, ("conf",))["conf"])
-            for name in track(names, f"count the boxes of '{self.folder.parent.name}'")
-        }
+        shown = track(names, f"count the boxes of '{self.folder.parent.name}'", len(names))
+        return Numbers.of({name: self.boxes.count(self._read(name, ("conf",))["conf"]) for name in shown})
 
     def _find(self, folder: Path) -> Path:
         """Return the folder of the environment that holds the choice of boxes."""
@@ -212,6 +247,11 @@ class PairedImageDatabase:
         ground_truth, detected = names
         return self.ground_truth.count(ground_truth) + self.detected.count(detected)
 
+    def counts(self, named: ImageNames) -> Integers:
+        """Return the numbers of boxes ``[N]`` of images, given their names in both databases."""
+        ground_truth = self.ground_truth.counts(named.distinct.take(named.codes[::2]))
+        return ground_truth + self.detected.counts(named.distinct.take(named.codes[1::2]))
+
     def __getitem__(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Read the regions ``[R, D]`` and boxes ``[R, 6]`` of an image, given its names in both databases."""
         ground_truth, detected = names
@@ -243,19 +283,16 @@ def check_pair(
     Raises:
         DataError: an image is missing, or an example has no image.
     """
-    try:
-        named = list(text.images.values()) if ids is None else [text.images[id] for id in ids]
-    except KeyError as error:
-        raise DataError(f"text database '{text.path}': txt2img.json lacks the example {error}") from error
+    chosen = text.images.texts.texts if ids is None else ids if isinstance(ids, Strings) else Strings.of(ids)
+    named = text.images_of(chosen)
     if isinstance(images, ImageDatabase):
-        names = (name for entry in named for name in ((entry,) if isinstance(entry, str) else entry))
-        check_names(text, images, names)
+        check_names(text, images, named.mentioned())
         return
-    single = next((entry for entry in named if isinstance(entry, str) or len(entry) != 2), None)
+    single = named.first_list(but=2)
     if single is not None:
-        raise DataError(f"text database '{text.path}' names {single!r:.80}, but two image databases were given")
-    check_names(text, images.ground_truth, (entry[0] for entry in named))
-    check_names(text, images.detected, (entry[1] for entry in named))
+        raise DataError(f"text database '{text.path}' names {named[single]!r:.80}, but two image databases were given")
+    check_names(text, images.ground_truth, named.mentioned(0, 2))
+    check_names(text, images.detected, named.mentioned(1, 2))
 
 
 def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str]) -> None:
@@ -264,14 +301,13 @@ def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str])
     Args:
         text: the text database that names them, for the message.
         images: the image database.
-        names: the images wanted.
+        names: the images wanted; ``Strings`` must be different.
 
     Raises:
         DataError: at least one is missing; the message says how many, and the first.
     """
-    wanted = dict.fromkeys(names)  # distinct, in order
-    present = set(images.names())
-    missing = [name for name in wanted if name not in present]
+    wanted = names if isinstance(names, Strings) else Strings.of(dict.fromkeys(names))
+    missing = images.missing(wanted)
     if missing:
         raise DataError(
             f"text database '{text.path}' does not fit image database '{images.folder}': {len(missing):,} of "

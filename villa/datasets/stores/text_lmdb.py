@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,19 @@ from typing import Any
 import lz4.frame
 import msgpack
 
+from villa.datasets.stores.image_names import ImageNames
+from villa.datasets.stores.indexes import remembered
 from villa.datasets.stores.lmdb_env import LmdbReader
+from villa.datasets.stores.strings import CHUNK, Strings
+from villa.datasets.stores.tables import (
+    UNREADABLE,
+    NamesOfTexts,
+    NotAnObjectError,
+    Numbers,
+    WrongEntryError,
+    read_names,
+    read_numbers,
+)
 from villa.errors import DataError
 from villa.plugins import one_line
 
@@ -74,7 +86,7 @@ class TextDatabase:
         """Name of the tokenizer that made the ids, if the database says so."""
         return next((self.meta[key] for key in ("bert", "toker", "tokenizer") if key in self.meta), None)
 
-    def lengths(self, kind: str = "") -> dict[str, int]:
+    def lengths(self, kind: str = "") -> Numbers:
         """Read the number of word-pieces (without [CLS] and [SEP]) of every example, in the order of the data set.
 
         Args:
@@ -83,22 +95,37 @@ class TextDatabase:
         Raises:
             DataError: the file is missing or holds something else.
         """
-        name = self._lengths_file(kind)
-        lengths = self._read_object(name)
-        wrong = next((id for id, length in lengths.items() if type(length) is not int or length < 0), None)
-        if wrong is not None:
-            raise DataError(f"'{self.path / name}': the length of '{wrong}' is {lengths[wrong]!r:.40}, not a number")
-        return lengths
+        path = self.path / self._lengths_file(kind)
+        try:
+            return read_numbers(path, 0)
+        except WrongEntryError as wrong:
+            raise DataError(f"'{path}': the length of '{wrong.name}' is {wrong.value!r:.40}, not a number") from wrong
+        except UNREADABLE as error:
+            raise self._unreadable(path.name, error) from error
 
     @cached_property
-    def images(self) -> Mapping[str, str | list[str]]:
+    def images(self) -> NamesOfTexts:
         """Image file name, or names, of every example (``txt2img.json``)."""
-        images = self._read_object("txt2img.json")
-        wrong = next((id for id, names in images.items() if not (isinstance(names, str) or _are_texts(names))), None)
-        if wrong is not None:
-            given = f"{images[wrong]!r:.40}"
-            raise DataError(f"'{self.path / 'txt2img.json'}': '{wrong}' has {given}, not one or several file names")
-        return images
+        path = self.path / "txt2img.json"
+        try:
+            return read_names(path)
+        except WrongEntryError as wrong:
+            given = f"{wrong.value!r:.40}"
+            raise DataError(f"'{path}': '{wrong.name}' has {given}, not one or several file names") from wrong
+        except UNREADABLE as error:
+            raise self._unreadable(path.name, error) from error
+
+    def images_of(self, ids: Strings) -> ImageNames:
+        """Return the image or images of examples.
+
+        Raises:
+            DataError: one has none; or ``txt2img.json`` cannot be used.
+        """
+        rows = self.images.rows(ids)
+        if len(rows) and rows.min() < 0:
+            missing = ids[int(rows.argmin())]
+            raise DataError(f"text database '{self.path}': txt2img.json lacks the example '{missing}'")
+        return self.images.names.take(rows)
 
     @cached_property
     def texts_of_images(self) -> Mapping[str, list[str]]:
@@ -138,23 +165,25 @@ class TextDatabase:
         """
         try:
             return json.loads((self.path / name).read_bytes())
-        except OSError as error:
-            present = ", ".join(sorted(file.name for file in self.path.glob("*.json"))) or "no JSON file"
-            raise DataError(
-                f"text database '{self.path}' lacks {name} ({error.strerror}; it has {present}); "
-                "is it the database of another task?"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"'{self.path / name}' is not valid JSON ({one_line(error)}); copy it again") from error
+        except UNREADABLE as error:
+            raise self._unreadable(name, error) from error
 
     def fingerprint(self) -> str:
         """Hash the lists of examples and some examples: equal on all machines that hold the same data."""
-        digest = hashlib.blake2b(digest_size=16)
-        for kind in ("", "qa", "qar"):
-            if (self.path / self._lengths_file(kind)).exists():
-                lengths = self.lengths(kind)
-                digest.update(f"{kind}\0{json.dumps(lengths)}".encode() + self._reader.sample(list(lengths)))
-        return digest.hexdigest()
+        kinds = [kind for kind in ("", "qa", "qar") if (self.path / self._lengths_file(kind)).exists()]
+        lists = {kind: self.lengths(kind) for kind in kinds}
+        samples = {kind: self._reader.sample(lengths.texts) for kind, lengths in lists.items()}
+
+        def compute() -> str:
+            digest = hashlib.blake2b(digest_size=16)
+            for kind, lengths in lists.items():
+                digest.update(f"{kind}\0".encode())
+                for part in _json_pieces(lengths):
+                    digest.update(part)
+                digest.update(samples[kind])
+            return digest.hexdigest()
+
+        return remembered([self.path / self._lengths_file(kind) for kind in kinds], samples, compute)
 
     def _lengths_file(self, kind: str) -> str:
         return "id2len" + (f"_{kind}" if kind else "") + (f".{self.subset}" if self.subset else "") + ".json"
@@ -162,8 +191,19 @@ class TextDatabase:
     def _read_object(self, name: str) -> dict[str, Any]:
         value = self.read_json(name)
         if not isinstance(value, dict):
-            raise DataError(f"'{self.path / name}' holds a JSON {type(value).__name__}; an object is needed")
+            raise self._unreadable(name, NotAnObjectError(type(value).__name__))
         return value
+
+    def _unreadable(self, name: str, error: Exception) -> DataError:
+        if isinstance(error, NotAnObjectError):
+            return DataError(f"'{self.path / name}' holds a JSON {error.kind}; an object is needed")
+        if not isinstance(error, OSError):
+            return DataError(f"'{self.path / name}' is not valid JSON ({one_line(error)}); copy it again")
+        present = ", ".join(sorted(file.name for file in self.path.glob("*.json"))) or "no JSON file"
+        return DataError(
+            f"text database '{self.path}' lacks {name} ({error.strerror}; it has {present}); "
+            "is it the database of another task?"
+        )
 
     def _damaged(self, id: str, reason: str) -> DataError:
         return DataError(f"text database '{self.path}': example '{id}' is damaged ({reason}); copy it again")
@@ -187,6 +227,17 @@ def check_meta(meta: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where}: v_range is {bounds!r:.40}; it must be two ids, [first, end]")
     if not 0 <= bounds[0] < bounds[1]:
         raise DataError(f"{where}: v_range {bounds} is empty; its end must be above its first id")
+
+
+def _json_pieces(lengths: Numbers) -> Iterator[bytes]:
+    """Yield what ``json.dumps`` makes of numbers by name, in pieces."""
+    yield b"{"
+    for start in range(0, len(lengths), CHUNK):
+        part = dict(
+            zip(lengths.texts[start : start + CHUNK], lengths.values_array[start : start + CHUNK].tolist(), strict=True)
+        )
+        yield (", " if start else "").encode() + json.dumps(part)[1:-1].encode()
+    yield b"}"
 
 
 def _are_texts(value: object) -> bool:

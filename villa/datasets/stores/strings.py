@@ -1,0 +1,197 @@
+"""Millions of texts as two arrays: a name of 16 bytes takes 24 here, and 73 and more as an object of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.integer]
+Hashes = npt.NDArray[np.uint64]
+
+#: Bytes behind the last text, so that whole words can be read anywhere.
+PADDING = 8
+#: Bytes of the longest text of those that are sorted without making objects of them.
+WIDEST = 64
+#: Texts that are worked on at a time.
+CHUNK = 1 << 18
+_FACTOR = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class Strings(Sequence[str]):
+    """Texts by number.
+
+    Args:
+        data: their UTF-8 bytes one after another, and ``PADDING`` zeros.
+        bounds: where in ``data`` each begins, and the end of the last: ``[N + 1]`` int64.
+        rows: the texts that are meant, in order; None: all.
+        digest: of ``data`` and ``bounds``, if it is known.
+    """
+
+    def __init__(
+        self, data: Bytes, bounds: Integers, rows: Integers | None = None, digest: bytes | None = None
+    ) -> None:
+        self.data, self.bounds, self.rows, self.digest = data, bounds, rows, digest
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Strings:
+        """Copy texts."""
+        builder, source = StringsBuilder(), iter(texts)
+        while part := list(islice(source, CHUNK)):
+            builder.extend(part)
+        return builder.build()
+
+    def take(self, rows: Integers) -> Strings:
+        """Return the texts with these numbers; their bytes are shared."""
+        return Strings(self.data, self.bounds, rows if self.rows is None else self.rows[rows], self.digest)
+
+    def compact(self) -> Strings:
+        """Return a copy that holds no other text's bytes."""
+        return Strings.of(self)
+
+    def sorted(self) -> Strings:
+        """Return the texts in the order of their characters, which is that of their bytes."""
+        begins, sizes = self._spans(np.arange(len(self)))
+        longest = int(sizes.max(initial=0))
+        if longest > WIDEST or not self.data[:-PADDING].all():  # NumPy takes zeros at the end for no characters
+            order = np.array(sorted(range(len(self)), key=list(self).__getitem__), np.int64)
+        else:
+            table = np.zeros((len(self), -(-longest // 8) or 1), "<u8")
+            for number, (has, word) in enumerate(self._words(begins, sizes)):
+                table[has, number] = word
+            order = np.argsort(table.view(f"S{8 * table.shape[1]}")[:, 0], kind="stable")
+        return self.take(order)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1 if self.rows is None else len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            return self._decode(np.arange(start, stop, step))
+        return self._decode(np.array([range(len(self))[index]]))[0]  # IndexError where there is none
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), CHUNK):
+            yield from self._decode(np.arange(start, min(start + CHUNK, len(self))))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Strings):
+            if self.shares(other) and (self.rows is None) == (other.rows is None):
+                return self.rows is None or np.array_equal(self.numbers(), other.numbers())
+            return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        return isinstance(other, list) and list(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def shares(self, other: Strings) -> bool:
+        """Say whether both choose among the same texts."""
+        if self.digest is not None and other.digest is not None:
+            return self.digest == other.digest
+        return self.bounds is other.bounds or (
+            np.array_equal(self.bounds, other.bounds) and np.array_equal(self.data, other.data)
+        )
+
+    def numbers(self) -> Integers:
+        """Return which of all texts are meant."""
+        return np.arange(len(self)) if self.rows is None else self.rows
+
+    def hashes(self, start: int, stop: int) -> Hashes:
+        """Return a hash ``[stop - start]`` of each of these texts, equal to ``hash_text`` of it."""
+        begins, sizes = self._spans(np.arange(start, stop))
+        found = sizes.astype(np.uint64) * np.uint64(_FACTOR)
+        for number, word in self._words(begins, sizes):
+            found[number] = _mix(found[number] ^ word)
+        return found
+
+    def same(self, rows: Integers, other: Strings, others: Integers) -> npt.NDArray[np.bool_]:
+        """Say for pairs of texts ``[P]``, one of these and one of ``other``, whether they are equal."""
+        begins, sizes = self._spans(rows)
+        theirs, their_sizes = other._spans(others)
+        equal: npt.NDArray[np.bool_] = sizes == their_sizes
+        shared = np.minimum(sizes, their_sizes)
+        pairs = zip(self._words(begins, shared), other._words(theirs, shared), strict=True)
+        for (number, ours), (_, word) in pairs:
+            equal[number] &= ours == word
+        return equal
+
+    def _decode(self, rows: Integers) -> list[str]:
+        begins, sizes = self._spans(rows)
+        ends = begins + sizes
+        spans = zip(begins.tolist(), ends.tolist(), strict=True)
+        if len(rows) > 1 and np.array_equal(begins[1:], ends[:-1]):  # neighbours: decoded together
+            first, together = int(begins[0]), self.data[begins[0] : ends[-1]].tobytes()
+            if together.isascii():
+                text = together.decode()
+                return [text[begin - first : end - first] for begin, end in spans]
+        view = self.data.data
+        return [str(view[begin:end], "utf-8", "surrogatepass") for begin, end in spans]
+
+    def _spans(self, rows: Integers) -> tuple[Integers, Integers]:
+        """Return where texts begin, and their sizes in bytes."""
+        at = rows if self.rows is None else self.rows[rows]
+        begins = self.bounds[at]
+        return begins, self.bounds[at + 1] - begins
+
+    def _words(self, begins: Integers, sizes: Integers) -> Iterator[tuple[Integers, Hashes]]:
+        """Yield, for every eight bytes of the longest text, which texts have them, and these bytes as numbers."""
+        words = np.ndarray(len(self.data) - PADDING + 1, "<u8", self.data, strides=(1,))
+        for start in range(0, int(sizes.max(initial=0)), 8):
+            (has,) = np.nonzero(sizes > start)
+            word = words[begins[has] + start]
+            beyond = np.maximum(8 - (sizes[has] - start), 0).astype(np.uint64) * np.uint64(8)
+            yield has, word & (np.uint64(_MASK) >> beyond)
+
+
+class StringsBuilder:
+    """Collects texts."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._sizes: list[Integers] = []
+
+    def extend(self, texts: Sequence[str]) -> None:
+        """Add texts."""
+        joined = "".join(texts)
+        if joined.isascii():
+            self._data += joined.encode()
+            sizes = map(len, texts)
+        else:
+            encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+            self._data += b"".join(encoded)
+            sizes = map(len, encoded)
+        self._sizes.append(np.fromiter(sizes, np.int32, len(texts)))
+
+    def build(self) -> Strings:
+        """Return the texts; add no more."""
+        self._data += bytes(PADDING)
+        bounds = np.zeros(sum(map(len, self._sizes)) + 1, np.int64)
+        if self._sizes:
+            np.cumsum(np.concatenate(self._sizes), out=bounds[1:])
+        return Strings(np.frombuffer(self._data, np.uint8), bounds)
+
+
+def hash_text(data: bytes) -> int:
+    """Return the hash of a text's bytes; no secret, and the same everywhere."""
+    found = len(data) * _FACTOR & _MASK
+    for start in range(0, len(data), 8):
+        found ^= int.from_bytes(data[start : start + 8], "little")
+        found = found * _FACTOR & _MASK
+        found ^= found >> 32
+    return found
+
+
+def _mix(values: Hashes) -> Hashes:
+    values = values * np.uint64(_FACTOR)
+    return values ^ (values >> np.uint64(32))
