@@ -17,7 +17,7 @@ from villa.config.yaml_text import write
 from villa.registry import REGISTRIES
 
 USAGE = """\
-usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points]
+usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points | --dry-run]
        villa_run config=RECIPE.yaml ... --sweep section.option=value,value,... ... [--at-once N]
        villa_run --list [KIND] | --help [section=name ...] | --version
 
@@ -37,6 +37,7 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --at-once N           run N of them at once (1)
   --print-config        show the resolved recipe with the origin of every value, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
+  --dry-run             show what memory and how many operations the recipe's run needs, and stop
   --list [KIND]         list what is registered: models, datasets, losses, ...
   --help [section=name] this page, or the options of a section's variant: --help trainer=villa
   --version             show the version

@@ -51,6 +51,10 @@ def _recipe(options: argparse.Namespace) -> int:
         from villa.engine.points import describe_points
 
         return _show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
+    if options.dry_run:
+        from villa.planning.dry_run import dry_run
+
+        return _show("".join(f"{line}\n" for line in dry_run(options.values)))
     from villa.engine.run import run
     from villa.engine.stages import run_stages
 
@@ -64,6 +68,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--perturbation-points", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--list", nargs="?", const="all")
     parser.add_argument("--sweep", nargs="+")
     parser.add_argument("--at-once", type=int, default=1)
@@ -75,7 +80,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from villa.sweeps.axes import parse_axis
     from villa.sweeps.sweep import Sweep
 
-    if options.print_config or options.perturbation_points:
+    if options.print_config or options.perturbation_points or options.dry_run:
         raise ConfigError("--sweep trains; leave it out to look at one recipe")
     sweep = Sweep(options.values, [parse_axis(argument) for argument in options.sweep])
     code = sweep.run(options.at_once)

@@ -1,0 +1,57 @@
+"""``villa_run --dry-run`` and the plan of a run, on recipes with and without their data."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_runs import SHAPES
+
+from villa.cli.run import main
+from villa.config import load
+from villa.engine.setup import build
+from villa.planning.dry_run import plan_of_run, plan_recipe
+from villa.planning.units import in_bytes, in_units
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VILLA_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_dry_run_prints_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main([*SHAPES, f"output_dir={folder}", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^parameters: 1.33 k trained, 1.33 k in all$", out, re.MULTILINE)
+    assert re.search(
+        r"^memory of a rank \(one process\): parameters .* at most [\d.]+ \wiB at once$", out, re.MULTILINE
+    )
+    assert re.search(r"^compute of an update: .*FLOP in 1 micro-batch$", out, re.MULTILINE)
+    assert not folder.exists()
+
+
+def test_the_plan_of_a_run_about_to_start(tmp_path: Path) -> None:
+    config = load([*SHAPES, f"output_dir={tmp_path}"]).config
+    parts = build(config)
+    split = parts.data.split("train")
+    lines = plan_of_run(parts, split, split.sampler(config.batch, 0))
+    assert lines == plan_recipe([*SHAPES, f"output_dir={tmp_path}"])[0].lines()
+    assert not any(parameter.is_meta for parameter in parts.model.parameters())
+
+
+def test_a_run_starts_even_where_no_plan_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load([*SHAPES, f"output_dir={tmp_path}"]).config
+    parts = build(config)
+    split = parts.data.split("train")
+    monkeypatch.setattr(type(parts.model), "forward", lambda self, batch: 1 / 0)
+    (line,) = plan_of_run(parts, split, split.sampler(config.batch, 0))
+    assert line.startswith("memory and compute are not planned: ")
+    assert main([*SHAPES, f"output_dir={tmp_path / 'run'}", "--dry-run"]) == 2
+
+
+def test_numbers_are_readable() -> None:
+    assert [in_bytes(value) for value in (0, 1023, 1536, 999.6 * 1024**2, 2.5e10)] == [
+        *("0 B", "1.00 KiB", "1.50 KiB", "0.98 GiB", "23.3 GiB")
+    ]
+    assert [in_units(value, "FLOP") for value in (12, 1.5e9, 2e14)] == ["12 FLOP", "1.50 GFLOP", "200 TFLOP"]
+    assert in_units(1.1e8) == "110 M"

@@ -1,0 +1,43 @@
+import torch
+from planned import FACTS, batch_of, model_of, recipe
+
+from villa.models.base import DataFacts
+from villa.planning.meta import MetaTensors, meta_batch, meta_copy
+
+
+def test_masks_decide_about_shapes() -> None:
+    states, mask = torch.empty(3, 4, 8, device="meta"), torch.tensor([[True, False, False, True]] * 3)
+    with MetaTensors():
+        assert states[mask].shape == (6, 8)
+        assert states[..., 0].masked_select(mask).shape == (6,)
+        states[mask] = torch.zeros(6, 8, device="meta")
+        assert (states * mask.unsqueeze(-1)).is_meta
+
+
+def test_whole_numbers_stay_real_wherever_they_are_asked_for() -> None:
+    like = torch.empty(2, 3, device="meta")
+    with MetaTensors():
+        places = torch.arange(3, device=like.device)
+        assert (places < 2).tolist() == [True, True, False]
+        assert torch.ones(like.shape, dtype=torch.bool, device=like.device).all()
+        assert torch.zeros(2, device=like.device).is_meta
+        assert places.to(like.device).tolist() == [0, 1, 2]
+        assert places.to(like).is_meta
+
+
+def test_a_batch_keeps_its_whole_numbers() -> None:
+    batch = batch_of()
+    meta = meta_batch(batch)
+    assert meta.features is not None
+    assert meta.features.is_meta
+    assert meta.input_ids is batch.input_ids
+
+
+def test_a_copy_shares_what_the_model_shares_and_allocates_nothing() -> None:
+    config = recipe("model.head=pretraining")
+    model = model_of(config, "cpu", DataFacts(FACTS.vocab_size, 7, FACTS.feature_dim))
+    copied = meta_copy(model)
+    assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert all(parameter.is_meta for parameter in copied.parameters())
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert {p.shape for p in copied.parameters()} == {p.shape for p in model.parameters()}

@@ -1,0 +1,175 @@
+"""``--dry-run``, and the plan of a run that is about to start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from villa.config.schema import RunConfig
+from villa.config.stages import load_stages
+from villa.datasets.base import Split, TaskDataset
+from villa.datasets.samplers import Sampler, UpdateSampler
+from villa.engine.setup import Parts, build_trainer, choose_device
+from villa.errors import ConfigError, DataError, VillaError
+from villa.models.base import DataFacts, Model
+from villa.planning.meta import meta_copy
+from villa.planning.plan import Plan, make_plan
+from villa.planning.samples import Sample, samples, stretched
+from villa.planning.strategies import Strategy
+from villa.plugins import one_line
+from villa.registry import DATASETS, MODELS
+
+#: Sizes of the data that UNITER and VILLA were trained on, for data that is not there: BERT's cased word-pieces, the
+#: width of the detector's features, and its classes (arXiv 1707.07998; the released databases store 1,601).
+VOCABULARY, WIDTH, CLASSES = 28996, 2048, 1601
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of an example where the data is not there to ask.
+
+    Attributes:
+        tokens: of the text.
+        regions: of the image, or of each of its images.
+    """
+
+    tokens: int = 20
+    regions: int = 40
+
+
+def dry_run(values: Sequence[str]) -> list[str]:
+    """Return what the runs of a recipe will need, in lines: no weights are loaded or even allocated.
+
+    Args:
+        values: the arguments of ``villa_run``.
+
+    Raises:
+        VillaError: the recipe or the data cannot be used.
+    """
+    stages = load_stages(values)
+    lines = []
+    for number, stage in enumerate(stages):
+        if len(stages) > 1:
+            lines.append(f"stage {number + 1} of {len(stages)} ({stage.config.name}):")
+        plan, notes = plan_recipe(values, number)
+        lines += [*plan.lines(), *(f"  note: {note}" for note in notes)]
+    return lines
+
+
+def plan_recipe(
+    values: Sequence[str],
+    stage: int = 0,
+    sizes: Sizes | None = None,
+    *,
+    strategy: Strategy | None = None,
+    processes: int | None = None,
+    device: str | None = None,
+) -> tuple[Plan, list[str]]:
+    """Plan a stage of a recipe, with its data or, where that is not there, with made-up examples.
+
+    Args:
+        values: the arguments of ``villa_run``.
+        stage: its number, from 0.
+        sizes: of made-up examples; given, the data is not looked for.
+        strategy: of parallel training; None takes the recipe's.
+        processes: how many share an update; None asks ``WORLD_SIZE``.
+        device: type of the device, ``cpu`` or ``cuda``; None takes the recipe's.
+
+    Returns:
+        The plan, and what to say about it.
+
+    Raises:
+        VillaError: the recipe or the data cannot be used.
+    """
+    config = load_stages(values)[stage].config
+    notes: list[str] = []
+    if sizes is None:
+        try:
+            facts, found = _from_data(config)
+        except DataError as error:
+            if not hasattr(config.dataset, "synthetic"):
+                raise
+            sizes = Sizes()
+            reason = str(error).splitlines()[0].rstrip(":")
+            notes.append(f"examples are made up ({sizes.tokens} tokens, {sizes.regions} regions): {reason}")
+    if sizes is not None:
+        facts, found = _made_up(config, load_stages([*values, "dataset.synthetic=true"])[stage].config, sizes)
+    model = _on_meta(config, facts)
+    build_trainer(config, model)
+    chosen, count = _strategy(config)
+    kind = device or choose_device(config.device).type
+    return _planned(config, model, found, kind, strategy or chosen, processes or count), notes
+
+
+def plan_of_run(parts: Parts, split: Split, sampler: Sampler) -> list[str]:
+    """Return the plan of a run that is about to start, in lines; one that cannot be made is no reason not to start."""
+    config, (strategy, count) = parts.config, _strategy(parts.config)
+    try:
+        found = samples(parts.data, split, sampler, _objectives(config))
+        whole = strategy in ("single", "ddp")
+        model = meta_copy(parts.model).train() if whole else _on_meta(config, parts.data.facts())
+        return _planned(config, model, found, parts.precision.device.type, strategy, count).lines()
+    except Exception as error:
+        return [f"memory and compute are not planned: {one_line(error)}"]
+
+
+def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
+    """The recipe's model as it is trained, on the meta device."""
+    with torch.device("meta"):
+        model: Model = MODELS.get(config.model.name).from_config(config.model, facts)
+    return model
+
+
+def _strategy(config: RunConfig) -> tuple[Strategy, int]:
+    """The recipe's strategy, and how many processes share an update as torchrun and its like tell."""
+    strategy: Strategy = getattr(getattr(config, "distributed", None), "strategy", "single")
+    return strategy, int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _planned(
+    config: RunConfig, model: Model, found: Sequence[Sample], device: str, strategy: Strategy, processes: int
+) -> Plan:
+    try:
+        return make_plan(config, model, found, device=device, strategy=strategy, processes=processes)
+    except VillaError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model '{config.model.name}' with trainer '{config.trainer.name}' cannot be planned, for what it computes "
+            f"depends on numbers that are not there: {one_line(error)}"
+        ) from error
+
+
+def _from_data(config: RunConfig) -> tuple[DataFacts, list[Sample]]:
+    """Sizes and micro-batches of the data; one example of every objective is read."""
+    data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset)
+    split = data.split("train")
+    return data.facts(), samples(data, split, split.sampler(config.batch, config.seed), _objectives(config))
+
+
+def _made_up(config: RunConfig, small: RunConfig, sizes: Sizes) -> tuple[DataFacts, list[Sample]]:
+    """Sizes of the released data, and micro-batches of the recipe's size of what ``dataset.synthetic`` generates.
+
+    Args:
+        config: the recipe.
+        small: the recipe with ``dataset.synthetic=true``.
+        sizes: of an example.
+    """
+    known, found = _from_data(small)
+    labels = CLASSES if any(sample.label or sample.batch.objective for sample in found) else known.num_labels
+    facts = replace(known, vocab_size=VOCABULARY, feature_dim=WIDTH, num_labels=labels)
+    batch = config.batch
+    cut = UpdateSampler([1], batch, 0)
+    made = []
+    for small_one in found:
+        sample = replace(small_one, micro_batches=cut.passes)
+        made.append(stretched(sample, sizes.tokens, sizes.regions, facts, cut.per_pass, by_tokens=bool(batch.tokens)))
+    return facts, made
+
+
+def _objectives(config: RunConfig) -> Mapping[str, float]:
+    found: Mapping[str, float] = config.dataset.objectives()
+    return found

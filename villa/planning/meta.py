@@ -1,0 +1,116 @@
+"""Running a model without its numbers: floating tensors on the meta device, whole numbers for real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from villa.batch import Batch
+
+M = TypeVar("M", bound=nn.Module)
+
+_aten = torch.ops.aten
+#: Operations whose second argument is a list of indices; a mask there makes their shape depend on its values.
+_INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
+
+
+class MetaTensors(TorchDispatchMode):
+    """Within the context, whatever touches a meta tensor runs on the meta device, and the rest for real.
+
+    Lengths, masks and the ids of tokens are whole numbers and stay real, so that shapes that depend on them (the
+    longest row of a batch, the masked tokens) come out right. They are small; all that is large has no numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation."""
+        named = kwargs or {}
+        given = list(tensors_in((args, named)))
+        if all(tensor.is_meta for tensor in given) and given:
+            return func(*args, **named)
+        if any(tensor.is_meta for tensor in given):
+            return _mixed(func, args, named)
+        if _on_meta(named) and not any(tensor.is_floating_point() for tensor in given):
+            return _whole_numbers(func, args, named, made=not given)
+        return func(*args, **named)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what an operation is given or returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def _mixed(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Run an operation on meta and real tensors on the meta device."""
+    if func is _aten.masked_select.default:
+        func, args = _aten.index.Tensor, (args[0], [args[1]])
+    if func.overloadpacket in _INDEXED:
+        args = (args[0], _positions(args[1]), *args[2:])
+    args, named = tree_map(without_numbers, (args, named))
+    return func(*args, **named)
+
+
+def without_numbers(value: Any) -> Any:
+    """Return a tensor's twin on the meta device, with its strides; whatever else is given comes back as it is."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def meta_batch(batch: Batch) -> Batch:
+    """Return a batch whose floating tensors are on the meta device."""
+    return batch.map(lambda tensor: without_numbers(tensor) if tensor.is_floating_point() else tensor.cpu())
+
+
+def meta_copy(module: M) -> M:
+    """Return a copy of a module, wherever it is, with all its floating tensors on the meta device.
+
+    Parameters that are shared stay shared. Nothing is allocated.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(without_numbers(parameter.detach()), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = without_numbers(buffer) if buffer.is_floating_point() else buffer
+    return copy.deepcopy(module, memo)
+
+
+def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Replace masks among indices by the positions where they are True."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        masks = index is not None and index.dtype == torch.bool and not index.is_meta
+        found += index.nonzero(as_tuple=True) if masks and index is not None else [index]
+    return found
+
+
+def _on_meta(named: dict[str, Any]) -> bool:
+    return named.get("device") is not None and torch.device(named["device"]).type == "meta"
+
+
+def _whole_numbers(func: Callable[..., Any], args: Any, named: dict[str, Any], *, made: bool) -> Any:
+    """Make whole numbers for real where they are asked for on the meta device."""
+    if made:
+        result = func(*args, **named)
+        if not isinstance(result, Tensor) or result.is_floating_point():
+            return result
+    dtype = named.get("dtype")
+    if dtype is not None and dtype.is_floating_point:
+        return func(*args, **named)
+    return func(*args, **named | {"device": torch.device("cpu")})

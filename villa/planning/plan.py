@@ -1,0 +1,118 @@
+"""What a run will need, in a few lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from villa.config.schema import RunConfig
+from villa.models.base import Model
+from villa.planning.measure import Counted, count
+from villa.planning.samples import Sample
+from villa.planning.strategies import RankMemory, Strategy, rank_memory
+from villa.planning.units import in_bytes, in_units
+
+
+@dataclass(frozen=True)
+class Part:
+    """One objective of a run, or its task.
+
+    Attributes:
+        sample: its micro-batch.
+        counted: what the micro-batch takes.
+    """
+
+    sample: Sample
+    counted: Counted
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of an update, on all ranks together."""
+        return self.counted.flops * self.sample.micro_batches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        model: the model, on the meta device.
+        parts: its objectives, or its task alone.
+        strategy: of parallel training.
+        processes: how many share an update.
+    """
+
+    model: nn.Module
+    parts: Sequence[Part]
+    strategy: Strategy = "single"
+    processes: int = 1
+
+    @property
+    def memory(self) -> RankMemory:
+        """Memory of a rank, for the objective that needs most."""
+        return self._largest[1]
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations of an update on all ranks together; the mean over objectives."""
+        return sum(part.sample.weight * part.flops for part in self.parts)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        part, memory = self._largest
+        sample, batch = part.sample, part.sample.batch
+        every = [p.numel() for p in self.model.parameters()]
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        ranks = f"{self.processes} ranks, {self.strategy}" if self.processes > 1 else "one process"
+        kinds = ("parameters", "gradients", "optimizer", "activations", "gathered")
+        named = [f"{kind} {in_bytes(getattr(memory, kind))}" for kind in kinds if getattr(memory, kind)]
+        of = f" of {sample.label}" if sample.label and len(self.parts) > 1 else ""
+        return [
+            f"parameters: {in_units(trained)} trained, {in_units(sum(every))} in all",
+            f"memory of a rank ({ranks}): {', '.join(named).replace('optimizer', 'optimiser')}; "
+            f"at most {in_bytes(memory.peak)} at once",
+            f"  with a micro-batch{of} of {len(batch)} x {sample.length} tokens and regions",
+            f"compute of an update: {in_units(self.flops, 'FLOP')}{self._by_objective()}",
+        ]
+
+    @property
+    def _largest(self) -> tuple[Part, RankMemory]:
+        found = [(part, self._memory(part)) for part in self.parts]
+        return max(found, key=lambda pair: pair[1].peak)
+
+    def _memory(self, part: Part) -> RankMemory:
+        several = math.ceil(part.sample.micro_batches / self.processes) > 1
+        return rank_memory(part.counted, self.model, self.strategy, self.processes, several=several)
+
+    def _by_objective(self) -> str:
+        if len(self.parts) == 1:
+            count = self.parts[0].sample.micro_batches
+            return f" in {count} micro-batch{'es' * (count > 1)}"
+        each = (f"{part.sample.label} {in_units(part.flops, 'FLOP')}" for part in self.parts)
+        return f" on average ({', '.join(each)})"
+
+
+def make_plan(
+    config: RunConfig,
+    model: Model,
+    found: Sequence[Sample],
+    *,
+    device: str = "cpu",
+    strategy: Strategy = "single",
+    processes: int = 1,
+) -> Plan:
+    """Count what the micro-batches take.
+
+    Args:
+        config: the recipe.
+        model: on the meta device (see ``meta_copy``).
+        found: a micro-batch of every objective.
+        device: type of the device whose kernels are assumed, ``cpu`` or ``cuda``.
+        strategy: of parallel training.
+        processes: how many share an update.
+    """
+    parts = [Part(sample, count(config, model, sample.batch, device)) for sample in found]
+    return Plan(model, parts, strategy, processes)
