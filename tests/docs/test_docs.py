@@ -28,6 +28,10 @@ QUICK = {
     "config=projects/villa/easy_vqa.yaml": ["training.updates=2", "dataset.limit=16", "evaluation.every=null"],
     "config=projects/own_data/own_data.yaml": ["training.epochs=null", "training.updates=2", "evaluation.every=null"],
 }
+#: The same for a script.
+QUICK_SCRIPTS = {
+    "projects/villa/two_stage/run.py": "--pictures 12 --seeds 1 training.updates=1 evaluation.every=null".split(),
+}
 #: Sections that a block may leave to the rest of a recipe.
 REST = {
     "model": "model=uniter",
@@ -95,7 +99,7 @@ def run_command(command: str, where: str) -> None:
     elif program == "villa_validate":
         assert validate.main(arguments) == 0, f"{where}: {command}"
     elif program == "python":
-        subprocess.run([sys.executable, *arguments], check=True)
+        subprocess.run([sys.executable, *arguments, *QUICK_SCRIPTS.get(arguments[0], [])], check=True)
     elif program == "pip":
         check_install(command)
     else:  # the checks of the code, which .ci/run runs as a contributor would
