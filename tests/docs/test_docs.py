@@ -31,12 +31,8 @@ QUICK = {
 #: The same for a script.
 QUICK_SCRIPTS = {
     "projects/villa/two_stage/run.py": [
-        "--pictures",
-        "12",
-        "--seeds",
-        "1",
-        "training.updates=1",
-        "evaluation.every=null",
+        *("--pictures", "12", "--seeds", "1"),
+        *("training.updates=1", "evaluation.every=null"),
     ],
 }
 #: Sections that a block may leave to the rest of a recipe.

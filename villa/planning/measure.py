@@ -128,7 +128,8 @@ def bytes_of(tensors: list[Tensor] | nn.Module) -> int:
 
 def _without_draws(options: Any) -> Any:
     """Options of a method whose perturbations start at zero: the meta device has no generator."""
-    return replace(options, init="zero") if is_dataclass(options) and hasattr(options, "init") else options
+    drawn = is_dataclass(options) and not isinstance(options, type) and hasattr(options, "init")
+    return replace(options, init="zero") if drawn else options
 
 
 def _booking(ledger: Ledger) -> Callable[[Tensor], None]:
