@@ -32,6 +32,12 @@ class NonFiniteError(VillaError):
     """A loss or a gradient became NaN or infinite, and the run was told to stop."""
 
 
+class ConnectionLostError(VillaError):
+    """Another process of the run ended, or cannot be reached any more."""
+
+    exit_code = 1
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Say which of the allowed names is closest: ``"; did you mean 'x'?"``, or nothing."""
     match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)

@@ -38,15 +38,15 @@ def draw(*key: int) -> list[float]:
 
 
 def test_equal_passes_draw_equal_dropout_whatever_was_drawn_between() -> None:
-    first = draw(0, 0, 5, 1, 0)
+    first = draw(0, 5, 1, 0)
     torch.rand(1000)
-    assert draw(0, 0, 5, 1, 0) == first
+    assert draw(0, 5, 1, 0) == first
 
 
 def test_every_part_of_the_key_changes_the_dropout() -> None:
-    base = (3, 3, 3, 3, 3)
-    others = [tuple(4 if i == j else 3 for j in range(5)) for i in range(5)]
-    assert len({tuple(draw(*key)) for key in [base, *others]}) == 6
+    base = (3, 3, 3, 3)
+    others = [tuple(4 if i == j else 3 for j in range(4)) for i in range(4)]
+    assert len({tuple(draw(*key)) for key in [base, *others]}) == 5
 
 
 def test_generators_are_independent_of_the_global_state() -> None:

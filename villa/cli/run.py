@@ -40,6 +40,13 @@ def _main(argv: Sequence[str]) -> int:
 
 def _recipe(options: argparse.Namespace) -> int:
     """Show or run what the recipe says."""
+    from villa.distributed.environment import joined
+
+    with joined():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     from villa.config import annotated, load_stages
 
     stages = load_stages(options.values)

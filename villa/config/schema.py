@@ -146,6 +146,21 @@ class PredictConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How a run is shared by several processes, which ``torchrun`` and its like start.
+
+    Attributes:
+        strategy: ``single`` (one process), ``ddp`` (every process has the whole model) or ``fsdp`` (each has a part
+            of every parameter, gradient and optimiser state).
+        activation_checkpointing: compute every layer a second time in the backward pass instead of keeping what it
+            computed: less memory, the same gradients.
+    """
+
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
+    activation_checkpointing: bool = False
+
+
+@dataclass
 class RunConfig:
     """A whole recipe.
 
@@ -182,3 +197,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
 from villa.datasets.samplers import Position, Sampler
+from villa.distributed.share import WHOLE, Share, Turn
 from villa.errors import VillaError
 
 Collate = Callable[[Sequence[Example]], Batch]
@@ -19,7 +21,7 @@ T = TypeVar("T")
 
 
 class UpdateStream:
-    """Endless iterator over updates, each a list of micro-batches.
+    """Endless iterator over updates, each a list of micro-batches: those of one process.
 
     Its position is that of the next update to be served, whatever worker processes have prefetched, so a
     stream that is put at a saved position goes on exactly there, without reading what was served before.
@@ -30,15 +32,28 @@ class UpdateStream:
         sampler: says which examples make an update.
         workers: processes that read ahead; 0 reads in this process.
         pin: put batches in page-locked memory (for CUDA).
+        share: the micro-batches of this process; the others are not read.
 
     Attributes:
         waited: seconds spent waiting for data so far.
+        turns: which micro-batches of the update served last this process has been given.
+        examples: examples of that update, over all processes.
         label: what the sampler calls the update that was served last, or None.
     """
 
-    def __init__(self, split: Split, collate: Collate, sampler: Sampler, workers: int = 0, pin: bool = False) -> None:
-        self.sampler = sampler
+    def __init__(
+        self,
+        split: Split,
+        collate: Collate,
+        sampler: Sampler,
+        workers: int = 0,
+        pin: bool = False,
+        share: Share = WHOLE,
+    ) -> None:
+        self.sampler, self.share = sampler, share
         self.waited = 0.0
+        self.turns: list[Turn] = []
+        self.examples = 0
         self.label: str | None = None
         self._batches = _MicroBatches(split, collate)
         self._workers, self._pin = workers, pin
@@ -65,9 +80,11 @@ class UpdateStream:
     def __next__(self) -> list[Batch]:
         started = time.perf_counter()
         if self._loaded is None:
-            plan = _micro_batches(self.sampler, self._position)
+            plan = _micro_batches(self.sampler, self._position, self.share)
             self._loaded = iter(_loader(self._batches, plan, self._workers, self._pin))
-        served = [_raise_if_error(next(self._loaded)) for _ in self.sampler.update(self._position)]
+        update = self.sampler.update(self._position)
+        self.turns, self.examples = self.share.turns(len(update)), sum(map(len, update))
+        served = [_raise_if_error(next(self._loaded)) for _ in self.turns]
         self.label = self.sampler.label(self._position)
         self._position = self.sampler.after(self._position)
         self.waited += time.perf_counter() - started
@@ -75,9 +92,9 @@ class UpdateStream:
 
 
 def evaluation_batches(
-    split: Split, collate: Collate, examples: int, workers: int = 0, *, first: bool = False
-) -> Iterator[Batch]:
-    """Yield a split in order, in batches of at most ``examples``.
+    split: Split, collate: Collate, examples: int, workers: int = 0, *, first: bool = False, share: Share = WHOLE
+) -> Iterator[Batch | StandIn]:
+    """Yield a split in order, in batches of at most ``examples``: every one, or every one of a process's share.
 
     Args:
         split: the examples.
@@ -85,21 +102,32 @@ def evaluation_batches(
         examples: largest number of examples of a batch.
         workers: processes that read ahead.
         first: yield only the first batch, or the first one of every part.
+        share: the batches of this process; with several processes all get as many, some of them as ``StandIn``.
     """
-    plan = (batch for part in split.cut(examples) for batch in part[: 1 if first else None])
-    batches: Iterator[list[_Item]] = ([(index, None) for index in batch] for batch in plan)
-    for batch in _loader(_MicroBatches(split, collate), batches, workers, pin=False):
-        yield _raise_if_error(batch)
+    plan = [batch for part in split.cut(examples) for batch in part[: 1 if first else None]]
+    turns = share.turns(len(plan))
+    batches: Iterator[list[_Item]] = ([(index, None) for index in plan[turn.number]] for turn in turns)
+    for turn, loaded in zip(turns, _loader(_MicroBatches(split, collate), batches, workers, pin=False), strict=True):
+        batch = _raise_if_error(loaded)
+        yield batch if turn.own else StandIn(batch)
 
 
-def _micro_batches(sampler: Sampler, position: Position) -> Iterator[list[_Item]]:
+@dataclass(frozen=True)
+class StandIn:
+    """A batch that another process answers for, run by one that has none left: see ``villa.distributed.share``."""
+
+    batch: Batch
+
+
+def _micro_batches(sampler: Sampler, position: Position, share: Share) -> Iterator[list[_Item]]:
     """Yield micro-batches from a position on, for ever.
 
     No method of the stream: the cycle would leave its workers to the garbage collector, perhaps that of a fork.
     """
     while True:
-        for part in sampler.update(position):
-            yield [(index, sampler.example_seed(position, index)) for index in part]
+        update = sampler.update(position)
+        for turn in share.turns(len(update)):
+            yield [(index, sampler.example_seed(position, index)) for index in update[turn.number]]
         position = sampler.after(position)
 
 

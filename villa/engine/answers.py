@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from villa.datasets.base import Split
 from villa.datasets.stream import evaluation_batches
+from villa.engine.evaluator import Ran
 from villa.engine.progress import track
 from villa.engine.setup import Parts
 from villa.evaluation.predictions import PredictionWriter
 
 
 def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """Yield the ids and decoded answers of the examples, batch by batch."""
+    """Yield the ids and decoded answers of the examples, in order; the main process alone gets them all."""
     size = parts.config.evaluation.examples
-    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
-    total = -(-len(examples) // size)
-    for batch, output in parts.evaluator.predict(track(batches, "predict", total, mode=parts.config.logging.progress)):
-        yield batch.ids, parts.decode(batch, output)
+    share = parts.strategy.share
+    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers, share=share)
+    total = -(-len(examples) // (size * share.world_size))
+    for ran in parts.evaluator.predict(track(batches, "predict", total, mode=parts.config.logging.progress)):
+        yield from collected(parts, ran)
+
+
+def collected(parts: Parts, ran: Ran) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """Yield the ids and decoded answers of a batch of every process, in the order of the split; all of them call it."""
+    decoded = parts.decode(ran.batch, ran.output)
+    mine = [ran.batch.ids, decoded] if ran.own else [[], []]
+    yield from map(tuple, parts.strategy.processes.gather(mine))
 
 
 def write_answers(parts: Parts, examples: Split, path: Path) -> None:
@@ -28,6 +38,16 @@ def write_answers(parts: Parts, examples: Split, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with PredictionWriter(path) as writer:
+    with answer_file(parts, path) as write:
         for ids, decoded in answers(parts, examples):
-            writer.write(ids, decoded)
+            write(ids, decoded)
+
+
+@contextmanager
+def answer_file(parts: Parts, path: Path) -> Iterator[Callable[[list[str], list[dict[str, Any]]], None]]:
+    """Give what writes ids and answers to a prediction file, which the main process does."""
+    if not parts.strategy.processes.is_main:
+        yield lambda ids, decoded: None
+        return
+    with PredictionWriter(path) as writer:
+        yield writer.write

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.datasets.stream import StandIn
+from villa.distributed.strategy import Strategy
 from villa.engine.precision import Precision
 from villa.evaluation.metrics import Metric
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput, Written
+
+
+class Ran(NamedTuple):
+    """A batch that went through the model.
+
+    Attributes:
+        batch: on the model's device.
+        output: logits in fp32 or wider.
+        own: False where another process answers for it.
+    """
+
+    batch: Batch
+    output: ModelOutput
+    own: bool
 
 
 class Evaluator:
@@ -22,38 +39,48 @@ class Evaluator:
         loss: the task loss, reported as ``loss``.
         metrics: computed over all batches.
         precision: autocast.
+        strategy: how processes share the model and the batches; by default there is one process.
     """
 
-    def __init__(self, model: Model, loss: Loss, metrics: Mapping[str, Metric], precision: Precision) -> None:
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        metrics: Mapping[str, Metric],
+        precision: Precision,
+        strategy: Strategy | None = None,
+    ) -> None:
         self.model, self.loss, self.metrics, self.precision = model, loss, metrics, precision
+        self.strategy = strategy or Strategy()
 
-    def predict(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, ModelOutput]]:
-        """Yield every batch with the model's output, logits in fp32 or wider."""
+    def predict(self, batches: Iterable[Batch | StandIn]) -> Iterator[Ran]:
+        """Yield every batch with the model's output."""
         training = self.model.training
         self.model.eval()
         try:
-            for batch in batches:
-                moved = batch.to(self.precision.device)
-                with torch.inference_mode():
+            for item in batches:
+                own = isinstance(item, Batch)
+                moved = (item if isinstance(item, Batch) else item.batch).to(self.precision.device)
+                with self.strategy.without_gradients():
                     output = self.precision.run(self.model, moved)
-                yield moved, output
+                yield Ran(moved, output, own)
         finally:
             self.model.train(training)
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
         """What the data set decodes for a batch that ``predict`` has yielded: its logits, or a generated text."""
-        with torch.inference_mode(), self.precision.autocast():
+        with self.strategy.without_gradients(), self.precision.autocast():
             return self.model.predictions(batch, output)
 
     def evaluate(
-        self, batches: Iterable[Batch], each: Callable[[Batch, ModelOutput], None] | None = None
+        self, batches: Iterable[Batch | StandIn], each: Callable[[Ran], None] | None = None
     ) -> dict[str, float]:
-        """Return every metric over the batches, and the mean loss where there are targets.
+        """Return every metric over the batches of all processes, and the mean loss where there are targets.
 
         Batches may be for several objectives: ``<objective>_loss`` is then the mean of each, and ``loss`` theirs.
 
         Args:
-            batches: the split's batches.
+            batches: this process's share of the split's batches.
             each: also called with every batch and its output, to write predictions in the same pass.
 
         Raises:
@@ -62,20 +89,48 @@ class Evaluator:
         for metric in self.metrics.values():
             metric.reset()
         means: dict[str | None, _Mean] = {}
-        for batch, output in self.predict(batches):
-            if batch.targets is not None or not self.metrics:
+        seen = False
+        for ran in self.predict(batches):
+            batch, output, own = ran
+            if own and (batch.targets is not None or not self.metrics):
                 means.setdefault(batch.objective, _Mean()).add(self.loss(output, batch), self.loss.count(batch))
             if each is not None:
-                each(batch, output)
-            for metric in self.metrics.values():
+                each(ran)
+            for metric in self.metrics.values() if own or not seen else ():  # else a metric may not know its size
                 metric.update(output, batch)
-        losses = {objective: mean.compute() for objective, mean in means.items() if mean.count}
-        values = {"loss": sum(losses.values()) / len(losses)} if losses else {}
-        if len(losses) > 1:
-            values |= {f"{objective}_loss": loss for objective, loss in losses.items()}
+            seen = seen or own
+        values = _losses(self._merged_means(means))
         for metric in self.metrics.values():
+            self._merge(metric, seen)
             values |= metric.compute()
         return values
+
+    def _merged_means(self, means: Mapping[str | None, _Mean]) -> dict[str | None, _Mean]:
+        """The means over the batches of all processes."""
+        merged: dict[str | None, _Mean] = {}
+        for parts in self.strategy.processes.gather([[key, mean.total(), mean.count] for key, mean in means.items()]):
+            for objective, total, count in parts:
+                merged.setdefault(objective, _Mean()).add_total(total, count)
+        return merged
+
+    def _merge(self, metric: Metric, seen: bool) -> None:
+        """Make a metric that of all processes; one that has not ``seen`` a batch of its own adds nothing."""
+        processes = self.strategy.processes
+        if processes.world_size == 1:
+            return
+        states = processes.gather_tensors(metric.state() if seen else torch.zeros(0, dtype=torch.float64))
+        known = [state for state, has in zip(states, processes.gather(seen), strict=True) if has]
+        if known:
+            metric.load_states(known)
+
+
+def _losses(means: Mapping[str | None, _Mean]) -> dict[str, float]:
+    """``loss``, and those of several objectives."""
+    losses = {objective: mean.compute() for objective, mean in means.items() if mean.count}
+    values = {"loss": sum(losses.values()) / len(losses)} if losses else {}
+    if len(losses) > 1:
+        values |= {f"{objective}_loss": loss for objective, loss in losses.items()}
+    return values
 
 
 class _Mean:
@@ -86,8 +141,14 @@ class _Mean:
         self.count = 0
 
     def add(self, mean: Tensor, elements: int) -> None:
-        self._total = self._total + mean.double() * elements
+        self.add_total(mean.double() * elements, elements)
+
+    def add_total(self, total: Tensor | float, elements: int) -> None:
+        self._total = self._total + total
         self.count += elements
 
+    def total(self) -> float:
+        return float(self._total)
+
     def compute(self) -> float:
-        return float(self._total) / self.count
+        return self.total() / self.count

@@ -36,9 +36,15 @@ def describe_nonfinite(
             what = f"the loss of backward pass {backward[micro_batch]} is {loss.item()}{parts}"
             return f"{what}; examples: {_ids(batches[micro_batch : micro_batch + 1])}"
     for name, parameter in parameters:
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not _here(parameter.grad).isfinite().all():
             return f"the gradient of {name} is not finite; examples: {_ids(batches)}"
     return f"the norm of all gradients together is too large for a float; examples: {_ids(batches)}"
+
+
+def _here(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that several have."""
+    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return part
 
 
 def _ids(batches: Sequence[Batch]) -> str:

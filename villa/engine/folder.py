@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from villa.distributed.processes import Processes
 from villa.engine.checkpoint import FOLDER as CHECKPOINTS
 from villa.errors import ConfigError
 from villa.plugins import one_line
@@ -24,8 +25,8 @@ TRACES = (CONFIG, LOG, METRICS, CHECKPOINTS)
 
 
 @contextmanager
-def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
-    """Hold a run's folder for this process, making it if need be.
+def claim(folder: Path, *, resume: bool, trains: bool = True, processes: Processes | None = None) -> Iterator[Path]:
+    """Hold a run's folder for this process, making it if need be; of several processes of a run, the main one does.
 
     A run that fails before it has anything to show leaves no trace, so that it can simply be started again.
 
@@ -33,16 +34,23 @@ def claim(folder: Path, *, resume: bool, trains: bool = True) -> Iterator[Path]:
         folder: the run's ``output_dir``.
         resume: whether a run that the folder holds may be gone on with.
         trains: whether this is a run that could be gone on with, for the advice.
+        processes: those of the run; by default there is one.
 
     Raises:
         ConfigError: it holds a saved model, or a run that is not to be resumed; another process is using it, or it
             cannot be made.
     """
+    processes = processes or Processes()
+    if not processes.is_main:
+        processes.barrier()
+        yield folder
+        return
     if os.path.isfile(folder / SAVED):  # noqa: PTH113 (pathlib raises for a name that is too long)
         raise ConfigError(f"output_dir '{folder}' holds a saved model ({SAVED}); give another output_dir")
     with _locked(folder):
         used = refuse_used(folder, resume=resume, trains=trains)
         try:
+            processes.barrier()
             yield folder
         except BaseException:
             if used is None and {path.name for path in folder.iterdir()} <= {_LOCK, CONFIG}:

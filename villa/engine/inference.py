@@ -9,6 +9,7 @@ from typing import Any
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.datasets.records import JsonLines, beside
+from villa.distributed.strategy import strategy_of
 from villa.engine.answers import write_answers
 from villa.engine.folder import CONFIG, METRICS, claim
 from villa.engine.report import protocol, score, show
@@ -40,10 +41,14 @@ def evaluate(config: RunConfig) -> int:
     """Score a split with a checkpoint: a table, ``metrics.json`` and predictions in ``output_dir``."""
     tests = config.run_type == "test"
     split = config.evaluation.test_split if tests else str(config.evaluation.split)
-    with claim(Path(config.output_dir), resume=False, trains=False) as folder:
+    processes = strategy_of(config.distributed).connect()
+    with claim(Path(config.output_dir), resume=False, trains=False, processes=processes) as folder:
         parts, source = restore_parts(config)
+        parts.distribute()
         examples = parts.split(split, "evaluation.test_split" if tests else "evaluation.split")
         values = score(parts, split, examples, folder)
+        if not processes.is_main:
+            return 0
         write_metrics(folder / METRICS, {split: values}, protocol(parts, source.update, "given"))
         atomic_write(folder / CONFIG, to_yaml(config))
     result = Result(config.trainer.name, values, updates=source.update)
@@ -55,11 +60,14 @@ def evaluate(config: RunConfig) -> int:
 def predict(config: RunConfig) -> int:
     """Write predictions for a split, or for the records of ``predict.input``."""
     given = config.predict.input
+    processes = strategy_of(config.distributed).connect()
     stem = config.predict.split if given is None else Path(given).stem
     output = Path(config.predict.output or Path(config.output_dir) / f"predictions_{stem}.jsonl")
     if output.exists():
         raise ConfigError(f"'{output}' exists; move it away or give another predict.output")
+    processes.barrier()  # all have looked before the file is begun
     parts, _ = restore_parts(config)
+    parts.distribute()
     submission = submission_path(parts.data, config.predict.split, output.parent) if given is None else None
     if submission is not None and submission.exists():
         raise ConfigError(f"'{submission}' exists; move it away or give another predict.output")
@@ -71,6 +79,8 @@ def predict(config: RunConfig) -> int:
         write_answers(parts, examples, output)
     except OSError as error:
         raise ConfigError(f"'{output}' cannot be written: {one_line(error)}; give another predict.output") from error
+    if not processes.is_main:
+        return 0
     print(f"{len(examples)} predictions written to {output}")
     if submission is not None:
         write_submission(parts.data, config.predict.split, output)

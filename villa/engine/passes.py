@@ -11,51 +11,69 @@ from torch import Tensor
 from villa.adversarial.injection import inject
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
+from villa.distributed.share import Turn
+from villa.distributed.strategy import Strategy
 from villa.engine.precision import Precision
-from villa.engine.rng import derive_seed, seed_pass
+from villa.engine.rng import micro_batch_seed, seed_pass
 from villa.losses.base import Loss
 from villa.losses.consistency import Reduction
 from villa.models.base import Model, ModelOutput, Point
 
 
 class ModelPasses:
-    """``villa.trainers.base.Passes`` on one process.
+    """``villa.trainers.base.Passes`` of a process's micro-batches.
 
     Args:
         model: the model to run.
         loss: the task loss.
         precision: autocast and loss scaling.
-        seed: the run's seed; dropout and random starts derive from (seed, rank, update, micro-batch, pass).
-        rank: of this process.
+        seed: the run's seed; dropout and random starts derive from (seed, update, micro-batch, pass), so that they are
+            the same whichever process runs a micro-batch.
+        strategy: sums up gradients over processes.
 
     Attributes:
-        losses: micro-batch number and detached value of every loss that was back-propagated in this update.
+        losses: place (among those of this process) and detached value of every loss of a micro-batch of its own that
+            was back-propagated in this update.
     """
 
-    def __init__(self, model: Model, loss: Loss, precision: Precision, seed: int, rank: int = 0) -> None:
+    def __init__(
+        self, model: Model, loss: Loss, precision: Precision, seed: int, strategy: Strategy | None = None
+    ) -> None:
         self.model = model
         self.loss_function = loss
         self.precision = precision
         self.points: Mapping[str, Point] = model.perturbation_points()
         self.losses: list[tuple[int, Tensor]] = []
-        self._key = (seed, rank)
-        self._update = self._micro_batch = 0
+        self.strategy = strategy or Strategy()
+        self._seed = seed
+        self._update = self._place = 0
+        self._turn = Turn(0)
         self._weight = 1.0
+        self._last = True
 
-    def begin(self, update: int, micro_batch: int, weight: float) -> None:
-        """Turn to a micro-batch; every loss of it is multiplied by ``weight``."""
-        if micro_batch == 0:
+    def begin(self, update: int, place: int, weight: float, *, turn: Turn | None = None, last: bool = True) -> None:
+        """Turn to a micro-batch; every loss of it is multiplied by ``weight``.
+
+        Args:
+            update: the optimiser step, from 1.
+            place: of the micro-batch among those that this process runs; 0 begins the update.
+            weight: of the micro-batch in the update; 0 where another process answers for it.
+            turn: its number in the update; by default ``place``.
+            last: whether it is the last one that this process runs.
+        """
+        if place == 0:
             self.losses.clear()
-        self._update, self._micro_batch, self._weight = update, micro_batch, weight
+        self._update, self._place, self._weight = update, place, weight
+        self._turn, self._last = turn or Turn(place), last
 
     @property
     def gradient_scale(self) -> float:
-        """Loss scale x micro-batch weight."""
-        return self.precision.loss_scale * self._weight
+        """Loss scale x micro-batch weight; the loss scale where the weight, and so every gradient, is 0."""
+        return self.precision.loss_scale * (self._weight or 1.0)
 
     def seed(self, name: str) -> int:
         """A seed for the draws called ``name`` of this micro-batch."""
-        return derive_seed(*self._key, self._update, self._micro_batch, name)
+        return micro_batch_seed(self._seed, self._update, self._turn.number, name)
 
     def forward(
         self,
@@ -66,7 +84,7 @@ class ModelPasses:
         grad: bool = True,
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; logits come in fp32 or wider."""
-        seed_pass(*self._key, self._update, self._micro_batch, index)
+        seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         with torch.set_grad_enabled(grad), injected:
             return self.precision.run(self.model, batch)
@@ -81,6 +99,8 @@ class ModelPasses:
         return self.loss_function.consistency(output, clean, batch, reduction)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Back-propagate the scaled, weighted loss; ``last`` matters only where processes share gradients."""
-        self.losses.append((self._micro_batch, loss.detach()))
-        torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))
+        """Back-propagate the scaled, weighted loss; with the ``last`` one of the update, processes sum up gradients."""
+        if self._turn.own:
+            self.losses.append((self._place, loss.detach()))
+        with self.strategy.backward(reduce=last and self._last):
+            torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))

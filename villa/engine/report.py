@@ -7,8 +7,9 @@ from pathlib import Path
 
 from villa.datasets.base import Split
 from villa.datasets.stream import evaluation_batches
-from villa.engine.answers import write_answers
+from villa.engine.answers import answer_file, collected, write_answers
 from villa.engine.checkpoint import CheckpointStore
+from villa.engine.evaluator import Ran
 from villa.engine.folder import CURVES, LOG, METRICS
 from villa.engine.progress import track
 from villa.engine.provenance import provenance
@@ -18,7 +19,6 @@ from villa.engine.tracking import Trackers
 from villa.engine.training import Training
 from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
-from villa.evaluation.predictions import PredictionWriter
 from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
 
 
@@ -26,11 +26,15 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
     """Test the best checkpoint (the last one where there was no validation), and write everything down."""
     progress, evaluation = training.progress, parts.config.evaluation
     split, update = evaluation.test_split, progress.best_update or progress.update
+    parts.strategy.processes.barrier()  # the main process may still be writing a checkpoint
     if update != progress.update:
-        load_model(parts.model, store.load(update))
+        load_model(parts.model, store.load(update), parts.strategy)
+    values = _test(parts, folder)
+    if not parts.strategy.processes.is_main:
+        return
     results = {} if progress.best is None else {str(evaluation.split): {evaluation.monitor: progress.best}}
     references: Mapping[str, float] = {}
-    if values := _test(parts, folder):
+    if values:
         trackers.log(progress.update, "test", values)
         results[split], references = values, parts.data.reference_scores(split)
     chosen = "last" if progress.best_update is None else "best"
@@ -57,12 +61,17 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
         DataError: the split has no targets.
     """
     size = parts.config.evaluation.examples
-    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers)
-    shown = track(batches, split, sum(map(len, examples.cut(size))), mode=parts.config.logging.progress)
-    with PredictionWriter(_predictions(folder, split)) as writer:
-        values = parts.evaluator.evaluate(
-            shown, lambda batch, output: writer.write(batch.ids, parts.decode(batch, output))
-        )
+    share = parts.strategy.share
+    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers, share=share)
+    count = len(share.turns(sum(map(len, examples.cut(size)))))
+    shown = track(batches, split, count, mode=parts.config.logging.progress)
+    with answer_file(parts, _predictions(folder, split)) as write:
+
+        def each(ran: Ran) -> None:
+            for ids, decoded in collected(parts, ran):
+                write(ids, decoded)
+
+        values = parts.evaluator.evaluate(shown, each)
     _submit(parts, split, folder)
     return values
 
@@ -84,6 +93,8 @@ def _test(parts: Parts, folder: Path) -> dict[str, float]:
 
 def _submit(parts: Parts, split: str, folder: Path) -> None:
     """Write the submission file; predictions that do not make one are kept, and the reason is said."""
+    if not parts.strategy.processes.is_main:
+        return
     try:
         write_submission(parts.data, split, _predictions(folder, split))
     except DataError as error:

@@ -6,6 +6,9 @@ import hashlib
 
 import torch
 
+#: Stands in keys where runs of earlier versions had the number of their only process: they go on as they began.
+_FIRST = 0
+
 
 def derive_seed(*parts: int | str) -> int:
     """Hash ``parts`` to a seed in [0, 2^63): the same on every machine, different when any part differs."""
@@ -13,20 +16,24 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def seed_pass(seed: int, rank: int, update: int, micro_batch: int, pass_index: int) -> None:
+def seed_pass(seed: int, update: int, micro_batch: int, pass_index: int) -> None:
     """Seed torch's generators before a forward pass (dropout and other draws inside the model).
 
     Args:
         seed: the run's seed.
-        rank: this process's number.
         update: the optimiser step, from 1.
-        micro_batch: position of the micro-batch within the update.
+        micro_batch: position of the micro-batch within the update, whichever process runs it.
         pass_index: passes with equal indices draw equal dropout masks.
     """
-    value = derive_seed("pass", seed, rank, update, micro_batch, pass_index)
+    value = derive_seed("pass", seed, _FIRST, update, micro_batch, pass_index)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # an idle CUDA is not woken
         torch.cuda.manual_seed(value)
+
+
+def micro_batch_seed(seed: int, update: int, micro_batch: int, name: str) -> int:
+    """Return a seed for the draws called ``name`` of a micro-batch, whichever process runs it."""
+    return derive_seed(seed, _FIRST, update, micro_batch, name)
 
 
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:

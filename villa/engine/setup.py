@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from villa.batch import Batch
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
+from villa.distributed.environment import Place
+from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.checkpoint import FOLDER, Checkpoint, resolve
 from villa.engine.evaluator import Evaluator
 from villa.engine.precision import Precision
@@ -34,6 +37,7 @@ class Parts:
         loss: the task loss.
         precision: device, autocast and loss scaling.
         evaluator: scores batches.
+        strategy: how processes share the work; ``distribute`` puts it into effect.
     """
 
     config: RunConfig
@@ -42,11 +46,21 @@ class Parts:
     loss: Loss
     precision: Precision
     evaluator: Evaluator
+    strategy: Strategy
+
+    def distribute(self) -> None:
+        """Share the model, whose weights are loaded, among the processes of the run.
+
+        Raises:
+            ConfigError: the model cannot be used in this way, or several processes were started for one.
+        """
+        self.strategy.connect()
+        self.strategy.apply(self.model)
 
     def prepare(self, batch: Batch) -> Batch:
         """Move a training micro-batch to the device, and let the data set choose among its candidates."""
         moved = batch.to(self.precision.device)
-        return self.data.refine(moved, lambda given: next(self.evaluator.predict([given]))[1].logits)
+        return self.data.refine(moved, lambda given: next(self.evaluator.predict([given])).output.logits)
 
     def decode(self, batch: Batch, output: ModelOutput) -> list[dict[str, Any]]:
         """Turn a batch's output into B answers ``{"answer": ..., "score": ...}``; see ``TaskDataset.decode``."""
@@ -90,13 +104,15 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset, assets=assets)
-    seed_pass(config.seed, 0, 0, 0, 0)  # fresh weights derive from the seed, as update 0
+    seed_pass(config.seed, 0, 0, 0)  # fresh weights derive from the seed, as update 0
     model = _build_model(config, data.facts(), assets)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)
     model.to(device)
-    return Parts(config, data, model, loss.to(device), precision, Evaluator(model, loss, metrics, precision))
+    strategy = strategy_of(config.distributed)
+    evaluator = Evaluator(model, loss, metrics, precision, strategy)
+    return Parts(config, data, model, loss.to(device), precision, evaluator, strategy)
 
 
 def _build_model(config: RunConfig, facts: DataFacts, assets: Path | None) -> Model:
@@ -131,8 +147,13 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
     return trainer
 
 
-def load_model(model: Model, checkpoint: Checkpoint) -> None:
+def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None = None) -> None:
     """Load a checkpoint's weights.
+
+    Args:
+        model: as built, or shared among processes.
+        checkpoint: of the whole model.
+        strategy: how the model is shared; by default there is one process.
 
     Raises:
         CheckpointError: they cannot be read, or are those of another model.
@@ -146,18 +167,25 @@ def load_model(model: Model, checkpoint: Checkpoint) -> None:
                 f"checkpoint '{checkpoint.path}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} "
                 "here; use the recipe that it was trained with"
             )
-    model.load_state_dict(saved)
+    (strategy or Strategy()).load_state_dict(model, saved)
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` takes CUDA where there is one.
+    """Return the device called ``name``; ``auto`` takes CUDA where there is one, each process of a machine its own.
 
     Raises:
         ConfigError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    place = Place.read(os.environ)
+    if device.type == "cuda" and place.world_size > 1:
+        if ":" in name:
+            raise ConfigError(
+                f"device is '{name}', but {place.world_size} processes were started, which cannot share it; use cuda"
+            )
+        device = torch.device("cuda", place.local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is '{name}', but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device

@@ -11,7 +11,10 @@ from villa.config.schema import RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
-from villa.datasets.stream import UpdateStream, evaluation_batches
+from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
+from villa.distributed.processes import Processes
+from villa.distributed.share import batch_of_processes, idle_note
+from villa.distributed.strategy import strategy_of
 from villa.engine.callbacks.base import Callback
 from villa.engine.callbacks.checkpointing import CheckpointCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
@@ -44,17 +47,20 @@ def train(config: RunConfig) -> int:
     Raises:
         VillaError: the recipe, data, folder or checkpoints cannot be used.
     """
-    with claim(Path(config.output_dir), resume=config.checkpoint.resume) as folder:
+    processes = strategy_of(config.distributed).connect()
+    with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
         store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
-        store.clean()
-        checkpoint = newest(store) if config.checkpoint.resume else None
+        checkpoint = newest(store, processes) if config.checkpoint.resume else None
         parts = build(config, assets=checkpoint.assets) if checkpoint else start(config)
-        trackers = run_trackers(folder, tensorboard=config.logging.tensorboard)
+        trackers = run_trackers(folder, tensorboard=config.logging.tensorboard) if processes.is_main else Trackers({})
         training = assemble(parts, store, trackers)
         if checkpoint is not None:
             restore(training, checkpoint, config)
-            store.set_best(training.progress.best_update)
-        atomic_write(folder / CONFIG, saved_yaml(config))
+        if processes.is_main:
+            store.clean()
+            if checkpoint is not None:
+                store.set_best(training.progress.best_update)
+            atomic_write(folder / CONFIG, saved_yaml(config))
         try:
             fit(training)
             if training.progress.stopped is not None:
@@ -66,7 +72,8 @@ def train(config: RunConfig) -> int:
             return interrupted.exit_code
         finally:
             trackers.close()
-        mark_finished(config)
+        if processes.is_main:
+            mark_finished(config)
     return 0
 
 
@@ -83,35 +90,45 @@ def start(config: RunConfig) -> Parts:
     return parts
 
 
-def newest(store: CheckpointStore) -> Checkpoint | None:
+def newest(store: CheckpointStore, processes: Processes | None = None) -> Checkpoint | None:
     """Return the newest intact checkpoint, or None when the run was killed before its first.
+
+    Args:
+        store: finish what a killed process left.
+        processes: those of the run, by default one; they all get the checkpoint that the main one finds.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    checkpoint = store.newest()
-    if checkpoint is None and store.updates():
-        raise CheckpointError(
-            f"every checkpoint in '{store.folder}' is damaged; restore a copy, or start again in another output_dir"
-        )
-    return checkpoint
+    processes = processes or Processes()
+    checkpoint = None
+    if processes.is_main:
+        store.clean()
+        checkpoint = store.newest()
+        if checkpoint is None and store.updates():
+            raise CheckpointError(
+                f"every checkpoint in '{store.folder}' is damaged; restore a copy, or start again in another output_dir"
+            )
+    update = processes.gather(checkpoint and checkpoint.update)[0]
+    return checkpoint if processes.is_main or update is None else store.load(update)
 
 
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
     """Put a training run together from its parts, and print its plan."""
     config = parts.config
-    split = parts.split("train", "the training split")
-    sampler = split.sampler(config.batch, config.seed)
-    stream = UpdateStream(
-        split, parts.data.collate, sampler, config.training.workers, pin=parts.precision.device.type == "cuda"
-    )
+    parts.distribute()
+    split, share = parts.split("train", "the training split"), parts.strategy.share
+    batch = batch_of_processes(config.batch, share.world_size)
+    sampler = split.sampler(batch, config.seed)
+    pin = parts.precision.device.type == "cuda"
+    stream = UpdateStream(split, parts.data.collate, sampler, config.training.workers, pin=pin, share=share)
     total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
     trainer = build_trainer(config, parts.model)
     updater = _updater(parts, trainer, total)
     cost = trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
-    for warning in sampler.warnings():
+    for warning in (*sampler.warnings(), *idle_note(batch, share.world_size)):
         print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
     return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
@@ -121,9 +138,11 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
     """One line on what is going to happen."""
     config, device = parts.config, parts.precision.device
     parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    count = parts.strategy.processes.world_size
+    processes = "1 process" if count == 1 else f"{count} processes ({config.distributed.strategy})"
     return (
         f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}: "
-        f"{total} updates, {sampler.describe()} on 1 process; {_cost(trainer, config.dataset.objectives())}"
+        f"{total} updates, {sampler.describe()} on {processes}; {_cost(trainer, config.dataset.objectives())}"
     )
 
 
@@ -153,7 +172,7 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
             f"checkpoint '{checkpoint.path}' was trained with optimizer '{before.get('optimizer.name')}'; a resumed "
             "run cannot change it: start another run with model.checkpoint"
         )
-    load_model(training.model, checkpoint)
+    load_model(training.model, checkpoint, training.updater.strategy)
     state = checkpoint.training_state()
     try:
         training.load_state_dict(state)
@@ -185,6 +204,7 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
         precision=parts.precision,
         accumulation=config.batch.accumulation,
         seed=config.seed,
+        strategy=parts.strategy,
     )
 
 
@@ -195,10 +215,11 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
     if evaluation.split is not None:
         split = parts.split(evaluation.split, "evaluation.split (null for none)")
 
-        def batches(first: bool = False) -> Iterable[Batch]:
-            size, workers = evaluation.examples, config.training.workers
-            plain = evaluation_batches(split, parts.data.collate, size, workers, first=first)
-            return display.track(plain, str(evaluation.split), sum(1 if first else len(p) for p in split.cut(size)))
+        def batches(first: bool = False) -> Iterable[Batch | StandIn]:
+            size, workers, share = evaluation.examples, config.training.workers, parts.strategy.share
+            plain = evaluation_batches(split, parts.data.collate, size, workers, first=first, share=share)
+            count = len(share.turns(sum(1 if first else len(p) for p in split.cut(size))))
+            return display.track(plain, str(evaluation.split), count)
 
         validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display)
         callbacks += [validation, LastIntervalCallback(logging)]

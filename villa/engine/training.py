@@ -49,8 +49,9 @@ class Training:
         callbacks: called in order around every update.
         progress: where training stands.
         seconds: time spent in updates since this process started.
-        examples: examples seen since this process started.
-        interrupt: number of the signal that asks the run to end, or None.
+        examples: examples seen since this process started, by all processes of the run.
+        received: number of the signal that this process has received, or None.
+        interrupt: number of the signal that asks the run to end, or None; all processes of the run have the same.
     """
 
     model: Model
@@ -61,10 +62,17 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     seconds: float = 0.0
     examples: int = 0
+    received: int | None = None
     interrupt: int | None = None
 
+    def receive(self, number: int) -> None:
+        """Take in a signal; several processes end after the update at which all of them know of it."""
+        self.received = number
+        if self.updater.strategy.processes.world_size == 1:
+            self.interrupt = number
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything besides the weights that an exact resume needs."""
+        """Everything besides the weights that an exact resume needs; all processes call it."""
         return {
             "progress": asdict(self.progress),
             "updater": self.updater.state_dict(),
@@ -83,7 +91,7 @@ class Training:
 
 def fit(training: Training) -> None:
     """Train until all updates are done or a callback stops the run."""
-    progress = training.progress
+    progress, processes = training.progress, training.updater.strategy.processes
     try:
         for callback in training.callbacks:
             callback.on_start(training)
@@ -92,9 +100,11 @@ def fit(training: Training) -> None:
             batches = [training.prepare(batch) for batch in next(training.stream)]
             started = time.perf_counter()
             progress.update += 1
-            logs = training.updater.update(progress.update, batches)
+            logs = training.updater.update(progress.update, batches, training.stream.turns)
             training.seconds += time.perf_counter() - started
-            training.examples += sum(len(batch) for batch in batches)
+            training.examples += training.stream.examples
+            if processes.world_size > 1:
+                training.interrupt = processes.largest(training.received or 0) or None
             for callback in training.callbacks:
                 callback.on_update_end(training, logs)
     finally:

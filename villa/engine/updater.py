@@ -10,6 +10,8 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
+from villa.distributed.share import Turn
+from villa.distributed.strategy import Strategy
 from villa.engine.finite import describe_nonfinite
 from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
@@ -36,6 +38,7 @@ class Updater:
         accumulation: ``mean`` over the update's examples, the ``sum`` of micro-batch means, or the ``total`` over
             examples.
         seed: the run's seed.
+        strategy: how processes share the update; by default there is one process.
     """
 
     def __init__(
@@ -50,37 +53,48 @@ class Updater:
         precision: Precision,
         accumulation: Accumulation,
         seed: int,
+        strategy: Strategy | None = None,
     ) -> None:
         self.model, self.loss, self.trainer = model, loss, trainer
         self.optimizer, self.schedule, self.config = optimizer, schedule, config
         self.precision, self.accumulation = precision, accumulation
-        self.passes = ModelPasses(model, loss, precision, seed)
+        self.strategy = strategy or Strategy()
+        self.passes = ModelPasses(model, loss, precision, seed, self.strategy)
         self.skipped = 0
 
-    def update(self, number: int, batches: Sequence[Batch]) -> Logs:
+    def update(self, number: int, batches: Sequence[Batch], turns: Sequence[Turn] | None = None) -> Logs:
         """Run update ``number`` (from 1) and return its detached values to log.
+
+        Args:
+            number: of the update.
+            batches: the micro-batches that this process runs.
+            turns: which of the update's micro-batches they are; by default all of them.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite and the policy is to stop.
         """
         self.schedule.apply(self.optimizer, number)
-        counts = [self.loss.count(batch) for batch in batches]
+        turns = turns or [Turn(place) for place in range(len(batches))]
+        counts = [self.loss.count(batch) if turn.own else 0 for batch, turn in zip(batches, turns, strict=True)]
+        (total,) = self.strategy.processes.total([sum(counts)])
         logs: Logs = {}
-        for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            share = count / sum(counts)
-            self.passes.begin(number, i, {"mean": share, "sum": 1.0, "total": float(count)}[self.accumulation])
+        for place, (batch, turn, count) in enumerate(zip(batches, turns, counts, strict=True)):
+            share = count / total
+            weight = {"mean": share, "sum": float(turn.own), "total": float(count)}[self.accumulation]
+            self.passes.begin(number, place, weight, turn=turn, last=place + 1 == len(batches))
             _add(logs, self.trainer.step(batch, self.passes), share)
         norm = self._gradient_norm()
-        if self._acceptable(number, batches, norm, logs):
+        logs, finite_losses = self._of_all(logs)
+        if self._acceptable(number, batches, norm, logs, finite_losses):
             self._step(norm)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return logs | {"gradient_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: optimiser, loss scale, skipped updates in a row."""
+        """What a resumed run needs: optimiser, loss scale, skipped updates in a row. All processes call it."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.strategy.whole(self.optimizer.state_dict()),
             "scaler": self.precision.scaler.state_dict(),
             "skipped": self.skipped,
         }
@@ -91,39 +105,51 @@ class Updater:
         Raises:
             ValueError: the state is of other parameters.
         """
-        _load_moments(self.optimizer, state["optimizer"])
+        _load_moments(self.optimizer, state["optimizer"], self.strategy)
         self.precision.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
 
     def _gradient_norm(self) -> Tensor:
         """Unscale the gradients and return their global norm."""
         self.precision.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).detach()
+        return self.strategy.gradient_norm(self.model.parameters())
 
     def _step(self, norm: Tensor) -> None:
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
         self.precision.scaler.step(self.optimizer)
 
-    def _acceptable(self, number: int, batches: Sequence[Batch], norm: Tensor, logs: Logs) -> bool:
+    def _of_all(self, logs: Logs) -> tuple[Logs, Tensor]:
+        """The values to log of all processes together, and whether all their losses are finite."""
+        losses = [loss.float() for _, loss in self.passes.losses]
+        finite = torch.isfinite(torch.stack(losses)).all() if losses else torch.tensor(True)
+        if self.strategy.processes.world_size == 1:
+            return logs, finite
+        values = torch.stack([value.to(finite.device).double() for value in (~finite, *logs.values())])
+        bad, *sums = self.strategy.processes.total(values.tolist())
+        summed = zip(logs.items(), sums, strict=True)
+        return {name: torch.full_like(value, total) for (name, value), total in summed}, torch.tensor(bad == 0)
+
+    def _acceptable(
+        self, number: int, batches: Sequence[Batch], norm: Tensor, logs: Logs, finite_losses: Tensor
+    ) -> bool:
         """Whether to take the step; a value that is not finite is named, and skips or stops the run."""
-        values = [norm.float(), *(loss.float() for _, loss in self.passes.losses)]
-        if bool(torch.isfinite(torch.stack(values)).all()) or not self._is_trouble():
+        finite = bool(torch.isfinite(norm.float()) & finite_losses.to(norm.device))
+        if finite or not self._is_trouble(finite_losses):
             self.skipped = 0
             return True
         self._skip_or_stop(number, batches, logs)
         return False
 
-    def _is_trouble(self) -> bool:
+    def _is_trouble(self, finite_losses: Tensor) -> bool:
         """Whether a non-finite value is more than an fp16 overflow, which the scaler mends by itself."""
         if not self.precision.scaler.is_enabled() or self.precision.loss_scale <= 1.0:
             return True
-        return any(not torch.isfinite(loss) for _, loss in self.passes.losses)
+        return not finite_losses
 
     def _skip_or_stop(self, number: int, batches: Sequence[Batch], logs: Logs) -> None:
         found = describe_nonfinite(self.passes.losses, logs, self.model.named_parameters(), batches)
-        message = f"update {number}: {found}"
+        message = f"update {number}: {_first_cause(self.strategy.processes.gather(found))}"
         if self.config.nonfinite == "stop":
             raise NonFiniteError(f"{message}; lower the learning rate or step sizes, or set training.nonfinite=skip")
         if self.skipped == self.config.max_skips:
@@ -135,14 +161,27 @@ class Updater:
         print(f"skipped {message}", flush=True)
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def _first_cause(found: Sequence[str]) -> str:
+    """Of what the processes found, a loss before a gradient, and that before the norm that all of them see."""
+    causes = (text for start in ("the loss", "the gradient") for text in found if text.startswith(start))
+    return next(causes, found[0])
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], strategy: Strategy) -> None:
     """Give every parameter its saved state by name, whatever group it is in now."""
     groups = optimizer.state_dict()["param_groups"]
     own, theirs = _indices(groups), _indices(saved["param_groups"])
     if own.keys() != theirs.keys():
         differing = sorted(own.keys() ^ theirs.keys())
         raise ValueError(f"the trained parameters differ: '{differing[0]}' ({len(differing)} in all)")
-    state = {own[name]: saved["state"][index] for name, index in theirs.items() if index in saved["state"]}
+    parameters = {
+        n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)
+    }
+    state = {
+        own[name]: strategy.part(saved["state"][index], parameters[name])
+        for name, index in theirs.items()
+        if index in saved["state"]
+    }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

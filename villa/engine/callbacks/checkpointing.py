@@ -45,10 +45,17 @@ class CheckpointCallback(Callback):
         periodic = self.every is not None and progress.update % self.every == 0
         is_best = progress.best_update == progress.update
         if periodic or is_best or progress.finished or training.interrupt is not None:
+            self._save(training, is_best)
+
+    def _save(self, training: Training, is_best: bool) -> None:
+        """Collect the state of all processes, and write it on the main one."""
+        strategy = training.updater.strategy
+        weights, state = strategy.state_dict(training.model), training.state_dict()
+        if strategy.processes.is_main:
             self.store.save(
-                progress.update,
-                training.model.state_dict(),
-                {**training.state_dict(), "provenance": self.provenance},
+                training.progress.update,
+                weights,
+                {**state, "provenance": self.provenance},
                 config_yaml=self.config_yaml,
                 assets=self.assets,
                 best=is_best,

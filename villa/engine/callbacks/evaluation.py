@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from villa.batch import Batch
 from villa.config.schema import EvaluationConfig
+from villa.datasets.stream import StandIn
 from villa.engine.callbacks.base import Callback
 from villa.engine.evaluator import Evaluator
 from villa.engine.progress import TrainingProgress
@@ -19,7 +20,7 @@ from villa.trainers.base import Logs
 class Batches(Protocol):
     """Gives a split's batches anew."""
 
-    def __call__(self, first: bool = False) -> Iterable[Batch]:
+    def __call__(self, first: bool = False) -> Iterable[Batch | StandIn]:
         """Return all batches; or the first one alone, of each part where a split has parts."""
 
 

@@ -38,9 +38,9 @@ class SignalCallback(Callback):
         """Install the handlers."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if training.interrupt is not None and number == signal.SIGINT:
+            if training.received is not None and number == signal.SIGINT:
                 signal.default_int_handler(number, frame)
-            training.interrupt = number
+            training.receive(number)
 
         self._previous = {number: signal.signal(number, handle) for number in SIGNALS}
 

@@ -1,0 +1,65 @@
+"""Functions in two processes that know of each other as torchrun's do; all is imported once, before they start."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: Seconds until processes that wait for each other are given up.
+_PATIENCE = 600
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Any]:
+    """A context of multiprocessing whose processes start with torch and villa imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killing", "updates"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield context
+
+
+def in_processes(context: Any, function: Callable[..., None], *arguments: Any, count: int = 2) -> list[int]:
+    """Run a function of a module in ``count`` processes; return their exit codes, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        context.Process(target=_in_place, args=(rank, count, port, function, arguments)) for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(_PATIENCE)
+        process.kill()
+    return [int(process.exitcode) for process in started]
+
+
+def _in_place(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    if count > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    function(*arguments)
+
+
+def recipe(folder: str, *options: str) -> None:
+    """Run the example recipe that the tests of resumption run; what it prints goes to ``<folder>.<rank>.out``."""
+    from killing import RECIPE
+
+    from villa.cli.run import main
+
+    output = Path(f"{folder}.{os.environ.get('RANK', '0')}.out")
+    with output.open("a") as file:
+        sys.stdout = sys.stderr = file
+        code = main([*RECIPE, f"output_dir={folder}", *options])
+        file.flush()
+    os._exit(code)

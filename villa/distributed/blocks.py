@@ -1,0 +1,60 @@
+"""The repeated blocks of a model, and computing each of them twice to keep less.
+
+Perturbations are added in front of the blocks, so that they are added once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from villa.errors import ConfigError
+from villa.models.base import Model
+
+#: Lists with less than this share of the parameters of the largest one are parts of heads and the like.
+_LARGE = 0.1
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of a model's transformers by their name: the items of its largest module lists.
+
+    A list inside of another one's items does not count, nor one whose items are of several classes.
+    """
+    lists = {name: module for name, module in model.named_modules() if _is_stack(module)}
+    outer = {name: stack for name, stack in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    largest = max((_size(stack) for stack in outer.values()), default=0)
+    large = {name: stack for name, stack in outer.items() if _size(stack) >= _LARGE * largest}
+    return {f"{name}.{number}": block for name, stack in large.items() for number, block in stack.named_children()}
+
+
+def checkpoint_activations(model: Model) -> None:
+    """Keep the inputs of every block alone, and compute it a second time in the backward pass, with equal dropout.
+
+    Raises:
+        ConfigError: the model has no blocks, or is perturbed within one.
+    """
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise ConfigError(
+            f"distributed.activation_checkpointing: {type(model).__name__} has no list of layers that could "
+            "be computed twice; set it to false"
+        )
+    for modality, point in model.perturbation_points().items():
+        if any(f"{point.module}.".startswith(f"{name}.") for name in blocks):
+            raise ConfigError(
+                f"distributed.activation_checkpointing: the model is perturbed within a layer ({modality}: "
+                f"{point.module}), which must not be computed twice; set it to false, or perturb the model before its "
+                "layers"
+            )
+    for block in blocks.values():
+        setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010 - a method to mypy
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1 and _size(module) > 0
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,78 @@
+"""Which process this is, as ``torchrun`` and its like say in environment variables. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from villa.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those of a run.
+
+    Attributes:
+        rank: its number.
+        world_size: how many there are.
+        local_rank: its number on this machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Place:
+        """Return the place that ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` say; without them there is one process.
+
+        Raises:
+            ConfigError: they are incomplete, or contradict each other.
+        """
+        world_size = _number(environment, "WORLD_SIZE", 1)
+        if world_size < 2:
+            return cls()
+        needed = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+        if needed:
+            raise ConfigError(
+                f"WORLD_SIZE is {world_size}, but {' and '.join(needed)} is not set; start the processes with torchrun"
+            )
+        rank = _number(environment, "RANK", 0)
+        if rank >= world_size:
+            raise ConfigError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; start the processes with torchrun")
+        return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name) or str(default)
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError(f"the environment variable {name} is '{value}'; it must be a whole number of at least 0")
+    return int(value)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Connect this process with the others of its run, if there are any, until the block is left.
+
+    Only rank 0 prints. An error on one process ends all of them, and one of them reports it.
+
+    Raises:
+        ConfigError: the environment variables make no sense.
+        ConnectionLostError: another process ended without a word.
+        SystemExit: another process has reported the error.
+    """
+    place = Place.read(os.environ)
+    if place.world_size == 1:
+        try:
+            yield
+        finally:
+            if "villa.distributed.processes" in sys.modules:
+                sys.modules["villa.distributed.processes"].disconnect()
+        return
+    from villa.distributed.processes import join
+
+    with join(place):
+        yield

@@ -1,0 +1,204 @@
+"""The processes of a run: connecting them, small messages between them, and how they end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from villa.distributed.environment import Place
+from villa.errors import ConfigError, ConnectionLostError, VillaError
+from villa.plugins import one_line
+
+#: Seconds that the process that keeps the others' common notes waits for them after an error.
+_FAREWELL = 10.0
+_FAILED, _LEFT = "failed", "left"
+
+
+class Processes:
+    """The processes that share the work of a run, seen from one of them; by itself, one process alone.
+
+    All of them call each of the methods, in the same order. The messages go through main memory.
+
+    Args:
+        place: which process this is.
+
+    Attributes:
+        rank: its number.
+        world_size: how many there are.
+    """
+
+    def __init__(self, place: Place | None = None) -> None:
+        place = place or Place()
+        self.rank, self.world_size = place.rank, place.world_size
+
+    @classmethod
+    def connected(cls) -> Processes:
+        """Those that ``join`` has connected."""
+        return cls(Place(dist.get_rank(), dist.get_world_size()) if _connected() else None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        self.largest(0)
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sum up each of the values over all processes."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: int) -> int:
+        """Return the largest of all processes' values."""
+        return int(self._reduced([value], dist.ReduceOp.MAX)[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every process, by rank.
+
+        Args:
+            value: anything that JSON can express; floats arrive to the last bit.
+        """
+        if self.world_size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [int(length) for length in self._gathered(torch.tensor([len(text)]))]
+        padded = torch.cat((text, text.new_zeros(max(lengths) - len(text))))
+        texts = zip(self._gathered(padded), lengths, strict=True)
+        return [json.loads(bytes(text[:length].tolist())) for text, length in texts]
+
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensor of every process, by rank, in main memory; they differ in their first dimension at most."""
+        if self.world_size == 1:
+            return [tensor]
+        shapes = self.gather(list(tensor.shape))
+        most, rest = max(shape[0] for shape in shapes), max(shapes, key=len)[1:]
+        padded = torch.zeros(most, *rest, dtype=tensor.dtype)
+        if tensor.numel():
+            padded[: len(tensor)] = tensor.cpu()
+        return [part[: shape[0]] for part, shape in zip(self._gathered(padded), shapes, strict=True)]
+
+    def _reduced(self, values: list[float], operation: Any) -> list[float]:
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, operation)
+        return [float(value) for value in tensor]
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+
+def _connected() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def connect_alone() -> None:
+    """Make this process the only one of a run that is written for several, unless it is connected already."""
+    if not _connected():
+        dist.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
+
+
+def disconnect() -> None:
+    """Leave the other processes, or the run of one process."""
+    if _connected():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def join(place: Place) -> Iterator[None]:
+    """Connect with the other processes until the block is left; see ``villa.distributed.environment.joined``."""
+    store = _connect(place)
+    try:
+        with _silent() if place.rank else ExitStack():
+            yield
+    except VillaError as error:
+        if not _first_to_fail(store):
+            raise SystemExit(error.exit_code) from None
+        raise
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        if _failed_elsewhere(store):
+            raise SystemExit(ConfigError.exit_code) from None
+        raise ConnectionLostError(
+            f"process {place.rank} of {place.world_size} has lost another one, which ended or cannot be reached "
+            f"({one_line(error)[:200]}); go on with checkpoint.resume=true"
+        ) from None
+    finally:
+        disconnect()
+        _see_off(store, place, failed=sys.exc_info()[0] is not None)
+
+
+def _connect(place: Place) -> Store:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    try:
+        store, rank, world_size = next(rendezvous("env://", place.rank, place.world_size))
+        dist.init_process_group(_backend(), store=PrefixStore("group", store), rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"process {place.rank} of {place.world_size} cannot meet the others at {address}: {one_line(error)[:200]}; "
+            "start as many as WORLD_SIZE says, with one MASTER_ADDR and a free MASTER_PORT"
+        ) from None
+    notes: Store = PrefixStore("villa", store)
+    return notes
+
+
+def _backend() -> str:
+    """Gradients on CUDA go through NCCL; small messages, which must not wait for the device, through gloo."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What ranks above 0 print would be what rank 0 prints."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _first_to_fail(store: Store) -> bool:
+    """Note that this process has failed; whether it is the first one to do so."""
+    try:
+        return bool(store.add(_FAILED, 1) == 1)
+    except RuntimeError:  # the process that keeps the notes is gone
+        return True
+
+
+def _failed_elsewhere(store: Store) -> bool:
+    try:
+        return bool(store.add(_FAILED, 0) > 0)
+    except RuntimeError:
+        return False
+
+
+def _see_off(store: Store, place: Place, *, failed: bool) -> None:
+    """After an error, the process that keeps the notes stays until the others have read them."""
+    if not failed:
+        return
+    try:
+        left = store.add(_LEFT, 1)
+        end = time.monotonic() + _FAREWELL
+        while place.rank == 0 and left < place.world_size and time.monotonic() < end:
+            time.sleep(0.05)
+            left = store.add(_LEFT, 0)
+    except RuntimeError:
+        pass

@@ -1,0 +1,123 @@
+"""``distributed.strategy=fsdp``: parameters, gradients and optimiser states in parts, one on each process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from villa.distributed.blocks import repeated_blocks
+from villa.distributed.data_parallel import copy_from_main
+from villa.distributed.processes import Processes, connect_alone
+from villa.distributed.strategy import Strategy
+from villa.errors import ConfigError
+from villa.models.base import Model
+
+
+class Sharded(Strategy):
+    """torch's ``fully_shard``: each layer is put together when it is computed, and everything else with the model.
+
+    Embeddings, heads and weights that they share belong to the model as a whole, which has them from the beginning of
+    its forward pass to the end of the backward pass.
+    """
+
+    _model: FSDPModule | None = None
+
+    def connect(self) -> Processes:
+        """See the base class; one process is fine, too."""
+        connect_alone()
+        self.processes = Processes.connected()
+        return self.processes
+
+    def distribute(self, model: Model) -> None:
+        """Keep this process's part of every parameter."""
+        if getattr(model, "task", None) == "generation":
+            raise ConfigError(
+                f"distributed.strategy=fsdp: {type(model).__name__} writes its answers word by word, for which no two "
+                "processes take the same number of steps; use ddp"
+            )
+        copy_from_main(model)
+        device = next(model.parameters()).device
+        mesh = init_device_mesh(device.type, (self.processes.world_size,))
+        shared = _shared_between_blocks(model)
+        for block in repeated_blocks(model).values():
+            if not shared.intersection(block.parameters()):
+                fully_shard(block, mesh=mesh)
+        root: Any = fully_shard(model, mesh=mesh)
+        for module in root.modules():
+            if isinstance(module, FSDPModule):  # sums, not means over processes: the only place where this is said
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self._model = root
+
+    @contextmanager
+    def backward(self, *, reduce: bool) -> Iterator[None]:
+        """See the base class."""
+        if self._model is not None:
+            self._model.set_requires_gradient_sync(reduce)
+            self._model.set_is_last_backward(reduce)
+        yield
+
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """See the base class."""
+        return _whole(super().gradient_norm(parameters))
+
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """See the base class; tensors made in inference mode could not be trained on later."""
+        return torch.no_grad()
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """See the base class."""
+        owners: dict[nn.Parameter, str] = {}
+        names = {name: owners.setdefault(p, name) for name, p in model.named_parameters(remove_duplicate=False)}
+        state = model.state_dict()
+        whole = {name: self.whole(value) for name, value in state.items() if names.get(name, name) == name}
+        return {name: whole[names.get(name, name)] for name in state}  # shared weights stay shared
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """See the base class; every process reads the whole weights and keeps its part."""
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(_part(state[name].to(tensor.device), tensor))
+
+    def whole(self, state: Any) -> Any:
+        """See the base class; in main memory, and on the main process alone."""
+        if isinstance(state, Mapping):
+            return {key: self.whole(value) for key, value in state.items()}
+        if isinstance(state, list | tuple):
+            return type(state)(self.whole(value) for value in state)
+        if not isinstance(state, DTensor):
+            return state
+        whole = _whole(state.detach())
+        return whole.cpu() if self.processes.is_main else whole.new_empty(0)
+
+    def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """See the base class."""
+        return {key: _part(value, parameter) for key, value in state.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _part(value: Any, like: Tensor) -> Any:
+    """The part of a whole tensor that lies where that of ``like`` does; numbers and the like as they are."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _shared_between_blocks(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a block that something outside of it uses, too: they are put together with the whole model."""
+    owners: dict[nn.Parameter, set[str]] = {}
+    names = list(repeated_blocks(model))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((block for block in names if name.startswith(f"{block}.")), "")
+        owners.setdefault(parameter, set()).add(owner)
+    return {parameter for parameter, found in owners.items() if len(found) > 1}

@@ -1,0 +1,116 @@
+"""How processes share the training of one model, and the strategy of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from villa.config.schema import DistributedConfig
+from villa.distributed.blocks import checkpoint_activations
+from villa.distributed.processes import Processes
+from villa.distributed.share import WHOLE, Share
+from villa.errors import ConfigError
+from villa.models.base import Model
+
+
+class Strategy:
+    """Where parameters and gradients are. This one, ``single``, has all of them in one process.
+
+    A subclass says how processes share them. What the loop, the evaluator and checkpoints need to know of it is here;
+    methods of training, models and losses know nothing.
+
+    Args:
+        config: the recipe's ``distributed`` section.
+
+    Attributes:
+        processes: those that share the work.
+    """
+
+    def __init__(self, config: DistributedConfig | None = None) -> None:
+        self.config = config or DistributedConfig()
+        self.processes = Processes()
+
+    @property
+    def share(self) -> Share:
+        """What this process has of the micro-batches."""
+        return Share(self.processes.rank, self.processes.world_size) if self.processes.world_size > 1 else WHOLE
+
+    def connect(self) -> Processes:
+        """Take part in the run of all processes that were started, and return them.
+
+        Raises:
+            ConfigError: several processes were started for a strategy of one.
+        """
+        started = Processes.connected().world_size
+        if started > 1:
+            raise ConfigError(
+                f"distributed.strategy is 'single', but {started} processes were started; set it to ddp or fsdp, or "
+                "start one process"
+            )
+        return self.processes
+
+    def apply(self, model: Model) -> None:
+        """Change a model whose weights are loaded, in place; the names of its parameters stay.
+
+        Raises:
+            ConfigError: the model cannot be trained in this way.
+        """
+        if self.config.activation_checkpointing:
+            checkpoint_activations(model)
+        self.distribute(model)
+
+    def distribute(self, model: Model) -> None:
+        """Share the model's parameters among the processes, in place."""
+
+    def backward(self, *, reduce: bool) -> AbstractContextManager[None]:
+        """Context of a backward pass. ``reduce`` marks the last one of an update, whose end sums up the gradients.
+
+        They are sums over all micro-batches of all processes then, never means over processes.
+        """
+        return nullcontext()
+
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Return the norm of all gradients together, after they were reduced."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).detach()
+
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """Context of the forward passes of evaluation."""
+        return torch.inference_mode()
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a model's whole weights by name; all processes call it, and the main one gets them."""
+        return model.state_dict()
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Load whole weights, of the names and shapes of ``state_dict``."""
+        model.load_state_dict(state)
+
+    def whole(self, state: Any) -> Any:
+        """Return nested containers of an optimiser's state with every tensor whole; all processes call it."""
+        return state
+
+    def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """Return this process's part of what an optimiser keeps about a parameter; the opposite of ``whole``."""
+        return dict(state)
+
+
+#: Module and class of every strategy for several processes, imported when it is asked for.
+_STRATEGIES = {
+    "ddp": "villa.distributed.data_parallel:DataParallel",
+    "fsdp": "villa.distributed.sharded:Sharded",
+}
+
+
+def strategy_of(config: DistributedConfig) -> Strategy:
+    """Return the strategy that a recipe's ``distributed`` section names."""
+    if config.strategy == "single":
+        return Strategy(config)
+    module, _, name = _STRATEGIES[config.strategy].partition(":")
+    made: Strategy = getattr(import_module(module), name)(config)
+    return made
