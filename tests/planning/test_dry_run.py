@@ -12,6 +12,8 @@ from villa.engine.setup import build
 from villa.planning.dry_run import plan_of_run, plan_recipe
 from villa.planning.units import in_bytes, in_units
 
+SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_heads=4"]
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +30,38 @@ def test_a_dry_run_prints_and_leaves_nothing_behind(tmp_path: Path, capsys: pyte
     )
     assert re.search(r"^compute of an update: .*FLOP in 1 micro-batch$", out, re.MULTILINE)
     assert not folder.exists()
+
+
+def test_data_that_is_not_there_is_made_up(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = f"config={root / 'projects/villa/pretrain/large.yaml'}"
+    less = ["dataset.mix={mlm: 2, mrfr: 1}", "batch.tokens=2400", "batch.per_pass=600", "device=cpu"]
+    assert main([recipe, *SMALL, *less, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "stage 1 of 2 (uniter_pretrain_alldata_large):" in out
+    assert "stage 2 of 2 (villa_pretrain_alldata_large):" in out
+    assert out.count("of 10 x 60 tokens and regions") == 2
+    assert out.count("note: examples are made up (20 tokens, 40 regions): ") == 2
+    adversarial = out.partition("stage 2")[2]
+    cost = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) GFLOP", adversarial)}
+    assert cost["mlm"] > 5 * cost["mrfr"]  # seven passes instead of one
+
+
+def test_data_that_cannot_be_made_up_is_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.jsonl"
+    arguments = ["model=uniter", "dataset=jsonl", f"dataset.train={missing}", "batch.examples=8", "training.updates=1"]
+    assert main([*arguments, "--dry-run"]) == 2
+    assert str(missing) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nlvr2", "vcr", "itm_flickr", "itm_flickr_hard", "refcoco"])
+def test_tasks_of_every_form(name: str, root: Path) -> None:
+    values = [f"config={root / f'projects/villa/{name}.yaml'}", *SMALL, "device=cpu"]
+    plan, (note,) = plan_recipe(values)
+    assert "made up" in note
+    assert plan.flops > 0
+    small, notes = plan_recipe([*values, "dataset.synthetic=true"])
+    assert not notes
+    assert small.memory.peak < plan.memory.peak
 
 
 def test_the_plan_of_a_run_about_to_start(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What is counted without numbers is what a real step takes, to the byte and the operation."""
 
+import weakref
+
 import pytest
 import torch
 from planned import batch_of, model_of, recipe
@@ -11,8 +13,8 @@ from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.models.base import Model
 from villa.planning.ledger import Ledger
-from villa.planning.measure import count
-from villa.registry import LOSSES, TRAINERS
+from villa.planning.measure import bytes_of, count
+from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
 
 METHODS = ["trainer=standard", "trainer=freelb", "trainer=villa"]
 TEXT = ["trainer=villa", "trainer.modality=text", "trainer.clean_loss=false", "trainer.clean_logits=detached"]
@@ -65,7 +67,23 @@ def test_operations_are_those_of_torch(method: str, dropout: float) -> None:
         assert planned > counter.get_total_flops()
 
 
-@pytest.mark.parametrize("precision", ["fp16"])
+def test_villa_costs_seven_standard_passes() -> None:
+    standard, villa = (count(recipe(method), model_of(recipe(method)), batch_of()) for method in METHODS[::2])
+    assert villa.flops / standard.flops == pytest.approx(7, rel=0.05)
+    assert (standard.forwards, standard.backwards, standard.uses) == (1, 1, 2)
+    assert (villa.forwards, villa.backwards, villa.uses) == (7, 6, 14)
+
+
+def test_villa_keeps_two_graphs_where_the_clean_one_is_trained() -> None:
+    standard, detached, attached = (
+        count(recipe(*values), model_of(recipe(*values)), batch_of(32)).activations
+        for values in (["trainer=standard"], TEXT, TEXT[:-1])
+    )
+    assert detached < 1.2 * standard
+    assert attached == pytest.approx(2 * standard, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_autocast_halves_what_matrix_products_keep(precision: str) -> None:
     def activations(name: str, device: str) -> int:
         config = recipe("trainer=standard", f"training.precision={name}", "model.hidden_size=64")
@@ -73,3 +91,61 @@ def test_autocast_halves_what_matrix_products_keep(precision: str) -> None:
 
     assert 0.4 < activations(precision, "cpu") / activations("fp32", "cpu") < 0.85
     assert activations(precision, "cuda") < activations(precision, "cpu")
+
+
+def test_autocast_matches_that_of_a_cpu() -> None:
+    config = recipe("trainer=standard", "training.precision=bf16")
+    model, batch, real = model_of(config, "cpu"), batch_of(32), Ledger()
+    real.book(model.parameters(), "held")
+    with real:
+        real.reset()
+        step(config, model, batch)
+    planned = count(config, model_of(config), batch)
+    assert planned.passes - planned.batch == pytest.approx(real.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("bert_adamw", 2), ("adamax", 2), ("bert_adam", 2)])
+def test_the_state_of_optimisers(name: str, copies: int) -> None:
+    config = recipe(f"optimizer={name}")
+    model = model_of(config)
+    planned = count(config, model, batch_of())
+    assert planned.optimizer == pytest.approx(copies * bytes_of(model), rel=0.02)
+    assert (planned.step < 1000) == (name == "adamw")  # the fused kernel makes nothing
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_step_of_an_optimiser_is_what_real_tensors_take() -> None:
+    config = recipe("optimizer=bert_adamw")
+    model = model_of(config, "cpu")
+    step(config, model, batch_of())
+    optimizer = OPTIMIZERS.get("bert_adamw")(config.optimizer).build(model)
+    optimizer.step()
+    real = Ledger()
+    with real:
+        optimizer.step()
+    assert count(config, model_of(config), batch_of()).step == pytest.approx(real.peak_other, rel=0.01)
+
+
+def test_random_state_and_torch_are_left_as_they_were() -> None:
+    config, batch = recipe("trainer=villa"), batch_of()
+    model = model_of(config)
+    before, autocast = torch.get_rng_state(), torch.autocast
+    count(config, model, batch)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.autocast is autocast
+
+
+def test_a_ledger_forgets_what_is_freed() -> None:
+    ledger = Ledger()
+    with ledger:
+        first = torch.empty(10, device="meta")
+        view, whole = first.view(2, 5), first + 1
+        assert ledger.live["other"] == 80
+        ledger.book([whole], "held")
+        del first, whole
+        assert ledger.live == {"held": 0, "gradient": 0, "other": 40}
+        gone = weakref.ref(view)
+        del view
+    assert gone() is None
+    assert ledger.live["other"] == 0
+    assert ledger.peak_other == 80

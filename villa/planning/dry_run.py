@@ -13,7 +13,7 @@ from villa.config.stages import load_stages
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.engine.setup import Parts, build_trainer, choose_device
-from villa.errors import ConfigError, DataError, VillaError
+from villa.errors import ConfigError, MissingDataError, VillaError
 from villa.models.base import DataFacts, Model
 from villa.planning.meta import meta_copy
 from villa.planning.plan import Plan, make_plan
@@ -89,9 +89,7 @@ def plan_recipe(
     if sizes is None:
         try:
             facts, found = _from_data(config)
-        except DataError as error:
-            if not hasattr(config.dataset, "synthetic"):
-                raise
+        except MissingDataError as error:
             sizes = Sizes()
             reason = str(error).splitlines()[0].rstrip(":")
             notes.append(f"examples are made up ({sizes.tokens} tokens, {sizes.regions} regions): {reason}")
