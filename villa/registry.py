@@ -156,6 +156,11 @@ SCHEDULERS: Registry[Any] = Registry(
     "villa.engine.schedules:Schedule",
     dict.fromkeys(("linear", "warmup_linear", "cosine", "constant", "noam"), "villa.engine.schedules"),
 )
+LAUNCHERS: Registry[Any] = Registry(
+    "launcher",
+    "villa.launch.base:Launcher",
+    {name: f"villa.launch.{name}" for name in ("inline", "local", "slurm")},
+)
 SUBMISSIONS: Registry[Any] = Registry(
     "submission",
     "villa.evaluation.submissions.base:Submission",
@@ -174,6 +179,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "metrics": METRICS,
     "optimizers": OPTIMIZERS,
     "schedulers": SCHEDULERS,
+    "launchers": LAUNCHERS,
     "submissions": SUBMISSIONS,
 }
 
@@ -184,4 +190,5 @@ register_trainer = TRAINERS.register
 register_metric = METRICS.register
 register_optimizer = OPTIMIZERS.register
 register_scheduler = SCHEDULERS.register
+register_launcher = LAUNCHERS.register
 register_submission = SUBMISSIONS.register

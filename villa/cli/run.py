@@ -62,10 +62,12 @@ def _run(options: argparse.Namespace) -> int:
         from villa.planning.dry_run import dry_run
 
         return _show("".join(f"{line}\n" for line in dry_run(options.values)))
-    from villa.engine.run import run
-    from villa.engine.stages import run_stages
+    from villa.launch.base import Launcher, Request
+    from villa.registry import LAUNCHERS
 
-    return run(stages[0].config) if len(stages) == 1 else run_stages([stage.config for stage in stages])
+    chosen = stages[0].config.launcher
+    launcher: Launcher = LAUNCHERS.get(chosen.name)(chosen)
+    return launcher.launch(Request(tuple(options.values), [stage.config for stage in stages]))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

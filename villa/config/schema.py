@@ -1,6 +1,7 @@
 """The typed schema of a recipe: one dataclass a section, and variant sections checked by their registered class.
 
-A variant section (``model``, ``dataset``, ``loss``, ``trainer``, ``optimizer``, ``scheduler``) is
+A variant section (``model``, ``dataset``, ``loss``, ``trainer``, ``optimizer``, ``scheduler``,
+``launcher``) is
 ``{name: registered name, ...}``; its other keys are those of the registered class's ``Config``.
 """
 
@@ -17,6 +18,7 @@ VARIANTS = {
     "trainer": "trainers",
     "optimizer": "optimizers",
     "scheduler": "schedulers",
+    "launcher": "launchers",
 }
 
 
@@ -177,6 +179,7 @@ class RunConfig:
         trainer: the adversarial method's name and options.
         optimizer: the optimiser's name and options.
         scheduler: the learning rate schedule's name and options.
+        launcher: where the run takes place: ``inline`` (here), ``local`` (processes of this machine) or ``slurm``.
     """
 
     run_type: Literal["train", "val", "test", "predict", "train_val_test"] = "train_val_test"
@@ -191,6 +194,7 @@ class RunConfig:
     trainer: Any = None
     optimizer: Any = None
     scheduler: Any = None
+    launcher: Any = None
     batch: BatchConfig = field(default_factory=BatchConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -14,7 +14,13 @@ from villa.plugins import one_line
 from villa.registry import REGISTRIES
 
 #: The variant of a section that a recipe does not mention. A model and a data set must be named.
-DEFAULT_NAMES = {"loss": "cross_entropy", "trainer": "standard", "optimizer": "adamw", "scheduler": "linear"}
+DEFAULT_NAMES = {
+    "loss": "cross_entropy",
+    "trainer": "standard",
+    "optimizer": "adamw",
+    "scheduler": "linear",
+    "launcher": "inline",
+}
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from pathlib import Path
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.files import read_json, write_json
+from villa.launch.base import LauncherConfig
 
 FINISHED = "finished.json"
 
 
 def saved_yaml(config: RunConfig) -> str:
-    """The recipe as it is saved: the same whether the run was resumed or not."""
+    """The recipe as it is saved: the same whether the run was resumed or not, and wherever it takes place."""
     checkpoint = dataclasses.replace(config.checkpoint, resume=False)
-    return to_yaml(dataclasses.replace(config, checkpoint=checkpoint))
+    return to_yaml(dataclasses.replace(config, checkpoint=checkpoint, launcher=LauncherConfig()))
 
 
 def mark_finished(config: RunConfig) -> None:

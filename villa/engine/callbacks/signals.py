@@ -1,4 +1,4 @@
-"""Ending in order on SIGTERM and SIGINT."""
+"""Ending in order on SIGTERM, SIGINT, and what SLURM jobs get before they are pre-empted, SIGUSR2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from villa.trainers.base import Logs
 if TYPE_CHECKING:
     from villa.engine.training import Training
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error: the run ended in order)

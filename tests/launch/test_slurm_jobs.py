@@ -1,0 +1,117 @@
+"""Jobs of a real SLURM with two nodes: submitted, refused, pre-empted and requeued, and exact in the end."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: Long enough to be interrupted.
+UPDATES = 300
+RECIPE = [
+    f"config={ROOT}/projects/example/shapes.yaml",
+    f"user_dir={ROOT}/projects/example/shapes",
+    "trainer=villa",
+    "training.epochs=null",
+    f"training.updates={UPDATES}",
+    "batch.per_pass=8",
+    "evaluation.every=100",
+    "checkpoint.every=5",
+    "distributed.strategy=ddp",
+    "logging.tensorboard=false",
+    "logging.progress=off",
+]
+JOB = ["launcher=slurm", "launcher.nodes=2", "launcher.timeout_min=30"]
+Environment = Mapping[str, str]
+
+pytestmark = pytest.mark.slow
+
+
+def villa_run(environment: Environment, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "villa.cli.run", *RECIPE, *arguments]
+    own = {**environment, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=300, check=False)
+
+
+def said(environment: Environment, *command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+def state(environment: Environment, job: str) -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S+)", said(environment, "scontrol", "show", "job", job)))
+
+
+def wait_for(condition: object, seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a run leaves that does not depend on the time."""
+    last = folder / "checkpoints" / f"update_{UPDATES:08}"
+    names = ("log.jsonl", "metrics.json", "predictions_test.jsonl")
+    found = {path.name: path.read_bytes() for path in (last / "model.safetensors", *(folder / name for name in names))}
+    assert len(found) == 4
+    return found
+
+
+def submit(environment: Environment, folder: Path, *arguments: str) -> str:
+    done = villa_run(environment, f"output_dir={folder}", *JOB, *arguments)
+    assert done.returncode == 0, done.stderr
+    match = re.search(r"^submitted job (\d+); its log: (\S+)$", done.stdout, re.MULTILINE)
+    assert match is not None, done.stdout
+    return match[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm: Environment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder: Path = tmp_path_factory.mktemp("run") / "out"
+    done = villa_run(slurm, f"output_dir={folder}", *JOB, "launcher.follow=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 processes (ddp)" in done.stdout
+    (job,) = folder.glob("jobs/[0-9]*")
+    assert sorted(path.name for path in job.glob("*_log.out")) == [f"{job.name}_{rank}_log.out" for rank in (0, 1)]
+    return results(folder)
+
+
+@pytest.mark.parametrize("how", ["signal", "requeue"])
+def test_a_job_that_is_taken_back_goes_on_to_the_same_bytes(
+    how: str, slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """``signal`` is what SLURM sends before it pre-empts; ``requeue`` ends the processes without asking them."""
+    folder = tmp_path / "out"
+    job = submit(slurm, folder)
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    said(slurm, *(("scancel", "--signal=USR2", job) if how == "signal" else ("scontrol", "requeue", job)))
+    wait_for(lambda: state(slurm, job)["Restarts"] == "1")
+    wait_for(lambda: state(slurm, job)["JobState"] == "COMPLETED")
+    log = (folder / "jobs" / job / f"{job}_0_log.out").read_text()
+    assert "resuming after update" in log
+    assert ("ended by SIGUSR2 after update" in log) == (how == "signal")
+    assert results(folder) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (["launcher.partition=none"], "Invalid partition name specified"),
+        (["launcher.nodes=3"], "Requested node configuration is not available"),
+        (["launcher.cpus_per_process=64"], "Requested node configuration is not available"),
+        (["launcher.gpus_per_node=8"], "Invalid generic resource"),
+        (["launcher.memory_gb=9000"], "Requested node configuration is not available"),
+    ],
+)
+def test_what_slurm_would_refuse_is_not_submitted(
+    extra: Sequence[str], reason: str, slurm: Environment, tmp_path: Path
+) -> None:
+    done = villa_run(slurm, f"output_dir={tmp_path / 'out'}", *JOB, *extra)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert f"SLURM refuses the job ({reason}" in line
+    assert not (tmp_path / "out").exists()
