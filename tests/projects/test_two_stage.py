@@ -157,6 +157,26 @@ def test_first_pictures_are_those_of_every_split(daquar: Path) -> None:
     assert {row.split for row in few.annotations} == set(sources.SPLITS)
 
 
+@pytest.mark.parametrize("study", sorted(run.STUDIES))
+def test_the_rows_differ_by_what_they_are_called_after(study: str, tmp_path: Path) -> None:
+    plan = run.Plan(study, tmp_path, (), ["1", "2"])
+    second, rows = plan.second_half().runs, plan.finetuning(run.STUDIES[study].fractions, None).runs
+    assert [r.configs[0].trainer.name for r in second] == ["standard", "standard", "villa", "villa"]
+    assert second[2].configs[0].trainer.objectives == ["mlm", "itm_wra"]
+    last = {r.point.values["training"]: r.configs[0] for r in rows if r.point.values["seed"] == "2"}
+    start = f"{tmp_path}/second_half/pretraining={{}},seed=2"
+    assert {name: (c.trainer.name, c.model.checkpoint, c.dataset.train_images) for name, c in last.items()} == {
+        "no images": ("standard", None, [databases.BLANK]),
+        "no pre-training": ("standard", None, ["img_db"]),
+        "standard": ("standard", start.format("standard"), ["img_db"]),
+        "adversarial pre-training": ("standard", start.format("adversarial"), ["img_db"]),
+        "adversarial finetuning": ("villa", start.format("standard"), ["img_db"]),
+        "both adversarial": ("villa", start.format("adversarial"), ["img_db"]),
+    }
+    starts = {str(r.configs[0].output_dir) for r in second} | {"None"}
+    assert {str(c.model.checkpoint) for c in last.values()} <= starts  # they are runs of the second half
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["daquar"]) == 2
     assert run.main(["daquar", "--weights", str(tmp_path)]) == 2
