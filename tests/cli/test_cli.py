@@ -82,6 +82,7 @@ def test_list_names_everything_with_a_summary(capsys: pytest.CaptureFixture[str]
         "metrics:",
         "optimizers:",
         "schedulers:",
+        "launchers:",
         "submissions:",
     ]
     entries = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(" ")}

@@ -12,7 +12,7 @@ from updaters import cut
 
 from villa.batch import Batch
 from villa.config.schema import DistributedConfig, TrainingConfig
-from villa.distributed.environment import joined
+from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.precision import Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig

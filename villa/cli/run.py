@@ -40,7 +40,7 @@ def _main(argv: Sequence[str]) -> int:
 
 def _recipe(options: argparse.Namespace) -> int:
     """Show or run what the recipe says."""
-    from villa.distributed.environment import joined
+    from villa.distributed.joining import joined
 
     with joined():
         return _run(options)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from villa.errors import ConfigError
@@ -51,28 +48,3 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     if not (value.isascii() and value.isdigit()):
         raise ConfigError(f"the environment variable {name} is '{value}'; it must be a whole number of at least 0")
     return int(value)
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Connect this process with the others of its run, if there are any, until the block is left.
-
-    Only rank 0 prints. An error on one process ends all of them, and one of them reports it.
-
-    Raises:
-        ConfigError: the environment variables make no sense.
-        ConnectionLostError: another process ended without a word.
-        SystemExit: another process has reported the error.
-    """
-    place = Place.read(os.environ)
-    if place.world_size == 1:
-        try:
-            yield
-        finally:
-            if "villa.distributed.processes" in sys.modules:
-                sys.modules["villa.distributed.processes"].disconnect()
-        return
-    from villa.distributed.processes import join
-
-    with join(place):
-        yield

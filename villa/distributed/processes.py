@@ -120,7 +120,7 @@ def disconnect() -> None:
 
 @contextmanager
 def join(place: Place) -> Iterator[None]:
-    """Connect with the other processes until the block is left; see ``villa.distributed.environment.joined``."""
+    """Connect with the other processes until the block is left; see ``villa.distributed.joining.joined``."""
     store = _connect(place)
     try:
         with _silent() if place.rank else ExitStack():

@@ -1,0 +1,35 @@
+"""A command as one of the processes of its run. One that is alone imports no torch for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from villa.distributed.environment import Place
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Connect this process with the others of its run, if there are any, until the block is left.
+
+    Only rank 0 prints. An error on one process ends all of them, and one of them reports it.
+
+    Raises:
+        ConfigError: the environment variables make no sense.
+        ConnectionLostError: another process ended without a word.
+        SystemExit: another process has reported the error.
+    """
+    place = Place.read(os.environ)
+    if place.world_size == 1:
+        try:
+            yield
+        finally:
+            if "villa.distributed.processes" in sys.modules:
+                sys.modules["villa.distributed.processes"].disconnect()
+        return
+    from villa.distributed.processes import join
+
+    with join(place):
+        yield
