@@ -40,10 +40,9 @@ def _main(argv: Sequence[str]) -> int:
 
 def _recipe(options: argparse.Namespace) -> int:
     """Show or run what the recipe says."""
-    from villa.distributed.joining import joined
+    from villa.distributed.joining import run_joined
 
-    with joined():
-        return _run(options)
+    return run_joined(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

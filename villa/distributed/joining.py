@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from villa.distributed.environment import Place
@@ -33,3 +34,22 @@ def joined() -> Iterator[None]:
 
     with join(place):
         yield
+
+
+def run_joined(action: Callable[[], int]) -> int:
+    """Run an action as ``joined`` does, and return its exit code.
+
+    One of several processes that has done its work leaves Python without tearing it down: the threads of gloo now and
+    then abort the interpreter's end (exit code 134), which a launcher would take for a failure of the run.
+    """
+    with joined():
+        code = action()
+    if code == 0 and Place.read(os.environ).world_size > 1:
+        atexit.register(_leave)
+    return code
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
