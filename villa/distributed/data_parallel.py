@@ -9,15 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from villa.distributed.processes import Processes, connect_alone
-from villa.distributed.strategy import Strategy
+from villa.distributed.strategy import SharedStrategy
 from villa.models.base import Model
 
 #: Gradients are sent in parts of this many bytes: torch's default for the same purpose.
 _BUCKET_BYTES = 25 * 2**20
 
 
-class DataParallel(Strategy):
+class DataParallel(SharedStrategy):
     """Whole models, summed gradients.
 
     torch's ``DistributedDataParallel`` is not used: it decides in a forward pass whether its backward is to be reduced
@@ -26,12 +25,6 @@ class DataParallel(Strategy):
     """
 
     _reducer: GradientReducer | None = None
-
-    def connect(self) -> Processes:
-        """See the base class; one process is fine, too."""
-        connect_alone()
-        self.processes = Processes.connected()
-        return self.processes
 
     def distribute(self, model: Model) -> None:
         """Give all processes the weights of rank 0, and watch the gradients."""

@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from villa.distributed.blocks import repeated_blocks
 from villa.distributed.data_parallel import copy_from_main
-from villa.distributed.processes import Processes, connect_alone
-from villa.distributed.strategy import Strategy
+from villa.distributed.strategy import SharedStrategy
 from villa.errors import ConfigError
 from villa.models.base import Model
 
 
-class Sharded(Strategy):
+class Sharded(SharedStrategy):
     """torch's ``fully_shard``: each layer is put together when it is computed, and everything else with the model.
 
     Embeddings, heads and weights that they share belong to the model as a whole, which has them from the beginning of
@@ -28,12 +27,6 @@ class Sharded(Strategy):
     """
 
     _model: FSDPModule | None = None
-
-    def connect(self) -> Processes:
-        """See the base class; one process is fine, too."""
-        connect_alone()
-        self.processes = Processes.connected()
-        return self.processes
 
     def distribute(self, model: Model) -> None:
         """Keep this process's part of every parameter."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from villa.config.schema import DistributedConfig
 from villa.distributed.blocks import checkpoint_activations
-from villa.distributed.processes import Processes
+from villa.distributed.processes import Processes, connect_alone
 from villa.distributed.share import WHOLE, Share
 from villa.errors import ConfigError
 from villa.models.base import Model
@@ -98,6 +98,16 @@ class Strategy:
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """Return this process's part of what an optimiser keeps about a parameter; the opposite of ``whole``."""
         return dict(state)
+
+
+class SharedStrategy(Strategy):
+    """What the strategies for several processes have in common; one process is fine, too."""
+
+    def connect(self) -> Processes:
+        """See the base class."""
+        connect_alone()
+        self.processes = Processes.connected()
+        return self.processes
 
 
 #: Module and class of every strategy for several processes, imported when it is asked for.

@@ -12,6 +12,7 @@ from villa.config.schema import RunConfig
 from villa.config.stages import load_stages
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.samplers import Sampler, UpdateSampler
+from villa.distributed.environment import Place
 from villa.engine.setup import Parts, build_trainer, choose_device
 from villa.errors import ConfigError, MissingDataError, VillaError
 from villa.models.base import DataFacts, Model
@@ -123,8 +124,7 @@ def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
 
 def _strategy(config: RunConfig) -> tuple[Strategy, int]:
     """The recipe's strategy, and how many processes share an update as torchrun and its like tell."""
-    strategy: Strategy = getattr(getattr(config, "distributed", None), "strategy", "single")
-    return strategy, int(os.environ.get("WORLD_SIZE") or 1)
+    return config.distributed.strategy, Place.read(os.environ).world_size
 
 
 def _planned(

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from villa.distributed.blocks import repeated_blocks
 from villa.errors import ConfigError, nearest
 from villa.planning.measure import Counted, bytes_of
 
@@ -90,8 +91,7 @@ def gathered_bytes(model: nn.Module) -> int:
 
 def layer_bytes(model: nn.Module) -> list[int]:
     """Bytes of the parameters of every repeated layer of a model."""
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return [bytes_of(layer) for stack in stacks for layer in stack]
+    return [bytes_of(block) for block in repeated_blocks(model).values()]
 
 
 def _check(strategy: str, processes: int) -> None:
