@@ -59,8 +59,17 @@ def plot_curves(
         DataError: the log is missing, damaged, or has nothing to draw.
         OSError: the PNG cannot be written.
     """
+    write_png(curves_figure(log, references, title=title), output)
+
+
+def write_png(figure: Figure, output: Path) -> None:
+    """Write a figure as a PNG, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     buffer = io.BytesIO()
-    curves_figure(log, references, title=title).savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=130)
     atomic_write(output, buffer.getvalue())
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from villa.files import atomic_write
 from villa.sweeps.results import Group
 
 if TYPE_CHECKING:
@@ -16,34 +13,13 @@ if TYPE_CHECKING:
 FIGURE = "figure.png"
 
 
-def write_figure(
-    path: Path, groups: Sequence[Group], metric: str, *, title: str, references: Mapping[str, float] | None = None
-) -> None:
-    """Write ``sweep_figure`` as a PNG, atomically.
-
-    Args:
-        path: the PNG.
-        groups: as for ``sweep_figure``.
-        metric: as for ``sweep_figure``.
-        title: as for ``sweep_figure``.
-        references: as for ``sweep_figure``.
-    """
-    buffer = io.BytesIO()
-    figure = sweep_figure(groups, metric, title=title, references=references)
-    figure.savefig(buffer, format="png", dpi=130)
-    atomic_write(path, buffer.getvalue())
-
-
-def sweep_figure(
-    groups: Sequence[Group], metric: str, *, title: str, references: Mapping[str, float] | None = None
-) -> Figure:
+def sweep_figure(groups: Sequence[Group], metric: str, *, title: str) -> Figure:
     """Draw groups from the top down, in the order given, with a colour for each value of the first axis.
 
     Args:
         groups: those without a run that has ended are left out.
         metric: what their scores are.
         title: above the figure.
-        references: scores to draw as lines, by name.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,10 +35,6 @@ def sweep_figure(
         color = colors[_first(group)]
         axes.plot(group.scores, [row] * len(group.scores), "o", color=color, alpha=0.35, markersize=5)
         axes.errorbar(group.mean or 0.0, row, xerr=group.deviation, fmt="D", color=color, capsize=4, markersize=6)
-    for index, (name, score) in enumerate((references or {}).items()):
-        axes.axvline(score, color="grey", linestyle=("--", ":", "-.")[index % 3], label=name)
-    if references:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
     axes.set_yticks(range(len(drawn)), [", ".join(group.values.values()) or "all" for group in drawn])
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric.replace('_', ' ')}{'' if metric == 'loss' else ' (%)'}; mean, deviation and every seed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from villa.config.stages import load_stages
 from villa.config.validate import TRAINING_RUNS
 from villa.engine.finished import is_finished
 from villa.errors import ConfigError, VillaError
+from villa.evaluation.figures import write_png
 from villa.sweeps.axes import Axis, Point, points
-from villa.sweeps.figure import FIGURE, write_figure
+from villa.sweeps.figure import FIGURE, sweep_figure
 from villa.sweeps.local import Job, Processes
 from villa.sweeps.results import MARKDOWN, RUNS, TABLE, group, read_score, write_tables
 
@@ -88,23 +89,20 @@ class Sweep:
             return 128 + processes.told
         return int(any(codes.values()))
 
-    def report(self, metric: str | None = None, references: Mapping[str, float] | None = None) -> None:
-        """Write and print the table, and draw the figure, of the runs that have ended.
+    def report(self) -> None:
+        """Write and print the table, and draw the figure, of what the runs that have ended reached.
 
-        Args:
-            metric: what to show; by default what the recipe chooses checkpoints by.
-            references: scores to draw as lines, by name.
+        It is the metric by which the recipe chooses checkpoints.
 
         Raises:
             DataError: a run has no such value.
         """
         last = self.runs[0].configs[-1]
-        metric = metric or last.evaluation.monitor
+        metric = last.evaluation.monitor
         scores = {run.point.name: read_score(run.configs[-1], metric) for run in self.runs}
         every = [run.point for run in self.runs]
         text = write_tables(self.folder, every, scores, metric)
-        title = last.name
-        write_figure(self.folder / FIGURE, group(every, scores), metric, title=title, references=references)
+        write_png(sweep_figure(group(every, scores), metric, title=last.name), self.folder / FIGURE)
         print(f"\n{text}\nwritten to {self.folder}: {RUNS}, {TABLE}, {MARKDOWN}, {FIGURE}", flush=True)
 
     def _load(self, arguments: Sequence[str], point: Point) -> Run:
