@@ -50,6 +50,8 @@ def train(config: RunConfig) -> int:
     processes = strategy_of(config.distributed).connect()
     with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
         store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
+        if processes.is_main:
+            store.clean()
         checkpoint = newest(store, processes) if config.checkpoint.resume else None
         parts = build(config, assets=checkpoint.assets) if checkpoint else start(config)
         trackers = run_trackers(folder, tensorboard=config.logging.tensorboard) if processes.is_main else Trackers({})
@@ -57,7 +59,6 @@ def train(config: RunConfig) -> int:
         if checkpoint is not None:
             restore(training, checkpoint, config)
         if processes.is_main:
-            store.clean()
             if checkpoint is not None:
                 store.set_best(training.progress.best_update)
             atomic_write(folder / CONFIG, saved_yaml(config))
@@ -90,20 +91,18 @@ def start(config: RunConfig) -> Parts:
     return parts
 
 
-def newest(store: CheckpointStore, processes: Processes | None = None) -> Checkpoint | None:
+def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
     """Return the newest intact checkpoint, or None when the run was killed before its first.
 
     Args:
-        store: finish what a killed process left.
-        processes: those of the run, by default one; they all get the checkpoint that the main one finds.
+        store: of the run; ``clean`` was called.
+        processes: those of the run; they all get the checkpoint that the main one finds.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    processes = processes or Processes()
     checkpoint = None
     if processes.is_main:
-        store.clean()
         checkpoint = store.newest()
         if checkpoint is None and store.updates():
             raise CheckpointError(

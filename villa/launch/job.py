@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
-
-#: What SLURM sends before it takes the nodes away, and when the time is up.
-PREEMPTED = signal.SIGUSR2
 
 
 class JobFailed(Exception):  # noqa: N818 (its name is what the job's log shows)
@@ -35,6 +31,8 @@ class RunJob:
             JobFailed: it ended with another exit code.
         """
         from submitit import JobEnvironment
+
+        from villa.engine.callbacks.signals import PREEMPTED
 
         _export_place()
         code = self._run()

@@ -12,7 +12,9 @@ from villa.trainers.base import Logs
 if TYPE_CHECKING:
     from villa.engine.training import Training
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+#: What SLURM sends before it takes the nodes away, and when the time is up.
+PREEMPTED = signal.SIGUSR2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, PREEMPTED)
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error: the run ended in order)
