@@ -121,8 +121,9 @@ class Uniter(Model):
         config.check()
         head: type[Uniter] = HEADS.get(config.head)
         found = facts.num_labels if facts.num_labels is not None else head.labels
-        given = config.num_labels if (config.num_labels, found) != (None, None) else head.fallback_labels
-        num_labels = settle("model.num_labels", given, found)
+        if config.num_labels is None and found is None:
+            found = head.fallback_labels
+        num_labels = settle("model.num_labels", config.num_labels, found)
         if head.labels not in (None, num_labels):
             raise ConfigError(f"head '{config.head}' has {head.labels} classes, but the data has {num_labels}")
         return head(config.sizes(facts, head.types), num_labels)

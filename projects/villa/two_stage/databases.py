@@ -54,11 +54,14 @@ def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
     Raises:
         DataError: a picture cannot be read, or the folder holds databases of something else.
     """
-    for database, blank in (("img_db", False), (BLANK, True)):
-        features = root / "features" / database
-        if not features.is_dir():
-            _extract(pictures, options, features, blank=blank)
-        make_image_database(features, root / database, BoxSelection(fixed=options.grid**2))
+    folders = {"img_db": root / "features" / "img_db", BLANK: root / "features" / BLANK}
+    if not all(folder.is_dir() for folder in folders.values()):
+        store = _scaled_features(pictures, options)
+        for database, folder in folders.items():
+            if not folder.is_dir():
+                _write_features(sorted(pictures.files), store, folder, blank=database == BLANK)
+    for database, folder in folders.items():
+        make_image_database(folder, root / database, BoxSelection(fixed=options.grid**2))
     raw = root / "raw"
     if not raw.is_dir():
         _write_raw(pictures, raw, options.vocabulary)
@@ -79,21 +82,25 @@ def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
         atomic_write(root / "ans2label.json", answers.read_bytes())
 
 
-def _extract(pictures: Pictures, options: Options, folder: Path, *, blank: bool) -> None:
-    """Write a ``.npz`` a picture: features, centred and scaled by training pictures, or of 0, and the cells' boxes."""
+def _scaled_features(pictures: Pictures, options: Options) -> ScaledStore:
+    """Return the features of the pictures in the order of their numbers, centred and scaled by training pictures."""
     numbers = sorted(pictures.files)
     plain = GridStore(
         [Source(pictures.files[number], "picture") for number in numbers], GridOptions(options.grid, options.image_size)
     )
     plain.prepare(range(len(numbers)))
     trained = {row.image for row in pictures.annotations if row.split == "train"}
-    store = ScaledStore(plain, Scaling.fit(plain, (i for i, number in enumerate(numbers) if number in trained)))
+    return ScaledStore(plain, Scaling.fit(plain, (i for i, number in enumerate(numbers) if number in trained)))
+
+
+def _write_features(numbers: list[int], store: ScaledStore, folder: Path, *, blank: bool) -> None:
+    """Write a ``.npz`` a picture: its features, or as many of 0, and the cells' boxes."""
     with new_folder(folder) as unfinished:
         for index, number in track(list(enumerate(numbers)), "write features"):
             features, corners = (tensor.numpy() for tensor in store[index])
             np.savez(
                 unfinished / image_name(_NAMES, number),
-                features=(features * (not blank)).astype(np.float16),
+                features=np.zeros(features.shape, np.float16) if blank else features.astype(np.float16),
                 norm_bb=np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float32),
                 conf=np.ones(len(features), np.float32),
             )
