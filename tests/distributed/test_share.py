@@ -6,6 +6,9 @@ from villa.config.schema import BatchConfig
 from villa.distributed.environment import Place
 from villa.distributed.share import WHOLE, Share, Turn, batch_of_processes, idle_note
 from villa.errors import ConfigError
+from villa.losses.classification import CrossEntropy
+from villa.losses.contrastive import Contrastive
+from villa.losses.pretraining import Pretraining
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(1, 1), (5, 1), (4, 2), (5, 2), (1, 3), (7, 3), (0, 2)])
@@ -27,8 +30,20 @@ def test_updates_are_cut_for_all_processes_where_the_recipe_leaves_it_open() -> 
     for kept in (BatchConfig(examples=10), BatchConfig(examples=10, per_pass=10)):
         assert batch_of_processes(kept, 1) == kept
     assert batch_of_processes(BatchConfig(examples=10, per_pass=10), 2).per_pass == 10
-    with pytest.raises(ConfigError, match=r"accumulation=sum .* on 2 processes .* give batch\.per_pass"):
+    with pytest.raises(ConfigError, match=r"accumulation=sum .* on 2 processes: give batch\.per_pass"):
         batch_of_processes(BatchConfig(examples=10, accumulation="sum"), 2)
+
+
+def test_a_loss_that_compares_examples_leaves_no_cut_open() -> None:
+    contrastive, mixture = Contrastive(), Pretraining()
+    assert contrastive.compares_examples(["contrastive"])
+    assert mixture.compares_examples(["mlm", "contrastive"])
+    assert not mixture.compares_examples(["mlm", "itm"])
+    assert not CrossEntropy().compares_examples([])
+    with pytest.raises(ConfigError, match=r"the loss compares the examples .* on 3 processes: give batch\.per_pass"):
+        batch_of_processes(BatchConfig(examples=10), 3, compares_examples=True)
+    for batch, processes in ((BatchConfig(examples=10), 1), (BatchConfig(examples=10, per_pass=5), 3)):
+        assert batch_of_processes(batch, processes, compares_examples=True) == batch
 
 
 def test_idle_processes_are_told_of() -> None:

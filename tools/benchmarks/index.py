@@ -52,7 +52,8 @@ def write(folder: Path, examples: int, images: int) -> None:
     _put(folder / TEXT, (f"{number:08}" for number in range(examples)), text, {})
     lengths = draws.integers(4, 40, examples).tolist()
     _write_object(folder / TEXT / "id2len.json", (f'"{id:08}": {length}' for id, length in enumerate(lengths)))
-    about = (f'"{id:08}": "{names[id % images]}"' for id in range(examples))
+    order = draws.permutation(images).tolist()  # texts name images in another order than the database does
+    about = (f'"{id:08}": "{names[order[id % images]]}"' for id in range(examples))
     _write_object(folder / TEXT / "txt2img.json", about)
     (folder / TEXT / "meta.json").write_text(json.dumps(META))
 

@@ -45,8 +45,13 @@ class Share:
 WHOLE = Share()
 
 
-def batch_of_processes(batch: BatchConfig, world_size: int) -> BatchConfig:
+def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples: bool = False) -> BatchConfig:
     """Return how updates are cut for so many processes: where the recipe leaves it open, so that each has a part.
+
+    Args:
+        batch: the recipe's ``batch`` section.
+        world_size: number of processes.
+        compares_examples: whether the loss compares the examples of a micro-batch with each other.
 
     Raises:
         ConfigError: the number of micro-batches decides about the gradient, and the recipe leaves it open.
@@ -54,11 +59,15 @@ def batch_of_processes(batch: BatchConfig, world_size: int) -> BatchConfig:
     size = batch.examples or batch.tokens
     if world_size == 1 or batch.per_pass is not None or size is None:
         return batch
+    reason = None
     if batch.accumulation == "sum":
+        reason = "batch.accumulation=sum adds up one mean for each micro-batch, so that their number"
+    elif compares_examples:
+        reason = "the loss compares the examples of a micro-batch with each other, so that their number"
+    if reason is not None:
         raise ConfigError(
-            f"batch.accumulation=sum adds up one mean for each micro-batch, so that on {world_size} processes their "
-            "number must be told: give batch.per_pass, the largest part of an update that goes through the model at "
-            "once"
+            f"{reason} must be told on {world_size} processes: give batch.per_pass, the largest part of an update "
+            "that goes through the model at once"
         )
     return replace(batch, per_pass=math.ceil(size / world_size))
 

@@ -117,7 +117,8 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     config = parts.config
     parts.distribute()
     split, share = parts.split("train", "the training split"), parts.strategy.share
-    batch = batch_of_processes(config.batch, share.world_size)
+    compares = parts.loss.compares_examples(config.dataset.objectives())
+    batch = batch_of_processes(config.batch, share.world_size, compares_examples=compares)
     sampler = split.sampler(batch, config.seed)
     pin = parts.precision.device.type == "cuda"
     stream = UpdateStream(split, parts.data.collate, sampler, config.training.workers, pin=pin, share=share)

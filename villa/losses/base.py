@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,16 @@ class Loss(nn.Module, ABC):
             reduction: see ``symmetric_kl``.
         """
         return symmetric_kl(output.logits, clean.logits, reduction)
+
+    def compares_examples(self, objectives: Collection[str]) -> bool:
+        """Whether an example's loss depends on which others share its micro-batch.
+
+        How updates are cut into micro-batches is then a part of the method.
+
+        Args:
+            objectives: those that batches name.
+        """
+        return False
 
     def count(self, batch: Batch) -> int:
         """Number of elements that ``forward`` averages over: weights micro-batches within an update."""

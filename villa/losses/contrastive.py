@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -63,6 +64,10 @@ class Contrastive(Loss):
             divergence = symmetric_kl(_match_or_not(ours), _match_or_not(theirs), reduction)
             return divergence if reduction == "mean" else divergence * ours.shape[-1]
         return (symmetric_kl(ours, theirs, reduction) + symmetric_kl(ours.T, theirs.T, reduction)) / 2
+
+    def compares_examples(self, objectives: Collection[str]) -> bool:
+        """True: the texts and images of the others are those that do not match."""
+        return True
 
     def _matches(self, logits: Tensor, batch: Batch) -> Tensor:
         targets = batch.targets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -97,6 +97,10 @@ class Pretraining(Loss):
         if objective == "contrastive":
             return weight * self._contrastive.consistency(output, clean, batch, reduction)
         return weight * symmetric_kl(output.logits, clean.logits, reduction)
+
+    def compares_examples(self, objectives: Collection[str]) -> bool:
+        """Whether one of the objectives does."""
+        return "contrastive" in objectives and self._contrastive.compares_examples(objectives)
 
     def count(self, batch: Batch) -> int:
         """Masked tokens or regions, or else pairs: the elements that the mean runs over."""
