@@ -184,10 +184,10 @@ def work(output: str) -> None:
     with joined():
         for name, options in STRATEGIES.items():
             used = connected(name.partition("+")[0], **options)
-            cases = CASES if not options else {case: CASES[case] for case in RECOMPUTED}
-            for case, settings in cases.items():
-                results[f"{name}/{case}"] = run(used, **settings)
-            results[f"{name}/collectives"] = counted(used)
+            for case in cases_of(name):
+                results[f"{name}/{case}"] = run(used, **CASES[case])
+            if "compile" not in options:
+                results[f"{name}/collectives"] = counted(used)
     if used.processes.is_main:
         torch.save(results, output)
 
@@ -210,5 +210,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "ddp+recomputed": {"activation_checkpointing": True},
     "fsdp+recomputed": {"activation_checkpointing": True},
+    "fsdp+each_pass": {"reduce_each_pass": True},
+    "fsdp+compiled": {"compile": True},
 }
-RECOMPUTED = ("villa_both_4", "villa_alternating_2", "bf16")
+_SOME = ("villa_both_4", "villa_alternating_2", "bf16")
+
+
+def cases_of(strategy: str) -> list[str]:
+    """The cases that are run under a strategy: all, or with options some."""
+    if strategy.endswith("compiled"):  # compiling takes seconds for each
+        return ["villa_both_4"]
+    return list(CASES) if "+" not in strategy else list(_SOME)

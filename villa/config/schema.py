@@ -62,6 +62,8 @@ class TrainingConfig:
         max_skips: stop after this many skipped updates in a row.
         threads: CPU threads; None leaves torch's choice.
         workers: data loading processes.
+        data_timeout: seconds that reading an example may take before a warning names it; a worker that takes ten times
+            as long over one ends the run.
     """
 
     updates: int | None = None
@@ -72,6 +74,7 @@ class TrainingConfig:
     max_skips: int = 10
     threads: int | None = None
     workers: int = 0
+    data_timeout: float = 60.0
 
 
 @dataclass
@@ -109,12 +112,16 @@ class CheckpointConfig:
         resume: go on from the newest usable checkpoint in ``output_dir``.
         path: trained model to evaluate, predict with or train on with a fresh optimiser: a run, a checkpoint, a saved
             folder (villa's or transformers') or its name on the hub. Vocabulary and labels are its own too.
+        sharded: every process writes its part of the weights and optimiser states, instead of the main one the whole.
+        asynchronous: write a copy in the background while training goes on.
     """
 
     every: int | None = None
     keep: int = 2
     resume: bool = False
     path: str | None = None
+    sharded: bool = False
+    asynchronous: bool = False
 
 
 @dataclass
@@ -152,14 +159,20 @@ class DistributedConfig:
     """How a run is shared by several processes, which ``torchrun`` and its like start.
 
     Attributes:
-        strategy: ``single`` (one process), ``ddp`` (every process has the whole model) or ``fsdp`` (each has a part
-            of every parameter, gradient and optimiser state).
+        strategy: ``single`` (one process), ``ddp`` (every process has the whole model), ``fsdp`` (each has a part of
+            every parameter, gradient and optimiser state), ``fairscale_fsdp`` (the same by fairscale), or
+            ``fairscale_sdp`` (whole models, and gradients and optimiser states on one process each, by fairscale).
         activation_checkpointing: compute every layer a second time in the backward pass instead of keeping what it
             computed: less memory, the same gradients.
+        compile: compile the layers with ``torch.compile``: faster updates after a slow first one, the same gradients.
+        reduce_each_pass: let ``fsdp`` sum up gradients with every backward pass instead of once an update, so that no
+            process ever holds whole ones: less memory, a message more for every pass.
     """
 
-    strategy: Literal["single", "ddp", "fsdp"] = "single"
+    strategy: Literal["single", "ddp", "fsdp", "fairscale_fsdp", "fairscale_sdp"] = "single"
     activation_checkpointing: bool = False
+    compile: bool = False
+    reduce_each_pass: bool = False
 
 
 @dataclass

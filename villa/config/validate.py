@@ -23,6 +23,7 @@ _POSITIVE = (
     "training.clip_norm",
     "training.max_skips",
     "training.threads",
+    "training.data_timeout",
     "evaluation.every",
     "evaluation.patience",
     "evaluation.examples",
@@ -31,6 +32,8 @@ _POSITIVE = (
     "logging.every",
 )
 _NOT_NEGATIVE = ("seed", "training.workers")
+#: Strategies whose processes can each write a part of a checkpoint.
+_SHARDING = ("single", "ddp", "fsdp")
 #: torch's and numpy's generators take seeds below this, and counts beyond it are slips.
 _LARGEST = 2**63
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
@@ -46,7 +49,7 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
     """
-    problems = (_ranges, _batch, _training, _evaluation, _run_type)
+    problems = (_ranges, _batch, _training, _evaluation, _distributed, _run_type)
     for key, problem in (found for check in problems for found in check(config)):
         origin = origins.get(key, DEFAULT)
         raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")
@@ -115,12 +118,26 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluation.patience", "needs evaluation.every and evaluation.split: early stopping counts evaluations"
 
 
+def _distributed(config: RunConfig) -> Iterator[tuple[str, str]]:
+    distributed = config.distributed
+    if distributed.reduce_each_pass and distributed.strategy != "fsdp":
+        yield "distributed.reduce_each_pass", f"is for distributed.strategy=fsdp, not for {distributed.strategy}"
+
+
 def _run_type(config: RunConfig) -> Iterator[tuple[str, str]]:
     training = config.run_type in TRAINING_RUNS
     if not training and config.checkpoint.path is None:
         yield "checkpoint.path", f"run_type={config.run_type} needs the checkpoint to use"
     if not training and config.checkpoint.resume:
         yield "checkpoint.resume", f"run_type={config.run_type} does not train; use checkpoint.path instead"
+    if config.checkpoint.sharded and config.distributed.strategy not in _SHARDING:
+        yield (
+            "checkpoint.sharded",
+            (
+                f"distributed.strategy={config.distributed.strategy} saves whole checkpoints only; use "
+                f"checkpoint.sharded=false, or one of {', '.join(_SHARDING)}"
+            ),
+        )
     if config.run_type == "val" and config.evaluation.split is None:
         yield "evaluation.split", "run_type=val needs a split"
 

@@ -12,10 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from villa.distributed.blocks import repeated_blocks
+from villa.distributed.blocks import separate_blocks
 from villa.distributed.data_parallel import copy_from_main
 from villa.distributed.strategy import SharedStrategy
-from villa.errors import ConfigError
 from villa.models.base import Model
 
 
@@ -30,18 +29,12 @@ class Sharded(SharedStrategy):
 
     def distribute(self, model: Model) -> None:
         """Keep this process's part of every parameter."""
-        if getattr(model, "task", None) == "generation":
-            raise ConfigError(
-                f"distributed.strategy=fsdp: {type(model).__name__} writes its answers word by word, for which no two "
-                "processes take the same number of steps; use ddp"
-            )
+        self.refuse_generation(model)
         copy_from_main(model)
         device = next(model.parameters()).device
         mesh = init_device_mesh(device.type, (self.processes.world_size,))
-        shared = _shared_between_blocks(model)
-        for block in repeated_blocks(model).values():
-            if not shared.intersection(block.parameters()):
-                fully_shard(block, mesh=mesh)
+        for block in separate_blocks(model).values():
+            fully_shard(block, mesh=mesh)
         root: Any = fully_shard(model, mesh=mesh)
         for module in root.modules():
             if isinstance(module, FSDPModule):  # sums, not means over processes: the only place where this is said
@@ -53,8 +46,9 @@ class Sharded(SharedStrategy):
     def backward(self, *, reduce: bool) -> Iterator[None]:
         """See the base class."""
         if self._model is not None:
-            self._model.set_requires_gradient_sync(reduce)
-            self._model.set_is_last_backward(reduce)
+            summed = reduce or self.config.reduce_each_pass
+            self._model.set_requires_gradient_sync(summed)
+            self._model.set_is_last_backward(summed)
         yield
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -74,7 +68,7 @@ class Sharded(SharedStrategy):
         return {name: whole[names.get(name, name)] for name in state}  # shared weights stay shared
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """See the base class; every process reads the whole weights and keeps its part."""
+        """See the base class; of whole weights every process keeps its part."""
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(_part(state[name].to(tensor.device), tensor))
@@ -100,17 +94,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _part(value: Any, like: Tensor) -> Any:
-    """The part of a whole tensor that lies where that of ``like`` does; numbers and the like as they are."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+    """The part of a whole tensor that lies where that of ``like`` does; parts, numbers and the like as they are."""
+    if isinstance(value, DTensor) or not isinstance(value, Tensor):
+        return value
+    if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _shared_between_blocks(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of a block that something outside of it uses, too: they are put together with the whole model."""
-    owners: dict[nn.Parameter, set[str]] = {}
-    names = list(repeated_blocks(model))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = next((block for block in names if name.startswith(f"{block}.")), "")
-        owners.setdefault(parameter, set()).add(owner)
-    return {parameter for parameter, found in owners.items() if len(found) > 1}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from villa.config.schema import DistributedConfig
 from villa.distributed.blocks import checkpoint_activations
+from villa.distributed.compiling import compile_blocks
 from villa.distributed.processes import Processes, connect_alone
 from villa.distributed.share import WHOLE, Share
 from villa.errors import ConfigError
@@ -49,8 +51,8 @@ class Strategy:
         started = Processes.connected().world_size
         if started > 1:
             raise ConfigError(
-                f"distributed.strategy is 'single', but {started} processes were started; set it to ddp or fsdp, or "
-                "start one process"
+                f"distributed.strategy is 'single', but {started} processes were started; set it to "
+                f"{' or '.join(_STRATEGIES)}, or start one process"
             )
         return self.processes
 
@@ -60,6 +62,8 @@ class Strategy:
         Raises:
             ConfigError: the model cannot be trained in this way.
         """
+        if self.config.compile:
+            compile_blocks(model)
         if self.config.activation_checkpointing:
             checkpoint_activations(model)
         self.distribute(model)
@@ -79,6 +83,18 @@ class Strategy:
         gradients = [p.grad for p in parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).detach()
 
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """Return the whole shape of a parameter that processes may share."""
+        return parameter.shape
+
+    def optimizer(self, build: Callable[[], Optimizer]) -> Optimizer:
+        """Return the optimiser that the loop shall use for what ``build`` returns, which is of the applied model."""
+        return build()
+
+    def unscale(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+        """Undo the scaling of the gradients, after they were reduced; an overflow is known to all processes then."""
+        scaler.unscale_(optimizer)
+
     def without_gradients(self) -> AbstractContextManager[Any]:
         """Context of the forward passes of evaluation."""
         return torch.inference_mode()
@@ -95,6 +111,11 @@ class Strategy:
         """Return nested containers of an optimiser's state with every tensor whole; all processes call it."""
         return state
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimiser's state dict with every tensor whole; all processes call it, and the main one gets it."""
+        state: dict[str, Any] = self.whole(optimizer.state_dict())
+        return state
+
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """Return this process's part of what an optimiser keeps about a parameter; the opposite of ``whole``."""
         return dict(state)
@@ -109,18 +130,42 @@ class SharedStrategy(Strategy):
         self.processes = Processes.connected()
         return self.processes
 
+    def refuse_generation(self, model: Model) -> None:
+        """Refuse a model that calls its layers as often as an answer is long, where all must call them together.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        if getattr(model, "task", None) == "generation":
+            raise ConfigError(
+                f"distributed.strategy={self.config.strategy}: {type(model).__name__} writes its answers word by word, "
+                "for which no two processes take the same number of steps; use ddp"
+            )
+
 
 #: Module and class of every strategy for several processes, imported when it is asked for.
 _STRATEGIES = {
     "ddp": "villa.distributed.data_parallel:DataParallel",
     "fsdp": "villa.distributed.sharded:Sharded",
+    "fairscale_fsdp": "villa.distributed.fairscale_fsdp:FairscaleFullySharded",
+    "fairscale_sdp": "villa.distributed.fairscale_sdp:FairscaleShardedData",
 }
 
 
 def strategy_of(config: DistributedConfig) -> Strategy:
-    """Return the strategy that a recipe's ``distributed`` section names."""
+    """Return the strategy that a recipe's ``distributed`` section names.
+
+    Raises:
+        ConfigError: it needs fairscale, which is not installed.
+    """
     if config.strategy == "single":
         return Strategy(config)
     module, _, name = _STRATEGIES[config.strategy].partition(":")
-    made: Strategy = getattr(import_module(module), name)(config)
+    try:
+        made: Strategy = getattr(import_module(module), name)(config)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"distributed.strategy={config.strategy} needs the package {error.name}; pip install {error.name}, or use "
+            "ddp or fsdp"
+        ) from error
     return made
