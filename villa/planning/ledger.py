@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from villa.planning.meta import tensors_in
+from villa.planning.results import tensors_in
 
 #: ``held`` outlives a step (parameters, optimiser state); ``gradient`` is a parameter's; ``other`` is whatever a step
 #: makes besides: activations that autograd saves, perturbations, temporary results.

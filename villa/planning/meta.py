@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from villa.batch import Batch
+from villa.planning.results import MetaResults, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,6 +30,7 @@ class MetaTensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._results = MetaResults()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,33 +39,22 @@ class MetaTensors(TorchDispatchMode):
         named = kwargs or {}
         given = list(tensors_in((args, named)))
         if all(tensor.is_meta for tensor in given) and given:
-            return func(*args, **named)
+            return self._results.run(func, args, named)
         if any(tensor.is_meta for tensor in given):
-            return _mixed(func, args, named)
+            return self._results.run(*_all_on_meta(func, args, named))
         if _on_meta(named) and not any(tensor.is_floating_point() for tensor in given):
             return _whole_numbers(func, args, named, made=not given)
         return func(*args, **named)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what an operation is given or returns."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-
-
-def _mixed(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Run an operation on meta and real tensors on the meta device."""
+def _all_on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """An operation on meta and real tensors as one on the meta device."""
     if func is _aten.masked_select.default:
         func, args = _aten.index.Tensor, (args[0], [args[1]])
     if func.overloadpacket in _INDEXED:
         args = (args[0], _positions(args[1]), *args[2:])
     args, named = tree_map(without_numbers, (args, named))
-    return func(*args, **named)
+    return func, args, named
 
 
 def without_numbers(value: Any) -> Any:
@@ -81,13 +72,14 @@ def meta_batch(batch: Batch) -> Batch:
 def meta_copy(module: M) -> M:
     """Return a copy of a module, wherever it is, with all its floating tensors on the meta device.
 
-    Parameters that are shared stay shared. Nothing is allocated.
+    Parameters that are shared stay shared. Whole numbers are copied to main memory: running the copy, which counts
+    batches for some layers, must not change the module. Nothing else is allocated.
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(without_numbers(parameter.detach()), parameter.requires_grad)
     for buffer in module.buffers():
-        memo[id(buffer)] = without_numbers(buffer) if buffer.is_floating_point() else buffer
+        memo[id(buffer)] = without_numbers(buffer) if buffer.is_floating_point() else buffer.detach().cpu().clone()
     return copy.deepcopy(module, memo)
 
 
