@@ -1,8 +1,8 @@
 """The checkpoints of a run: each is complete or absent, whenever the process is killed.
 
-``<folder>/update_00000100/`` holds ``model.safetensors``, ``training_state.pt``, ``config.yaml``, ``assets/`` and
-``manifest.json`` with the size and SHA-256 of all of them. It is written under another name, flushed to the disk
-and renamed. ``best.json`` beside the checkpoints says which one is the best.
+``<folder>/update_00000100/`` holds ``model.safetensors`` (or ``shards/`` and ``shards.json``), ``training_state.pt``,
+``config.yaml``, ``assets/`` and ``manifest.json`` with the size and SHA-256 of all of them. It is written under another
+name, flushed to the disk and renamed. ``best.json`` beside the checkpoints says which one is the best.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,28 +87,63 @@ class CheckpointStore:
             CheckpointError: the disk is full or the folder cannot be written; the checkpoints that were there are.
             TypeError: ``training_state`` holds an object that could not be loaded again.
         """
+        try:
+            folder = self.begin(update, config_yaml, assets)
+            with self.writing(update):
+                checkpoint_files.write_whole(folder, model_state, training_state)
+                files = checkpoint_files.listed(folder)
+            return self.publish(update, files, best=best)
+        finally:
+            self.discard(update)
+
+    def unfinished(self, update: int) -> Path:
+        """Folder that a checkpoint is written to, before ``publish`` gives it its name."""
+        return self.folder / f"{_SAVING}{self.path(update).name}"
+
+    def begin(self, update: int, config_yaml: str, assets: Callable[[Path], None] | None = None) -> Path:
+        """Make the folder that a checkpoint is written to, with the small files in it; see ``save``."""
+        folder = self.unfinished(update)
+        with self.writing(update):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            checkpoint_files.write_recipe(folder, config_yaml, assets)
+        return folder
+
+    def publish(self, update: int, files: Mapping[str, Any], *, best: bool = False) -> Path:
+        """Give a checkpoint whose files are on the disk its name; then delete those that need not be kept.
+
+        Args:
+            update: that it was begun for.
+            files: all its files, as ``checkpoint_files.listed`` lists them.
+            best: it is the best so far.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
         target = self.path(update)
-        temporary = self.folder / f"{_SAVING}{target.name}"
-        with _one_line_errors(f"the checkpoint of update {update} cannot be saved in '{self.folder}'"):
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                checkpoint_files.write(temporary, update, model_state, training_state, config_yaml, assets)
-                self._publish(temporary, target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        replaced = self.folder / f"{_REPLACED}{target.name}"
+        with self.writing(update):
+            checkpoint_files.write_manifest(self.unfinished(update), update, files=files)
+            if target.exists():
+                target.rename(replaced)  # clean() brings it back if the next line is never reached
+            self.unfinished(update).rename(target)
+            fsync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         if best:
             self.set_best(update)
         self.prune(update)
         return target
 
-    def _publish(self, temporary: Path, target: Path) -> None:
-        replaced = self.folder / f"{_REPLACED}{target.name}"
-        if target.exists():
-            target.rename(replaced)  # clean() brings it back if the next line is never reached
-        temporary.rename(target)
-        fsync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+    def discard(self, update: int) -> None:
+        """Delete what was begun and not published."""
+        shutil.rmtree(self.unfinished(update), ignore_errors=True)
+
+    def writing(self, update: int) -> AbstractContextManager[None]:
+        """Context that turns what goes wrong when a checkpoint is written into a ``CheckpointError``."""
+        return _one_line_errors(f"the checkpoint of update {update} cannot be saved in '{self.folder}'")
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint whose files are intact; warn of each damaged one that it passes over.
@@ -122,13 +157,13 @@ class CheckpointStore:
                 _LOG.warning("%s", error)
         return None
 
-    def load(self, update: int) -> Checkpoint:
-        """Return the checkpoint of ``update`` after verifying its files.
+    def load(self, update: int, *, verified: bool = False) -> Checkpoint:
+        """Return the checkpoint of ``update`` after verifying its files, unless another process has just done so.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        checkpoint = load(self.path(update))
+        checkpoint = load(self.path(update), verified=verified)
         if checkpoint.update != update:
             raise CheckpointError(
                 f"checkpoint '{checkpoint.path}' is damaged: its manifest is that of update {checkpoint.update}; "

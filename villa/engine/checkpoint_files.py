@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from villa.engine.tensors import unshared
 from villa.errors import CheckpointError
-from villa.files import atomic_write, follow_umask, fsync_tree, sha256, write_json
+from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
 from villa.plugins import one_line
 
 MODEL = "model.safetensors"
@@ -25,6 +26,8 @@ TRAINING_STATE = "training_state.pt"
 CONFIG = "config.yaml"
 ASSETS = "assets"
 MANIFEST = "manifest.json"
+#: Instead of ``MODEL``: a folder of shards, and the file that says what is in all of them together.
+SHARDS, INDEX = "shards", "shards.json"
 _FORMAT = 1
 
 
@@ -49,12 +52,25 @@ class Checkpoint:
         """Return the run's resolved recipe."""
         return (self.path / CONFIG).read_text(encoding="utf-8")
 
-    def model_state(self) -> dict[str, Tensor]:
+    @property
+    def sharded(self) -> bool:
+        """Whether its tensors lie in shards, one of each process that saved it."""
+        return (self.path / INDEX).is_file()
+
+    def model_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Read the weights, on the CPU. Names that shared a tensor when saved share it again.
+
+        Args:
+            like: the model's own tensors. Of shards, a process that has a part of a tensor reads that part alone, and
+                gets it as it has its own.
 
         Raises:
             CheckpointError: the file was damaged after the checkpoint was verified.
         """
+        if self.sharded:
+            from villa.engine.sharded_checkpoint import MODEL_STATE, Shards  # takes long to import
+
+            return Shards(self.path).read(MODEL_STATE, like)
         try:
             with safe_open(self.path / MODEL, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -65,12 +81,24 @@ class Checkpoint:
                 f"'{self.path / MODEL}' cannot be read: {one_line(error)}; use another one"
             ) from error
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read the state of optimiser, loop and callbacks, with its tensors on the CPU. No code in it is run.
+
+        Args:
+            like: the model's parameters by name; see ``model_state``.
 
         Raises:
             CheckpointError: the file holds anything but tensors, numbers, text and containers, or is damaged.
         """
+        state = self.plain_state()
+        if self.sharded:
+            from villa.engine.sharded_checkpoint import Shards, join_optimizer
+
+            join_optimizer(state, Shards(self.path), like)
+        return state
+
+    def plain_state(self) -> dict[str, Any]:
+        """Read the training state without what lies in shards."""
         path = self.path / TRAINING_STATE
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,65 +112,88 @@ class Checkpoint:
         return state
 
 
-def write(
-    folder: Path,
-    update: int,
-    model_state: Mapping[str, Tensor],
-    training_state: Mapping[str, Any],
-    config_yaml: str,
-    assets: Callable[[Path], None] | None,
-) -> None:
-    """Write a checkpoint into an empty folder and flush it to the disk, the manifest last.
+def write_recipe(folder: Path, config_yaml: str, assets: Callable[[Path], None] | None) -> None:
+    """Write the small files of a checkpoint: the resolved recipe, and what ``assets`` writes into its folder."""
+    atomic_write(folder / CONFIG, config_yaml)
+    (folder / ASSETS).mkdir()
+    if assets is not None:
+        assets(folder / ASSETS)
+
+
+def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+    """Write whole weights and the training state into a folder.
 
     Args:
         folder: existing folder.
-        update: updates done.
         model_state: the weights by name; they may share memory.
         training_state: nested dicts, lists and tuples of tensors, numbers, text and None.
-        config_yaml: the run's resolved recipe.
-        assets: writes the data set's files into the folder that it is given.
 
     Raises:
         TypeError: ``training_state`` holds an object that could not be loaded again.
         OSError: the disk is full or the folder cannot be written (torch and safetensors have their own errors
             for it).
     """
-    _check_plain(training_state, "training_state")
-    tensors, aliases = _unshared(model_state)
+    write_training_state(folder, training_state)
+    tensors, aliases = unshared(model_state)
     save_file(tensors, folder / MODEL, metadata={"aliases": json.dumps(aliases, sort_keys=True)})
+
+
+def write_training_state(folder: Path, training_state: Mapping[str, Any]) -> None:
+    """Write what is no weight; see ``write_whole``."""
+    _check_plain(training_state, "training_state")
     torch.save(training_state, folder / TRAINING_STATE)
-    atomic_write(folder / CONFIG, config_yaml)
-    (folder / ASSETS).mkdir()
-    if assets is not None:
-        assets(folder / ASSETS)
-    write_manifest(folder, update)
 
 
-def write_manifest(folder: Path, update: int, name: str = MANIFEST) -> None:
-    """Flush every file below ``folder`` to the disk, then list them all in a manifest of this name."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in paths:
+def listed(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Any]:
+    """Flush files to the disk, and return the size and SHA-256 of each by its name below ``folder``.
+
+    Args:
+        folder: of a checkpoint.
+        paths: files in it; by default all but the shards.
+    """
+    if paths is None:
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.parent != folder / SHARDS)
+    found = {}
+    for path in sorted(paths):
         follow_umask(path)
-    fsync_tree(folder)
-    listed = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths
-    }
-    write_json(folder / name, {"format": _FORMAT, "update": update, "files": listed})
+        fsync(path)
+        found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return found
 
 
-def load(folder: Path) -> Checkpoint:
+def write_manifest(folder: Path, update: int, name: str = MANIFEST, *, files: Mapping[str, Any] | None = None) -> None:
+    """Write a manifest of this name; it is the last of a folder's files.
+
+    Args:
+        folder: whose files it lists.
+        update: updates done.
+        name: of the manifest.
+        files: what ``listed`` has returned; by default for all files but shards.
+    """
+    files = listed(folder) if files is None else files
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync(path)
+    write_json(folder / name, {"format": _FORMAT, "update": update, "files": dict(files)})
+
+
+def load(folder: Path, *, verified: bool = False) -> Checkpoint:
     """Return the checkpoint in ``folder`` after comparing every file with the manifest.
+
+    Args:
+        folder: of the checkpoint.
+        verified: another process has just done so: read the manifest alone.
 
     Raises:
         CheckpointError: it is not a complete checkpoint; the message names the file and what is wrong with it.
     """
-    update, listed = read_manifest(folder)
-    for name, expected in listed.items():
+    update, files = read_manifest(folder)
+    for name, expected in () if verified else files.items():
         problem = file_problem(folder, name, expected)
         if problem:
             raise CheckpointError(f"checkpoint '{folder}' is damaged: {name} {problem}; use another one")
-    for name in (MODEL, TRAINING_STATE, CONFIG):
-        if name not in listed:
+    for name in (INDEX if INDEX in files else MODEL, TRAINING_STATE, CONFIG):
+        if name not in files:
             raise CheckpointError(f"checkpoint '{folder}' is damaged: {MANIFEST} does not list {name}; use another one")
     return Checkpoint(folder, update)
 
@@ -182,30 +233,6 @@ def file_problem(folder: Path, name: str, expected: Any) -> str | None:
     except (OSError, KeyError, TypeError) as error:
         return f"cannot be checked ({one_line(error)})"
     return None
-
-
-def _unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split a state dict into contiguous tensors that share no memory, as safetensors wants, and names of others.
-
-    Returns:
-        The tensors by name, and for every name left out (a tied weight) the name of the same tensor.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in state.items():
-        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and first.setdefault(identity, name) != name:
-            aliases[name] = first[identity]
-            continue
-        contiguous = tensor.detach().contiguous()
-        storage = contiguous.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != contiguous.nbytes:
-            contiguous = contiguous.clone()  # a part of, or another view on, memory that is saved already
-        storages.add(contiguous.untyped_storage().data_ptr())
-        tensors[name] = contiguous
-    return tensors, aliases
 
 
 def _check_plain(value: Any, where: str) -> None:

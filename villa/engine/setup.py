@@ -158,7 +158,8 @@ def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None =
     Raises:
         CheckpointError: they cannot be read, or are those of another model.
     """
-    saved, own = checkpoint.model_state(), model.state_dict()
+    own = model.state_dict()
+    saved = checkpoint.model_state(own)
     for name in sorted(saved.keys() | own.keys()):
         ours, theirs = (list(state[name].shape) if name in state else None for state in (own, saved))
         if ours != theirs:

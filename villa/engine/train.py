@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
                 f"every checkpoint in '{store.folder}' is damaged; restore a copy, or start again in another output_dir"
             )
     update = processes.gather(checkpoint and checkpoint.update)[0]
-    return checkpoint if processes.is_main or update is None else store.load(update)
+    return checkpoint if processes.is_main or update is None else store.load(update, verified=True)
 
 
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
@@ -173,7 +173,7 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
             "run cannot change it: start another run with model.checkpoint"
         )
     load_model(training.model, checkpoint, training.updater.strategy)
-    state = checkpoint.training_state()
+    state = checkpoint.training_state(dict(training.model.named_parameters()))
     try:
         training.load_state_dict(state)
     except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -184,6 +184,29 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     print(f"resuming after update {checkpoint.update}", flush=True)
     for key in changed:
         print(f"  changed since: {key}: {before.get(key)} -> {now.get(key)}", flush=True)
+    for line in moved(state.get("provenance", {}).get("processes"), "distributed.strategy" in changed, config):
+        print(f"  {line}", flush=True)
+
+
+def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterator[str]:
+    """Say what is not to the bit what it would have been, where a run goes on in another way than it was saved.
+
+    Args:
+        before: number of processes that saved it, if known.
+        other_strategy: whether the strategy is another one.
+        config: of the run, which is connected.
+    """
+    count = Processes.connected().world_size
+    if before not in (None, count):
+        yield f"changed since: number of processes: {before} -> {count}"
+    elif not other_strategy:
+        return
+    yield "not to the bit as if nothing had changed: sums over processes are rounded in another order"
+    if config.batch.per_pass is None and before not in (None, count):
+        yield (
+            "not the same updates either: without batch.per_pass each is cut into a part for every process, which draws "
+            "other dropout and random starts, and with batch.tokens may hold other examples"
+        )
 
 
 def _values(recipe: str) -> dict[str, Any]:
@@ -228,6 +251,13 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
         config.checkpoint.every or evaluation.every,
         config_yaml=saved_yaml(config),
         assets=parts.save_assets,
-        provenance={**provenance(), "data": parts.data.fingerprint(), "seed": config.seed},
+        provenance={
+            **provenance(),
+            "data": parts.data.fingerprint(),
+            "seed": config.seed,
+            "processes": parts.strategy.processes.world_size,
+        },
+        sharded=config.checkpoint.sharded,
+        asynchronous=config.checkpoint.asynchronous,
     )
     return [*callbacks, checkpoints, SignalCallback()]

@@ -71,11 +71,11 @@ class Training:
         if self.updater.strategy.processes.world_size == 1:
             self.interrupt = number
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything besides the weights that an exact resume needs; all processes call it."""
+    def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
+        """Everything besides the weights that an exact resume needs; see ``Updater.state_dict``."""
         return {
             "progress": asdict(self.progress),
-            "updater": self.updater.state_dict(),
+            "updater": self.updater.state_dict(whole=whole),
             "stream": dict(self.stream.position),
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
         }

@@ -91,10 +91,15 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return logs | {"gradient_norm": norm}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: optimiser, loss scale, skipped updates in a row. All processes call it."""
+    def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
+        """What a resumed run needs: optimiser, loss scale, skipped updates in a row.
+
+        Args:
+            whole: put tensors together that processes have parts of; all of them call it then.
+        """
+        optimizer = self.optimizer.state_dict()
         return {
-            "optimizer": self.strategy.whole(self.optimizer.state_dict()),
+            "optimizer": self.strategy.whole(optimizer) if whole else optimizer,
             "scaler": self.precision.scaler.state_dict(),
             "skipped": self.skipped,
         }

@@ -1,0 +1,60 @@
+"""Copies of tensors, and which of them share memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_Identity = tuple[Any, ...]
+
+
+def unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into contiguous tensors that share no memory, as safetensors wants, and names of others.
+
+    Returns:
+        The tensors by name, and for every name left out (a tied weight) the name of the same tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[_Identity, str] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        identity = _identity(tensor)
+        if tensor.numel() and first.setdefault(identity, name) != name:
+            aliases[name] = first[identity]
+            continue
+        contiguous = tensor.detach().contiguous()
+        storage = contiguous.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != contiguous.nbytes:
+            contiguous = contiguous.clone()  # a part of, or another view on, memory that is saved already
+        storages.add(contiguous.untyped_storage().data_ptr())
+        tensors[name] = contiguous
+    return tensors, aliases
+
+
+def staged(value: Any) -> Any:
+    """Copy nested dicts, lists and tuples, and the tensors in them into main memory; tied weights stay tied.
+
+    What is trained on afterwards changes nothing in the copy.
+    """
+    return _staged(value, {})
+
+
+def _staged(value: Any, made: dict[_Identity, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        identity = _identity(value)
+        if not value.numel() or identity not in made:
+            made[identity] = value.detach().to("cpu", copy=True)
+        return made[identity]
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _staged(item, made)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_staged(item, made) for item in value)
+    return value
+
+
+def _identity(tensor: Tensor) -> _Identity:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
