@@ -133,12 +133,12 @@ def make(
     model = uniter(objective, dtype, seed)
     used.apply(model)
     method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
-    factory = OPTIMIZERS.get(optimizer)
+    factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=0.01))
     return Updater(
         model,
         CrossEntropy() if objective is None else Pretraining(),
         method(method.Config(**TRAINERS_TRIED[trainer])),
-        factory(factory.Config(name=optimizer, lr=0.01)).build(model),
+        used.optimizer(lambda: factory.build(model)),
         ConstantSchedule(ScheduleConfig(), 10),
         TrainingConfig(**training),
         precision=Precision(precision, CPU),

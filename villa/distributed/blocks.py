@@ -5,13 +5,18 @@ Perturbations are added in front of the blocks, so that they are added once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from villa.errors import ConfigError
 from villa.models.base import Model
+
+_Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 #: Lists with less than this share of the parameters of the largest one are parts of heads and the like.
 _LARGE = 0.1
@@ -29,8 +34,23 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{number}": block for name, stack in large.items() for number, block in stack.named_children()}
 
 
-def checkpoint_activations(model: Model) -> None:
+def separate_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks that share no parameter with another one or with what is outside, by their name."""
+    blocks = repeated_blocks(model)
+    owners: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        owners.setdefault(parameter, set()).add(owner)
+    shared = {parameter for parameter, found in owners.items() if len(found) > 1}
+    return {name: block for name, block in blocks.items() if not shared.intersection(block.parameters())}
+
+
+def checkpoint_activations(model: Model, contexts: _Contexts = noop_context_fn) -> None:
     """Keep the inputs of every block alone, and compute it a second time in the backward pass, with equal dropout.
+
+    Args:
+        model: changed in place.
+        contexts: returns those in which a block is computed the first time, and the second time.
 
     Raises:
         ConfigError: the model has no blocks, or is perturbed within one.
@@ -49,7 +69,8 @@ def checkpoint_activations(model: Model) -> None:
                 "layers"
             )
     for block in blocks.values():
-        setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010 - a method to mypy
+        recomputed = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        setattr(block, "forward", recomputed)  # noqa: B010 - a method to mypy
 
 
 def _is_stack(module: nn.Module) -> bool:

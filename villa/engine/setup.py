@@ -158,17 +158,19 @@ def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None =
     Raises:
         CheckpointError: they cannot be read, or are those of another model.
     """
-    own = model.state_dict()
-    saved = checkpoint.model_state(own)
+    strategy = strategy or Strategy()
+    own = {name: strategy.shape(value) for name, value in model.state_dict(keep_vars=True).items()}
+    saved = checkpoint.model_state(model.state_dict())
     for name in sorted(saved.keys() | own.keys()):
-        ours, theirs = (list(state[name].shape) if name in state else None for state in (own, saved))
+        ours = list(own[name]) if name in own else None
+        theirs = list(saved[name].shape) if name in saved else None
         if ours != theirs:
             shapes = [f"of shape {shape}" if shape is not None else "missing" for shape in (theirs, ours)]
             raise CheckpointError(
                 f"checkpoint '{checkpoint.path}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} "
                 "here; use the recipe that it was trained with"
             )
-    (strategy or Strategy()).load_state_dict(model, saved)
+    strategy.load_state_dict(model, saved)
 
 
 def choose_device(name: str) -> torch.device:

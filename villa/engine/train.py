@@ -216,7 +216,8 @@ def _values(recipe: str) -> dict[str, Any]:
 
 def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
     config = parts.config
-    optimizer = OPTIMIZERS.get(config.optimizer.name)(config.optimizer).build(parts.model)
+    factory = OPTIMIZERS.get(config.optimizer.name)(config.optimizer)
+    optimizer = parts.strategy.optimizer(lambda: factory.build(parts.model))
     return Updater(
         parts.model,
         parts.loss,

@@ -97,9 +97,9 @@ class Updater:
         Args:
             whole: put tensors together that processes have parts of; all of them call it then.
         """
-        optimizer = self.optimizer.state_dict()
+        strategy, optimizer = self.strategy, self.optimizer
         return {
-            "optimizer": self.strategy.whole(optimizer) if whole else optimizer,
+            "optimizer": strategy.optimizer_state(optimizer) if whole else optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "skipped": self.skipped,
         }
@@ -116,7 +116,7 @@ class Updater:
 
     def _gradient_norm(self) -> Tensor:
         """Unscale the gradients and return their global norm."""
-        self.precision.scaler.unscale_(self.optimizer)
+        self.strategy.unscale(self.precision.scaler, self.optimizer)
         return self.strategy.gradient_norm(self.model.parameters())
 
     def _step(self, norm: Tensor) -> None:
