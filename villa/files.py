@@ -78,9 +78,10 @@ def fsync_tree(folder: Path) -> None:
 
 def follow_umask(path: Path) -> None:
     """Give a file the permissions of one that this process makes; what safetensors writes is for its owner alone."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # asking for the mask would change it meanwhile
+    made.touch()
+    path.chmod(made.stat().st_mode)
+    made.unlink()
 
 
 @contextmanager

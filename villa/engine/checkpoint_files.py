@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Checkpoint:
     def assets(self) -> Path:
         """Folder with the data set's files for prediction (vocabulary, labels)."""
         return self.path / ASSETS
+
+    def copy_assets(self, folder: Path) -> None:
+        """Copy the data set's files into a folder."""
+        if self.assets.is_dir():
+            shutil.copytree(self.assets, folder, dirs_exist_ok=True)
 
     def config_yaml(self) -> str:
         """Return the run's resolved recipe."""

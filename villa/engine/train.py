@@ -204,8 +204,8 @@ def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterat
     yield "not to the bit as if nothing had changed: sums over processes are rounded in another order"
     if config.batch.per_pass is None and before not in (None, count):
         yield (
-            "not the same updates either: without batch.per_pass each is cut into a part for every process, which draws "
-            "other dropout and random starts, and with batch.tokens may hold other examples"
+            "not the same updates either: without batch.per_pass each is cut into a part for every process, which "
+            "draws other dropout and random starts, and with batch.tokens may hold other examples"
         )
 
 

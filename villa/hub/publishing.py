@@ -11,30 +11,31 @@ from pathlib import Path
 from villa.engine.checkpoint_files import file_problem, read_manifest, write_manifest
 from villa.errors import CheckpointError, VillaError
 from villa.files import fsync
-from villa.hub.folder import MANIFEST, is_saved
+from villa.hub.folder import MANIFEST
 from villa.plugins import one_line
 
 
 @contextmanager
-def published(target: Path, update: int) -> Iterator[Path]:
+def published(target: Path, update: int, manifest: str = MANIFEST) -> Iterator[Path]:
     """Yield an empty folder beside ``target``, which takes its place, with a manifest, when the block ends well.
 
     Args:
         target: absent, empty, or a folder written here in which nothing was added or changed since.
         update: for the manifest.
+        manifest: its name.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
     """
     target = target.expanduser().absolute()
-    refuse_foreign(target)
+    refuse_foreign(target, manifest)
     token = secrets.token_hex(4)
     temporary, old = (target.with_name(f".{target.name}.{token}.{kind}") for kind in ("saving", "replaced"))
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        write_manifest(temporary, update, MANIFEST)
-        refuse_foreign(target)  # writing may have taken minutes
+        write_manifest(temporary, update, manifest)
+        refuse_foreign(target, manifest)  # writing may have taken minutes
         if target.exists():
             target.rename(old)
         temporary.rename(target)
@@ -50,7 +51,7 @@ def published(target: Path, update: int) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path, manifest: str = MANIFEST) -> None:
     """Refuse a folder with anything in it that was not written here.
 
     Raises:
@@ -64,8 +65,8 @@ def refuse_foreign(target: Path) -> None:
         present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
         if not present and not any(target.iterdir()):
             return
-        written = read_manifest(target, MANIFEST)[1] if is_saved(target) else {}
-        foreign = sorted(present - written.keys() - {MANIFEST}) or [
+        written = read_manifest(target, manifest)[1] if (target / manifest).is_file() else {}
+        foreign = sorted(present - written.keys() - {manifest}) or [
             name for name, expected in written.items() if name in present and file_problem(target, name, expected)
         ]
     except OSError as error:

@@ -31,13 +31,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a ``.safetensors`` file; a file of ``torch.save`` that holds tensors only (perhaps under
-            ``state_dict`` or ``model``), or its URL; or a folder with one of ``FOLDER_FILES``.
+            ``state_dict`` or ``model``), or its URL; or a folder with one of ``FOLDER_FILES``, or with the shards of
+            a checkpoint.
 
     Raises:
         CheckpointError: there is no such file, it is corrupt, or it would have to execute code to be read.
         DataError: a URL cannot be downloaded.
     """
-    file = _find(local_path(str(path)))
+    place = local_path(str(path))
+    if _is(Path.is_dir, place):
+        from villa.engine.checkpoint_files import Checkpoint
+
+        if Checkpoint(place, 0).sharded:
+            return Checkpoint(place, 0).model_state()
+    file = _find(place)
     content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_torch(file)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
