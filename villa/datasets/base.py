@@ -87,6 +87,10 @@ class Split(Dataset[Example], ABC):
         """
         return self[index]
 
+    def describe(self, index: int) -> str:
+        """Name example ``index`` in a message, so that a user finds it; it is not read for that."""
+        return f"example {index}"
+
     @property
     @abstractmethod
     def lengths(self) -> Lengths:

@@ -125,6 +125,10 @@ class DatabaseSplit(Split):
         id = self.ids[index]
         return self.example(id, self.pair.text[id])
 
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return f"example '{self.ids[index]}' of '{self.pair.text.path}'"
+
     @property
     def lengths(self) -> Lengths:
         """Word-pieces and regions of every example."""
@@ -203,6 +207,11 @@ class ConcatenatedSplit(Split):
         """See the base class."""
         part, within = self._place(index)
         return part.draw(within, seed)
+
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        part, within = self._place(index)
+        return part.describe(within)
 
     @property
     def answered(self) -> bool:

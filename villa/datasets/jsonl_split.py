@@ -95,6 +95,10 @@ class JsonlSplit(Split):
         )
         return self._reader.example(example, self.store)
 
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return f"the example of {self._lines.where(self._kept[index])}"
+
     def images(self, index: int) -> tuple[int, ...]:
         """Return the indices of an example's images in the store."""
         return tuple(self._images[self._first_image[index] : self._first_image[index + 1]])

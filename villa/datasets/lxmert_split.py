@@ -82,6 +82,10 @@ class AnnotatedSplit(Split):
             target=self._target(index) if self._answered else None,
         )
 
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return f"example '{self.ids[index]}'"
+
     @property
     def answered(self) -> bool:
         """Whether the records have a ``label``."""

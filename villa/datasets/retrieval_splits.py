@@ -122,6 +122,10 @@ class HardCandidates(RandomNegatives):
             return self.pairs(f"{id}:images", [id], [image, *self.wrong_images(image, draws)])
         return self.pairs(f"{id}:texts", [id, *self.wrong_texts(image, draws)], [image])
 
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return super().describe(index // 2)
+
     @property
     def lengths(self) -> Lengths:
         """Word-pieces and regions of the right pair."""
@@ -161,6 +165,10 @@ class RetrievalEvaluation(PairSplit):
             text, first, self._column[self.image_of[id]], (len(self.ids), len(self.images)), id, names
         )
         return Example(f"{id}|{number}", (self.text(id),), None, features, boxes, None, reference)
+
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return super().describe(index % len(self.ids))
 
     @property
     def answered(self) -> bool:

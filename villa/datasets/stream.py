@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
 from villa.datasets.samplers import Position, Sampler
+from villa.datasets.workers import TIMEOUT, Board, look_every, watched
 from villa.distributed.share import WHOLE, Share, Turn
 from villa.errors import VillaError
 
@@ -33,6 +35,7 @@ class UpdateStream:
         workers: processes that read ahead; 0 reads in this process.
         pin: put batches in page-locked memory (for CUDA).
         share: the micro-batches of this process; the others are not read.
+        timeout: seconds that an example may take before it is named in a warning; see ``villa.datasets.workers``.
 
     Attributes:
         waited: seconds spent waiting for data so far.
@@ -49,14 +52,14 @@ class UpdateStream:
         workers: int = 0,
         pin: bool = False,
         share: Share = WHOLE,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.sampler, self.share = sampler, share
         self.waited = 0.0
         self.turns: list[Turn] = []
         self.examples = 0
         self.label: str | None = None
-        self._batches = _MicroBatches(split, collate)
-        self._workers, self._pin = workers, pin
+        self._load = partial(_load, split, collate, workers=workers, pin=pin, share=share, timeout=timeout)
         self._position = sampler.start()
         self._loaded: Iterator[Batch | VillaError] | None = None
 
@@ -80,8 +83,7 @@ class UpdateStream:
     def __next__(self) -> list[Batch]:
         started = time.perf_counter()
         if self._loaded is None:
-            plan = _micro_batches(self.sampler, self._position, self.share)
-            self._loaded = iter(_loader(self._batches, plan, self._workers, self._pin))
+            self._loaded = self._load(_micro_batches(self.sampler, self._position, self.share))
         update = self.sampler.update(self._position)
         self.turns, self.examples = self.share.turns(len(update)), sum(map(len, update))
         served = [_raise_if_error(next(self._loaded)) for _ in self.turns]
@@ -92,7 +94,14 @@ class UpdateStream:
 
 
 def evaluation_batches(
-    split: Split, collate: Collate, examples: int, workers: int = 0, *, first: bool = False, share: Share = WHOLE
+    split: Split,
+    collate: Collate,
+    examples: int,
+    workers: int = 0,
+    *,
+    first: bool = False,
+    share: Share = WHOLE,
+    timeout: float = TIMEOUT,
 ) -> Iterator[Batch | StandIn]:
     """Yield a split in order, in batches of at most ``examples``: every one, or every one of a process's share.
 
@@ -103,11 +112,13 @@ def evaluation_batches(
         workers: processes that read ahead.
         first: yield only the first batch, or the first one of every part.
         share: the batches of this process; with several processes all get as many, some of them as ``StandIn``.
+        timeout: as for ``UpdateStream``.
     """
     plan = [batch for part in split.cut(examples) for batch in part[: 1 if first else None]]
     turns = share.turns(len(plan))
     batches: Iterator[list[_Item]] = ([(index, None) for index in plan[turn.number]] for turn in turns)
-    for turn, loaded in zip(turns, _loader(_MicroBatches(split, collate), batches, workers, pin=False), strict=True):
+    batches_loaded = _load(split, collate, batches, workers=workers, pin=False, share=share, timeout=timeout)
+    for turn, loaded in zip(turns, batches_loaded, strict=True):
         batch = _raise_if_error(loaded)
         yield batch if turn.own else StandIn(batch)
 
@@ -141,15 +152,24 @@ class _MicroBatches(Dataset[Batch | VillaError]):
     An error of the user's data is handed over as a value: raised in a worker, it would arrive as a traceback.
     """
 
-    def __init__(self, split: Split, collate: Collate) -> None:
-        self.split, self.collate = split, collate
+    def __init__(self, split: Split, collate: Collate, board: Board) -> None:
+        self.split, self.collate, self.board = split, collate, board
 
     def __getitem__(self, items: list[_Item]) -> Batch | VillaError:
-        split = self.split
         try:
-            return self.collate([split[i] if seed is None else split.draw(i, seed) for i, seed in items])
+            examples = [self._read(*item) for item in items]
+            self.board.begin(items[0][0], len(items) - 1)
+            return self.collate(examples)
         except VillaError as error:
             return error
+        except MemoryError:
+            return self.board.out_of_memory()
+        finally:
+            self.board.end()
+
+    def _read(self, index: int, seed: int | None) -> Example:
+        self.board.begin(index)
+        return self.split[index] if seed is None else self.split.draw(index, seed)
 
 
 class _Plan(Iterable[list[_Item]]):
@@ -162,18 +182,29 @@ class _Plan(Iterable[list[_Item]]):
         return self._batches
 
 
-def _loader(
-    batches: _MicroBatches, plan: Iterator[list[_Item]], workers: int, pin: bool
-) -> DataLoader[Batch | VillaError]:
-    return DataLoader(
-        batches,
+def _load(
+    split: Split,
+    collate: Collate,
+    plan: Iterator[list[_Item]],
+    *,
+    workers: int,
+    pin: bool,
+    share: Share,
+    timeout: float,
+) -> Iterator[Batch | VillaError]:
+    """Start to load micro-batches; see ``UpdateStream`` for the arguments."""
+    board = Board(workers, split.describe, timeout, share)
+    loader = DataLoader(
+        _MicroBatches(split, collate, board),
         batch_size=None,
         sampler=_Plan(plan),
         num_workers=workers,
         pin_memory=pin,
         collate_fn=_unchanged,
+        timeout=look_every(board),
         generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
     )
+    return watched(loader, board)
 
 
 def _unchanged(value: T) -> T:

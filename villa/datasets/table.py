@@ -27,6 +27,10 @@ class TableSplit(Split):
     def __getitem__(self, index: int) -> Example:
         return self._reader.example(self._records[index], self._store)
 
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return f"example '{self._records[index].id}'"
+
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""

@@ -19,7 +19,10 @@ def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dic
     """Yield the ids and decoded answers of the examples, in order; the main process alone gets them all."""
     size = parts.config.evaluation.examples
     share = parts.strategy.share
-    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers, share=share)
+    training = parts.config.training
+    batches = evaluation_batches(
+        examples, parts.data.collate, size, training.workers, share=share, timeout=training.data_timeout
+    )
     total = -(-len(examples) // (size * share.world_size))
     for ran in parts.evaluator.predict(track(batches, "predict", total, mode=parts.config.logging.progress)):
         yield from collected(parts, ran)

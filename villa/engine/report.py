@@ -62,7 +62,10 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     """
     size = parts.config.evaluation.examples
     share = parts.strategy.share
-    batches = evaluation_batches(examples, parts.data.collate, size, parts.config.training.workers, share=share)
+    training = parts.config.training
+    batches = evaluation_batches(
+        examples, parts.data.collate, size, training.workers, share=share, timeout=training.data_timeout
+    )
     count = len(share.turns(sum(map(len, examples.cut(size)))))
     shown = track(batches, split, count, mode=parts.config.logging.progress)
     with answer_file(parts, _predictions(folder, split)) as write:

@@ -122,7 +122,8 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     batch = batch_of_processes(config.batch, share.world_size, compares_examples=compares)
     sampler = split.sampler(batch, config.seed)
     pin = parts.precision.device.type == "cuda"
-    stream = UpdateStream(split, parts.data.collate, sampler, config.training.workers, pin=pin, share=share)
+    workers, timeout = config.training.workers, config.training.data_timeout
+    stream = UpdateStream(split, parts.data.collate, sampler, workers, pin=pin, share=share, timeout=timeout)
     total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
     trainer = build_trainer(config, parts.model)
     updater = _updater(parts, trainer, total)
@@ -243,8 +244,16 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
         split = parts.split(evaluation.split, "evaluation.split (null for none)")
 
         def batches(first: bool = False) -> Iterable[Batch | StandIn]:
-            size, workers, share = evaluation.examples, config.training.workers, parts.strategy.share
-            plain = evaluation_batches(split, parts.data.collate, size, workers, first=first, share=share)
+            size, training, share = evaluation.examples, config.training, parts.strategy.share
+            plain = evaluation_batches(
+                split,
+                parts.data.collate,
+                size,
+                training.workers,
+                first=first,
+                share=share,
+                timeout=training.data_timeout,
+            )
             count = len(share.turns(sum(1 if first else len(p) for p in split.cut(size))))
             return display.track(plain, str(evaluation.split), count)
 
