@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from villa.distributed.environment import Place
+from villa.signals import Interrupted, interruptible
 
 
 @contextmanager
@@ -37,14 +38,21 @@ def joined() -> Iterator[None]:
 
 
 def run_joined(action: Callable[[], int]) -> int:
-    """Run an action as ``joined`` does, and return its exit code.
+    """Run an action as ``joined`` does, and return its exit code; a signal ends it in order from now on.
 
     One of several processes that has done its work leaves Python without tearing it down: the threads of gloo now and
     then abort the interpreter's end (exit code 134), which a launcher would take for a failure of the run.
     """
-    with joined():
-        code = action()
-    if code == 0 and Place.read(os.environ).world_size > 1:
+    place = Place.read(os.environ)
+    with interruptible():
+        try:
+            with joined():
+                code = action()
+        except Interrupted as interrupted:
+            if place.rank == 0:
+                print(f"ended by {interrupted}", flush=True)
+            code = interrupted.exit_code
+    if code == 0 and place.world_size > 1:
         atexit.register(_leave)
     return code
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -34,6 +34,7 @@ class ModelPasses:
     Attributes:
         losses: place (among those of this process) and detached value of every loss of a micro-batch of its own that
             was back-propagated in this update.
+        check: called before every pass; what it raises abandons the update.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ModelPasses:
         self.points: Mapping[str, Point] = model.perturbation_points()
         self.losses: list[tuple[int, Tensor]] = []
         self.strategy = strategy or Strategy()
+        self.check: Callable[[], None] = lambda: None
         self._seed = seed
         self._update = self._place = 0
         self._turn = Turn(0)
@@ -84,6 +86,7 @@ class ModelPasses:
         grad: bool = True,
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; logits come in fp32 or wider."""
+        self.check()
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         with torch.set_grad_enabled(grad), injected:

@@ -19,7 +19,7 @@ from villa.engine.callbacks.base import Callback
 from villa.engine.callbacks.checkpointing import CheckpointCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
-from villa.engine.callbacks.signals import Interrupted, SignalCallback
+from villa.engine.callbacks.signals import SignalCallback
 from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
 from villa.engine.finished import mark_finished, saved_yaml
 from villa.engine.folder import CONFIG, claim
@@ -36,6 +36,7 @@ from villa.files import atomic_write
 from villa.planning.dry_run import plan_of_run
 from villa.plugins import one_line
 from villa.registry import OPTIMIZERS, SCHEDULERS
+from villa.signals import Interrupted, check, interruptible
 from villa.trainers.base import Trainer
 
 
@@ -47,7 +48,21 @@ def train(config: RunConfig) -> int:
 
     Raises:
         VillaError: the recipe, data, folder or checkpoints cannot be used.
+        Interrupted: a signal has ended one of several processes while the others were at work.
     """
+    with interruptible():
+        try:
+            return _train(config)
+        except Interrupted as interrupted:
+            if not interrupted.agreed and Processes.connected().world_size > 1:
+                raise
+            advice = "" if interrupted.agreed else "; go on with checkpoint.resume=true"
+            print(f"ended by {interrupted}{advice}", flush=True)
+            return interrupted.exit_code
+
+
+def _train(config: RunConfig) -> int:
+    """The run itself; signals end it by ``Interrupted``."""
     processes = strategy_of(config.distributed).connect()
     with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
         store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
@@ -65,13 +80,11 @@ def train(config: RunConfig) -> int:
             atomic_write(folder / CONFIG, saved_yaml(config))
         try:
             fit(training)
+            check()
             if training.progress.stopped is not None:
                 print(f"stopped after update {training.progress.update}: {training.progress.stopped}", flush=True)
             if config.run_type == "train_val_test":
                 report(parts, training, store, trackers, folder)
-        except Interrupted as interrupted:
-            print(f"ended by {interrupted}", flush=True)
-            return interrupted.exit_code
         finally:
             trackers.close()
         if processes.is_main:
@@ -273,4 +286,4 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
         sharded=config.checkpoint.sharded,
         asynchronous=config.checkpoint.asynchronous,
     )
-    return [*callbacks, checkpoints, SignalCallback()]
+    return [*callbacks, checkpoints, SignalCallback(checkpoints)]

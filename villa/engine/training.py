@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from villa.datasets.stream import UpdateStream
 from villa.engine.callbacks.base import Callback
 from villa.engine.updater import Updater
 from villa.models.base import Model
+from villa.signals import SIGNALS, Interrupted, urgency
+from villa.trainers.base import Logs
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Progress:
         stopped: why training ended early, or None.
         best: the best value of the monitored metric so far, and the update that it was reached at.
         best_update: the update of ``best``.
+        pending: the callback that a signal has interrupted at the end of ``update``; a resumed run goes on with it.
     """
 
     update: int = 0
@@ -30,6 +35,7 @@ class Progress:
     stopped: str | None = None
     best: float | None = None
     best_update: int | None = None
+    pending: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -50,8 +56,7 @@ class Training:
         progress: where training stands.
         seconds: time spent in updates since this process started.
         examples: examples seen since this process started, by all processes of the run.
-        received: number of the signal that this process has received, or None.
-        interrupt: number of the signal that asks the run to end, or None; all processes of the run have the same.
+        interrupt: number of the signal that ends the run, or None; all processes of the run have the same.
     """
 
     model: Model
@@ -62,14 +67,26 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     seconds: float = 0.0
     examples: int = 0
-    received: int | None = None
     interrupt: int | None = None
 
-    def receive(self, number: int) -> None:
-        """Take in a signal; several processes end after the update at which all of them know of it."""
-        self.received = number
-        if self.updater.strategy.processes.world_size == 1:
-            self.interrupt = number
+    def check(self) -> None:
+        """Look for signals: all processes of the run call it at the same places, and all of them end if one has to.
+
+        Raises:
+            Interrupted: a signal asks the run to end.
+        """
+        if self.interrupt is None:
+            strongest = self.updater.strategy.processes.largest(urgency())
+            self.interrupt = SIGNALS[strongest - 1] if strongest else None
+        if self.interrupt is not None:
+            where = f" after update {self.progress.update}; go on with checkpoint.resume=true"
+            raise Interrupted(self.interrupt, where, agreed=True)
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, of which every process has as many, and look for signals before each."""
+        for item in items:
+            self.check()
+            yield item
 
     def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
         """Everything besides the weights that an exact resume needs; see ``Updater.state_dict``."""
@@ -84,30 +101,59 @@ class Training:
         """Restore ``state_dict()``; the updates to do, and whether to stop before, are this run's own affair."""
         self.progress = Progress(**{**state["progress"], "total": self.progress.total, "stopped": None})
         self.updater.load_state_dict(state["updater"])
+        if self.progress.update:
+            self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # the rate that would be logged
         self.stream.seek(state["stream"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
 
 
 def fit(training: Training) -> None:
-    """Train until all updates are done or a callback stops the run."""
-    progress, processes = training.progress, training.updater.strategy.processes
+    """Train until all updates are done or a callback stops the run.
+
+    Raises:
+        Interrupted: a signal has ended the run; its state is saved.
+    """
+    progress = training.progress
     try:
         for callback in training.callbacks:
             callback.on_start(training)
         training.model.train()
+        if progress.pending is not None:
+            _end_update(training, {}, first=progress.pending)
         while not progress.finished:
-            batches = [training.prepare(batch) for batch in next(training.stream)]
-            started = time.perf_counter()
-            progress.update += 1
-            logs = training.updater.update(progress.update, batches, training.stream.turns)
-            training.seconds += time.perf_counter() - started
-            training.examples += training.stream.examples
-            if processes.world_size > 1:
-                training.interrupt = processes.largest(training.received or 0) or None
-            for callback in training.callbacks:
-                callback.on_update_end(training, logs)
+            logs = _update(training)
+            _end_update(training, logs)
     finally:
         for callback in training.callbacks:
             callback.on_end(training)
         training.stream.close()
+
+
+def _update(training: Training) -> Logs:
+    """Run the next update and return its values to log; a signal leaves everything as it was before."""
+    progress, stream = training.progress, training.stream
+    position = stream.position
+    try:
+        batches = [training.prepare(batch) for batch in next(stream)]
+        training.check()
+        started = time.perf_counter()
+        logs = training.updater.update(progress.update + 1, batches, stream.turns, training.check)
+    except Interrupted:
+        stream.seek(position)
+        for callback in training.callbacks:
+            callback.on_interrupt(training)
+        raise
+    progress.update += 1
+    training.seconds += time.perf_counter() - started
+    training.examples += stream.examples
+    return logs
+
+
+def _end_update(training: Training, logs: Logs, first: str | None = None) -> None:
+    """Call the callbacks at the end of an update; after an interruption, from the ``first`` one that is not done."""
+    training.progress.pending = None
+    names = [callback.name for callback in training.callbacks]
+    begin = 0 if first is None else names.index(first) if first in names else len(names)
+    for callback in training.callbacks[begin:]:
+        callback.on_update_end(training, logs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from villa.engine.schedules import Schedule
 from villa.errors import NonFiniteError
 from villa.losses.base import Loss
 from villa.models.base import Model
+from villa.signals import Interrupted
 from villa.trainers.base import Logs, Trainer
 
 Accumulation = Literal["mean", "sum", "total"]
@@ -62,27 +63,34 @@ class Updater:
         self.passes = ModelPasses(model, loss, precision, seed, self.strategy)
         self.skipped = 0
 
-    def update(self, number: int, batches: Sequence[Batch], turns: Sequence[Turn] | None = None) -> Logs:
+    def update(
+        self,
+        number: int,
+        batches: Sequence[Batch],
+        turns: Sequence[Turn] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Logs:
         """Run update ``number`` (from 1) and return its detached values to log.
 
         Args:
             number: of the update.
             batches: the micro-batches that this process runs.
             turns: which of the update's micro-batches they are; by default all of them.
+            check: looks for signals: called between micro-batches, which all processes have as many of, and by a
+                process that is alone before every pass, too.
 
         Raises:
+            Interrupted: by ``check``; the update has changed nothing then.
             NonFiniteError: a loss or gradient is NaN or infinite and the policy is to stop.
         """
         self.schedule.apply(self.optimizer, number)
         turns = turns or [Turn(place) for place in range(len(batches))]
-        counts = [self.loss.count(batch) if turn.own else 0 for batch, turn in zip(batches, turns, strict=True)]
-        (total,) = self.strategy.processes.total([sum(counts)])
-        logs: Logs = {}
-        for place, (batch, turn, count) in enumerate(zip(batches, turns, counts, strict=True)):
-            share = count / total
-            weight = {"mean": share, "sum": float(turn.own), "total": float(count)}[self.accumulation]
-            self.passes.begin(number, place, weight, turn=turn, last=place + 1 == len(batches))
-            _add(logs, self.trainer.step(batch, self.passes), share)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            logs = self._run(number, batches, turns, check)
+        except Interrupted:
+            self._abandon(number, buffers)
+            raise
         norm = self._gradient_norm()
         logs, finite_losses = self._of_all(logs)
         if self._acceptable(number, batches, norm, logs, finite_losses):
@@ -113,6 +121,30 @@ class Updater:
         _load_moments(self.optimizer, state["optimizer"], self.strategy)
         self.precision.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
+
+    def _run(self, number: int, batches: Sequence[Batch], turns: Sequence[Turn], check: Callable[[], None]) -> Logs:
+        """Run all passes of the micro-batches; their gradients add up."""
+        counts = [self.loss.count(batch) if turn.own else 0 for batch, turn in zip(batches, turns, strict=True)]
+        (total,) = self.strategy.processes.total([sum(counts)])
+        self.passes.check = check if self.strategy.processes.world_size == 1 else _go_on
+        logs: Logs = {}
+        for place, (batch, turn, count) in enumerate(zip(batches, turns, counts, strict=True)):
+            if place:
+                check()
+            share = count / total
+            weight = {"mean": share, "sum": float(turn.own), "total": float(count)}[self.accumulation]
+            self.passes.begin(number, place, weight, turn=turn, last=place + 1 == len(batches))
+            _add(logs, self.trainer.step(batch, self.passes), share)
+        return logs
+
+    def _abandon(self, number: int, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Put back what the passes of an update have changed: gradients, running means and the like."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        if number > 1:
+            self.schedule.apply(self.optimizer, number - 1)
 
     def _gradient_norm(self) -> Tensor:
         """Unscale the gradients and return their global norm."""
@@ -164,6 +196,10 @@ class Updater:
             )
         self.skipped += 1
         print(f"skipped {message}", flush=True)
+
+
+def _go_on() -> None:
+    """Look for no signal: other processes may be at another pass."""
 
 
 def _first_cause(found: Sequence[str]) -> str:

@@ -22,6 +22,9 @@ class Callback:
     def on_update_end(self, training: Training, logs: Logs) -> None:
         """Called after every update, with the update's detached values."""
 
+    def on_interrupt(self, training: Training) -> None:
+        """Called when a signal ends the run between two updates; ``training`` is as it was after the first of them."""
+
     def on_end(self, training: Training) -> None:
         """Called once when training ends, also by an error or a signal."""
 

@@ -14,6 +14,7 @@ from villa.engine.progress import TrainingProgress
 from villa.engine.tracking import Trackers
 from villa.engine.training import Training
 from villa.errors import ConfigError, nearest
+from villa.signals import Interrupted
 from villa.trainers.base import Logs
 
 
@@ -61,12 +62,16 @@ class EvaluationCallback(Callback):
         self._stop_without_patience(training)
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Evaluate when it is due."""
+        """Evaluate when it is due; after a signal, the run that goes on from here does it again."""
         progress = training.progress
         due = self.config.every is not None and progress.update % self.config.every == 0
         if not (due or progress.finished):
             return
-        self.values = self.evaluator.evaluate(self.batches())
+        try:
+            self.values = self.evaluator.evaluate(training.checked(self.batches()))
+        except Interrupted:
+            progress.pending = self.name
+            return
         self.trackers.log(progress.update, "val", self.values)
         self.display.evaluated(progress.update, str(self.config.split), self.values)
         self._judge(training, self._monitored(self.values))

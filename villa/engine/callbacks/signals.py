@@ -1,57 +1,51 @@
-"""Ending in order on SIGTERM, SIGINT, and what SLURM jobs get before they are pre-empted, SIGUSR2."""
+"""Ending a run in order on SIGTERM, SIGINT, and what SLURM jobs get before they are pre-empted, SIGUSR2."""
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from villa.engine.callbacks.base import Callback
+from villa.signals import PREEMPTED, Interrupted, deferred
 from villa.trainers.base import Logs
 
 if TYPE_CHECKING:
     from villa.engine.training import Training
 
-#: What SLURM sends before it takes the nodes away, and when the time is up.
-PREEMPTED = signal.SIGUSR2
-SIGNALS = (signal.SIGTERM, signal.SIGINT, PREEMPTED)
-
-
-class Interrupted(Exception):  # noqa: N818 (not an error: the run ended in order)
-    """The run was told to end and has saved its state. ``exit_code`` is 128 + the signal's number."""
-
-    def __init__(self, number: int, update: int) -> None:
-        super().__init__(f"{signal.Signals(number).name} after update {update}; go on with checkpoint.resume=true")
-        self.exit_code = 128 + number
+__all__ = ["PREEMPTED", "Interrupted", "SignalCallback"]
 
 
 class SignalCallback(Callback):
-    """Ends the run after the update in which a signal came; a second SIGINT ends the process at once.
+    """Notes signals from the first update on, and ends the run where ``training.check`` finds one.
 
     It stands after the checkpoint callback, which saves when ``training.interrupt`` is set.
+
+    Args:
+        saving: the checkpoint callback; None saves nothing between two updates.
     """
 
     name = "signals"
 
-    def __init__(self) -> None:
-        self._previous: dict[int, Any] = {}
+    def __init__(self, saving: Callback | None = None) -> None:
+        self.saving = saving
+        self._noting = ExitStack()
+        self._begun = 0
 
     def on_start(self, training: Training) -> None:
-        """Install the handlers."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if training.received is not None and number == signal.SIGINT:
-                signal.default_int_handler(number, frame)
-            training.receive(number)
-
-        self._previous = {number: signal.signal(number, handle) for number in SIGNALS}
+        """From now on signals wait."""
+        self._begun = training.progress.update
+        self._noting.enter_context(deferred())
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """End the run when a signal has come."""
+        """End a run whose evaluation a signal has cut short."""
         if training.interrupt is not None:
-            raise Interrupted(training.interrupt, training.progress.update)
+            training.check()
+
+    def on_interrupt(self, training: Training) -> None:
+        """Have the state saved, unless it is that which the run started with."""
+        if self.saving is not None and training.progress.update > self._begun:
+            self.saving.on_update_end(training, {})
 
     def on_end(self, training: Training) -> None:
-        """Put the previous handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        """From now on signals end the process wherever it is."""
+        self._noting.close()

@@ -1,0 +1,117 @@
+"""Signals that ask a process to end, from its first moment on. Nothing here imports torch.
+
+Within ``interruptible`` a signal ends the process wherever it is, as Ctrl-C does, but in order and with 128 + its
+number. Within ``deferred`` it is only noted: the loop looks for it where an update can be left without a trace.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+#: What SLURM sends before it takes the nodes away, and when the time is up.
+PREEMPTED = signal.SIGUSR2
+#: From the weakest to the strongest: SLURM may send SIGTERM as well before it takes the nodes away.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTED)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends this process, in order.
+
+    Args:
+        number: of the signal.
+        where: how far the run has come, and how it goes on.
+        agreed: whether all processes of the run end here.
+    """
+
+    def __init__(self, number: int, where: str = "", *, agreed: bool = False) -> None:
+        super().__init__(f"{signal.Signals(number).name}{where}")
+        self.number, self.agreed = number, agreed
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the number of the signal, or of a stronger one that has come since."""
+        return 128 + SIGNALS[max(_strength(self.number), urgency()) - 1]
+
+
+class _Watch:
+    """What this process has received, and whether it waits to be asked for it."""
+
+    installed = False
+    deferred = False
+    strength = 0
+
+
+def urgency() -> int:
+    """Return the place, from 1, of the strongest signal in ``SIGNALS`` that this process has received; 0 for none."""
+    return _Watch.strength
+
+
+def check() -> None:
+    """Raise ``Interrupted`` if a signal has come."""
+    if _Watch.strength:
+        raise Interrupted(SIGNALS[_Watch.strength - 1])
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let signals end this process in order; within another such block, or in another thread, it changes nothing.
+
+    Raises:
+        Interrupted: a signal has come.
+    """
+    if _Watch.installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
+    previous = {number: signal.signal(number, _handle) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have blocked them until now
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _Watch.installed = False
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Only note signals, for ``urgency``; a second SIGINT ends the process at once."""
+    with interruptible():
+        _Watch.deferred = True
+        try:
+            yield
+        finally:
+            _Watch.deferred = False
+
+
+def shield_worker(worker: int = 0) -> None:
+    """Let signals to all of a run's processes pass a data worker by: its parent ends it when it has no more work.
+
+    Args:
+        worker: its number, which the loader gives.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    before, _Watch.strength = _Watch.strength, max(_Watch.strength, _strength(number))
+    if before and number == signal.SIGINT:
+        signal.default_int_handler(number, frame)
+    if not _Watch.deferred and not before:
+        check()
+
+
+def _strength(number: int) -> int:
+    return SIGNALS.index(signal.Signals(number)) + 1
