@@ -9,13 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from villa.batch import Batch
 from villa.config.schema import RunConfig
+from villa.distributed.blocks import checkpoint_activations
 from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.models.base import Model
 from villa.planning.ledger import Ledger
-from villa.planning.measure import bytes_of, count
+from villa.planning.measure import Counted, bytes_of, count
 from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
 
+AGAIN = "distributed.activation_checkpointing=true"
 METHODS = ["trainer=standard", "trainer=freelb", "trainer=villa"]
 TEXT = ["trainer=villa", "trainer.modality=text", "trainer.clean_loss=false", "trainer.clean_logits=detached"]
 
@@ -32,10 +34,12 @@ def passes_of(config: RunConfig, model: Model) -> ModelPasses:
 
 
 def step(config: RunConfig, model: Model, batch: Batch) -> None:
+    if config.distributed.activation_checkpointing:
+        checkpoint_activations(model)
     TRAINERS.get(config.trainer.name)(config.trainer).step(batch, passes_of(config, model))
 
 
-@pytest.mark.parametrize("method", [*([m] for m in METHODS), TEXT], ids="_".join)
+@pytest.mark.parametrize("method", [*([m] for m in METHODS), TEXT, [METHODS[2], AGAIN]], ids="_".join)
 def test_memory_is_what_real_tensors_take(method: list[str]) -> None:
     config = recipe(*method, "trainer.init=zero" if "standard" not in method[0] else "seed=0")
     batch, model = batch_of(), model_of(config, "cpu")
@@ -83,6 +87,22 @@ def test_villa_keeps_two_graphs_where_the_clean_one_is_trained() -> None:
     assert attached == pytest.approx(2 * standard, rel=0.1)
 
 
+@pytest.mark.parametrize(("precision", "device"), [("fp32", "cpu"), ("bf16", "cuda")])
+def test_layers_that_are_computed_again_keep_their_inputs(precision: str, device: str) -> None:
+    options = ["trainer=villa", f"training.precision={precision}", "model.hidden_size=64"]
+
+    def counted(layers: int, *more: str) -> Counted:
+        config = recipe(*options, f"model.num_layers={layers}", *more)
+        return count(config, model_of(config), batch_of(128), device)
+
+    two, four, kept = counted(2, AGAIN), counted(4, AGAIN), counted(4)
+    graphs, inputs = 2, 128 * 14 * 64 * 4  # the clean pass waits for the one under way; LayerNorm returns fp32
+    assert four.activations - two.activations == pytest.approx(2 * graphs * inputs, rel=0.02)
+    assert kept.activations > 3 * four.activations
+    assert four.flops / kept.flops == pytest.approx(4 / 3, rel=0.02)
+    assert four.gradients == kept.gradients
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_autocast_halves_what_matrix_products_keep(precision: str) -> None:
     def activations(name: str, device: str) -> int:
@@ -93,8 +113,9 @@ def test_autocast_halves_what_matrix_products_keep(precision: str) -> None:
     assert activations(precision, "cuda") < activations(precision, "cpu")
 
 
-def test_autocast_matches_that_of_a_cpu() -> None:
-    config = recipe("trainer=standard", "training.precision=bf16")
+@pytest.mark.parametrize("again", [(), (AGAIN,)], ids=["kept", "again"])
+def test_autocast_matches_that_of_a_cpu(again: tuple[str, ...]) -> None:
+    config = recipe("trainer=standard", "training.precision=bf16", *again)
     model, batch, real = model_of(config, "cpu"), batch_of(32), Ledger()
     real.book(model.parameters(), "held")
     with real:

@@ -104,7 +104,13 @@ def plan_recipe(
 
 
 def plan_of_run(parts: Parts, split: Split, sampler: Sampler) -> list[str]:
-    """Return the plan of a run that is about to start, in lines; one that cannot be made is no reason not to start."""
+    """Return the plan of a run that is about to start, in lines; one that cannot be made is no reason not to start.
+
+    Args:
+        parts: of the run; ``distribute`` may have been called.
+        split: its training split.
+        sampler: deals out the split.
+    """
     config, (strategy, count) = parts.config, _strategy(parts.config)
     try:
         found = samples(parts.data, split, sampler, _objectives(config))

@@ -43,9 +43,11 @@ class Kernels(TorchFunctionMode):
         super().__init__()
         self._cuda = device == "cuda"
         self._weights: dict[Tensor, Tensor] | None = None
+        self._before: list[type[torch.autocast]] = []
 
     def __enter__(self) -> Kernels:
-        """Let models ask for autocast on the meta device."""
+        """Let models ask for autocast on the meta device; the context may be entered again within itself."""
+        self._before.append(torch.autocast)
         _set_autocast(_Autocast)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -53,7 +55,7 @@ class Kernels(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         """Undo ``__enter__``."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _set_autocast(_AUTOCAST)
+        _set_autocast(self._before.pop())
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -109,10 +111,6 @@ class Kernels(TorchFunctionMode):
             flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             return flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **others)
-
-
-#: PyTorch's own.
-_AUTOCAST = torch.autocast
 
 
 class _Autocast(torch.autocast):

@@ -15,7 +15,7 @@ from villa.losses.base import Loss
 from villa.models.base import Model
 from villa.planning.ledger import Ledger
 from villa.planning.meta import MetaTensors, meta_batch
-from villa.planning.passes import PlannedPasses
+from villa.planning.passes import PlannedPasses, layers_as
 from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
 from villa.trainers.base import Trainer
 
@@ -59,10 +59,13 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     """Run the passes of a micro-batch and a step of the optimiser without numbers, and count.
 
     Args:
-        config: the recipe: method, loss, precision, optimiser, clipping.
+        config: the recipe: method, loss, precision, activation checkpointing, optimiser, clipping.
         model: on the meta device (see ``meta_copy``).
         batch: the micro-batch; its floating tensors need not be on the meta device.
         device: type of the device whose kernels are assumed, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: ``distributed.activation_checkpointing`` is not for this model.
     """
     trainer: Trainer = TRAINERS.get(config.trainer.name)(_without_draws(config.trainer))
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
@@ -74,7 +77,8 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(_booking(ledger)) for p in trained]  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=[]), MetaTensors(), ledger, passes.kernels:
+        layers = layers_as(config.distributed, model, passes.kernels)
+        with torch.random.fork_rng(devices=[]), layers, MetaTensors(), ledger, passes.kernels:
             ledger.reset()
             trainer.step(batch, passes)
             passed = ledger.live["gradient"], ledger.peak_other, ledger.peak, ledger.flops

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
+from villa.config.schema import DistributedConfig
+from villa.distributed.blocks import checkpoint_activations, repeated_blocks
 from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision, PrecisionName
 from villa.losses.base import Loss
@@ -59,6 +61,28 @@ class PlannedPasses(ModelPasses):
         """Back-propagate, and count it."""
         self.backwards += 1
         super().backward(loss, last=last)
+
+
+@contextmanager
+def layers_as(config: DistributedConfig, model: Model, kernels: Kernels) -> Iterator[None]:
+    """Within the context, layers keep what a recipe lets them keep, whatever a strategy has made of them.
+
+    A backward pass is outside of the kernels, so that layers that it computes again get theirs here. Compiled layers
+    are planned as if they were not.
+
+    Raises:
+        ConfigError: ``activation_checkpointing`` is not for this model.
+    """
+    blocks = repeated_blocks(model).values()
+    for block in blocks:
+        vars(block).pop("forward", None)
+    if config.activation_checkpointing:
+        checkpoint_activations(model, lambda: (nullcontext(), kernels))
+    try:
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
 
 
 class _PlannedPrecision(Precision):
