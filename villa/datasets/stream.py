@@ -17,6 +17,7 @@ from villa.datasets.samplers import Position, Sampler
 from villa.datasets.workers import TIMEOUT, Board, look_every, watched
 from villa.distributed.share import WHOLE, Share, Turn
 from villa.errors import VillaError
+from villa.signals import shield_worker
 
 Collate = Callable[[Sequence[Example]], Batch]
 T = TypeVar("T")
@@ -202,6 +203,7 @@ def _load(
         pin_memory=pin,
         collate_fn=_unchanged,
         timeout=look_every(board),
+        worker_init_fn=shield_worker,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
     )
     return watched(loader, board)
