@@ -101,7 +101,8 @@ def part_of(model: nn.Module, optimizer: Mapping[str, Tensor], share: Share, *, 
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     own = {name: state[name] for name in local if owners.get(name, share.rank) == share.rank}
     planner.set_up_planner(own, is_coordinator=True)
-    items = [item for item in planner.create_local_plan().items if share.rank == 0 or local[item.index.fqn].numel()]
+    kept = {name for name, part in local.items() if part.numel() or name in owners or share.rank == 0}
+    items = [item for item in planner.create_local_plan().items if item.index.fqn in kept]  # some have no rows
     tensors = {item.index.fqn: local[item.index.fqn] for item in items}
     index = {
         "format": _FORMAT,

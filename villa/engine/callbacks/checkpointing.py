@@ -45,6 +45,9 @@ class CheckpointCallback(Callback):
         sharded: every process writes what it has, instead of the main one all.
         asynchronous: write copies of the tensors in a thread while training goes on. The next checkpoint, a signal and
             the end wait for it. Processes agree between updates, never in the thread, that all of them are done.
+
+    Raises:
+        ConfigError: torch is too old for shards.
     """
 
     name = "checkpoint"
@@ -64,6 +67,8 @@ class CheckpointCallback(Callback):
         self.config_yaml, self.assets, self.provenance = config_yaml, assets, dict(provenance)
         self.sharded, self.asynchronous = sharded, asynchronous
         self._under_way: _UnderWay | None = None
+        if sharded:
+            import villa.engine.sharded_checkpoint  # noqa: F401 - a torch that is too old is refused now
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
         """Save when it is due; give a checkpoint that is complete its name."""
