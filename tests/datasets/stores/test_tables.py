@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from villa.datasets.stores import indexes, json_pieces, tables
-from villa.datasets.stores.json_pieces import MemoryFile, parse_pieces
+from villa.datasets.stores.json_pieces import MemoryFile, parse, pieces
 from villa.datasets.stores.tables import NotAnObjectError, WrongEntryError, read_names, read_numbers
 from villa.errors import DataError
 
@@ -34,10 +34,9 @@ def test_pieces_are_the_whole(value: dict[str, Any], piece: int, ascii_only: boo
         patch.setattr(json_pieces, "PIECE", piece)
         patch.setattr(json_pieces, "_TAIL", piece)
         data = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()
-        pieces = list(parse_pieces(io.BytesIO(data)))
-        assert [pair for part in pieces for pair in part] == list(value.items())
+        assert [pair for part in pieces(io.BytesIO(data)) for pair in parse(part)] == list(value.items())
         names = json.dumps(list(value), ensure_ascii=ascii_only, indent=indent).encode()
-        assert [name for part in parse_pieces(MemoryFile(memoryview(names))) for name in part] == list(value)
+        assert [name for part in pieces(MemoryFile(memoryview(names))) for name in parse(part)] == list(value)
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_values_and_names_that_are_wrong_are_told(small_pieces: Path, tmp_path: 
 def test_an_entry_without_an_end_is_an_error(small_pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_pieces, "LONGEST", 500)
     with pytest.raises(ValueError, match="no entry ends within 500 bytes"):
-        list(parse_pieces(io.BytesIO(b'{"' + b"a" * 2000)))
+        list(pieces(io.BytesIO(b'{"' + b"a" * 2000)))
 
 
 def numbers(count: int, add: int = 0) -> dict[str, int]:

@@ -18,11 +18,12 @@ from torch import Tensor
 from villa.datasets.stores.box_selection import BoxSelection, read_counts
 from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.stores.indexes import Built, indexed, remembered
-from villa.datasets.stores.json_pieces import MemoryFile, parse_pieces
+from villa.datasets.stores.json_columns import plain_list
+from villa.datasets.stores.json_pieces import MemoryFile, parse, pieces
 from villa.datasets.stores.keys import Keys
 from villa.datasets.stores.lmdb_env import DATA_FILE, LmdbReader
 from villa.datasets.stores.packed_arrays import Array, read_msgpack, read_npz
-from villa.datasets.stores.strings import CHUNK, Integers, Strings, StringsBuilder
+from villa.datasets.stores.strings import Integers, Strings, StringsBuilder
 from villa.datasets.stores.tables import Numbers, load_keys, store_keys
 from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.engine.progress import track
@@ -151,12 +152,9 @@ class ImageDatabase:
         return remembered(files, [str(self.boxes), len(self)], self._fingerprint)
 
     def _fingerprint(self) -> str:
-        names = self.names().sorted()
-        digest = hashlib.blake2b(f"{self.boxes}".encode() + self._reader.sample(names), digest_size=16)
-        counts = self.counts(names)
-        for start in range(0, len(names), CHUNK):
-            part = zip(names[start : start + CHUNK], counts[start : start + CHUNK].tolist(), strict=True)
-            digest.update("".join(f"{name}\0{count}\n" for name, count in part).encode())
+        names = self.names()
+        digest = hashlib.blake2b(f"{self.boxes}".encode() + self._reader.sample(self._names.by_hash()), digest_size=16)
+        digest.update(names.hashes_with(self.counts(names)).data)  # in their own order, for a list may have any
         return digest.hexdigest()
 
     @cached_property
@@ -168,13 +166,21 @@ class ImageDatabase:
     def _index_names(self, value: memoryview | None) -> Built:
         names = StringsBuilder()
         try:
-            for part in [list(self._keys())] if value is None else parse_pieces(MemoryFile(value)):
-                if not isinstance(part, list) or not all(isinstance(name, str) for name in part):
-                    raise self._unusable(NAMES_KEY, "it is not a JSON list of names")
-                names.extend(part)
+            if value is None:
+                names.extend(list(self._keys()))
+            for piece in pieces(MemoryFile(value)) if value is not None else ():
+                try:
+                    names.add(plain_list(piece))
+                except ValueError:
+                    names.extend(self._listed(parse(piece)))
             yield from store_keys(Keys.of(names.build())).items()
         except (ValueError, RecursionError) as error:
             raise self._unusable(NAMES_KEY, f"it is not a JSON list of names ({one_line(error)})") from error
+
+    def _listed(self, names: object) -> list[str]:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._unusable(NAMES_KEY, "it is not a JSON list of names")
+        return names
 
     @cached_property
     def _counts(self) -> Numbers:

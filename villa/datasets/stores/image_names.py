@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from villa.datasets.stores.keys import distinct
-from villa.datasets.stores.strings import Integers, Strings, StringsBuilder
+from villa.datasets.stores.strings import Integers, Strings, StringsBuilder, Texts
 
 #: Name of an example's image, or names of its images.
 Names = str | list[str]
@@ -128,6 +128,12 @@ class ImageNamesBuilder:
             self._sizes.append(np.ones(len(names), np.int32))
         self._names.extend(names)  # type: ignore[arg-type]
         self._listed.append(listed)
+
+    def add(self, names: Texts) -> None:
+        """Add further examples that have one name each."""
+        self._sizes.append(np.ones(len(names.sizes), np.int32))
+        self._names.add(names)
+        self._listed.append(np.zeros(len(names.sizes), np.bool_))
 
     def build(self) -> ImageNames:
         """Return the names; add no more."""

@@ -32,22 +32,21 @@ class MemoryFile:
         return bytes(self._data[self._at - size : self._at])
 
 
-def parse_pieces(file: BinaryIO | MemoryFile) -> Iterator[Any]:
-    """Parse an object, or a list of texts.
+def pieces(file: BinaryIO | MemoryFile) -> Iterator[bytes]:
+    """Cut up an object, or a list of texts.
 
     Args:
         file: JSON in UTF-8; anything of less than ``PIECE`` bytes may also be another value.
 
     Yields:
-        Parts of it in order: ``Pairs`` of an object (as are all objects within it), lists of a list.
+        Parts of it in order, each with brackets of its own; see ``parse``.
 
     Raises:
-        ValueError: it is not JSON, or an entry is longer than ``LONGEST``.
-        RecursionError: it is nested too deeply.
+        ValueError: it is neither of the two, or an entry is longer than ``LONGEST``.
     """
     buffer = file.read(PIECE)
     if len(buffer) < PIECE:
-        yield _parse(buffer)
+        yield buffer
         return
     start = buffer.lstrip()[:1]
     if start not in _ENDS:
@@ -56,16 +55,22 @@ def parse_pieces(file: BinaryIO | MemoryFile) -> Iterator[Any]:
     while more := file.read(PIECE):
         cut = _last_boundary(buffer, start)
         if cut is not None:
-            yield _parse(opening + buffer[:cut] + _ENDS[start])
+            yield opening + buffer[:cut] + _ENDS[start]
             opening, buffer = start, buffer[cut + 1 :]
         elif len(buffer) > LONGEST:
             raise ValueError(f"no entry ends within {LONGEST:,} bytes")
         buffer += more
-    yield _parse(opening + buffer)
+    yield opening + buffer
 
 
-def _parse(data: bytes) -> Any:
-    return json.loads(data, object_pairs_hook=tuple)
+def parse(piece: bytes) -> Any:
+    """Parse a piece: ``Pairs`` of an object (as are all objects within it), a list of a list.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(piece, object_pairs_hook=tuple)
 
 
 def _last_boundary(buffer: bytes, start: bytes) -> int | None:

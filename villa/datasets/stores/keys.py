@@ -40,6 +40,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def by_hash(self) -> Strings:
+        """Return the texts in the order of their hashes, which does not depend on their numbers."""
+        return self.texts.take((self.table & np.uint64(self._low)).astype(np.int64))
+
     def find(self, text: str) -> int | None:
         """Return a text's number, or None."""
         hashed = hash_text(text.encode("utf-8", "surrogatepass")) & ~self._low
@@ -111,15 +115,14 @@ def distinct(texts: Strings) -> tuple[Integers, Integers]:
     first = np.arange(len(texts), dtype=np.int32)  # of every text, the first one that equals it
     begins = _run_starts(table, low)
     runs = np.repeat((table[begins] & low).astype(np.int32), np.diff(np.append(begins, len(table))))
+    first[(table & low).astype(np.int32)] = runs
+    del table, runs
     others: dict[str, int] = {}
-    differing: list[int] = []
-    for start in range(0, len(table), CHUNK):
-        rows, leaders = (table[start : start + CHUNK] & low).astype(np.int64), runs[start : start + CHUNK]
-        equal = texts.same(rows, texts, leaders)
-        first[rows[equal]] = leaders[equal]
-        differing += rows[~equal].tolist()
-    for row in sorted(differing):  # those few whose hash is another text's
-        first[row] = others.setdefault(texts[row], row)
+    for start in range(0, len(texts), CHUNK):
+        rows = np.arange(start, min(start + CHUNK, len(texts)))
+        equal = texts.same(rows, texts, first[rows])
+        for row in rows[~equal].tolist():  # those few whose hash is another text's
+            first[row] = others.setdefault(texts[row], row)
     new = first == np.arange(len(texts), dtype=np.int32)
     return np.flatnonzero(new), (np.cumsum(new, dtype=np.int32) - 1)[first]
 

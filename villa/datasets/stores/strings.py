@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import overload
 
@@ -15,12 +16,23 @@ Hashes = npt.NDArray[np.uint64]
 
 #: Bytes behind the last text, so that whole words can be read anywhere.
 PADDING = 8
-#: Bytes of the longest text of those that are sorted without making objects of them.
-WIDEST = 64
 #: Texts that are worked on at a time.
 CHUNK = 1 << 18
 _FACTOR = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts, one after another.
+
+    Attributes:
+        data: their UTF-8 bytes.
+        sizes: bytes of each ``[N]`` int32.
+    """
+
+    data: Bytes
+    sizes: Integers
 
 
 class Strings(Sequence[str]):
@@ -52,20 +64,13 @@ class Strings(Sequence[str]):
 
     def compact(self) -> Strings:
         """Return a copy that holds no other text's bytes."""
-        return Strings.of(self)
-
-    def sorted(self) -> Strings:
-        """Return the texts in the order of their characters, which is that of their bytes."""
-        begins, sizes = self._spans(np.arange(len(self)))
-        longest = int(sizes.max(initial=0))
-        if longest > WIDEST or not self.data[:-PADDING].all():  # NumPy takes zeros at the end for no characters
-            order = np.array(sorted(range(len(self)), key=list(self).__getitem__), np.int64)
-        else:
-            table = np.zeros((len(self), -(-longest // 8) or 1), "<u8")
-            for number, (has, word) in enumerate(self._words(begins, sizes)):
-                table[has, number] = word
-            order = np.argsort(table.view(f"S{8 * table.shape[1]}")[:, 0], kind="stable")
-        return self.take(order)
+        builder = StringsBuilder()
+        for start in range(0, len(self), CHUNK):
+            begins, sizes = self._spans(np.arange(start, min(start + CHUNK, len(self))))
+            ends = np.cumsum(sizes)
+            places = np.arange(ends[-1]) + np.repeat(begins - (ends - sizes), sizes)
+            builder.add(Texts(self.data[places], sizes.astype(np.int32)))
+        return builder.build()
 
     def __len__(self) -> int:
         return len(self.bounds) - 1 if self.rows is None else len(self.rows)
@@ -115,6 +120,19 @@ class Strings(Sequence[str]):
             found[number] = _mix(found[number] ^ word)
         return found
 
+    def hashes_with(self, numbers: Integers) -> Hashes:
+        """Return, ascending, a hash of each text and its number: the same for the same pairs in any order.
+
+        Args:
+            numbers: one for each text.
+        """
+        found = numbers.astype(np.uint64)
+        for start in range(0, len(found), CHUNK):
+            part = found[start : start + CHUNK]
+            part[:] = _mix(self.hashes(start, start + len(part)) + _mix(part))
+        found.sort()
+        return found
+
     def same(self, rows: Integers, other: Strings, others: Integers) -> npt.NDArray[np.bool_]:
         """Say for pairs of texts ``[P]``, one of these and one of ``other``, whether they are equal."""
         begins, sizes = self._spans(rows)
@@ -160,6 +178,11 @@ class StringsBuilder:
     def __init__(self) -> None:
         self._data = bytearray()
         self._sizes: list[Integers] = []
+
+    def add(self, texts: Texts) -> None:
+        """Add texts."""
+        self._data += texts.data.data
+        self._sizes.append(texts.sizes)
 
     def extend(self, texts: Sequence[str]) -> None:
         """Add texts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from villa.datasets.stores.image_names import ImageNames, ImageNamesBuilder, Names
 from villa.datasets.stores.indexes import LARGE, Arrays, Built, indexed
-from villa.datasets.stores.json_pieces import PIECE, Pairs, parse_pieces
+from villa.datasets.stores.json_columns import plain_numbers, plain_texts
+from villa.datasets.stores.json_pieces import PIECE, Pairs, parse, pieces
 from villa.datasets.stores.keys import Found, Keys
 from villa.datasets.stores.strings import Integers, Strings, StringsBuilder
 from villa.engine.progress import track
@@ -183,7 +185,14 @@ def load_keys(arrays: Arrays) -> Keys:
 def _build_numbers(path: Path, least: int) -> Built:
     texts = StringsBuilder()
     values: list[Integers] = []
-    for pairs in _pairs(path):
+    for piece in _pieces(path):
+        with suppress(ValueError):
+            plain, numbers_cut = plain_numbers(piece)
+            if numbers_cut.min() >= least:
+                texts.add(plain)
+                values.append(numbers_cut)
+                continue
+        pairs = _pairs(piece)
         names, numbers = _columns(pairs)
         if {*map(type, numbers)} - {int} or min(numbers, default=least) < least or max(numbers, default=0) > _MOST:
             wrong = (pair for pair in pairs if type(pair[1]) is not int or not least <= pair[1] <= _MOST)
@@ -196,7 +205,13 @@ def _build_numbers(path: Path, least: int) -> Built:
 
 def _build_names(path: Path) -> Built:
     texts, names = StringsBuilder(), ImageNamesBuilder()
-    for pairs in _pairs(path):
+    for piece in _pieces(path):
+        with suppress(ValueError):
+            plain_keys, plain_names = plain_texts(piece)
+            texts.add(plain_keys)
+            names.add(plain_names)
+            continue
+        pairs = _pairs(piece)
         keys, values = _columns(pairs)
         if {*map(type, values)} - {str}:
             wrong = next((pair for pair in pairs if type(pair[1]) is not str and not _are_texts(pair[1])), None)
@@ -220,17 +235,21 @@ def _columns(pairs: Pairs) -> tuple[Sequence[str], Sequence[Any]]:
     return names, values
 
 
-def _pairs(path: Path) -> Iterator[Pairs]:
-    """Yield an object in pieces, with a progress bar if it is large."""
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Cut up a file, with a progress bar if it is large."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        pieces = parse_pieces(file)
+        parts = pieces(file)
         if size >= LARGE:
-            pieces = track(pieces, f"index {path.name}, at the first start only", -(-size // PIECE))
-        for piece in pieces:
-            if not isinstance(piece, tuple):
-                raise NotAnObjectError(type(piece).__name__)
-            yield piece
+            parts = track(parts, f"index {path.name}, at the first start only", -(-size // PIECE))
+        yield from parts
+
+
+def _pairs(piece: bytes) -> Pairs:
+    parsed = parse(piece)
+    if not isinstance(parsed, tuple):
+        raise NotAnObjectError(type(parsed).__name__)
+    return parsed
 
 
 def _are_texts(value: object) -> bool:

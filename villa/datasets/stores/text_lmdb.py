@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lz4.frame
 import msgpack
+import numpy as np
 
 from villa.datasets.stores.image_names import ImageNames
-from villa.datasets.stores.indexes import remembered
 from villa.datasets.stores.lmdb_env import LmdbReader
-from villa.datasets.stores.strings import CHUNK, Strings
+from villa.datasets.stores.strings import Strings
 from villa.datasets.stores.tables import (
     UNREADABLE,
     NamesOfTexts,
@@ -170,20 +170,15 @@ class TextDatabase:
 
     def fingerprint(self) -> str:
         """Hash the lists of examples and some examples: equal on all machines that hold the same data."""
-        kinds = [kind for kind in ("", "qa", "qar") if (self.path / self._lengths_file(kind)).exists()]
-        lists = {kind: self.lengths(kind) for kind in kinds}
-        samples = {kind: self._reader.sample(lengths.texts) for kind, lengths in lists.items()}
-
-        def compute() -> str:
-            digest = hashlib.blake2b(digest_size=16)
-            for kind, lengths in lists.items():
+        digest = hashlib.blake2b(digest_size=16)
+        for kind in ("", "qa", "qar"):
+            if (self.path / self._lengths_file(kind)).exists():
+                lengths = self.lengths(kind)
                 digest.update(f"{kind}\0".encode())
-                for part in _json_pieces(lengths):
-                    digest.update(part)
-                digest.update(samples[kind])
-            return digest.hexdigest()
-
-        return remembered([self.path / self._lengths_file(kind) for kind in kinds], samples, compute)
+                digest.update(lengths.texts.digest or b"")
+                digest.update(np.ascontiguousarray(lengths.values_array, "<i4").data)
+                digest.update(self._reader.sample(lengths.texts))
+        return digest.hexdigest()
 
     def _lengths_file(self, kind: str) -> str:
         return "id2len" + (f"_{kind}" if kind else "") + (f".{self.subset}" if self.subset else "") + ".json"
@@ -227,17 +222,6 @@ def check_meta(meta: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where}: v_range is {bounds!r:.40}; it must be two ids, [first, end]")
     if not 0 <= bounds[0] < bounds[1]:
         raise DataError(f"{where}: v_range {bounds} is empty; its end must be above its first id")
-
-
-def _json_pieces(lengths: Numbers) -> Iterator[bytes]:
-    """Yield what ``json.dumps`` makes of numbers by name, in pieces."""
-    yield b"{"
-    for start in range(0, len(lengths), CHUNK):
-        part = dict(
-            zip(lengths.texts[start : start + CHUNK], lengths.values_array[start : start + CHUNK].tolist(), strict=True)
-        )
-        yield (", " if start else "").encode() + json.dumps(part)[1:-1].encode()
-    yield b"}"
 
 
 def _are_texts(value: object) -> bool:
