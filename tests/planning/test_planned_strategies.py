@@ -16,7 +16,8 @@ def test_sharding_divides_what_is_held() -> None:
     assert many.optimizer == one.optimizer / 64
     # K passes: gradients are whole until the last one.
     assert two.gradients == one.gradients == counted.gradients
-    assert two.gathered == gathered_bytes(model) > 0 == one.gathered
+    assert two.gathered == one.gathered == gathered_bytes(model) > 0
+    assert rank_memory(counted, model, "fairscale_fsdp", 1).gathered == 0
     shared = rank_memory(counted, model, "fairscale_sdp", 4)
     assert (shared.parameters, shared.optimizer) == (counted.parameters, counted.optimizer / 4)
 
@@ -27,6 +28,8 @@ def test_one_backward_pass_shards_gradients_too() -> None:
     counted = count(config, model, batch_of())
     assert rank_memory(counted, model, "fsdp", 4).gradients == counted.gradients / 4
     assert rank_memory(counted, model, "fsdp", 4, several=True).gradients == counted.gradients
+    assert rank_memory(counted, model, "fsdp", 4, several=True, each_pass=True).gradients == counted.gradients / 4
+    assert rank_memory(counted, model, "ddp", 4, several=True, each_pass=True).gradients == counted.gradients
 
 
 def test_ddp_sends_copies_of_the_gradients() -> None:

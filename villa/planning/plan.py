@@ -43,12 +43,14 @@ class Plan:
         parts: its objectives, or its task alone.
         strategy: of parallel training.
         processes: how many share an update.
+        each_pass: whether gradients are reduced with every backward pass.
     """
 
     model: nn.Module
     parts: Sequence[Part]
     strategy: Strategy = "single"
     processes: int = 1
+    each_pass: bool = False
 
     @property
     def memory(self) -> RankMemory:
@@ -85,7 +87,8 @@ class Plan:
 
     def _memory(self, part: Part) -> RankMemory:
         several = math.ceil(part.sample.micro_batches / self.processes) > 1
-        return rank_memory(part.counted, self.model, self.strategy, self.processes, several=several)
+        given = part.counted, self.model, self.strategy, self.processes
+        return rank_memory(*given, several=several, each_pass=self.each_pass)
 
     def _by_objective(self) -> str:
         if len(self.parts) == 1:
@@ -115,4 +118,4 @@ def make_plan(
         processes: how many share an update.
     """
     parts = [Part(sample, count(config, model, sample.batch, device)) for sample in found]
-    return Plan(model, parts, strategy, processes)
+    return Plan(model, parts, strategy, processes, config.distributed.reduce_each_pass)

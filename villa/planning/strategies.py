@@ -40,14 +40,20 @@ class RankMemory:
 
 
 def rank_memory(
-    counted: Counted, model: nn.Module, strategy: Strategy = "single", processes: int = 1, *, several: bool = False
+    counted: Counted,
+    model: nn.Module,
+    strategy: Strategy = "single",
+    processes: int = 1,
+    *,
+    several: bool = False,
+    each_pass: bool = False,
 ) -> RankMemory:
     """Return what a rank needs.
 
     - ``ddp``: everything; at the end of the last backward pass, gradients a second time, in the parts that are sent.
     - ``fsdp``, ``fairscale_fsdp``: 1 / processes of parameters and optimiser state, and layers that are gathered. Of
       gradients, too, where an update has one backward pass; where it has several (K passes, accumulation), they are
-      reduced with the last one and whole until then.
+      reduced with the last one and whole until then, unless ``each_pass``.
     - ``fairscale_sdp``: everything but the optimiser's state, of which it is 1 / processes.
 
     Args:
@@ -56,6 +62,7 @@ def rank_memory(
         strategy: of ``distributed.strategy``.
         processes: how many share the work.
         several: whether a rank has several micro-batches an update.
+        each_pass: ``distributed.reduce_each_pass``.
 
     Raises:
         ConfigError: an unknown strategy, or several processes with ``single``.
@@ -65,14 +72,17 @@ def rank_memory(
     part = 1 / processes if sharded else 1.0
     optimizer_part = 1.0 if strategy in ("single", "ddp") else 1 / processes
     several = several or counted.backwards > 1
-    gradients = counted.gradients * (1.0 if several else part)
+    whole = several and not (sharded and each_pass)
+    gradients = counted.gradients * (1.0 if whole else part)
     passes = counted.activations + gradients if several or sharded else float(counted.passes)
-    gathered = float(gathered_bytes(model) if sharded and processes > 1 else 0)
+    gathers = sharded and (processes > 1 or strategy == "fsdp")  # which does so on one process, too
+    gathered = float(gathered_bytes(model) if gathers else 0)
     if strategy == "ddp" and processes > 1:
         gathered = counted.gradients
         passes = max(passes, 2.0 * counted.gradients + counted.batch)
-    elif sharded:
-        passes += gathered
+    elif gathers:
+        rest = bytes_of(model) - sum(layer_bytes(model))
+        passes = max(passes + gathered, gradients + 3 * rest + counted.batch)
     step = counted.gradients * part + counted.step * optimizer_part + counted.batch
     parameters, optimizer = counted.parameters * part, counted.optimizer * optimizer_part
     peak = parameters + optimizer + max(passes, step)
@@ -83,7 +93,8 @@ def gathered_bytes(model: nn.Module) -> int:
     """Bytes of whole parameters and gradients of layers that a rank of a fully sharded strategy holds during a pass.
 
     A layer is gathered while the one before runs, and its gradient is whole until it is sent: three times the largest
-    layer. What is in no layer (embeddings, heads) is gathered for the whole pass.
+    layer. What is in no layer (embeddings, heads) is gathered for the whole pass; at its end, when activations are
+    gone, there are its gradient and the message made of it besides.
     """
     layers = layer_bytes(model)
     return bytes_of(model) - sum(layers) + 3 * max(layers, default=0)

@@ -1,0 +1,128 @@
+"""Planning a recipe on many GPUs: memory of a rank by strategy, and what bounds the time of an update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from villa.planning.measure import Counted
+from villa.planning.plan import Part, Plan
+from villa.planning.strategies import FULLY_SHARDED, RankMemory, Strategy, layer_bytes, rank_memory
+
+#: Bytes of a number of a stored region feature: the released databases hold fp16.
+_STORED = 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is assumed about the machines. Rates are those of one GPU.
+
+    Attributes:
+        flops: FLOP/s that training reaches; by default 40 % of the 312 TFLOP/s of an A100 in bf16 (data sheet).
+        inside: bytes/s that it sends to GPUs of its node; by default 300 GB/s (NVLink of an A100, data sheet: 600 GB/s
+            in both directions together).
+        between: bytes/s that it sends to other nodes; by default 25 GB/s (InfiniBand HDR of 200 Gbit/s for each GPU).
+        per_node: GPUs of a node.
+    """
+
+    flops: float = 0.4 * 312e12
+    inside: float = 300e9
+    between: float = 25e9
+    per_node: int = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe on so many GPUs under a strategy.
+
+    Attributes:
+        gpus: how many; one rank each.
+        strategy: of parallel training.
+        memory: of a rank.
+        micro_batches: that a rank runs in an update.
+        examples: of a micro-batch, on average over objectives.
+        compute: seconds of an update for operations.
+        sent: bytes that a rank sends in an update.
+        link: seconds that sending takes.
+        features: bytes/s of region features that all ranks together have to read.
+    """
+
+    gpus: int
+    strategy: Strategy
+    memory: RankMemory
+    micro_batches: int
+    examples: float
+    compute: float
+    sent: float
+    link: float
+    features: float
+
+    @property
+    def seconds(self) -> float:
+        """Of an update where sending is hidden behind computing, as far as that takes."""
+        return max(self.compute, self.link)
+
+    @property
+    def bound(self) -> str:
+        """What takes longer."""
+        return "link" if self.link > self.compute else "compute"
+
+
+def row(plan: Plan, strategy: Strategy, gpus: int, cluster: Cluster, image_bytes: float) -> Row:
+    """Return what a recipe needs on so many GPUs.
+
+    Where an update has fewer micro-batches than there are GPUs, these are taken to be cut so that each GPU has one
+    (``batch.per_pass``): activations and operations shrink in proportion.
+
+    Args:
+        plan: of one process.
+        strategy: of parallel training.
+        gpus: how many.
+        cluster: the machines.
+        image_bytes: stored features of an example.
+    """
+    cut = min(1.0, min(part.sample.micro_batches for part in plan.parts) / gpus)
+    turns = [math.ceil(part.sample.micro_batches / gpus) for part in plan.parts]
+    memories = []
+    compute = sent = examples = 0.0
+    for part, count in zip(plan.parts, turns, strict=True):
+        counted, weight = _cut(part.counted, cut), part.sample.weight
+        memory = rank_memory(counted, plan.model, strategy, gpus, several=count > 1, each_pass=plan.each_pass)
+        memories.append(memory)
+        compute += weight * count * counted.flops / cluster.flops
+        sent += weight * _sent(plan, strategy, gpus, part, count)
+        examples += weight * len(part.sample.batch) * cut
+    link = sent / (cluster.inside if gpus <= cluster.per_node else cluster.between)
+    largest = max(memories, key=lambda memory: memory.peak)
+    read = gpus * max(turns) * examples * image_bytes / max(compute, link)
+    return Row(gpus, strategy, largest, max(turns), examples, compute, sent, link, read)
+
+
+def stored_bytes(regions: int, width: int) -> float:
+    """Bytes of the stored features of an image."""
+    return float(regions * width * _STORED)
+
+
+def _cut(counted: Counted, part: float) -> Counted:
+    """The same for a part of the micro-batch; what grows with it is taken to be in proportion."""
+    scaled = {name: round(part * getattr(counted, name)) for name in ("activations", "batch", "flops")}
+    passes = max(counted.passes - counted.activations, 0) + scaled["activations"]
+    return replace(counted, **scaled, passes=passes)
+
+
+def _sent(plan: Plan, strategy: Strategy, gpus: int, part: Part, micro_batches: int) -> float:
+    """Bytes that a rank sends in an update.
+
+    Ring collectives (Patarasuk and Yuan, 2009) send (n - 1) / n of a tensor to gather it or to reduce and scatter it,
+    and twice as much to reduce it for all. ``ddp`` and ``fairscale_sdp`` do the last with the gradients once an update
+    (the second reduces them to their owners and sends the parameters back). Fully sharded strategies gather a layer
+    whenever it is used, what is in no layer once a forward pass, and scatter the gradients once an update, or with
+    each backward pass.
+    """
+    counted, ring = part.counted, (gpus - 1) / gpus
+    if strategy not in FULLY_SHARDED:
+        return 2 * ring * counted.gradients
+    layers = sum(layer_bytes(plan.model))
+    gathered = layers * counted.uses + (counted.parameters - layers) * counted.forwards
+    reductions = micro_batches * counted.backwards if plan.each_pass else 1
+    return ring * (micro_batches * gathered + reductions * counted.gradients)
