@@ -1,8 +1,12 @@
 """Launchers without a cluster: what they ask for, what they refuse, and processes of this machine."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,8 @@ import pytest
 from villa.cli.run import main
 from villa.errors import ConfigError
 from villa.launch.base import Request
+from villa.launch.folder import job_folders
+from villa.launch.local import _python
 from villa.launch.slurm import SlurmConfig
 
 ROOT = Path(__file__).parents[2]
@@ -96,5 +102,45 @@ def test_a_failing_run_fails_the_command(tmp_path: Path, capfd: pytest.CaptureFi
     folder = tmp_path / "out"
     assert main([*RECIPE, f"output_dir={folder}", "launcher=local", "optimizer.lr=1e30"]) == 1
     out = capfd.readouterr().out
+    assert "\nvilla_run: error: update" in out
     assert f"failed; its logs: {folder}/jobs/" in out
-    assert "villa_run: error: update" in "".join(path.read_text() for path in folder.glob("jobs/*/*_log.*"))
+    assert "Traceback" not in out
+    assert "submitit" not in out
+
+
+def test_ctrl_c_in_a_terminal_ends_a_followed_run_in_order(tmp_path: Path) -> None:
+    """It reaches all processes at once, and submitit's, left alone, would kill the run's."""
+    folder = tmp_path / "out"
+    long = ["training.updates=100000", "checkpoint.every=1", "evaluation.every=null"]
+    local = ["launcher=local", "launcher.processes=2", "distributed.strategy=ddp"]
+    command = [sys.executable, "-m", "villa.cli.run", *RECIPE, f"output_dir={folder}", *long, *local]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/update_*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "ended by SIG" in printed
+    assert "KeyboardInterrupt" not in printed
+    with pytest.raises(ProcessLookupError):  # none of its processes is left
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("visible", [None, "", "1,0"])
+def test_processes_of_this_machine_see_the_gpus_that_the_command_sees(
+    visible: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(name, visible)
+    command = [*shlex.split(_python()), "-c", f"import os; print(repr(os.environ.get({name!r})))"]
+    done = subprocess.run(command, env={**os.environ, name: "changed"}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == repr(visible)
+
+
+def test_nobody_can_put_a_pickle_where_a_job_will_look(tmp_path: Path) -> None:
+    first, second = job_folders(tmp_path), job_folders(tmp_path)
+    assert first != second
+    assert first.parent.parent == second.parent.parent == tmp_path

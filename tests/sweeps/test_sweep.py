@@ -112,9 +112,20 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path: Path, capsy
     assert fine["ended"] == "1"
 
 
+def test_a_run_may_have_several_processes(tmp_path: Path) -> None:
+    """The sweep waits for them whatever the launcher would do by itself."""
+    folder = tmp_path / "out"
+    local = ["launcher=local", "launcher.processes=2", "launcher.follow=false"]
+    assert sweep(folder, *local, "distributed.strategy=ddp", "batch.per_pass=8", "--sweep", "seed=1") == 0
+    assert "on 2 processes (ddp)" in (folder / "logs" / "seed=1.log").read_text()
+    assert rows(folder / "table.csv")[0]["ended"] == "1"
+    assert len(list((folder / "seed=1" / "jobs").glob("*/*_log.out"))) == 2
+
+
 @pytest.mark.parametrize(
     ("extra", "problem"),
     [
+        (["--sweep", "seed=1,2", "launcher=local", "launcher.processes=2"], "set distributed.strategy=ddp or fsdp"),
         (["--sweep", "trainer=standard,vila"], "run trainer=vila"),
         (["--sweep", "seed"], "is not of the form option=value,value,..."),
         (["--sweep", "seed=1", "--at-once", "0"], "--at-once 0 is too few"),

@@ -35,14 +35,9 @@ def _main(argv: Sequence[str]) -> int:
         return _show(help_text(options.values))
     if options.list is not None:
         return _list(options.list, options.values)
-    return _recipe(options) if options.sweep is None else _sweep(options)
-
-
-def _recipe(options: argparse.Namespace) -> int:
-    """Show or run what the recipe says."""
     from villa.distributed.joining import run_joined
 
-    return run_joined(lambda: _run(options))
+    return run_joined(lambda: _run(options) if options.sweep is None else _sweep(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -61,12 +56,12 @@ def _run(options: argparse.Namespace) -> int:
         from villa.planning.dry_run import dry_run
 
         return _show("".join(f"{line}\n" for line in dry_run(options.values)))
-    from villa.launch.base import Launcher, Request
-    from villa.registry import LAUNCHERS
+    from villa.launch.base import Request, launcher_of
 
-    chosen = stages[0].config.launcher
-    launcher: Launcher = LAUNCHERS.get(chosen.name)(chosen)
-    return launcher.launch(Request(tuple(options.values), [stage.config for stage in stages]))
+    chosen = stages[0].config
+    if chosen.launcher.name != "inline":
+        _refuse_several(f"launcher={chosen.launcher.name}")
+    return launcher_of(chosen).launch(Request(tuple(options.values), [stage.config for stage in stages]))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -79,7 +74,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--list", nargs="?", const="all")
     parser.add_argument("--sweep", nargs="+")
-    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--at-once", type=int)
     return parser.parse_intermixed_args(list(argv))
 
 
@@ -90,10 +85,25 @@ def _sweep(options: argparse.Namespace) -> int:
 
     if options.print_config or options.perturbation_points or options.dry_run:
         raise ConfigError("--sweep trains; leave it out to look at one recipe")
+    _refuse_several("--sweep")
     sweep = Sweep(options.values, [parse_axis(argument) for argument in options.sweep])
     code = sweep.run(options.at_once)
-    sweep.report()
+    if any(run.finished for run in sweep.runs):
+        sweep.report()
     return code
+
+
+def _refuse_several(what: str) -> None:
+    """Refuse to start runs from each of several processes that torchrun has started."""
+    from villa.distributed.environment import Place
+    from villa.errors import ConfigError
+
+    count = Place.read(os.environ).world_size
+    if count > 1:
+        raise ConfigError(
+            f"{what} starts processes itself, but this is one of {count} (WORLD_SIZE); start it without torchrun, and "
+            f"give launcher=local launcher.processes={count} for runs of {count} processes"
+        )
 
 
 def _list(kind: str, values: Sequence[str]) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from villa.config.schema import RunConfig
 from villa.errors import ConfigError
+from villa.registry import LAUNCHERS
 
 
 @dataclass
@@ -36,6 +38,12 @@ class Request:
         kept = (text for text in self.arguments if not text.startswith(("launcher=", "launcher.")))
         return (*kept, "launcher=inline", "checkpoint.resume=true")
 
+    @property
+    def folder(self) -> Path:
+        """Folder of the run: its ``output_dir``, or the one that those of all stages are below."""
+        first = Path(self.configs[0].output_dir)
+        return first if len(self.configs) == 1 else first.parent
+
     def check_processes(self, count: int) -> None:
         """Refuse several processes for a recipe of one.
 
@@ -62,6 +70,13 @@ class Launcher(ABC):
     def __init__(self, config: Any = None) -> None:
         self.config = config if config is not None else self.Config()
 
+    def check(self, request: Request) -> None:  # noqa: B027 (not every launcher has something to refuse)
+        """Refuse what cannot run there, before anything is written or started.
+
+        Raises:
+            ConfigError: saying why.
+        """
+
     @abstractmethod
     def launch(self, request: Request) -> int:
         """Run it, or hand it over; return the exit code.
@@ -69,3 +84,39 @@ class Launcher(ABC):
         Raises:
             ConfigError: it cannot run there.
         """
+
+
+class Queue(Launcher):
+    """A launcher that hands runs over to a queue, which starts them some time, and many of them as one array."""
+
+    @property
+    @abstractmethod
+    def follow(self) -> bool:
+        """Whether to wait until they have ended."""
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request], folder: Path, at_once: int | None) -> list[str]:
+        """Hand runs over, and return the ids of their jobs.
+
+        Args:
+            requests: the runs.
+            folder: of what the jobs leave besides the runs' own folders.
+            at_once: how many of them may run at once; None leaves it to the queue.
+
+        Raises:
+            ConfigError: the queue refuses them; nothing was submitted.
+        """
+
+    @abstractmethod
+    def alive(self) -> frozenset[str]:
+        """Return the ids of the user's jobs that wait or run.
+
+        Raises:
+            ConfigError: the queue does not answer.
+        """
+
+
+def launcher_of(config: RunConfig) -> Launcher:
+    """Return the launcher that a recipe names."""
+    made: Launcher = LAUNCHERS.get(config.launcher.name)(config.launcher)
+    return made

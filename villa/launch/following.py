@@ -2,44 +2,119 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from villa.launch.folder import link_logs
+from villa.launch.logs import Log
 
 if TYPE_CHECKING:
     from submitit import Job
 
-#: Seconds between looks.
-_PAUSE = 0.5
+#: Seconds between looks; between reminders of a signal; and until the results of ended processes are on the disk.
+_PAUSE, _REMINDER, _GRACE = 0.5, 5.0, 10.0
+#: How many lines of a failed process are shown.
+_LAST_LINES = 10
 
 
-def follow(job: Job[Any]) -> int:
-    """Show what a job's first process prints until the job has ended; return 0, or 1 if it failed.
+def see_off(job: Job[Any], jobs: Path, started: str, *, follow: bool, local: bool = False) -> int:
+    """Say that a job was started, and show what its first process prints until it has ended if asked to.
 
-    Ctrl-C stops following; the job goes on.
+    Args:
+        job: the job.
+        jobs: folder of the run's jobs.
+        started: what to say: ``submitted job``.
+        follow: whether to wait.
+        local: whether the job is a process of this machine, which signals to this one end in order; otherwise Ctrl-C
+            stops following, and the job goes on.
+
+    Returns:
+        0, 1 if it failed, or 128 + the number of the signal that ended it.
     """
-    shown = 0
-    try:
-        while not job.done():
-            shown = _show(job, shown)
-            time.sleep(_PAUSE)
-    except KeyboardInterrupt:
-        print(f"\njob {job.job_id} goes on; its log: {job.paths.stdout}", flush=True)
+    log = link_logs(jobs, job)
+    print(f"{started} {job.job_id}; its log: {log}", flush=True)
+    if not follow:
         return 0
-    _show(job, shown)
-    if job.exception() is None:
+    if local:
+        with _passing_on(int(job.job_id)) as received:
+            _follow(job, Log(log), received)
+        if received:
+            return 128 + received[0]
+    else:
+        try:
+            _follow(job, Log(log), [])
+        except KeyboardInterrupt:
+            print(f"\njob {job.job_id} goes on; its log: {log}", flush=True)
+            return 0
+    failed = first_to_fail(job)
+    if failed is None:
         return 0
-    print(f"job {job.job_id} failed; its logs: {job.paths.stdout.parent}", flush=True)
+    if failed.task_id:
+        for line in Log(failed.paths.stdout).new_lines(last=True)[-_LAST_LINES:]:
+            print(f"  rank {failed.task_id}: {line}")
+    print(f"job {job.job_id} failed; its logs: {log.parent}", flush=True)
     return 1
 
 
-def _show(job: Job[Any], shown: int) -> int:
-    path = job.paths.stdout
-    if not path.is_file():
-        return shown
-    with path.open("rb") as log:
-        log.seek(shown)
-        text = log.read()
-    sys.stdout.write(text.decode(errors="replace"))
-    sys.stdout.flush()
-    return shown + len(text)
+def _follow(job: Job[Any], log: Log, received: list[int]) -> None:
+    reminded = time.monotonic()
+    ended = False
+    while not ended:
+        ended = job.done()
+        for line in log.new_lines(last=ended):
+            print(line, flush=True)
+        if received and time.monotonic() > reminded + _REMINDER:  # a process that was just starting did not listen yet
+            reminded = time.monotonic()
+            _terminate(int(job.job_id))
+        time.sleep(0 if ended else _PAUSE)
+
+
+@contextmanager
+def _passing_on(process: int) -> Iterator[list[int]]:
+    """Let SIGTERM and SIGINT to this process end a local job; yield the list of those that have come."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        _terminate(process)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _terminate(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
+def first_to_fail(job: Job[Any]) -> Job[Any] | None:
+    """Return the process of an ended job whose log says why it failed, or None where all ended well.
+
+    That is the one that reports the error for all of them; where none does, the first one that left a result; and
+    where none did, the first one.
+    """
+    ranks = [job.task(number) for number in range(job.num_tasks)]
+    end = time.monotonic() + _GRACE
+    while not all(rank.paths.result_pickle.exists() for rank in ranks) and time.monotonic() < end:
+        time.sleep(_PAUSE)
+    failed = [rank for rank in ranks if not rank.paths.result_pickle.exists() or rank.exception() is not None]
+    return min(failed, key=lambda rank: (not _reports(rank), _ended(rank)), default=None)
+
+
+def _reports(rank: Job[Any]) -> bool:
+    return any(line.startswith("villa_run: error: ") for line in Log(rank.paths.stdout).new_lines(last=True))
+
+
+def _ended(rank: Job[Any]) -> float:
+    path = rank.paths.result_pickle
+    return path.stat().st_mtime if path.exists() else float("inf")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from villa.errors import ConfigError
 from villa.launch.base import Launcher, LauncherConfig, Request
-from villa.launch.folder import prepare
-from villa.launch.following import follow
+from villa.launch.folder import job_folders, prepare
+from villa.launch.following import see_off
 from villa.launch.job import RunJob
 from villa.registry import register_launcher
 
 #: Minutes after which submitit ends the processes; it wants a number.
 _YEAR = 365 * 24 * 60
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass
@@ -37,19 +44,48 @@ class Local(Launcher):
     Config: ClassVar[type[LauncherConfig]] = LocalConfig
     config: LocalConfig
 
+    def check(self, request: Request) -> None:
+        """Refuse fewer than one process, and several for a recipe of one.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if self.config.processes < 1:
+            raise ConfigError(f"launcher.processes={self.config.processes} is too small; give at least 1")
+        request.check_processes(self.config.processes)
+
     def launch(self, request: Request) -> int:
         """Start the processes, and follow them unless told not to.
 
         Raises:
-            ConfigError: fewer than one process.
+            ConfigError: as for ``check``.
         """
         from submitit import LocalExecutor
 
-        if self.config.processes < 1:
-            raise ConfigError(f"launcher.processes={self.config.processes} is too small; give at least 1")
-        request.check_processes(self.config.processes)
-        executor = LocalExecutor(prepare(request) / "%j")
-        executor.update_parameters(tasks_per_node=self.config.processes, timeout_min=_YEAR)
-        job = executor.submit(RunJob(request.inner))
-        print(f"started process group {job.job_id}; its log: {job.paths.stdout}", flush=True)
-        return follow(job) if self.config.follow else 0
+        self.check(request)
+        jobs = prepare(request)
+        executor = LocalExecutor(job_folders(jobs), python=_python())
+        executor.update_parameters(tasks_per_node=self.config.processes, timeout_min=_YEAR, stderr_to_stdout=True)
+        with _out_of_reach():
+            job = executor.submit(RunJob(request.inner))
+        return see_off(job, jobs, "started process group", follow=self.config.follow, local=True)
+
+
+def _python() -> str:
+    """The command of Python; submitit would hide all GPUs, and what starts several processes may choose among them."""
+    visible = os.environ.get(_GPUS)
+    return shlex.join(["env", *(["-u", _GPUS] if visible is None else [f"{_GPUS}={visible}"]), sys.executable])
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Let what is started within ignore SIGINT.
+
+    A terminal sends it to all processes at once, and submitit's would kill the run's a second later; this process tells
+    them to end instead.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from villa.errors import ConfigError
-from villa.launch.base import Launcher, LauncherConfig, Request
-from villa.launch.folder import prepare
-from villa.launch.following import follow
+from villa.launch.base import LauncherConfig, Queue, Request
+from villa.launch.folder import job_folders, link_logs, prepare
+from villa.launch.following import see_off
 from villa.launch.job import RunJob
+from villa.launch.slurm_commands import jobs_alive, reason, try_submission
 from villa.registry import register_launcher
+
+if TYPE_CHECKING:
+    from submitit import Job
+
+#: States of a job that SLURM does nothing about any more.
+_ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+    "TIMEOUT",
+)
 
 
 @dataclass
@@ -90,11 +107,27 @@ class SlurmConfig(LauncherConfig):
 
 
 @register_launcher("slurm")
-class Slurm(Launcher):
-    """Hands the run over to SLURM."""
+class Slurm(Queue):
+    """Hands runs over to SLURM."""
 
     Config: ClassVar[type[LauncherConfig]] = SlurmConfig
     config: SlurmConfig
+
+    @property
+    def follow(self) -> bool:
+        """Whether to wait until they have ended."""
+        return self.config.follow
+
+    def check(self, request: Request) -> None:
+        """Refuse numbers that make no sense, and a machine without SLURM.
+
+        Raises:
+            ConfigError: saying why.
+        """
+        self.config.check()
+        request.check_processes(self.config.processes)
+        if shutil.which("sbatch") is None:
+            raise ConfigError("launcher=slurm needs sbatch, which is not installed here; start it on a login node")
 
     def launch(self, request: Request) -> int:
         """Submit the run, print the job's id, and follow it if asked to.
@@ -102,38 +135,41 @@ class Slurm(Launcher):
         Raises:
             ConfigError: there is no SLURM here, or it would refuse the job.
         """
-        from submitit import SlurmExecutor
+        self.check(request)
+        try_submission(self.config.parameters())
+        jobs = prepare(request)
+        (job,) = self._submit([request], jobs)
+        return see_off(job, jobs, "submitted job", follow=self.config.follow)
 
-        self.config.check()
-        request.check_processes(self.config.processes)
-        if shutil.which("sbatch") is None:
-            raise ConfigError("launcher=slurm needs sbatch, which is not installed here; start it on a login node")
-        parameters = self.config.parameters()
-        _try(parameters)
-        folder = prepare(request)
-        executor = SlurmExecutor(folder / "%j", max_num_timeout=self.config.restarts)
+    def submit(self, requests: Sequence[Request], folder: Path, at_once: int | None) -> list[str]:
+        """See the base class; several runs are one job array."""
+        array = f"0-{len(requests) - 1}%{at_once or len(requests)}"
+        try_submission(self.config.parameters() | ({"array": array} if len(requests) > 1 else {}))
+        folders = [prepare(request) for request in requests]
+        jobs = self._submit(requests, folder, at_once)
+        for own, job in zip(folders, jobs, strict=True):
+            link_logs(own, job)
+        return [job.job_id for job in jobs]
+
+    def _submit(self, requests: Sequence[Request], folder: Path, at_once: int | None = None) -> list[Job[int]]:
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = SlurmExecutor(job_folders(folder), max_num_timeout=self.config.restarts)
         executor.update_parameters(
-            **parameters,
-            job_name=request.configs[-1].name,
+            **self.config.parameters(),
+            job_name=requests[0].configs[-1].name,
             signal_delay_s=self.config.signal_s,
             stderr_to_stdout=True,
             additional_parameters={"requeue": True},
+            array_parallelism=at_once or len(requests),
         )
-        job = executor.submit(RunJob(request.inner))
-        print(f"submitted job {job.job_id}; its log: {job.paths.stdout}", flush=True)
-        return follow(job) if self.config.follow else 0
+        try:
+            with executor.batch():
+                return [executor.submit(RunJob(request.inner)) for request in requests]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise ConfigError(f"SLURM refuses the job ({reason(str(error))}); change launcher.*") from error
 
-
-def _try(parameters: dict[str, Any]) -> None:
-    """Ask SLURM whether it would take such a job."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
-    command = ["sbatch", "--test-only", *options, "--wrap=true"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError("SLURM does not answer within a minute; try again, or ask its administrator") from error
-    if found.returncode:
-        said = found.stderr.strip().splitlines()
-        reason = re.sub(r"^(sbatch: error: |allocation failure: )+", "", said[-1] if said else "it does not say why")
-        given = " ".join(options)
-        raise ConfigError(f"SLURM refuses the job ({reason}); change launcher.* (it was asked for {given})")
+    def alive(self) -> frozenset[str]:
+        """See the base class."""
+        return jobs_alive()

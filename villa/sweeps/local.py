@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from villa.errors import ConfigError
-
 #: Seconds between looks at the processes.
 _PAUSE = 0.2
 
@@ -46,10 +44,6 @@ class Processes:
     at_once: int
     told: int | None = None
     _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.at_once < 1:
-            raise ConfigError(f"--at-once {self.at_once} is too few; give at least 1 run at once")
 
     def run(self, jobs: Sequence[Job], ended: Callable[[str, int], None]) -> None:
         """Run all jobs; after a signal no other is started, and those that run get SIGTERM and save their state.

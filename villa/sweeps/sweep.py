@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from villa.config.schema import RunConfig
 from villa.config.stages import load_stages
-from villa.config.validate import TRAINING_RUNS
-from villa.engine.finished import is_finished
-from villa.errors import ConfigError, VillaError
+from villa.errors import ConfigError
 from villa.evaluation.figures import write_png
+from villa.launch.folder import JOBS
 from villa.sweeps.axes import Axis, Point, points
 from villa.sweeps.figure import FIGURE, sweep_figure
 from villa.sweeps.local import Job, Processes
+from villa.sweeps.queued import QueuedRuns, shared_queue
 from villa.sweeps.results import MARKDOWN, RUNS, TABLE, group, read_score, write_tables
+from villa.sweeps.runs import Run
 
 #: Folder of what the runs print, below that of the sweep.
 LOGS = "logs"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a sweep.
-
-    Attributes:
-        point: what is varied there.
-        arguments: of ``villa_run``.
-        configs: the recipe that they make, or those of its stages.
-    """
-
-    point: Point
-    arguments: tuple[str, ...]
-    configs: Sequence[RunConfig]
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is done."""
-        return all(map(is_finished, self.configs))
 
 
 class Sweep:
@@ -61,33 +40,32 @@ class Sweep:
     def __init__(self, arguments: Sequence[str], axes: Sequence[Axis], folder: Path | None = None) -> None:
         found = points(axes)
         self.folder = folder or _default_folder(arguments, found[0])
-        self.runs = [self._load(arguments, point) for point in found]
+        self.runs = [Run.load(arguments, point, self.folder) for point in found]
+        self._ended = 0
 
-    def run(self, at_once: int = 1) -> int:
+    def run(self, at_once: int | None = None) -> int:
         """Do what is not done yet; what is begun goes on.
 
         Args:
-            at_once: how many runs at once.
+            at_once: how many runs at once; None is one on this machine, and leaves it to a queue.
 
         Returns:
             0, 1 if a run failed, or 128 + the number of the signal that ended the sweep.
+
+        Raises:
+            ConfigError: the launcher refuses a run; nothing was started.
         """
+        if at_once is not None and at_once < 1:
+            raise ConfigError(f"--at-once {at_once} is too few; give at least 1 run at once")
+        queue = shared_queue(self.runs)
         waiting = [run for run in self.runs if not run.finished]
-        print(f"sweep of {len(self.runs)} runs in {self.folder}: {len(self.runs) - len(waiting)} done", flush=True)
-        codes: dict[str, int] = {}
-
-        def ended(name: str, code: int) -> None:
-            codes[name] = code
-            said = "done" if code == 0 else f"failed with exit code {code}, see {self._log(name)}"
-            print(f"{len(self.runs) - len(waiting) + len(codes)} of {len(self.runs)} {name}: {said}", flush=True)
-
-        processes = Processes(at_once)
-        processes.run([Job(run.point.name, run.arguments, self._log(run.point.name)) for run in waiting], ended)
-        if processes.told is not None:
-            name = signal.Signals(processes.told).name
-            print(f"ended by {name}; the same command goes on", flush=True)
-            return 128 + processes.told
-        return int(any(codes.values()))
+        queued = QueuedRuns(self.folder, queue, waiting) if queue and waiting else None
+        self._ended = len(self.runs) - len(waiting)
+        print(f"sweep of {len(self.runs)} runs in {self.folder}: {self._ended} done", flush=True)
+        if queue is None or queued is None:
+            return self._run_here(waiting, at_once or 1)
+        queued.submit(at_once)
+        return self._follow(queued) if queue.follow else 0
 
     def report(self) -> None:
         """Write and print the table, and draw the figure, of what the runs that have ended reached.
@@ -99,24 +77,51 @@ class Sweep:
         """
         last = self.runs[0].configs[-1]
         metric = last.evaluation.monitor
-        scores = {run.point.name: read_score(run.configs[-1], metric) for run in self.runs}
+        scores = {run.name: read_score(run.configs[-1], metric) for run in self.runs}
         every = [run.point for run in self.runs]
         text = write_tables(self.folder, every, scores, metric)
         write_png(sweep_figure(group(every, scores), metric, title=last.name), self.folder / FIGURE)
         print(f"\n{text}\nwritten to {self.folder}: {RUNS}, {TABLE}, {MARKDOWN}, {FIGURE}", flush=True)
 
-    def _load(self, arguments: Sequence[str], point: Point) -> Run:
-        own = (*arguments, *point.overrides, f"output_dir={self.folder / point.name}", "logging.progress=off")
+    def _run_here(self, waiting: Sequence[Run], at_once: int) -> int:
+        failed = []
+
+        def ended(name: str, code: int) -> None:
+            self._tell(name, "" if code == 0 else f"failed with exit code {code}, see {self._log(name)}")
+            failed.extend([name] * (code != 0))
+
+        processes = Processes(at_once)
+        processes.run([Job(run.name, _in_foreground(run), self._log(run.name)) for run in waiting], ended)
+        if processes.told is not None:
+            name = signal.Signals(processes.told).name
+            print(f"ended by {name}; the same command goes on", flush=True)
+            return 128 + processes.told
+        return int(bool(failed))
+
+    def _follow(self, queued: QueuedRuns) -> int:
+        failed = []
+
+        def ended(name: str, done: bool) -> None:
+            self._tell(name, "" if done else f"failed, see {self.folder / name / JOBS}")
+            failed.extend([name] * (not done))
+
         try:
-            configs = [stage.config for stage in load_stages(own)]
-        except VillaError as error:
-            raise type(error)(f"run {point.name}: {error}") from error
-        if configs[-1].run_type not in TRAINING_RUNS:
-            raise ConfigError(f"run_type={configs[-1].run_type} does not go with a sweep, whose runs train")
-        return Run(point, (*own, "checkpoint.resume=true"), configs)
+            queued.follow(ended)
+        except KeyboardInterrupt:
+            print("\nthe jobs go on; the same command collects what they reach", flush=True)
+        return int(bool(failed))
+
+    def _tell(self, name: str, problem: str) -> None:
+        self._ended += 1
+        print(f"{self._ended} of {len(self.runs)} {name}: {problem or 'done'}", flush=True)
 
     def _log(self, name: str) -> Path:
         return self.folder / LOGS / f"{name}.log"
+
+
+def _in_foreground(run: Run) -> tuple[str, ...]:
+    """The arguments of a process that does not end before the run, wherever its launcher starts it."""
+    return (*run.arguments, *(["launcher.follow=true"] if hasattr(run.launcher.config, "follow") else []))
 
 
 def _default_folder(arguments: Sequence[str], point: Point) -> Path:

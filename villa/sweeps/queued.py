@@ -1,0 +1,102 @@
+"""The runs of a sweep as jobs of a queue, which are remembered: none is submitted twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from villa.errors import ConfigError, DataError
+from villa.files import read_json, write_json
+from villa.launch.base import Queue
+from villa.launch.folder import JOBS
+from villa.sweeps.runs import Run
+
+#: Below the sweep's folder: ids of the jobs, by the names of their runs.
+IDS = "jobs.json"
+#: Seconds between looks at the queue.
+_PAUSE = 5.0
+
+
+class QueuedRuns:
+    """Jobs of a sweep's runs.
+
+    Args:
+        folder: of the sweep.
+        queue: where they run.
+        runs: those that are not done.
+
+    Raises:
+        ConfigError: the queue does not answer.
+        DataError: the note of earlier jobs is damaged.
+    """
+
+    def __init__(self, folder: Path, queue: Queue, runs: Sequence[Run]) -> None:
+        self._folder, self._queue, self._runs = folder, queue, runs
+        self._ids = _read(folder / IDS)
+        alive = queue.alive()
+        self._new = [run for run in runs if self._ids.get(run.name) not in alive]
+
+    def submit(self, at_once: int | None) -> None:
+        """Submit, as one array, the runs that have no job that waits or runs.
+
+        Raises:
+            ConfigError: the queue refuses it; nothing was submitted.
+        """
+        kept = len(self._runs) - len(self._new)
+        if kept:
+            print(f"{kept} of the runs are in the queue already", flush=True)
+        if not self._new:
+            return
+        found = self._queue.submit([run.request for run in self._new], self._folder / JOBS, at_once)
+        self._ids |= {run.name: number for run, number in zip(self._new, found, strict=True)}
+        write_json(self._folder / IDS, self._ids)
+        number, count = found[0].partition("_")[0], len(found)
+        limit = f", at most {at_once} at once" if at_once else ""
+        print(f"submitted job{' array' * (count > 1)} {number} of {count} run{'s' * (count > 1)}{limit}", flush=True)
+
+    def follow(self, ended: Callable[[str, bool], None]) -> None:
+        """Wait until all are done or have failed.
+
+        Args:
+            ended: called with the name of each that has ended, and whether it is done.
+
+        Raises:
+            ConfigError: the queue does not answer.
+        """
+        waiting, missed = {run.name: run for run in self._runs}, set[str]()
+        while waiting:
+            time.sleep(_PAUSE)
+            alive = self._queue.alive()
+            for name, run in list(waiting.items()):
+                gone = self._ids[name] not in alive
+                if (done := run.finished) or (gone and name in missed):
+                    ended(name, done)
+                    del waiting[name]
+                elif gone:  # its last files may not be there yet: look once more
+                    missed.add(name)
+
+
+def shared_queue(runs: Sequence[Run]) -> Queue | None:
+    """Return the queue that the runs are handed over to, or None where each starts by itself.
+
+    Raises:
+        ConfigError: a run cannot be launched there, or the runs ask for different queues or amounts.
+    """
+    launchers = [run.launcher for run in runs]
+    for launcher, run in zip(launchers, runs, strict=True):
+        launcher.check(run.request)
+    queues = [launcher for launcher in launchers if isinstance(launcher, Queue)]
+    if queues and any(launcher.config != queues[0].config for launcher in launchers):
+        raise ConfigError("--sweep varies launcher, but all runs of a job array have the same; make a sweep of each")
+    return queues[0] if queues else None
+
+
+def _read(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    advice = "remove it if no job of this sweep is in the queue"
+    found = read_json(path, "ids of a sweep's jobs", advice)
+    if not isinstance(found, Mapping) or not all(isinstance(number, str) for number in found.values()):
+        raise DataError(f"'{path}' does not hold the ids of a sweep's jobs; {advice}")
+    return dict(found)

@@ -1,0 +1,71 @@
+"""One run of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from villa.config.schema import RunConfig
+from villa.config.stages import load_stages
+from villa.config.validate import TRAINING_RUNS
+from villa.engine.finished import is_finished
+from villa.errors import ConfigError, VillaError
+from villa.launch.base import Launcher, Request, launcher_of
+from villa.sweeps.axes import Point
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        point: what is varied there.
+        arguments: of ``villa_run``.
+        configs: the recipe that they make, or those of its stages.
+    """
+
+    point: Point
+    arguments: tuple[str, ...]
+    configs: Sequence[RunConfig]
+
+    @classmethod
+    def load(cls, arguments: Sequence[str], point: Point, folder: Path) -> Run:
+        """Load and check a run.
+
+        Args:
+            arguments: of ``villa_run``, for all runs.
+            point: what is varied there.
+            folder: of the sweep; the run has its own below.
+
+        Raises:
+            ConfigError: the recipe is wrong, or does not train.
+        """
+        own = (*arguments, *point.overrides, f"output_dir={folder / point.name}", "logging.progress=off")
+        try:
+            configs = [stage.config for stage in load_stages(own)]
+        except VillaError as error:
+            raise type(error)(f"run {point.name}: {error}") from error
+        if configs[-1].run_type not in TRAINING_RUNS:
+            raise ConfigError(f"run_type={configs[-1].run_type} does not go with a sweep, whose runs train")
+        return cls(point, (*own, "checkpoint.resume=true"), configs)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.point.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is done."""
+        return all(map(is_finished, self.configs))
+
+    @property
+    def launcher(self) -> Launcher:
+        """Where it is to run."""
+        return launcher_of(self.configs[0])
+
+    @property
+    def request(self) -> Request:
+        """What its launcher is asked for."""
+        return Request(self.arguments, self.configs)
