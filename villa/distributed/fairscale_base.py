@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from villa.distributed.strategy import SharedStrategy
-from villa.errors import ConfigError
 
 
 class FairscaleStrategy(SharedStrategy):
@@ -31,28 +30,3 @@ class FairscaleStrategy(SharedStrategy):
             device = optimizer.param_groups[0]["params"][0].device
             overflow = found.setdefault(device, torch.zeros((), device=device))
             dist.all_reduce(overflow, dist.ReduceOp.MAX)
-
-    def left_over(self, reduced: Mapping[str, bool], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the parameters with a gradient that the last pass has not reduced, on any process, in a fixed order.
-
-        They took part in an earlier pass of the update, but not in its last.
-
-        Args:
-            reduced: by name, whether this process's last pass has reduced it; of every trainable parameter.
-            parameters: in the same order.
-
-        Raises:
-            ConfigError: the last pass reached some parameters on some processes only, so that what fairscale has
-                summed up does not belong together.
-        """
-        flags = [reduced.values(), (p.grad is not None for p in parameters)]
-        counts = torch.tensor([[float(flag) for flag in row] for row in flags], device=parameters[0].device)
-        counts[1] *= 1 - counts[0]
-        dist.all_reduce(counts)
-        for name, count in zip(reduced, counts[0].tolist(), strict=True):
-            if count not in (0, self.processes.world_size):
-                raise ConfigError(
-                    f"distributed.strategy={self.config.strategy}: '{name}' took part in the last pass of "
-                    f"{count:.0f} of {self.processes.world_size} processes, which fairscale cannot sum up; use ddp"
-                )
-        return [p for p, count in zip(parameters, counts[1].tolist(), strict=True) if count]

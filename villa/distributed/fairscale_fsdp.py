@@ -102,10 +102,7 @@ class FairscaleFullySharded(FairscaleStrategy):
 
     def _settle(self) -> None:
         """Sum up what the last pass has left, and put the parameters away."""
-        reduced = {p for unit in self._units for p in unit.reduced}
-        left = set(self.left_over({name: p in reduced for name, p in self._names.items()}, [*self._names.values()]))
-        if self.config.reduce_each_pass:  # what is left are sums already
-            left.clear()
+        left = self._left() if not self.config.reduce_each_pass else set()  # each pass has summed up its own
         for unit in self._units:
             unit.reduced.clear()
             unit.put_away()
@@ -115,6 +112,25 @@ class FairscaleFullySharded(FairscaleStrategy):
                     whole = parameter.new_zeros(self.shape(parameter)) if whole is None else whole
                     dist.all_reduce(whole)
                     parameter.grad = unit.own_part(whole)
+
+    def _left(self) -> set[nn.Parameter]:
+        """Return the parameters with a gradient of an earlier pass, on any process, that the last has not reduced.
+
+        Raises:
+            ConfigError: the last pass reached some parameters on some processes only, so that what fairscale has
+                summed up does not belong together.
+        """
+        reduced = {p for unit in self._units for p in unit.reduced}
+        flags = [[p in reduced, p.grad is not None and p not in reduced] for p in self._names.values()]
+        counts = torch.tensor(flags, dtype=torch.float32, device=self._units[-1].compute_device)
+        dist.all_reduce(counts)
+        for name, (count, _) in zip(self._names, counts.tolist(), strict=True):
+            if count not in (0, self.processes.world_size):
+                raise ConfigError(
+                    f"distributed.strategy={self.config.strategy}: '{name}' took part in the last pass of {count:.0f} "
+                    f"of {self.processes.world_size} processes, which fairscale cannot sum up; use ddp"
+                )
+        return {p for p, (_, count) in zip(self._names.values(), counts.tolist(), strict=True) if count}
 
     def _whole(self, value: Any, parameter: Tensor) -> Any:
         """Put a parameter, or what an optimiser keeps about it, together in the main process's memory."""

@@ -21,12 +21,13 @@ from villa.models.base import Model
 class FairscaleShardedData(FairscaleStrategy):
     """fairscale's ``ShardedDataParallel`` with its ``OSS``: every parameter has an owner, which gets its gradient.
 
-    Gradients are sent one by one: fairscale's buckets would go wrong without a word when gradients become None.
-    The model is not called through fairscale, whose ``forward`` says no more than that a new reduction may begin.
+    fairscale would send a gradient when a backward pass reaches it, and hang or go wrong where not all processes reach
+    the same ones. Here its hooks are held back, and what they would do is done after the last pass of an update, in a
+    fixed order. Gradients are sent one by one: fairscale's buckets would go wrong when gradients become None. The model
+    is not called through fairscale, whose ``forward`` only says that a new reduction may begin.
     """
 
     _model: Model | None = None
-    _names: Mapping[str, nn.Parameter] = {}
     _owners: Mapping[Tensor, int] = {}
     _reducer: ShardedDataParallel | None = None
 
@@ -50,8 +51,6 @@ class FairscaleShardedData(FairscaleStrategy):
         )
         self._reducer._world_size_scaling = 1.0  # sums, not means over processes
         self._reducer.refresh_trainable()
-        names = {p: name for name, p in model.named_parameters()}
-        self._names = {names[p]: p for p in self._reducer._trainable_params}
         self._owners = optimizer._param_to_rank
         return optimizer
 
@@ -60,13 +59,11 @@ class FairscaleShardedData(FairscaleStrategy):
         """See the base class."""
         if self._reducer is None:
             yield
-        elif not (reduce or self.config.reduce_each_pass):
+        else:
             with self._reducer.no_sync():
                 yield
-        else:
-            self._reducer._clear_counters()
-            yield
-            self._settle(self._reducer)
+            if reduce or self.config.reduce_each_pass:
+                self._reduce(self._reducer)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """See the base class; the owners send what they keep to the main process."""
@@ -78,13 +75,18 @@ class FairscaleShardedData(FairscaleStrategy):
         """See the base class."""
         return dict(state) if self._owners[parameter] == self.processes.rank else {}
 
-    def _settle(self, reducer: ShardedDataParallel) -> None:
-        """Sum up the gradients that the last pass has left."""
-        waiting = dict(zip(self._names, reducer._grad_to_be_reduced, strict=True))
-        for parameter in self.left_over({name: not left for name, left in waiting.items()}, [*self._names.values()]):
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.reduce(gradient, dst=self._owners[parameter])
-            parameter.grad = gradient if self._owners[parameter] == self.processes.rank else None
+    def _reduce(self, reducer: ShardedDataParallel) -> None:
+        """Let every owner have the sum of its gradients, and nobody else; one that no process has stays None."""
+        parameters: list[nn.Parameter] = reducer._trainable_params
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        reducer._clear_counters()
+        reducer._bucket_flush_callback_set = True  # no backward pass runs whose end could flush
+        for parameter, send, somewhere in zip(parameters, reducer._manual_reduce, used.tolist(), strict=True):
+            if somewhere:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                send()
+        reducer._flush_reduce_calls()
 
     def _gathered(self, own: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
         """Return the states of all processes on the main one: tensors in main memory, and numbers."""
