@@ -203,6 +203,7 @@ def test_assets_replace_the_training_file(tmp_path: Path, write_lines: WriteLine
     assert loaded.facts() == original.facts()
     split = loaded.requests([{"question": "is this a dog?"}])
     assert split[0].input_ids.equal(words(original))
+    assert split.describe(0) == f"example '{split[0].id}'"
     assert loaded.decode(torch.eye(3)[:1], Batch(["0"]))[0]["answer"] == "no"
 
 
@@ -242,6 +243,7 @@ def test_streams_from_workers(write_lines: WriteLines, workers: int) -> None:
     dataset = data(train=write_lines("train.jsonl", QUESTIONS))
     split = dataset.split("train")
     split[0]  # opens the files before the fork
+    assert split.describe(2) == f"the example of {dataset.config.train}:3"
     stream = UpdateStream(split, dataset.collate, UpdateSampler(split.lengths, BatchConfig(tokens=24), 0), workers)
     seen = [name for _ in stream.sampler.epoch(0) for batch in next(stream) for name in batch.ids]
     assert sorted(seen) == ["2", "3", "4", "first"]

@@ -73,6 +73,7 @@ def test_questions_are_read_with_their_scores(root: Path, name: str) -> None:
     split = data.split("train")
     first = split[0]
     assert (first.id, len(split), split.answered) == ("7", 3, True)
+    assert split.describe(0) == "example '7'"
     assert first.input_ids.tolist() == [2, 5, 6, 7, 8, 3]  # type: ignore[union-attr]
     assert torch.allclose(first.target, torch.tensor([0.3, 1.0, 0.0]))  # type: ignore[arg-type]
     assert first.boxes[0].tolist() == pytest.approx([0.05, 0.2, 0.25, 0.8])  # type: ignore[union-attr]

@@ -79,6 +79,7 @@ def test_candidate_images_are_those_of_the_release(official_db: Path) -> None:
     images = [find_image(split, features) for features in golden["img_feat"]]
     example = given(split, [], images[1:]).draw(2 * split.ids.index(find_text(split, golden["input_ids"][0])), 0)
     assert split.image_of[example.id.removesuffix(":images")] == images[0]
+    assert split.describe(3) == f"example '{split.ids[1]}' of '{split.pair.text.path}'"
     assert_rows(task.collate([example]), golden)
 
 
@@ -90,6 +91,7 @@ def test_evaluation_scores_the_images_in_the_released_order(official_db: Path) -
         example = split[number * len(split.ids)]
         assert_rows(task.collate([example]), part)
         assert example.reference.image_names == golden["all_img_ids"][5 * number : 5 * number + 5]
+        assert split.describe(number * len(split.ids) + 2).startswith(f"example '{split.ids[2]}' of ")
 
 
 def test_negatives_derive_from_the_seed_and_are_wrong(official_db: Path) -> None:

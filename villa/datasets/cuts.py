@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from villa.config.schema import BatchConfig
+from villa.datasets.stores.strings import narrow
 
 Indices = npt.NDArray[np.integer]
 #: One update: its micro-batches, each a list of example indices.
@@ -57,8 +58,9 @@ class Epoch(Sequence[Update]):
 
 def shuffled(random: np.random.Generator, count: int) -> Indices:
     """Return ``0 .. count - 1`` shuffled, in 32 bits where they suffice."""
-    order = random.permutation(count)
-    return order.astype(np.int32) if count <= np.iinfo(np.int32).max else order
+    order = np.arange(count, dtype=narrow(count))
+    random.shuffle(order)
+    return order
 
 
 def cut_by_examples(order: Indices, size: int, passes: int, drop_last: bool) -> Epoch:

@@ -80,7 +80,7 @@ def test_names_of_images_single_and_in_lists() -> None:
 def test_many_texts_take_little_memory_and_are_found() -> None:
     count = 600_000  # more than are worked on at a time
     strings = Strings.of(f"image_{number:09}.npz" for number in range(count))
-    assert strings.data.nbytes + strings.bounds.nbytes <= 27 * count + 100
+    assert strings.data.nbytes + strings.bounds.nbytes <= 23 * count + 100
     keys = Keys.of(strings)
     chosen = random.Random(0).sample(range(count), 2000)
     asked = Strings.of([f"image_{number:09}.npz" for number in chosen] + ["image_.npz"])

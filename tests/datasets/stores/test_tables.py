@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,36 @@ def test_an_index_is_made_once_and_again_when_its_file_changes(small_pieces: Pat
     path.write_text(changed.replace('"id-3": 4', '"id-3": 5'))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert read_numbers(path, 0)["id-3"] == 5  # same size, same time
+
+
+def test_of_several_processes_one_makes_the_index_and_the_others_wait(
+    small_pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = tmp_path / "id2len.json", tmp_path / "made"
+    path.write_text(json.dumps(numbers(500)))
+    build = tables._build_numbers
+
+    def slowly(path: Path, least: int) -> Any:
+        with made.open("a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        yield from build(path, least)
+
+    monkeypatch.setattr(tables, "_build_numbers", slowly)
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(3)
+
+    def rank() -> None:
+        together.wait()
+        os._exit(0 if dict(read_numbers(path, 0)) == numbers(500) else 1)
+
+    ranks = [context.Process(target=rank) for _ in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    assert made.read_text() == "x"
 
 
 def _truncate(folder: Path) -> None:

@@ -185,7 +185,10 @@ class ImageDatabase:
     @cached_property
     def _counts(self) -> Numbers:
         if self._counts_file is not None:
-            return read_counts(self._counts_file)
+            counts = read_counts(self._counts_file)
+            if counts.texts.shares(self.names()):  # in the same order, as a rule: one table of names serves both
+                return Numbers(self.names(), counts.values_array, self._names)
+            return counts
         names = self.names()
         shown = track(names, f"count the boxes of '{self.folder.parent.name}'", len(names))
         return Numbers.of({name: self.boxes.count(self._read(name, ("conf",))["conf"]) for name in shown})

@@ -131,16 +131,16 @@ class ImageNamesBuilder:
 
     def add(self, names: Texts) -> None:
         """Add further examples that have one name each."""
-        self._sizes.append(np.ones(len(names.sizes), np.int32))
         self._names.add(names)
-        self._listed.append(np.zeros(len(names.sizes), np.bool_))
+        self._sizes.append(np.broadcast_to(np.int32(1), len(names.sizes)))  # takes no memory
+        self._listed.append(np.broadcast_to(np.False_, len(names.sizes)))
 
     def build(self) -> ImageNames:
         """Return the names; add no more."""
         names = self._names.build()
         first, codes = distinct(names)
         texts = names.take(first).compact() if len(first) < len(names) else names
-        listed = np.concatenate([[], *self._listed]).astype(np.bool_)
+        listed = np.concatenate([np.zeros(0, np.bool_), *self._listed])
         if not listed.any():
             return ImageNames(texts, codes)
         return ImageNames(texts, codes, np.concatenate([[0], np.cumsum(np.concatenate(self._sizes))]), listed)

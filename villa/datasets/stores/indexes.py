@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Arrays = Mapping[str, npt.NDArray[Any]]
 Built = Iterator[tuple[str, npt.NDArray[Any]]]
 
-FORMAT = 1
+FORMAT = 2
 #: Bytes from which on it is worth while to keep an index.
 LARGE = 1 << 21
 #: Bytes and number of the parts of a file that are compared.

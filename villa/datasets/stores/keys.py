@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from villa.datasets.stores.strings import CHUNK, Hashes, Integers, Strings, hash_text
+from villa.datasets.stores.strings import CHUNK, Hashes, Integers, Strings, hash_text, narrow
 
 #: Numbers of texts.
 Found = Integers
@@ -23,6 +23,7 @@ class Keys:
     def __init__(self, texts: Strings, table: Hashes) -> None:
         self.texts, self.table = texts, table
         self._low = _low_bits(len(texts))
+        self._asked: tuple[object, Found] | None = None
 
     @classmethod
     def of(cls, texts: Strings) -> Keys:
@@ -55,12 +56,17 @@ class Keys:
         return None
 
     def find_all(self, texts: Strings) -> Found:
-        """Return the numbers ``[T]`` of texts, -1 for one that is not there."""
+        """Return the numbers ``[T]`` of texts, -1 for one that is not there; what was asked last is remembered."""
         if self.texts.rows is None and texts.shares(self.texts):
             return texts.numbers()
-        found = np.full(len(texts), -1)
+        asked = texts.identity()
+        if self._asked is not None and asked is not None and self._asked[0] == asked:
+            return self._asked[1]
+        found = np.full(len(texts), -1, narrow(len(self)))
         for start in range(0, len(texts), CHUNK):
             self._find_chunk(texts, start, found[start : start + CHUNK])
+        found.flags.writeable = False
+        self._asked = asked, found
         return found
 
     def _find_chunk(self, texts: Strings, start: int, found: Found) -> None:
@@ -81,16 +87,20 @@ class Keys:
 
     def _repeated(self) -> Iterator[str]:
         """Yield texts that are there twice."""
-        low, distance = np.uint64(self._low), 1
-        while distance < len(self.table):
-            bare = self.table & ~low
-            (first,) = np.nonzero(bare[:-distance] == bare[distance:])
-            if not len(first):
-                return
-            one, other = ((self.table[at] & low).astype(np.int64) for at in (first, first + distance))
+        distance = 1
+        while len(first := self._alike(distance)):
+            one, other = ((self.table[at] & np.uint64(self._low)).astype(np.int64) for at in (first, first + distance))
             for row in one[self.texts.same(one, self.texts, other)].tolist():
                 yield self.texts[row]
             distance += 1
+
+    def _alike(self, distance: int) -> Integers:
+        """Return the places in the table of hashes that are there again ``distance`` places on."""
+        bits, found = ~np.uint64(self._low), [np.zeros(0, np.int64)]
+        for start in range(0, len(self.table) - distance, CHUNK):
+            later = self.table[start + distance : start + distance + CHUNK] & bits
+            found.append(start + np.flatnonzero(self.table[start : start + len(later)] & bits == later))
+        return np.concatenate(found)
 
 
 def make_table(texts: Strings) -> Hashes:
@@ -112,28 +122,24 @@ def distinct(texts: Strings) -> tuple[Integers, Integers]:
         these it equals.
     """
     table, low = make_table(texts), np.uint64(_low_bits(len(texts)))
-    first = np.arange(len(texts), dtype=np.int32)  # of every text, the first one that equals it
-    begins = _run_starts(table, low)
-    runs = np.repeat((table[begins] & low).astype(np.int32), np.diff(np.append(begins, len(table))))
-    first[(table & low).astype(np.int32)] = runs
-    del table, runs
+    first = np.arange(len(texts), dtype=np.int32)  # of every text, the first one that has its hash, then that equals it
+    before, leader = None, np.int32(0)
+    for start in range(0, len(table), CHUNK):
+        part = table[start : start + CHUNK]
+        rows, bare = (part & low).astype(np.int32), part & ~low
+        new = np.append(before is None or bare[0] != before, bare[1:] != bare[:-1])
+        leads = np.maximum.accumulate(np.where(new, np.arange(len(part)), -1))
+        first[rows] = np.where(leads < 0, leader, rows[leads])
+        before, leader = bare[-1], first[rows[-1]]
+    del table
     others: dict[str, int] = {}
     for start in range(0, len(texts), CHUNK):
-        rows = np.arange(start, min(start + CHUNK, len(texts)))
-        equal = texts.same(rows, texts, first[rows])
-        for row in rows[~equal].tolist():  # those few whose hash is another text's
+        some = np.arange(start, min(start + CHUNK, len(texts)))
+        equal = texts.same(some, texts, first[some])
+        for row in some[~equal].tolist():  # those few whose hash is another text's
             first[row] = others.setdefault(texts[row], row)
     new = first == np.arange(len(texts), dtype=np.int32)
     return np.flatnonzero(new), (np.cumsum(new, dtype=np.int32) - 1)[first]
-
-
-def _run_starts(table: Hashes, low: np.uint64) -> Integers:
-    """Return where in a table another hash begins."""
-    new = np.ones(len(table), np.bool_)
-    for start in range(1, len(table), CHUNK):
-        bare = table[start - 1 : start + CHUNK] & ~low
-        new[start : start + CHUNK] = bare[1:] != bare[:-1]
-    return np.flatnonzero(new)
 
 
 def _low_bits(count: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Strings(Sequence[str]):
 
     Args:
         data: their UTF-8 bytes one after another, and ``PADDING`` zeros.
-        bounds: where in ``data`` each begins, and the end of the last: ``[N + 1]`` int64.
+        bounds: where in ``data`` each begins, and the end of the last: ``[N + 1]``.
         rows: the texts that are meant, in order; None: all.
         digest: of ``data`` and ``bounds``, if it is known.
     """
@@ -67,9 +68,7 @@ class Strings(Sequence[str]):
         builder = StringsBuilder()
         for start in range(0, len(self), CHUNK):
             begins, sizes = self._spans(np.arange(start, min(start + CHUNK, len(self))))
-            ends = np.cumsum(sizes)
-            places = np.arange(ends[-1]) + np.repeat(begins - (ends - sizes), sizes)
-            builder.add(Texts(self.data[places], sizes.astype(np.int32)))
+            builder.add(gather(self.data, begins, sizes))
         return builder.build()
 
     def __len__(self) -> int:
@@ -107,6 +106,13 @@ class Strings(Sequence[str]):
         return self.bounds is other.bounds or (
             np.array_equal(self.bounds, other.bounds) and np.array_equal(self.data, other.data)
         )
+
+    def identity(self) -> object:
+        """Return what other texts with an equal one are the same by, or None if that is not known."""
+        if self.digest is None:
+            return None
+        chosen = None if self.rows is None else hashlib.blake2b(np.ascontiguousarray(self.rows).data).digest()
+        return self.digest, chosen
 
     def numbers(self) -> Integers:
         """Return which of all texts are meant."""
@@ -199,10 +205,38 @@ class StringsBuilder:
     def build(self) -> Strings:
         """Return the texts; add no more."""
         self._data += bytes(PADDING)
-        bounds = np.zeros(sum(map(len, self._sizes)) + 1, np.int64)
+        bounds = np.zeros(sum(map(len, self._sizes)) + 1, narrow(len(self._data)))
         if self._sizes:
             np.cumsum(np.concatenate(self._sizes), out=bounds[1:])
+            self._sizes.clear()
         return Strings(np.frombuffer(self._data, np.uint8), bounds)
+
+
+def gather(data: Bytes, begins: Integers, sizes: Integers) -> Texts:
+    """Copy spans of bytes; those of one size are copied together.
+
+    Args:
+        data: the bytes.
+        begins: where each span begins ``[N]``.
+        sizes: bytes of each ``[N]``.
+    """
+    ends = np.cumsum(sizes, dtype=np.int64)
+    found = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    for size in np.flatnonzero(np.bincount(sizes)).tolist():
+        if size:
+            (has,) = np.nonzero(sizes == size)
+            _windows(found, size)[ends[has] - size] = _windows(data, size)[begins[has]]
+    return Texts(found, sizes.astype(np.int32))
+
+
+def _windows(data: Bytes, size: int) -> npt.NDArray[np.void]:
+    """View every ``size`` neighbours as one item."""
+    return np.ndarray(len(data) - size + 1, f"V{size}", data, strides=(1,))
+
+
+def narrow(most: int) -> np.dtype[np.signedinteger[Any]]:
+    """Return the type of whole numbers up to ``most``: of 32 bits, if they suffice."""
+    return np.dtype(np.int32) if most <= np.iinfo(np.int32).max else np.dtype(np.int64)
 
 
 def hash_text(data: bytes) -> int:
