@@ -154,7 +154,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
 def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
     """One line on what is going to happen."""
     config, device = parts.config, parts.precision.device
-    parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    parameters = sum(parts.strategy.shape(p).numel() for p in parts.model.parameters() if p.requires_grad)
     count = parts.strategy.processes.world_size
     processes = "1 process" if count == 1 else f"{count} processes ({config.distributed.strategy})"
     return (
