@@ -97,8 +97,8 @@ class FairscaleFullySharded(FairscaleStrategy):
         return state
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-        """See the base class."""
-        return {key: self._part(value, parameter) for key, value in state.items()}
+        """See the base class; the count of steps may have the shape of a parameter that is a single number."""
+        return {key: value if key == "step" else self._part(value, parameter) for key, value in state.items()}
 
     def _settle(self) -> None:
         """Sum up what the last pass has left, and put the parameters away."""
