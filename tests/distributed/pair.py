@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,3 +65,16 @@ def recipe(folder: str, *options: str) -> None:
         code = main([*RECIPE, f"output_dir={folder}", *options])
         file.flush()
     os._exit(code)
+
+
+def recipe_until(folder: str, rank: int, number: int, path: str, *options: str) -> None:
+    """Run the recipe; one of the processes gets a signal as soon as a file is in the folder."""
+
+    def end() -> None:
+        while not Path(folder, path).exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    if os.environ["RANK"] == str(rank):
+        threading.Thread(target=end, daemon=True).start()
+    recipe(folder, *options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from villa.distributed.environment import Place
+from villa.distributed.watch import End, Watch
 from villa.errors import ConfigError, ConnectionLostError, VillaError
 from villa.plugins import one_line
+from villa.signals import Interrupted
 
 #: Seconds that the process that keeps the others' common notes waits for them after an error.
 _FAREWELL = 10.0
+#: Seconds until it is surely known which process is gone, after a connection broke.
+_VERDICT = 3.0
 _FAILED, _LEFT = "failed", "left"
 
 
@@ -121,42 +125,77 @@ def disconnect() -> None:
 @contextmanager
 def join(place: Place) -> Iterator[None]:
     """Connect with the other processes until the block is left; see ``villa.distributed.joining.joined``."""
-    store = _connect(place)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    store, watch = _connect(place)
+    kind, code = "done", 0
     try:
         with _silent() if place.rank else ExitStack():
             yield
-    except VillaError as error:
-        if not _first_to_fail(store):
-            raise SystemExit(error.exit_code) from None
+    except Interrupted as interrupted:
+        kind, code = "signal", interrupted.number
+        raise _first_cause(interrupted, place, store, watch) from None
+    except (VillaError, RuntimeError) as error:
+        kind, code = "failed", getattr(error, "exit_code", 1)
+        raise _first_cause(error, place, store, watch) from None
+    except BaseException:
+        kind, code = "failed", 1
         raise
-    except RuntimeError as error:
-        if not _is_of_connection(error):
-            raise
-        if _failed_elsewhere(store):
-            raise SystemExit(ConfigError.exit_code) from None
-        raise ConnectionLostError(
+    finally:
+        watch.leave(kind, code)
+        disconnect()
+        if kind != "done":
+            _see_off(store, place, watch.ended())
+        watch.stop()
+
+
+def _first_cause(error: BaseException, place: Place, store: Store, watch: Watch) -> BaseException:
+    """Return what to raise for an error that may come of another process's end; one of them says what it is."""
+    of_connection = isinstance(error, RuntimeError) and _is_of_connection(error)
+    end = watch.ended(_VERDICT if of_connection else 0.0)
+    if end is not None and end.kind == "lost":
+        error = watch.lost(end)
+        if end.rank == 0:  # it kept the notes
+            return error
+    elif end is not None and end.kind == "signal" and not isinstance(error, VillaError):
+        return Interrupted(end.code)
+    elif of_connection:
+        if end is not None or _failed_elsewhere(store):
+            return SystemExit(ConfigError.exit_code if end is None else end.code)
+        error = ConnectionLostError(
             f"process {place.rank} of {place.world_size} has lost another one, which ended or cannot be reached "
             f"({one_line(error)[:200]}); go on with checkpoint.resume=true"
-        ) from None
-    finally:
-        disconnect()
-        _see_off(store, place, failed=sys.exc_info()[0] is not None)
+        )
+    if isinstance(error, VillaError) and not _first_to_fail(store):
+        return SystemExit(error.exit_code)
+    return error
 
 
-def _connect(place: Place) -> Store:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-    try:
-        store, rank, world_size = next(rendezvous("env://", place.rank, place.world_size))
-        dist.init_process_group(_backend(), store=PrefixStore("group", store), rank=rank, world_size=world_size)
-    except (RuntimeError, ValueError) as error:
+def _connect(place: Place) -> tuple[Store, Watch]:
+    """Meet the others, in a thread: while this one waits for it, signals are heard."""
+    met: list[tuple[Store, Watch]] = []
+    problems: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            store, rank, world_size = next(rendezvous("env://", place.rank, place.world_size))
+            dist.init_process_group(_backend(), store=PrefixStore("group", store), rank=rank, world_size=world_size)
+            notes = PrefixStore("villa", store)
+            met.append((notes, Watch(place, notes)))
+        except (RuntimeError, ValueError, OSError) as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join()
+    if problems or not met:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = one_line(problems[0])[:200] if problems else "the attempt ended without an error"
         raise ConfigError(
-            f"process {place.rank} of {place.world_size} cannot meet the others at {address}: {one_line(error)[:200]}; "
+            f"process {place.rank} of {place.world_size} cannot meet the others at {address}: {reason}; "
             "start as many as WORLD_SIZE says, with one MASTER_ADDR and a free MASTER_PORT"
-        ) from None
-    notes: Store = PrefixStore("villa", store)
-    return notes
+        )
+    return met[0]
 
 
 def _backend() -> str:
@@ -190,14 +229,15 @@ def _failed_elsewhere(store: Store) -> bool:
         return False
 
 
-def _see_off(store: Store, place: Place, *, failed: bool) -> None:
-    """After an error, the process that keeps the notes stays until the others have read them."""
-    if not failed:
+def _see_off(store: Store, place: Place, end: End | None) -> None:
+    """After an error, the process that keeps the notes stays until the others, but a lost one, have read them."""
+    lost = end is not None and end.kind == "lost"
+    if lost and end is not None and end.rank == 0:
         return
     try:
         left = store.add(_LEFT, 1)
-        end = time.monotonic() + _FAREWELL
-        while place.rank == 0 and left < place.world_size and time.monotonic() < end:
+        until = time.monotonic() + _FAREWELL
+        while place.rank == 0 and left < place.world_size - lost and time.monotonic() < until:
             time.sleep(0.05)
             left = store.add(_LEFT, 0)
     except RuntimeError:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
+import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
+
+    from villa.distributed.watch import End
+
+#: The port of SLURM's daemon on a node that does not say its own, and the seconds until it surely does not answer.
+_SLURMD, _PATIENCE = 6818, 5.0
 
 
 class JobFailed(Exception):  # noqa: N818 (its name is what the job's log shows)
@@ -35,6 +43,10 @@ class RunJob:
         from villa.engine.callbacks.signals import PREEMPTED
 
         _export_place()
+        if os.environ.get("SLURM_JOB_ID"):
+            from villa.distributed.watch import ON_LOST
+
+            ON_LOST.append(_requeue_if_a_node_failed)
         code = self._run()
         if code == 128 + PREEMPTED and JobEnvironment().global_rank == 0:
             os.kill(os.getpid(), PREEMPTED)  # to submitit's own handler: it saves this object and requeues the job
@@ -62,3 +74,30 @@ def _export_place() -> None:
     from submitit.helpers import TorchDistributedEnvironment
 
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _requeue_if_a_node_failed(end: End) -> None:
+    """Put the job back into SLURM's queue if the node of the lost process is gone; else the process was killed.
+
+    SLURM would do so by itself, but not before it misses the node: this process's own end would be a failure by then.
+    """
+    if _answers(end.host):
+        return
+    print(f"node {end.host} does not answer: the job goes back into the queue", flush=True)
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False, timeout=60)  # noqa: S603, S607
+
+
+def _answers(node: str) -> bool:
+    """Whether SLURM's daemon on a node answers; also where that cannot be found out."""
+    try:
+        command = ["scontrol", "show", "node", "-o", node]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return True
+    found = dict(re.findall(r"(\w+)=(\S+)", shown))
+    address = (found.get("NodeAddr", node), int(found.get("Port", _SLURMD)))
+    try:
+        socket.create_connection(address, timeout=_PATIENCE).close()
+    except OSError:
+        return False
+    return True

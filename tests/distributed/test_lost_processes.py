@@ -1,0 +1,72 @@
+"""Runs of two processes of which one is killed, or told to end: how the other learns of it, and how they go on."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pair
+import pytest
+
+#: Two micro-batches for each process, three validations of two batches, and a test.
+RECIPE = (
+    "training.updates=30",
+    "evaluation.every=10",
+    "evaluation.examples=25",
+    "checkpoint.every=3",
+    "distributed.strategy=ddp",
+)
+RESULTS = ("log.jsonl", "metrics.json", "predictions_test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Any]:
+    with pair.server() as made:
+        yield made
+
+
+def printed(folder: Path, rank: int) -> str:
+    return Path(f"{folder}.{rank}.out").read_text()
+
+
+def left(folder: Path) -> dict[str, bytes]:
+    """What a run leaves that does not depend on the time."""
+    files = [folder / "checkpoints/update_00000030/model.safetensors", *(folder / name for name in RESULTS)]
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(context: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert pair.in_processes(context, pair.recipe, str(folder), *RECIPE) == [0, 0], printed(folder, 0)
+    return left(folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_is_named_by_the_other_at_once_and_the_next_start_goes_on(
+    rank: int, context: Any, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, begun = tmp_path / "run", time.monotonic()
+    where = "checkpoints/update_00000003"
+    codes = pair.in_processes(context, pair.recipe_until, str(folder), rank, signal.SIGKILL, where, *RECIPE)
+    assert time.monotonic() - begun < 120  # a connection to one that is gone would be waited for half an hour
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1), printed(folder, 1 - rank)
+    (line,) = (text for text in printed(folder, 1 - rank).splitlines() if "error" in text)
+    assert line.startswith(f"villa_run: error: process {rank} of 2 (pid ")
+    assert line.endswith("was lost: it was killed, or its machine is gone; go on with checkpoint.resume=true")
+    assert pair.in_processes(context, pair.recipe, str(folder), *RECIPE) == [0, 0], printed(folder, 0)
+    assert "resuming after update" in printed(folder, 0)
+    assert left(folder) == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_ends_both_at_the_same_place(
+    rank: int, context: Any, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, where = tmp_path / "run", "checkpoints/update_00000006"
+    codes = pair.in_processes(context, pair.recipe_until, str(folder), rank, signal.SIGTERM, where, *RECIPE)
+    assert codes == [128 + signal.SIGTERM] * 2, printed(folder, 0)
+    assert "ended by SIGTERM after update" in printed(folder, 0)
+    assert pair.in_processes(context, pair.recipe, str(folder), *RECIPE) == [0, 0], printed(folder, 0)
+    assert left(folder) == whole

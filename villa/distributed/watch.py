@@ -1,0 +1,215 @@
+"""How the other processes of a run end, learnt at once, whatever this one is waiting for.
+
+Every process keeps a connection to rank 0. Whoever ends says so; when one closes without a word, its process was
+killed, or its machine is gone. Rank 0 tells the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from villa.distributed.environment import Place
+from villa.errors import ConnectionLostError
+
+#: Seconds that the main thread has for ending in order once another process has ended.
+_GRACE = 10.0
+#: Seconds that rank 0 waits for the others' connections.
+_MEETING = 60.0
+#: Seconds between two looks at whether rank 0 is done, and the longest line.
+_LOOK, _LINE = 0.2, 4096
+_KEY = "watch"
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process has ended.
+
+    Attributes:
+        rank: its number.
+        kind: ``done``; ``failed``, after it has reported why; ``signal``, which only it had got; ``lost``.
+        code: its exit code, or the number of the signal.
+        host: where it ran.
+        pid: its process id there.
+    """
+
+    rank: int
+    kind: str
+    code: int = 0
+    host: str = ""
+    pid: int = 0
+
+
+#: Called with the end of a process that was lost, before this one ends for it.
+ON_LOST: list[Callable[[End], None]] = []
+
+
+class Watch:
+    """Watches the processes of a run, from one of them; all make one, which connects them.
+
+    Args:
+        place: which process this is.
+        store: the common notes.
+
+    Raises:
+        OSError: rank 0 cannot be reached.
+        RuntimeError: the notes cannot be read.
+    """
+
+    def __init__(self, place: Place, store: Store) -> None:
+        self._place = place
+        self._end: End | None = None
+        self._known, self._complete, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._resort = threading.Timer(_GRACE, self._give_up)
+        self._resort.daemon = True
+        self._peers: dict[socket.socket, End] = {}
+        self._lock = threading.Lock()
+        if place.rank == 0:
+            self._token = secrets.token_hex(16)
+            server = socket.create_server(("", 0))
+            own = {"port": server.getsockname()[1], "token": self._token, **_here()}
+            store.set(_KEY, json.dumps(own))
+            self._start(self._serve, server)
+            self._complete.wait(_MEETING)
+        else:
+            main = json.loads(store.get(_KEY))
+            link = socket.create_connection((os.environ["MASTER_ADDR"], main["port"]), timeout=_MEETING)
+            _keep_alive(link)
+            self._peers[link] = End(0, "lost", 1, main["host"], main["pid"])
+            self._tell(link, {"token": main["token"], "rank": place.rank, **_here()})
+            link.settimeout(None)
+            self._start(self._listen, link)
+
+    def ended(self, wait: float = 0.0) -> End | None:
+        """Return how another process has ended too early, the first one if there are several; None if none has.
+
+        Args:
+            wait: seconds to wait for it.
+        """
+        self._known.wait(wait)
+        return self._end
+
+    def lost(self, end: End) -> ConnectionLostError:
+        """Return the error that names a process that was lost; those that wait for it are told before."""
+        for act in ON_LOST:
+            act(end)
+        return ConnectionLostError(
+            f"process {end.rank} of {self._place.world_size} (pid {end.pid} on {end.host}) was lost: it was killed, or "
+            "its machine is gone; go on with checkpoint.resume=true"
+        )
+
+    def leave(self, kind: str, code: int = 0) -> None:
+        """Tell the others how this process ends; it is told nothing from now on."""
+        self._closed.set()
+        with self._lock:
+            for link in self._peers:
+                self._tell(link, asdict(End(self._place.rank, kind, code, **_here())))
+
+    def stop(self) -> None:
+        """Let this process take as long as it needs for what is left."""
+        self._resort.cancel()
+
+    def _start(self, action: Callable[[socket.socket], None], link: socket.socket) -> None:
+        threading.Thread(target=action, args=(link,), daemon=True, name="watch").start()
+
+    def _listen(self, link: socket.socket) -> None:
+        """Hear from rank 0 how it, or another process, ends."""
+        end = _last_words(link, self._peers[link])
+        self._settle(end)
+
+    def _serve(self, server: socket.socket) -> None:
+        """Take in the others' connections, and hear from each how its process ends."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            while not self._closed.is_set():
+                for key, _ in selector.select(_LOOK):
+                    link: Any = key.fileobj
+                    if link is server:
+                        self._meet(server, selector)
+                    else:
+                        selector.unregister(link)
+                        self._bury(link)
+                if len(self._peers) == self._place.world_size - 1:
+                    self._complete.set()
+
+    def _meet(self, server: socket.socket, selector: selectors.BaseSelector) -> None:
+        """Accept a connection of a process that knows the token; hang up on anybody else."""
+        link, _ = server.accept()
+        link.settimeout(_MEETING)
+        _keep_alive(link)
+        try:
+            said = json.loads(link.recv(_LINE))
+            known = secrets.compare_digest(said["token"], self._token)
+            peer = End(int(said["rank"]), "lost", 1, str(said["host"]), int(said["pid"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            link.close()
+            return
+        with self._lock:
+            self._peers[link] = peer
+        selector.register(link, selectors.EVENT_READ)
+
+    def _bury(self, link: socket.socket) -> None:
+        """Take in the end of a process, and tell the others unless it was done."""
+        end = _last_words(link, self._peers[link])
+        if end.kind == "done":
+            return
+        with self._lock:
+            for other in self._peers:
+                if other is not link and self._end is None:
+                    self._tell(other, asdict(end))
+        self._settle(end)
+
+    def _tell(self, link: socket.socket, what: dict[str, Any]) -> None:
+        try:
+            link.sendall(json.dumps(what).encode() + b"\n")
+        except OSError:
+            return
+
+    def _settle(self, end: End) -> None:
+        """Note the first end that came too early; the main thread, if it is stuck, does not have for ever."""
+        if self._closed.is_set() or self._end is not None or end.kind == "done":
+            return
+        self._end = end
+        self._known.set()
+        self._resort.start()
+
+    def _give_up(self) -> None:
+        """End this process, whose main thread waits for one that is gone."""
+        end = self._end
+        if end is None:
+            return
+        if end.kind == "lost":
+            print(f"villa_run: error: {self.lost(end)}", file=sys.__stderr__, flush=True)
+        os._exit(128 + end.code if end.kind == "signal" else end.code or 1)
+
+
+def _last_words(link: socket.socket, silent: End) -> End:
+    """Wait for the end that a process tells; without a word it is the ``silent`` one."""
+    try:
+        return End(**json.loads(link.recv(_LINE).splitlines()[0]))
+    except (OSError, ValueError, TypeError, IndexError):
+        return silent
+
+
+def _here() -> dict[str, Any]:
+    return {"host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid()}
+
+
+def _keep_alive(link: socket.socket) -> None:
+    """Have the system find out within a minute that a machine is gone."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
