@@ -106,10 +106,10 @@ def test_an_element_that_is_pre_empted_comes_back(slurm: Environment, tmp_path: 
     (array,) = re.findall(r"^submitted job array (\d+) of 2 runs$", done.stdout, re.MULTILINE)
     wait_for(lambda: list((folder / "seed=2").glob("checkpoints/update_*")))
     command(slurm, "scancel", "--signal=USR2", f"{array}_1")
-    wait_for(lambda: len(list(folder.glob("*/finished.json"))) == 2)
-    log = (folder / "seed=2" / "jobs" / f"{array}_1" / f"{array}_1_0_log.out").read_text()
-    assert "ended by SIGUSR2" in log
-    assert "resuming after update" in log
+    log = folder / "seed=2" / "jobs" / f"{array}_1" / f"{array}_1_0_log.out"
+    wait_for(lambda: "resuming after update" in log.read_text())
+    assert "ended by SIGUSR2 after update" in log.read_text()
+    command(slurm, "scancel", array)
 
 
 def test_a_refused_array_is_one_line_and_leaves_nothing(slurm: Environment, tmp_path: Path) -> None:

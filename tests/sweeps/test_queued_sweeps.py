@@ -62,7 +62,9 @@ def sweep(folder: Path, *extra: str) -> int:
     return main([*RECIPE, f"output_dir={folder}", *(extra or SWEEP)])
 
 
-def test_nothing_is_handed_over_twice(queue: type[Waiting], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_handed_over_twice(
+    queue: type[Waiting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "out"
     assert sweep(folder) == 0
     assert "submitted job array 1 of 4 runs, at most 3 at once" in capsys.readouterr().out
@@ -82,6 +84,7 @@ def test_nothing_is_handed_over_twice(queue: type[Waiting], tmp_path: Path, caps
     assert "1 of 2" in (folder / "table.md").read_text()
     for number in list(queue.jobs):
         start(number)
+    monkeypatch.setattr(Waiting, "check", lambda *given: pytest.fail("what is done needs no queue"), raising=False)
     assert sweep(folder, "--sweep", "optimizer.lr=0.01", "seed=1,2") == 0
     assert len(queue.arrays) == 2
     assert "2 of 2" in (folder / "table.md").read_text()

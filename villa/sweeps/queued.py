@@ -78,7 +78,7 @@ class QueuedRuns:
 
 
 def shared_queue(runs: Sequence[Run]) -> Queue | None:
-    """Return the queue that the runs are handed over to, or None where each starts by itself.
+    """Return the queue that runs are handed over to, or None where each starts by itself, or there are none.
 
     Raises:
         ConfigError: a run cannot be launched there, or the runs ask for different queues or amounts.

@@ -57,9 +57,9 @@ class Sweep:
         """
         if at_once is not None and at_once < 1:
             raise ConfigError(f"--at-once {at_once} is too few; give at least 1 run at once")
-        queue = shared_queue(self.runs)
         waiting = [run for run in self.runs if not run.finished]
-        queued = QueuedRuns(self.folder, queue, waiting) if queue and waiting else None
+        queue = shared_queue(waiting)
+        queued = QueuedRuns(self.folder, queue, waiting) if queue else None
         self._ended = len(self.runs) - len(waiting)
         print(f"sweep of {len(self.runs)} runs in {self.folder}: {self._ended} done", flush=True)
         if queue is None or queued is None:
