@@ -69,16 +69,19 @@ def draw(rows: Sequence[Row], output: Path) -> None:
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
         own, color = [row for row in rows if row.strategy == strategy], f"C{index}"
         gpus = [row.gpus for row in own]
-        memory.plot(gpus, [row.memory.peak / 2**30 for row in own], "o-", color=color, label=strategy)
-        time.plot(gpus, [row.link for row in own], "o--", color=color, label=f"sending, {strategy}")
+        style = {"color": color, "linewidth": 4 / (1 + index), "marker": "o"}  # lines may lie on each other
+        memory.plot(gpus, [row.memory.peak / 2**30 for row in own], label=strategy, **style)
+        time.plot(gpus, [row.link for row in own], linestyle="--", label=f"sending, {strategy}", **style)
     own = [row for row in rows if row.strategy == rows[0].strategy]
     time.plot([row.gpus for row in own], [row.compute for row in own], "o-", color="black", label="computing")
     for axes, title in ((memory, "memory of a rank at its peak (GiB)"), (time, "seconds of an update")):
-        axes.set(xscale="log", yscale="log", xlabel="GPUs", title=title)
+        axes.set(xscale="log", xlabel="GPUs", title=title)
         axes.set_xticks(sorted({row.gpus for row in rows}), labels=[f"{n:,}" for n in sorted({r.gpus for r in rows})])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
+    memory.set_ylim(bottom=0)
+    time.set_yscale("log")
     write_png(figure, output)
 
 
