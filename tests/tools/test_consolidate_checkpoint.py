@@ -49,6 +49,18 @@ def test_a_run_goes_on_from_it_to_the_same_bytes(
     assert metrics(tmp_path / "run")["test"] == metrics(trained)["test"]
 
 
+def test_a_run_goes_on_from_it_without_the_best_one(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best so far stays behind in the other folder: the best of those to come is tested."""
+    name = Path(FOLDER) / "update_00000004"
+    moved = load(trained / name)
+    assert moved.training_state()["progress"]["best_update"] == 2
+    assert TOOL.main([str(moved.path), str(tmp_path / "run" / name)]) == 0
+    assert run(tmp_path / "run", *TRAINED, "checkpoint.resume=true", "training.updates=6", "optimizer.lr=1e-30") == 0
+    assert metrics(tmp_path / "run")["protocol"]["update"] == 6
+
+
 def test_its_best_checkpoint_is_taken_of_a_run_and_nothing_is_replaced_unasked(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,10 +103,14 @@ class CheckpointStore:
     def begin(self, update: int, config_yaml: str, assets: Callable[[Path], None] | None = None) -> Path:
         """Make the folder that a checkpoint is written to, with the small files in it; see ``save``."""
         folder = self.unfinished(update)
-        with self.writing(update):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            checkpoint_files.write_recipe(folder, config_yaml, assets)
+        self.discard(update)
+        try:
+            with self.writing(update):
+                folder.mkdir(parents=True)
+                checkpoint_files.write_recipe(folder, config_yaml, assets)
+        except BaseException:
+            self.discard(update)
+            raise
         return folder
 
     def publish(self, update: int, files: Mapping[str, Any], *, best: bool = False) -> Path:

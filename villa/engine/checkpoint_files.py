@@ -104,7 +104,7 @@ class Checkpoint:
         return state
 
     def plain_state(self) -> dict[str, Any]:
-        """Read the training state without what lies in shards."""
+        """Read the training state without what lies in shards; see ``training_state``."""
         path = self.path / TRAINING_STATE
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -74,9 +74,12 @@ def _train(config: RunConfig) -> int:
         training = assemble(parts, store, trackers)
         if checkpoint is not None:
             restore(training, checkpoint, config)
+            progress = training.progress
+            if processes.is_main:
+                store.set_best(progress.best_update)
+            if progress.best_update is not None and not store.path(progress.best_update).is_dir():
+                progress.best = progress.best_update = None  # it could not be tested
         if processes.is_main:
-            if checkpoint is not None:
-                store.set_best(training.progress.best_update)
             atomic_write(folder / CONFIG, saved_yaml(config))
         try:
             fit(training)

@@ -95,7 +95,7 @@ class CheckpointSource(Source):
 
     def provenance(self) -> dict[str, Any]:
         """Return what the run noted."""
-        return dict(self._checkpoint.training_state().get("provenance", {}))
+        return dict(self._checkpoint.plain_state().get("provenance", {}))
 
     @property
     def _checkpoint(self) -> Checkpoint:

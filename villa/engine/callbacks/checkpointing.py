@@ -167,12 +167,15 @@ class CheckpointCallback(Callback):
             problem = str(error)
         found = processes.gather([files, problem])
         problem = next((theirs for _, theirs in found if theirs), None)
-        if processes.is_main and problem is None:
-            listed = {name: about for theirs, _ in found for name, about in theirs.items()}
-            self.store.publish(under_way.update, listed, best=under_way.best)
-        if problem is not None:
-            self.store.discard(under_way.update)
-            raise CheckpointError(problem)
+        try:
+            if problem is not None:
+                raise CheckpointError(problem)
+            if processes.is_main:
+                listed = {name: about for theirs, _ in found for name, about in theirs.items()}
+                self.store.publish(under_way.update, listed, best=under_way.best)
+        finally:
+            if processes.is_main:
+                self.store.discard(under_way.update)
 
 
 def _in_thread(run: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
