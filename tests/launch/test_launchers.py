@@ -16,7 +16,7 @@ from villa.errors import ConfigError
 from villa.launch.base import Request
 from villa.launch.folder import job_folders
 from villa.launch.local import _python
-from villa.launch.slurm import SlurmConfig
+from villa.launch.slurm import SlurmConfig, python_of_jobs
 
 ROOT = Path(__file__).parents[2]
 RECIPE = [
@@ -144,3 +144,10 @@ def test_nobody_can_put_a_pickle_where_a_job_will_look(tmp_path: Path) -> None:
     first, second = job_folders(tmp_path), job_folders(tmp_path)
     assert first != second
     assert first.parent.parent == second.parent.parent == tmp_path
+
+
+def test_a_signal_before_the_run_can_hear_it_waits() -> None:
+    """Python's own start, and the imports of what reads the job, take time: there the signal would kill the job."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print(signal.sigpending())"
+    done = subprocess.run(f"{python_of_jobs()} -c '{code}'", shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "{<Signals.SIGUSR2: 12>}\n"), done.stderr

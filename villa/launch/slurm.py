@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,12 @@ _ENDED = (
     "OUT_OF_MEMORY",
     "REVOKED",
     "TIMEOUT",
+)
+
+#: Goes on as the Python of the arguments that follow.
+_BLOCKING = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
 
@@ -155,7 +163,7 @@ class Slurm(Queue):
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor = SlurmExecutor(job_folders(folder), max_num_timeout=self.config.restarts)
+        executor = SlurmExecutor(job_folders(folder), max_num_timeout=self.config.restarts, python=python_of_jobs())
         executor.update_parameters(
             **self.config.parameters(),
             job_name=requests[0].configs[-1].name,
@@ -173,3 +181,8 @@ class Slurm(Queue):
     def alive(self) -> frozenset[str]:
         """See the base class."""
         return jobs_alive()
+
+
+def python_of_jobs() -> str:
+    """Return the shell's words for a Python in which SIGUSR2 waits until the run can hear it: its imports take time."""
+    return f"{shlex.quote(sys.executable)} -ISc {shlex.quote(_BLOCKING)}"
