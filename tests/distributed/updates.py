@@ -126,6 +126,8 @@ def make(
     accumulation: Any = "mean",
     precision: Any = "fp32",
     optimizer: str = "bert_adamw",
+    lr: float = 0.01,
+    eps: float = 1e-6,
     seed: int = 0,
     **training: Any,
 ) -> Updater:
@@ -133,7 +135,7 @@ def make(
     model = uniter(objective, dtype, seed)
     used.apply(model)
     method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
-    factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=0.01))
+    factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=lr, eps=eps))
     return Updater(
         model,
         CrossEntropy() if objective is None else Pretraining(),

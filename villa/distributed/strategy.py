@@ -164,8 +164,9 @@ def strategy_of(config: DistributedConfig) -> Strategy:
     try:
         made: Strategy = getattr(import_module(module), name)(config)
     except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
         raise ConfigError(
-            f"distributed.strategy={config.strategy} needs the package {error.name}; pip install {error.name}, or use "
-            "ddp or fsdp"
+            f"distributed.strategy={config.strategy} needs the package {package}; pip install {package}, or use ddp or "
+            "fsdp"
         ) from error
     return made
