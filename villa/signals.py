@@ -69,8 +69,8 @@ def interruptible() -> Iterator[None]:
         return
     _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
     previous = {number: signal.signal(number, _handle) for number in SIGNALS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have blocked them until now
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have had them wait
         yield
     finally:
         for number, handler in previous.items():

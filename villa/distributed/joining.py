@@ -44,14 +44,13 @@ def run_joined(action: Callable[[], int]) -> int:
     then abort the interpreter's end (exit code 134), which a launcher would take for a failure of the run.
     """
     place = Place.read(os.environ)
-    with interruptible():
-        try:
-            with joined():
-                code = action()
-        except Interrupted as interrupted:
-            if place.rank == 0:
-                print(f"ended by {interrupted}", flush=True)
-            code = interrupted.exit_code
+    try:
+        with interruptible(), joined():
+            code = action()
+    except Interrupted as interrupted:
+        if place.rank == 0:
+            print(f"ended by {interrupted}", flush=True)
+        code = interrupted.exit_code
     if code == 0 and place.world_size > 1:
         atexit.register(_leave)
     return code
