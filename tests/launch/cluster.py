@@ -65,7 +65,7 @@ JobRequeue=1
 ReturnToService=2
 KillWait=5
 MinJobAge=3600
-SlurmdTimeout=60
+SlurmdTimeout=30
 BatchStartTimeout=20
 MessageTimeout=20
 JobAcctGatherType=jobacct_gather/none
@@ -118,6 +118,37 @@ def stop(pid_file: Path, number: int = signal.SIGTERM) -> None:
     except TimeoutError:
         os.kill(pid, signal.SIGKILL)
     pid_file.unlink(missing_ok=True)
+
+
+def ranks(job: str) -> dict[int, int]:
+    """Process ids of a job's ranks, by rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            pairs = (item.partition("=") for item in (process / "environ").read_text(errors="replace").split("\0"))
+            given = {name: value for name, _, value in pairs}
+            command = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        if given.get("SLURM_JOB_ID") == job and "submitit.core._submit" in command and "srun" not in command:
+            rank, pid = int(given["SLURM_PROCID"]), int(process.name)
+            found[rank] = min(found.get(rank, pid), pid)  # the first one: its data workers have its environment
+    return found
+
+
+def kill_node(environment: Mapping[str, str], node: str, process: int) -> None:
+    """Let a node fail: its daemon, and one process of a job there with the daemon of its step, end without a word."""
+    status = (Path("/proc") / str(process) / "status").read_text()
+    step = int(status.partition("PPid:")[2].split()[0])
+    stop(Path(environment["SLURM_CONF"]).parent / f"slurmd.{node}.pid", signal.SIGKILL)
+    for pid in (step, process):
+        os.kill(pid, signal.SIGKILL)
+
+
+def start_node(environment: Mapping[str, str], node: str) -> None:
+    """Bring a node back whose daemon has ended."""
+    conf = Path(environment["SLURM_CONF"])
+    _daemon(["slurmd", "-f", str(conf), "-N", node], conf.parent / f"slurmd.{node}.pid")
 
 
 def _install() -> None:

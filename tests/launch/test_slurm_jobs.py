@@ -1,6 +1,8 @@
 """Jobs of a real SLURM with two nodes: submitted, refused, pre-empted and requeued, and exact in the end."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -8,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from cluster import kill_node, ranks, start_node
 
 ROOT = Path(__file__).parents[2]
 #: Long enough to be interrupted.
-UPDATES = 300
+UPDATES = 120
 RECIPE = [
     f"config={ROOT}/projects/example/shapes.yaml",
     f"user_dir={ROOT}/projects/example/shapes",
@@ -19,7 +22,8 @@ RECIPE = [
     "training.epochs=null",
     f"training.updates={UPDATES}",
     "batch.per_pass=8",
-    "evaluation.every=100",
+    "evaluation.every=4",  # with small batches: much of the time goes into evaluation
+    "evaluation.examples=10",
     "checkpoint.every=5",
     "distributed.strategy=ddp",
     "logging.tensorboard=false",
@@ -94,6 +98,49 @@ def test_a_job_that_is_taken_back_goes_on_to_the_same_bytes(
     log = (folder / "jobs" / job / f"{job}_0_log.out").read_text()
     assert "resuming after update" in log
     assert ("ended by SIGUSR2 after update" in log) == (how == "signal")
+    assert results(folder) == uninterrupted
+
+
+def first_log(folder: Path, job: str) -> str:
+    """What rank 0 has printed so far, over all times that the job has run."""
+    return "".join(path.read_text() for path in folder.glob(f"jobs/{job}*/{job}_0_log.out"))
+
+
+def completed(environment: Environment, job: str) -> bool:
+    now = state(environment, job)["JobState"]
+    assert now not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), now
+    return now == "COMPLETED"
+
+
+def test_a_job_whose_node_fails_goes_on_when_it_is_back(
+    slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    job = submit(slurm, folder)
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    try:
+        kill_node(slurm, "n2", ranks(job)[1])
+        wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
+    finally:
+        start_node(slurm, "n2")
+    wait_for(lambda: completed(slurm, job))
+    assert "node n2 does not answer: the job goes back into the queue" in first_log(folder, job)
+    assert results(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_that_loses_a_process_fails_with_its_name_and_the_next_one_goes_on(
+    rank: int, slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    job = submit(slurm, folder)
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    os.kill(ranks(job)[rank], signal.SIGKILL)
+    wait_for(lambda: state(slurm, job)["JobState"] == "FAILED", 60)
+    (other,) = folder.glob(f"jobs/{job}*/{job}_{1 - rank}_log.out")
+    assert re.search(rf"error: process {rank} of 2 \(pid \d+ on n{rank + 1}\) was lost", other.read_text())
+    again = submit(slurm, folder)
+    wait_for(lambda: completed(slurm, again))
     assert results(folder) == uninterrupted
 
 
