@@ -34,7 +34,7 @@ from villa.errors import ConfigError
         (["evaluation.mode=min"], "evaluation.monitor=accuracy needs evaluation.mode=max"),
         (["evaluation.metrics=[accuracy, acuracy]"], "no metric is called 'acuracy'; did you mean 'accuracy'?"),
         (["evaluation.metrics=[accuracy, accuracy]"], "a metric is named twice"),
-        (["distributed.reduce_each_pass=true"], "is for distributed.strategy=fsdp, not for single"),
+        (["distributed.reduce_each_pass=true"], "is for strategies that share gradients"),
         (["evaluation.patience=2"], "needs evaluation.every and evaluation.split"),
         (["run_type=test"], "checkpoint.path = null (default): run_type=test needs the checkpoint"),
         (["run_type=predict", "checkpoint.path=x", "checkpoint.resume=true"], "run_type=predict does not train"),

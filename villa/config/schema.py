@@ -165,8 +165,8 @@ class DistributedConfig:
         activation_checkpointing: compute every layer a second time in the backward pass instead of keeping what it
             computed: less memory, the same gradients.
         compile: compile the layers with ``torch.compile``: faster updates after a slow first one, the same gradients.
-        reduce_each_pass: let ``fsdp`` sum up gradients with every backward pass instead of once an update, so that no
-            process ever holds whole ones: less memory, a message more for every pass.
+        reduce_each_pass: let ``fsdp`` and fairscale's strategies sum up gradients with every backward pass instead of
+            once an update, so that no process ever holds whole ones: less memory, a message more for every pass.
     """
 
     strategy: Literal["single", "ddp", "fsdp", "fairscale_fsdp", "fairscale_sdp"] = "single"

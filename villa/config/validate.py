@@ -120,8 +120,9 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _distributed(config: RunConfig) -> Iterator[tuple[str, str]]:
     distributed = config.distributed
-    if distributed.reduce_each_pass and distributed.strategy != "fsdp":
-        yield "distributed.reduce_each_pass", f"is for distributed.strategy=fsdp, not for {distributed.strategy}"
+    if distributed.reduce_each_pass and distributed.strategy in ("single", "ddp"):
+        problem = f"is for strategies that share gradients (fsdp, fairscale_*), not for {distributed.strategy}"
+        yield "distributed.reduce_each_pass", problem
 
 
 def _run_type(config: RunConfig) -> Iterator[tuple[str, str]]:
