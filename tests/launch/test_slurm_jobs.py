@@ -1,5 +1,6 @@
 """Jobs of a real SLURM with two nodes: submitted, refused, pre-empted and requeued, and exact in the end."""
 
+import contextlib
 import os
 import re
 import signal
@@ -110,6 +111,63 @@ def completed(environment: Environment, job: str) -> bool:
     now = state(environment, job)["JobState"]
     assert now not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), now
     return now == "COMPLETED"
+
+
+def test_a_signal_while_a_job_starts_puts_it_back(
+    slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    job = submit(slurm, folder)
+    wait_for(lambda: "Loading pickle" in first_log(folder, job))
+    time.sleep(1)
+    said(slurm, "scancel", "--signal=USR2", job)
+    wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
+    wait_for(lambda: completed(slurm, job))
+    assert results(folder) == uninterrupted
+
+
+def test_a_job_of_a_higher_partition_takes_the_nodes(
+    slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    job = submit(slurm, folder)
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    said(slurm, "sbatch", "-p", "high", "-N2", "-n2", "-c2", "-o", str(tmp_path / "high"), "--wrap=sleep 1")
+    wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
+    wait_for(lambda: completed(slurm, job))
+    assert "ended by SIGUSR2" in first_log(folder, job)
+    assert results(folder) == uninterrupted
+
+
+def test_a_job_whose_time_is_up_goes_on(slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
+    """The processes stand still until SLURM has told them, so that they are not done before.
+
+    It may tell them up to a minute early: then they may be gone already.
+    """
+    folder = tmp_path / "out"
+    job = submit(slurm, folder, "launcher.timeout_min=1", "launcher.signal_s=15")
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    processes = ranks(job).values()
+
+    def send(number: int) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def told(process: int) -> bool:
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return True
+        pending = (int(mask, 16) for mask in re.findall(r"(?:SigPnd|ShdPnd):\s+(\w+)", status))
+        return any(mask & 1 << (signal.SIGUSR2 - 1) for mask in pending)
+
+    send(signal.SIGSTOP)
+    wait_for(lambda: all(map(told, processes)))
+    send(signal.SIGCONT)
+    wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
+    wait_for(lambda: completed(slurm, job), 300)
+    assert results(folder) == uninterrupted
 
 
 def test_a_job_whose_node_fails_goes_on_when_it_is_back(
