@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class VillaError(Exception):
@@ -36,6 +37,15 @@ class ConnectionLostError(VillaError):
     """Another process of the run ended, or cannot be reached any more."""
 
     exit_code = 1
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Put ``what`` before the message of an error: the stage, run or part that it is about."""
+    try:
+        yield
+    except VillaError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

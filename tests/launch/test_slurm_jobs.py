@@ -113,6 +113,12 @@ def completed(environment: Environment, job: str) -> bool:
     return now == "COMPLETED"
 
 
+def wait_until_gone_on(environment: Environment, job: str) -> None:
+    """Wait until a job has started again, and is done."""
+    wait_for(lambda: int(state(environment, job)["Restarts"]) >= 1)
+    wait_for(lambda: completed(environment, job), 300)
+
+
 def test_a_signal_while_a_job_starts_puts_it_back(
     slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -121,8 +127,7 @@ def test_a_signal_while_a_job_starts_puts_it_back(
     wait_for(lambda: "Loading pickle" in first_log(folder, job))
     time.sleep(1)
     said(slurm, "scancel", "--signal=USR2", job)
-    wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
-    wait_for(lambda: completed(slurm, job))
+    wait_until_gone_on(slurm, job)
     assert results(folder) == uninterrupted
 
 
@@ -133,8 +138,7 @@ def test_a_job_of_a_higher_partition_takes_the_nodes(
     job = submit(slurm, folder)
     wait_for(lambda: list(folder.glob("checkpoints/update_*")))
     said(slurm, "sbatch", "-p", "high", "-N2", "-n2", "-c2", "-o", str(tmp_path / "high"), "--wrap=sleep 1")
-    wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
-    wait_for(lambda: completed(slurm, job))
+    wait_until_gone_on(slurm, job)
     assert "ended by SIGUSR2" in first_log(folder, job)
     assert results(folder) == uninterrupted
 
@@ -165,8 +169,7 @@ def test_a_job_whose_time_is_up_goes_on(slurm: Environment, uninterrupted: dict[
     send(signal.SIGSTOP)
     wait_for(lambda: all(map(told, processes)))
     send(signal.SIGCONT)
-    wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
-    wait_for(lambda: completed(slurm, job), 300)
+    wait_until_gone_on(slurm, job)
     assert results(folder) == uninterrupted
 
 

@@ -12,7 +12,7 @@ from villa.config.overrides import parse_overrides
 from villa.config.reader import beside, read_inline, read_layers
 from villa.config.validate import TRAINING_RUNS
 from villa.config.values import Layer, Origin, Value, show
-from villa.errors import ConfigError
+from villa.errors import ConfigError, about
 
 _PREFIX = re.compile(r"stage(\d+)\.(.+)")
 #: Keys of the whole, which stages have of their own.
@@ -82,11 +82,9 @@ def load_stages(args: Iterable[str]) -> list[Loaded]:
     _check(layers, len(stages))
     root, loaded = "", list[Loaded]()
     for stage in stages:
-        try:
+        with about(f"stage {stage.number}"):
             root = root or _root(stage, Path(path or "run").stem)
             loaded.append(_load(stage, root, loaded[-1].config.output_dir if loaded else None))
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.number}: {error}") from error
     return loaded
 
 
@@ -97,11 +95,9 @@ def _recipes(listed: Value) -> list[list[Layer]]:
         raise ConfigError(f"{where}: give a list of recipes, each the path of a YAML file or a mapping of its sections")
     recipes = []
     for item in items:
-        try:
+        with about(where):
             source = beside(listed.origin.source, item) if isinstance(item, str) and listed.origin.line else item
             recipes.append(read_layers(source) if isinstance(source, str) else read_inline(source, listed.origin))
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
         nested = next((layer["stages"] for layer in recipes[-1] if "stages" in layer), None)
         if nested is not None:
             raise ConfigError(f"{where}: a stage has stages itself ({nested.origin}); list them all in one recipe")

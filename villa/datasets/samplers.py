@@ -20,7 +20,7 @@ import numpy.typing as npt
 from villa.config.schema import BatchConfig
 from villa.datasets.cuts import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
 from villa.engine.rng import derive_seed
-from villa.errors import CheckpointError, ConfigError, DataError
+from villa.errors import CheckpointError, ConfigError, DataError, about
 
 #: A number for every example: a list, an array or something that reads like one.
 Lengths = Sequence[int] | npt.NDArray[np.integer]
@@ -223,11 +223,9 @@ class MixedSampler(Sampler):
         self.seed, self.shares = seed, list(shares)
         self.samplers: dict[str, UpdateSampler] = {}
         for share in self.shares:
-            try:
+            with about(share.name):
                 own = derive_seed("part", seed, share.name)
                 self.samplers[share.name] = UpdateSampler(share.lengths, batch, own)
-            except DataError as error:
-                raise DataError(f"{share.name}: {error}") from error
         ends = accumulate(len(share.lengths) for share in self.shares)
         self._starts = dict(zip(self.samplers, (0, *ends), strict=False))
         self._cached = lru_cache(maxsize=16)(self._draw)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from villa.config.schema import RunConfig
@@ -11,7 +10,7 @@ from villa.datasets.base import TaskDataset
 from villa.engine.finished import is_finished
 from villa.engine.folder import refuse_used
 from villa.engine.train import train
-from villa.errors import VillaError
+from villa.errors import about
 from villa.registry import DATASETS
 
 
@@ -26,32 +25,23 @@ def run_stages(configs: Sequence[RunConfig]) -> int:
             of all stages are looked at before the first one trains.
     """
     for number, config in enumerate(configs, start=1):
-        with _named(number):
+        with about(f"stage {number}"):
             refuse_used(Path(config.output_dir), resume=config.checkpoint.resume)
     passed = {i for i, config in enumerate(configs, start=1) if config.checkpoint.resume and is_finished(config)}
     waiting = [number for number in range(1, len(configs) + 1) if number not in passed]
     for number in waiting[1:]:
-        with _named(number):
+        with about(f"stage {number}"):
             _open_data(configs[number - 1])
     for number, config in enumerate(configs, start=1):
         state = "" if number in waiting else "finished, "
         print(f"stage {number} of {len(configs)} ({config.name}): {state}{config.output_dir}", flush=True)
         if number not in waiting:
             continue
-        with _named(number):
+        with about(f"stage {number}"):
             code = train(config)
         if code:
             return code
     return 0
-
-
-@contextmanager
-def _named(number: int) -> Iterator[None]:
-    """Say which stage an error is about."""
-    try:
-        yield
-    except VillaError as error:
-        raise type(error)(f"stage {number}: {error}") from error
 
 
 def _open_data(config: RunConfig) -> None:

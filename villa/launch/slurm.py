@@ -21,19 +21,6 @@ from villa.registry import register_launcher
 if TYPE_CHECKING:
     from submitit import Job
 
-#: States of a job that SLURM does nothing about any more.
-_ENDED = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "REVOKED",
-    "TIMEOUT",
-)
-
 #: Goes on as the Python of the arguments that follow.
 _BLOCKING = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "

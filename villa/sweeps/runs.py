@@ -10,7 +10,7 @@ from villa.config.schema import RunConfig
 from villa.config.stages import load_stages
 from villa.config.validate import TRAINING_RUNS
 from villa.engine.finished import is_finished
-from villa.errors import ConfigError, VillaError
+from villa.errors import ConfigError, about
 from villa.launch.base import Launcher, Request, launcher_of
 from villa.sweeps.axes import Point
 
@@ -42,10 +42,8 @@ class Run:
             ConfigError: the recipe is wrong, or does not train.
         """
         own = (*arguments, *point.overrides, f"output_dir={folder / point.name}", "logging.progress=off")
-        try:
+        with about(f"run {point.name}"):
             configs = [stage.config for stage in load_stages(own)]
-        except VillaError as error:
-            raise type(error)(f"run {point.name}: {error}") from error
         if configs[-1].run_type not in TRAINING_RUNS:
             raise ConfigError(f"run_type={configs[-1].run_type} does not go with a sweep, whose runs train")
         return cls(point, (*own, "checkpoint.resume=true"), configs)
