@@ -141,7 +141,8 @@ def test_bad_data_on_one_process_ends_all_in_one_line(context: Any, place: Path)
 
     data = place / "colours"
     data.mkdir()
-    options = [*colours(data), f"output_dir={place / 'bad'}", TWO, "batch.per_pass=4"]
+    project = f"user_dir={PROJECTS / 'example' / 'shapes'}"
+    options = [project, *colours(data), f"output_dir={place / 'bad'}", TWO, "batch.per_pass=4"]
     (data / "train5.npz").write_bytes(b"no features")
     run(context, place, "bad", *options, count=2, code=2)
     said = "".join((place / f"bad.{rank}.out").read_text() for rank in (0, 1))
