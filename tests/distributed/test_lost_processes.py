@@ -73,3 +73,18 @@ def test_a_signal_to_one_ends_both_at_the_same_place(
     assert "ended by SIGTERM after update" in printed(folder, 0)
     assert pair.in_processes(context, pair.recipe, str(folder), *RECIPE) == [0, 0], printed(folder, 0)
     assert left(folder) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "fairscale_fsdp", "fairscale_sdp"])
+def test_an_update_is_left_without_a_trace_where_the_model_is_shared(
+    strategy: str, context: Any, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    recipe = (*RECIPE, f"distributed.strategy={strategy}")
+    where = "checkpoints/update_00000006"
+    codes = pair.in_processes(context, pair.recipe_until, str(cut), 1, signal.SIGTERM, where, *recipe)
+    assert codes == [128 + signal.SIGTERM] * 2, printed(cut, 0)
+    for folder in (whole, cut):
+        assert pair.in_processes(context, pair.recipe, str(folder), *recipe) == [0, 0], printed(folder, 0)
+    assert left(cut) == left(whole)
