@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -58,6 +58,17 @@ def check() -> None:
 
 
 @contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a function take in signals; afterwards they are handled as before."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def interruptible() -> Iterator[None]:
     """Let signals end this process in order; within another such block, or in another thread, it changes nothing.
 
@@ -68,13 +79,11 @@ def interruptible() -> Iterator[None]:
         yield
         return
     _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
-    previous = {number: signal.signal(number, _handle) for number in SIGNALS}
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have had them wait
-        yield
+        with handled(SIGNALS, _handle):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have had them wait
+            yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         _Watch.installed = False
 
 

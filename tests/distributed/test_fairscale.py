@@ -8,6 +8,7 @@ import fairscale_updates
 import pair
 import pytest
 import torch
+import updates
 
 from villa.config.schema import DistributedConfig
 from villa.distributed.strategy import Strategy, strategy_of
@@ -35,12 +36,7 @@ def test_parameters_after_three_updates_are_those_of_one_process(name: str, foun
         ours, theirs = found[0][f"{name}/{case}"], fairscale_updates.run_case(Strategy(), case, dtype)
         exact = dtype == torch.float64 and case not in ("bf16", "fp16")
         tolerance = 1e-10 if exact else 1e-6
-        assert ours["parameters"].keys() == theirs["parameters"].keys()
-        for key, value in theirs["parameters"].items():
-            difference = (ours["parameters"][key] - value).abs().max().item()
-            assert difference <= tolerance, f"{name} {case}: {key}"
-        assert ours["logs"] == pytest.approx(theirs["logs"], rel=100 * tolerance, nan_ok=True), (name, case)
-        assert ours["scale"] == theirs["scale"]
+        updates.assert_same(ours, theirs, tolerance, f"{name} {case}")
 
 
 def test_processes_hold_a_part_of_parameters_gradients_and_moments(found: list[dict[str, Any]]) -> None:

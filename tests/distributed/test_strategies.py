@@ -39,12 +39,7 @@ def test_parameters_after_three_updates_are_those_of_one_process(
     for case in cases:
         ours, theirs = found[f"{strategy}/{case}"], alone[case]
         tolerance = _TOLERANCE.get(case, 1e-10)
-        assert ours["parameters"].keys() == theirs["parameters"].keys()
-        for name, value in theirs["parameters"].items():
-            difference = (ours["parameters"][name] - value).abs().max().item()
-            assert difference <= tolerance, f"{strategy} {case}: {name}"
-        assert ours["logs"] == pytest.approx(theirs["logs"], rel=100 * tolerance, nan_ok=True), (strategy, case)
-        assert ours["scale"] == theirs["scale"]
+        updates.assert_same(ours, theirs, tolerance, f"{strategy} {case}")
 
 
 def test_the_cases_tell_methods_and_micro_batches_apart(alone: dict[str, Any]) -> None:

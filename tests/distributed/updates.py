@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from updaters import cut
@@ -177,6 +178,16 @@ def run(used: Strategy, trainer: str, count: int, *, spoilt: bool = False, **opt
         "logs": {name: float(value) for name, value in logs.items()},
         "scale": updater.precision.loss_scale,
     }
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, where: str) -> None:
+    """Two results of ``run``: parameters, the values logged, and the loss scale."""
+    assert ours["parameters"].keys() == theirs["parameters"].keys()
+    for name, value in theirs["parameters"].items():
+        difference = (ours["parameters"][name] - value).abs().max().item()
+        assert difference <= tolerance, f"{where}: {name}"
+    assert ours["logs"] == pytest.approx(theirs["logs"], rel=100 * tolerance, nan_ok=True), where
+    assert ours["scale"] == theirs["scale"]
 
 
 def work(output: str) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.engine.callbacks.base import Callback
 from villa.engine.callbacks.evaluation import EvaluationCallback
-from villa.engine.callbacks.signals import Interrupted, SignalCallback
+from villa.engine.callbacks.signals import SignalCallback
 from villa.engine.training import Training, fit
 from villa.errors import ConfigError
 from villa.losses.classification import CrossEntropy
 from villa.models.base import ModelOutput
 from villa.registry import register_loss
+from villa.signals import Interrupted
 from villa.trainers.base import Logs
 
 

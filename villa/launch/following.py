@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from villa.launch.folder import link_logs
 from villa.launch.logs import Log
+from villa.signals import handled
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -84,12 +85,8 @@ def _passing_on(process: int) -> Iterator[list[int]]:
         received.append(number)
         _terminate(process)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGINT), handle):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _terminate(process: int) -> None:

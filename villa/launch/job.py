@@ -40,7 +40,7 @@ class RunJob:
         """
         from submitit import JobEnvironment
 
-        from villa.engine.callbacks.signals import PREEMPTED
+        from villa.signals import PREEMPTED
 
         _export_place()
         if os.environ.get("SLURM_JOB_ID"):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from villa.signals import handled
+
 #: Seconds between looks at the processes.
 _PAUSE = 0.2
 
@@ -80,12 +82,8 @@ class Processes:
             self.told = number
             self._end_if_told()
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with handled((signal.SIGTERM, signal.SIGINT), handle):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:

@@ -6,13 +6,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from villa.engine.callbacks.base import Callback
-from villa.signals import PREEMPTED, Interrupted, deferred
+from villa.signals import deferred
 from villa.trainers.base import Logs
 
 if TYPE_CHECKING:
     from villa.engine.training import Training
-
-__all__ = ["PREEMPTED", "Interrupted", "SignalCallback"]
 
 
 class SignalCallback(Callback):
