@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 
 from villa.datasets.base import Example
 from villa.datasets.stream import _MicroBatches
+from villa.distributed import processes, watch
 
 _read = _MicroBatches._read
 #: Examples that this worker has read.
@@ -40,3 +41,11 @@ def run(folder: str, *options: str) -> None:
     with Path(f"{folder}.{os.environ['RANK']}.err").open("w") as error:
         os.dup2(error.fileno(), sys.__stderr__.fileno())
     pair.recipe(folder, *options)
+
+
+def meet(folder: str, absent: int) -> None:
+    """Run the recipe, but one of the processes is killed before it meets the others, who wait for seconds."""
+    if os.environ["RANK"] == str(absent):
+        os.kill(os.getpid(), signal.SIGKILL)
+    watch.MEETING = processes.MEETING = 4.0
+    pair.recipe(folder)

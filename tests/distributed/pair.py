@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -50,6 +51,7 @@ def _in_place(rank: int, count: int, port: int, function: Callable[..., None], a
     if count > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    faulthandler.enable()  # a crash in compiled code shows where
     function(*arguments)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import pair
 import pytest
 
@@ -61,6 +62,26 @@ def test_one_that_is_killed_is_named_by_the_other_at_once_and_the_next_start_goe
     assert pair.in_processes(context, pair.recipe, str(folder), *RECIPE) == [0, 0], printed(folder, 0)
     assert "resuming after update" in printed(folder, 0)
     assert left(folder) == whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_those_that_are_killed_before_all_have_met_are_named_after_a_while(
+    rank: int, context: Any, tmp_path: Path
+) -> None:
+    folder, begun = tmp_path / "run", time.monotonic()
+    codes = pair.in_processes(context, faults.meet, str(folder), rank, count=3)
+    assert time.monotonic() - begun < 120
+    present = {0, 1, 2} - {rank}
+    assert {codes[number] for number in present} == {2}
+    assert codes[rank] == -signal.SIGKILL
+    said = [line for number in present for line in printed(folder, number).splitlines() if "error" in line]
+    assert all("of 3 cannot meet the others at 127.0.0.1:" in line for line in said), said
+    if rank:
+        assert [line.split(":", 4)[4].split(";")[0] for line in said] == [
+            " TimeoutError: those of rank 1 have not come within 4 s"
+        ]
+    else:
+        assert len(said) == 2  # each by itself: nobody keeps common notes
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from villa.distributed.environment import Place
-from villa.distributed.watch import End, Watch
+from villa.distributed.watch import MEETING, End, Watch
 from villa.errors import ConfigError, ConnectionLostError, VillaError
 from villa.plugins import one_line
 from villa.signals import Interrupted
@@ -178,24 +179,44 @@ def _connect(place: Place) -> tuple[Store, Watch]:
 
     def meet() -> None:
         try:
-            store, rank, world_size = next(rendezvous("env://", place.rank, place.world_size))
-            dist.init_process_group(_backend(), store=PrefixStore("group", store), rank=rank, world_size=world_size)
+            store = _common_store(place)
             notes = PrefixStore("villa", store)
-            met.append((notes, Watch(place, notes)))
+            watch = Watch(place, notes)
+            met.append((notes, watch))
+            if watch.ended() is None:
+                group = PrefixStore("group", store)
+                dist.init_process_group(_backend(), store=group, rank=place.rank, world_size=place.world_size)
         except (RuntimeError, ValueError, OSError) as error:
             problems.append(error)
 
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
     thread.join()
-    if problems or not met:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = one_line(problems[0])[:200] if problems else "the attempt ended without an error"
-        raise ConfigError(
-            f"process {place.rank} of {place.world_size} cannot meet the others at {address}: {reason}; "
-            "start as many as WORLD_SIZE says, with one MASTER_ADDR and a free MASTER_PORT"
-        )
+    if not _connected():
+        raise _not_met(place, next(iter(problems), None), met[0][1] if met else None)
     return met[0]
+
+
+def _common_store(place: Place) -> Store:
+    """Return the store of rank 0, or of torchrun; it is ``Watch`` that waits for all, and says who is missing."""
+    limit = timedelta(seconds=MEETING)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store: Store = next(rendezvous("env://", place.rank, place.world_size, timeout=limit))[0]
+        return store
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, None, place.rank == 0, limit, wait_for_workers=False)
+
+
+def _not_met(place: Place, problem: Exception | None, watch: Watch | None) -> BaseException:
+    """Return what to raise when the processes could not be connected; it may come of another one's end."""
+    end = watch.ended(_VERDICT) if watch else None
+    if watch and end:
+        return watch.lost(end) if end.kind == "lost" else SystemExit(end.code)
+    return ConfigError(
+        f"process {place.rank} of {place.world_size} cannot meet the others at {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']}: {one_line(problem)[:200] if problem else 'the attempt ended without an error'}; "
+        "start as many as WORLD_SIZE says, with one MASTER_ADDR and a free MASTER_PORT"
+    )
 
 
 def _backend() -> str:

@@ -15,17 +15,19 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from villa.distributed.environment import Place
-from villa.errors import ConnectionLostError
+from villa.errors import ConfigError, ConnectionLostError
 
 #: Seconds that the main thread has for ending in order once another process has ended.
 _GRACE = 10.0
-#: Seconds that rank 0 waits for the others' connections.
-_MEETING = 60.0
+#: Seconds that the processes wait for each other at the start: some may read Python from a slow disk.
+MEETING = 600.0
+#: Seconds that a process has for saying who it is.
+_HELLO = 60.0
 #: Seconds between two looks at whether rank 0 is done, and the longest line.
 _LOOK, _LINE = 0.2, 4096
 _KEY = "watch"
@@ -37,7 +39,8 @@ class End:
 
     Attributes:
         rank: its number.
-        kind: ``done``; ``failed``, after it has reported why; ``signal``, which only it had got; ``lost``.
+        kind: ``done``; ``failed``, after it has reported why; ``signal``, which only it had got; ``lost``; or no end at
+            all, but rank 0's word that all have come: ``met``.
         code: its exit code, or the number of the signal.
         host: where it ran.
         pid: its process id there.
@@ -55,14 +58,14 @@ ON_LOST: list[Callable[[End], None]] = []
 
 
 class Watch:
-    """Watches the processes of a run, from one of them; all make one, which connects them.
+    """Watches the processes of a run, from one of them; all make one, which waits until all have come or one has ended.
 
     Args:
         place: which process this is.
         store: the common notes.
 
     Raises:
-        OSError: rank 0 cannot be reached.
+        OSError: rank 0 cannot be reached; or on rank 0, the others have not all come, naming those.
         RuntimeError: the notes cannot be read.
     """
 
@@ -76,19 +79,20 @@ class Watch:
         self._lock = threading.Lock()
         if place.rank == 0:
             self._token = secrets.token_hex(16)
-            server = socket.create_server(("", 0))
+            server = socket.create_server(("", 0), backlog=place.world_size)
             own = {"port": server.getsockname()[1], "token": self._token, **_here()}
             store.set(_KEY, json.dumps(own))
             self._start(self._serve, server)
-            self._complete.wait(_MEETING)
+            self._meet_all()
         else:
             main = json.loads(store.get(_KEY))
-            link = socket.create_connection((os.environ["MASTER_ADDR"], main["port"]), timeout=_MEETING)
+            link = socket.create_connection((os.environ["MASTER_ADDR"], main["port"]), timeout=_HELLO)
             _keep_alive(link)
             self._peers[link] = End(0, "lost", 1, main["host"], main["pid"])
             self._tell(link, {"token": main["token"], "rank": place.rank, **_here()})
             link.settimeout(None)
             self._start(self._listen, link)
+            self._complete.wait()
 
     def ended(self, wait: float = 0.0) -> End | None:
         """Return how another process has ended too early, the first one if there are several; None if none has.
@@ -111,20 +115,34 @@ class Watch:
     def leave(self, kind: str, code: int = 0) -> None:
         """Tell the others how this process ends; it is told nothing from now on."""
         self._closed.set()
-        with self._lock:
-            for link in self._peers:
-                self._tell(link, asdict(End(self._place.rank, kind, code, **_here())))
+        self._tell_all(End(self._place.rank, kind, code, **_here()))
 
     def stop(self) -> None:
         """Let this process take as long as it needs for what is left."""
         self._resort.cancel()
 
+    def _meet_all(self) -> None:
+        """Wait for all on rank 0, and tell them when they have come."""
+        complete = self._complete.wait(MEETING)
+        with self._lock:
+            present = {peer.rank for peer in self._peers.values()}
+        if not complete:
+            self.leave("failed", ConfigError.exit_code)
+            missing = sorted(set(range(1, self._place.world_size)) - present)
+            raise TimeoutError(f"those of rank {', '.join(map(str, missing))} have not come within {MEETING:g} s")
+        if self._end is None:
+            self._tell_all(End(0, "met"))
+
     def _start(self, action: Callable[[socket.socket], None], link: socket.socket) -> None:
         threading.Thread(target=action, args=(link,), daemon=True, name="watch").start()
 
     def _listen(self, link: socket.socket) -> None:
-        """Hear from rank 0 how it, or another process, ends."""
-        end = _last_words(link, self._peers[link])
+        """Hear from rank 0 that all have come, and how it, or another process, ends."""
+        with link.makefile("rb") as lines:
+            end = _said(lines, self._peers[link])
+            if end.kind == "met":
+                self._complete.set()
+                end = _said(lines, self._peers[link])
         self._settle(end)
 
     def _serve(self, server: socket.socket) -> None:
@@ -145,7 +163,7 @@ class Watch:
     def _meet(self, server: socket.socket, selector: selectors.BaseSelector) -> None:
         """Accept a connection of a process that knows the token; hang up on anybody else."""
         link, _ = server.accept()
-        link.settimeout(_MEETING)
+        link.settimeout(_HELLO)
         _keep_alive(link)
         try:
             said = json.loads(link.recv(_LINE))
@@ -162,14 +180,19 @@ class Watch:
 
     def _bury(self, link: socket.socket) -> None:
         """Take in the end of a process, and tell the others unless it was done."""
-        end = _last_words(link, self._peers[link])
+        with link.makefile("rb") as lines:
+            end = _said(lines, self._peers[link])
         if end.kind == "done":
             return
-        with self._lock:
-            for other in self._peers:
-                if other is not link and self._end is None:
-                    self._tell(other, asdict(end))
+        if self._end is None:
+            self._tell_all(end, but=link)
         self._settle(end)
+
+    def _tell_all(self, end: End, but: socket.socket | None = None) -> None:
+        with self._lock:
+            for link in self._peers:
+                if link is not but:
+                    self._tell(link, asdict(end))
 
     def _tell(self, link: socket.socket, what: dict[str, Any]) -> None:
         try:
@@ -183,6 +206,7 @@ class Watch:
             return
         self._end = end
         self._known.set()
+        self._complete.set()
         self._resort.start()
 
     def _give_up(self) -> None:
@@ -195,11 +219,11 @@ class Watch:
         os._exit(128 + end.code if end.kind == "signal" else end.code or 1)
 
 
-def _last_words(link: socket.socket, silent: End) -> End:
-    """Wait for the end that a process tells; without a word it is the ``silent`` one."""
+def _said(lines: BinaryIO, silent: End) -> End:
+    """Wait for what a process says next; without a word it is the ``silent`` end."""
     try:
-        return End(**json.loads(link.recv(_LINE).splitlines()[0]))
-    except (OSError, ValueError, TypeError, IndexError):
+        return End(**json.loads(lines.readline(_LINE)))
+    except (OSError, ValueError, TypeError):
         return silent
 
 
