@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
+from villa.datasets.reader import WordPieces
 from villa.datasets.text import build_tokenizer, encode, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError
 
@@ -106,3 +108,19 @@ def test_empty_folder_and_no_text_are_refused(tmp_path: Path) -> None:
         build_tokenizer([], 100)
     with pytest.raises(DataError, match="too small"):
         build_tokenizer(TEXTS, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (models.BPE({"r": 0}, []), r"makes nothing of the text '\\u200b'; mend it"),
+        (models.WordLevel({"r": 0}), r"cannot read the text '\\u200b': Exception: WordLevel error: Missing"),
+    ],
+)
+def test_a_text_that_is_nothing_to_a_tokenizer_without_special_tokens_is_refused(
+    model: models.Model, message: str
+) -> None:
+    words = WordPieces(Tokenizer(model), 5)
+    assert words("r", None)[0].tolist() == [0]
+    with pytest.raises(DataError, match=f"the tokenizer {message}"):
+        words("\u200b", None)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import shapes_runs
 
 from villa.cli.run import main
 from villa.errors import ConfigError
@@ -18,15 +19,7 @@ from villa.launch.folder import job_folders
 from villa.launch.local import _python
 from villa.launch.slurm import SlurmConfig, python_of_jobs
 
-ROOT = Path(__file__).parents[2]
-RECIPE = [
-    f"config={ROOT}/projects/example/shapes.yaml",
-    f"user_dir={ROOT}/projects/example/shapes",
-    "training.epochs=null",
-    "training.updates=12",
-    "batch.per_pass=8",
-    "logging.tensorboard=false",
-]
+RECIPE = [*shapes_runs.RECIPE, "training.updates=12"]
 
 
 def test_the_processes_of_a_run_are_launched_no_further() -> None:
@@ -82,9 +75,9 @@ def test_mistakes_are_one_line_before_anything_starts(
 def test_processes_of_this_machine_reach_what_one_reaches(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also: the folder holds the recipe, the logs of all ranks, and a command that goes on by hand."""
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main([*RECIPE, f"output_dir={one}", "logging.progress=off"]) == 0
+    assert main([*RECIPE, f"output_dir={one}"]) == 0
     local = ["launcher=local", "launcher.processes=2", "distributed.strategy=ddp"]
-    assert main([*RECIPE, f"output_dir={two}", "logging.progress=off", *local]) == 0
+    assert main([*RECIPE, f"output_dir={two}", *local]) == 0
     assert "on 2 processes (ddp)" in capfd.readouterr().out
     scores = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (one, two)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)

@@ -4,57 +4,33 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from cluster import kill_node, ranks, start_node
+from shapes_runs import Environment, said, villa_run, wait_for
 
-ROOT = Path(__file__).parents[2]
 #: Long enough to be interrupted.
 UPDATES = 120
-RECIPE = [
-    f"config={ROOT}/projects/example/shapes.yaml",
-    f"user_dir={ROOT}/projects/example/shapes",
+JOB = [
     "trainer=villa",
-    "training.epochs=null",
     f"training.updates={UPDATES}",
-    "batch.per_pass=8",
     "evaluation.every=4",  # with small batches: much of the time goes into evaluation
     "evaluation.examples=10",
     "checkpoint.every=5",
     "distributed.strategy=ddp",
-    "logging.tensorboard=false",
-    "logging.progress=off",
+    "launcher=slurm",
+    "launcher.nodes=2",
+    "launcher.timeout_min=30",
 ]
-JOB = ["launcher=slurm", "launcher.nodes=2", "launcher.timeout_min=30"]
-Environment = Mapping[str, str]
 
 pytestmark = pytest.mark.slow
 
 
-def villa_run(environment: Environment, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "villa.cli.run", *RECIPE, *arguments]
-    own = {**environment, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=300, check=False)
-
-
-def said(environment: Environment, *command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-
-
 def state(environment: Environment, job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S+)", said(environment, "scontrol", "show", "job", job)))
-
-
-def wait_for(condition: object, seconds: float = 180.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 def results(folder: Path) -> dict[str, bytes]:

@@ -2,67 +2,41 @@
 
 import csv
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from shapes_runs import Environment, said, villa_run, wait_for
 
-ROOT = Path(__file__).parents[2]
-RECIPE = [
-    f"config={ROOT}/projects/example/shapes.yaml",
-    f"user_dir={ROOT}/projects/example/shapes",
-    "training.epochs=null",
+JOB = [
     "training.updates=4",
-    "batch.per_pass=8",
     "distributed.strategy=ddp",
-    "logging.tensorboard=false",
+    "launcher=slurm",
+    "launcher.timeout_min=30",
 ]
-JOB = ["launcher=slurm", "launcher.timeout_min=30"]
 SWEEP = ["--sweep", "trainer=standard,villa", "seed=1,2", "--at-once", "2"]
-Environment = Mapping[str, str]
 
 pytestmark = pytest.mark.slow
-
-
-def villa_run(environment: Environment, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "villa.cli.run", *RECIPE, *JOB, *arguments]
-    own = {**environment, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=400, check=False)
-
-
-def command(environment: Environment, *given: str) -> str:
-    return subprocess.run(given, capture_output=True, text=True, env=environment, check=True).stdout
-
-
-def wait_for(condition: object, seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 def test_a_sweep_is_one_array_that_is_submitted_once_and_gone_on_with(slurm: Environment, tmp_path: Path) -> None:
     """One element is cancelled; what waits or runs is left alone; then only the cancelled one is submitted again."""
     folder = tmp_path / "out"
-    command(slurm, "scontrol", "update", "partitionname=main", "state=down")  # jobs wait
+    said(slurm, "scontrol", "update", "partitionname=main", "state=down")  # jobs wait
     try:
-        first = villa_run(slurm, f"output_dir={folder}", *SWEEP)
+        first = villa_run(slurm, *JOB, f"output_dir={folder}", *SWEEP)
         assert first.returncode == 0, first.stderr
         match = re.search(r"^submitted job array (\d+) of 4 runs, at most 2 at once$", first.stdout, re.MULTILINE)
         assert match is not None, first.stdout
         array = match[1]
-        assert "ArrayTaskThrottle=2" in command(slurm, "scontrol", "show", "job", array)
-        command(slurm, "scancel", f"{array}_1")
-        again = villa_run(slurm, f"output_dir={folder}", *SWEEP)
+        assert "ArrayTaskThrottle=2" in said(slurm, "scontrol", "show", "job", array)
+        said(slurm, "scancel", f"{array}_1")
+        again = villa_run(slurm, *JOB, f"output_dir={folder}", *SWEEP)
         assert "3 of the runs are in the queue already" in again.stdout, again.stderr
         assert re.search(r"^submitted job (\d+) of 1 run, at most 2 at once$", again.stdout, re.MULTILINE)
     finally:
-        command(slurm, "scontrol", "update", "partitionname=main", "state=up")
+        said(slurm, "scontrol", "update", "partitionname=main", "state=up")
     wait_for(lambda: len(list(folder.glob("*/finished.json"))) == 4)
-    collected = villa_run(slurm, f"output_dir={folder}", *SWEEP)
+    collected = villa_run(slurm, *JOB, f"output_dir={folder}", *SWEEP)
     assert "sweep of 4 runs" in collected.stdout
     assert "submitted" not in collected.stdout
     with (folder / "table.csv").open() as file:
@@ -77,6 +51,7 @@ def test_a_followed_sweep_of_several_processes_ends_with_its_table(slurm: Enviro
     folder = tmp_path / "out"
     done = villa_run(
         slurm,
+        *JOB,
         f"output_dir={folder}",
         "launcher.nodes=2",
         "launcher.follow=true",
@@ -102,18 +77,18 @@ def test_an_element_that_is_pre_empted_comes_back(slurm: Environment, tmp_path: 
         "--sweep",
         "seed=1,2",
     ]
-    done = villa_run(slurm, f"output_dir={folder}", *long)
+    done = villa_run(slurm, *JOB, f"output_dir={folder}", *long)
     (array,) = re.findall(r"^submitted job array (\d+) of 2 runs$", done.stdout, re.MULTILINE)
     wait_for(lambda: list((folder / "seed=2").glob("checkpoints/update_*")))
-    command(slurm, "scancel", "--signal=USR2", f"{array}_1")
+    said(slurm, "scancel", "--signal=USR2", f"{array}_1")
     log = folder / "seed=2" / "jobs" / f"{array}_1" / f"{array}_1_0_log.out"
     wait_for(lambda: "resuming after update" in log.read_text())
     assert "ended by SIGUSR2 after update" in log.read_text()
-    command(slurm, "scancel", array)
+    said(slurm, "scancel", array)
 
 
 def test_a_refused_array_is_one_line_and_leaves_nothing(slurm: Environment, tmp_path: Path) -> None:
-    done = villa_run(slurm, f"output_dir={tmp_path / 'out'}", "launcher.nodes=3", *SWEEP)
+    done = villa_run(slurm, *JOB, f"output_dir={tmp_path / 'out'}", "launcher.nodes=3", *SWEEP)
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     assert line.startswith("villa_run: error: SLURM refuses the job (Requested node configuration is not available")

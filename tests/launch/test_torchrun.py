@@ -6,17 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from shapes_runs import RECIPE, SHAPES
 
-ROOT = Path(__file__).parents[2]
-SHORT = [
-    f"user_dir={ROOT}/projects/example/shapes",
-    "training.epochs=null",
-    "training.updates=2",
-    "batch.per_pass=8",
-    "distributed.strategy=ddp",
-    "logging.tensorboard=false",
-    "logging.progress=off",
-]
+SHORT = [*RECIPE[1:], "training.updates=2", "distributed.strategy=ddp"]
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,9 +19,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_stages_are_trained_by_several_processes(tmp_path: Path) -> None:
     recipe = tmp_path / "both.yaml"
-    recipe.write_text(
-        f"output_dir: {tmp_path / 'out'}\nstages: [{', '.join([f'{ROOT}/projects/example/shapes.yaml'] * 2)}]\n"
-    )
+    recipe.write_text(f"output_dir: {tmp_path / 'out'}\nstages: [{', '.join([f'{SHAPES}.yaml'] * 2)}]\n")
     done = torchrun(f"config={recipe}", "stage2.seed=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("on 2 processes (ddp)") == 2
@@ -40,7 +30,7 @@ def test_stages_are_trained_by_several_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", [["--sweep", "seed=1,2"], ["launcher=local"]])
 def test_what_starts_processes_itself_is_refused_in_one_line(what: list[str], tmp_path: Path) -> None:
-    done = torchrun(f"config={ROOT}/projects/example/shapes.yaml", f"output_dir={tmp_path / 'out'}", *what)
+    done = torchrun(f"config={SHAPES}.yaml", f"output_dir={tmp_path / 'out'}", *what)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("villa_run: error: ")]
     assert "start it without torchrun" in line

@@ -165,7 +165,7 @@ class QuestionAnswering(TaskDataset):
         rows: list[Record] = []
         sources = Sources()
         for number, record in enumerate(records, start=1):
-            where = f"record {number}"
+            where = f"record {record.get('id', number)}"
             files = record_sources(record, self.vocabulary.regions, self._request_folder(), where)
             images = tuple(sources.add(source) for source in files)
             rows.append(Record(str(record.get("id", number)), *record_texts(record, where), images))

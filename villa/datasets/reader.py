@@ -88,10 +88,18 @@ class WordPieces:
         self._kept: dict[tuple[str, str | None], tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, text: str, pair: str | None) -> tuple[Tensor, Tensor | None]:
-        """Return ids ``[T]`` and types ``[T]``; no types for one text."""
+        """Return ids ``[T]`` and types ``[T]``; no types for one text.
+
+        Raises:
+            DataError: see ``encode_texts``.
+        """
         found = self._kept.get((text, pair))
         if found is None:
             found = encode_texts(self.tokenizer, text, pair, self.max_length)
+            if not len(found[0]):
+                raise DataError(
+                    f"the tokenizer makes nothing of the text {text!r:.60}; mend it, or leave the record out"
+                )
             if len(self._kept) < KEPT_TEXTS:
                 self._kept[text, pair] = found
         return found

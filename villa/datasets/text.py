@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 
 from villa.errors import DataError
+from villa.plugins import one_line
 
 #: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -99,11 +100,20 @@ def encode(tokenizer: Tokenizer, text: str, max_length: int) -> Tensor:
 
 
 def encode_texts(tokenizer: Tokenizer, text: str, pair: str | None, max_length: int) -> tuple[Tensor, Tensor | None]:
-    """Return the word-piece ids ``[T]`` of a text or of two, and with two their types ``[T]`` (0 and 1), else None."""
+    """Return the word-piece ids ``[T]`` of a text or of two, and with two their types ``[T]`` (0 and 1), else None.
+
+    Raises:
+        DataError: the tokenizer cannot read a text, or makes nothing of it.
+    """
     truncation = tokenizer.truncation
     if truncation is None or truncation["max_length"] != max_length:
         tokenizer.enable_truncation(max_length)
-    found = tokenizer.encode(text, pair)
+    try:
+        found = tokenizer.encode(text, pair)
+    except Exception as error:  # the package raises bare exceptions
+        raise DataError(f"the tokenizer cannot read the text {text!r:.60}: {one_line(error)}; mend it") from error
+    if not found.ids:
+        raise DataError(f"the tokenizer makes nothing of the text {text!r:.60}; mend it, or leave it out")
     types = None if pair is None else torch.tensor(found.type_ids, dtype=torch.int64)
     return torch.tensor(found.ids, dtype=torch.int64), types
 

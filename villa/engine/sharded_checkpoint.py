@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from villa.distributed.share import Share
 from villa.engine.checkpoint_files import INDEX, SHARDS
+from villa.engine.parameter_groups import parameter_indices
 from villa.engine.tensors import staged, unshared
 from villa.errors import CheckpointError, ConfigError
 from villa.files import write_json
@@ -131,7 +132,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split an optimiser's state into what is small, and tensors called ``<parameter>.<what it is>``."""
-    names = _names(state)
+    names = {index: name for name, index in parameter_indices(state["param_groups"]).items()}
     small: dict[int, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for index, kept in state["state"].items():
@@ -157,13 +158,9 @@ def join_optimizer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, 
     tensors = shards.read(OPTIMIZER_STATE, parameters)
     with shards.broken():
         optimizer = state["updater"]["optimizer"]
-        indices = {name: index for index, name in _names(optimizer).items()}
+        indices = parameter_indices(optimizer["param_groups"])
         for name, _, key in stored:
             optimizer["state"][indices[name]][key] = tensors[f"{name}.{key}"]
-
-
-def _names(state: Mapping[str, Any]) -> dict[int, str]:
-    return {i: n for group in state["param_groups"] for n, i in zip(group["names"], group["params"], strict=True)}
 
 
 class Shards:

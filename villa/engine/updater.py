@@ -13,6 +13,7 @@ from villa.config.schema import TrainingConfig
 from villa.distributed.share import Turn
 from villa.distributed.strategy import Strategy
 from villa.engine.finite import describe_nonfinite
+from villa.engine.parameter_groups import parameter_indices
 from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.engine.schedules import Schedule
@@ -211,7 +212,7 @@ def _first_cause(found: Sequence[str]) -> str:
 def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], strategy: Strategy) -> None:
     """Give every parameter its saved state by name, whatever group it is in now."""
     groups = optimizer.state_dict()["param_groups"]
-    own, theirs = _indices(groups), _indices(saved["param_groups"])
+    own, theirs = parameter_indices(groups), parameter_indices(saved["param_groups"])
     if own.keys() != theirs.keys():
         differing = sorted(own.keys() ^ theirs.keys())
         raise ValueError(f"the trained parameters differ: '{differing[0]}' ({len(differing)} in all)")
@@ -224,11 +225,6 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], st
         if index in saved["state"]
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Name to number of the parameters of an optimiser's groups."""
-    return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}
 
 
 def _add(total: Logs, values: Logs, weight: float) -> None:

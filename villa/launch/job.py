@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from villa.errors import ConfigError
+from villa.launch.slurm_commands import ask, reason
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -84,17 +86,24 @@ def _requeue_if_a_node_failed(end: End) -> None:
     if _answers(end.host):
         return
     print(f"node {end.host} does not answer: the job goes back into the queue", flush=True)
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False, timeout=60)  # noqa: S603, S607
+    try:
+        asked = ask(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+    except ConfigError as error:
+        print(error, flush=True)
+        return
+    if asked.returncode:
+        print(f"SLURM does not put it back ({reason(asked.stderr)})", flush=True)
 
 
 def _answers(node: str) -> bool:
     """Whether SLURM's daemon on a node answers; also where that cannot be found out."""
     try:
-        command = ["scontrol", "show", "node", "-o", node]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
+        shown = ask(["scontrol", "show", "node", "-o", node])
+    except ConfigError:
         return True
-    found = dict(re.findall(r"(\w+)=(\S+)", shown))
+    if shown.returncode:
+        return True
+    found = dict(re.findall(r"(\w+)=(\S+)", shown.stdout))
     address = (found.get("NodeAddr", node), int(found.get("Port", _SLURMD)))
     try:
         socket.create_connection(address, timeout=_PATIENCE).close()

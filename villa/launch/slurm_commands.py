@@ -33,7 +33,7 @@ def try_submission(parameters: Mapping[str, Any]) -> None:
         ConfigError: it would refuse it, or does not answer.
     """
     options = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
-    found = _ask(["sbatch", "--test-only", *options, "--wrap=true"])
+    found = ask(["sbatch", "--test-only", *options, "--wrap=true"])
     if found.returncode:
         given = " ".join(options)
         raise ConfigError(
@@ -47,14 +47,19 @@ def jobs_alive() -> frozenset[str]:
     Raises:
         ConfigError: SLURM does not answer.
     """
-    found = _ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"])
+    found = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"])
     if found.returncode:
         raise ConfigError(f"squeue does not tell which jobs there are ({reason(found.stderr)}); try again")
     jobs = (line.split() for line in found.stdout.splitlines())
     return frozenset(number for number, state, *_ in jobs if state not in _ENDED)
 
 
-def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM; it may fail.
+
+    Raises:
+        ConfigError: it is not there, or takes longer than a minute.
+    """
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
