@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -107,16 +107,42 @@ def test_a_signal_while_a_job_starts_puts_it_back(
     assert results(folder) == uninterrupted
 
 
+@pytest.fixture(scope="module", params=["SIGUSR2", "SIGTERM"])
+def told_by(request: pytest.FixtureRequest, slurm: Environment) -> Iterator[str]:
+    """Which signal SLURM pre-empts with: what a job has asked for, or, by default, SIGTERM only."""
+    conf = Path(slurm["SLURM_CONF"])
+    text = conf.read_text()
+    if request.param == "SIGTERM":
+        conf.write_text(text.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
+        said(slurm, "scontrol", "reconfigure")
+    yield request.param
+    if conf.read_text() != text:
+        conf.write_text(text)
+        said(slurm, "scontrol", "reconfigure")
+
+
+@pytest.mark.parametrize("begun", [False, True])
 def test_a_job_of_a_higher_partition_takes_the_nodes(
-    slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
+    begun: bool, told_by: str, slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
     job = submit(slurm, folder)
-    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")) if begun else "Loading pickle" in first_log(folder, job))
     said(slurm, "sbatch", "-p", "high", "-N2", "-n2", "-c2", "-o", str(tmp_path / "high"), "--wrap=sleep 1")
     wait_until_gone_on(slurm, job)
-    assert "ended by SIGUSR2" in first_log(folder, job)
+    assert f"ended by {told_by}" in first_log(folder, job)
     assert results(folder) == uninterrupted
+
+
+def test_a_job_that_is_cancelled_does_not_come_back(slurm: Environment, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    job = submit(slurm, folder)
+    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
+    said(slurm, "scancel", job)
+    wait_for(lambda: "ended by SIGTERM" in first_log(folder, job))
+    wait_for(lambda: state(slurm, job)["JobState"] == "CANCELLED")
+    time.sleep(3)
+    assert (state(slurm, job)["JobState"], state(slurm, job)["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_a_job_whose_time_is_up_goes_on(slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ class RunJob:
     arguments: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Run; a run that was told to end by pre-emption is handed back to the queue by its first process.
+        """Run; a run that SLURM has told to end is handed back to the queue by its first process.
 
         Raises:
             JobFailed: it ended with another exit code.
@@ -50,7 +51,7 @@ class RunJob:
 
             ON_LOST.append(_requeue_if_a_node_failed)
         code = self._run()
-        if code == 128 + PREEMPTED and JobEnvironment().global_rank == 0:
+        if JobEnvironment().global_rank == 0 and (code == 128 + PREEMPTED or _ended_for_others(code)):
             os.kill(os.getpid(), PREEMPTED)  # to submitit's own handler: it saves this object and requeues the job
         if code:
             raise JobFailed(f"villa_run ended with exit code {code}")
@@ -76,6 +77,24 @@ def _export_place() -> None:
     from submitit.helpers import TorchDistributedEnvironment
 
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _ended_for_others(code: int) -> bool:
+    """Whether a run was ended by a SIGTERM with which SLURM pre-empts the job.
+
+    That is all that SLURM sends unless its administrator has set ``preempt_send_user_signal``; and it does not take a
+    job back by itself that ends before its grace is over. A job that is cancelled is not running any more.
+    """
+    if code != 128 + signal.SIGTERM or not os.environ.get("SLURM_JOB_ID"):
+        return False
+    from submitit import JobEnvironment
+
+    try:
+        shown = ask(["scontrol", "show", "job", "-o", JobEnvironment().job_id]).stdout
+    except ConfigError:
+        return False
+    found = dict(re.findall(r"(\w+)=(\S+)", shown))
+    return found.get("JobState") == "RUNNING" and found.get("PreemptTime", "None") != "None"
 
 
 def _requeue_if_a_node_failed(end: End) -> None:

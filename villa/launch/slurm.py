@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Goes on as the Python of the arguments that follow.
 _BLOCKING = (
-    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
@@ -171,5 +171,5 @@ class Slurm(Queue):
 
 
 def python_of_jobs() -> str:
-    """Return the shell's words for a Python in which SIGUSR2 waits until the run can hear it: its imports take time."""
+    """Return the shell's words for a Python in which signals wait until the run can hear them; imports take time."""
     return f"{shlex.quote(sys.executable)} -ISc {shlex.quote(_BLOCKING)}"
