@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny import RecordingPasses, gradients
 from torch import Tensor
 
 from villa.batch import Batch
@@ -88,3 +89,31 @@ def perturbed(model: Model, batch: Batch) -> dict[str, Tensor]:
     """Where each modality may be perturbed: ``[rows, tokens]`` bool."""
     masks = {m: point.mask(batch) for m, point in model.perturbation_points().items()}
     return {m: mask for m, mask in masks.items() if mask is not None}
+
+
+def assert_equals_loop(
+    model: Model, passes: RecordingPasses, expected: Any, *, clean: int, rtol: float = 1e-9, atol: float = 1e-12
+) -> None:
+    """A trainer's step ends with the gradients of ``oracle``, and used its perturbations in every pass.
+
+    Args:
+        model: with the gradients.
+        passes: that the step took.
+        expected: what ``oracle`` returned.
+        clean: how many of the passes come before the perturbed ones.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+    """
+    wanted, used = expected
+    mine = gradients(model)
+    assert {name for name, gradient in wanted.items() if gradient.abs().sum() > 0} <= mine.keys()
+    for name, gradient in mine.items():
+        other = wanted.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, other, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    views, rest = divmod(len(passes.used) - clean, len(used))
+    assert (views > 0, rest) == (True, 0)
+    for t, step in enumerate(used):
+        ours = {m: d for v in range(views) for m, d in passes.used[clean + t * views + v].items()}
+        assert ours.keys() == step.keys()
+        for modality, delta in step.items():
+            torch.testing.assert_close(ours[modality], delta, rtol=rtol, atol=atol)

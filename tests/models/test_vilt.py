@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from saved_models import save_random
+from perturbed import assert_points_move_logits
+from saved_models import assert_read, save_random
 from torch import Tensor
 
-from villa.adversarial.ascent import AscentSettings
-from villa.adversarial.injection import inject
-from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
 from villa.models.base import DataFacts
@@ -146,23 +144,7 @@ def test_states_and_attention_on_request() -> None:
 def test_both_points_move_the_logits_where_it_is_real(head: str) -> None:
     model, batch = build(head), pictures(head)
     rows = 3 if head == "answers" else 6
-    clean = model(batch).logits
-    for modality, shape in {"text": (rows, 7, 16), "image": (rows, 20, 16)}.items():
-        perturbation = Perturbation(AscentSettings(step_size=0.1, init="normal", init_scale=1.0))
-        point = model.perturbation_points()[modality]
-        with inject(model, model.perturbation_points(), {modality: perturbation}, batch):
-            moved = model(batch).logits
-        assert not torch.allclose(moved, clean, atol=1e-3)
-        moved.sum().backward()
-        mask = point.mask(batch)
-        assert mask is not None
-        assert perturbation.delta is not None
-        assert perturbation.delta.grad is not None
-        assert perturbation.delta.shape == shape
-        assert 0 < mask.sum() < mask.numel()
-        assert (perturbation.delta[~mask] == 0).all()
-        assert (perturbation.delta.grad[~mask] == 0).all()
-        assert (perturbation.delta.grad[mask].abs().sum(-1) > 0).all()
+    assert_points_move_logits(model, batch, {"text": (rows, 7, 16), "image": (rows, 20, 16)})
 
 
 # Released layouts
@@ -186,15 +168,8 @@ def saved(kind: Any, folder: Path, head: str = "answers", **options: Any) -> dic
 )
 def test_finetuned_folders_and_files_are_read(tmp_path: Path, head: str, kind: Any, file: bool) -> None:
     weights = saved(kind, tmp_path, head)
-    if file:
-        old = {"vilt.embeddings.text_embeddings.position_ids": torch.arange(12)[None]}  # older files have it
-        torch.save({**weights, **old}, tmp_path / "pytorch_model.bin")
-    model = build(head)
-    report = model.load_weights(str(tmp_path / "pytorch_model.bin" if file else tmp_path))
-    assert report.missing == ()
-    assert report.unexpected == (("vilt.embeddings.text_embeddings.position_ids",) if file else ())
-    assert model.state_dict().keys() == weights.keys()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    old = {"vilt.embeddings.text_embeddings.position_ids": torch.arange(12)[None]} if file else None
+    assert_read(build(head), tmp_path, weights, old)
 
 
 def test_pretrained_weights_start_everything_but_the_head(tmp_path: Path) -> None:

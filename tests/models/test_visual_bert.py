@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from perturbed import assert_points_move_logits
 from random_batches import random_batch
-from saved_models import save_random
+from saved_models import assert_read, save_random
 from torch import Tensor
 
-from villa.adversarial.ascent import AscentSettings
-from villa.adversarial.injection import inject
-from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
 from villa.models.base import DataFacts
@@ -130,22 +128,7 @@ def test_states_and_attention_on_request(head: str) -> None:
 def test_both_points_move_the_logits_where_it_is_real(head: str) -> None:
     model, batch = build(head), regions(head)
     count = 5 if head == "answers" else 10
-    clean = model(batch).logits
-    for modality, shape in {"text": (3, 7, 16), "image": (3, count, 8)}.items():
-        perturbation = Perturbation(AscentSettings(step_size=0.1, init="normal", init_scale=1.0))
-        mask = model.perturbation_points()[modality].mask(batch)
-        with inject(model, model.perturbation_points(), {modality: perturbation}, batch):
-            moved = model(batch).logits
-        assert not torch.allclose(moved, clean, atol=1e-3)
-        moved.sum().backward()
-        assert mask is not None
-        assert perturbation.delta is not None
-        assert perturbation.delta.grad is not None
-        assert perturbation.delta.shape == shape
-        assert 0 < mask.sum() < mask.numel()
-        assert (perturbation.delta[~mask] == 0).all()
-        assert (perturbation.delta.grad[~mask] == 0).all()
-        assert (perturbation.delta.grad[mask].abs().sum(-1) > 0).all()
+    assert_points_move_logits(model, batch, {"text": (3, 7, 16), "image": (3, count, 8)})
 
 
 # Released layouts
@@ -165,15 +148,8 @@ def saved(kind: Any, folder: Path, head: str = "answers") -> dict[str, Tensor]:
 def test_finetuned_folders_and_files_are_read(tmp_path: Path, head: str, kind: Any, file: bool) -> None:
     """uclanlp/visualbert-vqa and -nlvr2."""
     weights = saved(kind, tmp_path, head)
-    old = "visual_bert.embeddings.position_ids"  # older files have it
-    if file:
-        torch.save({**weights, old: torch.arange(16)[None]}, tmp_path / "pytorch_model.bin")
-    model = build(head)
-    report = model.load_weights(str(tmp_path / "pytorch_model.bin" if file else tmp_path))
-    assert report.missing == report.derived == ()
-    assert report.unexpected == ((old,) if file else ())
-    assert model.state_dict().keys() == weights.keys()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    old = {"visual_bert.embeddings.position_ids": torch.arange(16)[None]} if file else None
+    assert_read(build(head), tmp_path, weights, old)
 
 
 @pytest.mark.parametrize("head", HEADS)
