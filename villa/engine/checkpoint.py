@@ -21,6 +21,7 @@ from torch import Tensor
 
 from villa.engine import checkpoint_files
 from villa.engine.checkpoint_files import Checkpoint, load
+from villa.engine.checkpoint_layout import MANIFEST
 from villa.errors import CheckpointError, ConfigError
 from villa.files import fsync, write_json
 from villa.plugins import one_line
@@ -274,7 +275,7 @@ def resolve(path: Path) -> Path:
     if best is not None:
         return store.path(best)
     if not store.updates():
-        if (path / checkpoint_files.MANIFEST).is_file():
+        if (path / MANIFEST).is_file():
             return path
         raise CheckpointError(f"'{path}' holds no checkpoint; give a checkpoint's folder or a run's output folder")
     newest = store.newest()

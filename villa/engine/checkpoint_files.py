@@ -17,18 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from villa.engine.checkpoint_layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
 from villa.engine.tensors import unshared
 from villa.errors import CheckpointError
 from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
 from villa.plugins import one_line
 
-MODEL = "model.safetensors"
-TRAINING_STATE = "training_state.pt"
-CONFIG = "config.yaml"
-ASSETS = "assets"
-MANIFEST = "manifest.json"
-#: Instead of ``MODEL``: a folder of shards, and the file that says what is in all of them together.
-SHARDS, INDEX = "shards", "shards.json"
 _FORMAT = 1
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from villa.engine.checkpoint import resolve
-from villa.engine.checkpoint_files import MANIFEST, load, write_recipe, write_whole
+from villa.engine.checkpoint_files import load, write_recipe, write_whole
+from villa.engine.checkpoint_layout import MANIFEST
 from villa.errors import CheckpointError
 from villa.hub.publishing import published
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -107,8 +107,3 @@ def _dotted_prefixes(name: str) -> Iterator[str]:
     """``a.b.c`` gives ``a``, ``a.b``, ``a.b.c``: whole parts only, so that ``layer.1`` is not ``layer.10``."""
     parts = name.split(".")
     return (".".join(parts[: i + 1]) for i in range(len(parts)))
-
-
-def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Name to number of the parameters of the groups in an optimiser's state."""
-    return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}

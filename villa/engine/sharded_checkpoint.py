@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from villa.distributed.share import Share
-from villa.engine.checkpoint_files import INDEX, SHARDS
-from villa.engine.parameter_groups import parameter_indices
-from villa.engine.tensors import staged, unshared
+from villa.engine.checkpoint_layout import INDEX, SHARDS
+from villa.engine.tensors import parameter_indices, staged, unshared
 from villa.errors import CheckpointError, ConfigError
 from villa.files import write_json
 from villa.plugins import one_line

@@ -1,9 +1,9 @@
-"""Copies of tensors, and which of them share memory."""
+"""Tensors of states: copies, which of them share memory, and whose moments they are."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,3 +58,8 @@ def _staged(value: Any, made: dict[_Identity, Tensor]) -> Any:
 
 def _identity(tensor: Tensor) -> _Identity:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Name to number of the parameters of the groups in an optimiser's state."""
+    return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}

@@ -13,10 +13,10 @@ from villa.config.schema import TrainingConfig
 from villa.distributed.share import Turn
 from villa.distributed.strategy import Strategy
 from villa.engine.finite import describe_nonfinite
-from villa.engine.parameter_groups import parameter_indices
 from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.engine.schedules import Schedule
+from villa.engine.tensors import parameter_indices
 from villa.errors import NonFiniteError
 from villa.losses.base import Loss
 from villa.models.base import Model

@@ -14,7 +14,8 @@ from typing import Any
 
 from villa.config.reader import read_layers
 from villa.config.values import Layer, Origin, Value
-from villa.engine.checkpoint_files import ASSETS, CONFIG, file_problem, read_manifest
+from villa.engine.checkpoint_files import file_problem, read_manifest
+from villa.engine.checkpoint_layout import ASSETS, CONFIG
 from villa.engine.folder import METRICS, SAVED
 from villa.errors import CheckpointError
 from villa.files import read_json

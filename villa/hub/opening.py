@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from villa.engine.checkpoint import FOLDER, resolve
-from villa.engine.checkpoint_files import MANIFEST as CHECKPOINT_MANIFEST
 from villa.engine.checkpoint_files import load
+from villa.engine.checkpoint_layout import MANIFEST as CHECKPOINT_MANIFEST
 from villa.errors import CheckpointError
 from villa.files import local_path
 from villa.hub.folder import is_saved, open_saved

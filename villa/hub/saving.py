@@ -7,7 +7,7 @@ from typing import Any
 
 from villa.config.printer import to_yaml
 from villa.datasets.base import TaskDataset
-from villa.engine.checkpoint_files import ASSETS, CONFIG
+from villa.engine.checkpoint_layout import ASSETS, CONFIG
 from villa.engine.folder import METRICS
 from villa.engine.setup import Parts
 from villa.files import atomic_write, write_json

@@ -12,7 +12,7 @@ from typing import Any
 from villa.config.reader import read_layers
 from villa.config.values import Layer
 from villa.engine.checkpoint import FOLDER, Checkpoint
-from villa.engine.checkpoint_files import CONFIG
+from villa.engine.checkpoint_layout import CONFIG
 from villa.engine.folder import METRICS, unused
 from villa.engine.setup import load_model
 from villa.files import read_json

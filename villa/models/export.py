@@ -123,7 +123,7 @@ def _checked_target(output: str | Path, file_format: Format | None, force: bool)
 def _weights_path(source: str | Path) -> Path:
     """The verified checkpoint that a folder of ours stands for; everything else as it is."""
     from villa.engine.checkpoint import load, resolve
-    from villa.engine.checkpoint_files import MANIFEST
+    from villa.engine.checkpoint_layout import MANIFEST
 
     path = local_path(str(source))
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
