@@ -199,8 +199,7 @@ def work(output: str) -> None:
             used = connected(name.partition("+")[0], **options)
             for case in cases_of(name):
                 results[f"{name}/{case}"] = run(used, **CASES[case])
-            if "compile" not in options:
-                results[f"{name}/collectives"] = counted(used)
+            results[f"{name}/collectives"] = counted(used)
     if used.processes.is_main:
         torch.save(results, output)
 
@@ -224,13 +223,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp+recomputed": {"activation_checkpointing": True},
     "fsdp+recomputed": {"activation_checkpointing": True},
     "fsdp+each_pass": {"reduce_each_pass": True},
-    "fsdp+compiled": {"compile": True},
 }
 _SOME = ("villa_both_4", "villa_alternating_2", "bf16")
 
 
 def cases_of(strategy: str) -> list[str]:
     """The cases that are run under a strategy: all, or with options some."""
-    if strategy.endswith("compiled"):  # compiling takes seconds for each
-        return ["villa_both_4"]
     return list(CASES) if "+" not in strategy else list(_SOME)

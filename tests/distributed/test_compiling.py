@@ -1,0 +1,42 @@
+"""Compiled layers compute what layers do, under every strategy."""
+
+from pathlib import Path
+from typing import Any
+
+import compiled_updates
+import fairscale_updates
+import pair
+import pytest
+import torch
+import updates
+
+from villa.distributed.strategy import Strategy
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What came out of every strategy on two processes."""
+    output: Path = tmp_path_factory.mktemp("pair") / "results.pt"
+    with pair.server() as context:
+        assert pair.in_processes(context, compiled_updates.work, str(output)) == [0, 0]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return fairscale_updates.run_case(Strategy(), compiled_updates.CASE, torch.float32)
+
+
+@pytest.mark.parametrize("strategy", compiled_updates.STRATEGIES)
+def test_parameters_after_three_updates_are_those_of_one_process_without_compiling(
+    strategy: str, found: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    updates.assert_same(found[strategy], alone, 1e-6, strategy)
+
+
+def test_one_process_computes_what_layers_do_also_a_second_time() -> None:
+    plain = updates.run(Strategy(), **updates.CASES[compiled_updates.CASE])
+    used = updates.connected("single", compile=True, activation_checkpointing=True)
+    compiled = updates.run(used, **updates.CASES[compiled_updates.CASE])
+    for name, value in plain["parameters"].items():
+        torch.testing.assert_close(compiled["parameters"][name], value, rtol=0, atol=1e-12)
