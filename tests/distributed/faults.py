@@ -47,5 +47,5 @@ def meet(folder: str, absent: int) -> None:
     """Run the recipe, but one of the processes is killed before it meets the others, who wait for seconds."""
     if os.environ["RANK"] == str(absent):
         os.kill(os.getpid(), signal.SIGKILL)
-    watch.MEETING = processes.MEETING = 4.0
+    watch.MEETING = processes.MEETING = 12.0
     pair.recipe(folder)
