@@ -14,7 +14,6 @@ from torch.utils.data import get_worker_info
 
 from villa.datasets.base import Example
 from villa.datasets.stream import _MicroBatches
-from villa.distributed import processes, watch
 
 _read = _MicroBatches._read
 #: Examples that this worker has read.
@@ -47,5 +46,5 @@ def meet(folder: str, absent: int) -> None:
     """Run the recipe, but one of the processes is killed before it meets the others, who wait for seconds."""
     if os.environ["RANK"] == str(absent):
         os.kill(os.getpid(), signal.SIGKILL)
-    watch.MEETING = processes.MEETING = 12.0
+    os.environ["VILLA_START_TIMEOUT"] = "12"
     pair.recipe(folder)

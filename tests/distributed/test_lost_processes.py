@@ -78,7 +78,7 @@ def test_those_that_are_killed_before_all_have_met_are_named_after_a_while(
     assert all("of 3 cannot meet the others at 127.0.0.1:" in line for line in said), said
     if rank:
         assert [line.split(":", 4)[4].split(";")[0] for line in said] == [
-            " TimeoutError: those of rank 1 have not come within 12 s"
+            " TimeoutError: those of rank 1 have not come within 12 s (VILLA_START_TIMEOUT)"
         ]
     else:
         assert len(said) == 2  # each by itself: nobody keeps common notes

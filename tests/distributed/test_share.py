@@ -56,6 +56,7 @@ def test_idle_processes_are_told_of() -> None:
 def test_the_environment_says_where_a_process_is() -> None:
     whole = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node", "MASTER_PORT": "1234"}
     assert Place.read(whole) == Place(3, 4, 1)
+    assert Place.read({**whole, "VILLA_START_TIMEOUT": "900"}).patience == 900
     assert Place.read({}) == Place.read({"WORLD_SIZE": "1", "RANK": "0"}) == Place(0, 1, 0)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is 4, but RANK is not set; start the processes with torchrun"):
         Place.read({**whole, "RANK": ""})

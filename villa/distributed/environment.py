@@ -16,15 +16,19 @@ class Place:
         rank: its number.
         world_size: how many there are.
         local_rank: its number on this machine.
+        patience: seconds that the processes wait for each other at the start.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    patience: int = 180
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Place:
         """Return the place that ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` say; without them there is one process.
+
+        ``VILLA_START_TIMEOUT`` is its patience.
 
         Raises:
             ConfigError: they are incomplete, or contradict each other.
@@ -40,7 +44,8 @@ class Place:
         rank = _number(environment, "RANK", 0)
         if rank >= world_size:
             raise ConfigError(f"RANK is {rank}, but WORLD_SIZE is {world_size}; start the processes with torchrun")
-        return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0))
+        patience = _number(environment, "VILLA_START_TIMEOUT", cls.patience)
+        return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0), patience)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from villa.distributed.environment import Place
-from villa.distributed.watch import MEETING, End, Watch
+from villa.distributed.watch import End, Watch
 from villa.errors import ConfigError, ConnectionLostError, VillaError
 from villa.plugins import one_line
 from villa.signals import Interrupted
@@ -199,7 +199,7 @@ def _connect(place: Place) -> tuple[Store, Watch]:
 
 def _common_store(place: Place) -> Store:
     """Return the store of rank 0, or of torchrun; it is ``Watch`` that waits for all, and says who is missing."""
-    limit = timedelta(seconds=MEETING)
+    limit = timedelta(seconds=place.patience)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store: Store = next(rendezvous("env://", place.rank, place.world_size, timeout=limit))[0]
         return store

@@ -24,8 +24,6 @@ from villa.errors import ConfigError, ConnectionLostError
 
 #: Seconds that the main thread has for ending in order once another process has ended.
 _GRACE = 10.0
-#: Seconds that the processes wait for each other at the start: some may read Python from a slow disk.
-MEETING = 600.0
 #: Seconds that a process has for saying who it is.
 _HELLO = 60.0
 #: Seconds between two looks at whether rank 0 is done, and the longest line.
@@ -123,13 +121,16 @@ class Watch:
 
     def _meet_all(self) -> None:
         """Wait for all on rank 0, and tell them when they have come."""
-        complete = self._complete.wait(MEETING)
+        complete = self._complete.wait(self._place.patience)
         with self._lock:
             present = {peer.rank for peer in self._peers.values()}
         if not complete:
             self.leave("failed", ConfigError.exit_code)
             missing = sorted(set(range(1, self._place.world_size)) - present)
-            raise TimeoutError(f"those of rank {', '.join(map(str, missing))} have not come within {MEETING:g} s")
+            raise TimeoutError(
+                f"those of rank {', '.join(map(str, missing))} have not come within {self._place.patience} s "
+                "(VILLA_START_TIMEOUT)"
+            )
         if self._end is None:
             self._tell_all(End(0, "met"))
 
