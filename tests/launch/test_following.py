@@ -29,7 +29,7 @@ def all_well() -> int:
 def second_reports() -> int:
     if rank() == 1:
         time.sleep(0.3)
-        print("villa_run: error: the picture is damaged", flush=True)
+        print("what came before\nvilla_run: error: the picture is damaged\nmend it", flush=True)
     raise RuntimeError("without a word")
 
 
@@ -50,7 +50,7 @@ def see(function: Callable[[], int], folder: Path) -> int:
     ("function", "code", "shown"),
     [
         (all_well, 0, ["one", "two"]),
-        (second_reports, 1, ["  rank 1: villa_run: error: the picture is damaged"]),
+        (second_reports, 1, ["  rank 1: villa_run: error: the picture is damaged", "  rank 1: mend it"]),
         (second_is_killed, 1, ["this is 0", "  rank 1: this is 1"]),
     ],
 )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Seconds between looks; between reminders of a signal; and until the results of ended processes are on the disk.
 _PAUSE, _REMINDER, _GRACE = 0.5, 5.0, 10.0
-#: How many lines of a failed process are shown.
-_LAST_LINES = 10
+#: How many lines are shown of a failed process that does not report an error, and how an error begins.
+_LAST_LINES, _ERROR = 10, "villa_run: error: "
 
 
 def see_off(job: Job[Any], jobs: Path, started: str, *, follow: bool, local: bool = False) -> int:
@@ -57,7 +57,7 @@ def see_off(job: Job[Any], jobs: Path, started: str, *, follow: bool, local: boo
     if failed is None:
         return 0
     if failed.task_id:
-        for line in Log(failed.paths.stdout).new_lines(last=True)[-_LAST_LINES:]:
+        for line in _reason(failed):
             print(f"  rank {failed.task_id}: {line}")
     print(f"job {job.job_id} failed; its logs: {log.parent}", flush=True)
     return 1
@@ -109,7 +109,14 @@ def first_to_fail(job: Job[Any]) -> Job[Any] | None:
 
 
 def _reports(rank: Job[Any]) -> bool:
-    return any(line.startswith("villa_run: error: ") for line in Log(rank.paths.stdout).new_lines(last=True))
+    return any(line.startswith(_ERROR) for line in Log(rank.paths.stdout).new_lines(last=True))
+
+
+def _reason(rank: Job[Any]) -> list[str]:
+    """The end of a process's log: from its error on, or as many lines as tell something."""
+    lines = Log(rank.paths.stdout).new_lines(last=True)
+    errors = [number for number, line in enumerate(lines) if line.startswith(_ERROR)]
+    return lines[errors[-1] :] if errors else lines[-_LAST_LINES:]
 
 
 def _ended(rank: Job[Any]) -> float:
