@@ -21,24 +21,24 @@ def zero_gradient(name: str, value: Tensor) -> Tensor:
     return zero
 
 
+def compare_together(mine: dict[str, Tensor], golden: dict[str, Tensor], tolerance: float, what: str) -> float:
+    """All parameters as one vector; returns the length of the golden one."""
+    assert set(golden) <= set(mine)
+    kept = {name: ~zero_gradient(name, value) for name, value in golden.items()}
+    mine_all = torch.cat([mine[name].detach()[kept[name]].flatten() for name in golden])
+    golden_all = torch.cat([value[kept[name]].flatten() for name, value in golden.items()])
+    close(mine_all, golden_all, tolerance, f"{what} of all parameters")
+    return float(golden_all.norm())
+
+
 def compare_parameters(mine: dict[str, Tensor], golden: dict[str, Tensor], tolerance: float, what: str) -> None:
     """All together within the tolerance; each within twice of it, as both sides round (7e-7 against fp64).
 
     A sum that cancels (a bias of one number) is off by its terms' rounding: 2 % of the whole's tolerance is free.
     """
-    assert set(golden) <= set(mine)
-    noise = {name: zero_gradient(name, value) for name, value in golden.items()}
-    mine_all = torch.cat([mine[name].detach()[~noise[name]].flatten() for name in golden])
-    golden_all = torch.cat([value[~noise[name]].flatten() for name, value in golden.items()])
-    close(mine_all, golden_all, tolerance, f"{what} of all parameters")
+    size = compare_together(mine, golden, tolerance, what)
     for name, value in golden.items():
-        kept = ~noise[name]
-        close(
-            mine[name][kept],
-            value[kept],
-            2 * tolerance,
-            f"{what} of {name}",
-            floor=0.02 * tolerance * float(golden_all.norm()),
-        )
-        if what == "gradient" and noise[name].any():
-            assert mine[name][noise[name]].abs().max() < tolerance * float(golden_all.norm())
+        noise = zero_gradient(name, value)
+        close(mine[name][~noise], value[~noise], 2 * tolerance, f"{what} of {name}", floor=0.02 * tolerance * size)
+        if what == "gradient" and noise.any():
+            assert mine[name][noise].abs().max() < tolerance * size

@@ -33,17 +33,18 @@ def server() -> Iterator[Any]:
 
 def in_processes(context: Any, function: Callable[..., None], *arguments: Any, count: int = 2) -> list[int]:
     """Run a function of a module in ``count`` processes; return their exit codes, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = [
-        context.Process(target=_in_place, args=(rank, count, port, function, arguments)) for rank in range(count)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(_PATIENCE)
-        process.kill()
+    with socket.socket() as held:  # nobody else gets the port, but rank 0 may listen at it
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        started = [
+            context.Process(target=_in_place, args=(rank, count, port, function, arguments)) for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(_PATIENCE)
+            process.kill()
     return [int(process.exitcode) for process in started]
 
 
