@@ -5,11 +5,13 @@ Started and stopped by pid. Everything listens on loopback. Installed from Debia
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5{munge}
+AuthInfo=cred_expire=5,socket={munge}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldParameters=preempt_send_user_signal
 SlurmctldPort={port}
@@ -84,29 +86,31 @@ def running_cluster(base: Path) -> Iterator[Mapping[str, str]]:
     Args:
         base: empty folder for configuration, logs and state.
     """
-    _install()
+    with (Path(tempfile.gettempdir()) / "villa_slurm.lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _install()
+        _name_nodes()
     base.chmod(0o755)
     (base / "state").mkdir()
     (base / "bin").mkdir()
     (base / "bin" / "sacct").write_text(_SACCT)
     (base / "bin" / "sacct").chmod(0o755)
-    _name_nodes()
     conf = base / "slurm.conf"
-    conf.write_text(_configuration(base))
     environment = {**os.environ, "SLURM_CONF": str(conf), "PATH": f"{base / 'bin'}:{os.environ['PATH']}"}
     started: list[Path] = []
-    try:
-        if not _munge_answers():
-            started.append(_start_munge())
-        started.append(_daemon(["slurmctld", "-f", str(conf)], base / "slurmctld.pid"))
-        started += [_daemon(["slurmd", "-f", str(conf), "-N", name], base / f"slurmd.{name}.pid") for name in NODES]
-        _wait(lambda: _up(environment) == len(NODES), 60, "the nodes to come up")
-        yield environment
-    finally:
-        if (base / "slurmctld.pid") in started:
-            _cancel_all(environment)
-        for path in reversed(started):
-            stop(path)
+    with _munge() as munge:
+        conf.write_text(_configuration(base, munge))
+        try:
+            started.append(_daemon(["slurmctld", "-f", str(conf)], base / "slurmctld.pid"))
+            for name in NODES:
+                started.append(_daemon(["slurmd", "-f", str(conf), "-N", name], base / f"slurmd.{name}.pid"))
+            _wait(lambda: _up(environment) == len(NODES), 60, "the nodes to come up")
+            yield environment
+        finally:
+            if (base / "slurmctld.pid") in started:
+                _cancel_all(environment)
+            for path in reversed(started):
+                stop(path)
 
 
 def stop(pid_file: Path, number: int = signal.SIGTERM) -> None:
@@ -170,13 +174,13 @@ def _name_nodes() -> None:
                 hosts.write(f"127.0.0.1 {name}\n")
 
 
-def _configuration(base: Path) -> str:
+def _configuration(base: Path, munge: Path) -> str:
     host, ports = socket.gethostname().partition(".")[0], _free_ports(1 + len(NODES))
     nodes = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=8000 State=UNKNOWN"
         for name, port in zip(NODES, ports[1:], strict=True)
     ]
-    return _CONF.format(host=host, port=ports[0], base=base, nodes="\n".join(nodes), munge="")
+    return _CONF.format(host=host, port=ports[0], base=base, nodes="\n".join(nodes), munge=munge)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -189,29 +193,30 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _munge_answers() -> bool:
-    return subprocess.run("munge -n | unmunge", shell=True, capture_output=True, check=False).returncode == 0
-
-
-def _start_munge() -> Path:
-    """Start munged as the user that its package has made; return its pid file."""
-    modes = {"/run/munge": 0o755, "/etc/munge": 0o700, "/var/lib/munge": 0o711, "/var/log/munge": 0o700}
-    for folder, mode in modes.items():
-        path = Path(folder)
-        path.mkdir(exist_ok=True)
+@contextmanager
+def _munge() -> Iterator[Path]:
+    """A munged of this SLURM's own; yields its socket. It trusts no folder that others could change, as pytest's."""
+    folder = Path(tempfile.mkdtemp(prefix="munge"))
+    end, key, pid_file = (folder / name for name in ("socket", "key", "pid"))
+    key.touch(0o400)
+    key.write_bytes(os.urandom(128))
+    for path in (folder, key):
         shutil.chown(path, "munge", "munge")
-        path.chmod(mode)
-    key = Path("/etc/munge/munge.key")
-    if not key.exists():
-        key.touch(0o400)
-        key.write_bytes(os.urandom(128))
-        shutil.chown(key, "munge", "munge")
-    for left in Path("/run/munge").glob("munge.socket.2*"):
-        left.unlink()
-    pid_file = Path("/run/munge/munged.pid")
-    subprocess.run(["runuser", "-u", "munge", "--", "munged", f"--pid-file={pid_file}"], check=True)
-    _wait(_munge_answers, 10, "munged to answer")
-    return pid_file
+    folder.chmod(0o755)
+    files = {"socket": end, "key-file": key, "pid-file": pid_file, "log-file": folder / "log", "seed-file": "seed"}
+    options = [f"--{name}={folder / path}" for name, path in files.items()]
+
+    def answers() -> bool:
+        command = f"munge -S {end} -n | unmunge -S {end}"
+        return subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 0
+
+    subprocess.run(["runuser", "-u", "munge", "--", "munged", *options], check=True)
+    try:
+        _wait(answers, 10, "munged to answer")
+        yield end
+    finally:
+        stop(pid_file)
+        shutil.rmtree(folder)
 
 
 def _daemon(command: list[str], pid_file: Path) -> Path:
