@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from villa.errors import ConfigError
-from villa.launch.slurm_commands import ask, reason
+from villa.launch.slurm_commands import ask, described, reason
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -89,11 +88,7 @@ def _ended_for_others(code: int) -> bool:
         return False
     from submitit import JobEnvironment
 
-    try:
-        shown = ask(["scontrol", "show", "job", "-o", JobEnvironment().job_id]).stdout
-    except ConfigError:
-        return False
-    found = dict(re.findall(r"(\w+)=(\S+)", shown))
+    found = described("job", JobEnvironment().job_id)
     return found.get("JobState") == "RUNNING" and found.get("PreemptTime", "None") != "None"
 
 
@@ -116,13 +111,9 @@ def _requeue_if_a_node_failed(end: End) -> None:
 
 def _answers(node: str) -> bool:
     """Whether SLURM's daemon on a node answers; also where that cannot be found out."""
-    try:
-        shown = ask(["scontrol", "show", "node", "-o", node])
-    except ConfigError:
+    found = described("node", node)
+    if not found:
         return True
-    if shown.returncode:
-        return True
-    found = dict(re.findall(r"(\w+)=(\S+)", shown.stdout))
     address = (found.get("NodeAddr", node), int(found.get("Port", _SLURMD)))
     try:
         socket.create_connection(address, timeout=_PATIENCE).close()

@@ -54,6 +54,20 @@ def jobs_alive() -> frozenset[str]:
     return frozenset(number for number, state, *_ in jobs if state not in _ENDED)
 
 
+def described(kind: str, name: str) -> dict[str, str]:
+    """Return what SLURM says of a job or node; nothing where that cannot be found out.
+
+    Args:
+        kind: ``job`` or ``node``.
+        name: of the node, or the id of the job.
+    """
+    try:
+        shown = ask(["scontrol", "show", kind, "-o", name])
+    except ConfigError:
+        return {}
+    return dict(re.findall(r"(\w+)=(\S+)", shown.stdout)) if shown.returncode == 0 else {}
+
+
 def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a command of SLURM; it may fail.
 
