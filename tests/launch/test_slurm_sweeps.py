@@ -35,7 +35,7 @@ def test_a_sweep_is_one_array_that_is_submitted_once_and_gone_on_with(slurm: Env
         assert re.search(r"^submitted job (\d+) of 1 run, at most 2 at once$", again.stdout, re.MULTILINE)
     finally:
         said(slurm, "scontrol", "update", "partitionname=main", "state=up")
-    wait_for(lambda: len(list(folder.glob("*/finished.json"))) == 4)
+    wait_for(lambda: len(list(folder.glob("*/finished.json"))) == 4, 240)
     collected = villa_run(slurm, *JOB, f"output_dir={folder}", *SWEEP)
     assert "sweep of 4 runs" in collected.stdout
     assert "submitted" not in collected.stdout
@@ -57,6 +57,7 @@ def test_a_followed_sweep_of_several_processes_ends_with_its_table(slurm: Enviro
         "launcher.follow=true",
         "--sweep",
         "optimizer.lr=1e30,0.01",
+        timeout=400,
     )
     assert done.returncode == 1, done.stderr
     assert re.search(r"^\d of 2 lr=0.01: done$", done.stdout, re.MULTILINE), done.stdout
@@ -79,10 +80,10 @@ def test_an_element_that_is_pre_empted_comes_back(slurm: Environment, tmp_path: 
     ]
     done = villa_run(slurm, *JOB, f"output_dir={folder}", *long)
     (array,) = re.findall(r"^submitted job array (\d+) of 2 runs$", done.stdout, re.MULTILINE)
-    wait_for(lambda: list((folder / "seed=2").glob("checkpoints/update_*")))
+    wait_for(lambda: list((folder / "seed=2").glob("checkpoints/update_*")), 240)
     said(slurm, "scancel", "--signal=USR2", f"{array}_1")
     log = folder / "seed=2" / "jobs" / f"{array}_1" / f"{array}_1_0_log.out"
-    wait_for(lambda: "resuming after update" in log.read_text())
+    wait_for(lambda: "resuming after update" in log.read_text(), 240)
     assert "ended by SIGUSR2 after update" in log.read_text()
     said(slurm, "scancel", array)
 

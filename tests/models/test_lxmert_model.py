@@ -112,7 +112,12 @@ def test_only_the_release_leaves_position_0_and_type_0_untrained() -> None:
 
 
 def test_both_points_move_the_logits_where_it_is_real() -> None:
-    assert_points_move_logits(build(), random_batch(), {"text": (3, 7, 16), "image": (3, 5, 8)})
+    model, batch = build(), random_batch()
+    assert_points_move_logits(model, batch, {"text": (3, 7, 16), "image": (3, 5, 8)})
+    for point in model.perturbation_points().values():
+        mask = point.mask(batch)
+        assert mask is not None
+        assert not mask[0, -1]  # padding
 
 
 def test_states_and_attention_come_on_request() -> None:

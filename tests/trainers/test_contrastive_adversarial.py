@@ -122,14 +122,14 @@ def test_villa_and_freelb_equal_loops_without_hooks(name: str, form: str, modali
     passes = RecordingPasses(model, loss)
     logs = VillaTrainer(named).step(batch, passes)
     assert logs["pass2/kl"] > 0
-    assert_equals_loop(model, passes, expected, clean=1, **CLOSE)
+    assert_equals_loop(model, passes, expected, modality, clean=1, unused=True, **CLOSE)
 
     model.zero_grad()
     plain = VillaConfig(**STEPS, modality=modality, kl_weight=0.0, clean_loss=False, average_views=True)
     expected = oracle(model, batch, plain, *arguments, masks=masks)
     passes = RecordingPasses(model, loss)
     FreeLBTrainer(FreeLBConfig(**STEPS, modality=modality, objectives=["contrastive"])).step(batch, passes)
-    assert_equals_loop(model, passes, expected, clean=0, **CLOSE)
+    assert_equals_loop(model, passes, expected, modality, clean=0, unused=True, **CLOSE)
 
 
 def test_a_recipe_that_perturbs_other_objectives_takes_one_clean_pass(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_villa_equals_the_loop_without_hooks(objective: str, modality: Any) -> N
     expected = oracle(model, batch, config, score, Columns(), WIDTHS, apart=apart(objective))
     passes = RecordingPasses(model, Pretraining())
     logs = VillaTrainer(config).step(batch, passes)
-    assert_equals_loop(model, passes, expected, clean=1)
+    assert_equals_loop(model, passes, expected, modality, clean=1)
     divergences = [logs[f"pass{t}/kl"].item() for t in range(3)]
     assert divergences[0] == pytest.approx(0, abs=1e-12)
     assert all(0 < kl < float("inf") for kl in divergences[1:])
@@ -106,7 +106,7 @@ def test_freelb_equals_the_loop_without_hooks(objective: str, modality: Any) -> 
     expected = oracle(model, batch, plain, score, Columns(), WIDTHS)
     passes = RecordingPasses(model, Pretraining())
     FreeLBTrainer(FreeLBConfig(**STEPS, modality=modality)).step(batch, passes)
-    assert_equals_loop(model, passes, expected, clean=0)
+    assert_equals_loop(model, passes, expected, modality, clean=0)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -130,9 +130,10 @@ def test_villa_equals_the_loop_without_hooks(name: str, head: str, modality: Any
     config = VillaConfig(**STEPS, modality=modality, kl_weight=1.5)
     model, batch, loss = build(name, head), padded_batch(name, head), LOSSES[head]
     expected = oracle(model, batch, config, score, loss, WIDTHS[name])
+    assert len(expected[1]) == 3
     passes = RecordingPasses(model, loss)
     logs = VillaTrainer(config).step(batch, passes)
-    assert_equals_loop(model, passes, expected, clean=1, rtol=1e-8, atol=1e-11)
+    assert_equals_loop(model, passes, expected, modality, clean=1, unused=True, rtol=1e-8, atol=1e-11)
     assert all(0 < logs[f"pass{t}/kl"].item() < float("inf") for t in (1, 2))
 
 
@@ -142,9 +143,10 @@ def test_freelb_equals_the_loop_without_hooks(name: str, head: str, modality: An
     model, batch, loss = build(name, head), padded_batch(name, head), LOSSES[head]
     plain = VillaConfig(**STEPS, modality=modality, kl_weight=0.0, clean_loss=False, average_views=True)
     expected = oracle(model, batch, plain, score, loss, WIDTHS[name])
+    assert len(expected[1]) == 3
     passes = RecordingPasses(model, loss)
     FreeLBTrainer(FreeLBConfig(**STEPS, modality=modality)).step(batch, passes)
-    assert_equals_loop(model, passes, expected, clean=0, rtol=1e-8, atol=1e-11)
+    assert_equals_loop(model, passes, expected, modality, clean=0, unused=True, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize(("name", "head"), CASES)
