@@ -61,8 +61,30 @@ ADVERSARY = {
 }
 
 
+def corpus(name: str, ratios: list[float], images: str = "/img/a/") -> dict[str, Any]:
+    """A data set of a released configuration of pre-training, with the tasks of most of them."""
+    tasks = ["itm", "mlm", "mrfr", "mrckl"][4 - len(ratios) :]
+    return {"name": name, "db": [f"/txt/{name}.db/"], "img": [images], "tasks": tasks, "mix_ratio": ratios}
+
+
+def held_out(name: str, images: str = "/img/a/") -> dict[str, Any]:
+    return {key: value for key, value in corpus(name, [1, 1, 1, 1], images).items() if key != "mix_ratio"}
+
+
+#: What only configurations of pre-training have: those of COCO and Visual Genome.
+PRETRAINING: dict[str, Any] = {
+    "mrm_prob": 0.15,
+    "itm_neg_prob": 0.5,
+    "itm_ot_lambda": 0.1,
+    "train_datasets": [corpus("coco", [6, 8, 4, 4]), corpus("vg", [9, 12, 6, 6])],
+    "val_datasets": [held_out("coco"), held_out("vg")],
+}
+
+
 def options(task: str, **changes: Any) -> dict[str, Any]:
     """A configuration of a task as the release writes it."""
+    if task == "pretrain":
+        return COMMON | PRETRAINING | changes
     images = "/img/vcr_gt_train/;/img/vcr_train/" if task == "vcr" else "/img/train/"
     listed = {"train_txt_dbs": ["/txt/a.db", "/txt/b.db"], "train_img_dbs": [images, images]}
     single = {"train_txt_db": "/txt/a.db", "train_img_db": images}
@@ -86,7 +108,8 @@ def test_the_recipe_of_every_task_loads(task: str, gpus: int, tmp_path: Path) ->
     assert config.dataset.name == TASKS[task][0]
     assert config.training.updates == 6000
     assert config.model.hidden_size == 768
-    assert config.dataset.val_text == ["/txt/val.db"]
+    texts = config.dataset.corpora["coco"]["val_text"] if task == "pretrain" else config.dataset.val_text
+    assert texts == (["/txt/coco.db/"] if task == "pretrain" else ["/txt/val.db"])
 
 
 def test_the_adversary_is_translated() -> None:
@@ -124,7 +147,7 @@ def test_modalities(given: Any, modality: str) -> None:
 
 def test_lr_mul_is_that_of_the_scripts_that_use_it() -> None:
     multipliers = {task: convert(task)["optimizer"]["head_lr_multiplier"] for task in TASKS}
-    assert multipliers == {"vqa": 10.0, "ve": 1.0, "nlvr2": 1.0, "vcr": 10.0, "itm": 1.0, "re": 10.0}
+    assert multipliers == {task: 10.0 if task in ("vqa", "vcr", "re") else 1.0 for task in TASKS}
 
 
 def test_heads_losses_and_boxes() -> None:
@@ -171,6 +194,48 @@ def test_a_missing_option_is_named(missing: str) -> None:
         released_recipe("vqa", given, SIZES)
 
 
+def test_pre_training_mixes_objectives_and_corpora_as_often_as_the_release() -> None:
+    recipe = convert("pretrain", mrm_prob=0.3)
+    data = recipe["dataset"]
+    assert data["mix"] == {"itm_wra": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4}
+    assert {name: fields["weight"] for name, fields in data["corpora"].items()} == {"coco": 1.0, "vg": 1.5}
+    assert data["mask_probabilities"] == {"mrfr": 0.3, "mrc_kl": 0.3}  # that of words is fixed
+    assert "mask_probability" not in data
+    assert recipe["loss"] == {"name": "pretraining", "transport_weight": 0.1}
+    assert recipe["run_type"] == "train"
+    assert convert("pretrain", itm_ot_lambda=0)["dataset"]["mix"]["itm"] == 6
+    assert recipe["batch"]["sampler"] == "released"
+
+
+def test_pre_training_on_vcr_is_a_data_set_of_its_own(tmp_path: Path) -> None:
+    images = "/img/vcr_gt_train/;/img/vcr_train/"
+    vcr = {"train_datasets": [corpus("vcr", [2, 1, 1], images)], "val_datasets": [held_out("vcr", images)]}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(convert("pretrain", **vcr)))
+    config = from_yaml(str(file))
+    assert (config.dataset.name, config.dataset.train_images) == ("vcr_pretraining", [images])
+    assert (config.dataset.mix, config.model.type_vocab_size) == ({"mlm": 2, "mrfr": 1, "mrc_kl": 1}, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_datasets": [corpus("a", [1, 1, 1, 1]), corpus("b", [1, 2, 1, 1])]}, "tasks of 'b' otherwise than"),
+        ({"train_datasets": [corpus("a", [1, 1, 1, 1]), corpus("b", [1, 1, 1])]}, "tasks of 'b' otherwise than"),
+        ({"train_datasets": []}, "must be a list of data sets"),
+        ({"train_datasets": [corpus("a", [1] * 4)] * 2}, "with names of their own"),
+        ({"train_datasets": [{**corpus("a", [1, 1]), "mix_ratio": [1]}]}, "a positive number for each of 2 tasks"),
+        ({"train_datasets": [{**corpus("a", [1, 1]), "tasks": ["mlm", "vqa"]}]}, "tasks='vqa'; known are mlm, mrfr"),
+        ({"val_datasets": [held_out("cc")]}, "val_datasets='cc'; it must be one of train_datasets: coco, vg"),
+        ({"mrm_prob": 2}, "mrm_prob=2; it must be a share"),
+    ],
+)
+def test_mixtures_that_cannot_be_said_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        convert("pretrain", **changes)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_missing_size_and_an_unknown_task_are_named() -> None:
     with pytest.raises(ConfigError, match="has no 'hidden_size'"):
         released_recipe("vqa", options("vqa"), {})
@@ -185,7 +250,9 @@ values = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @example("vqa", "gradient_accumulation_steps", 0, 4)
-@given(st.sampled_from(sorted(TASKS)), st.sampled_from(sorted(COMMON | ADVERSARY)), values, st.integers(1, 3))
+@given(
+    st.sampled_from(sorted(TASKS)), st.sampled_from(sorted(COMMON | ADVERSARY | PRETRAINING)), values, st.integers(1, 3)
+)
 def test_any_value_gives_a_recipe_or_one_line(task: str, name: str, value: Any, gpus: int) -> None:
     try:
         recipe = released_recipe(task, options(task, **{name: value}), SIZES, gpus=gpus)

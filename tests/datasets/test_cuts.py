@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import random
 import tracemalloc
 
 import numpy as np
 import pytest
+from golden_utils import GOLDEN
 
 from villa.config.schema import BatchConfig
+from villa.datasets.cuts import cut_by_tokens
 from villa.datasets.samplers import UpdateSampler
 
 LENGTHS = np.random.default_rng(3).integers(5, 60, 3000)
@@ -56,3 +60,32 @@ def test_an_epoch_takes_no_more_than_a_few_bytes_an_example(batch: BatchConfig) 
     assert len(epoch.order) == count
     assert kept < 5 * count  # 4 for the index; lists of Python's integers take 40
     assert peak < 24 * count
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_released_batches_are_those_of_the_released_sampler(case: int) -> None:
+    golden = json.loads((GOLDEN / "misc" / "token_bucket_sampler.json").read_text())
+    lengths, given = np.array(golden["lens"]), golden["cases"][case]
+    options, draws = given["kw"], random.Random(given["seed"])
+    batch = BatchConfig(
+        tokens=options["batch_size"],
+        bucket=options["bucket_size"],
+        multiple=options.get("size_multiple", 8),
+        drop_last=options["droplast"],
+        sampler="released",
+    )
+    for released in (given["epoch1"], given["epoch2"]):
+        order = list(range(len(lengths)))
+        draws.shuffle(order)
+        cut = cut_by_tokens(np.array(order), lengths, options["batch_size"], 1, batch, np.random.default_rng(0))
+        ours = sorted(part for update in cut for part in update)
+        assert ours == sorted(released)
+        draws.shuffle(released)  # as the release did after cutting, so that the next epoch's draws are its own
+
+
+def test_an_update_that_is_longer_than_an_epoch_goes_on_in_the_next_one() -> None:
+    batch = BatchConfig(tokens=240, per_pass=80, multiple=8, sampler="released")
+    (update,) = UpdateSampler([10] * 8, batch, 0).epoch(0)
+    assert [sorted(part) for part in update] == [list(range(8))] * 3
+    (update,) = UpdateSampler([10] * 8, dataclasses.replace(batch, sampler="tight"), 0).epoch(0)
+    assert [sorted(part) for part in update] == [list(range(8))]

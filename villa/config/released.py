@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ TASKS = {
     "vcr": ("vcr", "multiple_choice", "cross_entropy", "vcr"),
     "itm": ("retrieval", "ranking", "margin_ranking", "retrieval"),
     "re": ("referring", "regions", "cross_entropy", "referring"),
+    "pretrain": ("pretraining", "pretraining", "pretraining", "loss"),
 }
 #: Tasks whose scripts give the head a learning rate of its own (``lr_mul``).
 _HEAD_RATES = ("vqa", "vcr", "re")
 _NLVR2_HEADS = {"paired-attn": "nlvr2_paired_attn", "paired": "nlvr2_paired", "triplet": "nlvr2_triplet"}
+#: What the release calls an objective by the start of its task's name (the longer ones first), and what we do.
+_OBJECTIVES = {"mlm": "mlm", "mrfr": "mrfr", "mrckl": "mrc_kl", "mrc": "mrc", "itm": "itm"}
+_REGION_OBJECTIVES = ("mrfr", "mrc_kl", "mrc")
 _OPTIMIZERS = {"adamw": "bert_adamw", "adam": "adam", "adamax": "adamax"}
 
 
@@ -88,6 +93,8 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
         },
         "evaluation": {"metrics": [metric], "monitor": metric, "every": given("valid_steps", None)},
     }
+    if task == "pretrain":
+        _settle_pretraining(recipe, given)
     if task == "re" and given("train_loss", "cls") == "rank":
         recipe["loss"] = {
             "name": "region_ranking",
@@ -141,6 +148,13 @@ class _Given:
             raise self.wrong(name, value, "it must be a list of numbers")
         return [float(number) for number in value]
 
+    def share(self, name: str, default: float) -> float:
+        """Return an option that is a probability."""
+        value = self.number(name, default)
+        if not 0 <= value <= 1:
+            raise self.wrong(name, value, "it must be a share in [0, 1]")
+        return float(value)
+
     def texts(self, name: str) -> list[str] | None:
         """Return an option that is a text or a list of texts; None where it is not given."""
         value = self(name, None)
@@ -176,7 +190,7 @@ def _model(task: str, given: _Given, sizes: _Given) -> Recipe:
 
 def _data(task: str, given: _Given) -> Recipe:
     data: Recipe = {"max_text_length": given("max_txt_len", 60)}
-    for split in ("train", "val", "test"):
+    for split in () if task == "pretrain" else ("train", "val", "test"):
         for kind, name in (("txt", "text"), ("img", "images")):
             listed = given.texts(f"{split}_{kind}_dbs")
             data[f"{split}_{name}"] = (given.texts(f"{split}_{kind}_db") or []) if listed is None else listed
@@ -192,6 +206,76 @@ def _data(task: str, given: _Given) -> Recipe:
         data |= {"hard_negatives": given("hard_neg_size")} if hard else {}
         data["eval_images"] = given("inf_minibatch_size", 400)
     return data
+
+
+def _settle_pretraining(recipe: Recipe, given: _Given) -> None:
+    """Give a recipe of pre-training its corpora, objectives, metrics and shares."""
+    corpora = {name: _Given(fields) for name, fields in _named(given, "train_datasets").items()}
+    mixes = {name: _mix(corpus, given) for name, corpus in corpora.items()}
+    first = next(iter(mixes.values()))
+    weights = {name: _proportion(mix, first) for name, mix in mixes.items()}
+    odd = next((name for name, weight in weights.items() if weight is None), None)
+    if odd is not None:
+        raise ConfigError(
+            f"the released configuration mixes the tasks of '{odd}' otherwise than those of '{next(iter(mixes))}': "
+            "villa has one dataset.mix for all corpora, each with a weight; make the mix_ratio of one a multiple of "
+            "the other's"
+        )
+    data, region_share = recipe["dataset"], given.share("mrm_prob", 0.15)
+    data["mix"] = first
+    data["mask_probabilities"] = {name: region_share for name in first if name in _REGION_OBJECTIVES}
+    lists = {name: _lists("train", corpus) for name, corpus in corpora.items()}
+    for name, fields in _named(given, "val_datasets").items():
+        if name not in lists:
+            raise given.wrong("val_datasets", name, f"it must be one of train_datasets: {', '.join(lists)}")
+        lists[name] |= _lists("val", _Given(fields))
+    if any(";" in path for listed in lists.values() for path in listed["train_images"]):  # ground truth; detections
+        if len(lists) > 1:
+            raise given.wrong("train_datasets", list(lists), "VCR is pre-trained on by itself")
+        data |= {"name": "vcr_pretraining", **next(iter(lists.values()))}
+        recipe["model"]["type_vocab_size"] = 4
+    else:
+        data["negative_probability"] = given.share("itm_neg_prob", 0.5)
+        data["corpora"] = {name: {"weight": weights[name], **listed} for name, listed in lists.items()}
+        recipe["loss"]["transport_weight"] = given.number("itm_ot_lambda", 0.0)
+    recipe["run_type"] = "train"  # there is nothing to test
+    recipe["evaluation"] |= {"metrics": ["mlm_accuracy", "itm_accuracy", "mrc_accuracy"], "mode": "min"}
+
+
+def _named(given: _Given, option: str) -> dict[str, Options]:
+    """Return a list of data sets by their names."""
+    value = given(option)
+    objects = isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+    names = [one.get("name") for one in value] if objects else []
+    if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
+        raise given.wrong(option, value, "it must be a list of data sets with names of their own")
+    return {one["name"]: one for one in value}
+
+
+def _lists(split: str, corpus: _Given) -> Recipe:
+    """Return the databases of a corpus."""
+    return {f"{split}_{ours}": [*(corpus.texts(theirs) or [])] for theirs, ours in (("db", "text"), ("img", "images"))}
+
+
+def _mix(corpus: _Given, given: _Given) -> dict[str, float]:
+    """Return how often an update is of each objective."""
+    tasks, ratios = corpus.texts("tasks") or [], corpus.numbers("mix_ratio", [])
+    if not tasks or len(tasks) != len(ratios) or min(ratios) <= 0:
+        raise corpus.wrong("mix_ratio", ratios, f"it must be a positive number for each of {len(tasks)} tasks")
+    mix: dict[str, float] = {}
+    for task, ratio in zip(tasks, ratios, strict=True):
+        name = next((ours for start, ours in _OBJECTIVES.items() if task.startswith(start)), None)
+        if name is None:
+            raise corpus.wrong("tasks", task, f"known are {', '.join(_OBJECTIVES)}")
+        aligned = name == "itm" and given.number("itm_ot_lambda", 0.0) > 0
+        mix["itm_wra" if aligned else name] = ratio
+    return mix
+
+
+def _proportion(mix: Mapping[str, float], of: Mapping[str, float]) -> float | None:
+    """Return what ``of`` is multiplied by to get ``mix``, or None where it is no multiple."""
+    factor = next(iter(mix.values())) / of[next(iter(mix))] if mix.keys() == of.keys() else 0.0
+    return factor if factor and all(isclose(mix[name], factor * of[name]) for name in of) else None
 
 
 def _trainer(task: str, given: _Given) -> Recipe:
@@ -226,7 +310,8 @@ def _batch(task: str, given: _Given, gpus: int) -> Recipe:
         return {"examples": 2 * whole, "per_pass": 1}
     if task == "itm":
         return {"examples": whole, "per_pass": size, "accumulation": "sum"}
-    return {"tokens": whole, "per_pass": size, "accumulation": "sum", "multiple": 8, "drop_last": True}
+    cut = {"multiple": 8, "drop_last": True, "sampler": "released"}
+    return {"tokens": whole, "per_pass": size, "accumulation": "sum", **cut}
 
 
 def _as_mean(recipe: Recipe, summed: int) -> None:

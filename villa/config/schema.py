@@ -37,6 +37,10 @@ class BatchConfig:
         bucket: examples that are sorted by length together when batches are cut by tokens.
         multiple: with tokens, micro-batches of more examples than this are cut to a multiple of it.
         drop_last: leave out the last, smaller micro-batch (by tokens) or update (by examples) of every epoch.
+        sampler: how batches are cut by tokens: ``tight`` fills each to the budget of its own longest example, and
+            carries what a bucket leaves over into the next; ``released`` is UNITER's sampler: the longest example of
+            the bucket counts for all of its batches, and every bucket ends with a smaller one (or, with
+            ``drop_last``, without its last one).
     """
 
     examples: int | None = None
@@ -46,6 +50,7 @@ class BatchConfig:
     bucket: int = 8192
     multiple: int = 1
     drop_last: bool = False
+    sampler: Literal["tight", "released"] = "tight"
 
 
 @dataclass

@@ -47,6 +47,11 @@ class Epoch(Sequence[Update]):
         items = self.order[ends[0] : ends[-1]].tolist()
         return [items[start - ends[0] : end - ends[0]] for start, end in pairwise(ends)]
 
+    def followed_by(self, other: Epoch, most: int) -> Epoch:
+        """Return these micro-batches and the first of another epoch, ``most`` in all."""
+        parts = np.concatenate([self.parts, self.parts[-1] + other.parts[1:]])[: most + 1]
+        return Epoch(np.concatenate([self.order, other.order])[: parts[-1]], parts, self.passes)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Epoch) and all(
             np.array_equal(ours, theirs)
@@ -93,7 +98,7 @@ def cut_by_tokens(
         lengths: text tokens and regions of every example.
         budget: of a micro-batch.
         passes: micro-batches of an update.
-        batch: ``bucket``, ``multiple`` and ``drop_last``.
+        batch: ``bucket``, ``multiple``, ``drop_last`` and ``sampler``.
         random: shuffles the micro-batches.
     """
     batches = _token_batches(order, lengths, budget, batch)
@@ -111,13 +116,19 @@ def _even(count: int, parts: int) -> Indices:
 def _token_batches(order: Indices, lengths: Indices, budget: int, batch: BatchConfig) -> list[Indices]:
     batches: list[Indices] = []
     left = order[:0]
+    released = batch.sampler == "released"
     for start in range(0, len(order), batch.bucket):
         items = np.concatenate([left, order[start : start + batch.bucket]])
         items = items[np.argsort(-lengths[items], kind="stable")]
-        while len(items) > (count := _multiple(budget // int(lengths[items[0]]), batch.multiple)):
+        longest = int(lengths[items[0]])
+        while len(items) > (count := _multiple(budget // longest, batch.multiple)):
             batches.append(items[:count])
             items = items[count:]
+            longest = longest if released else int(lengths[items[0]])
         left = items
+        if released:  # every bucket ends with what is left, which training drops even where it is full
+            batches += [] if batch.drop_last else [left]
+            left = order[:0]
     return [*batches, left] if len(left) and not batch.drop_last else batches
 
 

@@ -80,8 +80,8 @@ class UpdateSampler(Sampler):
     By examples: the shuffled epoch is cut into updates of ``examples``, each into even micro-batches of at most
     ``per_pass``. By tokens: the shuffled epoch is cut into buckets sorted by length, and micro-batches are filled while
     longest x count stays within the budget; what a bucket leaves over joins the next bucket, so nothing is
-    dropped unless ``drop_last`` asks for it. In contrast to the released ``TokenBucketSampler`` the longest length is
-    that of the micro-batch.
+    dropped unless ``drop_last`` asks for it. ``batch.sampler=released`` cuts buckets as the released
+    ``TokenBucketSampler`` does instead.
 
     Args:
         lengths: text tokens plus regions of every example; only its length matters when cutting by examples.
@@ -111,7 +111,7 @@ class UpdateSampler(Sampler):
         self._cached = lru_cache(maxsize=2)(self._cut)
 
     def epoch(self, epoch: int) -> Epoch:
-        """Return the updates of an epoch (counted from 0); no example is in two micro-batches."""
+        """Return the updates of an epoch (counted from 0); no example is in two micro-batches of an epoch."""
         return self._cached(epoch)
 
     def settle(self, saved: Position) -> Position:
@@ -174,6 +174,13 @@ class UpdateSampler(Sampler):
 
     def _cut(self, epoch: int) -> Epoch:
         random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
+        cut = self._cut_once(random)
+        # The released loop of pre-training goes on into the next epoch where an update is longer than one.
+        while self.batch.sampler == "released" and len(cut.parts) - 1 < self.passes:
+            cut = cut.followed_by(self._cut_once(random), self.passes)
+        return cut
+
+    def _cut_once(self, random: np.random.Generator) -> Epoch:
         order = shuffled(random, self.count)
         if self._lengths is None:
             cut = cut_by_examples(order, self.size, self.passes, self.batch.drop_last)

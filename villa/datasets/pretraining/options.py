@@ -15,6 +15,7 @@ from villa.datasets.pretraining.splits import ObjectiveSettings
 from villa.datasets.synthetic.overlay import SMALL_PRETRAINING, SMALL_VCR_PRETRAINING
 from villa.datasets.vcr import VcrConfig
 from villa.errors import ConfigError, nearest
+from villa.json_values import is_number
 
 #: Objectives that texts with images have examples for.
 OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl", "itm", "itm_wra")
@@ -30,6 +31,7 @@ class ObjectiveOptions(Protocol):
     name: str
     objective: str
     mix: dict[str, float]
+    mask_probabilities: dict[str, float]
 
     def settings(self, objective: str) -> ObjectiveSettings:
         """The settings of an objective."""
@@ -53,6 +55,7 @@ class PretrainingDataConfig(DatabaseConfig):
         corpora: databases by name, instead of the lists ``train_text`` and so on: a mapping with those lists, and
             ``weight``: how often an update is of this corpus, relative to the others.
         mask_probability: share of the words or regions that are masked.
+        mask_probabilities: that of single objectives instead, by their names.
         negative_probability: share of the pairs that do not match.
     """
 
@@ -63,6 +66,7 @@ class PretrainingDataConfig(DatabaseConfig):
     mix: dict[str, float] = field(default_factory=dict)
     corpora: dict[str, dict[str, Any]] = field(default_factory=dict)
     mask_probability: float = PROBABILITY
+    mask_probabilities: dict[str, float] = field(default_factory=dict)
     negative_probability: float = 0.5
 
     def check(self) -> None:
@@ -81,7 +85,8 @@ class PretrainingDataConfig(DatabaseConfig):
 
     def settings(self, objective: str) -> ObjectiveSettings:
         """The settings of an objective."""
-        return ObjectiveSettings(objective, self.mask_probability, self.negative_probability)
+        share = self.mask_probabilities.get(objective, self.mask_probability)
+        return ObjectiveSettings(objective, share, self.negative_probability)
 
     def sources(self) -> list[Corpus]:
         """The databases; one corpus without a name where the recipe does not tell several apart."""
@@ -101,6 +106,7 @@ class VcrPretrainingConfig(VcrConfig):
         objective: ``mlm`` (masked words), ``mrfr`` (features of masked regions), ``mrc`` or ``mrc_kl`` (their classes).
         mix: several objectives instead, each with how often an update is of it, relative to the others.
         mask_probability: share of the words or regions that are masked.
+        mask_probabilities: that of single objectives instead, by their names.
     """
 
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_VCR_PRETRAINING
@@ -109,6 +115,7 @@ class VcrPretrainingConfig(VcrConfig):
     objective: str = "mlm"
     mix: dict[str, float] = field(default_factory=dict)
     mask_probability: float = PROBABILITY
+    mask_probabilities: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse options that do not go together."""
@@ -121,7 +128,7 @@ class VcrPretrainingConfig(VcrConfig):
 
     def settings(self, objective: str) -> ObjectiveSettings:
         """The settings of an objective."""
-        return ObjectiveSettings(objective, self.mask_probability)
+        return ObjectiveSettings(objective, self.mask_probabilities.get(objective, self.mask_probability))
 
     def sources(self) -> list[Corpus]:
         """VCR, which has no name."""
@@ -151,7 +158,8 @@ def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
         ConfigError: naming the option.
     """
     given = {f"dataset.objective='{config.objective}'": config.objective}
-    given |= {f"dataset.mix names '{name}', which": name for name in config.mix}
+    for option in ("mix", "mask_probabilities"):
+        given |= {f"dataset.{option} names '{name}', which": name for name in getattr(config, option)}
     for where, name in given.items():
         if name not in known:
             hint = _PAIRS if name == "contrastive" else nearest(name, list(known))
@@ -160,7 +168,8 @@ def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
         check_weight(f"dataset.mix.{name}", weight)
     if config.mix and not sum(config.mix.values()):
         raise ConfigError("dataset.mix: all weights are 0; give one that is not")
-    for name in ("mask_probability", "negative_probability"):
-        share = getattr(config, name, 0.0)
-        if not 0 <= share <= 1:
+    shares: dict[str, Any] = {name: getattr(config, name, 0.0) for name in ("mask_probability", "negative_probability")}
+    shares |= {f"mask_probabilities.{name}": share for name, share in config.mask_probabilities.items()}
+    for name, share in shares.items():
+        if not (is_number(share) and 0 <= share <= 1):
             raise ConfigError(f"dataset.{name}={share} is not allowed; give a share in [0, 1]")
