@@ -64,9 +64,9 @@ class SoftAnswers(DatabaseTask):
         assert self.labels is not None
         return list(self.labels)
 
-    def num_labels(self) -> int:
-        """Number of answers."""
-        return len(self.answers)
+    def label_names(self) -> tuple[str, ...]:
+        """The answers."""
+        return tuple(self.answers)
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer of every row and its sigmoid score."""

@@ -13,12 +13,10 @@ from villa.errors import CheckpointError, ConfigError
 from villa.files import read_json, write_json
 from villa.models.base import Model, ModelConfig
 from villa.models.load_report import listed
-from villa.models.transformers_folder import CONFIG_FILE, load_pretrained, quiet
+from villa.models.transformers_folder import CONFIG_FILE, HEAD, load_pretrained, quiet
 from villa.models.weight_files import read_weights, write_weights
 
 WEIGHTS = "model.safetensors"
-#: What a model of transformers has no place for, below the folder of villa.
-HEAD = "villa/head.safetensors"
 
 
 def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, folder: Path) -> None:

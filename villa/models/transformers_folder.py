@@ -17,6 +17,8 @@ from villa.plugins import one_line
 CONFIG_FILE = "config.json"
 #: Folder of a checkpoint's assets with the model's ``config.json``.
 ASSETS = "model"
+#: In a folder that villa saved: the head that a model of transformers has no place for.
+HEAD = "villa/head.safetensors"
 
 
 def is_transformers_folder(path: str | Path) -> bool:
@@ -47,7 +49,7 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
     options = _nested(options)
     try:
         if is_transformers_folder(architecture) or _is_hub_name(architecture):
-            return _changed(_stored(architecture), options)
+            return _changed(stored_config(architecture), options)
         if architecture in CONFIG_MAPPING:
             return _made(architecture, options)
     except ConfigError:
@@ -139,7 +141,8 @@ def _is_hub_name(architecture: str) -> bool:
     return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
 
 
-def _stored(source: str) -> Any:
+def stored_config(source: str) -> Any:
+    """Return the configuration object of a folder, or of a name on the hub."""
     from transformers import AutoConfig
 
     folder = Path(source).expanduser()
