@@ -26,6 +26,8 @@ from villa.registry import register_dataset
 class SoftAnswerSplit(DatabaseSplit):
     """Questions whose targets are scores of some answers."""
 
+    task: SoftAnswers
+
     def example(self, id: str, fields: Mapping[str, Any]) -> Example:
         """Make an example; see the base class."""
         features, boxes = self.regions(id)
@@ -35,13 +37,16 @@ class SoftAnswerSplit(DatabaseSplit):
 
     def _target(self, fields: Mapping[str, Any], id: str) -> Tensor:
         """Return the scores ``[labels]``; all 0 for an example without a known answer."""
-        target = torch.zeros(self.task.num_labels() or 0)
+        target, places = torch.zeros(self.task.num_labels() or 0), self.task.places
+        stored = len(target) if places is None else len(places)
         given = self.field(fields, "target", id) if self.training else fields.get("target")
         given = {"labels": [], "scores": []} if given in (None, {}) else given
-        if not _are_scores(given, len(target)):
-            needed = f"labels below {len(target)}, as many as answers are known, and a score in [0, 1] for each"
+        if not _are_scores(given, stored):
+            needed = f"labels below {stored}, as many as answers are known, and a score in [0, 1] for each"
             raise self.unusable(id, f"the target {given!r:.80}; needed are {needed}")
-        target[given["labels"]] = torch.tensor(given["scores"], dtype=torch.float)
+        labels = torch.tensor(given["labels"], dtype=torch.long)
+        labels = labels if places is None else places[labels]
+        target[labels[labels >= 0]] = torch.tensor(given["scores"], dtype=torch.float)[labels >= 0]
         return target
 
 
@@ -63,6 +68,11 @@ class SoftAnswers(DatabaseTask):
         """Answers in the order of the logits."""
         assert self.labels is not None
         return list(self.labels)
+
+    @property
+    def places(self) -> Tensor | None:
+        """Label of the model for every label of the databases, -1 where it has none; None where they are the same."""
+        return None
 
     def label_names(self) -> tuple[str, ...]:
         """The answers."""
@@ -97,7 +107,21 @@ class Vqa(SoftAnswers):
         """Answers in the order of the logits: the checkpoint's, or those of ``dataset.answers``."""
         if self.assets is not None:
             return read_answers(self.assets / ANSWERS_FILE)
-        return read_answers(self.root / (ANSWERS if self.config.synthetic else self.config.answers))
+        return read_answers(self._listed)
+
+    @cached_property
+    def places(self) -> Tensor | None:
+        """The answers of a checkpoint may be in another order than those of the databases; see the base class."""
+        if self.assets is None or not self._listed.is_file():
+            return None
+        stored = read_answers(self._listed)
+        labels = {answer: label for label, answer in enumerate(self.answers)}
+        return None if stored == self.answers else torch.tensor([labels.get(answer, -1) for answer in stored])
+
+    @property
+    def _listed(self) -> Path:
+        """The file of the answers that the databases' labels count."""
+        return self.root / (ANSWERS if self.config.synthetic else self.config.answers)
 
     def save_assets(self, folder: Path) -> None:
         """Write the answers, and what every task writes."""

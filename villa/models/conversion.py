@@ -13,7 +13,7 @@ from villa.models.base import Model
 from villa.models.initial_rows import derived, enlarged
 from villa.models.load_report import LoadReport, grouped, listed
 from villa.models.matching import Matching
-from villa.models.weight_files import read_weights
+from villa.models.weight_files import read_weights, refuse_not_finite
 from villa.models.weight_names import (
     is_backbone,
     is_image_side,
@@ -46,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path, matching: Matching | None =
         What was loaded and what was not; its text is for people.
 
     Raises:
-        CheckpointError: the file cannot be used, lacks weights of the backbone, or has tensors of another shape.
+        CheckpointError: the file cannot be used, lacks weights of the backbone, or has tensors of another shape or
+            with numbers that are not finite.
     """
     expected = model.state_dict()
     weights = without_wrapper(plain_names(read_weights(path)))
@@ -67,6 +68,8 @@ def load_weights(model: nn.Module, path: str | Path, matching: Matching | None =
     grown = {name: found for name, found in growth.items() if found is not None}
     weights |= made | {name: value for name, (value, _) in grown.items()}
     check_shapes(path, weights, expected)
+    learned = dict(model.named_parameters(remove_duplicate=False))
+    refuse_not_finite(path, ((name, value) for name, value in weights.items() if name in learned))
     model.load_state_dict(weights, strict=False)
     return replace(report, enlarged=tuple(note for _, note in grown.values()))
 

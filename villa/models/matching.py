@@ -1,4 +1,4 @@
-"""RowKind of weights that stand for word-pieces and labels, brought by name from a checkpoint's order into the data's."""
+"""Rows of weights that stand for word-pieces and labels, brought by name from a checkpoint's order into the data's."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Matching:
         if changed:
             parts.append(f"by case alone: {listed(changed)}")
         if len(parts) == 1:
-            parts.append("in another order")
+            parts[0] += ", in another order"
         return "; ".join(parts)
 
     def _assumed(self, kinds: Sequence[RowKind]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.models.load_report import LoadReport, listed
+from villa.models.weight_files import refuse_not_finite
 from villa.plugins import one_line
 
 CONFIG_FILE = "config.json"
@@ -76,7 +77,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
         The model in training mode, and what was loaded.
 
     Raises:
-        CheckpointError: the files cannot be read or have tensors of another shape.
+        CheckpointError: the files cannot be read, or have tensors of another shape or with numbers that are not finite.
     """
     try:
         with quiet():
@@ -105,6 +106,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     )
     if not report.loaded or len(missing) > len(report.loaded):
         raise CheckpointError(f"'{source}' has the weights of another model than '{config.model_type}'")
+    refuse_not_finite(source, model.named_parameters())
     return model.train(), report
 
 
