@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processor_batches import tiny_folder
 from saved_models import save_random
 
 from villa.api import from_pretrained
@@ -110,9 +111,7 @@ def assert_same(found: dict[tuple[str, str], float], expected: dict[tuple[str, s
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_words_and_labels_are_found_by_name(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_and_labels_are_found_by_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a run, of its checkpoint's file, and of the folder that it was saved in."""
     arguments = trained(name, tmp_path)
     expected = scores(from_pretrained(tmp_path / "run").parts)
@@ -228,3 +227,40 @@ def test_uniter_takes_the_words_of_a_bert_by_name(tmp_path: Path, capsys: pytest
     build(load([*arguments, f"model.checkpoint={tmp_path / 'apart' / 'bert.pt'}"]).config)
     told = capsys.readouterr().out
     assert "no names in the file: rows of word-pieces are taken to be in the data's order" in told
+
+
+def reordered(folder: Path, target: Path) -> Path:
+    """Copy a processor's files with some words of its vocabulary in another order."""
+    shutil.copytree(folder, target)
+    file = target / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    words = [word for word in ("red", "green", "blue", "circle", "is", "it") if word in vocabulary]
+    ids = [vocabulary[word] for word in words]
+    vocabulary |= dict(zip(words, ids[1:] + ids[:1], strict=True))
+    file.write_text(json.dumps(tokenizer))
+    return target
+
+
+@pytest.mark.parametrize("name", ["clip", "vilt", "blip"])
+def test_a_model_of_transformers_reads_by_another_processor(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own processor's words in another order; a head of ours (CLIP) and heads of transformers."""
+    folder = tiny_folder(name, tmp_path)
+    other = reordered(folder, tmp_path / "other")
+    data = [a for a in write_data(tmp_path, "pixels") if "image_size" not in a]
+    arguments = ["model=huggingface", "model.task=classification", *data, *COMMON]
+    first = [f"dataset.processor={folder}", f"model.checkpoint={folder}"]
+    assert main([*arguments, *first, f"output_dir={tmp_path / 'run'}"]) == 0
+    model = from_pretrained(tmp_path / "run")
+    expected = scores(model.parts)
+    model.save_pretrained(tmp_path / "saved")
+    capsys.readouterr()
+    for place in (tmp_path / "run", tmp_path / "saved"):
+        changed = [f"dataset.processor={other}", f"dataset.answers={tmp_path / 'other.txt'}"]
+        assert_same(started([*arguments, *changed], f"model.checkpoint={place}"), expected)
+        told = capsys.readouterr().out
+        assert "labels by name: 3 of 4; fresh: 'violet'\n" in told, told
+        assert ", in another order\n" in told
+        assert "read otherwise" not in told

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,11 @@ from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.records import is_score
 from villa.datasets.released_files import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
+from villa.errors import DataError
 from villa.files import write_json
 from villa.registry import register_dataset
+
+_LOG = logging.getLogger(__name__)
 
 
 class SoftAnswerSplit(DatabaseSplit):
@@ -37,7 +41,7 @@ class SoftAnswerSplit(DatabaseSplit):
 
     def _target(self, fields: Mapping[str, Any], id: str) -> Tensor:
         """Return the scores ``[labels]``; all 0 for an example without a known answer."""
-        target, places = torch.zeros(self.task.num_labels() or 0), self.task.places
+        target, places = torch.zeros(self.task.num_labels() or 0), self.task.places(self.pair.text.path)
         stored = len(target) if places is None else len(places)
         given = self.field(fields, "target", id) if self.training else fields.get("target")
         given = {"labels": [], "scores": []} if given in (None, {}) else given
@@ -69,9 +73,8 @@ class SoftAnswers(DatabaseTask):
         assert self.labels is not None
         return list(self.labels)
 
-    @property
-    def places(self) -> Tensor | None:
-        """Label of the model for every label of the databases, -1 where it has none; None where they are the same."""
+    def places(self, database: Path) -> Tensor | None:
+        """Label of the model for every label of a text database, -1 where it has none; None where they are the same."""
         return None
 
     def label_names(self) -> tuple[str, ...]:
@@ -109,14 +112,28 @@ class Vqa(SoftAnswers):
             return read_answers(self.assets / ANSWERS_FILE)
         return read_answers(self._listed)
 
-    @cached_property
-    def places(self) -> Tensor | None:
-        """The answers of a checkpoint may be in another order than those of the databases; see the base class."""
-        if self.assets is None or not self._listed.is_file():
+    @cache  # noqa: B019 (a data set lives as long as its run)
+    def places(self, database: Path) -> Tensor | None:
+        """Find the labels by their answers, in what lies beside the examples or is listed; see the base class.
+
+        Raises:
+            DataError: the database's answers are all others than the model's.
+        """
+        file = next((file for file in (database / ANSWERS, self._listed) if file.is_file()), None)
+        stored = self.answers if file is None else read_answers(file)
+        if stored == self.answers:
             return None
-        stored = read_answers(self._listed)
         labels = {answer: label for label, answer in enumerate(self.answers)}
-        return None if stored == self.answers else torch.tensor([labels.get(answer, -1) for answer in stored])
+        places = torch.tensor([labels.get(answer, -1) for answer in stored])
+        lost = int((places < 0).sum())
+        if lost == len(places):
+            raise DataError(
+                f"none of the {lost} answers of '{file}' is among the {len(labels)} of the model; set dataset.answers "
+                "to the list that the databases were made with"
+            )
+        if lost:
+            _LOG.warning("%d of the %d answers of '%s' are not among the model's", lost, len(places), file)
+        return places
 
     @property
     def _listed(self) -> Path:

@@ -135,8 +135,10 @@ def _unwrapped(content: Any) -> Any:
 
 
 def _holds_weights(value: Any) -> bool:
-    """Whether a value is a mapping of weights, or has one inside."""
-    return isinstance(value, Mapping) and (_are_weights(value) or any(map(_holds_weights, value.values())))
+    """Whether a value is a mapping of weights, or has one inside; an optimiser's state goes by numbers."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    return _are_weights(value) or any(map(_holds_weights, value.values()))
 
 
 def _are_weights(content: Any) -> bool:
