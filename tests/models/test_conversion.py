@@ -362,7 +362,7 @@ def test_every_golden_model_loads_by_its_names(tmp_path: Path) -> None:
         assert set(model.state_dict()) == set(file["state_dict"])
 
 
-def test_numbers_that_are_not_finite_are_refused(fresh: Any, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_refused(fresh: Build, tmp_path: Path) -> None:
     model = fresh()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for value in (float("nan"), float("inf")):

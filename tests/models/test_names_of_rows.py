@@ -12,11 +12,20 @@ import torch
 from PIL import Image
 from processor_batches import tiny_folder
 from saved_models import save_random
+from tokenizers import Tokenizer, models
 
 from villa.api import from_pretrained
 from villa.cli.run import main
 from villa.config import load
+from villa.datasets.names import facts_beside, text_facts
+from villa.datasets.raw.example import RawExample
+from villa.datasets.raw.text_database import TextSource, write_text_database
+from villa.datasets.raw.word_pieces import WordPieces
+from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.engine.setup import Parts, build
+from villa.errors import CheckpointError
+from villa.models.base import DataFacts
+from villa.models.matching import Matching
 
 WORDS = ("red", "green", "blue")
 COMMON = (
@@ -264,3 +273,67 @@ def test_a_model_of_transformers_reads_by_another_processor(
         assert "labels by name: 3 of 4; fresh: 'violet'\n" in told, told
         assert ", in another order\n" in told
         assert "read otherwise" not in told
+
+
+def test_adapters_of_a_head_have_rows_of_labels_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with LoRA, whose classifier is a layer with a part of low rank."""
+    folder = tiny_folder("vilt", tmp_path)
+    data = [a for a in write_data(tmp_path, "pixels") if "image_size" not in a]
+    arguments = ["model=huggingface", "model.model_class=ViltForQuestionAnswering", *data, *COMMON]
+    arguments += [f"model.architecture={folder}", f"dataset.processor={folder}", "model.task=classification"]
+    arguments += ["model.lora_rank=3", "model.lora_targets=[query, '3']"]
+    assert main([*arguments, f"output_dir={tmp_path / 'run'}"]) == 0
+    expected = scores(from_pretrained(tmp_path / "run").parts)
+    assert any("classifier.3.lora_B" in name for name in from_pretrained(tmp_path / "run").parts.model.state_dict())
+    capsys.readouterr()
+    changed = [f"dataset.answers={tmp_path / 'other.txt'}", f"model.checkpoint={tmp_path / 'run'}"]
+    assert_same(started(arguments, *changed), expected)
+    assert "labels by name: 3 of 4; fresh: 'violet'\n" in capsys.readouterr().out
+
+
+def test_features_of_another_network_are_refused(tmp_path: Path) -> None:
+    arguments = trained("uniter", tmp_path)
+    (meta,) = (tmp_path / "run").rglob("assets/dataset.json")
+    network = {"extractor": f"net 1.0 {'a' * 16} image 64 grid 2", "regions": "grid"}
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | network))
+    grid = DataFacts(reading={"feature extractor": f"net {'b' * 16}"})
+    assert build(load([*arguments, f"model.checkpoint={tmp_path / 'run'}"]).config)
+    with pytest.raises(CheckpointError, match="was trained with the feature extractor 'net a"):
+        Matching("run", facts_beside(str(meta.parents[1])), grid)
+
+
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = trained("text_classifier", tmp_path)
+    letters = {token: number for number, token in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz? "])}
+    kind: Any = models.BPE
+    Tokenizer(kind(vocab=letters, merges=[], unk_token="[UNK]")).save(str(tmp_path / "other.json"))
+    changed = [f"model.checkpoint={tmp_path / 'run'}", f"dataset.tokenizer={tmp_path / 'other.json'}"]
+    assert main([*arguments, *changed, f"output_dir={tmp_path / 'again'}"]) == 2
+    assert "was trained with the kind of tokenizer 'WordPiece', but the data are read with" in capsys.readouterr().err
+
+
+def test_the_row_of_padding_is_that_of_the_data(tmp_path: Path) -> None:
+    """It is not trained, wherever it is; every other word is."""
+    arguments = [*MODELS["uniter"], *write_data(tmp_path, "files"), *COMMON]
+    words = ["red", "is", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]", "it", "now", "?"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    parts = build(load([*arguments, f"dataset.tokenizer={tmp_path / 'vocab.txt'}"]).config)
+    embedding: Any = parts.model.get_submodule("uniter.embeddings.word_embeddings")
+    assert embedding.padding_idx == words.index("[PAD]")
+    split = parts.data.split("train")
+    parts.model(parts.data.collate([split[0]])).logits.sum().backward()
+    assert embedding.weight.grad[words.index("red")].any()
+
+
+def test_a_text_database_keeps_the_names_of_its_word_pieces(tmp_path: Path) -> None:
+    """Two vocabularies of one name and size are told from each other, and rows are matched."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for name, order in {"one": [*special, *letters], "two": [*special, *reversed(letters)]}.items():
+        (tmp_path / "vocab.txt").write_text("\n".join(order) + "\n")
+        pieces = WordPieces(str(tmp_path / "vocab.txt"), "bert")
+        source = TextSource([RawExample("a", {"input_ids": ("a b",)}, "a.npz")])
+        write_text_database(tmp_path / name, source, pieces, pieces.meta(), progress="off")
+        vocabulary = TextDatabase(tmp_path / name).vocabulary
+        assert vocabulary is not None
+        assert text_facts(vocabulary)["tokens"] == tuple(order)
