@@ -81,13 +81,16 @@ class Assets:
 
     def _images(self) -> dict[str, str]:
         """How images are read, as far as weights depend on it."""
+        if self.regions == "none":
+            return {}
+        found: dict[str, str] = {"regions": self.regions}
         if self.processor is not None:
-            return image_reading(self.processor) if self.regions == "pixels" else {}
+            return found | image_reading(self.processor)
         made = re.match(_EXTRACTOR, self.extractor or "")
         if made is not None:
-            return {"feature extractor": f"{made['network']} {made['weights']}", "grid features": made["sizes"]}
+            found |= {"feature extractor": f"{made['network']} {made['weights']}", "grid features": made["sizes"]}
         side = re.search(r"images of (\d+) pixels", self.extractor or "")
-        return {} if side is None else pixel_reading(int(side[1]))
+        return found if side is None else found | pixel_reading(int(side[1]))
 
     def reading_fingerprint(self) -> str:
         """Hash of what reads texts and images."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer
 from villa.errors import VillaError
 from villa.models.base import DataFacts
+from villa.models.transformers_folder import is_hub_name, is_transformers_folder, stored_config
 from villa.models.weight_files import FOLDER_FILES
 
 #: What pads texts in the vocabularies of BERT and of RoBERTa.
@@ -72,11 +73,13 @@ def facts_beside(source: str) -> DataFacts:
     path, assets = Path(source).expanduser(), assets_beside(source)
     if assets is not None:
         return _of_assets(assets)
-    folder = path.parent if path.is_file() else path
-    if path.is_file() and not (path.name in FOLDER_FILES and (folder / "config.json").is_file()):
-        facts = _of_tokenizer(folder / "vocab.txt")
-        return replace(facts, vocab_size=len(facts.tokens)) if facts.tokens is not None else facts
-    return _of_transformers(path if path.is_dir() else folder, source if not path.exists() else None)
+    folder = path.parent if path.name in FOLDER_FILES else path
+    if is_transformers_folder(folder):
+        return _of_transformers(folder, None)
+    if is_hub_name(source):
+        return _of_transformers(folder, source)
+    tokens = _of_tokenizer(path if path.is_dir() else path.parent / "vocab.txt").tokens
+    return DataFacts() if tokens is None else DataFacts(vocab_size=len(tokens), tokens=tokens)
 
 
 def assets_beside(source: str) -> Path | None:
@@ -114,7 +117,6 @@ def _of_assets(assets: Path) -> DataFacts:
 def _of_transformers(folder: Path, name: str | None) -> DataFacts:
     """What is beside the weights in a folder of transformers, or under a name in the cache of the hub."""
     from villa.datasets.processor_loading import load_processor
-    from villa.models.transformers_folder import stored_config
 
     place: Any = folder if name is None else name
     facts = DataFacts()
@@ -126,7 +128,7 @@ def _of_transformers(folder: Path, name: str | None) -> DataFacts:
             images = image_reading(processor) if hasattr(processor, "image_processor") else {}
             facts = DataFacts(tokens=texts["tokens"], padding=texts["padding"], reading={**texts["reading"], **images})
     except VillaError:
-        facts = _of_tokenizer(folder) if name is None else facts
+        facts = _of_tokenizer(folder)
     try:
         labels = stored_config(str(place)).id2label
     except Exception:  # whatever transformers raises for a folder that holds weights alone

@@ -49,7 +49,7 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 
     options = _nested(options)
     try:
-        if is_transformers_folder(architecture) or _is_hub_name(architecture):
+        if is_transformers_folder(architecture) or is_hub_name(architecture):
             return _changed(stored_config(architecture), options)
         if architecture in CONFIG_MAPPING:
             return _made(architecture, options)
@@ -138,7 +138,8 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _is_hub_name(architecture: str) -> bool:
+def is_hub_name(architecture: str) -> bool:
+    """Say whether a text is ``owner/name``, and no path."""
     owner, slash, name = architecture.partition("/")
     return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
 
