@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.names import facts_beside
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.scaled import SMALLEST_SCALE, ScaledStore, Scaling
 from villa.errors import DataError
+from villa.models.matching import Matching
 
 
 def feature_file(folder: Path, name: str, seed: int) -> Path:
@@ -70,3 +72,30 @@ def test_assets_without_statistics_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "assets/features.safetensors").exists()
     with pytest.raises(DataError, match=r"cannot read '.*features.safetensors'"):
         dataset(tmp_path, tmp_path / "assets", standardize=True).split("train")
+
+
+def test_training_goes_on_by_the_statistics_that_the_weights_were_trained_with(tmp_path: Path) -> None:
+    make(tmp_path)
+    trained = dataset(tmp_path, standardize=True)
+    trained.save_assets(tmp_path / "assets")
+    assert trained.scaling is not None
+    for index in range(4):
+        feature_file(tmp_path, f"{index}.npz", index + 9)
+    own, plain = dataset(tmp_path, standardize=True), dataset(tmp_path)
+    assert not torch.equal(dataset(tmp_path, standardize=True).scaling.mean, trained.scaling.mean)  # type: ignore[union-attr]
+    assert "by the statistics of the checkpoint" in (own.carry(tmp_path / "assets") or "")
+    assert own.scaling is not None
+    assert torch.equal(own.scaling.mean, trained.scaling.mean)
+    assert plain.carry(tmp_path / "assets") is None
+    beside = facts_beside(str(tmp_path))
+    assert beside.reading["region features"] == "standardised"
+    assert Matching("run", beside, own.facts()).reading() == ()
+    told = "region features standardised in training, as they are in the data"
+    assert Matching("run", beside, plain.facts()).reading() == (told,)
+
+
+def test_a_checkpoint_of_scaled_features_is_not_used_without(tmp_path: Path) -> None:
+    make(tmp_path)
+    dataset(tmp_path, standardize=True).save_assets(tmp_path / "assets")
+    with pytest.raises(DataError, match=r"standardised region features; set dataset\.standardize=true"):
+        dataset(tmp_path, tmp_path / "assets").split("train")

@@ -1,5 +1,7 @@
 """VQA and SNLI-VE on the released databases."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,33 @@ def test_a_vqa_batch_is_that_of_the_release(vqa: Any) -> None:
     assert_same_batch(batch, to_batch(golden, "vqa"))
     assert (batch.targets.sum(1) == 0).sum() == 2  # without an answer that the task has
     assert_rows(batch, golden)
+
+
+def test_labels_of_a_database_are_found_by_their_answers(vqa: Any, official_db: Path, tmp_path: Path) -> None:
+    """A checkpoint's answers in another order than the database's; and the other way round."""
+    stored = {f"answer{label}": label for label in range(40)}
+    trained = [*reversed(stored), "more"]
+    (tmp_path / "assets").mkdir()
+    vqa.save_assets(tmp_path / "assets")
+    (tmp_path / "assets" / "answers.json").write_text(json.dumps(trained))
+    options = {name: getattr(vqa.config, name) for name in ("root", "train_text", "train_images", "answers")}
+    loaded = type(vqa)(type(vqa.config)(**options), tmp_path / "assets")
+    root = tmp_path / "root"
+    shutil.copytree(official_db / "txt_db", root / "txt_db")
+    (root / "img_db").symlink_to(official_db / "img_db")
+    (root / "txt_db" / "vqa_tiny40.db" / "ans2label.json").write_text(json.dumps(stored))
+    (tmp_path / "listed.json").write_text(json.dumps(trained))
+    listed = open_task("vqa", root, answers=str(tmp_path / "listed.json"))
+    expected = [vqa.split("train")[index].target for index in range(40)]
+    assert any(target.any() for target in expected)
+    for task in (loaded, listed):
+        for index, target in enumerate(expected):
+            found = task.split("train")[index].target
+            assert found.shape == (41,)
+            assert torch.equal(found[:40].flip(0), target)
+    (tmp_path / "listed.json").write_text('["yes", "no"]')
+    with pytest.raises(DataError, match="none of the 40 answers of"):
+        open_task("vqa", root, answers=str(tmp_path / "listed.json")).split("train")[0]
 
 
 def test_a_snli_ve_batch_is_that_of_the_release(official_db: Path) -> None:

@@ -360,3 +360,15 @@ def test_every_golden_model_loads_by_its_names(tmp_path: Path) -> None:
         file = load(f"villa_{task}", "model")
         model = build_model(file, task)  # type: ignore[arg-type]
         assert set(model.state_dict()) == set(file["state_dict"])
+
+
+def test_numbers_that_are_not_finite_are_refused(fresh: Build, tmp_path: Path) -> None:
+    model = fresh()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for value in (float("nan"), float("inf")):
+        weights = {name: tensor.clone() for name, tensor in before.items()}
+        weights["uniter.pooler.dense.bias"][3] = value
+        torch.save(weights, tmp_path / "file.pt")
+        with pytest.raises(CheckpointError, match=r"NaN or infinite numbers in 'uniter\.pooler\.dense\.bias'"):
+            load_weights(model, tmp_path / "file.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

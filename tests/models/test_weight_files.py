@@ -42,10 +42,11 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path, write: C
     assert marker.exists()
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "model_state_dict", "net", "generator"])
 def test_plain_and_wrapped_files_are_read(tmp_path: Path, wrapper: str | None) -> None:
     weights = {"a.weight": torch.arange(3.0)}
-    torch.save({wrapper: weights, "step": 3} if wrapper else weights, tmp_path / "file.pt")
+    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}
+    torch.save({wrapper: weights, "step": 3, "optim": optimizer} if wrapper else weights, tmp_path / "file.pt")
     assert torch.equal(read_weights(tmp_path / "file.pt")["a.weight"], weights["a.weight"])
 
 
@@ -175,3 +176,51 @@ def test_flipped_and_lost_bytes_are_read_or_one_clear_line(tmp_path: Path, kind:
             refused.append(str(error))
     assert len(refused) > 20
     assert not any("\n" in message for message in refused)
+
+
+@pytest.mark.parametrize("keys", [("generator", "discriminator"), ("module", "net")])
+def test_of_two_sets_of_weights_none_is_guessed(tmp_path: Path, keys: tuple[str, str]) -> None:
+    torch.save({key: {"a.weight": torch.ones(3)} for key in keys}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match="is no file of weights"):
+        read_weights(tmp_path / "file.pt")
+
+
+def split(folder: Path, suffix: str) -> dict[str, torch.Tensor]:
+    """Write weights in two files and their index, as transformers does; return them."""
+    weights = {"a.weight": torch.arange(3.0), "b.weight": torch.arange(4.0)}
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    files = {}
+    for number, (name, value) in enumerate(weights.items(), start=1):
+        files[name] = f"{stem}-{number:05}-of-00002.{suffix}"
+        write = save_file if suffix == "safetensors" else torch.save
+        write({name: value}, folder / files[name])
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return weights
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_in_several_files_are_read(tmp_path: Path, suffix: str) -> None:
+    weights = split(tmp_path, suffix)
+    (index,) = tmp_path.glob("*.index.json")
+    for place in (tmp_path, index):
+        found = read_weights(place)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight_map": {"a.weight": "../away.safetensors"}}, "does not say which file"),
+        ({"weight_map": {"a.weight": "missing.safetensors"}}, "does not exist"),
+        ({"weight_map": {"c.weight": "model-00001-of-00002.safetensors"}}, "lacks 'c.weight'"),
+        ({"weight_map": []}, "does not say which file"),
+        ([], "does not say which file"),
+    ],
+)
+def test_a_wrong_index_is_one_line(tmp_path: Path, changed: object, message: str) -> None:
+    split(tmp_path, "safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_weights(tmp_path)
+    assert "\n" not in str(caught.value)

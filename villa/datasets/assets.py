@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+from villa.datasets.names import image_reading, pixel_reading, text_facts
 from villa.datasets.processor_loading import load_processor, save_processor
 from villa.datasets.processor_reader import Kind
 from villa.datasets.records import REGION_FIELDS, Regions
@@ -20,6 +22,9 @@ from villa.files import sha256, write_json
 from villa.models.base import DataFacts, Task
 
 ANSWERS_FILE, META_FILE, PROCESSOR = "answers.json", "dataset.json", "processor"
+
+#: How grid features say what made them: network, version of its package, its weights, and sizes.
+_EXTRACTOR = r"(?P<network>\S+) \S+ (?P<weights>[0-9a-f]{16}) (?P<sizes>.+)"
 
 #: What a model is asked for, as its ``task``.
 _TASKS: dict[Any, Task] = {"label": "classification", "text": "generation", "pair": "contrastive"}
@@ -58,7 +63,34 @@ class Assets:
         """What the data fixes about a model."""
         words = None if self.tokenizer is None else vocabulary_size(self.tokenizer)
         labels = tuple(self.answers) if self.kind == "label" else None
-        return DataFacts(words, len(labels) if labels else None, self.feature_dim, _TASKS[self.kind], labels)
+        texts = self._texts
+        return DataFacts(
+            words,
+            len(labels) if labels else None,
+            self.feature_dim,
+            _TASKS[self.kind],
+            labels,
+            tokens=texts["tokens"],
+            padding=texts["padding"],
+            reading={**texts["reading"], **self._images()},
+        )
+
+    @cached_property
+    def _texts(self) -> dict[str, Any]:
+        return text_facts(self.tokenizer if self.tokenizer is not None else self.processor)
+
+    def _images(self) -> dict[str, str]:
+        """How images are read, as far as weights depend on it."""
+        if self.regions == "none":
+            return {}
+        found: dict[str, str] = {"regions": self.regions}
+        if self.processor is not None:
+            return found | image_reading(self.processor)
+        made = re.match(_EXTRACTOR, self.extractor or "")
+        if made is not None:
+            found |= {"feature extractor": f"{made['network']} {made['weights']}", "grid features": made["sizes"]}
+        side = re.search(r"images of (\d+) pixels", self.extractor or "")
+        return found if side is None else found | pixel_reading(int(side[1]))
 
     def reading_fingerprint(self) -> str:
         """Hash of what reads texts and images."""

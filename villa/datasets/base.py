@@ -137,6 +137,17 @@ class TaskDataset(ABC):
     def facts(self) -> DataFacts:
         """What the data fixes about a model."""
 
+    def carry(self, assets: Path) -> str | None:
+        """Take over from the weights that a new run starts from what they cannot do without; by default nothing.
+
+        Args:
+            assets: folder with what ``save_assets`` wrote beside the weights.
+
+        Returns:
+            What was taken over, for people, or None.
+        """
+        return None
+
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples into a batch."""

@@ -17,6 +17,7 @@ from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.database_paths import SPLITS, DatabasePaths, describe_missing
 from villa.datasets.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
 from villa.datasets.fractions import check_fraction, share_rows
+from villa.datasets.names import text_facts
 from villa.datasets.released_files import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
@@ -146,17 +147,37 @@ class DatabaseTask(ReleasedFilesTask):
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the labels and a region feature, the same in all databases."""
         pair = self._first
+        text = pair.text
+        texts = {} if text.vocabulary is None else text_facts(text.vocabulary)
+        named = {} if text.tokenizer is None else {"tokenizer": text.tokenizer}
+        special = {"[CLS]": str(text.cls_id), "[SEP]": str(text.sep_id), "[MASK]": str(text.mask_id)}
         facts = DataFacts(
-            vocab_size=pair.text.vocab_size + self.extra_words,
+            vocab_size=text.vocab_size + self.extra_words,
             num_labels=self.num_labels(),
             feature_dim=pair.images.dim,
+            labels=self.label_names(),
+            tokens=self._tokens(texts.get("tokens"), text.vocab_size),
+            padding=texts.get("padding"),
+            reading={**texts.get("reading", {}), **named, **special},
         )
         self._check_against_checkpoint(facts)
         return facts
 
+    def _tokens(self, names: Sequence[str | None] | None, size: int) -> tuple[str | None, ...] | None:
+        """Names of all rows of the word embedding, if the databases know those of the tokenizer."""
+        if names is None:
+            return None
+        words = (*names[:size], *[None] * (size - len(names)))
+        return (*words, *(f"object {number}" for number in range(self.extra_words)))
+
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, or None where they have none."""
+        return self.labels
+
     def num_labels(self) -> int | None:
         """Number of classes, or None where the head knows it."""
-        return None if self.labels is None else len(self.labels)
+        labels = self.label_names()
+        return None if labels is None else len(labels)
 
     def submission(self, split: str) -> str | None:
         """The format that is called like the data set."""
@@ -218,6 +239,13 @@ class DatabaseTask(ReleasedFilesTask):
                 f"the checkpoint was trained on region features {trained['feature_dim']} wide and "
                 f"{trained['vocab_size']} word-pieces, but '{self._first.text.path}' and its images have "
                 f"{facts.feature_dim} and {facts.vocab_size}; use the features and the tokenizer of the training data"
+            )
+        before, now = trained.get("tokenizer"), self._first.text.tokenizer
+        words, here = trained.get("tokens"), facts.tokens
+        if (tuple(words) != here) if words and here else None not in (before, now) and before != now:
+            raise DataError(
+                f"the checkpoint was trained on the word-pieces of tokenizer {before}, but '{self._first.text.path}' "
+                f"was made with {now} or another vocabulary of that name; make it with the tokenizer of training"
             )
 
 

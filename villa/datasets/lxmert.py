@@ -24,6 +24,7 @@ from villa.datasets.lxmert_options import (
 )
 from villa.datasets.lxmert_split import AnnotatedSplit, ImagePairSplit, QuestionSplit
 from villa.datasets.lxmert_synthetic import GENERATED_ANSWERS, VOCABULARY_FILE, write_lxmert
+from villa.datasets.names import text_facts
 from villa.datasets.released_files import ANSWERS_FILE, ReleasedFilesTask
 from villa.datasets.stores.tsv import TsvFile, TsvStore
 from villa.datasets.synthetic import databases
@@ -85,7 +86,12 @@ class LxmertTask(ReleasedFilesTask):
                 f"the checkpoint was trained on region features {trained} wide, but those of the recipe "
                 f"are {dim} wide; use the features of the training data"
             )
-        return DataFacts(vocabulary_size(self.tokenizer), len(self.answers), dim)
+        words = vocabulary_size(self.tokenizer)
+        return DataFacts(words, len(self.answers), dim, labels=tuple(self.answers), **text_facts(self.tokenizer))
+
+    def kept_facts(self) -> dict[str, Any]:
+        """The facts without what the tokenizer and the answers say, which are kept beside them."""
+        return {**super().kept_facts(), "tokens": None, "labels": None}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor, GridOptions
 from villa.datasets.stores.grid_store import GridStore
-from villa.datasets.stores.scaled import SAMPLE, ScaledStore, Scaling
+from villa.datasets.stores.scaled import SAMPLE, STATISTICS_FILE, ScaledStore, Scaling, scaled_reading
 from villa.datasets.table import TableSplit
 from villa.datasets.text import SHORTEST
 from villa.errors import ConfigError, DataError
@@ -98,6 +98,7 @@ class QuestionAnswering(TaskDataset):
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
         config.check()
+        self._carried: Scaling | None = None
 
     @cached_property
     def vocabulary(self) -> Assets:
@@ -105,6 +106,10 @@ class QuestionAnswering(TaskDataset):
         if self.assets is None:
             return self._build_assets()
         loaded = Assets.load(self.assets)
+        if not self.config.standardize and (self.assets / STATISTICS_FILE).is_file():
+            raise DataError(
+                "the checkpoint was trained on standardised region features; set dataset.standardize=true, too"
+            )
         extractor = self._extractor(loaded.regions, loaded.processor)
         if extractor != loaded.extractor:
             raise DataError(
@@ -120,10 +125,22 @@ class QuestionAnswering(TaskDataset):
             return None
         if self.assets is not None:
             return Scaling.load(self.assets)
+        if self._carried is not None:
+            return self._carried
         sources, indices = self._training_images()
         store, sample = self._plain_store(sources), list(islice(indices, SAMPLE))
         store.prepare(sample)
         return Scaling.fit(store, sample)
+
+    def carry(self, assets: Path) -> str | None:
+        """Take over the statistics of region features; see the base class."""
+        if not (self.config.standardize and (assets / STATISTICS_FILE).is_file()):
+            return None
+        found = Scaling.load(assets)
+        if len(found.mean) != self.vocabulary.feature_dim:
+            return None
+        self._carried = found
+        return "region features are standardised by the statistics of the checkpoint"
 
     @abstractmethod
     def _build_assets(self) -> Assets:
@@ -135,7 +152,10 @@ class QuestionAnswering(TaskDataset):
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the answers and a region feature, and what is asked of the model."""
-        return self.vocabulary.facts()
+        facts = self.vocabulary.facts()
+        if self.vocabulary.regions in ("none", "pixels"):
+            return facts
+        return replace(facts, reading={**facts.reading, **scaled_reading(self.config.standardize)})
 
     @cached_property
     def reader(self) -> Reader:

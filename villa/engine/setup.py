@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from villa.batch import Batch
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
+from villa.datasets.names import assets_beside, facts_beside
 from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.checkpoint import FOLDER, Checkpoint, resolve
@@ -21,7 +23,9 @@ from villa.engine.rng import seed_pass
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.files import local_path
 from villa.losses.base import Loss
-from villa.models.base import DataFacts, Model, ModelOutput, Written
+from villa.models.base import Model, ModelOutput, Written
+from villa.models.load_report import LoadReport
+from villa.models.matching import Matching
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.trainers.base import Trainer
 
@@ -105,7 +109,7 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
         torch.set_num_threads(config.training.threads)
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset, assets=assets)
     seed_pass(config.seed, 0, 0, 0)  # fresh weights derive from the seed, as update 0
-    model = _build_model(config, data.facts(), assets)
+    model = _build_model(config, data, assets)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)
@@ -115,18 +119,32 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     return Parts(config, data, model, loss.to(device), precision, evaluator, strategy)
 
 
-def _build_model(config: RunConfig, facts: DataFacts, assets: Path | None) -> Model:
+def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> Model:
     """Build the model with fresh weights or those of ``model.checkpoint``; a checkpoint's follow (``load_model``)."""
     kind: type[Model] = MODELS.get(config.model.name)
     if assets is not None:
-        return kind.restore(config.model, facts, assets)
+        return kind.restore(config.model, data.facts(), assets)
     if config.model.checkpoint is None:
-        return kind.from_config(config.model, facts)
+        return kind.from_config(config.model, data.facts())
     given = local_path(config.model.checkpoint)
     source = str(resolve(given) if (given / FOLDER).is_dir() else given)
+    beside = assets_beside(source)
+    carried = None if beside is None else data.carry(beside)
+    facts = data.facts()
+    matching = Matching(source, facts_beside(source), facts)
     model = kind.from_config(replace(config.model, checkpoint=source), facts)
-    print(model.load_weights(source))
+    report = _loaded(model, source, matching)
+    rows = report.rows if carried is None else (*report.rows, carried)
+    print(replace(report, rows=rows, reading=matching.reading()))
     return model
+
+
+def _loaded(model: Model, source: str, matching: Matching) -> LoadReport:
+    """Load weights with their rows in the order of the data's names; a plug-in may know none."""
+    if "matching" in inspect.signature(model.load_weights).parameters:
+        return model.load_weights(source, matching)
+    report = model.load_weights(source)
+    return replace(report, rows=(*report.rows, "rows are taken as they are: the model's own load_weights has no names"))
 
 
 def build_trainer(config: RunConfig, model: Model) -> Trainer:

@@ -17,6 +17,7 @@ from villa.engine.folder import METRICS, unused
 from villa.engine.setup import load_model
 from villa.files import read_json
 from villa.models.base import Model
+from villa.models.weight_files import refuse_not_finite
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class CheckpointSource(Source):
     def load_into(self, model: Model) -> None:
         """Load the checkpoint's weights; see the base class."""
         load_model(model, self._checkpoint)
+        refuse_not_finite(self.path, model.named_parameters())
 
     def results(self, run_type: str) -> Path:
         """Return a folder beside the run's files."""

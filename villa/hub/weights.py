@@ -13,12 +13,10 @@ from villa.errors import CheckpointError, ConfigError
 from villa.files import read_json, write_json
 from villa.models.base import Model, ModelConfig
 from villa.models.load_report import listed
-from villa.models.transformers_folder import CONFIG_FILE, load_pretrained, quiet
-from villa.models.weight_files import read_weights, write_weights
+from villa.models.transformers_folder import CONFIG_FILE, HEAD, load_pretrained, quiet
+from villa.models.weight_files import read_weights, refuse_not_finite, write_weights
 
 WEIGHTS = "model.safetensors"
-#: What a model of transformers has no place for, below the folder of villa.
-HEAD = "villa/head.safetensors"
 
 
 def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, folder: Path) -> None:
@@ -96,6 +94,8 @@ def _load(module: Any, weights: Mapping[str, Tensor], folder: Path, names: Mappi
                 f"'{folder}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} here; use the recipe "
                 "inside it as it is"
             )
+    learned = dict(module.named_parameters(remove_duplicate=False))
+    refuse_not_finite(folder, ((name, value) for name, value in weights.items() if name in learned))
     module.load_state_dict(weights, strict=names is None)
 
 

@@ -14,10 +14,14 @@ from villa.batch import Batch
 
 if TYPE_CHECKING:
     from villa.models.load_report import LoadReport
+    from villa.models.matching import Matching
 
 #: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
 #: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
 InitialRows = Mapping[str, tuple[str, tuple[int, ...]]]
+
+#: What each row of a parameter stands for: a word-piece, or a label.
+RowKind = Literal["tokens", "labels"]
 
 #: What is asked of a model: to choose a label, to match images and texts, or to write an answer.
 Task = Literal["classification", "contrastive", "generation"]
@@ -33,6 +37,9 @@ class DataFacts:
         feature_dim: width of a region feature, or None without region features.
         task: what the targets ask for, or None where the data does not say.
         labels: names of the classes, in the order of the logits, or None where they have none.
+        tokens: word-pieces by their ids (None for an id without one), or None where the data do not know them.
+        padding: id of the word-piece that texts are padded with, or None where it is not known.
+        reading: how texts and images are read, as far as weights depend on it: ``{"image size": "224"}``.
     """
 
     vocab_size: int | None = None
@@ -40,6 +47,9 @@ class DataFacts:
     feature_dim: int | None = None
     task: Task | None = None
     labels: tuple[str, ...] | None = None
+    tokens: tuple[str | None, ...] | None = None
+    padding: int | None = None
+    reading: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,8 +167,22 @@ class Model(nn.Module, ABC):
     def save_assets(self, folder: Path) -> None:
         """Write what ``restore`` needs besides the configuration into ``folder``; by default nothing."""
 
-    def load_weights(self, source: str) -> LoadReport:
+    def named_rows(self) -> Mapping[str, RowKind]:
+        """Parameters with a row for every word-piece or label, and which.
+
+        By default they are found from the structure: the embedding that text is perturbed at, with the decoder that
+        shares its weight, and the last linear map of the head.
+        """
+        from villa.models.row_names import rows_of_model
+
+        return rows_of_model(self)
+
+    def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
         """Load the weights that ``model.checkpoint`` names.
+
+        Args:
+            source: a file or folder.
+            matching: the names of rows beside the weights, against those of the data; None takes rows as they are.
 
         Returns:
             What was loaded and what stays fresh, for people.
@@ -168,7 +192,7 @@ class Model(nn.Module, ABC):
         """
         from villa.models.conversion import load_weights
 
-        return load_weights(self, source)
+        return load_weights(self, source, matching)
 
     def pretrained(self) -> Any:
         """The model, or all of it but a head of its own, as a model of transformers that shares its parameters.

@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from villa.errors import CheckpointError
+from villa.models.base import Model
 from villa.models.initial_rows import derived, enlarged
 from villa.models.load_report import LoadReport, grouped, listed
-from villa.models.weight_files import read_weights
+from villa.models.matching import Matching
+from villa.models.weight_files import read_weights, refuse_not_finite
 from villa.models.weight_names import (
     is_backbone,
     is_image_side,
@@ -26,28 +28,31 @@ __all__ = ["LoadReport", "load_weights"]
 Weights = dict[str, Tensor]
 
 
-def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
+def load_weights(model: nn.Module, path: str | Path, matching: Matching | None = None) -> LoadReport:
     """Load weights into a model; the model is unchanged when that fails.
 
     Prefixes of the names (``module.``, ``bert.``, ``uniter.``, none) are matched to the model's, and ``gamma`` and
     ``beta`` are read as ``weight`` and ``bias``. Type embeddings with fewer rows than the model's are enlarged
     as in the release (NLVR2, VCR); the other rows of a larger vocabulary stay fresh; what the model's class names in
-    ``initial_rows`` starts from other tensors. Heads may be fresh; so may the image side as a whole (the weights of
-    a text model), the pooler, and nothing else.
+    ``initial_rows`` starts from other tensors. Rows that have names on both sides are matched by them. Heads may be
+    fresh; so may the image side as a whole (the weights of a text model), the pooler, and nothing else.
 
     Args:
         model: the model to load into.
         path: a file of weights or a folder that has one (see ``read_weights``).
+        matching: the names beside the weights and of the data; None takes every row as it is.
 
     Returns:
         What was loaded and what was not; its text is for people.
 
     Raises:
-        CheckpointError: the file cannot be used, lacks weights of the backbone, or has tensors of another shape.
+        CheckpointError: the file cannot be used, lacks weights of the backbone, or has tensors of another shape or
+            with numbers that are not finite.
     """
     expected = model.state_dict()
     weights = without_wrapper(plain_names(read_weights(path)))
     weights = matched_names(weights, expected, prefixes_of(expected))
+    notes = _place_rows(model, weights, expected, matching)
     made, derivations = derived(model, weights)
     missing = _missing(expected, {*weights, *made})
     report = LoadReport(
@@ -56,14 +61,29 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
         missing=missing,
         unexpected=tuple(name for name in weights if name not in expected),
         derived=tuple(derivations),
+        rows=notes,
     )
     _check_complete(report, expected)
     growth = {name: enlarged(name, weights[name], value) for name, value in expected.items() if name in weights}
     grown = {name: found for name, found in growth.items() if found is not None}
     weights |= made | {name: value for name, (value, _) in grown.items()}
-    _check_shapes(path, weights, expected)
+    check_shapes(path, weights, expected)
+    learned = dict(model.named_parameters(remove_duplicate=False))
+    refuse_not_finite(path, ((name, value) for name, value in weights.items() if name in learned))
     model.load_state_dict(weights, strict=False)
     return replace(report, enlarged=tuple(note for _, note in grown.values()))
+
+
+def _place_rows(
+    model: nn.Module, weights: Weights, expected: Mapping[str, Tensor], matching: Matching | None
+) -> tuple[str, ...]:
+    """Put the rows that have names into the order of the model's, in place; return what to tell about it."""
+    if matching is None or not isinstance(model, Model):
+        return ()
+    rows = model.named_rows()
+    notes = matching.notes({name: value for name, value in weights.items() if name in expected}, rows)
+    matching.place(weights, expected, rows)
+    return notes
 
 
 def _missing(expected: Mapping[str, Tensor], given: set[str]) -> tuple[str, ...]:
@@ -94,7 +114,12 @@ def _check_complete(report: LoadReport, expected: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_shapes(path: str | Path, weights: Weights, expected: Mapping[str, Tensor]) -> None:
+def check_shapes(path: str | Path, weights: Weights, expected: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of another shape than the model's.
+
+    Raises:
+        CheckpointError: naming them.
+    """
     wrong = [
         f"{name} has shape {list(weights[name].shape)} in the file and {list(value.shape)} in the model"
         for name, value in expected.items()

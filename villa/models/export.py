@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.errors import CheckpointError
 from villa.files import local_path
-from villa.models.weight_files import FOLDER_FILES, SAFETENSORS, read_weights, write_weights
+from villa.models.weight_files import FOLDER_FILES, INDEX, SAFETENSORS, read_weights, write_weights
 from villa.models.weight_names import is_image_side, plain_names
 from villa.plugins import one_line
 
@@ -127,7 +127,8 @@ def _weights_path(source: str | Path) -> Path:
 
     path = local_path(str(source))
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    foreign = not names.isdisjoint(FOLDER_FILES) and MANIFEST not in names
+    whole = {*FOLDER_FILES, *(name + INDEX for name in FOLDER_FILES)}
+    foreign = not names.isdisjoint(whole) and MANIFEST not in names
     return path if foreign or not path.is_dir() else load(resolve(path)).path
 
 

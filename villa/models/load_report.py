@@ -23,6 +23,8 @@ class LoadReport:
         unexpected: in the file only; not used.
         enlarged: parameters that have more rows in the model than in the file, and what became of these.
         derived: parameters made of others of the file, and of which.
+        rows: what became of the rows that stand for word-pieces and labels, where that is not plain.
+        reading: what is read otherwise than in training.
     """
 
     path: str
@@ -31,6 +33,8 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     enlarged: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """How many tensors were loaded, and a line for everything that is not as in the file."""
@@ -48,8 +52,9 @@ class LoadReport:
             "started from other tensors": ["; ".join(self.derived)] if self.derived else [],
             "pre-training heads, not used": pretraining,
             "not used": [group for group in unused if group not in pretraining],
+            "read otherwise": ["; ".join(self.reading)] if self.reading else [],
         }
-        return [f"{what}: {', '.join(groups)}" for what, groups in lines.items() if groups]
+        return [*self.rows, *(f"{what}: {', '.join(groups)}" for what, groups in lines.items() if groups)]
 
     def _image_side(self) -> list[str]:
         return grouped([name for name in self.missing if is_image_side(name)], self.loaded)

@@ -17,7 +17,10 @@ from villa.files import read_json
 from villa.models.base import DataFacts, Model, ModelOutput, Point
 from villa.models.load_report import LoadReport
 from villa.models.lxmert_config import LxmertConfig
-from villa.models.transformers_folder import CONFIG_FILE, load_pretrained
+from villa.models.matching import Matching
+from villa.models.row_names import rows_of
+from villa.models.transformers_folder import CONFIG_FILE
+from villa.models.transformers_rows import load_matched, word_modules
 from villa.models.two_heads import score_mask
 from villa.models.uniter_rows import RowLayout, Rows
 from villa.registry import register_model
@@ -75,6 +78,8 @@ class Lxmert(Model):
             nn.LayerNorm(wide, eps=_LAYER_NORM_EPS),
             nn.Linear(wide, num_labels),
         )
+        if config.pad_token_id is not None:  # transformers takes row 0 whatever its configuration says
+            self.lxmert.embeddings.word_embeddings.padding_idx = config.pad_token_id
         if not released:
             for embedding in (self.lxmert.embeddings.position_embeddings, self.lxmert.embeddings.token_type_embeddings):
                 embedding.padding_idx = None  # row 0 is a position, or a type, like the others
@@ -95,15 +100,17 @@ class Lxmert(Model):
             released=config.released,
         )
 
-    def load_weights(self, source: str) -> LoadReport:
+    def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
         """Load the weights that ``model.checkpoint`` names; see the base class."""
         try:
-            if self._is_whole(source):
+            if self._is_whole(source, matching):
                 whole = self.pretrained()
-                loaded, report = load_pretrained(type(whole), source, whole.config)
+                loaded, report = load_matched(
+                    whole, source, matching, lambda made: rows_of(made, word_modules(made), ["answer_head"])
+                )
                 whole.load_state_dict(loaded.state_dict())
                 return report
-            return super().load_weights(source)
+            return super().load_weights(source, matching)
         except CheckpointError as error:
             if os.path.exists(source):  # noqa: PTH110 (pathlib raises for a name that is too long)
                 raise
@@ -176,14 +183,15 @@ class Lxmert(Model):
         """The answer head."""
         return ("logit_fc",)
 
-    def _is_whole(self, source: str) -> bool:
-        """Whether a folder of transformers has the head for answers too, with as many labels."""
+    def _is_whole(self, source: str, matching: Matching | None) -> bool:
+        """Whether a folder of transformers has the head for answers too, with as many labels or named ones."""
         file = os.path.join(source, CONFIG_FILE)  # noqa: PTH118 (as below)
         if (self.layout.images or 1) > 1 or not os.path.isfile(file):  # noqa: PTH113 (as below)
             return False
         found = read_json(Path(file), "configuration")
-        kind, labels = "LxmertForQuestionAnswering", self.pretrained().config.num_qa_labels
-        return (found.get("architectures"), found.get("num_qa_labels")) == ([kind], labels)
+        named = matching is not None and matching.moves("labels")
+        as_many = found.get("num_qa_labels") == self.pretrained().config.num_qa_labels
+        return found.get("architectures") == ["LxmertForQuestionAnswering"] and (named or as_many)
 
     def _embed(self, rows: Rows) -> Tensor:
         """Embed the texts: ``[N, T, hidden]``."""

@@ -50,5 +50,6 @@ class LxmertConfig(TwoHeadConfig):
             l_layers=self.language_layers,
             r_layers=self.vision_layers,
             x_layers=self.cross_layers,
+            pad_token_id=facts.padding or None,
             **self.shared_options(facts),
         )

@@ -19,8 +19,10 @@ from villa.models.transformers_model import TransformersModel, name_labels
 from villa.plugins import one_line
 from villa.registry import register_model
 
-#: Special tokens of a vocabulary that the data set builds (``villa.datasets.text.SPECIAL_TOKENS``), for fresh models.
+#: Special tokens of a vocabulary that the data set builds (``villa.datasets.text.SPECIAL_TOKENS``), for fresh models,
+#: and what they are called, where another vocabulary is known.
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+_NAMES = {0: "[PAD]", 2: "[CLS]", 3: "[SEP]"}
 #: What models call their embedding of learned positions.
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 #: Models whose word vectors lie otherwise than a batch's words: time first (XLNet), or padded further inside.
@@ -185,16 +187,30 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
         stored = config.options.get("vocab_size")
         if facts.vocab_size is not None:
             for name in (_TOKENS.keys() & described.to_dict().keys()) - config.options.keys():
-                setattr(described, name, _TOKENS[name])
+                setattr(described, name, _place(_TOKENS[name], facts))
+    elif config.checkpoint is not None and facts.vocab_size is not None:
+        stored = None  # its rows are matched to the data's as they are loaded
     vocab_size = config.vocab_size if config.vocab_size is not None else stored
     described.vocab_size = settle("model.vocab_size", vocab_size, facts.vocab_size)
-    _settle_tokens(described)
+    _settle_tokens(described, facts)
     name_labels(described, config.num_labels, facts)
     return described
 
 
-def _settle_tokens(described: Any) -> None:
-    """Name the padding and the decoder's first token of architectures that need them and do not say."""
+def _place(usual: int, facts: DataFacts) -> int:
+    """The id of a special token in the vocabulary of the data."""
+    tokens = facts.tokens or ()
+    return tokens.index(_NAMES[usual]) if _NAMES[usual] in tokens else usual
+
+
+def _settle_tokens(described: Any, facts: DataFacts) -> None:
+    """Name the padding and the decoder's first token of architectures that need them and do not say.
+
+    The padding is the data's where the configuration names one that is not in the vocabulary.
+    """
+    padding = getattr(described, "pad_token_id", None)
+    if padding is not None and facts.padding is not None and not 0 <= padding < described.vocab_size:
+        described.pad_token_id = facts.padding
     if getattr(described, "pad_token_id", None) is None:  # GPT-2 and its like find the last word by it
         ends = getattr(described, "eos_token_id", None)
         # What the reader of texts pads with where the tokenizer has no padding.

@@ -12,11 +12,14 @@ import torch
 
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.models.load_report import LoadReport, listed
+from villa.models.weight_files import refuse_not_finite
 from villa.plugins import one_line
 
 CONFIG_FILE = "config.json"
 #: Folder of a checkpoint's assets with the model's ``config.json``.
 ASSETS = "model"
+#: In a folder that villa saved: the head that a model of transformers has no place for.
+HEAD = "villa/head.safetensors"
 
 
 def is_transformers_folder(path: str | Path) -> bool:
@@ -46,8 +49,8 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 
     options = _nested(options)
     try:
-        if is_transformers_folder(architecture) or _is_hub_name(architecture):
-            return _changed(_stored(architecture), options)
+        if is_transformers_folder(architecture) or is_hub_name(architecture):
+            return _changed(stored_config(architecture), options)
         if architecture in CONFIG_MAPPING:
             return _made(architecture, options)
     except ConfigError:
@@ -74,7 +77,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
         The model in training mode, and what was loaded.
 
     Raises:
-        CheckpointError: the files cannot be read or have tensors of another shape.
+        CheckpointError: the files cannot be read, or have tensors of another shape or with numbers that are not finite.
     """
     try:
         with quiet():
@@ -103,6 +106,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     )
     if not report.loaded or len(missing) > len(report.loaded):
         raise CheckpointError(f"'{source}' has the weights of another model than '{config.model_type}'")
+    refuse_not_finite(source, model.named_parameters())
     return model.train(), report
 
 
@@ -134,12 +138,14 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _is_hub_name(architecture: str) -> bool:
+def is_hub_name(architecture: str) -> bool:
+    """Say whether a text is ``owner/name``, and no path."""
     owner, slash, name = architecture.partition("/")
     return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
 
 
-def _stored(source: str) -> Any:
+def stored_config(source: str) -> Any:
+    """Return the configuration object of a folder, or of a name on the hub."""
     from transformers import AutoConfig
 
     folder = Path(source).expanduser()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from villa.models.base import DataFacts, Model
+from villa.models.base import DataFacts, Model, RowKind
 from villa.models.load_report import LoadReport
+from villa.models.matching import Matching
+from villa.models.row_names import rows_of
 from villa.models.settling import settle
-from villa.models.transformers_folder import ASSETS, is_transformers_folder, load_pretrained
+from villa.models.transformers_folder import ASSETS, is_transformers_folder
+from villa.models.transformers_rows import load_matched, word_modules
 
 
 class TransformersModel(Model):
@@ -26,7 +29,11 @@ class TransformersModel(Model):
         """Write the configuration of transformers, which may come from a folder that is gone later."""
         self.transformer.config.save_pretrained(folder / ASSETS)
 
-    def load_weights(self, source: str) -> LoadReport:
+    def named_rows(self) -> Mapping[str, RowKind]:
+        """Word-pieces: what the transformer says are its embeddings of words. Labels: the last layer of the head."""
+        return rows_of(self, word_modules(self.transformer), self.head_prefixes())
+
+    def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
         """Load weights that transformers saved (a folder, or a name on its hub), or those of a file or run.
 
         Raises:
@@ -34,8 +41,11 @@ class TransformersModel(Model):
         """
         path = Path(source).expanduser()
         if path.exists() and not is_transformers_folder(path):
-            return super().load_weights(source)
-        self.transformer, report = load_pretrained(type(self.transformer), source, self.transformer.config)
+            return super().load_weights(source, matching)
+        heads = [prefix.removeprefix("transformer.") for prefix in self.head_prefixes()]
+        self.transformer, report = load_matched(
+            self.transformer, source, matching, lambda made: rows_of(made, word_modules(made), heads)
+        )
         return report
 
     @contextmanager

@@ -130,7 +130,7 @@ class OneStreamConfig(TwoHeadConfig):
         return super().shared_options(facts) | {
             "num_labels": self.labels(facts),
             "num_hidden_layers": self.num_layers,
-            "pad_token_id": 0,
+            "pad_token_id": 0 if facts.padding is None else facts.padding,
         }
 
 

@@ -130,5 +130,6 @@ class UniterConfig(ModelConfig):
             hidden_dropout=self.hidden_dropout,
             attention_dropout=self.attention_dropout,
             initializer_range=self.initializer_range,
+            padding=0 if facts.padding is None else facts.padding,
             **self.shape(),
         )

@@ -43,7 +43,7 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(sizes.vocab_size, sizes.hidden_size, padding_idx=0)
+        self.word_embeddings = nn.Embedding(sizes.vocab_size, sizes.hidden_size, padding_idx=sizes.padding)
         self.position_embeddings = nn.Embedding(sizes.max_positions, sizes.hidden_size)
         self.token_type_embeddings = nn.Embedding(sizes.type_vocab_size, sizes.hidden_size)
         self.LayerNorm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)

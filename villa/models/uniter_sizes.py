@@ -24,6 +24,7 @@ class UniterSizes:
         hidden_dropout: dropout after embeddings and linear maps (``hidden_dropout_prob``).
         attention_dropout: dropout of attention weights (``attention_probs_dropout_prob``).
         initializer_range: standard deviation of fresh weights.
+        padding: row of the word embedding that is not trained: that of the word-piece that texts are padded with.
     """
 
     vocab_size: int
@@ -37,3 +38,4 @@ class UniterSizes:
     hidden_dropout: float
     attention_dropout: float
     initializer_range: float
+    padding: int = 0

@@ -14,6 +14,7 @@ from villa.batch import Batch
 from villa.errors import DataError
 from villa.models.base import DataFacts, Model, ModelOutput, Point
 from villa.models.load_report import LoadReport
+from villa.models.matching import Matching
 from villa.models.two_heads import score_mask
 from villa.models.uniter_rows import RowLayout, Rows, given_mask
 from villa.models.visual_bert_config import VisualBertConfig
@@ -60,12 +61,12 @@ class VisualBert(Model):
         config.check()
         return cls(config.transformer(facts), images=config.images)
 
-    def load_weights(self, source: str) -> LoadReport:
+    def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
         """Load the weights that ``model.checkpoint`` names; see the base class.
 
         The types and positions of regions start from those of text where a BERT's file has none, as in the release.
         """
-        report = super().load_weights(source)
+        report = super().load_weights(source, matching)
         notes = {}
         for table in _TABLES:
             ours, theirs = (f"visual_bert.embeddings.{prefix}{table}.weight" for prefix in ("visual_", ""))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from villa.errors import CheckpointError
-from villa.files import follow_umask, local_path, replacing
+from villa.errors import CheckpointError, DataError
+from villa.files import follow_umask, local_path, read_json, replacing
 from villa.plugins import one_line
 
 #: How a file of safetensors is called.
@@ -21,9 +21,12 @@ SAFETENSORS = ".safetensors"
 
 #: Files of weights in a folder, in order of preference: ours and transformers', and older transformers'.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+#: What transformers calls the list of the files that it has split one into.
+INDEX = ".index.json"
 
-#: Keys under which other programs wrap a model's weights.
+#: Keys under which other programs wrap a model's weights; the later ones only where there is one of them.
 _WRAPPERS = ("state_dict", "model")
+_OTHER_WRAPPERS = ("module", "model_state_dict", "net")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -31,8 +34,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a ``.safetensors`` file; a file of ``torch.save`` that holds tensors only (perhaps under
-            ``state_dict`` or ``model``), or its URL; or a folder with one of ``FOLDER_FILES``, or with the shards of
-            a checkpoint.
+            ``state_dict``, ``model`` or another key), or its URL; or a folder with one of ``FOLDER_FILES``, with that
+            in several files and their index, or with the shards of a checkpoint.
 
     Raises:
         CheckpointError: there is no such file, it is corrupt, or it would have to execute code to be read.
@@ -45,13 +48,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if Checkpoint(place, 0).sharded:
             return Checkpoint(place, 0).model_state()
     file = _find(place)
-    content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_torch(file)
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(_is_weight(item) for item in content.items()):
-        raise CheckpointError(f"'{file}' is no file of weights: it should map names to plain tensors")
-    return dict(content)
+    if file.name.endswith(INDEX):
+        return _read_split(file)
+    return _read_file(file)
+
+
+def refuse_not_finite(source: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are not numbers: those of a run that has diverged, or of a damaged file.
+
+    Args:
+        source: where they come from, for messages.
+        weights: named tensors.
+
+    Raises:
+        CheckpointError: naming the first that is NaN or infinite somewhere.
+    """
+    wrong = next((name for name, value in weights if value.is_floating_point() and not value.isfinite().all()), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"'{source}' has NaN or infinite numbers in '{wrong}'; use an earlier checkpoint or a copy"
+        )
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -81,8 +97,62 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"'{path}' cannot be written: {one_line(error)}; choose another file") from error
 
 
+def _read_file(file: Path) -> dict[str, Tensor]:
+    """Read one file of weights; see ``read_weights``."""
+    content = _unwrapped(_read_safetensors(file) if file.suffix == SAFETENSORS else _read_torch(file))
+    if not _are_weights(content):
+        raise CheckpointError(f"'{file}' is no file of weights: it should map names to plain tensors")
+    return dict(content)
+
+
+def _read_split(index: Path) -> dict[str, Tensor]:
+    """Read weights that transformers has written in several files."""
+    advice = "copy the folder again"
+    try:
+        value = read_json(index, "index of weights", advice)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    files = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(files, dict) or not files or not all(map(_is_plain_name, files.values())):
+        raise CheckpointError(f"'{index}' does not say which file beside it has which tensor; {advice}")
+    parts = {name: _read_file(_find(index.parent / name)) for name in sorted(set(files.values()))}
+    lacking = next((name for name, file in files.items() if name not in parts[file]), None)
+    if lacking is not None:
+        raise CheckpointError(f"'{index.parent / files[lacking]}' lacks '{lacking}', which the index lists; {advice}")
+    return {name: parts[file][name] for name, file in files.items()}
+
+
+def _unwrapped(content: Any) -> Any:
+    """Return the weights inside what other programs save around them, where it is clear which they are."""
+    while isinstance(content, Mapping):
+        inner = [key for key, value in content.items() if _holds_weights(value)]
+        known = next((key for key in _WRAPPERS if key in inner), None)
+        others = [key for key in inner if key in _OTHER_WRAPPERS] or inner
+        if known is None and len(others) != 1:
+            break
+        content = content[others[0] if known is None else known]
+    return content
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether a value is a mapping of weights, or has one inside; an optimiser's state goes by numbers."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    return _are_weights(value) or any(map(_holds_weights, value.values()))
+
+
+def _are_weights(content: Any) -> bool:
+    return isinstance(content, Mapping) and len(content) > 0 and all(_is_weight(item) for item in content.items())
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether an index names a file beside it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+
+
 def _find(path: Path) -> Path:
-    candidates = [path / name for name in FOLDER_FILES] if _is(Path.is_dir, path) else [path]
+    names = (*FOLDER_FILES, *(name + INDEX for name in FOLDER_FILES))
+    candidates = [path / name for name in names] if _is(Path.is_dir, path) else [path]
     for candidate in candidates:
         if _is(Path.is_file, candidate):
             return candidate

@@ -164,7 +164,7 @@ def _made_up(config: RunConfig, small: RunConfig, sizes: Sizes) -> tuple[DataFac
     """
     known, found = _from_data(small)
     labels = CLASSES if any(sample.label or sample.batch.objective for sample in found) else known.num_labels
-    facts = replace(known, vocab_size=VOCABULARY, feature_dim=WIDTH, num_labels=labels)
+    facts = DataFacts(VOCABULARY, labels, WIDTH, known.task)
     batch = config.batch
     cut = UpdateSampler([1], batch, 0)
     made = []

@@ -108,6 +108,7 @@ def write_text_database(
                 _add(writer, example, source, pieces)
         if not len(writer):
             raise DataError(f"no example is left for '{path}'; check the files given")
+        pieces.save(path)
         for name, value in source.files.items():
             atomic_write(path / f"{name}.json", json.dumps(value, ensure_ascii=False))
         return Outcome(len(writer), present, left_out=len(seen) - len(writer))

@@ -11,8 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer, normalizers
 
 from villa.datasets.raw.example import Words
-from villa.datasets.text import load_tokenizer, vocabulary_size
+from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, vocabulary_size
 from villa.errors import DataError
+from villa.files import atomic_write
 from villa.plugins import one_line
 
 _SPECIAL = {"UNK": "[UNK]", "CLS": "[CLS]", "SEP": "[SEP]", "MASK": "[MASK]"}
@@ -53,6 +54,10 @@ class WordPieces:
     def encode(self, words: Words) -> list[int]:
         """Return the ids of a text: those of each word after one another; a word without a piece is dropped."""
         return [number for part in words for number in self._part(part)]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer into a database's folder, so that its ids keep their names."""
+        atomic_write(folder / TOKENIZER_FILE, self._tokenizer.to_str())
 
     def meta(self) -> dict[str, Any]:
         """Return what ``meta.json`` says about the tokenizer.

@@ -22,6 +22,11 @@ SAMPLE = 512
 SMALLEST_SCALE = 0.05
 
 
+def scaled_reading(scaled: bool) -> dict[str, str]:
+    """Return the fact of reading that region features are scaled, or are not."""
+    return {"region features": "standardised" if scaled else "as they are"}
+
+
 @dataclass(frozen=True)
 class Scaling:
     """Mean and standard deviation of every dimension of a region feature, ``[D]`` float32."""

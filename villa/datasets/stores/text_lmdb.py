@@ -15,6 +15,7 @@ from typing import Any
 import lz4.frame
 import msgpack
 import numpy as np
+from tokenizers import Tokenizer
 
 from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.stores.lmdb_env import LmdbReader
@@ -28,6 +29,7 @@ from villa.datasets.stores.tables import (
     read_names,
     read_numbers,
 )
+from villa.datasets.text import TOKENIZER_FILE, load_tokenizer
 from villa.errors import DataError
 from villa.plugins import one_line
 
@@ -85,6 +87,12 @@ class TextDatabase:
     def tokenizer(self) -> str | None:
         """Name of the tokenizer that made the ids, if the database says so."""
         return next((self.meta[key] for key in ("bert", "toker", "tokenizer") if key in self.meta), None)
+
+    @cached_property
+    def vocabulary(self) -> Tokenizer | None:
+        """The tokenizer that made the ids, if it lies in the folder, as `tools/make_text_db.py` puts it there."""
+        file = self.path / TOKENIZER_FILE
+        return load_tokenizer(file) if file.is_file() else None
 
     def lengths(self, kind: str = "") -> Numbers:
         """Read the number of word-pieces (without [CLS] and [SEP]) of every example, in the order of the data set.

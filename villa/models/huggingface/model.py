@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.models.base import DataFacts, ModelOutput, Point, Task, Written
+from villa.models.conversion import check_shapes
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.lora import adapt, merged
@@ -20,8 +22,10 @@ from villa.models.huggingface.points import find_points, override
 from villa.models.huggingface.pooling import at_end, pool, pooled_size
 from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
 from villa.models.load_report import LoadReport
-from villa.models.transformers_folder import ASSETS, describing, find_config
+from villa.models.matching import Matching
+from villa.models.transformers_folder import ASSETS, HEAD, describing, find_config
 from villa.models.transformers_model import TransformersModel, name_labels
+from villa.models.weight_files import read_weights
 from villa.registry import register_model
 
 #: Fields of a batch that models of transformers know by the same names.
@@ -71,13 +75,26 @@ class HuggingFaceModel(TransformersModel):
         """Build the model by the configuration that ``save_assets`` wrote."""
         return cls._build(config, facts, find_config(str(assets / ASSETS), config.options))
 
-    def load_weights(self, source: str) -> LoadReport:
-        """Load weights; see the base class."""
+    def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
+        """Load weights; see the base class. A head of our own is beside those of transformers, or stays fresh."""
         before = self.transformer
-        report = super().load_weights(source)
-        if self.transformer is not before:
-            self._prepare()
-        return report
+        report = super().load_weights(source, matching)
+        if self.transformer is before:
+            return report
+        self._prepare()
+        if self.head is None:
+            return report
+        file = Path(source).expanduser() / HEAD
+        weights = read_weights(file) if file.is_file() else {}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
+        notes = () if matching is None else matching.notes(weights, self.named_rows())
+        if matching is not None:
+            matching.place(weights, own, self.named_rows())
+        check_shapes(file, weights, own)
+        self.load_state_dict(weights, strict=False)
+        missing = tuple(name for name in own if name not in weights)
+        loaded = (*report.loaded, *(name for name in own if name in weights))
+        return replace(report, loaded=loaded, missing=(*report.missing, *missing), rows=(*report.rows, *notes))
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score a batch.

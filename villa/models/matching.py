@@ -1,0 +1,225 @@
+"""Rows of weights that stand for word-pieces and labels, brought by name from a checkpoint's order into the data's."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from villa.errors import CheckpointError
+from villa.models.base import DataFacts, RowKind
+from villa.models.load_report import listed
+
+#: What transformers calls labels that nobody has named.
+_GENERIC = re.compile(r"LABEL_\d+")
+#: Facts of reading that no weights can be used without.
+_DECISIVE = ("feature extractor", "kind of tokenizer")
+_SPECIAL = ("[CLS]", "[SEP]", "[MASK]")
+_WORDS: dict[RowKind, str] = {"tokens": "word-pieces", "labels": "labels"}
+_FRESH = -1
+
+Name = str | None
+
+
+class Matching:
+    """What is named beside weights, against what the data name.
+
+    Args:
+        source: where the weights come from, for messages.
+        given: what is known beside them; with ``vocab_size``, its tokens are only those of as many rows.
+        wanted: the facts of the data.
+
+    Raises:
+        CheckpointError: the data are read in a way that these weights are certainly of no use for.
+    """
+
+    def __init__(self, source: str, given: DataFacts, wanted: DataFacts) -> None:
+        self.source, self.given, self.wanted = source, given, wanted
+        self._names: dict[RowKind, tuple[Sequence[Name] | None, Sequence[Name] | None]] = {
+            "tokens": (given.tokens, wanted.tokens),
+            "labels": (_usable(given.labels), _usable(wanted.labels)),
+        }
+        self._check()
+
+    def moves(self, kind: RowKind) -> bool:
+        """Whether rows are to be matched: both sides name them, and not alike."""
+        given, wanted = self._names[kind]
+        return given is not None and wanted is not None and tuple(given) != tuple(wanted)
+
+    def rows(self, kind: RowKind, given: int, wanted: int) -> Tensor | None:
+        """For each of ``wanted`` rows of the model the row among ``given`` of the file, -1 for a fresh one: int64.
+
+        RowKind that neither side names (of a vocabulary that is padded) are matched by their place. None where the rows
+        stay as they are.
+        """
+        theirs, ours = self._names[kind]
+        if theirs is None or ours is None or not self.moves(kind):
+            return None
+        named = self.given.vocab_size if kind == "tokens" else len(theirs)
+        if named not in (None, given) or (kind == "labels" and len(ours) != wanted):
+            return None
+        theirs, ours = _filled(theirs, given), _filled(ours, wanted)
+        places = {name: row for row, name in enumerate(theirs) if name is not None}
+        found = [
+            (row if row < given and theirs[row] is None else _FRESH) if name is None else places.get(name, _FRESH)
+            for row, name in enumerate(ours)
+        ]
+        if kind == "labels":
+            _match_case(found, theirs, ours)
+        return torch.tensor(found)
+
+    def place(
+        self, weights: MutableMapping[str, Tensor], fresh: Mapping[str, Tensor], rows: Mapping[str, RowKind]
+    ) -> None:
+        """Put the rows of weights into the order of the model's names, in place.
+
+        A tensor without a row of a known label is left out, and so stays fresh.
+
+        Args:
+            weights: what the file holds, under the model's names.
+            fresh: the model's own values, which new rows keep.
+            rows: what the rows of parameters stand for (``Model.named_rows``).
+
+        Raises:
+            CheckpointError: no word-piece is known on both sides.
+        """
+        for name, kind in rows.items():
+            if name not in weights or name not in fresh or not weights[name].dim():
+                continue
+            given, ours = weights[name], fresh[name]
+            found = self.rows(kind, len(given), len(ours)) if given.shape[1:] == ours.shape[1:] else None
+            if found is None:
+                continue
+            known = found >= 0
+            if not known.any():
+                if kind == "tokens":
+                    raise CheckpointError(
+                        f"'{self.source}' has no word-piece in common with the data; read them by its own tokenizer"
+                    )
+                del weights[name]
+                continue
+            taken = given[found.clamp(min=0)].to(ours)
+            weights[name] = torch.where(known.view(-1, *[1] * (ours.dim() - 1)), taken, ours)
+
+    def notes(self, loaded: Mapping[str, Tensor], rows: Mapping[str, RowKind]) -> tuple[str, ...]:
+        """Say what became of the rows that were named, or what was assumed of those that were not.
+
+        Args:
+            loaded: tensors of the file that the model has, under its names, before they were put in order.
+            rows: see ``place``.
+        """
+        kinds = {kind: len(loaded[name]) for name, kind in rows.items() if name in loaded and loaded[name].dim()}
+        notes = [self._moved(kind, size) for kind, size in kinds.items() if self.moves(kind)]
+        return (*filter(None, notes), *self._assumed([kind for kind in kinds if not self.moves(kind)]))
+
+    def reading(self) -> tuple[str, ...]:
+        """Say what is read otherwise than it was when the weights were trained."""
+        both = ((fact, self.given.reading.get(fact), value) for fact, value in self.wanted.reading.items())
+        return tuple(
+            f"{fact} {before} in training, {now} in the data" for fact, before, now in both if before not in (None, now)
+        )
+
+    def _check(self) -> None:
+        before, now = self.given.reading, self.wanted.reading
+        for fact in _DECISIVE:
+            if None not in (before.get(fact), now.get(fact)) and before[fact] != now[fact]:
+                raise CheckpointError(
+                    f"'{self.source}' was trained with the {fact} '{before[fact]}', but the data are read with "
+                    f"'{now[fact]}'; use that of the checkpoint"
+                )
+        theirs, ours = _special(self.given), _special(self.wanted)
+        other = next((token for token in theirs if token in ours and theirs[token] != ours[token]), None)
+        if other is not None and not self.moves("tokens"):
+            raise CheckpointError(
+                f"'{self.source}' was trained with {other} as word-piece {theirs[other]}, but it is {ours[other]} in "
+                "the data: they were made with another tokenizer; make them with that of the checkpoint"
+            )
+
+    def _moved(self, kind: RowKind, given: int) -> str | None:
+        theirs, ours = self._names[kind]
+        assert theirs is not None
+        assert ours is not None
+        found = self.rows(kind, given, len(ours))
+        if found is None:
+            return (
+                f"{len(theirs)} names for {given} {_WORDS[kind]} of the file: rows are taken to be in the data's order"
+            )
+        named = [row for row, name in enumerate(ours) if name is not None]
+        fresh = [f"'{ours[row]}'" for row in named if found[row] < 0]
+        used = set(found.tolist())
+        unused = [f"'{name}'" for row, name in enumerate(theirs[:given]) if name is not None and row not in used]
+        pairs = zip(found.tolist(), ours, strict=True)
+        changed = [f"'{theirs[row]}' as '{name}'" for row, name in pairs if _is_renamed(theirs, row, name)]
+        parts = [f"{_WORDS[kind]} by name: {len(named) - len(fresh)} of {len(named)}"]
+        if len(fresh) == len(named):
+            parts[0] = f"no {_WORDS[kind]} in common with the file: the last layer of the head is fresh"
+        elif fresh:
+            parts.append(f"fresh: {listed(fresh)}")
+        if unused:
+            parts.append(f"not used: {listed(unused)}")
+        if changed:
+            parts.append(f"by case alone: {listed(changed)}")
+        if len(parts) == 1:
+            parts[0] += ", in another order"
+        return "; ".join(parts)
+
+    def _assumed(self, kinds: Sequence[RowKind]) -> list[str]:
+        """What is taken for granted about rows that are not named on both sides."""
+        lacking: dict[str, list[str]] = {}
+        for kind in kinds:
+            theirs, ours = self._names[kind]
+            if (theirs is not None and ours is not None) or self._known_alike(kind):
+                continue
+            where = "file" if theirs is None else "data"
+            lacking.setdefault(where, []).append(_WORDS[kind])
+        orders = {"file": "data's", "data": "file's"}
+        return [
+            f"no names in the {where}: rows of {' and '.join(what)} are taken to be in the {orders[where]} order"
+            for where, what in lacking.items()
+        ]
+
+    def _known_alike(self, kind: RowKind) -> bool:
+        """Whether there is nothing to assume: no labels at all, or tokenizers of the same name."""
+        if kind == "labels":
+            return self.wanted.labels is None and self.given.labels is None
+        named = self.given.reading.get("tokenizer")
+        return named is not None and named == self.wanted.reading.get("tokenizer")
+
+
+def _usable(labels: Sequence[str] | None) -> Sequence[str] | None:
+    """Labels that can be told from each other by their names; None where they have none, or not each its own."""
+    if not labels or len(set(labels)) < len(labels) or all(_GENERIC.fullmatch(label) for label in labels):
+        return None
+    return labels
+
+
+def _filled(names: Sequence[Name], rows: int) -> list[Name]:
+    """One name a row."""
+    return [*names[:rows], *[None] * (rows - len(names))]
+
+
+def _match_case(found: list[int], theirs: Sequence[Name], ours: Sequence[Name]) -> None:
+    """Find labels that differ in case alone, where it is clear which is meant."""
+    used, folded = set(found), Counter(name.casefold() for name in ours if name is not None)
+    left: dict[str, list[int]] = {}
+    for row, name in enumerate(theirs):
+        if name is not None and row not in used:
+            left.setdefault(name.casefold(), []).append(row)
+    for row, name in enumerate(ours):
+        if found[row] == _FRESH and name is not None and folded[name.casefold()] == 1:
+            rows = left.get(name.casefold(), [])
+            found[row] = rows[0] if len(rows) == 1 else _FRESH
+
+
+def _is_renamed(theirs: Sequence[Name], row: int, name: Name) -> bool:
+    return 0 <= row < len(theirs) and theirs[row] is not None and theirs[row] != name
+
+
+def _special(facts: DataFacts) -> dict[str, int]:
+    """Ids of the special word-pieces of BERT, as far as they are known."""
+    if facts.tokens is not None:
+        return {token: facts.tokens.index(token) for token in _SPECIAL if token in facts.tokens}
+    return {token: int(facts.reading[token]) for token in _SPECIAL if token in facts.reading}
