@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from villa.datasets.reader import WordPieces
-from villa.datasets.text import build_tokenizer, encode, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.datasets.text import build_tokenizer, encode_texts, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError
 
 TEXTS = ["What color is the shape?", "is there a red shape?", "what is the color?"]
@@ -25,10 +25,10 @@ def test_special_tokens_come_first_and_frequent_words_are_whole() -> None:
 
 def test_encode_truncates_with_separator_in_place() -> None:
     tokenizer = build_tokenizer(TEXTS, 200)
-    ids = encode(tokenizer, "what color is the red shape?", 5)
+    ids = encode_texts(tokenizer, "what color is the red shape?", None, 5)[0]
     assert ids.dtype == torch.int64
     assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "[CLS] what color is [SEP]"
-    assert len(encode(tokenizer, "what color is the red shape?", 60)) == 9
+    assert len(encode_texts(tokenizer, "what color is the red shape?", None, 60)[0]) == 9
 
 
 def test_size_limit_is_kept() -> None:
@@ -49,7 +49,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(TEXTS, 200)
     save_tokenizer(tokenizer, tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        assert encode(load_tokenizer(path), TEXTS[0], 60).equal(encode(tokenizer, TEXTS[0], 60))
+        assert encode_texts(load_tokenizer(path), TEXTS[0], None, 60)[0].equal(
+            encode_texts(tokenizer, TEXTS[0], None, 60)[0]
+        )
 
 
 @pytest.mark.parametrize("cased", [True, False])
@@ -76,7 +78,7 @@ def test_vocabulary_file_agrees_with_transformers(tmp_path: Path, cased: bool) -
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": not cased}))
     reference = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=not cased)
     for text in ("What is this?", "unable whats éé é xyz", "THIS?!"):
-        assert encode(load_tokenizer(tmp_path), text, 60).tolist() == reference(text)["input_ids"]
+        assert encode_texts(load_tokenizer(tmp_path), text, None, 60)[0].tolist() == reference(text)["input_ids"]
 
 
 def test_entries_that_look_like_ends_of_lines_keep_the_ids_of_the_others(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ QUESTION = '{"question": "which colour is it?", "features": "test0.npz"}'
         ('{"question": "what?", "features": "broken.npz"}', "broken.npz': BadZipFile: File is not a zip file"),
         ('{"question": "what?", "features": "%s.npz"}' % ("x" * 300), "(File name too long)"),
         (f'{{"id": "2", {QUESTION[1:]}\n{QUESTION}', "mine.jsonl:2: the id '2' occurs twice"),
-        (f'{{"id": "", {QUESTION[1:]}', "prediction for '' has id=''"),
+        (f'{{"id": "", {QUESTION[1:]}', "mine.jsonl:1: 'id' is ''; it must be a text or a number"),
     ],
 )
 def test_broken_questions_are_one_line(

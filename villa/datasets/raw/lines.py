@@ -74,7 +74,7 @@ def write_lines(
         progress: how to show how far it is.
 
     Raises:
-        DataError: an image is missing, nothing is left, or the file cannot be written.
+        DataError: an image is missing, two lines have the same id, nothing is left, or the file cannot be written.
     """
     if images is not None and not images.is_dir():
         raise DataError(f"'{images}' is not a folder; give --images the folder with the images")
@@ -94,7 +94,11 @@ def write_lines(
 def _records(
     source: LineSource, finder: _Finder, skip_missing: bool, counts: Counts, progress: Mode
 ) -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
     for line in track(source.lines, "writing lines", source.total, mode=progress):
+        if line.fields["id"] in seen:
+            raise DataError(f"{line.where}: the id '{line.fields['id']}' occurs twice; ids must be unique")
+        seen.add(line.fields["id"])
         paths = [finder.find(places, line.where) for places in line.images]
         if None in paths:
             if not skip_missing:
