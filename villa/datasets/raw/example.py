@@ -150,19 +150,17 @@ class LineRecords:
 
 
 def by_number(records: Iterable[Record], field: str) -> dict[int, Record]:
-    """Return records by a whole number that each must have for itself.
+    """Return records by a whole number that each must have for itself; a plain copy of a record may follow it.
 
     Raises:
         DataError: a record has none, or that of another.
     """
     found: dict[int, Record] = {}
     for record in records:
-        number = record.integer(field)
-        if number in found:
-            raise DataError(
-                f"{record.where}: the {field} {number} occurs twice, first in {found[number].where}; leave one out"
-            )
-        found[number] = record
+        first = found.setdefault(record.integer(field), record)
+        if first.values != record.values:
+            number = record.integer(field)
+            raise DataError(f"{record.where}: the {field} {number} occurs twice, first in {first.where}; leave one out")
     return found
 
 

@@ -82,8 +82,11 @@ def write_lines(
     counts = Counts()
     try:
         with replacing(output) as temporary, temporary.open("x", encoding="utf-8") as file:
-            for record in _records(source, finder, skip_missing, counts, progress):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            for record, where in _records(source, finder, skip_missing, counts, progress):
+                try:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{where}: a text holds half a character ({one_line(error)}); mend it") from error
             if not counts.written:
                 raise DataError(f"no line is left for '{output}' ({counts.left_out:,} lack their images)")
     except OSError as error:
@@ -93,7 +96,8 @@ def write_lines(
 
 def _records(
     source: LineSource, finder: _Finder, skip_missing: bool, counts: Counts, progress: Mode
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what is to be written, each with its place in what was read."""
     seen: set[str] = set()
     for line in track(source.lines, "writing lines", source.total, mode=progress):
         if line.fields["id"] in seen:
@@ -110,7 +114,7 @@ def _records(
             counts.left_out += 1
             continue
         counts.written += 1
-        yield {**line.fields, **({"image": paths[0]} if len(paths) == 1 else {"images": paths})}
+        yield {**line.fields, **({"image": paths[0]} if len(paths) == 1 else {"images": paths})}, line.where
 
 
 class _Finder:
