@@ -79,7 +79,7 @@ def answer_list(path: Path, answers: Sequence[str]) -> str:
     if path.suffix == ".json":
         return json.dumps(list(answers), ensure_ascii=False, indent=0) + "\n"
     text = "".join(f"{answer}\n" for answer in answers)
-    if _listed(text) != list(answers):
+    if "\r" in text or _listed(text) != list(answers):
         raise DataError(f"'{path}' cannot hold these answers one a line; give it a name that ends in .json")
     return text
 

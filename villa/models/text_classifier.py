@@ -194,11 +194,21 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
 
 
 def _settle_tokens(described: Any) -> None:
-    """Name the padding and the decoder's first token of architectures that need them and do not say."""
+    """Name the padding and the decoder's first token of architectures that need them and do not say.
+
+    Raises:
+        ConfigError: the id of padding has no row in the word embedding.
+    """
     if getattr(described, "pad_token_id", None) is None:  # GPT-2 and its like find the last word by it
         ends = getattr(described, "eos_token_id", None)
         # What the reader of texts pads with where the tokenizer has no padding.
         described.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    padding = described.pad_token_id
+    if padding is not None and not 0 <= padding < described.vocab_size:
+        raise ConfigError(
+            f"the configuration of '{described.model_type}' pads with the id {padding}, but its vocabulary has the ids "
+            f"0 to {described.vocab_size - 1}; set model.options.pad_token_id to one of these"
+        )
     if described.is_encoder_decoder and getattr(described, "decoder_start_token_id", None) is None:
         described.decoder_start_token_id = described.pad_token_id
 
