@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from villa.errors import DataError
-from villa.files import atomic_write, fsync_tree, local_path, sha256, write_json
+from villa.files import atomic_write, fsync_tree, lines_of, local_path, read_json, read_text, sha256, write_json
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -135,3 +135,48 @@ def test_fsync_tree_reaches_every_file(tmp_path: Path) -> None:
         fsync_tree(tmp_path)
     (tmp_path / "nowhere").write_text("x")
     fsync_tree(tmp_path)
+
+
+def test_texts_are_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(mark + "é\r\nb".encode())
+        assert read_text(path) == "é\r\nb"
+    path.write_bytes(b"a\nb\n\xe9")
+    with pytest.raises(
+        DataError, match=r"the list '.*a\.txt' is not UTF-8 text \(byte 0xe9 in line 3\); save it as UTF-8"
+    ):
+        read_text(path, "list")
+    with pytest.raises(DataError, match=r"cannot read the list '.*none' \(No such file or directory\); look again"):
+        read_text(tmp_path / "none", "list", "look again")
+    with pytest.raises(DataError, match="embedded null"):
+        read_text(Path("a\0b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", []),
+        ("a", ["a"]),
+        ("a\nb\r\n", ["a", "b"]),
+        ("\na\n\n", ["", "a", ""]),
+        ("a\x0b\x0c\x1c\x85\u2028\u2029b\rc\n", ["a\x0b\x0c\x1c\x85\u2028\u2029b\rc"]),
+    ],
+)
+def test_lines_end_at_line_feeds_alone(text: str, lines: list[str]) -> None:
+    assert lines_of(text) == lines
+
+
+def test_json_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text('{"é": 1}', encoding=encoding)
+        assert read_json(path, "list") == {"é": 1}
+    path.write_text('{"é": 1,\n"é": 2}')
+    with pytest.raises(
+        DataError, match=r"the list '.*' is not valid JSON \('é' occurs twice .*line 2\); mend the path"
+    ):
+        read_json(path, "list")
+    path.write_bytes(b'{"a":\n"\xff"}')
+    with pytest.raises(DataError, match=r"is not UTF-8 text \(byte 0xff in line 2\)"):
+        read_json(path, "list")

@@ -27,7 +27,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, type=Path, help="file to write, like vqa/train.jsonl")
     add("--images", type=Path, help="folder of the images; without it they are named for dataset.image_root")
     add("--skip-missing", action="store_true", help="leave out questions whose images are not there")
-    add("--answers-file", type=Path, help="also write this list of answers, one a line (dataset.answers)")
+    add("--answers-file", type=Path, help="also write the list of answers, one a line or .json (dataset.answers)")
     add("--force", action="store_true", help="replace files that are there")
     add("--progress", choices=("auto", "on", "off"), default="auto")
     add("--questions", type=Path, help="vqa, gqa: the file of questions")

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from villa.errors import DataError
+from villa.json_values import parse_json
 from villa.plugins import one_line
 
 _URL_PREFIXES = ("http://", "https://")
@@ -137,8 +138,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(path: Path, what: str = "file", advice: str = "mend the path") -> str:
+    """Read a text file that a user gave: UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages: ``answers file``.
+        advice: what to do when it cannot be read.
+
+    Raises:
+        DataError: it is missing, or is not UTF-8; the message names the line.
+    """
+    return _decoded(_contents(path, what, advice), path, what, "utf-8-sig")
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text. They end at a line feed, perhaps after a carriage return, and nowhere else.
+
+    ``splitlines`` ends them at eight more characters, which occur within answers and vocabularies.
+    """
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
 def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
-    """Read a JSON file that a user gave.
+    """Read a JSON file that a user gave; see ``parse_json`` for what is refused in it.
 
     Args:
         path: the file.
@@ -155,12 +178,30 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
             f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
             f"convert it (with {command}) and give the .json file"
         )
+    data = _contents(path, what, advice)
+    text = _decoded(data, path, what, json.detect_encoding(data))  # JSON may also be UTF-16
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the {what} '{path}' ({error.strerror}); {advice}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the {what} '{path}' is not valid JSON ({str(error).splitlines()[0]}); {advice}") from error
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"the {what} '{path}' is not valid JSON ({error}); {advice}") from error
+
+
+def _contents(path: Path, what: str, advice: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: no possible path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read the {what} '{path}' ({reason}); {advice}") from error
+
+
+def _decoded(data: bytes, path: Path, what: str, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"the {what} '{path}' is not UTF-8 text (byte 0x{data[error.start]:02x} in line {line}); save it as UTF-8"
+        ) from error
 
 
 @contextmanager

@@ -1,12 +1,96 @@
-"""Values of JSON files that others wrote."""
+"""JSON that others wrote: parsed so that nothing of it is lost without a word."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+#: Brackets within brackets that are read; whatever goes through values recursively, as ``repr`` does, manages these.
+DEEPEST = 100
+#: A text, with the colon behind it if it is a name; or a bracket.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}\[\]]', re.DOTALL)
+#: The escape of half a character; two of them in a row make a whole one.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class RepeatedNameError(ValueError):
+    """An object has a name twice: JSON readers keep the last value and say nothing."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON, more strictly than ``json.loads``.
+
+    Raises:
+        ValueError: in a few words: it is not JSON, a name occurs twice in an object, brackets are nested more than
+            ``DEEPEST`` deep, a number has thousands of digits, or a text holds half a character (a lone surrogate),
+            which no file could be written with.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=unique_names)
+        _check_depth(value, text)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RepeatedNameError as error:
+        raise ValueError(f"{error}{_line_of_repetition(text)}") from None
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half a character") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number that Python does not convert, with advice for programmers
+        raise ValueError(str(error).partition(";")[0]) from None
+    return value
+
+
+def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, as ``object_pairs_hook`` of the ``json`` package.
+
+    Raises:
+        RepeatedNameError: a name occurs twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise RepeatedNameError(f"{name!r:.60} occurs twice in one object")
+    return value
 
 
 def is_number(value: Any) -> bool:
     """Say whether a value of JSON is a number that a float can hold; NaN and infinities are none."""
     largest = sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def _check_depth(value: Any, text: str) -> None:
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise RecursionError
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+
+
+def _line_of_repetition(text: str) -> str:
+    """Say on which line a name occurs for the second time, if there are several lines."""
+    if "\n" not in text.strip():
+        return ""
+    objects: list[set[str]] = []
+    for token in _TOKEN.finditer(text):
+        if token[0] in "{[":
+            objects.append(set())
+        elif token[0] in "}]":
+            objects.pop()
+        elif token[1]:
+            name = json.loads(token[0].removesuffix(token[1]), strict=False)
+            if name in objects[-1]:
+                return f", again in line {text.count(chr(10), 0, token.start()) + 1}"
+            objects[-1].add(name)
+    return ""

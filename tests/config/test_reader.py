@@ -71,3 +71,9 @@ def test_files_that_are_no_recipes_are_refused(write: Write, tmp_path: Path) -> 
 
 def test_a_byte_order_mark_is_no_part_of_the_recipe(write: Write) -> None:
     assert read_layers(write("\ufeffseed: 1", "recipe.yaml"))[0]["seed"].data == 1
+
+
+def test_lines_of_a_recipe_may_end_as_on_windows(write: Write) -> None:
+    Path("recipe.yaml").write_bytes(b"\xef\xbb\xbfseed: 1\r\nname: a b\r\n")
+    layer = read_layers("recipe.yaml")[0]
+    assert (layer["seed"].data, layer["name"].data) == (1, "a b")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from villa.batch import Batch
 from villa.config.schema import BatchConfig
@@ -169,6 +171,26 @@ GOOD = {"question": "what?", "answer": "cat", "image": "image0.png"}
         ({**GOOD, "image": "none.png"}, r"train.jsonl:2: cannot read '.*none.png' \(No such file"),
         ({**GOOD, "image": "bad.png"}, r"train.jsonl:2: cannot decode image '.*bad.png'"),
         ({**GOOD, "id": "1"}, r"train.jsonl:2: the id '1' occurs twice"),
+        ({**GOOD, "id": None}, r"train.jsonl:2: 'id' is None; it must be a text or a number, or be left out"),
+        ({**GOOD, "id": ""}, r"train.jsonl:2: 'id' is ''"),
+        ({**GOOD, "id": [1]}, r"train.jsonl:2: 'id' is \[1\]"),
+        (
+            {**GOOD, "image": "~nouser/i.png"},
+            r"train.jsonl:2: '~nouser/i.png' starts with '~', but there is no such home",
+        ),
+        ({**GOOD, "image": "a\0.png"}, r"train.jsonl:2: the path 'a\\x00.png' holds a NUL"),
+        ({**GOOD, "answers": {"cat": float("nan")}}, r"train.jsonl:2: 'answers' must be"),
+        ({**GOOD, "answers": {"cat": float("inf")}}, r"train.jsonl:2: 'answers' must be"),
+        ({**GOOD, "answers": [{"answer": "cat"}]}, r"train.jsonl:2: 'answers' must be"),
+        ({**GOOD, "answer": "\ud83d"}, r"train.jsonl:2: not valid JSON \(\\ud83d is half a character\)"),
+        (
+            '{"question": "a", "question": "b"}',
+            r"train.jsonl:2: not valid JSON \('question' occurs twice in one object\)",
+        ),
+        ('{"question": "a?", "answers": {"a": 1, "a": 0}}', r"train.jsonl:2: not valid JSON \('a' occurs twice"),
+        ("[" * 100_000, r"train.jsonl:2: not valid JSON \(its brackets are nested too deeply\)"),
+        ('{"id": ' + "9" * 5000 + "}", r"train.jsonl:2: not valid JSON \(Exceeds the limit"),
+        (json.dumps(GOOD) + ",", r"train.jsonl:2: not valid JSON \(Extra data"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, write_lines: WriteLines, line: Any, message: str) -> None:
@@ -257,3 +279,102 @@ def test_the_fingerprint_does_not_depend_on_what_was_read_before(write_lines: An
     before = dataset.fingerprint()
     dataset.split("train")
     assert dataset.fingerprint() == before
+
+
+def test_answers_are_labels_without_the_blanks_around_them(write_lines: WriteLines) -> None:
+    given = ["Yes", "yes", "yes ", "no", "NO", "\tno"]
+    path = write_lines("train.jsonl", [{"question": "a?", "answer": answer} for answer in given])
+    dataset = data(train=path)
+    assert dataset.vocabulary.answers == ["no", "yes", "NO", "Yes"]
+    assert [dataset.split("train")[index].target for index in range(6)] == [3, 1, 1, 0, 2, 0]
+    records = [
+        {"question": "a?", "answers": {"yes ": 0.3, "yes": 0.9, "": 0.6}},
+        {"question": "b?", "answers": ["", " "]},
+    ]
+    soft = data(train=write_lines("soft.jsonl", records))
+    assert soft.vocabulary.answers == ["", "yes"]
+    targets = [soft.split("train")[index].target for index in range(2)]
+    torch.testing.assert_close(targets, [torch.tensor([0.6, 0.9]), torch.tensor([2 / 3, 0])])
+
+
+def test_an_answers_file_with_the_empty_answer_and_a_mark(tmp_path: Path, write_lines: WriteLines) -> None:
+    (tmp_path / "answers.txt").write_bytes(b"\xef\xbb\xbfyes\r\n\r\nno \r\n")
+    (tmp_path / "answers.json").write_text('{"no": 2, "": 1, "yes": 0}')
+    path = write_lines("train.jsonl", [{"question": "a?", "answers": {"": 1.0, "yes ": 0.3}}])
+    for name in ("answers.txt", "answers.json"):
+        dataset = data(train=path, answers=str(tmp_path / name))
+        assert dataset.vocabulary.answers == ["yes", "", "no"]
+        torch.testing.assert_close(dataset.split("train")[0].target, torch.tensor([0.3, 1, 0]))
+
+
+ODD_TEXTS = ["👍🏽 what colour?", "ما هو اللون؟", "e\u0301 caf\u00e9?", "a\u2028b\u0085c?", "\u200b?"]
+
+
+@pytest.mark.parametrize(("mark", "end"), [(b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n"), (b"\xef\xbb\xbf\n", b"\n\n")])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_lines_of_any_script_and_with_any_line_ends(tmp_path: Path, mark: bytes, end: bytes, ascii_only: bool) -> None:
+    records = [{"text": text, "answer": text} for text in ODD_TEXTS]
+    lines = [json.dumps(record, ensure_ascii=ascii_only).encode() for record in records]
+    (tmp_path / "train.jsonl").write_bytes(mark + end.join(lines))
+    dataset = data(train=str(tmp_path / "train.jsonl"))
+    split = dataset.split("train")
+    assert len(split) == 5
+    assert sorted(dataset.vocabulary.answers) == sorted(ODD_TEXTS)
+    step, first = end.count(b"\n"), 1 + mark.count(b"\n")
+    assert [split[index].id for index in range(5)] == [str(first + index * step) for index in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (
+            '{"question": "caf\u00e9?", "answer": "a"}'.encode("latin-1"),
+            r":1: not valid JSON \(not UTF-8 text: byte 0xe9\)",
+        ),
+        ('{"question": "a?", "answer": "a"}\n'.encode("utf-16"), r":1: not valid JSON \(not UTF-8 text: byte 0xff\)"),
+        (b'[{"question": "a?", "answer": "a"}]', ":1: a JSON object is needed, not list"),
+        (b'{"question": "a?", "answer": "a"},\n', r":1: not valid JSON \(Extra data"),
+        (b'{"question": "a?", "answer": "a"}\n{"question": "\xed\xa0\xbd?", "answer": "a"}', ":2: not valid JSON"),
+    ],
+)
+def test_files_in_another_encoding_or_form_are_refused(tmp_path: Path, contents: bytes, message: str) -> None:
+    (tmp_path / "train.jsonl").write_bytes(contents)
+    with pytest.raises(DataError, match=message) as told:
+        data(train=str(tmp_path / "train.jsonl")).split("train")
+    assert "\n" not in str(told.value)
+
+
+def test_a_pipe_is_refused_and_a_file_that_is_cut_meanwhile_is_an_error(
+    tmp_path: Path, write_lines: WriteLines
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is no regular file"):
+        data(train=str(tmp_path / "pipe")).split("train")
+    split = data(train=write_lines("train.jsonl", TEXTS)).split("train")
+    os.truncate(tmp_path / "train.jsonl", 10)
+    with pytest.raises(DataError, match=r"train.jsonl:4: not valid JSON"):
+        split[3]
+
+
+def test_texts_that_are_cut_are_counted(write_lines: WriteLines) -> None:
+    records = [{"text": "one two three four", "answer": "a"}, {"text": "one", "answer": "a"}] * 3
+    path = write_lines("train.jsonl", [*records, {"text": "one " * 9, "answer": "b"}])
+    split = data(train=path, max_text_length=4).split("train")
+    assert split.warnings() == [
+        "4 of 7 texts are longer than 4 tokens and are cut; the longest has 11 (dataset.max_text_length)"
+    ]
+    assert [len(split[index].input_ids) for index in range(7)] == list(split.lengths) == [4, 3] * 3 + [4]
+    assert data(train=path, max_text_length=11).split("train").warnings() == []
+    pairs = [{"text": "one two", "text_pair": "three four five", "answer": "a"}]
+    pair = data(train=write_lines("pairs.jsonl", pairs), max_text_length=6).split("train")
+    assert pair.warnings() == [
+        "1 of 1 texts are longer than 6 tokens and are cut; the longest has 8 (dataset.max_text_length)"
+    ]
+    assert len(pair[0].input_ids) == pair.lengths[0] == 6
+
+
+def test_a_text_that_is_nothing_to_the_tokenizer_is_named_by_its_line(tmp_path: Path, write_lines: WriteLines) -> None:
+    Tokenizer(models.BPE({"r": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    path = write_lines("train.jsonl", [{"text": "r", "answer": "a"}, {"text": "\u200b", "answer": "a"}])
+    with pytest.raises(DataError, match=r"train.jsonl:2: the tokenizer makes nothing of the text"):
+        data(train=path, tokenizer=str(tmp_path / "tokenizer.json")).split("train")

@@ -92,10 +92,15 @@ def test_questions_are_read_with_their_scores(root: Path, name: str) -> None:
 
 def test_texts_are_cut_at_twenty_tokens(root: Path) -> None:
     (root / "train.json").write_text(json.dumps([{**QUESTIONS[0], "sent": "a dog " * 30}]))
-    ids = make(root).split("train")[0].input_ids
+    split = make(root).split("train")
+    ids = split[0].input_ids
     assert isinstance(ids, torch.Tensor)
     assert len(ids) == 20
     assert ids[-1] == WORDS.index("[SEP]")
+    assert split.warnings() == [
+        "1 of 1 texts are longer than 20 tokens and are cut; the longest has 62 (dataset.max_text_length)"
+    ]
+    assert list(split.lengths) == [20 + 3]
 
 
 def test_pairs_of_images_are_read_left_then_right(root: Path) -> None:

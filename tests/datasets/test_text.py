@@ -9,8 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
+from villa.datasets.raw.word_pieces import WordPieces as DatabasePieces
 from villa.datasets.reader import WordPieces
-from villa.datasets.text import build_tokenizer, encode, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.datasets.text import build_tokenizer, encode_texts, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError
 
 TEXTS = ["What color is the shape?", "is there a red shape?", "what is the color?"]
@@ -25,10 +26,10 @@ def test_special_tokens_come_first_and_frequent_words_are_whole() -> None:
 
 def test_encode_truncates_with_separator_in_place() -> None:
     tokenizer = build_tokenizer(TEXTS, 200)
-    ids = encode(tokenizer, "what color is the red shape?", 5)
+    ids = encode_texts(tokenizer, "what color is the red shape?", None, 5)[0]
     assert ids.dtype == torch.int64
     assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "[CLS] what color is [SEP]"
-    assert len(encode(tokenizer, "what color is the red shape?", 60)) == 9
+    assert len(encode_texts(tokenizer, "what color is the red shape?", None, 60)[0]) == 9
 
 
 def test_size_limit_is_kept() -> None:
@@ -49,7 +50,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(TEXTS, 200)
     save_tokenizer(tokenizer, tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        assert encode(load_tokenizer(path), TEXTS[0], 60).equal(encode(tokenizer, TEXTS[0], 60))
+        assert encode_texts(load_tokenizer(path), TEXTS[0], None, 60)[0].equal(
+            encode_texts(tokenizer, TEXTS[0], None, 60)[0]
+        )
 
 
 @pytest.mark.parametrize("cased", [True, False])
@@ -76,7 +79,7 @@ def test_vocabulary_file_agrees_with_transformers(tmp_path: Path, cased: bool) -
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": not cased}))
     reference = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=not cased)
     for text in ("What is this?", "unable whats éé é xyz", "THIS?!"):
-        assert encode(load_tokenizer(tmp_path), text, 60).tolist() == reference(text)["input_ids"]
+        assert encode_texts(load_tokenizer(tmp_path), text, None, 60)[0].tolist() == reference(text)["input_ids"]
 
 
 def test_entries_that_look_like_ends_of_lines_keep_the_ids_of_the_others(tmp_path: Path) -> None:
@@ -124,3 +127,80 @@ def test_a_text_that_is_nothing_to_a_tokenizer_without_special_tokens_is_refused
     assert words("r", None)[0].tolist() == [0]
     with pytest.raises(DataError, match=f"the tokenizer {message}"):
         words("\u200b", None)
+
+
+CASED = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "!", "?", "What", "what", "is", "the", "in", "Paris"]
+CASED += ["W", "##hat", "P", "##aris", "é"]
+SENTENCE = "What is in Paris? É"
+
+
+def pieces(path: Path, text: str = SENTENCE) -> list[str]:
+    """The word-pieces of a text, the same for data sets and for the databases' tool."""
+    tokenizer = load_tokenizer(path)
+    ids = encode_texts(tokenizer, text, None, 60)[0].tolist()[1:-1]
+    assert DatabasePieces(str(path)).encode((text,)) == ids
+    return [str(tokenizer.id_to_token(number)) for number in ids]
+
+
+@pytest.mark.parametrize("cased", [True, False])
+def test_a_bare_vocabulary_says_by_its_letters_whether_it_is_cased(tmp_path: Path, cased: bool) -> None:
+    from transformers import BertTokenizer
+
+    path = tmp_path / "vocab.txt"
+    entries = CASED if cased else [entry for entry in CASED if entry.startswith("[") or entry == entry.lower()]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(entries).encode())
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n".join(entries))
+    theirs = BertTokenizer(str(plain), do_lower_case=not cased)
+    assert pieces(path) == pieces(tmp_path) == theirs.tokenize(SENTENCE)
+    assert ("Paris" in pieces(path)) is cased
+
+
+@pytest.mark.parametrize(
+    ("entries", "cased"),
+    [
+        (["[DOC]", "[unused1]", "<S>", "what"], False),
+        (["what", "\u13a0", "##\u13a0"], False),  # lower case since Unicode 8: BERT's lists have such letters
+        (["what", "W"], True),
+        (["what", "##ING"], True),
+        (["что", "Москва"], True),
+    ],
+)
+def test_which_entries_are_upper_case(tmp_path: Path, entries: list[str], cased: bool) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*CASED[:5], *entries]), encoding="utf-8")
+    assert (load_tokenizer(tmp_path).normalizer.normalize_str("WHAT") == "WHAT") is cased
+
+
+@pytest.mark.parametrize("lower", [True, False, None])
+@pytest.mark.parametrize("accents", [True, False, None])
+@pytest.mark.parametrize("chinese", [True, False, None])
+def test_the_configuration_wins(tmp_path: Path, lower: bool | None, accents: bool | None, chinese: bool | None) -> None:
+    from transformers import BertTokenizer
+
+    (tmp_path / "vocab.txt").write_text("\n".join([*CASED, "e", "What中", "中", "what中"]))
+    config = {"do_lower_case": lower, "strip_accents": accents, "tokenize_chinese_chars": chinese}
+    given = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "tokenizer_config.json").write_text("\ufeff" + json.dumps(given), encoding="utf-8")
+    theirs = BertTokenizer(str(tmp_path / "vocab.txt"), **{"do_lower_case": False, **given})
+    assert pieces(tmp_path, "What is É? What中") == theirs.tokenize("What is É? What中")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"do_lower_case": "false"}', "says do_lower_case='false'; it must be true or false"),
+        ("[]", "must hold a JSON object"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_a_damaged_configuration_is_refused(tmp_path: Path, config: str, message: str) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED))
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_in_another_encoding_is_refused_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes("\n".join(CASED).encode("latin-1"))
+    with pytest.raises(DataError, match=r"vocab.txt' is not UTF-8 text \(byte 0xe9 in line 18\)"):
+        load_tokenizer(tmp_path)

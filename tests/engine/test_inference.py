@@ -113,13 +113,23 @@ QUESTION = '{"question": "which colour is it?", "features": "test0.npz"}'
         (f"{QUESTION}\nnot json", "mine.jsonl:2: not valid JSON"),
         ("[1]", "mine.jsonl:1: a JSON object is needed, not list"),
         (b"\xff\xfe{}", "mine.jsonl:1: not valid JSON"),
-        ('{"features": "test0.npz"}', "'question' is missing (present: features, id); it must be a text"),
-        ('{"question": "what?"}', "'features' is missing (present: question, id); it must be a text"),
-        ('{"question": "what?", "features": "absent.npz"}', "cannot read 'absent.npz' (No such file or directory)"),
+        ('{"features": "test0.npz"}', "mine.jsonl:1: 'question' is missing (present: features, id); it must be a text"),
+        (
+            f'{QUESTION}\n{{"question": "what?"}}',
+            "mine.jsonl:2: 'features' is missing (present: question, id); it must be a text",
+        ),
+        (
+            '{"question": "what?", "features": "absent.npz"}',
+            "mine.jsonl:1: cannot read 'absent.npz' (No such file or directory)",
+        ),
         ('{"question": "what?", "features": "broken.npz"}', "broken.npz': BadZipFile: File is not a zip file"),
         ('{"question": "what?", "features": "%s.npz"}' % ("x" * 300), "(File name too long)"),
+        (f'{{"id": null, {QUESTION[1:]}', "mine.jsonl:1: 'id' is None; it must be a text or a number"),
+        (f'{{"id": "\\ud800", {QUESTION[1:]}', "mine.jsonl:1: not valid JSON (\\ud800 is half a character)"),
+        (f'{{"id": 1, "id": 2, {QUESTION[1:]}', "mine.jsonl:1: not valid JSON ('id' occurs twice in one object)"),
+        ('{"question": "what?", "features": "~nouser/a.npz"}', "mine.jsonl:1: '~nouser/a.npz' starts with '~'"),
         (f'{{"id": "2", {QUESTION[1:]}\n{QUESTION}', "mine.jsonl:2: the id '2' occurs twice"),
-        (f'{{"id": "", {QUESTION[1:]}', "prediction for '' has id=''"),
+        (f'{{"id": "", {QUESTION[1:]}', "mine.jsonl:1: 'id' is ''; it must be a text or a number"),
     ],
 )
 def test_broken_questions_are_one_line(
@@ -220,3 +230,21 @@ def test_a_checkpoint_that_holds_code_is_refused_and_the_code_is_not_run(
     save_evil(tmp_path / "evil.pt", mark)
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert mark.exists()  # it would have been
+
+
+def test_what_is_cut_is_said_at_the_start(
+    recipe: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = "24 of 24 texts are longer than 4 tokens and are cut; the longest has 7 (dataset.max_text_length)"
+    args = [*colours(tmp_path), "training.updates=1", f"output_dir={tmp_path / 'run'}", "dataset.max_text_length=4"]
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    assert all(f"note: {split}: {cut}" in shown for split in ("train", "val", "test"))
+    assert main(["run_type=test", *recipe, "dataset.max_text_length=4"]) == 0
+    assert f"note: test: {cut}" in capsys.readouterr().out
+    assert main(["run_type=val", *recipe, f"output_dir={tmp_path / 'val'}"]) == 0
+    assert "note:" not in capsys.readouterr().out
+    question = {"question": "which colour is it?", "features": str(trained / "test0.npz")}
+    asked = write(tmp_path / "mine.jsonl", [{**question, "question": "colour?"}, question])
+    assert main(["run_type=predict", *recipe, "dataset.max_text_length=4", f"predict.input={asked}"]) == 0
+    assert "note: mine: 1 of 2 texts are longer than 4 tokens" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from saved_runs import LABELS, MODELS, read_lines, requests, train
 
 import villa
 from villa.cli.run import main
-from villa.datasets.text import encode, load_tokenizer
+from villa.datasets.text import encode_texts, load_tokenizer
 from villa.engine.checkpoint import load, resolve
 from villa.errors import CheckpointError
 
@@ -89,7 +89,7 @@ def test_transformers_loads_the_tokenizer(name: str, work: Path) -> None:
     auto: Any = AutoTokenizer
     theirs, ours = auto.from_pretrained(folder), load_tokenizer(folder)
     for text in ("is it red?", "an unknown WORD, and a Blue one"):
-        assert theirs(text)["input_ids"] == encode(ours, text, 60).tolist()
+        assert theirs(text)["input_ids"] == encode_texts(ours, text, None, 60)[0].tolist()
     assert (theirs.pad_token, theirs.mask_token, theirs.model_max_length) == ("[PAD]", "[MASK]", 60)
 
 

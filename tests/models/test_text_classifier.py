@@ -100,3 +100,16 @@ def test_a_batch_without_a_text_is_refused() -> None:
 
 def test_the_registry_finds_it() -> None:
     assert MODELS.get("text_classifier") is TextClassifier
+
+
+@pytest.mark.parametrize("padding", [60, -1])
+def test_a_padding_id_outside_the_vocabulary_is_refused(padding: int) -> None:
+    options = {"n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": padding}
+    config = TextClassifierConfig(architecture="gpt2", options=options)
+    with pytest.raises(
+        ConfigError, match=f"pads with the id {padding}, but its vocabulary has the ids 0 to 59"
+    ) as told:
+        TextClassifier.from_config(config, FACTS)
+    assert "\n" not in str(told.value)
+    config.options["pad_token_id"] = 59
+    assert TextClassifier.from_config(config, FACTS).eval()(texts()).logits.shape == (2, 3)

@@ -240,3 +240,58 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def blank(count: int) -> list[str]:
+    """Questions of which at least nine each have one of so many answers, the empty one and odd ones among them."""
+    answers = ["", "m\u2028n", "o\u0085p", "yes", *(f"answer {number}" for number in range(count - 4))]
+    # Of the answers that equally many gave, the empty one is first in alphabetical order; it is the fourth by count.
+    asked = [answer for place, answer in enumerate(answers) for _ in range(9 + (place in (1, 2, 3)))]
+    questions = [{"question_id": n, "image_id": 1, "question": "What?"} for n in range(len(asked))]
+    given = [
+        {"question_id": n, "multiple_choice_answer": answer, "answers": [{"answer": answer}] * 10}
+        for n, answer in enumerate(asked)
+    ]
+    write("q.json", {"data_subtype": "train2014", "questions": questions})
+    return ["--task", "vqa", "--questions", "q.json", "--annotations", write("a.json", {"annotations": given})]
+
+
+@pytest.mark.parametrize("name", ["answers.txt", "answers.json"])
+def test_the_labels_are_those_of_the_database_whatever_the_answers(name: str) -> None:
+    Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "?"]))
+    arguments = blank(3129)
+    convert(*arguments, "--answers-file", name, "--scores", "soft")
+    database = ["--tokenizer", "vocab.txt", "--output", "vqa.db", "--progress", "off"]
+    assert load_tool("make_text_db").main([*arguments, *database]) == 0
+    labels = json.loads(Path("vqa.db/ans2label.json").read_text())
+    assert len(labels) == 3129
+    for listed in (name, "vqa.db/ans2label.json"):
+        data = Jsonl(JsonlConfig(train="out/lines.jsonl", answers=listed, target="soft", regions="none"))
+        assert data.vocabulary.labels == labels
+    assert sum(map(bool, data.vocabulary.answers)) == 3128
+    split = data.split("train")
+    assert all(split[index].target.max() == 1 for index in range(0, len(split), 1000))
+
+
+def test_answers_that_lines_cannot_hold_are_for_a_json_file(capsys: pytest.CaptureFixture[str]) -> None:
+    questions = {"1": {"imageId": "n1", "question": "What?", "answer": "a\nb "}, "2": {**GQA["02930152"], "answer": ""}}
+    arguments = ["--task", "gqa", "--questions", write("q.json", questions), "--output", "l.jsonl", "--progress", "off"]
+    assert tool.main([*arguments, "--answers-file", "a.txt"]) == 2
+    assert "'a.txt' cannot hold these answers one a line; give it a name that ends in .json" in capsys.readouterr().err
+    assert not Path("l.jsonl").exists()
+    assert tool.main([*arguments, "--answers-file", "a.json"]) == 0
+    assert json.loads(Path("a.json").read_text()) == ["", "a\nb"]
+
+
+def test_lines_with_the_same_id_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "nlvr2", "--annotations", write("dev.jsonl", [NLVR2[0], NLVR2[0]])]
+    assert tool.main([*arguments, "--output", "l.jsonl", "--progress", "off"]) == 2
+    assert "dev.jsonl:2: the id 'dev-850-0-0' occurs twice; ids must be unique" in capsys.readouterr().err
+    assert not Path("l.jsonl").exists()
+
+
+def test_half_a_character_is_refused_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps({"7": {**GQA["02930152"], "question": "\ud83d?"}})
+    Path("q.json").write_text(text)
+    assert tool.main(["--task", "gqa", "--questions", "q.json", "--output", "l.jsonl", "--progress", "off"]) == 2
+    assert "q.json: question 7: a text holds half a character" in capsys.readouterr().err

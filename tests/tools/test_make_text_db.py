@@ -209,3 +209,18 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("make_text_db: error: ")
+
+
+def test_an_answer_list_that_repeats_an_answer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--questions", write("q.json", VQA), "--annotations", write("a.json", VQA_ANSWERS), "--progress", "off"]
+    arguments = ["--task", "vqa", *files, "--tokenizer", "vocab.txt", "--output", "vqa.db"]
+    assert main([*arguments, "--answers", write("ans.json", ["yes", "no", "yes"])]) == 2
+    assert "the answers file 'ans.json' repeats 'yes'; give every answer once" in capsys.readouterr().err
+    assert not Path("vqa.db").exists()
+
+
+def test_sentences_with_the_same_id_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"identifier": "dev-1-0-0", "sentence": "a dog", "label": "False"}
+    arguments = ["--task", "nlvr2", "--annotations", write("dev.json", (record, {**record, "label": "True"}))]
+    assert main([*arguments, "--tokenizer", "vocab.txt", "--output", "x.db", "--progress", "off"]) == 2
+    assert "dev.json:2: the id 'dev-1-0-0' occurs twice" in capsys.readouterr().err

@@ -224,6 +224,10 @@ class ConcatenatedSplit(Split):
         parts = [part.lengths for part in self.parts]
         return parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part, np.int32) for part in parts])
 
+    def warnings(self) -> list[str]:
+        """Return what there is to know about each part."""
+        return [warning for part in self.parts for warning in part.warnings()]
+
     def _place(self, index: int) -> tuple[Split, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -6,6 +6,7 @@ examples.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.datasets.synthetic.overlay import SMALL
 from villa.errors import ConfigError, DataError, MissingDataError
 from villa.models.base import DataFacts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -142,6 +145,10 @@ class DatabaseTask(ReleasedFilesTask):
                 f"all {len(chosen)} texts of '{pair.text.path}' are longer than "
                 f"dataset.max_text_length={self.config.max_text_length}; raise it"
             )
+        if len(rows) < len(chosen):
+            text = "%s: left out %d of %d texts, which are longer than dataset.max_text_length=%d; the longest has %d"
+            limit, longest = self.config.max_text_length, lengths.values_array[chosen].max()
+            logger.warning(text, pair.text.path, len(chosen) - len(rows), len(chosen), limit, longest)
         return lengths if len(rows) == len(lengths) else lengths.take(rows)
 
     def facts(self) -> DataFacts:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from tokenizers import Tokenizer
 
 from villa.config.overlays import Overlay
+from villa.datasets.answers import read_answer_list
 from villa.datasets.assets import Assets
 from villa.datasets.base import DatasetConfig
 from villa.datasets.jsonl_split import JsonlSplit
@@ -60,7 +61,8 @@ class JsonlConfig(QuestionAnsweringConfig):
         val: file of the validation questions.
         test: file of the test questions; its answers may be left out.
         image_root: folder that paths in the files are relative to; None is the folder of each file.
-        answers: file with one answer a line, in the order of the labels; None takes those of ``train``.
+        answers: file with one answer a line, in the order of the labels, or a ``.json`` file with a list of them or
+            ``{answer: label}``; None takes those of ``train``.
         max_answers: keep only the most frequent answers of ``train``.
         min_count: keep only answers of at least this many questions of ``train``.
         tokenizer: ``tokenizer.json``, ``vocab.txt`` or folder; None builds one from the questions of ``train``.
@@ -239,7 +241,7 @@ class Jsonl(QuestionAnswering):
 
     def _answers(self) -> list[str]:
         if self.config.answers is not None:
-            return _read_answers(local_path(self.config.answers))
+            return read_answer_list(local_path(self.config.answers))
         lines = self._train
         counts: Counter[str] = Counter()
         for index, record in enumerate(lines):
@@ -259,15 +261,3 @@ class Jsonl(QuestionAnswering):
 
 def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:
     write_pictures(task, examples, root)
-
-
-def _read_answers(path: Path) -> list[str]:
-    try:
-        answers = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the answers file '{path}'; give a text file with one answer a line") from error
-    repeated = [answer for answer, count in Counter(answers).items() if count > 1]
-    if repeated or not answers:
-        problem = f"repeats '{repeated[0]}'" if repeated else "is empty"
-        raise DataError(f"the answers file '{path}' {problem}; give every answer once, one a line")
-    return answers

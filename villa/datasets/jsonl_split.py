@@ -14,10 +14,11 @@ from torch import Tensor
 from villa.datasets.assets import Assets
 from villa.datasets.base import Example, Split
 from villa.datasets.reader import Reader, Record
-from villa.datasets.records import JsonLines, answer_scores, record_sources, record_texts
+from villa.datasets.records import JsonLines, answer_scores, record_id, record_sources, record_texts
 from villa.datasets.stores.base import Sources
+from villa.datasets.text import CutTexts
 from villa.engine.progress import track
-from villa.errors import DataError
+from villa.errors import DataError, about
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class JsonlSplit(Split):
         self._images, self._first_image = array("q"), array("q", [0])
         self._pairs = vocabulary.kind == "pair"
         self._form: tuple[bool, int] | None = None
+        self._cut = CutTexts()
         self._has_answers = not self._pairs and (train or _has_answer(lines[0]))
 
     @property
@@ -62,17 +64,19 @@ class JsonlSplit(Split):
         ids: set[str] = set()
         for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
             where = self._lines.where(index)
-            text, pair = record_texts(record, where)
-            length = self._reader.text_length(text, pair)
+            texts = record_texts(record, where)
             files = record_sources(record, self._vocabulary.regions, folder, where)
-            self._check_form(pair is not None, len(files), where)
+            self._check_form(texts[1] is not None, len(files), where)
             name = self._id(index, record)
             if name in ids:
                 raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
             ids.add(name)
             if self._is_kept(record, where):
                 self._kept.append(index)
-                self._text_lengths.append(length)
+                with about(where):
+                    read, whole = self._reader.text_lengths(*texts, images=bool(files))
+                self._cut.add(read, whole)
+                self._text_lengths.append(read)
                 self._images.extend(sources.add(source) for source in files)
                 self._first_image.append(len(self._images))
         self._report_dropped()
@@ -84,8 +88,8 @@ class JsonlSplit(Split):
         line = self._kept[index]
         record = self._lines[line]
         where = self._lines.where(line)
-        scores = answer_scores(record, where) if self._has_answers else None
         written = self._vocabulary.kind == "text"
+        scores = answer_scores(record, where, written=written) if self._has_answers else None
         example = Record(
             self._id(line, record),
             *record_texts(record, where),
@@ -109,7 +113,11 @@ class JsonlSplit(Split):
         return _Lengths(self._text_lengths, self)
 
     def _id(self, line: int, record: Mapping[str, Any]) -> str:
-        return str(record["id"]) if "id" in record else str(self._lines.number(line))
+        return record_id(record, str(self._lines.number(line)), self._lines.where(line))
+
+    def warnings(self) -> list[str]:
+        """Return how many texts are cut."""
+        return self._cut.warnings()
 
     def image_length(self, index: int) -> int:
         """Return the positions that an example's images take, as far as they are counted."""

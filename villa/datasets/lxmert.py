@@ -25,10 +25,11 @@ from villa.datasets.lxmert_options import (
 from villa.datasets.lxmert_split import AnnotatedSplit, ImagePairSplit, QuestionSplit
 from villa.datasets.lxmert_synthetic import GENERATED_ANSWERS, VOCABULARY_FILE, write_lxmert
 from villa.datasets.names import text_facts
+from villa.datasets.reader import WordPieces
 from villa.datasets.released_files import ANSWERS_FILE, ReleasedFilesTask
 from villa.datasets.stores.tsv import TsvFile, TsvStore
 from villa.datasets.synthetic import databases
-from villa.datasets.text import encode, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.datasets.text import load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, MissingDataError
 from villa.files import sha256, write_json
 from villa.models.base import DataFacts
@@ -72,7 +73,7 @@ class LxmertTask(ReleasedFilesTask):
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
         self._require(name)
         labels = {answer: label for label, answer in enumerate(self.answers)}
-        return self.Examples(self._files(name), self._store(name), self.encode, labels)
+        return self.Examples(self._files(name), self._store(name), self.words, labels)
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the answers and a region feature."""
@@ -100,9 +101,10 @@ class LxmertTask(ReleasedFilesTask):
             self.assets if self.assets is not None else self._path(self.config.tokenizer, VOCABULARY_FILE)
         )
 
-    def encode(self, text: str) -> Tensor:
-        """Return the word-piece ids of a text, ``[T]`` int64."""
-        return encode(self.tokenizer, text, self.config.max_text_length)
+    @cached_property
+    def words(self) -> WordPieces:
+        """Texts as word-pieces."""
+        return WordPieces(self.tokenizer, self.config.max_text_length)
 
     def submission(self, split: str) -> str | None:
         """The format of the task's leaderboard."""

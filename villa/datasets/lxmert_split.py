@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from villa.datasets.base import Example, Split
+from villa.datasets.reader import WordPieces
 from villa.datasets.records import is_score, text_field
 from villa.datasets.stores.tsv import TsvStore
+from villa.datasets.text import CutTexts
 from villa.engine.progress import track
-from villa.errors import DataError
+from villa.errors import DataError, about
 from villa.files import read_json
 
 
@@ -26,7 +28,7 @@ class AnnotatedSplit(Split):
     Args:
         files: JSON lists of records.
         store: features of the images that they name.
-        encode: text to word-piece ids ``[T]``.
+        words: texts as word-pieces.
         labels: label of every answer.
 
     Attributes:
@@ -41,12 +43,10 @@ class AnnotatedSplit(Split):
     id_field: ClassVar[str]
     image_fields: ClassVar[tuple[str, ...]]
 
-    def __init__(
-        self, files: Sequence[Path], store: TsvStore, encode: Callable[[str], Tensor], labels: Mapping[str, int]
-    ) -> None:
+    def __init__(self, files: Sequence[Path], store: TsvStore, words: WordPieces, labels: Mapping[str, int]) -> None:
         self.store, self.labels = store, labels
         self.ids: list[str] = []
-        self._encode, self._answered = encode, False
+        self._words, self._answered = words, False
         self._texts, self._text_ends = bytearray(), array("q", [0])
         self._names: dict[str, int] = {}
         self._images = array("i")
@@ -76,7 +76,7 @@ class AnnotatedSplit(Split):
         single = len(regions) == 1
         return Example(
             self.ids[index],
-            self._encode(self.text(index)),
+            self._words(self.text(index), None)[0],
             features=features[0] if single else features,
             boxes=boxes[0] if single else boxes,
             target=self._target(index) if self._answered else None,
@@ -91,14 +91,25 @@ class AnnotatedSplit(Split):
         """Whether the records have a ``label``."""
         return self._answered
 
-    @cached_property
+    @property
     def lengths(self) -> Sequence[int]:
         """Tokens and regions of every example; in a row for each image the text is read again."""
-        lengths = array("i")
+        return self._measured[0]
+
+    def warnings(self) -> list[str]:
+        """Return how many texts are cut."""
+        return self._measured[1].warnings()
+
+    @cached_property
+    def _measured(self) -> tuple[Sequence[int], CutTexts]:
+        lengths, cut = array("i"), CutTexts()
         for index in track(range(len(self)), "tokenising"):
             names = self._names_of(index)
-            lengths.append(len(names) * len(self._encode(self.text(index))) + sum(map(self.store.count, names)))
-        return lengths
+            with about(self.describe(index)):
+                read, whole = self._words.lengths(self.text(index), None)
+            cut.add(read, whole)
+            lengths.append(len(names) * read + sum(map(self.store.count, names)))
+        return lengths, cut
 
     def text(self, index: int) -> str:
         """Return the question or sentence of an example."""

@@ -16,6 +16,7 @@ from villa.datasets.prompts import QUESTION, Prompts, append
 from villa.datasets.reader import KEPT_TEXTS, Reader, Record
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.pictures import PictureStore
+from villa.datasets.text import nothing_left
 from villa.errors import DataError
 from villa.plugins import one_line
 
@@ -69,15 +70,19 @@ class ProcessorReader(Reader):
         """Return the images."""
         return PictureStore(sources) if sources else None
 
-    def text_length(self, text: str, pair: str | None) -> int:
-        """Tokens of the text, without what stands for images."""
-        length = self._lengths.get((text, pair))
-        if length is None:
-            cut = {"truncation": True, "max_length": self._limit} if self.reading.kind != "text" else {}
-            length = len(self.tokenizer(text, pair, verbose=False, **cut)["input_ids"])
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Tokens of the text, without what stands for images; see the base class."""
+        whole = self._lengths.get((text, pair))
+        if whole is None:
+            told = text if self.reading.kind == "text" else self._told(text)
+            whole = len(self.tokenizer(told, pair, verbose=False)["input_ids"])
             if len(self._lengths) < KEPT_TEXTS:
-                self._lengths[text, pair] = length
-        return length
+                self._lengths[text, pair] = whole
+        if self.reading.kind == "text" or (self.prompts.marks_images and images):  # which are never cut
+            return whole, whole
+        if not whole:
+            raise nothing_left(text)
+        return min(whole, self._limit), whole
 
     def image_length(self, store: Any, image: int) -> int:
         """Tokens that stand for an image in the text: as many as a small square one has."""
@@ -115,6 +120,9 @@ class ProcessorReader(Reader):
     def _scored(self, examples: Sequence[Example]) -> Batch:
         # Marks of images in a text are never cut.
         made = self._prompted(examples) if self.prompts.marks_images and examples[0].images else self._read(examples)
+        for example, mask in zip(examples, _mask(made), strict=True):
+            if not mask.any():
+                raise nothing_left(example.text)
         references = [example.reference for example in examples]
         targets = stack_targets(examples)
         objective = None
@@ -146,7 +154,7 @@ class ProcessorReader(Reader):
 
     def _read(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Read texts, and images beside them."""
-        texts, seconds = self._texts(examples), [e.pair for e in examples if e.pair is not None]
+        texts, seconds = [self._told(e.text) for e in examples], [e.pair for e in examples if e.pair is not None]
         flat = [image for example in examples for image in example.images]
         options = {"truncation": True, "max_length": self._limit, "padding": self.reading.padding}
         options |= {"padding_side": "right", "return_tensors": "pt"}
@@ -160,9 +168,9 @@ class ProcessorReader(Reader):
             made |= {name: _by_example(value, len(texts), len(flat)) for name, value in seen.items()}
         return made
 
-    def _texts(self, examples: Sequence[Example]) -> list[str]:
+    def _told(self, text: str) -> str:
         template = self.reading.prompt
-        return [e.text if template is None else template.replace(QUESTION, e.text) for e in examples]
+        return text if template is None else template.replace(QUESTION, text)
 
     def _image_processor(self) -> Any:
         if not hasattr(self.processor, "image_processor"):
@@ -189,6 +197,10 @@ def _batch(examples: Sequence[Example], made: Mapping[str, Tensor], **more: Any)
         fields["attention_mask"] = fields["attention_mask"].bool()
     rest = {k: v for k, v in made.items() if k not in (*_FIELDS, "labels") and isinstance(v, Tensor)}
     return Batch([example.id for example in examples], **fields, inputs=rest or None, **more)
+
+
+def _mask(made: Mapping[str, Tensor]) -> Tensor:
+    return made["attention_mask"] if "attention_mask" in made else torch.ones_like(made["input_ids"])
 
 
 def _matches(references: Sequence[Mapping[str, str]]) -> Tensor:

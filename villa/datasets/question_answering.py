@@ -19,7 +19,7 @@ from villa.datasets.base import DatasetConfig, Example, TaskDataset
 from villa.datasets.processor_loading import load_processor
 from villa.datasets.processor_reader import Kind, ProcessorReader, Reading
 from villa.datasets.reader import SIDE, PixelReader, Reader, Record, RegionReader, WordPieces
-from villa.datasets.records import Regions, record_sources, record_texts
+from villa.datasets.records import Regions, Request, record_id, record_sources, record_texts
 from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor, GridOptions
@@ -185,10 +185,12 @@ class QuestionAnswering(TaskDataset):
         rows: list[Record] = []
         sources = Sources()
         for number, record in enumerate(records, start=1):
-            where = f"record {record.get('id', number)}"
+            place = record.where if isinstance(record, Request) else ""
+            where = place or f"record {record.get('id', number)}"
             files = record_sources(record, self.vocabulary.regions, self._request_folder(), where)
             images = tuple(sources.add(source) for source in files)
-            rows.append(Record(str(record.get("id", number)), *record_texts(record, where), images))
+            name, texts = record_id(record, str(number), where), record_texts(record, where)
+            rows.append(Record(name, *texts, images, where=place))
         store = self.open_store(sources.files)
         return TableSplit(rows, self.reader, store)
 

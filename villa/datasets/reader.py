@@ -37,6 +37,7 @@ class Record:
         images: indices of its images in the store.
         target: class index or soft targets ``[labels]``; None when there is no answer, or it is to be written.
         answer: the answer to be written, or None.
+        where: its place in a file, for messages, where it is known.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Record:
     images: tuple[int, ...] = ()
     target: int | Tensor | None = None
     answer: str | None = None
+    where: str = ""
 
 
 class Reader(ABC):
@@ -55,8 +57,17 @@ class Reader(ABC):
         """Return a store of what the images of these files give; None when there are none to read."""
 
     @abstractmethod
-    def text_length(self, text: str, pair: str | None) -> int:
-        """Tokens of a text, or of a pair of texts."""
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Return how many tokens of a text, or of a pair of texts, are read, and how many it has.
+
+        Args:
+            text: the text.
+            pair: a second text, or None.
+            images: whether it is about images.
+
+        Raises:
+            DataError: it cannot be read, or nothing of it is left.
+        """
 
     @abstractmethod
     def image_length(self, store: Any, image: int) -> int:
@@ -70,10 +81,6 @@ class Reader(ABC):
         """Make a batch of examples."""
         return collate(examples)
 
-    def length(self, record_texts: tuple[str, str | None], images: Sequence[int], store: Any) -> int:
-        """Tokens and image positions of an example."""
-        return self.text_length(*record_texts) + sum(self.image_length(store, image) for image in images)
-
 
 class WordPieces:
     """Texts as word-piece ids and, for pairs of texts, types.
@@ -86,6 +93,20 @@ class WordPieces:
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self._kept: dict[tuple[str, str | None], tuple[Tensor, Tensor | None]] = {}
+        self._lengths: dict[tuple[str, str | None], int] = {}
+
+    def lengths(self, text: str, pair: str | None) -> tuple[int, int]:
+        """Return how many word-pieces of a text, or of two, are read, and how many there are.
+
+        Raises:
+            DataError: see ``encode_texts``.
+        """
+        whole = self._lengths.get((text, pair))
+        if whole is None:
+            whole = len(encode_texts(self.tokenizer, text, pair, None)[0])
+            if len(self._lengths) < KEPT_TEXTS:
+                self._lengths[text, pair] = whole
+        return min(whole, self.max_length), whole
 
     def __call__(self, text: str, pair: str | None) -> tuple[Tensor, Tensor | None]:
         """Return ids ``[T]`` and types ``[T]``; no types for one text.
@@ -117,9 +138,9 @@ class RegionReader(Reader):
         """Return the store of region features; they are made ready by its ``prepare``."""
         return self._open_store(sources)
 
-    def text_length(self, text: str, pair: str | None) -> int:
-        """Word-pieces."""
-        return len(self.words(text, pair)[0])
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Word-pieces; see the base class."""
+        return self.words.lengths(text, pair)
 
     def image_length(self, store: RegionStore | None, image: int) -> int:
         """Regions."""
@@ -149,9 +170,9 @@ class PixelReader(Reader):
         """Return the images."""
         return PictureStore(sources)
 
-    def text_length(self, text: str, pair: str | None) -> int:
-        """Word-pieces."""
-        return len(self.words(text, pair)[0])
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Word-pieces; see the base class."""
+        return self.words.lengths(text, pair)
 
     def image_length(self, store: Any, image: int) -> int:
         """0: all images take the same number of positions."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import mmap
+import os
+import weakref
 from array import array
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from villa.datasets.answers import plain_answer
 from villa.datasets.stores.base import Source
 from villa.errors import DataError
+from villa.json_values import is_number, parse_json
 
 #: What a model sees of a record: the grid of its image, a feature file, whole images, or nothing (text only).
 Regions = Literal["grid", "files", "pixels", "none"]
@@ -29,8 +32,10 @@ FULL_AGREEMENT = 3
 class JsonLines:
     """The objects of a JSON-lines file by number; only offsets are held in memory. Blank lines are skipped.
 
+    Lines are read when they are asked for, by offset: a file that is cut meanwhile is an error, not a crash.
+
     Args:
-        path: the file.
+        path: the file; UTF-8, with or without a byte-order mark.
 
     Raises:
         DataError: the file is missing or empty.
@@ -38,23 +43,18 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
+        self._file: int | None = None
         self._starts, self._lines = array("q"), array("q")
-        try:
-            with path.open("rb") as file:
-                start = 0
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        self._starts.append(start)
-                        self._lines.append(number)
-                    start += len(line)
-        except OSError as error:
-            raise DataError(f"cannot read '{path}' ({error.strerror}); mend the path") from error
+        for number, start, line in _numbered(path):
+            if line.strip():
+                self._starts.append(start)
+                self._lines.append(number)
+            self._end = start + len(line)
         if not self._starts:
             raise DataError(f"'{path}' holds no record; write one JSON object a line")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # a mapping cannot travel to another process
+        return {**self.__dict__, "_file": None}  # an opened file cannot travel to another process
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -63,24 +63,33 @@ class JsonLines:
         """Read an object.
 
         Raises:
-            DataError: the line is not a JSON object.
+            DataError: the line is not a JSON object; see ``parse_json``.
         """
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = self._starts[index]
-        end = self._map.find(b"\n", start)
+        line = self._read(index)
         try:
-            record = json.loads(self._map[start : end if end >= 0 else None])
-        except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{self.where(index)}: not valid JSON ({reason}); write one object a line") from error
+            record = parse_json(line.decode())
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 text: byte 0x{line[error.start]:02x}"
+            raise DataError(f"{self.where(index)}: not valid JSON ({problem}); save the file as UTF-8") from error
+        except ValueError as error:
+            raise DataError(f"{self.where(index)}: not valid JSON ({error}); write one object a line") from error
         if not isinstance(record, dict):
             raise DataError(f"{self.where(index)}: a JSON object is needed, not {type(record).__name__}")
         return record
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def _read(self, index: int) -> bytes:
+        start = self._starts[index]
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else self._end
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._file)
+            return os.pread(self._file, end - start, start).partition(b"\n")[0]
+        except OSError as error:
+            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror}); mend the path") from error
 
     def number(self, index: int) -> int:
         """Return the line number of a record, from 1."""
@@ -89,6 +98,34 @@ class JsonLines:
     def where(self, index: int) -> str:
         """Return ``file:line`` of a record, for messages."""
         return f"{self.path}:{self._lines[index]}"
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the lines of a file, each with its number and offset, from behind a byte-order mark."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe has no offsets, a device perhaps no end
+            raise DataError(f"'{path}' is no regular file; write the lines to one")
+        with path.open("rb") as file:
+            start = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+            file.seek(start)
+            for number, line in enumerate(file, start=1):
+                yield number, start, line
+                start += len(line)
+    except (OSError, ValueError) as error:  # ValueError: no possible path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read '{path}' ({reason}); mend the path") from error
+
+
+class Request(dict[str, Any]):
+    """A record to predict on that was read from a file.
+
+    Attributes:
+        where: its place, ``file:line``, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
 
 
 def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
@@ -103,6 +140,18 @@ def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
     present = ", ".join(map(str, record)) or "nothing"
     given = f"'{name}' is {value!r:.40}" if name in record else f"'{name}' is missing (present: {present})"
     raise DataError(f"{where}: {given}; it must be a text that is not empty")
+
+
+def record_id(record: Mapping[str, Any], default: str, where: str) -> str:
+    """Return the id of a record, or the ``default`` where it has none.
+
+    Raises:
+        DataError: it is neither a text with something in it nor a number; ``null`` is neither.
+    """
+    value = record.get("id", default)
+    if (isinstance(value, str) and value) or is_number(value):
+        return str(value)
+    raise DataError(f"{where}: 'id' is {value!r:.40}; it must be a text or a number, or be left out")
 
 
 def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
@@ -120,13 +169,13 @@ def record_sources(record: Mapping[str, Any], regions: Regions, folder: Path, wh
     """Return the files that a record refers to, relative to ``folder``: one, several ``images``, or none.
 
     Raises:
-        DataError: the record does not name them.
+        DataError: the record does not name them, or names what cannot be a path.
     """
     if regions == "pixels" and "images" in record:
         images = record["images"]
         if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
             raise DataError(f"{where}: 'images' is {images!r:.40}; it must be a list of paths")
-        return [Source(folder / Path(image).expanduser(), where) for image in images]
+        return [_source(image, folder, where) for image in images]
     source = region_source(record, regions, folder, where)
     return [] if source is None else [source]
 
@@ -135,11 +184,22 @@ def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, whe
     """Return the file of a record's regions, relative to ``folder``; None for text only.
 
     Raises:
-        DataError: the record does not name one.
+        DataError: the record does not name one, or names what cannot be a path.
     """
     if regions == "none":
         return None
-    return Source(folder / Path(text_field(record, REGION_FIELDS[regions], where)).expanduser(), where)
+    return _source(text_field(record, REGION_FIELDS[regions], where), folder, where)
+
+
+def _source(name: str, folder: Path, where: str) -> Source:
+    if "\0" in name:
+        raise DataError(f"{where}: the path {name!r:.60} holds a NUL, which no name of a file does; mend it")
+    try:
+        return Source(folder / Path(name).expanduser(), where)
+    except RuntimeError as error:
+        raise DataError(
+            f"{where}: '{name:.60}' starts with '~', but there is no such home folder; give a full path"
+        ) from error
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,22 +228,31 @@ def guess_regions(record: Mapping[str, Any]) -> Regions:
     return "grid" if "image" in record else "none"
 
 
-def answer_scores(record: Mapping[str, Any], where: str) -> dict[str, float] | None:
+def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = False) -> dict[str, float] | None:
     """Return the scores in [0, 1] of a record's answers, or None when it has none.
 
     ``"answer": text`` scores 1; ``"answers": {text: score}`` is taken as it is; in ``"answers": [texts]`` of human
     annotators an answer scores min(count / 3, 1) (the VQA score).
 
+    Args:
+        record: the record.
+        where: its place, for messages.
+        written: the answers are texts to be written, to the letter; otherwise they are those of ``plain_answer``.
+
     Raises:
         DataError: a value of another form.
     """
+    plain: Callable[[str], str] = str if written else plain_answer
     if "answers" not in record:
-        return None if record.get("answer") is None else {text_field(record, "answer", where): 1.0}
+        return None if record.get("answer") is None else {plain(text_field(record, "answer", where)): 1.0}
     answers = record["answers"]
     if isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers):
-        return {answer: min(count / FULL_AGREEMENT, 1.0) for answer, count in Counter(answers).items()}
+        return {answer: min(count / FULL_AGREEMENT, 1.0) for answer, count in Counter(map(plain, answers)).items()}
     if isinstance(answers, dict) and answers and all(is_score(score) for score in answers.values()):
-        return {answer: float(score) for answer, score in answers.items()}
+        scores: dict[str, float] = {}
+        for answer, score in answers.items():
+            scores[plain(answer)] = max(float(score), scores.get(plain(answer), 0.0))
+        return scores
     raise DataError(f"{where}: 'answers' must be {{answer: score in [0, 1]}} or a list of texts, not {answers!r:.60}")
 
 

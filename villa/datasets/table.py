@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from villa.datasets.base import Example, Split
 from villa.datasets.reader import Reader, Record
+from villa.datasets.text import CutTexts
+from villa.errors import about
 
 
 class TableSplit(Split):
@@ -29,9 +32,28 @@ class TableSplit(Split):
 
     def describe(self, index: int) -> str:
         """See the base class."""
-        return f"example '{self._records[index].id}'"
+        record = self._records[index]
+        return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
-        return [self._reader.length((r.text, r.pair), r.images, self._store) for r in self._records]
+        images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
+        return [read + more for (read, _), more in zip(self._text_lengths, images, strict=True)]
+
+    def warnings(self) -> list[str]:
+        """See the base class."""
+        cut = CutTexts()
+        for read, whole in self._text_lengths:
+            cut.add(read, whole)
+        return cut.warnings()
+
+    @cached_property
+    def _text_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of every record's text that are read, and all of them."""
+        return list(map(self._measure, range(len(self))))
+
+    def _measure(self, index: int) -> tuple[int, int]:
+        record = self._records[index]
+        with about(record.where or self.describe(index)):
+            return self._reader.text_lengths(record.text, record.pair, images=bool(record.images))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -13,9 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
 from villa.errors import DataError
+from villa.files import lines_of, read_json, read_text
 from villa.plugins import one_line
 
 #: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
@@ -54,13 +55,14 @@ def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
             characters["##" + character] += count * (len(word) > 1)
     ranked = [*_ranked(+characters), *(word for word in _ranked(words) if word not in characters)]
     entries = [*SPECIAL_TOKENS, *ranked][:max_size]
-    return _bert_tokenizer({entry: index for index, entry in enumerate(entries)}, lowercase=True)
+    return _bert_tokenizer({entry: index for index, entry in enumerate(entries)}, normalizer)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer from a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
 
-    A folder's ``tokenizer_config.json`` says whether a ``vocab.txt`` is lower-cased (the default).
+    How a ``vocab.txt`` is read is said by the ``tokenizer_config.json`` beside it; where it is silent about case, texts
+    are lower-cased unless an entry of the vocabulary has an upper-case letter (those of special tokens aside).
 
     Raises:
         DataError: there is no such file, or it is not a tokenizer.
@@ -72,10 +74,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         path = files[0]
     if not path.is_file():
         raise DataError(f"tokenizer '{path}' does not exist; give a {TOKENIZER_FILE}, a vocab.txt or a folder")
+    if path.suffix == ".txt":
+        vocabulary = _read_vocabulary(path)
+        return _bert_tokenizer(vocabulary, _normalizer(path.parent, vocabulary))
     try:
-        if path.suffix == ".txt":
-            return _bert_tokenizer(_read_vocabulary(path), lowercase=_is_lowercase(path.parent))
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(read_text(path, "tokenizer"))
     except DataError:
         raise
     except Exception as error:  # the package raises bare exceptions
@@ -94,37 +97,70 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def encode(tokenizer: Tokenizer, text: str, max_length: int) -> Tensor:
-    """Return the word-piece ids of a text with [CLS] and [SEP]: ``[T]`` int64, T <= ``max_length``."""
-    return encode_texts(tokenizer, text, None, max_length)[0]
-
-
-def encode_texts(tokenizer: Tokenizer, text: str, pair: str | None, max_length: int) -> tuple[Tensor, Tensor | None]:
+def encode_texts(
+    tokenizer: Tokenizer, text: str, pair: str | None, max_length: int | None
+) -> tuple[Tensor, Tensor | None]:
     """Return the word-piece ids ``[T]`` of a text or of two, and with two their types ``[T]`` (0 and 1), else None.
+
+    Args:
+        tokenizer: text to ids.
+        text: the text.
+        pair: a second text, or None.
+        max_length: longer ones are cut to it; None cuts nothing.
 
     Raises:
         DataError: the tokenizer cannot read a text, or makes nothing of it.
     """
     truncation = tokenizer.truncation
-    if truncation is None or truncation["max_length"] != max_length:
+    if max_length is None and truncation is not None:
+        tokenizer.no_truncation()
+    elif max_length is not None and (truncation is None or truncation["max_length"] != max_length):
         tokenizer.enable_truncation(max_length)
     try:
         found = tokenizer.encode(text, pair)
     except Exception as error:  # the package raises bare exceptions
         raise DataError(f"the tokenizer cannot read the text {text!r:.60}: {one_line(error)}; mend it") from error
     if not found.ids:
-        raise DataError(f"the tokenizer makes nothing of the text {text!r:.60}; mend it, or leave it out")
+        raise nothing_left(text)
     types = None if pair is None else torch.tensor(found.type_ids, dtype=torch.int64)
     return torch.tensor(found.ids, dtype=torch.int64), types
+
+
+def nothing_left(text: str) -> DataError:
+    """Return the error that a tokenizer, which adds no special tokens, makes nothing of a text."""
+    return DataError(f"the tokenizer makes nothing of the text {text!r:.60}; mend it, or leave it out")
+
+
+class CutTexts:
+    """Counts texts, and those of which only the beginning is read."""
+
+    def __init__(self) -> None:
+        self._texts = self._cut = self._read = self._longest = 0
+
+    def add(self, read: int, whole: int) -> None:
+        """Count a text of which so many tokens are read, of so many that it has."""
+        self._texts += 1
+        if read < whole:
+            self._cut += 1
+            self._read, self._longest = read, max(self._longest, whole)
+
+    def warnings(self) -> list[str]:
+        """Return a line about the texts that are cut, if there are any."""
+        if not self._cut:
+            return []
+        return [
+            f"{self._cut:,} of {self._texts:,} texts are longer than {self._read} tokens and are cut; the longest has "
+            f"{self._longest:,} (dataset.max_text_length)"
+        ]
 
 
 def _ranked(counts: Counter[str]) -> list[str]:
     return sorted(counts, key=lambda entry: (-counts[entry], entry))
 
 
-def _bert_tokenizer(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
+def _bert_tokenizer(vocabulary: dict[str, int], normalizer: Normalizer) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])]
     tokenizer.post_processor = processors.BertProcessing(*ends)
@@ -133,15 +169,33 @@ def _bert_tokenizer(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    # Not splitlines(): entries may be characters that it takes for the end of a line.
-    entries = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    vocabulary = {entry: index for index, entry in enumerate(lines_of(read_text(path, "vocabulary")))}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
     if missing:
         raise DataError(f"'{path}' is not a BERT vocabulary: it has no {', '.join(missing)}")
     return vocabulary
 
 
-def _is_lowercase(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    return bool(json.loads(config.read_text()).get("do_lower_case", True)) if config.is_file() else True
+def _normalizer(folder: Path, vocabulary: Iterable[str]) -> Normalizer:
+    """Return what prepares texts for a ``vocab.txt``, as the ``tokenizer_config.json`` beside it says."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, "tokenizer's configuration") if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise DataError(f"'{path}' must hold a JSON object, as transformers writes it; mend it, or remove it")
+    names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
+    names |= {"tokenize_chinese_chars": "handle_chinese_chars"}
+    given = {ours: bool(config[theirs]) for theirs, ours in names.items() if config.get(theirs) is not None}
+    wrong = next((name for name in names if config.get(name) not in (None, True, False)), None)
+    if wrong is not None:
+        raise DataError(f"'{path}' says {wrong}={config[wrong]!r:.20}; it must be true or false")
+    return normalizers.BertNormalizer(**{"lowercase": not _is_cased(vocabulary), **given})
+
+
+def _is_cased(vocabulary: Iterable[str]) -> bool:
+    """Say whether a vocabulary tells upper case from lower: special tokens, [PAD] and the like, say nothing.
+
+    Nor do single letters beyond ASCII: some of a lower-cased vocabulary have got a lower case in Unicode since then.
+    """
+    ordinary = (entry for entry in vocabulary if not (len(entry) > 2 and entry[0] in "[<" and entry[-1] in "]>"))
+    words = (entry.removeprefix("##") for entry in ordinary)
+    return any(word != word.lower() and (len(word) > 1 or word.isascii()) for word in words)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
-from villa.datasets.records import JsonLines, beside
+from villa.datasets.records import JsonLines, Request, beside, record_id
 from villa.distributed.strategy import strategy_of
 from villa.engine.answers import write_answers
 from villa.engine.folder import CONFIG, METRICS, claim
-from villa.engine.report import protocol, score, show
+from villa.engine.report import about_split, protocol, score, show
 from villa.engine.setup import Parts, build
 from villa.engine.submission import submission_path, write_submission
 from villa.errors import ConfigError, DataError
@@ -46,6 +45,8 @@ def evaluate(config: RunConfig) -> int:
         parts, source = restore_parts(config)
         parts.distribute()
         examples = parts.split(split, "evaluation.test_split" if tests else "evaluation.split")
+        for warning in about_split(split, examples):
+            print(f"note: {warning}")
         values = score(parts, split, examples, folder)
         if not processes.is_main:
             return 0
@@ -75,6 +76,8 @@ def predict(config: RunConfig) -> int:
         examples = parts.split(config.predict.split, "predict.split")
     else:
         examples = parts.data.requests(list(read_requests(local_path(given))))
+    for warning in about_split(stem, examples):
+        print(f"note: {warning}")
     try:
         write_answers(parts, examples, output)
     except OSError as error:
@@ -88,22 +91,21 @@ def predict(config: RunConfig) -> int:
     return 0
 
 
-def read_requests(path: Path) -> Iterator[dict[str, Any]]:
+def read_requests(path: Path) -> Iterator[Request]:
     """Yield the records of a JSON-lines file, each with an ``id``: by default its line's number.
 
     An image or feature file whose path is relative is taken from beside the file if it is there; otherwise the path
     stays as it is, for the data set to look up.
 
     Raises:
-        DataError: the file is missing or empty, a line is not a JSON object, or an id occurs twice.
+        DataError: the file is missing or empty, a line is not a JSON object, or an id is unusable or occurs twice.
     """
     lines = JsonLines(path)
     ids: set[str] = set()
     for index, record in enumerate(lines):
-        name = str(lines.number(index) if record.get("id") is None else record["id"])
+        where = lines.where(index)
+        name = record_id(record, str(lines.number(index)), where)
         if name in ids:
-            raise DataError(
-                f"{lines.where(index)}: the id '{name}' occurs twice; give every line its own, or none an id"
-            )
+            raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
         ids.add(name)
-        yield {**record, **beside(path.parent, record), "id": name}
+        yield Request({**record, **beside(path.parent, record), "id": name}, where)

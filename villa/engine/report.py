@@ -91,7 +91,14 @@ def _test(parts: Parts, folder: Path) -> dict[str, float]:
         write_answers(parts, examples, _predictions(folder, split))
         _submit(parts, split, folder)
         return {}
+    for warning in about_split(split, examples):
+        print(f"note: {warning}")
     return score(parts, split, examples, folder)
+
+
+def about_split(name: str, examples: Split) -> list[str]:
+    """Return what a user should know about a split before it is used, a line each."""
+    return [f"{name}: {warning}" for warning in examples.warnings()]
 
 
 def _submit(parts: Parts, split: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ from villa.engine.folder import CONFIG, claim
 from villa.engine.inference import restore_parts
 from villa.engine.progress import TrainingProgress
 from villa.engine.provenance import provenance
-from villa.engine.report import report
+from villa.engine.report import about_split, report
 from villa.engine.setup import Parts, build, build_trainer, load_model
 from villa.engine.tracking import Trackers, run_trackers
 from villa.engine.training import Progress, Training, fit
@@ -148,7 +148,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     print(plan(parts, trainer, sampler, total), flush=True)
     for line in plan_of_run(parts, split, sampler) if parts.strategy.processes.is_main else ():
         print(f"  {line}", flush=True)
-    for warning in (*sampler.warnings(), *idle_note(batch, share.world_size)):
+    for warning in (*about_split("train", split), *sampler.warnings(), *idle_note(batch, share.world_size)):
         print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
     return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
@@ -258,6 +258,8 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
     callbacks: list[Callback] = [logging]
     if evaluation.split is not None:
         split = parts.split(evaluation.split, "evaluation.split (null for none)")
+        for warning in about_split(evaluation.split, split):
+            print(f"  note: {warning}", flush=True)
 
         def batches(first: bool = False) -> Iterable[Batch | StandIn]:
             size, training, share = evaluation.examples, config.training, parts.strategy.share

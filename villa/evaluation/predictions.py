@@ -11,7 +11,7 @@ from typing import Any
 
 from villa.errors import DataError
 from villa.files import fsync
-from villa.json_values import is_number
+from villa.json_values import is_number, parse_json
 
 _FORM = '{"id": text, "answer": text or whole number, "score": number}'
 
@@ -74,13 +74,14 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"prediction file {path} does not exist; write one with run_type=predict")
     seen: set[str] = set()
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path} line {number}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON ({line.strip()[:60]!r}); each line is {_FORM}") from error
+                record = parse_json(line.decode())
+            except ValueError as error:
+                found = line.decode(errors="replace").strip()[:60]
+                raise DataError(f"{where} is not JSON ({found!r}); each line is {_FORM}") from error
             _check(record, where)
             if record["id"] in seen:
                 raise DataError(f"{where} predicts '{record['id']}' a second time; keep one line an example")

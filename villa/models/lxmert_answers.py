@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from villa.errors import CheckpointError, DataError
+from villa.files import read_json
 from villa.models.weight_files import read_weights
 from villa.models.weight_names import plain_names
-from villa.plugins import one_line
 
 _HEAD = "answer_head."
 #: The parameters with a row for every answer.
@@ -39,11 +38,9 @@ def read_pretraining_answers(path: Path) -> list[str]:
     Raises:
         DataError: the file is missing or not a list of ``{"ans": text}``.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        answers = [entry["ans"] for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"cannot read '{path}' ({one_line(error)}); give all_ans.json of LXMERT's release") from error
+    entries = read_json(path, "answers of pre-training", "give all_ans.json of LXMERT's release")
+    listed = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    answers = [entry.get("ans") for entry in entries] if listed else []
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise DataError(f"'{path}' must be a JSON list of {{\"ans\": text}}; give all_ans.json of LXMERT's release")
     return answers

@@ -181,7 +181,8 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
         raise ConfigError(
             f"model.architecture='{described.model_type}' has no vocabulary; use a text model like 'bert'"
         )
-    stored: int | None = described.vocab_size
+    written_for: int = described.vocab_size
+    stored: int | None = written_for
     # A fresh one, with the defaults of transformers; a folder may be called like a model type.
     if architecture == described.model_type and not is_transformers_folder(architecture):
         stored = config.options.get("vocab_size")
@@ -192,7 +193,7 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
         stored = None  # its rows are matched to the data's as they are loaded
     vocab_size = config.vocab_size if config.vocab_size is not None else stored
     described.vocab_size = settle("model.vocab_size", vocab_size, facts.vocab_size)
-    _settle_tokens(described, facts)
+    _settle_tokens(described, facts, written_for)
     name_labels(described, config.num_labels, facts)
     return described
 
@@ -203,18 +204,30 @@ def _place(usual: int, facts: DataFacts) -> int:
     return tokens.index(_NAMES[usual]) if _NAMES[usual] in tokens else usual
 
 
-def _settle_tokens(described: Any, facts: DataFacts) -> None:
+def _settle_tokens(described: Any, facts: DataFacts, stored: int) -> None:
     """Name the padding and the decoder's first token of architectures that need them and do not say.
 
-    The padding is the data's where the configuration names one that is not in the vocabulary.
+    Args:
+        described: the configuration, with the size of the data's vocabulary.
+        facts: what the data fixes; where its vocabulary is smaller, its padding takes the place of one beyond it.
+        stored: rows of the vocabulary that the configuration was written for.
+
+    Raises:
+        ConfigError: the id of padding has no row in the word embedding.
     """
     padding = getattr(described, "pad_token_id", None)
-    if padding is not None and facts.padding is not None and not 0 <= padding < described.vocab_size:
+    if padding is not None and facts.padding is not None and described.vocab_size <= padding < stored:
         described.pad_token_id = facts.padding
     if getattr(described, "pad_token_id", None) is None:  # GPT-2 and its like find the last word by it
         ends = getattr(described, "eos_token_id", None)
         # What the reader of texts pads with where the tokenizer has no padding.
         described.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    padding = described.pad_token_id
+    if padding is not None and not 0 <= padding < described.vocab_size:
+        raise ConfigError(
+            f"the configuration of '{described.model_type}' pads with the id {padding}, but its vocabulary has the ids "
+            f"0 to {described.vocab_size - 1}; set model.options.pad_token_id to one of these"
+        )
     if described.is_encoder_decoder and getattr(described, "decoder_start_token_id", None) is None:
         described.decoder_start_token_id = described.pad_token_id
 

@@ -21,7 +21,7 @@ from villa.datasets.stores.grid_store import GridStore
 from villa.datasets.stores.scaled import ScaledStore, Scaling
 from villa.datasets.text import build_tokenizer
 from villa.engine.progress import track
-from villa.files import atomic_write, new_folder, write_json
+from villa.files import atomic_write, new_folder, read_text, write_json
 
 #: Image database whose features are all 0: what a model reaches by the questions alone.
 BLANK = "img_db_blank"
@@ -115,7 +115,7 @@ def _write_raw(pictures: Pictures, folder: Path, vocabulary: Path | None) -> Non
             write_json(unfinished / f"{split}_annotations.json", {"annotations": [_annotation(*row) for row in own]})
             lines = "".join(f"{json.dumps(line)}\n" for line in captions([row for _, row in own]))
             atomic_write(unfinished / f"{split}_captions.jsonl", lines)
-        atomic_write(unfinished / "vocab.txt", _vocabulary(pictures) if vocabulary is None else vocabulary.read_text())
+        atomic_write(unfinished / "vocab.txt", _vocabulary(pictures) if vocabulary is None else read_text(vocabulary))
 
 
 def captions(rows: list[Annotation]) -> Iterator[dict[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from villa.errors import DataError
+from villa.files import lines_of, read_text
 
 SPLITS = ("train", "val", "test")
 #: Training images (the last ones) that are held out to choose checkpoints: as many as ``dataset=easy_vqa`` does.
@@ -116,10 +117,7 @@ def _listed(path: Path) -> list[int]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"'{path}' cannot be read as text; give the folder of DAQUAR") from error
+    return lines_of(read_text(path, "list of DAQUAR", "give the folder of DAQUAR"))
 
 
 SOURCES: dict[str, Callable[[Path | None], Pictures]] = {"easy_vqa": read_easy_vqa, "daquar": read_daquar}

@@ -122,3 +122,10 @@ def test_a_damaged_file_is_not_read_whole(write_json: WriteJson, monkeypatch: py
         with pytest.raises(DataError, match="Unterminated string"):
             list(scanner._Scanner(file, path).entries())
         assert len(file.read()) > 50_000  # what was not read
+
+
+def test_a_file_may_begin_with_a_mark_but_not_name_a_field_twice(write_json: WriteJson) -> None:
+    text = '{"5": {"imageId": "n1", "question": "What?", "answer": "a "}}'
+    (example,) = read_gqa(write_json("questions.json", "\ufeff" + text))
+    assert example.fields["answer"] == "a"
+    refused(write_json("questions.json", text.replace("}}", ', "answer": "b"}}')), read_gqa, "'answer' occurs twice")

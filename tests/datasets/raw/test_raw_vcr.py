@@ -74,3 +74,11 @@ def test_a_damaged_record_is_named(write_json: WriteJson, change: dict[str, Any]
 def test_the_split_must_be_known(write_json: WriteJson) -> None:
     with pytest.raises(DataError, match="give --split train, val or test"):
         list(read_vcr(write_json("vcr.jsonl", [RECORD])))
+
+
+def test_an_image_without_objects_is_read_as_long_as_no_tag_points_at_one(write_json: WriteJson) -> None:
+    words = {"question": ["What", "?"], "answer_choices": [["yes"]] * 4, "rationale_choices": [["no"]] * 4}
+    (example,) = read_vcr(write_json("val.jsonl", [{**RECORD, **words, "objects": []}]))
+    assert example.texts["input_ids"] == ("What", "?")
+    with pytest.raises(DataError, match="tag 0 points at none of the 0 objects"):
+        list(read_vcr(write_json("val.jsonl", [{**RECORD, "objects": []}])))

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,31 @@ def test_scores_are_the_accuracy_averaged_over_nine_annotators() -> None:
         record = Record(annotation(1, *["dog"] * count, *[f"other{n}" for n in range(10 - count)]), "a.json")
         left_out = [min((count - (n < count)) / 3, 1) for n in range(10)]
         assert answer_target(record, {"dog": 0}, "soft")["scores"] == pytest.approx([sum(left_out) / 10])
+
+
+def test_ids_may_be_texts_and_answers_empty(write_json: WriteJson) -> None:
+    questions = {**QUESTIONS, "questions": [{"image_id": "9", "question": "What?", "question_id": "90"}]}
+    none = {**annotation(90, ""), "answers": []}
+    for answers, target in ((annotation(90, *[""] * 10), [1.0]), (none, [])):
+        paths = write_json("q.json", questions), write_json("a.json", {"annotations": [answers]})
+        (example,) = read_vqa(*paths, {"": 0})
+        assert (example.id, example.images) == ("90", "coco_val2014_000000000009.npz")
+        assert example.fields["target"]["scores"] == target
+
+
+def test_two_annotations_of_one_question_are_refused_but_not_a_copy(write_json: WriteJson) -> None:
+    first, second = ANNOTATIONS["annotations"]
+    other = {**annotation(7001, "cat"), "question_id": "7001"}
+    paths = write_json("q.json", QUESTIONS), write_json("a.json", {"annotations": [first, second, other]})
+    with pytest.raises(DataError, match=r"a\.json: record 3: the question_id 7001 occurs twice, first in .*record 1"):
+        list(read_vqa(*paths, LABELS))
+    write_json("a.json", {"annotations": [first, second, first]})
+    assert len(list(read_vqa(*paths, LABELS))) == 2
+
+
+def test_files_may_begin_with_a_mark_but_not_name_anything_twice(write_json: WriteJson) -> None:
+    questions = write_json("q.json", "\ufeff" + json.dumps(QUESTIONS))
+    assert len(list(read_vqa(questions))) == 2
+    write_json("q.json", json.dumps(QUESTIONS, indent=1).replace('"image_id": 7,', '"image_id": 7,\n"image_id": 8,'))
+    with pytest.raises(DataError, match=r"'image_id' occurs twice in one object, again in line 12"):
+        list(read_vqa(questions))

@@ -87,6 +87,12 @@ def test_a_line_of_the_fields_in_the_released_order_is_read(tmp_path: Path) -> N
     assert np.allclose(boxes.numpy(), [[0.1, 0.1, 1.0, 0.5]])
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(path: Path, images: Arrays) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(TsvFile(path)) == list(images)
+    check_all(TsvFile(path), images)
+
+
 def test_the_file_is_scanned_once(path: Path, images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     first = TsvFile(path)
     monkeypatch.setattr(tsv, "_scan", lambda *_: pytest.fail("scanned again"))

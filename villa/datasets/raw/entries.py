@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from villa.errors import DataError
+from villa.json_values import RepeatedNameError, unique_names
 
 _CHUNK = 1 << 20
 #: Characters of the longest key or value; a damaged file could otherwise seem to hold an endless one.
@@ -22,7 +23,7 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
         DataError: the file is missing, or holds something else.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from _Scanner(file, path).entries()
     except OSError as error:
         raise DataError(f"cannot read the file '{path}' ({error.strerror}); mend the path") from error
@@ -36,7 +37,7 @@ class _Scanner:
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file, self._path = file, path
         self._text, self._place, self._number = "", 0, 0
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(object_pairs_hook=unique_names).raw_decode
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         self._sign("{")
@@ -84,6 +85,8 @@ class _Scanner:
                 value, self._place = self._decode(self._text, self._place)
             except RecursionError:
                 raise self._error("too deeply nested") from None
+            except RepeatedNameError as error:
+                raise self._error(str(error)) from error
             except ValueError as error:
                 if len(self._text) - self._place > _LONGEST or not self._more():
                     raise self._error(str(error)) from error

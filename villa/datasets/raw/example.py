@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,21 @@ class LineRecords:
         """
         for number in range(len(self._lines)):
             yield Record(self._lines[number], self._lines.where(number))
+
+
+def by_number(records: Iterable[Record], field: str) -> dict[int, Record]:
+    """Return records by a whole number that each must have for itself; a plain copy of a record may follow it.
+
+    Raises:
+        DataError: a record has none, or that of another.
+    """
+    found: dict[int, Record] = {}
+    for record in records:
+        first = found.setdefault(record.integer(field), record)
+        if first.values != record.values:
+            number = record.integer(field)
+            raise DataError(f"{record.where}: the {field} {number} occurs twice, first in {first.where}; leave one out")
+    return found
 
 
 def as_record(value: Any, where: str) -> Record:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from villa.datasets.answers import plain_answer
 from villa.datasets.raw.entries import read_entries
 from villa.datasets.raw.example import RawExample, as_record
 
@@ -25,7 +26,7 @@ def read_gqa(questions: Path) -> Iterator[RawExample]:
         record = as_record(value, f"{questions}: question {identifier}")
         fields = {**record.values}
         if "answer" in fields:
-            record.text("answer")
+            fields["answer"] = plain_answer(record.text("answer"))
         texts = {"input_ids": (record.text("question"),)}
         yield RawExample(identifier, texts, f"{record.text('imageId')}.npz", fields, record.where)
 

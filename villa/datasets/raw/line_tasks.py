@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from villa.datasets.answers import answer_list
 from villa.datasets.raw.answers import MIN_OCCURRENCES, Scores, build_answers, human_answers, human_scores
 from villa.datasets.raw.example import LineRecords, RawExample, Record, read_records
 from villa.datasets.raw.gqa import count_gqa, gqa_answers, read_gqa
@@ -40,7 +41,7 @@ def make_lines(
         options: files and settings of the task.
         output: file to write.
         images: folder of the images; see ``write_lines``.
-        answers_file: file to write with one answer a line, in the order of the labels.
+        answers_file: file to write with the answers in the order of the labels; see ``answer_list``.
         skip_missing: leave out lines whose images are not there.
         force: replace files that are there.
         progress: how to show how far it is.
@@ -64,12 +65,13 @@ def make_lines(
     if answers_file is not None:
         if source.answers is None:
             raise ConfigError(f"nothing given answers the questions of task {task}; leave out --answers-file")
-        answers = source.answers()
+        answers = list(source.answers())
+        listed = answer_list(answers_file, answers)
     counts = write_lines(source, output, images, skip_missing=skip_missing, progress=progress)
     if answers_file is None or answers is None:
         return counts, None
     try:
-        atomic_write(answers_file, "".join(f"{answer}\n" for answer in answers))
+        atomic_write(answers_file, listed)
     except OSError as error:
         raise DataError(f"'{answers_file}' cannot be written: {one_line(error)}") from error
     return counts, len(answers)

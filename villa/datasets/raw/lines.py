@@ -74,7 +74,7 @@ def write_lines(
         progress: how to show how far it is.
 
     Raises:
-        DataError: an image is missing, nothing is left, or the file cannot be written.
+        DataError: an image is missing, two lines have the same id, nothing is left, or the file cannot be written.
     """
     if images is not None and not images.is_dir():
         raise DataError(f"'{images}' is not a folder; give --images the folder with the images")
@@ -82,8 +82,11 @@ def write_lines(
     counts = Counts()
     try:
         with replacing(output) as temporary, temporary.open("x", encoding="utf-8") as file:
-            for record in _records(source, finder, skip_missing, counts, progress):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            for record, where in _records(source, finder, skip_missing, counts, progress):
+                try:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{where}: a text holds half a character ({one_line(error)}); mend it") from error
             if not counts.written:
                 raise DataError(f"no line is left for '{output}' ({counts.left_out:,} lack their images)")
     except OSError as error:
@@ -93,8 +96,13 @@ def write_lines(
 
 def _records(
     source: LineSource, finder: _Finder, skip_missing: bool, counts: Counts, progress: Mode
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what is to be written, each with its place in what was read."""
+    seen: set[str] = set()
     for line in track(source.lines, "writing lines", source.total, mode=progress):
+        if line.fields["id"] in seen:
+            raise DataError(f"{line.where}: the id '{line.fields['id']}' occurs twice; ids must be unique")
+        seen.add(line.fields["id"])
         paths = [finder.find(places, line.where) for places in line.images]
         if None in paths:
             if not skip_missing:
@@ -106,7 +114,7 @@ def _records(
             counts.left_out += 1
             continue
         counts.written += 1
-        yield {**line.fields, **({"image": paths[0]} if len(paths) == 1 else {"images": paths})}
+        yield {**line.fields, **({"image": paths[0]} if len(paths) == 1 else {"images": paths})}, line.where
 
 
 class _Finder:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from villa.datasets.raw.example import RawExample, Record, read_object, read_records
+from villa.datasets.raw.example import RawExample, Record, by_number, read_object, read_records
 from villa.errors import DataError, nearest
 
 _ANNOTATION_FIELDS = ("id", "area", "bbox", "image_id", "category_id", "iscrowd")
@@ -36,7 +36,7 @@ class ReferringFiles:
         self._refs = [record for record in records if record.text("split") == split]
         images = {record.integer("image_id") for record in self._refs}
         entries = read_records(instances, "annotations")
-        self._annotations = {entry.integer("id"): entry for entry in entries if entry.integer("image_id") in images}
+        self._annotations = by_number((entry for entry in entries if entry.integer("image_id") in images), "id")
         self._categories = [dict(record.values) for record in read_records(instances, "categories")]
         self._images = [entry for entry in read_records(instances, "images") if entry.integer("id") in images]
         self._order = self._own_order() if order is None else _given_order(order)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from villa.datasets.raw.answers import Scores, answer_target
-from villa.datasets.raw.example import RawExample, Record, read_object, read_records
+from villa.datasets.raw.example import RawExample, by_number, read_object, read_records
 from villa.errors import DataError
 
 #: Image sets that a question file may ask about; ``vg`` is Visual Genome.
@@ -54,7 +54,7 @@ def read_vqa(
         DataError: a file cannot be read, or a question has no annotation.
     """
     images = images or image_set(questions)
-    answered = None if annotations is None else _by_question(read_records(annotations, "annotations"))
+    answered = None if annotations is None else by_number(read_records(annotations, "annotations"), "question_id")
     for question in read_records(questions, "questions"):
         number = question.integer("question_id")
         name = image_name(images, question.integer("image_id"))
@@ -65,10 +65,6 @@ def read_vqa(
                 raise DataError(f"{question.where}: '{annotations}' has no annotation of question {number}")
             fields.update(annotation.values, target=answer_target(annotation, labels or {}, scores))
         yield RawExample(str(number), {"input_ids": (question.text("question"),)}, name, fields, question.where)
-
-
-def _by_question(annotations: Sequence[Record]) -> dict[int, Record]:
-    return {record.integer("question_id"): record for record in annotations}
 
 
 def _choices() -> str:

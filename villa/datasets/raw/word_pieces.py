@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
 from villa.datasets.raw.example import Words
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, vocabulary_size
@@ -26,8 +25,8 @@ class WordPieces:
     """A WordPiece tokenizer with the special tokens of BERT.
 
     Args:
-        source: a ``vocab.txt``, a ``tokenizer.json``, a folder with one of them, or a name that transformers knows. A
-            ``vocab.txt`` without ``tokenizer_config.json`` is taken for lower-cased if it has no upper-case letter.
+        source: a ``vocab.txt``, a ``tokenizer.json`` or a folder with one of them (see ``load_tokenizer``), or a name
+            that transformers knows.
         name: what databases call it (they are compared by it); by default that of the source.
 
     Attributes:
@@ -84,10 +83,6 @@ def _load(source: str) -> Tokenizer:
     if not path.exists() and not _looks_like_path(source):
         return _from_transformers(source)
     tokenizer = load_tokenizer(path)
-    vocabulary = path / "vocab.txt" if path.is_dir() else path
-    is_bare = vocabulary.suffix == ".txt" and not (vocabulary.parent / "tokenizer_config.json").is_file()
-    if is_bare and not (path / "tokenizer.json").is_file():
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=_is_lowercase(tokenizer))
     tokenizer.no_truncation()
     return tokenizer
 
@@ -115,11 +110,6 @@ def _from_transformers(name: str) -> Tokenizer:
         f"tokenizer '{name}' is neither a file nor to be had by its name ({reason:.120}); give its vocabulary file: "
         "--tokenizer vocab.txt"
     )
-
-
-def _is_lowercase(tokenizer: Tokenizer) -> bool:
-    entries = (entry for entry in tokenizer.get_vocab() if not entry.startswith("["))
-    return not any(letter in string.ascii_uppercase for entry in entries for letter in entry)
 
 
 def _looks_like_path(source: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -45,7 +46,8 @@ def pieces(file: BinaryIO | MemoryFile) -> Iterator[bytes]:
         ValueError: it is neither of the two, or an entry is longer than ``LONGEST``.
     """
     buffer = file.read(PIECE)
-    if len(buffer) < PIECE:
+    whole, buffer = len(buffer) < PIECE, buffer.removeprefix(BOM_UTF8)
+    if whole:
         yield buffer
         return
     start = buffer.lstrip()[:1]

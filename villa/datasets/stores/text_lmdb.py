@@ -6,7 +6,6 @@ Values are ``lz4.frame``-compressed msgpack maps; ``id2len.json`` lists the exam
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from villa.datasets.stores.tables import (
 )
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer
 from villa.errors import DataError
+from villa.json_values import parse_json
 from villa.plugins import one_line
 
 #: Largest example after decompression, in bytes: damaged or hostile values claim more.
@@ -172,7 +172,7 @@ class TextDatabase:
             DataError: it is missing or not JSON.
         """
         try:
-            return json.loads((self.path / name).read_bytes())
+            return parse_json((self.path / name).read_bytes().decode("utf-8-sig"))
         except UNREADABLE as error:
             raise self._unreadable(name, error) from error
 

@@ -25,7 +25,7 @@ from villa.plugins import one_line
 logger = logging.getLogger(__name__)
 
 #: To be raised when the index file changes.
-FORMAT = 1
+FORMAT = 2
 _MIB = 1 << 20
 
 

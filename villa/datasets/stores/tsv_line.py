@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from codecs import BOM_UTF8
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats
 
 
 def _fields(line: bytes) -> list[bytes]:
-    fields = line.rstrip(b"\r\n").split(b"\t")
+    fields = line.removeprefix(BOM_UTF8).rstrip(b"\r\n").split(b"\t")
     if len(fields) != len(FIELDS):
         raise ValueError(f"{len(fields)} fields with tabs between them, not the {len(FIELDS)} from img_id to features")
     return fields

@@ -9,6 +9,7 @@ from typing import Any
 
 from villa.errors import DataError
 from villa.evaluation.submissions.reading import line_blocks
+from villa.json_values import unique_names
 from villa.plugins import one_line
 
 #: Files of a text database whose keys are the ids of its examples (VCR has the second).
@@ -108,12 +109,12 @@ def _from_records(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterable[str]:
-    return (line for block in line_blocks(path, "read ids") for line in block)
+    return (line for block in line_blocks(path, "read ids", "utf-8-sig") for line in block)
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({one_line(error)}); mend the file") from error
 

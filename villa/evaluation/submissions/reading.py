@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 from villa.engine.progress import track
 from villa.errors import DataError
+from villa.json_values import RepeatedNameError, unique_names
 
 T = TypeVar("T", str, list[str])
 
@@ -33,14 +34,20 @@ def text_pieces(path: Path, description: str) -> Iterator[str]:
     return _pieces(path, description, lambda file: file.read(_PIECE))
 
 
-def line_blocks(path: Path, description: str) -> Iterator[list[str]]:
-    """Yield the lines of a UTF-8 file in blocks of about a million characters; see ``text_pieces``."""
-    return _pieces(path, description, lambda file: file.readlines(_PIECE))
+def line_blocks(path: Path, description: str, encoding: str = "utf-8") -> Iterator[list[str]]:
+    """Yield the lines of a UTF-8 file in blocks of about a million characters; see ``text_pieces``.
+
+    Args:
+        path: the file.
+        description: what is being done, for the display.
+        encoding: ``utf-8-sig`` goes over a byte-order mark, which no submission may have.
+    """
+    return _pieces(path, description, lambda file: file.readlines(_PIECE), encoding)
 
 
-def _pieces(path: Path, description: str, take: Callable[[TextIO], T]) -> Iterator[T]:
+def _pieces(path: Path, description: str, take: Callable[[TextIO], T], encoding: str = "utf-8") -> Iterator[T]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding=encoding, newline="") as file:
             total = os.fstat(file.fileno()).st_size // _PIECE + 1
             yield from track(takewhile(bool, map(take, repeat(file))), description, total)
     except UnicodeDecodeError as error:
@@ -86,7 +93,7 @@ class _Cursor:
 
     def __init__(self, path: Path, description: str) -> None:
         self._pieces = text_pieces(path, description)
-        self._decoder = json.JSONDecoder(parse_constant=_refuse)
+        self._decoder = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=unique_names)
         self._text = ""
         self._at = 0
 
@@ -114,7 +121,8 @@ class _Cursor:
             try:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:  # perhaps because the rest of it is not read yet
-                if isinstance(error, RecursionError) or len(self._text) - self._at > _PIECE or not self._read():
+                final = isinstance(error, RecursionError | RepeatedNameError)
+                if final or len(self._text) - self._at > _PIECE or not self._read():
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                     raise DataError(f"{where} is not valid JSON ({reason}); is the file complete?") from error
             else:
