@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from villa.config.build import build
-from villa.config.overlays import lay_over
 from villa.config.options import recipe_options
+from villa.config.overlays import lay_over
 from villa.config.overrides import parse_overrides, take_text
 from villa.config.printer import leaves
 from villa.config.reader import read_layers
@@ -84,6 +84,17 @@ def from_yaml(path: str | Path) -> RunConfig:
         ConfigError: as for ``load``.
     """
     return load([f"config={path}"]).config
+
+
+def import_plugins(args: Iterable[str]) -> Layer:
+    """Import the ``user_dir`` that arguments, or the recipe that they name, give; return the values of the arguments.
+
+    Raises:
+        ConfigError: the arguments, the recipe's file or the ``user_dir`` cannot be used.
+    """
+    path, overrides = parse_overrides(args)
+    import_user_dir([*(() if path is None else read_layers(path)), overrides])
+    return overrides
 
 
 def import_user_dir(layers: Sequence[Layer]) -> None:

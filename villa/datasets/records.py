@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from villa.datasets.stores.base import Source
-from villa.errors import DataError
+from villa.errors import DataError, about
+from villa.files import plain_path
 
 #: What a model sees of a record: the grid of its image, a feature file, whole images, or nothing (text only).
 Regions = Literal["grid", "files", "pixels", "none"]
@@ -126,7 +127,7 @@ def record_sources(record: Mapping[str, Any], regions: Regions, folder: Path, wh
         images = record["images"]
         if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
             raise DataError(f"{where}: 'images' is {images!r:.40}; it must be a list of paths")
-        return [Source(folder / Path(image).expanduser(), where) for image in images]
+        return [_source(image, folder, where) for image in images]
     source = region_source(record, regions, folder, where)
     return [] if source is None else [source]
 
@@ -139,7 +140,12 @@ def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, whe
     """
     if regions == "none":
         return None
-    return Source(folder / Path(text_field(record, REGION_FIELDS[regions], where)).expanduser(), where)
+    return _source(text_field(record, REGION_FIELDS[regions], where), folder, where)
+
+
+def _source(text: str, folder: Path, where: str) -> Source:
+    with about(where):
+        return Source(folder / plain_path(text), where)
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

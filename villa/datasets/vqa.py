@@ -19,7 +19,7 @@ from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.records import is_score
 from villa.datasets.released_files import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
-from villa.files import write_json
+from villa.files import plain_path, write_json
 from villa.registry import register_dataset
 
 
@@ -97,7 +97,7 @@ class Vqa(SoftAnswers):
         """Answers in the order of the logits: the checkpoint's, or those of ``dataset.answers``."""
         if self.assets is not None:
             return read_answers(self.assets / ANSWERS_FILE)
-        return read_answers(self.root / (ANSWERS if self.config.synthetic else self.config.answers))
+        return read_answers(self.root / plain_path(ANSWERS if self.config.synthetic else self.config.answers))
 
     def save_assets(self, folder: Path) -> None:
         """Write the answers, and what every task writes."""
