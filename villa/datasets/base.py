@@ -96,6 +96,10 @@ class Split(Dataset[Example], ABC):
     def lengths(self) -> Lengths:
         """Text tokens plus regions of every example, for token-bucket batches."""
 
+    def warnings(self) -> list[str]:
+        """Return what a user should know about the examples before they are used, a line each."""
+        return []
+
     def sampler(self, batch: BatchConfig, seed: int) -> Sampler:
         """Return what says which examples make an update of training."""
         return UpdateSampler(self.lengths, batch, seed)

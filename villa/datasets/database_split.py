@@ -95,6 +95,10 @@ class DatabaseSplit(Split):
             DataError: what is stored does not make an example of this task.
         """
 
+    def warnings(self) -> list[str]:
+        """Return how many examples of the database are not trained on, and why."""
+        return self.task.left_out.get(self.pair.text.path, []) if self.name == "train" else []
+
     def image_names(self, id: str) -> str | Sequence[str]:
         """Return the name of an example's image, or the names of its images."""
         return self.pair.text.images[id]
@@ -223,6 +227,10 @@ class ConcatenatedSplit(Split):
         """The parts' lengths one after another."""
         parts = [part.lengths for part in self.parts]
         return parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part, np.int32) for part in parts])
+
+    def warnings(self) -> list[str]:
+        """Return what there is to know about each part."""
+        return [warning for part in self.parts for warning in part.warnings()]
 
     def _place(self, index: int) -> tuple[Split, int]:
         if not 0 <= index < len(self):

@@ -99,6 +99,7 @@ class DatabaseTask(ReleasedFilesTask):
         Examples: makes examples of a pair of databases.
         labels: class names, where the task fixes them.
         extra_words: rows of the word embedding beyond the tokenizer's.
+        left_out: how many examples of a text database are not trained on, by its folder: a line for each reason.
     """
 
     Config: ClassVar[type[DatasetConfig]] = DatabaseConfig
@@ -110,6 +111,7 @@ class DatabaseTask(ReleasedFilesTask):
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
         self._opened: dict[DatabasePaths, Pair] = {}
+        self.left_out: dict[Path, list[str]] = {}
 
     def listed(self, split: str) -> Sequence[str]:
         """The text databases of a split."""
@@ -141,7 +143,19 @@ class DatabaseTask(ReleasedFilesTask):
                 f"all {len(chosen)} texts of '{pair.text.path}' are longer than "
                 f"dataset.max_text_length={self.config.max_text_length}; raise it"
             )
+        self.left_out[pair.text.path] = list(self._why_left_out(pair.text.path, len(lengths), len(chosen), len(rows)))
         return lengths if len(rows) == len(lengths) else lengths.take(rows)
+
+    def _why_left_out(self, path: Path, count: int, chosen: int, kept: int) -> Iterator[str]:
+        """Say how many of ``count`` examples the share of them and the length of their texts leave."""
+        fraction, longest = self.config.fraction, self.config.max_text_length
+        if chosen < count:
+            yield f"'{path}': dataset.fraction={fraction} leaves out {count - chosen:,} of {count:,} examples"
+        if kept < chosen:
+            yield (
+                f"'{path}': {chosen - kept:,} of {chosen:,} texts are longer than dataset.max_text_length={longest} "
+                "and are left out"
+            )
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the labels and a region feature, the same in all databases."""
