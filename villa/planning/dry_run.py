@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from villa.engine.schedules import Schedule
 from villa.engine.setup import Parts, build_trainer, choose_device
 from villa.errors import ConfigError, MissingDataError, VillaError
 from villa.models.base import DataFacts, Model
-from villa.planning.meta import meta_copy
+from villa.planning.meta import MetaTensors, meta_copy
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
 from villa.planning.strategies import Strategy
@@ -152,14 +153,29 @@ def plan_of_run(parts: Parts, split: Split, sampler: Sampler) -> list[str]:
         model = meta_copy(parts.model).train() if whole else _on_meta(config, parts.data.facts())
         return _planned(config, model, found, parts.precision.device.type, strategy, count).lines()
     except Exception as error:
-        return [f"memory and compute are not planned: {one_line(error)}"]
+        reason = str(error) if isinstance(error, VillaError) else one_line(error)
+        return [f"memory and compute are not planned: {reason}"]
 
 
 def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
     """The recipe's model as it is trained, on the meta device."""
-    with torch.device("meta"):
+    with _plannable(f"model '{config.model.name}'"), torch.device("meta"), MetaTensors():
         model: Model = MODELS.get(config.model.name).from_config(config.model, facts)
     return model
+
+
+@contextmanager
+def _plannable(what: str) -> Iterator[None]:
+    """Say in one line that something cannot be computed without numbers."""
+    try:
+        yield
+    except VillaError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{what} cannot be planned, for what it computes depends on numbers that are not there: "
+            f"{one_line(error):.120}"
+        ) from error
 
 
 def _strategy(config: RunConfig) -> tuple[Strategy, int]:
@@ -170,15 +186,8 @@ def _strategy(config: RunConfig) -> tuple[Strategy, int]:
 def _planned(
     config: RunConfig, model: Model, found: Sequence[Sample], device: str, strategy: Strategy, processes: int
 ) -> Plan:
-    try:
+    with _plannable(f"model '{config.model.name}' with trainer '{config.trainer.name}'"):
         return make_plan(config, model, found, device=device, strategy=strategy, processes=processes)
-    except VillaError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"model '{config.model.name}' with trainer '{config.trainer.name}' cannot be planned, for what it computes "
-            f"depends on numbers that are not there: {one_line(error)}"
-        ) from error
 
 
 @dataclass(frozen=True)
