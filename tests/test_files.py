@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -7,14 +8,24 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from villa.errors import DataError
-from villa.files import atomic_write, fsync_tree, lines_of, local_path, read_json, read_text, sha256, write_json
+from villa.files import (
+    atomic_write,
+    fsync_tree,
+    lines_of,
+    local_path,
+    plain_path,
+    read_json,
+    read_text,
+    sha256,
+    write_json,
+)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,6 +65,15 @@ def test_plain_paths_and_unknown_prefixes_are_local(tmp_path: Path, monkeypatch:
     assert local_path("s3:bucket/file") == Path("s3:bucket/file")
     with pytest.raises(DataError, match="there is no such home folder"):
         local_path("~nobody-of-this-name/file")
+
+
+@pytest.mark.parametrize("read", [local_path, plain_path])
+def test_a_url_that_is_not_fetched_is_shown_as_it_is(read: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^'s3://bucket/a//b' is a URL, and is not fetched here"):
+        read("s3://bucket/a//b")
+    (tmp_path / "s3:" / "bucket").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        assert read("s3://bucket") == Path("s3:/bucket")
 
 
 def test_url_is_downloaded_once(servers: list[ThreadingHTTPServer], tmp_path: Path) -> None:

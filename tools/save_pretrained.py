@@ -23,7 +23,7 @@ def _save(argv: Sequence[str] | None) -> int:
     parser = Parser("save_pretrained", description=__doc__)
     parser.add_argument("source", help="run, checkpoint or saved folder")
     parser.add_argument("output", help="folder to write")
-    parser.add_argument("--user_dir", help="package or module to import first, for a model of your own")
+    parser.add_argument("--user-dir", "--user_dir", help="package or module to import first, for a model of your own")
     options = parser.parse_args(argv)
     import villa
 

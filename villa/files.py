@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from villa.json_values import parse_json
 from villa.plugins import one_line
 
 _URL_PREFIXES = ("http://", "https://")
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 
 
 @cache
@@ -37,16 +39,13 @@ def local_path(uri: str) -> Path:
     """Return a local path for a path or URL; a URL is downloaded once and cached (``$FVCORE_CACHE``).
 
     Args:
-        uri: a path (``~`` is the home folder) or an http(s) URL; any other prefix counts as a path.
+        uri: a path (``~`` is the home folder) or an http(s) URL.
 
     Raises:
-        DataError: the URL cannot be downloaded, or the path starts with the home folder of an unknown user.
+        DataError: the URL cannot be downloaded, or the path is none (see ``plain_path``).
     """
     if not uri.startswith(_URL_PREFIXES):
-        try:
-            return Path(_path_manager().get_local_path(str(Path(uri).expanduser())))
-        except RuntimeError as error:
-            raise DataError(f"'{uri}' starts with '~', but there is no such home folder; give a full path") from error
+        return Path(_path_manager().get_local_path(str(plain_path(uri))))
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir
@@ -59,6 +58,29 @@ def local_path(uri: str) -> Path:
         raise DataError(
             f"cannot download '{uri}': {one_line(error)}; check the address or give a local path"
         ) from error
+
+
+def is_url(text: str) -> bool:
+    """Whether a text starts as URLs do: ``https://``, ``s3://``."""
+    return _SCHEME.match(text) is not None
+
+
+def plain_path(text: str) -> Path:
+    """Return the path of a file or folder of this machine; ``~`` is the home folder.
+
+    Raises:
+        DataError: it is a URL, which a path would make another one of (``https:/``), holds a NUL, or starts with the
+            home folder of an unknown user.
+    """
+    if "\0" in text:
+        raise DataError(f"the path {text!r:.60} holds a NUL, which no name of a file does; mend it")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"'{text}' starts with '~', but there is no such home folder; give a full path") from error
+    if is_url(text) and not os.path.exists(path):  # noqa: PTH110 (pathlib raises for a name that is too long)
+        raise DataError(f"'{text}' is a URL, and is not fetched here; download it and give the path of what you have")
+    return path
 
 
 def fsync(path: Path) -> None:

@@ -97,6 +97,35 @@ def test_list_of_one_kind_with_a_user_dir(recipe: str, capsys: pytest.CaptureFix
     assert "cli_test" in capsys.readouterr().out
 
 
+PLUGIN = """
+from dataclasses import dataclass
+from villa.losses.base import Loss, LossConfig
+from villa.registry import register_loss
+
+@dataclass
+class MineConfig(LossConfig):
+    size: int = 3
+
+@register_loss(__name__)
+class Mine(Loss):
+    Config = MineConfig
+"""
+
+
+@pytest.mark.parametrize("named", ["user_dir={}.py", "config={}.yaml"])
+def test_help_knows_the_classes_of_a_user_dir(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"help_plugin_{named[:6]}"  # no other module of this process is called so
+    Path(f"{name}.py").write_text(PLUGIN)
+    Path(f"{name}.yaml").write_text(f"user_dir: {name}.py\n")
+    assert main(["--help", named.format(name), f"loss={name}"]) == 0
+    assert "  loss.size: an integer; default 3\n" in capsys.readouterr().out
+    assert main(["--list", "losses", named.format(name)]) == 0
+    assert name in capsys.readouterr().out
+
+
 def test_help_documents_sections_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     page = capsys.readouterr().out

@@ -1,12 +1,27 @@
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from shapes.model import AverageConfig, AverageModel
 
-from villa.config import RunConfig, from_yaml, load
+from villa.config import RunConfig, from_yaml, load, to_yaml
 from villa.errors import ConfigError
+from villa.registry import register_model
 from villa.trainers.freelb import FreeLBConfig
 from villa.trainers.villa import VillaConfig
+
+
+@dataclass
+class TextConfig(AverageConfig):
+    root: str | None = None
+
+
+@register_model("average_with_text")
+class AverageWithText(AverageModel):
+    """A model that has an option of text."""
+
+    Config = TextConfig
 
 
 def error(*args: str) -> str:
@@ -92,6 +107,47 @@ def test_text_stays_as_it_was_written(recipe: str) -> None:
     assert load([recipe, "name='null'"]).config.name == "null"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{question} Answer.", "{question}", "a: b", "a: b: c", "[x", "[x]", "{}", "*x", "@x", "%x", "&x", "!x", "`x"),
+        *(
+            "# x",
+            "a # b",
+            "|",
+            ">",
+            "- a",
+            "? a",
+            "'tis",
+            '"a" b',
+            "x=y",
+            "010",
+            "2024-01-01",
+            "12:30",
+            "yes",
+            "\uffff",
+        ),
+    ],
+)
+@pytest.mark.parametrize("key", ["name", "evaluation.split", "model.root"])
+def test_an_option_of_text_takes_what_the_command_line_says_as_it_is(recipe: str, key: str, text: str) -> None:
+    config = load([recipe, "model=average_with_text", f"{key}=before", f"{key}= {text} "]).config
+    found = {"name": config.name, "evaluation.split": config.evaluation.split, "model.root": config.model.root}
+    assert found[key] == text
+    Path("again.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load(["config=again.yaml"]).config == config
+
+
+def test_of_equal_texts_the_last_one_wins_however_they_are_written(recipe: str) -> None:
+    for last in ("x", "{a: 1}", "[x"):
+        assert load([recipe, "name=a", "name={a: 1}", "name=[b", f"name={last}"]).config.name == last
+
+
+def test_an_empty_mapping_empties_an_option_and_leaves_a_section(recipe: str) -> None:
+    config = load([recipe, "optimizer.lr_multipliers.a=2", "optimizer.lr_multipliers={}", "training={}"]).config
+    assert (config.optimizer.lr_multipliers, config.training.updates) == ({}, 3)
+
+
 def test_exact_conversions_are_made(recipe: str) -> None:
     config = load([recipe, "optimizer.lr=1", "seed='3'", "optimizer.betas=[0, 0.5]", "scheduler.warmup=0.5"]).config
     assert (config.optimizer.lr, config.seed, config.optimizer.betas) == (1.0, 3, (0.0, 0.5))
@@ -134,9 +190,15 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("name=${oc.env:VILLA_NO_SUCH_VARIABLE}", "VILLA_NO_SUCH_VARIABLE"),
         ("name=" + "${" * 3000, "no viable alternative at input"),
         ("optimizer.lr_multipliers.a=-", "optimizer.lr_multipliers.a = [None] (command line): must be a number"),
-        ("name={a: b}", "name.a (command line): 'name' is a string, without keys of its own"),
-        ("name=[", "name = '[' (command line: not valid YAML: "),
-        ("name='a", "not valid YAML"),
+        ("seed={a: b}", "seed.a (command line): 'seed' is an integer, without keys of its own"),
+        ("seed=[", "seed = '[' (command line: not valid YAML: "),
+        ("seed='a", "not valid YAML"),
+        ("trainer=@x", "trainer = '@x' (command line: not valid YAML: "),
+        ("batch=[", "batch (command line): it is a section, not a value"),
+        ("name=null", "name = null (command line): must be a string; write it in quotes of YAML for the text 'null'"),
+        ("name=\0", "not valid YAML: character 0x0 is not allowed"),
+        ("name=\ud800", "not valid YAML: character 0xd800 is not allowed"),
+        (f"seed={'[' * 100_000}", "nested too deeply"),
         ("a..b=1", "'a..b' (command line) is not a key; write section.option=value"),
         ("=1", "'' (command line) is not a key"),
         ("other.yaml", "did you mean 'config=other.yaml'?"),
@@ -161,6 +223,11 @@ def test_every_mistake_is_one_line_with_key_and_origin(recipe: str, override: st
             "model: average\ndataset:\n  name: shapes\n  exampels: 2",
             "dataset.exampels (recipe.yaml:4): unknown key; did you mean",
         ),
+        (
+            "model: average\ndataset: shapes\nname: {a}",
+            "'name' is a string, without keys of its own; quote it if it is text",
+        ),
+        ("model: average\ndataset: shapes\nname: {a} b", "recipe.yaml:3: not valid YAML: "),
         ("model: average\ndataset: shapes\nseed: x", "seed = 'x' (recipe.yaml:3): must be an integer"),
         ("model: averag", "model (recipe.yaml:1): no model is called 'averag'; did you mean 'average'?"),
         ("model: [average]", "model = ['average'] (recipe.yaml:1): give a registered name"),

@@ -141,3 +141,17 @@ def test_unusable_batches_are_refused() -> None:
         UpdateSampler([10, 50], BatchConfig(tokens=40, per_pass=20), 0)
     with pytest.raises(DataError, match="no example"):
         UpdateSampler([], BatchConfig(examples=4), 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 70), st.booleans())
+def test_what_drop_last_leaves_out_is_told(lengths: list[int], size: int, by_tokens: bool) -> None:
+    batch = BatchConfig(drop_last=True, **({"tokens": 40 * size} if by_tokens else {"examples": size}))
+    try:
+        sampler = UpdateSampler(lengths, batch, seed=1)
+        left = len(lengths) - len(indices(sampler, 0))
+    except DataError as error:
+        assert "drop_last leaves nothing" in str(error)  # noqa: PT017
+        return
+    told = [line for line in sampler.warnings() if "drop_last" in line]
+    assert told == [f"batch.drop_last leaves out {left} of {len(lengths)} examples in every epoch"] * bool(left)

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,9 @@ from villa.cli.run import main
 from villa.config import load_stages
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+#: In the order in which the README leads to them, which is that in which they are run; then the rest.
+LINKED = [ROOT / target for target in links(ROOT / "README.md") if re.fullmatch(r"docs/\w+\.md", target)]
+PAGES = list(dict.fromkeys([ROOT / "README.md", *LINKED, *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("C*.md")]))
 
 #: What cuts the training of a recipe short.
 QUICK = {
@@ -49,19 +50,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder that looks like the checkout's root, with a feature cache of its own."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a reader of all pages works in; it looks like the checkout's root."""
+    folder = tmp_path_factory.mktemp("checkout")
     for name in ("projects", "tools"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def checkout(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in the folder of all pages, with a feature cache of its own."""
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("VILLA_CACHE", str(cache))
-    return tmp_path
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_holds(page: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every page works alone, and after all the others."""
+    begun = time.time_ns()
     check: dict[str, Callable[[Block], None]] = {
         "bash": run_commands,
         "console": lambda block: compare_output(block, capsys),
@@ -77,6 +87,21 @@ def test_every_block_of_a_page_holds(page: Path, checkout: Path, capsys: pytest.
             check[block.language](block)
         else:
             write_or_compare(block, checkout)
+    # What it uses it has made itself: a reader of this page alone has nothing else.
+    for path in outputs_of(page):
+        assert newest(path) >= begun, f"{page.name} uses {path}, which another page has made"
+
+
+def outputs_of(page: Path) -> set[Path]:
+    """What a page's commands and code name below ``outputs``, as far as it exists."""
+    blocks = [block.text for block in read_blocks(page) if block.language in ("bash", "python")]
+    named = re.findall(r"outputs/[\w./-]*[\w-]", "\n".join(blocks))
+    return {path for path in map(Path, named) if path.exists()}
+
+
+def newest(path: Path) -> int:
+    """When a file, or anything in a folder, was written last, in nanoseconds."""
+    return max(item.stat().st_mtime_ns for item in (path, *path.rglob("*")))
 
 
 def write_or_compare(block: Block, checkout: Path) -> None:

@@ -115,3 +115,42 @@ def test_two_runs_share_a_schedule(name: str) -> None:
 def test_a_part_of_a_schedule_lies_within_it(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"scheduler\.before is"):
         schedule("linear", 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "options", "warning"),
+    [
+        ("linear", 1, {}, "no update moves anything: the learning rate of scheduler 'linear' is 0 in all 1"),
+        ("cosine", 1, {}, "no update moves anything: the learning rate of scheduler 'cosine' is 0 in all 1"),
+        ("linear", 2, {}, "1 of 2 updates move nothing: their learning rate is 0"),
+        ("warmup_linear", 1, {"warmup": 10}, "no update moves anything"),
+        ("warmup_linear", 5, {}, None),
+        ("linear", 40, {"total": 10}, "31 of 40 updates move nothing"),
+        ("linear", 40, {"total": 50, "before": 49}, "no update moves anything"),
+        (
+            "linear",
+            2**62,
+            {"total": 2**61},
+            "about 2,305,843,009,213,695,000 of 4,611,686,018,427,387,904 updates move",
+        ),
+        ("linear", 1, {"floor": 1e-8}, None),
+        ("linear", 100, {"warmup": 10}, None),
+        (
+            "linear",
+            100,
+            {"warmup": 1000},
+            "the warm-up (1,000 updates) is longer than the run: the learning rate reaches",
+        ),
+        ("constant", 1, {}, None),
+        ("noam", 1, {}, None),
+    ],
+)
+def test_updates_that_move_nothing_are_told(
+    name: str, updates: int, options: dict[str, Any], warning: str | None
+) -> None:
+    made = schedule(name, updates, **options)
+    found = made.warnings(0.5, updates)
+    assert [line.startswith(str(warning)) for line in found] == [True] * (warning is not None), found
+    if warning and "about" not in warning and "warm-up" not in warning:  # by the definition
+        idle = sum(made.lr(0.5, update) == 0 for update in range(1, updates + 1))
+        assert str(idle) in found[0]

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import SHAPES
+from torch import Tensor
 
+from villa.adversarial.ascent import AscentSettings
+from villa.adversarial.perturbation import Perturbation
+from villa.batch import Batch
 from villa.cli.run import main
 from villa.config import load
 from villa.engine.setup import build
 from villa.planning.dry_run import plan_of_run, plan_recipe
 from villa.planning.units import in_bytes, in_units
+from villa.registry import register_trainer
+from villa.trainers.base import Logs, Passes, Trainer
 
 SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_heads=4"]
 
@@ -81,6 +87,87 @@ def test_a_run_starts_even_where_no_plan_can_be_made(tmp_path: Path, monkeypatch
     (line,) = plan_of_run(parts, split, split.sampler(config.batch, 0))
     assert line.startswith("memory and compute are not planned: ")
     assert main([*SHAPES, f"output_dir={tmp_path / 'run'}", "--dry-run"]) == 2
+
+
+class Planned(Trainer):
+    """A method that a plug-in may bring; ``extra`` adds to the loss."""
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """One pass, and what a subclass adds."""
+        output = passes.forward(batch)
+        loss = passes.loss(output, batch) + self.extra(batch, passes, output.logits)
+        passes.backward(loss, last=True)
+        return {"loss": loss.detach()}
+
+    def extra(self, batch: Batch, passes: Passes, logits: Tensor) -> Tensor | float:
+        """A number."""
+        raise NotImplementedError
+
+    def cost(self) -> tuple[int, int]:
+        """One and one."""
+        return 1, 1
+
+
+@register_trainer("planned_draws")
+class Draws(Planned):
+    """Settings of its own with a random start, which no option tells of."""
+
+    def extra(self, batch: Batch, passes: Passes, logits: Tensor) -> Tensor | float:
+        """The loss of a perturbed pass."""
+        delta = Perturbation(AscentSettings(step_size=0.1, init="uniform", init_scale=0.2))
+        return passes.loss(passes.forward(batch, {"text": delta}, index=1), batch)
+
+
+@register_trainer("planned_numbers")
+class Numbers(Planned):
+    """Looks at a number."""
+
+    def extra(self, batch: Batch, passes: Passes, logits: Tensor) -> Tensor | float:
+        """The mean."""
+        return logits.mean().item()
+
+
+@register_trainer("planned_choice")
+class Choice(Planned):
+    """Chooses rows by what the model says."""
+
+    def extra(self, batch: Batch, passes: Passes, logits: Tensor) -> Tensor | float:
+        """Those of one class."""
+        return logits[logits.argmax(1) == 0].sum()
+
+
+ASSUMED = "  as if every number that model, loss or trainer look at (.item()) were 1"
+
+
+@pytest.mark.parametrize("name", ["planned_draws", "planned_numbers"])
+def test_methods_of_plug_ins_are_planned(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHAPES, f"output_dir={tmp_path / 'run'}", f"trainer={name}", "--dry-run"]) == 0
+    planned = capsys.readouterr().out.partition("  note: ")[0]
+    assert re.search(r"^compute of an update: .*FLOP in 1 micro-batch$", planned, re.MULTILINE)
+    assert (ASSUMED in planned) == (name == "planned_numbers")
+    assert main([*SHAPES, f"output_dir={tmp_path / 'run'}", f"trainer={name}"]) == 0
+    assert planned in re.sub("^  ", "", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_a_method_that_cannot_be_planned_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SHAPES, f"output_dir={tmp_path / 'run'}", "trainer=planned_choice"]
+    assert main([*arguments, "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    reason = "model 'average' with trainer 'planned_choice' cannot be planned, for what it computes depends on numbers"
+    assert line.startswith(f"villa_run: error: {reason}")
+    assert main(arguments) == 0
+    assert f"  memory and compute are not planned: {reason}" in capsys.readouterr().out
+
+
+def test_what_a_dry_run_and_a_run_say_of_updates_and_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    less = [f"output_dir={tmp_path / 'run'}", "training.updates=1", "dataset.examples=24", "batch.examples=16"]
+    for more in (["--dry-run"], []):
+        assert main([*SHAPES, *less, "batch.drop_last=true", *more]) == 0
+        out = capsys.readouterr().out
+        assert "  note: batch.drop_last leaves out 8 of 24 examples in every epoch\n" in out
+        assert "  note: no update moves anything: the learning rate of scheduler 'linear' is 0 in all 1\n" in out
 
 
 def test_numbers_are_readable() -> None:

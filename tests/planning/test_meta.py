@@ -1,7 +1,9 @@
+import pytest
 import torch
 from planned import FACTS, batch_of, model_of, recipe
 
 from villa.models.base import DataFacts
+from villa.planning.kernels import Kernels
 from villa.planning.meta import MetaTensors, meta_batch, meta_copy
 
 
@@ -41,3 +43,26 @@ def test_a_copy_shares_what_the_model_shares_and_allocates_nothing() -> None:
     assert all(parameter.is_meta for parameter in copied.parameters())
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert {p.shape for p in copied.parameters()} == {p.shape for p in model.parameters()}
+
+
+def test_draws_of_generators_cost_nothing() -> None:
+    like, real = torch.empty(2, 3, device="meta"), torch.Generator
+    with MetaTensors() as numbers, Kernels("cpu"):
+        source = torch.Generator(device=like.device).manual_seed(3)
+        assert torch.empty_like(like).uniform_(-1, 1, generator=source).is_meta
+        assert torch.rand(like.shape, generator=source, device=like.device).is_meta
+        assert torch.bernoulli(like, generator=source).is_meta
+        assert sorted(torch.randperm(3, generator=source, device=like.device).tolist()) == [0, 1, 2]
+    assert torch.Generator is real
+    assert not numbers.assumed
+
+
+def test_a_number_that_is_not_there_is_taken_for_1() -> None:
+    loss, whole = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    with MetaTensors() as numbers:
+        assert loss.cpu().is_meta
+        assert not numbers.assumed
+        assert loss.item() == 1
+        with pytest.raises(RuntimeError, match="meta"):
+            whole.item()  # a size may depend on it
+    assert numbers.assumed

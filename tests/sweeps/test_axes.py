@@ -20,6 +20,11 @@ def test_values_stand_between_commas() -> None:
         ("a='b,c',d", ["'b,c'", "d"]),
         ('a="[",x', ['"["', "x"]),
         ("a=b=c", ["b=c"]),
+        ("a={question} Answer.,Is it {question}?", ["{question} Answer.", "Is it {question}?"]),
+        ("a='it''s, so',Don't,'", ["'it''s, so'", "Don't", "'"]),
+        ("a=[x,y],[z,]", ["[x,y]", "[z,]"]),
+        ("a=[x,y", ["[x", "y"]),
+        ("a={x: 'a,b'}," + "[" * 5000, ["{x: 'a,b'}", "[" * 5000]),
     ],
 )
 def test_commas_in_brackets_and_quotes_belong_to_a_value(text: str, values: list[str]) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from villa.errors import ConfigError, MissingDataError, VillaError
+from villa.files import plain_path
 
 INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports mistakes as ``ConfigError``; options cannot be abbreviated."""
+    """A parser that reports mistakes as ``VillaError``; options cannot be abbreviated, and paths are no URLs."""
 
     def __init__(self, prog: str, *, add_help: bool = True, description: str | None = None, epilog: str | None = None):
         super().__init__(
@@ -24,6 +26,7 @@ class Parser(argparse.ArgumentParser):
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.register("type", Path, plain_path)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""

@@ -9,8 +9,8 @@ from typing import get_type_hints
 
 from omegaconf import MISSING
 
+from villa.config.loader import import_plugins
 from villa.config.options import attribute_docs, dataclass_options, describe
-from villa.config.overrides import parse_overrides
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.variants import Variant, choose, name_variants
 from villa.config.yaml_text import write
@@ -52,10 +52,9 @@ def help_text(args: Sequence[str]) -> str:
     """Return the help page, or the options of the variants that ``section=name`` arguments choose.
 
     Raises:
-        ConfigError: an argument does not name a variant.
+        ConfigError: an argument does not name a variant, or the plug-in of ``user_dir`` cannot be imported.
     """
-    _, overrides = parse_overrides(args)
-    layer = name_variants(overrides)
+    layer = name_variants(import_plugins(args))
     chosen = [section for section in VARIANTS if f"{section}.name" in layer]
     if not chosen:
         return f"{USAGE}\n{_recipe_page()}"

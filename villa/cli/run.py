@@ -108,10 +108,9 @@ def _refuse_several(what: str) -> None:
 
 def _list(kind: str, values: Sequence[str]) -> int:
     from villa.cli.listing import listing
-    from villa.config.loader import import_user_dir
-    from villa.config.overrides import parse_overrides
+    from villa.config.loader import import_plugins
 
-    import_user_dir([parse_overrides(values)[1]])
+    import_plugins(values)
     lines, problems = listing(kind)
     for problem in problems:
         print(f"villa_run: {problem}", file=sys.stderr)

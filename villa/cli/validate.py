@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="ids that the file must have: a text database's folder, .json, .jsonl, or a text file with one a line",
     )
-    parser.add_argument("--user-dir", metavar="PATH", help="package or module that registers a format of your own")
+    parser.add_argument(
+        "--user-dir", "--user_dir", metavar="PATH", help="package or module that registers a format of your own"
+    )
     return parser
 
 

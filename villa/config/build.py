@@ -8,7 +8,17 @@ from typing import Any, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from villa.config.options import Option, alternatives, describe, find, literals, owner, recipe_options, why_unknown
+from villa.config.options import (
+    Option,
+    alternatives,
+    describe,
+    find,
+    is_text,
+    literals,
+    owner,
+    recipe_options,
+    why_unknown,
+)
 from villa.config.schema import RunConfig
 from villa.config.values import Layer, Value, show
 from villa.errors import ConfigError, nearest
@@ -52,6 +62,8 @@ def _assign(tree: DictConfig, options: Mapping[str, Option], key: str, value: Va
         if "${" in str(value.data):
             raise ConfigError(f"{given}: {_first_line(error)}; write \\${{ for a literal ${{") from None
         hint = nearest(str(value.data), literals(option.hint))
+        if value.data is None and value.text and is_text(option.hint):
+            hint = f"; write it in quotes of YAML for the text '{value.text}'"
         raise ConfigError(f"{given}: must be {describe(option.hint)}{hint}") from None
     except RecursionError:
         raise ConfigError(f"{given}: ${{...}} is nested too deeply") from None
@@ -69,8 +81,7 @@ def _set(tree: DictConfig, options: Mapping[str, Option], key: str, data: Any) -
 
 def _as_written(hint: Any, value: Value) -> Any:
     """Give an option that takes only strings the text as it stands in the recipe: ``007`` is not 7."""
-    only_text = set(alternatives(hint)) <= {str, type(None)}
-    return value.text if only_text and value.text is not None and value.data is not None else value.data
+    return value.text if is_text(hint) and value.text is not None and value.data is not None else value.data
 
 
 def _needs_quotes(hint: Any, data: Any) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from villa.config.build import build
+from villa.config.options import recipe_options
 from villa.config.overlays import lay_over
-from villa.config.overrides import parse_overrides
+from villa.config.overrides import parse_overrides, take_text
 from villa.config.printer import leaves
 from villa.config.reader import read_layers
 from villa.config.saved import saved_recipe
@@ -66,6 +67,8 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
     layers = [name_variants(layer) for layer in given_layers]
     import_user_dir(layers)
     variants = {section: choose(section, layers) for section in VARIANTS}
+    options = recipe_options({section: variant.config for section, variant in variants.items()})
+    layers = [take_text(layer, options) for layer in layers]
     given, notices = drop_foreign(lay_over(layers, variants), variants)
     values = _below(variants, given) | given
     config = build({section: variant.config for section, variant in variants.items()}, values)
@@ -81,6 +84,17 @@ def from_yaml(path: str | Path) -> RunConfig:
         ConfigError: as for ``load``.
     """
     return load([f"config={path}"]).config
+
+
+def import_plugins(args: Iterable[str]) -> Layer:
+    """Import the ``user_dir`` that arguments, or the recipe that they name, give; return the values of the arguments.
+
+    Raises:
+        ConfigError: the arguments, the recipe's file or the ``user_dir`` cannot be used.
+    """
+    path, overrides = parse_overrides(args)
+    import_user_dir([*(() if path is None else read_layers(path)), overrides])
+    return overrides
 
 
 def import_user_dir(layers: Sequence[Layer]) -> None:

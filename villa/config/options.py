@@ -8,11 +8,12 @@ import re
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from villa.config.schema import RunConfig
+from villa.config.schema import VARIANTS, RunConfig
 from villa.errors import nearest
 
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
@@ -39,6 +40,12 @@ class Option:
             if get_origin(hint) is dict:
                 return get_args(hint)[1]
         return None
+
+
+@cache
+def fixed_options() -> dict[str, Option]:
+    """Return the options that every recipe has, whatever classes its sections name, by dotted key."""
+    return dataclass_options(RunConfig, skip=VARIANTS)
 
 
 def recipe_options(variants: Mapping[str, type]) -> dict[str, Option]:
@@ -104,7 +111,8 @@ def why_unknown(options: Mapping[str, Option], key: str) -> str:
     if inner := [option for option in options if option.startswith(f"{key}.")]:
         return f"it is a section, not a value; give its keys: {_listed(inner)}"
     if single := owner(options, key):
-        return f"'{single}' is {describe(options[single].hint)}, without keys of its own"
+        advice = "; quote it if it is text" if is_text(options[single].hint) else ""
+        return f"'{single}' is {describe(options[single].hint)}, without keys of its own{advice}"
     inside = f"{section}." if section else ""
     beside = list(dict.fromkeys(_level(option, inside) for option in options if option.startswith(inside)))
     elsewhere = [option for option in options if option.rpartition(".")[2] == name]
@@ -116,6 +124,11 @@ def why_unknown(options: Mapping[str, Option], key: str) -> str:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a type takes text alone, or null."""
+    return set(alternatives(hint)) <= {str, type(None)}
 
 
 def literals(hint: Any) -> list[str]:

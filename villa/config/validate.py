@@ -9,6 +9,7 @@ from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
 from villa.errors import ConfigError, nearest
+from villa.files import is_url
 from villa.registry import METRICS
 
 TRAINING_RUNS = ("train", "train_val_test")
@@ -67,6 +68,9 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "device", "must be auto, cpu, cuda or cuda:N"
     if not config.output_dir.strip():
         yield "output_dir", "give a folder"
+    for key in ("output_dir", "predict.output"):
+        if is_url(str(values[key])):
+            yield key, "is a URL; give a path of this machine, for nothing is written elsewhere"
 
 
 def _batch(config: RunConfig) -> Iterator[tuple[str, str]]:

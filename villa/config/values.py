@@ -29,6 +29,21 @@ COMMAND_LINE = Origin("command line")
 
 
 @dataclass(frozen=True)
+class Written:
+    """What stands after the equals sign of a command line argument, for an option that takes it as text.
+
+    Attributes:
+        text: without the blanks around it.
+        below: the end of the value's key that the text, a mapping, gives it; empty for any other text.
+        problem: why the text is not YAML, if it is not.
+    """
+
+    text: str
+    below: str = ""
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Value:
     """A leaf of a recipe.
 
@@ -36,11 +51,13 @@ class Value:
         data: None, a bool, int, float, str, or a list of these (or of mappings).
         origin: where it stands.
         text: a scalar as it was written, which is what a string option gets: ``007`` stays ``007``.
+        written: the argument that it is (a part) of, where a string option would get something else.
     """
 
     data: Any
     origin: Origin
     text: str | None = None
+    written: Written | None = None
 
 
 #: The leaves of one file or of the command line, by dotted key, in order.

@@ -48,6 +48,8 @@ def name_variants(layer: Layer) -> Layer:
     """
     named: Layer = {}
     for key, value in layer.items():
+        if key in VARIANTS and value.written is not None and value.written.problem:
+            raise ConfigError(value.written.problem)
         if key in VARIANTS and not (isinstance(value.data, str) and value.data):
             known = ", ".join(REGISTRIES[VARIANTS[key]].names())
             raise ConfigError(

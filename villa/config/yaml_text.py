@@ -76,6 +76,11 @@ def resolve(text: str) -> Any:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
+def is_null(text: str) -> bool:
+    """Whether a plain scalar means null."""
+    return text in _WORDS and _WORDS[text] is None
+
+
 def write(data: Any) -> str:
     """Return a value as one line of YAML that ``parse`` reads back as the same value."""
     if isinstance(data, list | tuple):
@@ -88,7 +93,11 @@ def write(data: Any) -> str:
 def _write_word(data: bool | float | None) -> str:
     if isinstance(data, bool | None):
         return WORDS[data]
-    return repr(data) if math.isfinite(data) else repr(data).replace("inf", ".inf").replace("nan", ".nan")
+    return (
+        repr(data)
+        if isinstance(data, int) or math.isfinite(data)
+        else repr(data).replace("inf", ".inf").replace("nan", ".nan")
+    )
 
 
 def _write_text(text: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from villa.files import plain_path
+
 SPLITS = ("train", "val", "test")
 #: How many missing paths a message names.
 _NAMED = 4
@@ -28,7 +30,7 @@ class DatabasePaths:
     @classmethod
     def of(cls, root: Path, split: str, text: str, images: str) -> DatabasePaths:
         """Resolve what a recipe says; two folders of images are separated by a semicolon, as in the release."""
-        return cls(split, root / text, tuple(root / part.strip() for part in images.split(";")))
+        return cls(split, root / plain_path(text), tuple(root / plain_path(part.strip()) for part in images.split(";")))
 
     @classmethod
     def synthetic(cls, root: Path, task: str, split: str) -> DatabasePaths:

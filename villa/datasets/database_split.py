@@ -95,6 +95,10 @@ class DatabaseSplit(Split):
             DataError: what is stored does not make an example of this task.
         """
 
+    def warnings(self) -> list[str]:
+        """Return how many examples of the database are not trained on, and why."""
+        return self.task.left_out.get(self.pair.text.path, []) if self.name == "train" else []
+
     def image_names(self, id: str) -> str | Sequence[str]:
         """Return the name of an example's image, or the names of its images."""
         return self.pair.text.images[id]

@@ -6,7 +6,6 @@ examples.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,8 +26,6 @@ from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.datasets.synthetic.overlay import SMALL
 from villa.errors import ConfigError, DataError, MissingDataError
 from villa.models.base import DataFacts
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,6 +100,7 @@ class DatabaseTask(ReleasedFilesTask):
         Examples: makes examples of a pair of databases.
         labels: class names, where the task fixes them.
         extra_words: rows of the word embedding beyond the tokenizer's.
+        left_out: how many examples of a text database are not trained on, by its folder: a line for each reason.
     """
 
     Config: ClassVar[type[DatasetConfig]] = DatabaseConfig
@@ -114,6 +112,7 @@ class DatabaseTask(ReleasedFilesTask):
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
         self._opened: dict[DatabasePaths, Pair] = {}
+        self.left_out: dict[Path, list[str]] = {}
 
     def listed(self, split: str) -> Sequence[str]:
         """The text databases of a split."""
@@ -145,11 +144,21 @@ class DatabaseTask(ReleasedFilesTask):
                 f"all {len(chosen)} texts of '{pair.text.path}' are longer than "
                 f"dataset.max_text_length={self.config.max_text_length}; raise it"
             )
-        if len(rows) < len(chosen):
-            text = "%s: left out %d of %d texts, which are longer than dataset.max_text_length=%d; the longest has %d"
-            limit, longest = self.config.max_text_length, lengths.values_array[chosen].max()
-            logger.warning(text, pair.text.path, len(chosen) - len(rows), len(chosen), limit, longest)
+        longest = int(lengths.values_array[chosen].max())
+        why = self._why_left_out(pair.text.path, len(lengths), len(chosen), len(rows), longest)
+        self.left_out[pair.text.path] = list(why)
         return lengths if len(rows) == len(lengths) else lengths.take(rows)
+
+    def _why_left_out(self, path: Path, count: int, chosen: int, kept: int, longest: int) -> Iterator[str]:
+        """Say how many of ``count`` examples the share of them and the length of their texts leave."""
+        fraction, limit = self.config.fraction, self.config.max_text_length
+        if chosen < count:
+            yield f"'{path}': dataset.fraction={fraction} leaves out {count - chosen:,} of {count:,} examples"
+        if kept < chosen:
+            yield (
+                f"'{path}': {chosen - kept:,} of {chosen:,} texts are longer than dataset.max_text_length={limit} "
+                f"and are left out; the longest has {longest}"
+            )
 
     def facts(self) -> DataFacts:
         """Sizes of the vocabulary, the labels and a region feature, the same in all databases."""

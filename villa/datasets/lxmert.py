@@ -31,7 +31,7 @@ from villa.datasets.stores.tsv import TsvFile, TsvStore
 from villa.datasets.synthetic import databases
 from villa.datasets.text import load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, MissingDataError
-from villa.files import sha256, write_json
+from villa.files import plain_path, sha256, write_json
 from villa.models.base import DataFacts
 from villa.registry import register_dataset
 
@@ -129,13 +129,13 @@ class LxmertTask(ReleasedFilesTask):
 
     def _path(self, name: str, generated: str) -> Path:
         """Return the path of a file below the root, or that of the generated one."""
-        return self.root / (generated if self.config.synthetic else name)
+        return self.root / (generated if self.config.synthetic else plain_path(name))
 
     def _files(self, split: str, kind: str = "") -> list[Path]:
         """Return the annotation files of a split, or with ``"_features"`` its feature files."""
         if self.config.synthetic:
             return [self.root / (f"{split}_obj36.tsv" if kind else f"{split}.json")]
-        return [self.root / name for name in getattr(self.config, split + kind)]
+        return [self.root / plain_path(name) for name in getattr(self.config, split + kind)]
 
     def _store(self, split: str) -> TsvStore:
         for path in self._files(split, "_features"):

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from villa.datasets.answers import plain_answer
 from villa.datasets.stores.base import Source
-from villa.errors import DataError
+from villa.errors import DataError, about
+from villa.files import plain_path
 from villa.json_values import is_number, parse_json
 
 #: What a model sees of a record: the grid of its image, a feature file, whole images, or nothing (text only).
@@ -192,14 +193,8 @@ def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, whe
 
 
 def _source(name: str, folder: Path, where: str) -> Source:
-    if "\0" in name:
-        raise DataError(f"{where}: the path {name!r:.60} holds a NUL, which no name of a file does; mend it")
-    try:
-        return Source(folder / Path(name).expanduser(), where)
-    except RuntimeError as error:
-        raise DataError(
-            f"{where}: '{name:.60}' starts with '~', but there is no such home folder; give a full path"
-        ) from error
+    with about(where):
+        return Source(folder / plain_path(name), where)
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from villa.datasets.collation import collate
 from villa.datasets.database_paths import SPLITS
 from villa.datasets.synthetic import EXAMPLES, databases
 from villa.errors import ConfigError, DataError
-from villa.files import read_json, write_json
+from villa.files import plain_path, read_json, write_json
 
 #: Names of what a checkpoint keeps about the data that it was trained on.
 FACTS_FILE, ANSWERS_FILE = "dataset.json", "answers.json"
@@ -78,7 +78,7 @@ class ReleasedFilesTask(TaskDataset):
     @cached_property
     def root(self) -> Path:
         """Folder of the files, or of those that are made up."""
-        return self.generated() if self.config.synthetic else Path(self.config.root).expanduser()
+        return self.generated() if self.config.synthetic else plain_path(self.config.root)
 
     def generated(self) -> Path:
         """Return the folder of the made-up files: by default, the databases of UNITER's tasks."""

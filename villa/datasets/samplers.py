@@ -71,7 +71,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def warnings(self) -> list[str]:
-        """What an update cannot be as the recipe asks, one line each."""
+        """What an update cannot be as the recipe asks, and what an epoch leaves out, one line each."""
 
 
 class UpdateSampler(Sampler):
@@ -154,7 +154,7 @@ class UpdateSampler(Sampler):
         return f"{self.size} {unit} an update = {most}{self.per_pass} x {self.passes} {passes}"
 
     def warnings(self) -> list[str]:
-        """What an update cannot be as the recipe asks, one line each."""
+        """What an update cannot be as the recipe asks, and what an epoch leaves out, one line each."""
         found = []
         unit, available = "examples", self.count
         if self._lengths is not None:
@@ -164,6 +164,8 @@ class UpdateSampler(Sampler):
                 f"batch.{unit}={self.size} is not reachable: the whole training split has {available} {unit}, "
                 "so an update is one epoch"
             )
+        if self.batch.drop_last and (left := self.count - len(self.epoch(0).order)):
+            found.append(f"batch.drop_last leaves out {left:,} of {self.count:,} examples in every epoch")
         asked = self.batch.per_pass
         if asked is not None and asked < self.size and asked != self.per_pass:
             found.append(

@@ -21,7 +21,7 @@ from villa.datasets.records import is_score
 from villa.datasets.released_files import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
 from villa.errors import DataError
-from villa.files import write_json
+from villa.files import plain_path, write_json
 from villa.registry import register_dataset
 
 _LOG = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Vqa(SoftAnswers):
     @property
     def _listed(self) -> Path:
         """The file of the answers that the databases' labels count."""
-        return self.root / (ANSWERS if self.config.synthetic else self.config.answers)
+        return self.root / plain_path(ANSWERS if self.config.synthetic else self.config.answers)
 
     def save_assets(self, folder: Path) -> None:
         """Write the answers, and what every task writes."""

@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from villa.errors import ConfigError
 from villa.registry import register_scheduler
 
+#: Updates whose learning rate is looked up beforehand, and the share of idle ones that is worth a warning.
+_LOOKED_AT, _MANY = 10_000, 0.1
+
 
 @dataclass
 class ScheduleConfig:
@@ -82,6 +85,30 @@ class Schedule(ABC):
     def lr(self, base_lr: float, update: int) -> float:
         """Learning rate of the run's ``update``: the base rate times the factor, and at least the floor."""
         return max(base_lr * self.factor(self.config.before + update), self.config.floor)
+
+    def warnings(self, base_lr: float, updates: int) -> list[str]:
+        """Say, in a line, if many of a run's updates move nothing, or if the base learning rate is far off.
+
+        Args:
+            base_lr: the base learning rate, above 0.
+            updates: number of updates of the run.
+        """
+        step = -(-updates // _LOOKED_AT)
+        rates = [self.lr(base_lr, update) for update in range(1, updates + 1, step)]
+        idle, highest = step * rates.count(0.0), max(rates)
+        if not highest:
+            return [
+                f"no update moves anything: the learning rate of scheduler '{self.config.name}' is 0 in all {updates:,}"
+            ]
+        if idle >= _MANY * updates:
+            about = "about " * (step > 1)
+            return [f"{about}{idle:,} of {updates:,} updates move nothing: their learning rate is 0"]
+        if self.warmup > self.total and highest < base_lr:
+            return [
+                f"the warm-up ({self.warmup:,} updates) is longer than the run: the learning rate reaches "
+                f"{highest:.2g}, not {base_lr:.2g}"
+            ]
+        return []
 
     def apply(self, optimizer: Optimizer, update: int) -> None:
         """Set the learning rate of every group (made by ``parameter_groups``) for ``update``."""

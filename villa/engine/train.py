@@ -33,7 +33,7 @@ from villa.engine.training import Progress, Training, fit
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError
 from villa.files import atomic_write
-from villa.planning.dry_run import plan_of_run
+from villa.planning.dry_run import plan_of_run, warnings_of_run
 from villa.plugins import one_line
 from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.signals import Interrupted, check, interruptible
@@ -148,7 +148,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     print(plan(parts, trainer, sampler, total), flush=True)
     for line in plan_of_run(parts, split, sampler) if parts.strategy.processes.is_main else ():
         print(f"  {line}", flush=True)
-    for warning in (*about_split("train", split), *sampler.warnings(), *idle_note(batch, share.world_size)):
+    for warning in (*warnings_of_run(config, split, sampler, total), *idle_note(batch, share.world_size)):
         print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
     return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))

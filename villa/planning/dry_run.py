@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from villa.config.schema import RunConfig
 from villa.config.stages import load_stages
+from villa.config.validate import TRAINING_RUNS
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.distributed.environment import Place
+from villa.engine.report import about_split
+from villa.engine.schedules import Schedule
 from villa.engine.setup import Parts, build_trainer, choose_device
 from villa.errors import ConfigError, MissingDataError, VillaError
 from villa.models.base import DataFacts, Model
-from villa.planning.meta import meta_copy
+from villa.planning.meta import MetaTensors, meta_copy
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
 from villa.planning.strategies import Strategy
 from villa.plugins import one_line
-from villa.registry import DATASETS, MODELS
+from villa.registry import DATASETS, MODELS, SCHEDULERS
 
 #: Sizes of the data that UNITER and VILLA were trained on, for data that is not there: BERT's cased word-pieces, the
 #: width of the detector's features, and its classes (arXiv 1707.07998; the released databases store 1,601).
@@ -55,9 +59,26 @@ def dry_run(values: Sequence[str]) -> list[str]:
     for number, stage in enumerate(stages):
         if len(stages) > 1:
             lines.append(f"stage {number + 1} of {len(stages)} ({stage.config.name}):")
-        plan, notes = plan_recipe(values, number)
+        plan, notes, source = _plan_recipe(values, number)
+        if source is not None and stage.config.run_type in TRAINING_RUNS:
+            updates = stage.config.training.updates or source.sampler.total_updates(stage.config.training.epochs or 1)
+            notes += warnings_of_run(stage.config, source.split, source.sampler, updates)
         lines += [*plan.lines(), *(f"  note: {note}" for note in notes)]
     return lines
+
+
+def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:
+    """Return what a run will not do as it may be expected to, in lines.
+
+    Args:
+        config: the recipe.
+        split: its training split.
+        sampler: deals out the split.
+        updates: how many the run has.
+    """
+    schedule: Schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates)
+    found = (*about_split("train", split), *sampler.warnings(), *schedule.warnings(config.optimizer.lr, updates))
+    return list(dict.fromkeys(found))
 
 
 def plan_recipe(
@@ -85,22 +106,37 @@ def plan_recipe(
     Raises:
         VillaError: the recipe or the data cannot be used.
     """
+    return _plan_recipe(values, stage, sizes, strategy=strategy, processes=processes, device=device)[:2]
+
+
+def _plan_recipe(
+    values: Sequence[str],
+    stage: int = 0,
+    sizes: Sizes | None = None,
+    *,
+    strategy: Strategy | None = None,
+    processes: int | None = None,
+    device: str | None = None,
+) -> tuple[Plan, list[str], _Source | None]:
+    """Plan a stage as ``plan_recipe`` does; return the training data, too, if they were looked at."""
     config = load_stages(values)[stage].config
     notes: list[str] = []
+    source = None
     if sizes is None:
         try:
-            facts, found = _from_data(config)
+            source = _from_data(config)
+            facts, found = source.facts, source.samples
         except MissingDataError as error:
             sizes = Sizes()
             reason = str(error).splitlines()[0].rstrip(":")
             notes.append(f"examples are made up ({sizes.tokens} tokens, {sizes.regions} regions): {reason}")
     if sizes is not None:
-        facts, found = _made_up(config, load_stages([*values, "dataset.synthetic=true"])[stage].config, sizes)
+        facts, found = _made_up(config, values, stage, sizes)
     model = _on_meta(config, facts)
     build_trainer(config, model)
     chosen, count = _strategy(config)
     kind = device or choose_device(config.device).type
-    return _planned(config, model, found, kind, strategy or chosen, processes or count), notes
+    return _planned(config, model, found, kind, strategy or chosen, processes or count), notes, source
 
 
 def plan_of_run(parts: Parts, split: Split, sampler: Sampler) -> list[str]:
@@ -118,14 +154,29 @@ def plan_of_run(parts: Parts, split: Split, sampler: Sampler) -> list[str]:
         model = meta_copy(parts.model).train() if whole else _on_meta(config, parts.data.facts())
         return _planned(config, model, found, parts.precision.device.type, strategy, count).lines()
     except Exception as error:
-        return [f"memory and compute are not planned: {one_line(error)}"]
+        reason = str(error) if isinstance(error, VillaError) else one_line(error)
+        return [f"memory and compute are not planned: {reason}"]
 
 
 def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
     """The recipe's model as it is trained, on the meta device."""
-    with torch.device("meta"):
+    with _plannable(f"model '{config.model.name}'"), torch.device("meta"), MetaTensors():
         model: Model = MODELS.get(config.model.name).from_config(config.model, facts)
     return model
+
+
+@contextmanager
+def _plannable(what: str) -> Iterator[None]:
+    """Say in one line that something cannot be computed without numbers."""
+    try:
+        yield
+    except VillaError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{what} cannot be planned, for what it computes depends on numbers that are not there: "
+            f"{one_line(error):.120}"
+        ) from error
 
 
 def _strategy(config: RunConfig) -> tuple[Strategy, int]:
@@ -136,33 +187,54 @@ def _strategy(config: RunConfig) -> tuple[Strategy, int]:
 def _planned(
     config: RunConfig, model: Model, found: Sequence[Sample], device: str, strategy: Strategy, processes: int
 ) -> Plan:
-    try:
+    with _plannable(f"model '{config.model.name}' with trainer '{config.trainer.name}'"):
         return make_plan(config, model, found, device=device, strategy=strategy, processes=processes)
-    except VillaError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"model '{config.model.name}' with trainer '{config.trainer.name}' cannot be planned, for what it computes "
-            f"depends on numbers that are not there: {one_line(error)}"
-        ) from error
 
 
-def _from_data(config: RunConfig) -> tuple[DataFacts, list[Sample]]:
+@dataclass(frozen=True)
+class _Source:
+    """Training data that were looked at.
+
+    Attributes:
+        facts: sizes of the data.
+        samples: a micro-batch of every objective.
+        split: the training split.
+        sampler: deals it out.
+    """
+
+    facts: DataFacts
+    samples: list[Sample]
+    split: Split
+    sampler: Sampler
+
+
+def _from_data(config: RunConfig) -> _Source:
     """Sizes and micro-batches of the data; one example of every objective is read."""
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset)
     split = data.split("train")
-    return data.facts(), samples(data, split, split.sampler(config.batch, config.seed), _objectives(config))
+    sampler = split.sampler(config.batch, config.seed)
+    return _Source(data.facts(), samples(data, split, sampler, _objectives(config)), split, sampler)
 
 
-def _made_up(config: RunConfig, small: RunConfig, sizes: Sizes) -> tuple[DataFacts, list[Sample]]:
+def _made_up(config: RunConfig, values: Sequence[str], stage: int, sizes: Sizes) -> tuple[DataFacts, list[Sample]]:
     """Sizes of the released data, and micro-batches of the recipe's size of what ``dataset.synthetic`` generates.
 
     Args:
         config: the recipe.
-        small: the recipe with ``dataset.synthetic=true``.
+        values: the arguments that make it.
+        stage: its number, from 0.
         sizes: of an example.
+
+    Raises:
+        ConfigError: the data set generates no examples.
     """
-    known, found = _from_data(small)
+    if not hasattr(config.dataset, "synthetic"):
+        raise ConfigError(
+            f"dataset '{config.dataset.name}' makes no examples up (it has no option 'synthetic'); plan with its data: "
+            "villa_run --dry-run"
+        )
+    source = _from_data(load_stages([*values, "dataset.synthetic=true"])[stage].config)
+    known, found = source.facts, source.samples
     labels = CLASSES if any(sample.label or sample.batch.objective for sample in found) else known.num_labels
     facts = DataFacts(VOCABULARY, labels, WIDTH, known.task)
     batch = config.batch

@@ -43,19 +43,19 @@ class Kernels(TorchFunctionMode):
         super().__init__()
         self._cuda = device == "cuda"
         self._weights: dict[Tensor, Tensor] | None = None
-        self._before: list[type[torch.autocast]] = []
+        self._before: list[tuple[type[torch.autocast], type[torch.Generator]]] = []
 
     def __enter__(self) -> Kernels:
-        """Let models ask for autocast on the meta device; the context may be entered again within itself."""
-        self._before.append(torch.autocast)
-        _set_autocast(_Autocast)
+        """Let models and methods ask for autocast and generators of the meta device; contexts may be nested."""
+        self._before.append((torch.autocast, torch.Generator))
+        _replace(_Autocast, _Generator)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Undo ``__enter__``."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _set_autocast(self._before.pop())
+        _replace(*self._before.pop())
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -120,9 +120,17 @@ class _Autocast(torch.autocast):
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
 
-def _set_autocast(kind: type[torch.autocast]) -> None:
+class _Generator(torch.Generator):
+    """A generator that takes the meta device for the CPU."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu" if torch.device(device).type == "meta" else device)  # type: ignore[call-arg]
+
+
+def _replace(autocast: type[torch.autocast], generator: type[torch.Generator]) -> None:
     for module in (torch, torch.amp):
-        vars(module)["autocast"] = kind
+        vars(module)["autocast"] = autocast
+    vars(torch)["Generator"] = generator
 
 
 def _widened(value: Any) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ class Counted:
         forwards: forward passes.
         backwards: backward passes, of which one may go through several graphs.
         uses: how often every layer is needed: in every forward pass, and in the backward pass of each that has a graph.
+        assumed: whether the passes ask for numbers that are not there, each of which was taken for 1.
     """
 
     parameters: int
@@ -53,6 +53,7 @@ class Counted:
     forwards: int
     backwards: int
     uses: int
+    assumed: bool = False
 
 
 def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") -> Counted:
@@ -67,7 +68,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     Raises:
         ConfigError: ``distributed.activation_checkpointing`` is not for this model.
     """
-    trainer: Trainer = TRAINERS.get(config.trainer.name)(_without_draws(config.trainer))
+    trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     passes = PlannedPasses(model, loss, config.training.precision, device)
     ledger, batch = Ledger(), meta_batch(batch)
@@ -78,7 +79,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     hooks = [p.register_post_accumulate_grad_hook(_booking(ledger)) for p in trained]  # type: ignore[no-untyped-call]
     try:
         layers = layers_as(config.distributed, model, passes.kernels)
-        with torch.random.fork_rng(devices=[]), layers, MetaTensors(), ledger, passes.kernels:
+        with torch.random.fork_rng(devices=[]), layers, MetaTensors() as numbers, ledger, passes.kernels:
             ledger.reset()
             trainer.step(batch, passes)
             passed = ledger.live["gradient"], ledger.peak_other, ledger.peak, ledger.flops
@@ -100,6 +101,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
         passes.forwards,
         passes.backwards,
         passes.uses,
+        numbers.assumed,
     )
 
 
@@ -128,12 +130,6 @@ def bytes_of(tensors: list[Tensor] | nn.Module) -> int:
     given = list(tensors.parameters()) if isinstance(tensors, nn.Module) else tensors
     storages = {id(storage): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in given)}
     return sum(storages.values())
-
-
-def _without_draws(options: Any) -> Any:
-    """Options of a method whose perturbations start at zero: the meta device has no generator."""
-    drawn = is_dataclass(options) and not isinstance(options, type) and hasattr(options, "init")
-    return replace(options, init="zero") if drawn else options
 
 
 def _booking(ledger: Ledger) -> Callable[[Tensor], None]:

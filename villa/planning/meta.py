@@ -26,11 +26,15 @@ class MetaTensors(TorchDispatchMode):
 
     Lengths, masks and the ids of tokens are whole numbers and stay real, so that shapes that depend on them (the
     longest row of a batch, the masked tokens) come out right. They are small; all that is large has no numbers.
+
+    Attributes:
+        assumed: whether a number was asked for that is not there (``loss.item()``), and taken for 1.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._results = MetaResults()
+        self.assumed = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,6 +42,13 @@ class MetaTensors(TorchDispatchMode):
         """Run one operation."""
         named = kwargs or {}
         given = list(tensors_in((args, named)))
+        if any(tensor.is_meta for tensor in given) or (not given and _on_meta(named)):
+            named = named | {"generator": None} if "generator" in named else named  # which draws nothing there
+        if func is _aten._local_scalar_dense.default and given[0].is_meta and given[0].is_floating_point():
+            self.assumed = True
+            return 1.0
+        if func is _aten._to_copy.default and given[0].is_meta and named.get("device") is not None:
+            named = named | {"device": given[0].device}
         if all(tensor.is_meta for tensor in given) and given:
             return self._results.run(func, args, named)
         if any(tensor.is_meta for tensor in given):

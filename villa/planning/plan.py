@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -78,7 +78,12 @@ class Plan:
             f"at most {in_bytes(memory.peak)} at once",
             f"  with a micro-batch{of} of {len(batch)} x {sample.length} tokens and regions",
             f"compute of an update: {in_units(self.flops, 'FLOP')}{self._by_objective()}",
+            *self._assumed(),
         ]
+
+    def _assumed(self) -> Iterator[str]:
+        if any(part.counted.assumed for part in self.parts):
+            yield "  as if every number that model, loss or trainer look at (.item()) were 1"
 
     @property
     def _largest(self) -> tuple[Part, RankMemory]:

@@ -15,6 +15,8 @@ SEED = "seed"
 
 _UNSAFE = re.compile(r"[^\w.=+-]+")
 _LONGEST_NAME = 120
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""")
+_BRACKETS = {"[": "]", "{": "}"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Point:
 def parse_axis(argument: str) -> Axis:
     """Parse ``optimizer.lr=1e-5,3e-5``: values between commas, of which those in brackets or quotes do not count.
 
+    A quote that is not where a value begins is an apostrophe, and a bracket that is not closed is text.
+
     Raises:
         ConfigError: it is not of that form, or a value is given twice.
     """
@@ -96,14 +100,20 @@ def points(axes: Sequence[Axis]) -> list[Point]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote or character in "'\"":
-            quote = "" if character == quote else quote or character
-        depth += (character in "[{") - (character in "]}") if not quote else 0
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
+    """Split at the commas outside brackets and quotes, as far as these are closed again."""
+    opened, closed, commas = list[int](), set[int | None](), list[tuple[int, int | None]]()
+    at, before = 0, ","
+    while at < len(text):
+        character = text[at]
+        # Elsewhere it is an apostrophe.
+        quoted = _QUOTED.match(text, at) if before in ",[{:" else None
+        if character == ",":
+            commas.append((at, opened[-1] if opened else None))
+        elif character in _BRACKETS:
+            opened.append(at)
+        elif opened and character == _BRACKETS[text[opened[-1]]]:
+            closed.add(opened.pop())
+        before = before if character == " " else character
+        at = quoted.end() if quoted else at + 1
+    ends = [end for end, inside in commas if inside not in closed]
+    return [text[start:end].strip() for start, end in zip((0, *(end + 1 for end in ends)), (*ends, None), strict=True)]

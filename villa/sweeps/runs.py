@@ -9,6 +9,7 @@ from pathlib import Path
 from villa.config.schema import RunConfig
 from villa.config.stages import load_stages
 from villa.config.validate import TRAINING_RUNS
+from villa.config.yaml_text import write
 from villa.engine.finished import is_finished
 from villa.errors import ConfigError, about
 from villa.launch.base import Launcher, Request, launcher_of
@@ -41,7 +42,7 @@ class Run:
         Raises:
             ConfigError: the recipe is wrong, or does not train.
         """
-        own = (*arguments, *point.overrides, f"output_dir={folder / point.name}", "logging.progress=off")
+        own = (*arguments, *point.overrides, f"output_dir={write(str(folder / point.name))}", "logging.progress=off")
         with about(f"run {point.name}"):
             configs = [stage.config for stage in load_stages(own)]
         if configs[-1].run_type not in TRAINING_RUNS:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from villa.config.overrides import parse_overrides
 from villa.config.stages import load_stages
 from villa.errors import ConfigError
 from villa.evaluation.figures import write_png
@@ -125,7 +126,9 @@ def _in_foreground(run: Run) -> tuple[str, ...]:
 
 
 def _default_folder(arguments: Sequence[str], point: Point) -> Path:
-    given = next((text.partition("=")[2] for text in reversed(arguments) if text.startswith("output_dir=")), None)
-    if given == "":
+    given = parse_overrides(arguments)[1].get("output_dir")
+    if given is not None and not given.text:
         raise ConfigError("output_dir= (command line): give the folder of the sweep")
-    return Path(given or f"outputs/{load_stages([*arguments, *point.overrides])[-1].config.name}_sweep")
+    if given is not None:
+        return Path(str(given.text))
+    return Path(f"outputs/{load_stages([*arguments, *point.overrides])[-1].config.name}_sweep")
