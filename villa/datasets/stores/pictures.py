@@ -136,9 +136,10 @@ def check_background(colour: str) -> None:
     """
     try:
         channels = ImageColor.getrgb(colour)
+        opaque = len(channels) == 3 and max(channels) <= 255
     except ValueError:
-        channels = ()
-    if len(channels) != 3 or max(channels) > 255:
+        opaque = False
+    if not opaque:
         raise ConfigError(f"dataset.background='{colour}' is no opaque colour; give a name (grey), or rgb(128,128,128)")
 
 
