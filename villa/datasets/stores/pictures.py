@@ -44,8 +44,9 @@ _WHITE, _DARK = 65535, 4096
 #: The image that was warned of; one of a data set is enough.
 _warned: list[str] = []
 
-# A size that Pillow refuses is an error here; it need not warn of those below.
+# A size that Pillow refuses is an error here; it need not warn of those below, nor of damaged EXIF data.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class PictureStore:
