@@ -42,7 +42,7 @@ STORED: dict[int, Callable[[Pixels], Pixels]] = {
     8: lambda upright: np.rot90(upright, -1),
 }
 #: Formats that note an orientation, and how far their pixels may be off.
-ORIENTED = {"JPEG": 3, "MPO": 3, "PNG": 0, "WEBP": 0, "TIFF": 0}
+ORIENTED = {"JPEG": 3, "MPO": 3, "PNG": 0, "WEBP": 0, "TIFF": 0, "AVIF": 6}
 
 
 def upright() -> Pixels:
@@ -91,7 +91,9 @@ def test_pictures_are_upright(tmp_path: Path, kind: str, orientation: int) -> No
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright())))
-    exact = {"quality": 100, "subsampling": 0} if kind in ("JPEG", "MPO") else {"lossless": True}
+    exact: dict[str, Any] = {"lossless": True}
+    if kind in ("JPEG", "MPO", "AVIF"):
+        exact = {"quality": 100, "subsampling": "4:4:4"}
     more = {"save_all": True, "append_images": [stored]} if kind == "MPO" else {}
     path = tmp_path / "photo"
     stored.save(path, kind, exif=exif, **exact, **more)
@@ -102,6 +104,12 @@ def test_pictures_are_upright(tmp_path: Path, kind: str, orientation: int) -> No
     found = read(path).astype(int)
     assert found.shape == upright().shape
     assert abs(found - upright()).max() <= ORIENTED[kind]
+
+
+def test_an_orientation_in_xmp_data(tmp_path: Path) -> None:
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    Image.fromarray(STORED[6](upright())).save(tmp_path / "photo.webp", lossless=True, xmp=xmp)
+    assert (read(tmp_path / "photo.webp") == upright()).all()
 
 
 def test_an_upright_picture_is_not_turned_again(tmp_path: Path) -> None:
