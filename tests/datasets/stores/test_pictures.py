@@ -148,13 +148,14 @@ def greys(path: Path) -> Pixels:
     return found[..., 0]
 
 
-@pytest.mark.parametrize("name", ["g.png", "g.tif", "g.jp2", "big_endian.tif", "g.pgm"])
+@pytest.mark.parametrize("name", ["g.png", "g.tif", "g.jp2", "big_endian.tif", "g.pgm", "g12.pgm"])
 def test_grey_of_16_bits_is_scaled(tmp_path: Path, name: str) -> None:
     values = gradient(65535).astype(np.uint16)
     if name == "big_endian.tif":
         Image.frombytes("I;16B", (16, 16), values.astype(">u2").tobytes()).save(tmp_path / name)
-    elif name == "g.pgm":
-        (tmp_path / name).write_bytes(b"P5 16 16 65535\n" + values.astype(">u2").tobytes())
+    elif name.endswith(".pgm"):
+        top = 4095 if name == "g12.pgm" else 65535
+        (tmp_path / name).write_bytes(f"P5 16 16 {top}\n".encode() + gradient(top).astype(">u2").tobytes())
     else:
         Image.fromarray(values).save(tmp_path / name)
     assert (greys(tmp_path / name) == np.arange(256).reshape(16, 16)).all()

@@ -116,7 +116,7 @@ def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "a
     image.load()
     if 0 in image.size:
         raise ValueError("it has no pixel")
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = _turn(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image, name)
     if image.has_transparency_data:
@@ -144,9 +144,11 @@ def check_background(colour: str) -> None:
         raise ConfigError(f"dataset.background='{colour}' is no opaque colour; give a name (grey), or rgb(128,128,128)")
 
 
-def _orientation(image: Image.Image) -> Any:
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image upright, if anything has to."""
     try:
-        return image.getexif().get(_ORIENTATION)
+        noted: Any = image.getexif().get(_ORIENTATION)
+        return _UPRIGHT.get(noted)
     except Exception:  # of damaged EXIF data, which say nothing about the pixels
         return None
 
