@@ -15,6 +15,15 @@ torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; read before the first test imports transformers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, metavar="N", help="examples a fuzz test (or VILLA_FUZZ_EXAMPLES; 50)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fuzz") is not None:  # before the tests' modules read it
+        os.environ["VILLA_FUZZ_EXAMPLES"] = str(config.getoption("--fuzz"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import COLOURS, SHAPES, colours, lines, write
 
 import villa
+from villa.api import Predictor
 from villa.cli.run import main
 from villa.errors import CheckpointError, ConfigError, DataError
 
@@ -132,6 +133,33 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         answer = predictor.predict(image=str(tmp_path / f"{colour}.png"), text=TEXT)
         assert answer["answer"] == predicted["answer"] == colour
         assert answer["score"] == pytest.approx(predicted["score"], rel=1e-4)
+    check_images_from_memory(predictor, tmp_path)
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match=r"text\.png"):
         predictor.predict(image=tmp_path / "text.png", text=TEXT)
+
+
+def check_images_from_memory(predictor: Predictor, folder: Path) -> None:
+    """Images and arrays are read as files with the same content are."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = np.zeros((64, 32, 4), dtype=np.uint8)
+    half[:20] = (0, 0, 255, 255)  # the rest is transparent
+    Image.fromarray(half).save(folder / "layered.png", exif=exif)
+    expected = predictor.predict(image=folder / "layered.png", text=TEXT)
+    assert expected == predictor.predict(image=str(folder / "layered.png"), text=TEXT)
+    with Image.open(folder / "layered.png") as image:
+        assert predictor.predict(image=image, text=TEXT) == expected
+    assert predictor.predict(image=np.rot90(half, -1), text=TEXT) == expected
+    assert predictor.predict(image=half, text=TEXT) != expected
+    grey = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(grey).save(folder / "grey.png")
+    records = [{"image": image, "question": TEXT} for image in (grey, folder / "grey.png", str(folder / "grey.png"))]
+    answers = predictor.predict_many(records)
+    assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(
+        DataError, match=r"an array of float64 \[3, 8, 8\] cannot be read as an image \(TypeError: .*give a"
+    ):
+        predictor.predict(image=np.zeros((3, 8, 8)), text=TEXT)
+    with pytest.raises(DataError, match=r"image is of type Tensor, which is none of an image; give a path, an image"):
+        predictor.predict(image=torch.zeros(3, 8, 8), text=TEXT)  # type: ignore[arg-type]

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
 from villa.config.loader import load
 from villa.datasets.records import REGION_FIELDS, beside
+from villa.datasets.stores.pictures import BACKGROUND, upright_rgb
 from villa.engine.answers import answers
 from villa.engine.inference import restore_parts
 from villa.engine.setup import Parts
+from villa.errors import DataError
 from villa.hub.saving import save_pretrained
 from villa.hub.source import Source
+from villa.plugins import one_line
+
+#: A path, an image of Pillow, or pixels as NumPy has them: ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``.
+ImageLike = str | Path | Image.Image | npt.NDArray[Any]
+_KINDS = "a path, an image of Pillow, or an array of bytes [H, W], [H, W, 3] or [H, W, 4]"
 
 
 class Predictor:
@@ -27,29 +43,40 @@ class Predictor:
     def __init__(self, parts: Parts, source: Source) -> None:
         self.parts, self.source = parts, source
 
-    def predict(self, *, image: str | Path | None = None, text: str) -> dict[str, Any]:
+    def predict(self, *, image: ImageLike | None = None, text: str) -> dict[str, Any]:
         """Answer one question about one image: ``{"answer": ..., "score": ...}``.
 
         Args:
-            image: path of the image (or of its features); None for text-only data sets.
+            image: the image, or its path or that of its features; None for text-only data sets.
             text: the question.
 
         Raises:
             DataError: the image cannot be read.
         """
-        files = {} if image is None else dict.fromkeys(REGION_FIELDS.values(), str(image))  # one of them is read
+        files: dict[str, Any] = {} if image is None else {"image": image}
+        if isinstance(image, str | os.PathLike):
+            files = dict.fromkeys(REGION_FIELDS.values(), str(image))  # one of them is read
+        elif not isinstance(image, Image.Image | np.ndarray | None):
+            raise DataError(f"image is of type {type(image).__name__}, which is none of an image; give {_KINDS}")
         return self.predict_many([{"question": text, **files}])[0]
 
     def predict_many(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Answer ``{"image": path, "question": text}`` records, in order; paths are relative to the working directory.
+        """Answer ``{"image": image, "question": text}`` records, in order.
+
+        Args:
+            records: as in a file to predict on; paths are relative to the working directory. Images may also be given
+                themselves, as ``ImageLike``.
 
         Raises:
             DataError: a record lacks a field or names a file that cannot be read.
         """
-        here = Path.cwd()
-        numbered = [{"id": str(number), **record, **beside(here, record)} for number, record in enumerate(records)]
-        examples = self.parts.data.requests(numbered)
-        return [one for _, decoded in answers(self.parts, examples) for one in decoded]
+        here, background = Path.cwd(), getattr(self.parts.data.config, "background", BACKGROUND)
+        with ExitStack() as stack:
+            folder = cache(lambda: Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa_"))))
+            named = [_named(record, folder, background) for record in records]
+            numbered = [{"id": str(number), **record, **beside(here, record)} for number, record in enumerate(named)]
+            examples = self.parts.data.requests(numbered)
+            return [one for _, decoded in answers(self.parts, examples) for one in decoded]
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Save the model as a folder that villa, transformers and the hub of models load; see docs/hub.md.
@@ -85,3 +112,26 @@ def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | P
         values["user_dir"] = str(user_dir)
     loaded = load(f"{key}={json.dumps(value)}" for key, value in values.items())
     return Predictor(*restore_parts(loaded.config))
+
+
+def _named(record: Mapping[str, Any], folder: Callable[[], Path], background: str) -> dict[str, Any]:
+    """Return a record whose images are paths: those that it holds itself are written to the folder."""
+    named = dict(record)
+    if isinstance(record.get("images"), list | tuple):
+        named["images"] = [_path(image, folder, background) for image in record["images"]]
+    if "image" in record:
+        named["image"] = _path(record["image"], folder, background)
+    return named
+
+
+def _path(image: Any, folder: Callable[[], Path], background: str) -> Any:
+    if not isinstance(image, Image.Image | np.ndarray):
+        return str(image) if isinstance(image, Path) else image
+    try:
+        picture = upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image, background)
+    except Exception as error:  # whatever Pillow raises for it
+        given = f"an array of {image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else "an image"
+        raise DataError(f"{given} cannot be read as an image ({one_line(error)}); give {_KINDS}") from error
+    path = folder() / f"{secrets.token_hex(8)}.png"
+    picture.save(path, compress_level=1)
+    return str(path)

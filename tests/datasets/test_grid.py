@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,40 @@ def test_a_changed_image_or_option_is_extracted_anew(images: list[Path], extract
     assert extracted == [6, 6, 6]
 
 
+def test_what_another_reading_has_cached_is_not_used(
+    tmp_path: Path, images: list[Path], extracted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by its name, nor if it is given this one's."""
+    Image.new("RGBA", (40, 50), (0, 255, 0, 0)).save(images[0])
+    own = opened(images)[0][0].clone()
+    kept = folder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("villa.datasets.stores.grid_store.READING", 1)
+        opened(images)
+    assert extracted == [6, 6]
+    (other,) = (path for path in kept.parent.iterdir() if path.is_dir() and path != kept)
+    shutil.rmtree(kept)
+    other.rename(kept)
+    assert opened(images)[0][0].equal(own)
+    assert extracted == [6, 6, 6]
+    assert opened(images, GridOptions(grid=2, background="#ffffff"))[0][0].equal(own)
+    assert extracted == [6, 6, 6]  # the same colour
+    assert not opened(images, GridOptions(grid=2, background="black"))[0][0].equal(own)
+    assert extracted == [6, 6, 6, 6]
+
+
+def test_a_cache_from_before_readings_had_numbers_is_not_used(tmp_path: Path, images: list[Path]) -> None:
+    own = opened(images)[0][0].clone()
+    index = folder(tmp_path) / "index.json"
+    description = json.loads(index.read_text())
+    del description["reading"]
+    index.write_text(json.dumps(description))
+    features = np.load(folder(tmp_path) / "features.npy", mmap_mode="r+")
+    features[:] = 0
+    features.flush()
+    assert opened(images)[0][0].equal(own)
+
+
 @pytest.mark.usefixtures("chunks_of_two")
 @pytest.mark.parametrize("damage", ["flip", "truncate", "header", "index", "missing"])
 def test_damage_is_noticed_and_mended(tmp_path: Path, images: list[Path], extracted: list[int], damage: str) -> None:
@@ -186,10 +221,10 @@ def test_a_store_travels_without_its_features(images: list[Path]) -> None:
 
 def test_bad_images_are_named_with_their_line(tmp_path: Path, images: list[Path]) -> None:
     images[2].write_bytes(images[2].read_bytes()[:100])
-    with pytest.raises(DataError, match=r"questions.jsonl:3: cannot decode image '.*image2.png': "):
+    with pytest.raises(DataError, match=r"questions.jsonl:3: '.*image2.png' cannot be read as an image \("):
         opened(images)
     images[4].write_text("no image")
-    with pytest.raises(DataError, match=r"questions.jsonl:1: cannot decode image"):
+    with pytest.raises(DataError, match=r"questions.jsonl:1: '.*image4.png' cannot be read as an image \("):
         opened(images[4:5])
     with pytest.raises(DataError, match=r"questions.jsonl:1: cannot read '.*none.png' \(No such file or directory\)"):
         opened([tmp_path / "none.png"])

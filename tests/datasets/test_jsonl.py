@@ -169,7 +169,7 @@ GOOD = {"question": "what?", "answer": "cat", "image": "image0.png"}
         ({**GOOD, "answer": 3}, r"train.jsonl:2: 'answer' is 3; it must be a text"),
         ({**GOOD, "answers": {"cat": 2}}, r"train.jsonl:2: 'answers' must be \{answer: score in \[0, 1\]\}"),
         ({**GOOD, "image": "none.png"}, r"train.jsonl:2: cannot read '.*none.png' \(No such file"),
-        ({**GOOD, "image": "bad.png"}, r"train.jsonl:2: cannot decode image '.*bad.png'"),
+        ({**GOOD, "image": "bad.png"}, r"train.jsonl:2: '.*bad.png' cannot be read as an image"),
         ({**GOOD, "id": "1"}, r"train.jsonl:2: the id '1' occurs twice"),
         ({**GOOD, "id": None}, r"train.jsonl:2: 'id' is None; it must be a text or a number, or be left out"),
         ({**GOOD, "id": ""}, r"train.jsonl:2: 'id' is ''"),

@@ -19,7 +19,7 @@ from villa.datasets.records import beside
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.pictures import PictureStore
 from villa.datasets.stream import evaluation_batches
-from villa.errors import DataError
+from villa.errors import ConfigError, DataError
 
 WriteLines = Callable[[str, list[Any]], str]
 
@@ -161,3 +161,27 @@ def test_pictures_are_rgb_whatever_the_file(tmp_path: Path) -> None:
         sources.append(Source(path, "here"))
     store = PictureStore(sources)
     assert [(store[n].mode, store[n].size) for n in range(len(store))] == [("RGB", (5, 7))] * 5
+
+
+@pytest.mark.parametrize("regions", ["pixels", "grid"])
+def test_the_background_is_the_recipe_s(tmp_path: Path, write_lines: WriteLines, regions: Any) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    layered = picture.convert("RGBA")
+    layered.paste((0, 255, 0, 0), (0, 0, 64, 40))
+    layered.save(tmp_path / "image0.png")
+    picture.paste("grey", (0, 0, 64, 40))
+    picture.save(tmp_path / "image1.png")
+    path = write_lines("train.jsonl", QUESTIONS)
+
+    def seen(**options: Any) -> torch.Tensor:
+        batch = batch_of(Jsonl(JsonlConfig(train=path, regions=regions, grid=1, image_size=64, **options)))
+        values = batch.features if regions == "grid" else batch.pixel_values
+        assert values is not None
+        return values
+
+    hidden, grey = seen(background="grey")
+    assert hidden.equal(grey)
+    white, grey = seen()
+    assert not white.equal(grey)
+    with pytest.raises(ConfigError, match=r"dataset.background='pinkish' is no opaque colour; give a name"):
+        seen(background="pinkish")

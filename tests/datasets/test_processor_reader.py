@@ -492,3 +492,26 @@ def test_pairs_and_processors_need_images(work: Path) -> None:
     tiny.make_tokenizer(tiny.ARCHITECTURES["clip"]).save_pretrained(tokenizer)
     with pytest.raises(DataError, match="the processor reads texts alone, but the records have images"):
         batch_of(make_data(work / "questions.jsonl", tokenizer, "classification"))
+
+
+@pytest.mark.parametrize("name", ["clip", "llava", "vilt"])
+def test_the_processor_is_given_what_people_see(name: str, tmp_path: Path) -> None:
+    """Turned photos with transparent parts give the batch of the same pictures, upright and on the background."""
+    task = "generation" if name in GENERATIVE else "classification"
+    plain, stored = tmp_path / "plain", tmp_path / "stored"
+    for folder in (plain, stored):
+        folder.mkdir()
+        write_questions(folder)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, picture in enumerate(pictures(plain)):
+        layered = picture.convert("RGBA")
+        layered.paste((0, 255, 0, 0), (0, 0, 48, 20))
+        layered.transpose(Image.Transpose.ROTATE_90).save(stored / f"{number}.png", exif=exif)
+        picture.paste((128, 128, 128), (0, 0, 48, 20))
+        picture.save(plain / f"{number}.png")
+    folder = tiny_folder(name, tmp_path)
+    expected = batch_of(make_data(plain / "questions.jsonl", folder, task))
+    assert_equal(batch_of(make_data(stored / "questions.jsonl", folder, task, background="grey")), expected)
+    on_white = fields(batch_of(make_data(stored / "questions.jsonl", folder, task)))
+    assert not on_white["pixel_values"].equal(fields(expected)["pixel_values"])

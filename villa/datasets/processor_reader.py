@@ -15,7 +15,7 @@ from villa.datasets.collation import stack_targets
 from villa.datasets.prompts import QUESTION, Prompts, append
 from villa.datasets.reader import KEPT_TEXTS, Reader, Record
 from villa.datasets.stores.base import Source
-from villa.datasets.stores.pictures import PictureStore
+from villa.datasets.stores.pictures import BACKGROUND, PictureStore
 from villa.datasets.text import nothing_left
 from villa.errors import DataError
 from villa.plugins import one_line
@@ -35,12 +35,14 @@ class Reading:
         max_length: longest text in tokens; not for texts to be continued or with marks of images, which are never cut.
         padding: to the ``longest`` text of a batch, or to ``max_length``; prompts always to the longest.
         prompt: what a model is told in place of the question alone; holds ``{question}``.
+        background: colour that transparent images are put on.
     """
 
     kind: Kind
     max_length: int
     padding: Literal["longest", "max_length"] = "longest"
     prompt: str | None = None
+    background: str = BACKGROUND
 
 
 class ProcessorReader(Reader):
@@ -68,7 +70,7 @@ class ProcessorReader(Reader):
 
     def open(self, sources: Sequence[Source]) -> PictureStore | None:
         """Return the images."""
-        return PictureStore(sources) if sources else None
+        return PictureStore(sources, self.reading.background) if sources else None
 
     def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
         """Tokens of the text, without what stands for images; see the base class."""

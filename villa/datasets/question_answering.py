@@ -24,6 +24,7 @@ from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor, GridOptions
 from villa.datasets.stores.grid_store import GridStore
+from villa.datasets.stores.pictures import check_background
 from villa.datasets.stores.scaled import SAMPLE, STATISTICS_FILE, ScaledStore, Scaling, scaled_reading
 from villa.datasets.table import TableSplit
 from villa.datasets.text import SHORTEST
@@ -68,6 +69,7 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
         if self.image_size is not None and (self.image_size < 1 or self.processor is not None):
             why = "give at least 1" if self.image_size < 1 else "the processor has a size of its own; leave one out"
             raise ConfigError(f"dataset.image_size={self.image_size} is not allowed; {why}")
+        check_background(self.background)
 
     def check_kind(self, kind: Kind) -> None:
         """Refuse targets that only a processor can make, and options of a processor that have no effect.
@@ -162,12 +164,12 @@ class QuestionAnswering(TaskDataset):
         """What makes examples of texts and images, and batches of examples."""
         vocabulary, config = self.vocabulary, self.config
         if vocabulary.processor is not None:
-            reading = Reading(vocabulary.kind, config.max_text_length, config.padding, config.prompt)
+            reading = Reading(vocabulary.kind, config.max_text_length, config.padding, config.prompt, config.background)
             return ProcessorReader(vocabulary.processor, reading)
         assert vocabulary.tokenizer is not None
         words = WordPieces(vocabulary.tokenizer, config.max_text_length)
         if vocabulary.regions == "pixels":
-            return PixelReader(words, self._side())
+            return PixelReader(words, self._side(), config.background)
         return RegionReader(words, self._open_store)
 
     def collate(self, examples: Sequence[Example]) -> Batch:

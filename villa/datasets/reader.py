@@ -16,7 +16,7 @@ from villa.batch import Batch
 from villa.datasets.base import Example
 from villa.datasets.collation import collate
 from villa.datasets.stores.base import RegionStore, Source
-from villa.datasets.stores.pictures import PictureStore
+from villa.datasets.stores.pictures import BACKGROUND, PictureStore
 from villa.datasets.text import encode_texts
 from villa.errors import DataError
 
@@ -161,14 +161,15 @@ class PixelReader(Reader):
     Args:
         words: text to ids.
         side: height and width that images are scaled to.
+        background: colour that transparent images are put on.
     """
 
-    def __init__(self, words: WordPieces, side: int) -> None:
-        self.words, self.side = words, side
+    def __init__(self, words: WordPieces, side: int, background: str = BACKGROUND) -> None:
+        self.words, self.side, self.background = words, side, background
 
     def open(self, sources: Sequence[Source]) -> PictureStore:
         """Return the images."""
-        return PictureStore(sources)
+        return PictureStore(sources, self.background)
 
     def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
         """Word-pieces; see the base class."""

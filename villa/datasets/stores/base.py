@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,17 @@ class Source:
         """Return the file's size and times.
 
         Raises:
-            DataError: there is no such file.
+            DataError: there is no such file, or it is a folder, a pipe or a device, which might never end.
         """
         try:
-            return self.path.stat()
-        except OSError as error:
-            message = f"{self.named_by}: cannot read '{self.path}' ({error.strerror}); mend the path"
-            raise DataError(message) from error
+            found = self.path.stat()
+        except (OSError, ValueError) as error:  # the latter for what can be no name, as one with a NUL
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
+        if not stat.S_ISREG(found.st_mode):
+            kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or a device"
+            raise DataError(f"{self.named_by}: '{self.path}' is a {kind}; give a file")
+        return found
 
 
 class Sources:

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from villa.datasets.stores.base import Source
+from villa.datasets.stores.pictures import BACKGROUND, read_picture
 from villa.errors import ConfigError, DataError
 from villa.files import sha256
-from villa.plugins import one_line
 
 #: Pixels of the image that one cell of the network's last feature map covers, a side.
 STRIDE = 32
@@ -39,11 +39,14 @@ class GridOptions:
         image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
             The network's cells that fall into one cell of the grid are averaged. Whole images (``regions: pixels``)
             may have any size; None takes 224.
+        background: colour that transparent images are put on, for grid features and whole images: a name, or
+            ``rgb(128,128,128)``.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
     """
 
     grid: int = 4
     image_size: int | None = None
+    background: str = BACKGROUND
     cache_dir: str | None = None
 
 
@@ -64,7 +67,7 @@ class GridExtractor:
     dim = 1280
 
     def __init__(self, options: GridOptions) -> None:
-        self.grid = options.grid
+        self.grid, self.background = options.grid, options.background
         self.image_size = options.image_size or STRIDE * options.grid
         if self.grid < 1 or self.image_size % (STRIDE * self.grid):
             raise ConfigError(
@@ -98,14 +101,8 @@ class GridExtractor:
         Raises:
             DataError: the file is missing or not an image.
         """
-        try:
-            with Image.open(source.path) as image:
-                resized = image.convert("RGB").resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        except FileNotFoundError as error:
-            raise DataError(f"{source.named_by}: image '{source.path}' does not exist; mend the path") from error
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            message = f"{source.named_by}: cannot decode image '{source.path}': {one_line(error)}"
-            raise DataError(message) from error
+        picture = read_picture(source, self.background)
+        resized = picture.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         return np.asarray(resized).transpose(2, 0, 1)
 
     def __call__(self, network: Any, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from filelock import FileLock
+from PIL import ImageColor
 from torch import Tensor
 
 from villa.datasets.stores.base import RegionStore, Source
 from villa.datasets.stores.cache import CHUNK, FeatureCache, cache_root
 from villa.datasets.stores.grid import GridExtractor, GridOptions
+from villa.datasets.stores.pictures import READING
 from villa.engine.progress import track
 from villa.errors import DataError
 
@@ -20,8 +22,8 @@ from villa.errors import DataError
 class GridStore(RegionStore):
     """Grid features of images.
 
-    The cache's name is a hash of every image's path, size and time of change and of what extracts the features,
-    so that a changed image or option gives a new one. Extraction goes chunk by chunk, and only
+    The cache's name is a hash of every image's path, size and time of change and of what reads them and extracts the
+    features, so that a changed image or option gives a new one. Extraction goes chunk by chunk, and only
     over chunks that are asked for and not there yet: after a kill it goes on where it stopped.
 
     Args:
@@ -39,9 +41,14 @@ class GridStore(RegionStore):
         super().__init__(sources)
         self._extractor = GridExtractor(options)
         self._boxes = self._extractor.boxes()
+        self._reading = f"reading {READING} on {ImageColor.getrgb(options.background)}"
         folder = cache_root(options.cache_dir) / "grid" / self._key()
         shape = (len(sources), self._extractor.regions, self.dim)
-        description = {"extractor": self._extractor.signature, "boxes": self._boxes.tolist()}
+        description = {
+            "extractor": self._extractor.signature,
+            "reading": self._reading,
+            "boxes": self._boxes.tolist(),
+        }
         self._cache = FeatureCache(folder, shape, description)
         self._lock = folder.with_suffix(".lock")
 
@@ -81,7 +88,7 @@ class GridStore(RegionStore):
                 self._cache.write(chunk, self._extractor(network, pixels))
 
     def _key(self) -> str:
-        digest = hashlib.blake2b(self._extractor.signature.encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{self._extractor.signature} {self._reading}".encode(), digest_size=16)
         for source in self.sources:
             stat = source.stat()
             digest.update(f"{source.path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
