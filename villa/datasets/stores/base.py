@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from villa.errors import DataError
+from villa.files import regular_file
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Source:
         """Return the file's size and times.
 
         Raises:
-            DataError: there is no such file.
+            DataError: there is no such file, or it is no file (a folder, a pipe).
         """
         try:
-            return self.path.stat()
+            return regular_file(self.path)
         except OSError as error:
             message = f"{self.named_by}: cannot read '{self.path}' ({error.strerror}); mend the path"
             raise DataError(message) from error

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from villa.datasets.stores.box_selection import BoxSelection, read_counts
+from villa.datasets.stores.box_selection import BoxSelection, Rows, read_counts, surest
+from villa.datasets.stores.boxes import check_boxes, check_confidences, check_features, sampled
 from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.stores.indexes import Built, indexed, remembered
 from villa.datasets.stores.json_columns import plain_list
@@ -36,6 +37,7 @@ __all__ = ["BoxSelection", "ImageDatabase", "PairedImageDatabase", "check_names"
 NAMES_KEY = "__keys__"
 #: Columns of a stored box: x1, y1, x2, y2, width, height, each divided by the image's.
 BOX_WIDTH = 6
+_NONE = np.zeros(0, np.float32)
 
 
 class ImageDatabase:
@@ -47,16 +49,19 @@ class ImageDatabase:
     Args:
         folder: folder with the environments of all choices of boxes.
         boxes: the choice.
+        allow_empty_boxes: accept boxes without area.
 
     Raises:
         DataError: there is no such environment.
     """
 
-    def __init__(self, folder: Path, boxes: BoxSelection) -> None:
+    def __init__(self, folder: Path, boxes: BoxSelection, *, allow_empty_boxes: bool = False) -> None:
         self.boxes = boxes
+        self._allow_empty = allow_empty_boxes
         counts_file = boxes.counts_file()
         self._counts_file = folder / counts_file if counts_file and (folder / counts_file).exists() else None
         self.folder = self._find(folder)
+        self._cut = self.boxes.fixed is not None or self.folder.name == self.boxes.folder()
         self._reader = LmdbReader(self.folder)
 
     @cached_property
@@ -94,7 +99,7 @@ class ImageDatabase:
             height, each divided by the image's.
 
         Raises:
-            DataError: the image is missing or its arrays are damaged or of other shapes.
+            DataError: the image is missing or its arrays are damaged, of other shapes, or no boxes.
         """
         arrays = self._read(name, ("features", "norm_bb"))
         features, boxes = arrays["features"], arrays["norm_bb"]
@@ -102,11 +107,15 @@ class ImageDatabase:
             raise self._unusable(name, f"features of shape {list(features.shape)}; the others are [R, {self.dim}]")
         if boxes.shape != (len(features), BOX_WIDTH):
             raise self._unusable(name, f"norm_bb of shape {list(boxes.shape)}; needed: [{len(features)}, {BOX_WIDTH}]")
-        rows = slice(self.count(name))
-        features = features[rows]
+        rows = self._rows(name)
+        features, boxes = features[rows], boxes[rows].astype(np.float32)
+        try:
+            check_boxes(boxes, allow_empty=self._allow_empty)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
         if not features.flags.writeable:  # a view of the mapped file, or of bytes
             features = np.array(features)
-        return torch.from_numpy(features), torch.from_numpy(boxes[rows].astype(np.float32))
+        return torch.from_numpy(features), torch.from_numpy(boxes)
 
     def soft_labels(self, name: str) -> Tensor:
         """Read the detector's class distributions ``[R, classes]`` float32 of an image (column 0: background).
@@ -117,7 +126,29 @@ class ImageDatabase:
         labels = self._read(name, ("soft_labels",))["soft_labels"]
         if labels.ndim != 2:
             raise self._unusable(name, f"soft_labels of shape {list(labels.shape)}; they must be [R, classes]")
-        return torch.from_numpy(labels[: self.count(name)].astype(np.float32))
+        rows = self._rows(name)
+        return torch.from_numpy(labels[rows].astype(np.float32))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Read images in full, and refuse what cannot be: besides their boxes, features and confidences.
+
+        Args:
+            names: the images; those that are opened for a run are a few of its own (``sampled``).
+
+        Raises:
+            DataError: naming the first image, and what is wrong with it.
+        """
+        for name in names:
+            features, _ = self[name]
+            arrays = self._read(name, ("conf", "soft_labels"), needed=())
+            try:
+                check_features(features)
+                if "conf" in arrays and self.boxes.fixed is None:
+                    self.boxes.check_chosen(arrays["conf"][self._rows(name)], arrays["conf"])
+                if "soft_labels" in arrays and arrays["soft_labels"].ndim == 2:
+                    check_features(arrays["soft_labels"])
+            except ValueError as error:
+                raise self._unusable(name, str(error)) from error
 
     def names(self) -> Strings:
         """Names of all images."""
@@ -191,7 +222,7 @@ class ImageDatabase:
             return counts
         names = self.names()
         shown = track(names, f"count the boxes of '{self.folder.parent.name}'", len(names))
-        return Numbers.of({name: self.boxes.count(self._read(name, ("conf",))["conf"]) for name in shown})
+        return Numbers.of({name: self.boxes.count(self._confidences(name)) for name in shown})
 
     def _find(self, folder: Path) -> Path:
         """Return the folder of the environment that holds the choice of boxes."""
@@ -212,7 +243,21 @@ class ImageDatabase:
     def _keys(self) -> Iterator[str]:
         return (key for key in self._reader if key != NAMES_KEY)
 
-    def _read(self, name: str, arrays: tuple[str, ...]) -> dict[str, Array]:
+    def _rows(self, name: str) -> Rows:
+        """Return which of the rows stored of an image are used; of all that a detector gave, the surest."""
+        if not self._cut and len(confidences := self._confidences(name, needed=False)):
+            return surest(confidences, self.count(name))
+        return slice(self.count(name))
+
+    def _confidences(self, name: str, *, needed: bool = True) -> Array:
+        confidences = self._read(name, ("conf",), needed=("conf",) if needed else ()).get("conf", _NONE)
+        try:
+            check_confidences(confidences)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
+        return confidences
+
+    def _read(self, name: str, arrays: tuple[str, ...], needed: tuple[str, ...] | None = None) -> dict[str, Array]:
         """Return arrays of an image as views of the mapped file (of memory, if they are compressed)."""
         value = self._reader.get(name)
         if value is None:
@@ -221,7 +266,7 @@ class ImageDatabase:
             read = (read_npz if self.boxes.compressed else read_msgpack)(value, arrays)
         except ValueError as error:
             raise self._unusable(name, str(error)) from error
-        missing = next((array for array in arrays if array not in read), None)
+        missing = next((array for array in (arrays if needed is None else needed) if array not in read), None)
         if missing:
             raise self._unusable(name, f"it has no {missing}")
         return read
@@ -305,7 +350,7 @@ def check_pair(
 
 
 def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str]) -> None:
-    """Make sure that images are in an image database.
+    """Make sure that images are in an image database, and read some of them.
 
     Args:
         text: the text database that names them, for the message.
@@ -313,7 +358,8 @@ def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str])
         names: the images wanted; ``Strings`` must be different.
 
     Raises:
-        DataError: at least one is missing; the message says how many, and the first.
+        DataError: at least one is missing; the message says how many, and the first. Or one of a few that are read
+            cannot be used.
     """
     wanted = names if isinstance(names, Strings) else Strings.of(dict.fromkeys(names))
     missing = images.missing(wanted)
@@ -322,3 +368,4 @@ def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str])
             f"text database '{text.path}' does not fit image database '{images.folder}': {len(missing):,} of "
             f"{len(wanted):,} images are missing, first '{missing[0]}'; give the images of these texts"
         )
+    images.check(sampled(wanted))
