@@ -37,7 +37,6 @@ __all__ = ["BoxSelection", "ImageDatabase", "PairedImageDatabase", "check_names"
 NAMES_KEY = "__keys__"
 #: Columns of a stored box: x1, y1, x2, y2, width, height, each divided by the image's.
 BOX_WIDTH = 6
-_NONE = np.zeros(0, np.float32)
 
 
 class ImageDatabase:
@@ -107,7 +106,7 @@ class ImageDatabase:
             raise self._unusable(name, f"features of shape {list(features.shape)}; the others are [R, {self.dim}]")
         if boxes.shape != (len(features), BOX_WIDTH):
             raise self._unusable(name, f"norm_bb of shape {list(boxes.shape)}; needed: [{len(features)}, {BOX_WIDTH}]")
-        rows = self._rows(name)
+        rows = self._rows(name, len(features))
         features, boxes = features[rows], boxes[rows].astype(np.float32)
         try:
             check_boxes(boxes, allow_empty=self._allow_empty)
@@ -126,27 +125,27 @@ class ImageDatabase:
         labels = self._read(name, ("soft_labels",))["soft_labels"]
         if labels.ndim != 2:
             raise self._unusable(name, f"soft_labels of shape {list(labels.shape)}; they must be [R, classes]")
-        rows = self._rows(name)
+        rows = self._rows(name, len(labels))
         return torch.from_numpy(labels[rows].astype(np.float32))
 
     def check(self, names: Sequence[str]) -> None:
-        """Read images in full, and refuse what cannot be: besides their boxes, features and confidences.
+        """Read images, and refuse what cannot be: besides their boxes, features and confidences.
 
         Args:
-            names: the images; those that are opened for a run are a few of its own (``sampled``).
+            names: the images; those that are looked at when a run starts are a few of its own (``sampled``).
 
         Raises:
             DataError: naming the first image, and what is wrong with it.
         """
         for name in names:
             features, _ = self[name]
-            arrays = self._read(name, ("conf", "soft_labels"), needed=())
+            stored = self._read(name, ("features",))["features"]
+            confidences = self._confidences(name, len(stored))
             try:
                 check_features(features)
-                if "conf" in arrays and self.boxes.fixed is None:
-                    self.boxes.check_chosen(arrays["conf"][self._rows(name)], arrays["conf"])
-                if "soft_labels" in arrays and arrays["soft_labels"].ndim == 2:
-                    check_features(arrays["soft_labels"])
+                if confidences is not None and self.boxes.fixed is None:
+                    check_confidences(confidences)
+                    self.boxes.check_chosen(confidences[self._rows(name, len(stored))], confidences)
             except ValueError as error:
                 raise self._unusable(name, str(error)) from error
 
@@ -222,7 +221,15 @@ class ImageDatabase:
             return counts
         names = self.names()
         shown = track(names, f"count the boxes of '{self.folder.parent.name}'", len(names))
-        return Numbers.of({name: self.boxes.count(self._confidences(name)) for name in shown})
+        return Numbers.of({name: self._counted(name) for name in shown})
+
+    def _counted(self, name: str) -> int:
+        confidences = self._read(name, ("conf",))["conf"].reshape(-1)
+        try:
+            check_confidences(confidences)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
+        return self.boxes.count(confidences)
 
     def _find(self, folder: Path) -> Path:
         """Return the folder of the environment that holds the choice of boxes."""
@@ -243,21 +250,21 @@ class ImageDatabase:
     def _keys(self) -> Iterator[str]:
         return (key for key in self._reader if key != NAMES_KEY)
 
-    def _rows(self, name: str) -> Rows:
-        """Return which of the rows stored of an image are used; of all that a detector gave, the surest."""
-        if not self._cut and len(confidences := self._confidences(name, needed=False)):
-            return surest(confidences, self.count(name))
-        return slice(self.count(name))
+    def _rows(self, name: str, stored: int) -> Rows:
+        """Return which of the rows stored of an image are used; where all are that a detector gave, the surest."""
+        if self._cut or (confidences := self._confidences(name, stored)) is None:
+            return slice(self.count(name))
+        return surest(confidences, self.count(name))
 
-    def _confidences(self, name: str, *, needed: bool = True) -> Array:
-        confidences = self._read(name, ("conf",), needed=("conf",) if needed else ()).get("conf", _NONE)
+    def _confidences(self, name: str, stored: int) -> Array | None:
+        """Return the confidences of all rows of an image, if it has them: nobody else reads them."""
         try:
-            check_confidences(confidences)
-        except ValueError as error:
-            raise self._unusable(name, str(error)) from error
-        return confidences
+            confidences = self._read(name, ("conf",))["conf"]
+        except DataError:
+            return None
+        return confidences if confidences.shape == (stored,) else None
 
-    def _read(self, name: str, arrays: tuple[str, ...], needed: tuple[str, ...] | None = None) -> dict[str, Array]:
+    def _read(self, name: str, arrays: tuple[str, ...]) -> dict[str, Array]:
         """Return arrays of an image as views of the mapped file (of memory, if they are compressed)."""
         value = self._reader.get(name)
         if value is None:
@@ -266,7 +273,7 @@ class ImageDatabase:
             read = (read_npz if self.boxes.compressed else read_msgpack)(value, arrays)
         except ValueError as error:
             raise self._unusable(name, str(error)) from error
-        missing = next((array for array in (arrays if needed is None else needed) if array not in read), None)
+        missing = next((array for array in arrays if array not in read), None)
         if missing:
             raise self._unusable(name, f"it has no {missing}")
         return read
