@@ -17,6 +17,7 @@ from torch import Tensor
 
 from villa.datasets.stores.box_selection import BoxSelection, Rows, read_counts, surest
 from villa.datasets.stores.boxes import check_boxes, check_confidences, check_features, sampled
+from villa.datasets.stores.checksums import SUFFIX, check_sizes
 from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.stores.indexes import Built, indexed, remembered
 from villa.datasets.stores.json_columns import plain_list
@@ -61,6 +62,7 @@ class ImageDatabase:
         self._counts_file = folder / counts_file if counts_file and (folder / counts_file).exists() else None
         self.folder = self._find(folder)
         self._cut = self.boxes.fixed is not None or self.folder.name == self.boxes.folder()
+        check_sizes(folder / f"{self.folder.name}{SUFFIX}")
         self._reader = LmdbReader(self.folder)
 
     @cached_property

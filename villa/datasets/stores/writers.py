@@ -20,9 +20,11 @@ import numpy.typing as npt
 
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.boxes import check_boxes
+from villa.datasets.stores.checksums import SUFFIX, write_checksums
 from villa.datasets.stores.image_lmdb import BOX_WIDTH, NAMES_KEY
+from villa.datasets.stores.lmdb_env import DATA_FILE
 from villa.datasets.stores.lmdb_filling import PUTS, Filling
-from villa.datasets.stores.text_lmdb import check_meta
+from villa.datasets.stores.text_lmdb import CHECKSUMS, check_meta
 from villa.errors import DataError
 from villa.files import atomic_write
 
@@ -118,6 +120,8 @@ class TextDatabaseWriter(_Writer):
             _write_ordered(self.path / "img2txts.json", texts)
         _write_ordered(self.path / "meta.json", self._meta)
         self._filling.finish()
+        written = [path for path in self.path.iterdir() if path.suffix in (".json", ".mdb") and path.name != "lock.mdb"]
+        write_checksums(self.path / CHECKSUMS, written)
 
 
 class ImageDatabaseWriter(_Writer):
@@ -183,6 +187,9 @@ class ImageDatabaseWriter(_Writer):
         if counts is not None:
             _write_ordered(self.folder / counts, self._filling.records)
         self._filling.finish({NAMES_KEY: json.dumps(list(self._filling.records)).encode()})
+        folder = self.boxes.folder()
+        written = [self.folder / folder / DATA_FILE, *([self.folder / counts] if counts else [])]
+        write_checksums(self.folder / f"{folder}{SUFFIX}", written)
 
 
 def _check(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
