@@ -27,6 +27,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-boxes", type=int, default=100, help="largest number of boxes an image")
     add("--min-boxes", type=int, default=10, help="smallest number of boxes an image")
     add("--fixed", type=int, help="keep the first so many boxes instead (100 for ground-truth boxes)")
+    add("--allow-empty-boxes", action="store_true", help="accept boxes that have no width or no height")
     add("--compressed", action="store_true", help="compress the values: smaller, slower to read")
     add("--workers", type=int, default=0, help="processes that read files besides the one that writes")
     add("--progress", choices=("auto", "on", "off"), default="auto")
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(given: argparse.Namespace) -> int:
     boxes = BoxSelection(given.conf_th, given.max_boxes, given.min_boxes, given.fixed, given.compressed)
-    outcome = make_image_database(given.source, given.output, boxes, workers=given.workers, progress=given.progress)
+    options = {"workers": given.workers, "progress": given.progress, "allow_empty_boxes": given.allow_empty_boxes}
+    outcome = make_image_database(given.source, given.output, boxes, **options)
     where = given.output / boxes.folder()
     if outcome is None:
         print(f"{where} is finished already")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -10,6 +11,7 @@ import re
 import secrets
 import shlex
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -81,6 +83,38 @@ def plain_path(text: str) -> Path:
     if is_url(text) and not os.path.exists(path):  # noqa: PTH110 (pathlib raises for a name that is too long)
         raise DataError(f"'{text}' is a URL, and is not fetched here; download it and give the path of what you have")
     return path
+
+
+def regular_file(path: Path) -> os.stat_result:
+    """Return size and times of a file of data, so that no pipe or device is opened, which would never end.
+
+    Raises:
+        OSError: there is no such file, or it is something else than a file.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return found
+
+
+@contextmanager
+def reading(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file into one line: each has its own errors, and more than it says.
+
+    Args:
+        what: what is read, for the message: ``cannot read features from 'a.npz'``.
+        advice: what to do, with the punctuation before it.
+
+    Raises:
+        DataError: anything was raised within the block.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what}: {one_line(error)}{advice}") from error
 
 
 def fsync(path: Path) -> None:

@@ -15,7 +15,8 @@ from villa.errors import DataError
 
 def write(path: Path, rows: int = 3, **arrays: Any) -> Source:
     random = np.random.default_rng(rows)
-    features, boxes = (random.random((rows, width), dtype=np.float32) for width in (5, 4))
+    features = random.random((rows, 5), dtype=np.float32)
+    boxes = np.sort(random.random((rows, 2, 2), dtype=np.float32), 1).reshape(rows, 4)
     given = {"features": features, "boxes": boxes, **arrays}
     content = {name: value for name, value in given.items() if value is not None}
     if path.suffix == ".npz":
@@ -38,7 +39,8 @@ def test_files_are_read_and_measured_without_reading(tmp_path: Path, suffix: str
 
 def test_released_names_and_half_precision(tmp_path: Path) -> None:
     half = np.ones((3, 5), dtype=np.float16)
-    source = write(tmp_path / "a.npz", features=half, boxes=None, norm_bb=np.full((3, 6), 0.5, dtype=np.float16))
+    norm_bb = np.array([[0, 0.25, 0.5, 1, 0.5, 0.75]] * 3, dtype=np.float16)
+    source = write(tmp_path / "a.npz", features=half, boxes=None, norm_bb=norm_bb)
     features, boxes = FileStore([source])[0]
     assert features.dtype == torch.float16
     assert boxes.dtype == torch.float32

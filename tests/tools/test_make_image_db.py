@@ -21,9 +21,10 @@ def arrays(number: int, rows: int = 8) -> dict[str, np.ndarray]:
     """Features of an image; the first ``number % rows`` boxes have a confidence above 0.2."""
     random = np.random.default_rng(number)
     confidence = np.where(np.arange(rows) < number % rows, 0.9, 0.1) - 0.001 * np.arange(rows)
+    corners = np.sort(random.random((rows, 2, 2)), 1).reshape(rows, 4)
     return {
         "features": random.normal(size=(rows, WIDTH)).astype(np.float32),
-        "norm_bb": random.random((rows, 6)).astype(np.float32),
+        "norm_bb": np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1).astype(np.float32),
         "conf": confidence.astype(np.float32),
         "soft_labels": random.random((rows, 3)).astype(np.float32),
     }

@@ -44,7 +44,10 @@ def write(folder: Path, examples: int, images: int) -> None:
 
     draws = np.random.default_rng(0)
     boxes = BoxSelection()
-    arrays = {"features": np.ones((10, 4), np.float16), "norm_bb": np.ones((10, 6), np.float16)}
+    arrays = {
+        "features": np.ones((10, 4), np.float16),
+        "norm_bb": np.tile(np.array([0, 0, 1, 1, 1, 1], np.float16), (10, 1)),
+    }
     text = lz4.frame.compress(msgpack.packb({"input_ids": [200] * 12}))
     names = [f"image_{number:09}.npz" for number in range(images)]
     _put(folder / IMAGES / boxes.folder(), names, _msgpack(arrays), {"__keys__": _json_list(names)})

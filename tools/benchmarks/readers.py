@@ -55,7 +55,8 @@ def write(folder: Path, examples: int, dim: int, classes: int) -> None:
         logits = 3 * values.standard_normal((rows, classes), dtype=np.float32)
         labels = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         features = np.maximum(values.standard_normal((rows, dim), dtype=np.float32), 0)
-        boxes = values.random((rows, 6), dtype=np.float32)
+        corners = np.sort(values.random((rows, 2, 2), dtype=np.float32), 1).reshape(rows, 4)
+        boxes = np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1)
         for writer in images:
             writer.add(name, features, boxes, np.full(rows, 0.5, np.float32), labels)
         ids = values.integers(106, 28996, int(values.integers(4, 16))).tolist()

@@ -10,6 +10,7 @@ from typing import NoReturn, TextIO
 
 from villa.errors import ConfigError, MissingDataError, VillaError
 from villa.files import plain_path
+from villa.missing_pages import name_file_on_missing_page
 
 INTERRUPTED = 130
 
@@ -40,6 +41,7 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         name: of the command, for the message on stderr.
         action: parses the arguments and does the work.
     """
+    name_file_on_missing_page()
     try:
         return action()
     except VillaError as error:

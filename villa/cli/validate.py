@@ -1,4 +1,4 @@
-"""``villa_validate``: say whether a file can be submitted."""
+"""``villa_validate``: say whether a file can be submitted, or whether data, features and weights are intact."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "villa_validate",
-        description="Check a submission file. Exit code 0: it is valid; 2: it is not, and one line says why.",
+        description="Check a submission file (--task); or read a database, feature file or folder, feature cache,\n"
+        "checkpoint or saved folder through. Exit code 0: it is valid; 2: it is not, and one line says why.",
         epilog="villa_run --list submissions describes the tasks.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="the submission file")
-    parser.add_argument("--task", required=True, help="the format: vqa, vcr, nlvr2, ...")
+    parser.add_argument("file", metavar="FILE", type=Path, help="the submission file, or the file or folder of data")
+    parser.add_argument("--task", help="the format of the submission: vqa, vcr, nlvr2, ...")
+    parser.add_argument("--allow-empty-boxes", action="store_true", help="accept boxes without width or height")
     parser.add_argument(
         "--ids",
         metavar="PATH",
@@ -44,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    if options.task is None:
+        from villa.datasets.validation import validate
+
+        found = validate(options.file, allow_empty_boxes=options.allow_empty_boxes)
+        print(printable(f"{options.file}: {found}", sys.stdout))
+        return 0
     from villa.evaluation.submissions.ids import read_ids
     from villa.plugins import load_user_dir
     from villa.registry import SUBMISSIONS

@@ -211,7 +211,11 @@ class DatabaseTask(ReleasedFilesTask):
 
     def open_images(self, paths: DatabasePaths) -> Images:
         """Open the image database of a split."""
-        return ImageDatabase(paths.images[0], self.config.detected_boxes())
+        return self.image_database(paths.images[0], self.config.detected_boxes())
+
+    def image_database(self, folder: Path, boxes: BoxSelection) -> ImageDatabase:
+        """Open an image database under the task's options."""
+        return ImageDatabase(folder, boxes, allow_empty_boxes=self.config.allow_empty_boxes)
 
     @cached_property
     def _first(self) -> Pair:

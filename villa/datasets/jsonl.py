@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -76,6 +76,7 @@ class JsonlConfig(QuestionAnsweringConfig):
         synthetic_lines: what the lines are: ``questions`` about a picture, ``sentences`` about two, or ``captions``;
             ``auto`` takes captions for the target ``pair`` and questions for others.
         synthetic_examples: lines that are made to train on; a quarter of them to evaluate on.
+        allow_empty_boxes: accept boxes in feature files that have no width or no height.
     """
 
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PICTURES
@@ -95,6 +96,7 @@ class JsonlConfig(QuestionAnsweringConfig):
     synthetic: bool = False
     synthetic_lines: Literal["auto", "questions", "sentences", "captions"] = "auto"
     synthetic_examples: int = EXAMPLES
+    allow_empty_boxes: bool = False
 
     def objectives(self) -> dict[str, float]:
         """Pairs are for the contrastive objective."""
@@ -147,7 +149,16 @@ class Jsonl(QuestionAnswering):
     def fingerprint(self) -> str:
         """Hash of the files, names and sizes of what they refer to, options and extractor."""
         options = asdict(self.config)
-        for place in ("cache_dir", "image_root", *SPLITS, "answers", "tokenizer", "processor", *_SYNTHETIC):
+        for place in (
+            "cache_dir",
+            "image_root",
+            *SPLITS,
+            "answers",
+            "tokenizer",
+            "processor",
+            *_SYNTHETIC,
+            "allow_empty_boxes",
+        ):
             options.pop(place)
         parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
         parts.append(self.vocabulary.reading_fingerprint())
@@ -212,6 +223,9 @@ class Jsonl(QuestionAnswering):
         made = databases(f"jsonl_{task}", self.config.synthetic_examples, partial(_write_pictures, task))
         return str(made / f"{split}.jsonl")
 
+    def _feature_files(self, sources: Sequence[Source]) -> FileStore:
+        return FileStore(sources, allow_empty_boxes=self.config.allow_empty_boxes)
+
     def _folder(self, path: Path) -> Path:
         return path.parent if self.config.image_root is None else local_path(self.config.image_root)
 
@@ -256,7 +270,7 @@ class Jsonl(QuestionAnswering):
             return GridExtractor.dim if regions == "grid" else None
         where = self._train.where(0)
         source = region_source(self._train[0], regions, self._folder(self._train.path), where)
-        return FileStore([source]).dim if source else None
+        return self._feature_files([source]).dim if source else None
 
 
 def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:

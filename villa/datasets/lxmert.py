@@ -140,7 +140,7 @@ class LxmertTask(ReleasedFilesTask):
     def _store(self, split: str) -> TsvStore:
         for path in self._files(split, "_features"):
             if path not in self._features:
-                self._features[path] = TsvFile(path)
+                self._features[path] = TsvFile(path, allow_empty_boxes=self.config.allow_empty_boxes)
         return TsvStore([self._features[path] for path in self._files(split, "_features")])
 
     def _needed(self, split: str) -> Iterator[tuple[Path, str]]:

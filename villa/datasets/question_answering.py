@@ -233,13 +233,17 @@ class QuestionAnswering(TaskDataset):
 
     def _plain_store(self, sources: Sequence[Source]) -> RegionStore:
         regions = self.vocabulary.regions
-        store: RegionStore = GridStore(sources, self.config) if regions == "grid" else FileStore(sources)
+        store: RegionStore = GridStore(sources, self.config) if regions == "grid" else self._feature_files(sources)
         if store.dim != self.vocabulary.feature_dim:
             raise DataError(
                 f"{sources[0].named_by}: features are {store.dim} wide, in training they were "
                 f"{self.vocabulary.feature_dim}: another detector made them"
             )
         return store
+
+    def _feature_files(self, sources: Sequence[Source]) -> FileStore:
+        """Return the store of feature files."""
+        return FileStore(sources)
 
     def _processor(self) -> Any:
         """Load the processor that the recipe names, or return None."""

@@ -167,7 +167,7 @@ class Referring(DatabaseTask):
         if self.config.boxes(paths.split) == "detected":
             return super().open_images(paths)
         fixed = BoxSelection(fixed=self.config.ground_truth_boxes, compressed=self.config.compressed)
-        return ImageDatabase(paths.images[0], fixed)
+        return self.image_database(paths.images[0], fixed)
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the number of the best region, its probability and its box x, y, w, h in pixels."""

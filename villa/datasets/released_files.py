@@ -32,11 +32,13 @@ class ReleasedFilesConfig(DatasetConfig):
         root: folder that the other paths are relative to.
         synthetic: generate small files of the same format and run a tiny model on them, to try the recipe.
         synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
+        allow_empty_boxes: accept boxes of regions that have no width or no height.
     """
 
     root: str = "data"
     synthetic: bool = False
     synthetic_examples: int = EXAMPLES
+    allow_empty_boxes: bool = False
 
     def check(self) -> None:
         """Refuse options that do not go together.
@@ -129,5 +131,7 @@ class ReleasedFilesTask(TaskDataset):
 
     def fingerprint(self) -> str:
         """Hash of the options and of the contents."""
-        parts = [asdict(self.config) | {"root": None}, *self.contents()]
+        options = asdict(self.config) | {"root": None}
+        del options["allow_empty_boxes"]  # it changes no example
+        parts = [options, *self.contents()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from villa.datasets.database_paths import SPLITS, DatabasePaths
 from villa.datasets.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.image_lmdb import ImageDatabase, PairedImageDatabase
+from villa.datasets.stores.image_lmdb import PairedImageDatabase
 from villa.datasets.synthetic.overlay import SMALL_VCR
 from villa.errors import ConfigError
 from villa.evaluation.references import VcrReference
@@ -132,8 +132,8 @@ class Vcr(DatabaseTask):
     def open_images(self, paths: DatabasePaths) -> Images:
         """Ground-truth boxes lie in a database with a fixed number, detected ones in the usual one."""
         fixed = BoxSelection(fixed=self.config.ground_truth_boxes, compressed=self.config.compressed)
-        detected = ImageDatabase(paths.images[1], self.config.detected_boxes())
-        return PairedImageDatabase(ImageDatabase(paths.images[0], fixed), detected)
+        detected = self.image_database(paths.images[1], self.config.detected_boxes())
+        return PairedImageDatabase(self.image_database(paths.images[0], fixed), detected)
 
     def submission(self, split: str) -> str | None:
         """Only predictions of all rationales can be submitted."""

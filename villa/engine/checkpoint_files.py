@@ -218,18 +218,18 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, An
         ) from error
 
 
-def file_problem(folder: Path, name: str, expected: Any) -> str | None:
-    """Say what is wrong with a listed file, or return None."""
+def file_problem(folder: Path, name: str, expected: Any, said_by: str = MANIFEST) -> str | None:
+    """Say what is wrong with a file that ``said_by`` lists, or return None."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
-            return "lies outside the checkpoint"
+            return "lies outside of its folder"
         if not path.is_file():
-            return f"is missing, though {MANIFEST} lists it"
+            return f"is missing, though {said_by} lists it"
         if path.stat().st_size != expected["size"]:
-            return f"has {path.stat().st_size} bytes, where {MANIFEST} says {expected['size']}"
+            return f"has {path.stat().st_size} bytes, where {said_by} says {expected['size']}"
         if sha256(path) != expected["sha256"]:
-            return f"has another checksum than {MANIFEST} says"
+            return f"has another checksum than {said_by} says"
     except (OSError, KeyError, TypeError) as error:
         return f"cannot be checked ({one_line(error)})"
     return None

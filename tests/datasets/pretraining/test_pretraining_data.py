@@ -191,7 +191,7 @@ def write(root: Path, images: int = 2, *, words: tuple[int, ...] = (7, 8), label
     meta = {"CLS": 2, "SEP": 3, "MASK": 4, "v_range": [5, 20]}
     with TextDatabaseWriter(root / "text.db", meta) as text, ImageDatabaseWriter(root / "images", BoxSelection()) as db:
         for number in range(images):
-            boxes = torch.rand(3, 6).numpy()
+            boxes = torch.tensor([[0, 0, 1, 1, 1, 1.0]] * 3).numpy()
             soft = torch.rand(3, 4).numpy() if labels else None
             db.add(f"{number}.npz", torch.rand(3, 5).numpy(), boxes, torch.full((3,), 0.9).numpy(), soft)
             text.add(str(number), {"input_ids": list(words), "img_fname": f"{number}.npz"}, len(words), f"{number}.npz")

@@ -175,7 +175,7 @@ def good() -> dict[str, Any]:
     values = np.random.default_rng(0)
     return {
         "features": values.random((12, 32)).astype(np.float16),
-        "norm_bb": values.random((12, 6)).astype(np.float16),
+        "norm_bb": np.array([[0.25, 0, 0.75, 1, 0.5, 1]] * 12, np.float16),
         "conf": np.full(12, 0.5, np.float16),
         "soft_labels": values.random((12, 17)).astype(np.float16),
     }

@@ -103,7 +103,7 @@ def test_the_file_is_scanned_once(path: Path, images: Arrays, monkeypatch: pytes
 
 def test_a_changed_file_is_indexed_again(path: Path, images: Arrays) -> None:
     before = TsvFile(path).fingerprint()
-    more = {**images, "new": (np.ones((2, DIM), "f4"), np.full((2, 4), 9, "f4"))}
+    more = {**images, "new": (np.ones((2, DIM), "f4"), np.array([[0, 0, 9, 9]] * 2, "f4"))}
     path.write_bytes(b"".join(line_of(name, *arrays) for name, arrays in sorted(more.items(), reverse=True)))
     after = TsvFile(path)
     check_all(after, more)

@@ -31,9 +31,10 @@ def values_of(folder: Path) -> dict[str, bytes]:
 
 def regions(rows: int = 12, dim: int = 32, seed: int = 0) -> dict[str, Any]:
     values = np.random.default_rng(seed)
+    corners = np.sort(values.random((rows, 2, 2), dtype=np.float32), 1).reshape(rows, 4)
     return {
         "features": values.random((rows, dim), dtype=np.float32),
-        "norm_bb": values.random((rows, 6), dtype=np.float32),
+        "norm_bb": np.concatenate([corners, corners[:, 2:] - corners[:, :2]], 1),
         "conf": np.sort(values.random(rows, dtype=np.float32))[::-1],
         "soft_labels": values.random((rows, 17), dtype=np.float32),
     }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.npz import NpzFile
 from villa.errors import DataError
-from villa.plugins import one_line
+from villa.files import reading
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -20,24 +19,24 @@ _OPTIONAL = "soft_labels"
 
 
 def read_features(path: Path, boxes: BoxSelection) -> Arrays:
-    """Read the arrays of a feature file, cut to the boxes that are kept.
+    """Read the arrays of a feature file, cut to the boxes that are kept, by falling confidence.
 
     Raises:
         DataError: it cannot be read or lacks an array.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in _NEEDED if name not in archive]
-            if missing:
-                raise DataError(f"'{path}' lacks {missing[0]}; a feature file holds {', '.join(_NEEDED)}")
-            arrays = {name: archive[name] for name in (*_NEEDED, _OPTIONAL) if name in archive}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read features from '{path}': {one_line(error)}; extract them again") from error
+    with reading(f"cannot read features from '{path}'", "; extract them again"), NpzFile(path) as archive:
+        missing = [name for name in _NEEDED if name not in archive]
+        if missing:
+            raise DataError(f"'{path}' lacks {missing[0]}; a feature file holds {', '.join(_NEEDED)}")
+        arrays = {name: archive[name] for name in (*_NEEDED, _OPTIONAL) if name in archive}
     if arrays["conf"].ndim != 1:
         raise DataError(f"'{path}': conf has shape {list(arrays['conf'].shape)}; it must be [R]")
     if len({len(array) if array.ndim else -1 for array in arrays.values()}) == 1:  # else the writer names the culprit
-        rows = boxes.count(arrays["conf"])
-        arrays = {name: array[:rows] for name, array in arrays.items()}
+        try:
+            rows = boxes.rows(arrays["conf"])
+        except ValueError as error:
+            raise DataError(f"'{path}': {error}") from error
+        arrays = {name: array[rows] for name, array in arrays.items()}
     return arrays
 
 

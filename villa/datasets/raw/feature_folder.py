@@ -23,18 +23,26 @@ _CHUNK = 4
 
 
 def make_image_database(
-    source: Path, output: Path, boxes: BoxSelection, *, workers: int = 0, puts: int = PUTS, progress: Mode = "auto"
+    source: Path,
+    output: Path,
+    boxes: BoxSelection,
+    *,
+    workers: int = 0,
+    puts: int = PUTS,
+    progress: Mode = "auto",
+    allow_empty_boxes: bool = False,
 ) -> Outcome | None:
     """Write an image database from feature files, or go on with an unfinished one.
 
     Args:
-        source: folder of ``.npz`` files with ``features [R, D]``, ``norm_bb [R, 6]`` and ``conf [R]`` by falling
-            confidence, and, for MRC, ``soft_labels [R, classes]``; object arrays are never unpickled.
+        source: folder of ``.npz`` files with ``features [R, D]``, ``norm_bb [R, 6]`` and ``conf [R]``, and, for
+            MRC, ``soft_labels [R, classes]``; object arrays are never unpickled.
         output: folder of the database's environments (``coco_train2014``).
         boxes: which boxes to keep.
         workers: processes that read files besides the one that writes.
         puts: images that a kill may cost, at most (less where they are large).
         progress: how to show how far it is.
+        allow_empty_boxes: accept boxes without area.
 
     Returns:
         What was done, or None if the database of these files was finished before.
@@ -48,7 +56,7 @@ def make_image_database(
     names = _names(source)
     if _is_finished(output, boxes, names):
         return None
-    with ImageDatabaseWriter(output, boxes, puts=puts) as writer:
+    with ImageDatabaseWriter(output, boxes, puts=puts, allow_empty_boxes=allow_empty_boxes) as writer:
         present = len(writer)
         todo = [name for name in names if not writer.has(name)]
         if present + len(todo) != len(names):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from villa.errors import DataError
+from villa.files import regular_file
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,10 @@ class Source:
             DataError: there is no such file, or it is a folder, a pipe or a device, which might never end.
         """
         try:
-            found = self.path.stat()
+            return regular_file(self.path)
         except (OSError, ValueError) as error:  # the latter for what can be no name, as one with a NUL
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
-        if not stat.S_ISREG(found.st_mode):
-            kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or a device"
-            raise DataError(f"{self.named_by}: '{self.path}' is a {kind}; give a file")
-        return found
 
 
 class Sources:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from villa.datasets.stores.boxes import check_confidences
 from villa.datasets.stores.packed_arrays import Array
 from villa.datasets.stores.tables import UNREADABLE, NotAnObjectError, Numbers, WrongEntryError, read_numbers
 from villa.errors import ConfigError, DataError
 from villa.plugins import one_line
+
+#: Places of the rows that are used.
+Rows = slice | npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,55 @@ class BoxSelection:
         wanted = min(max(enough, self.min_boxes), self.max_boxes) if self.fixed is None else enough
         return min(wanted, len(confidences))
 
+    def rows(self, confidences: Array) -> Rows:
+        """Return which of an image's boxes are used, given the confidences ``[R]`` of all of them.
+
+        A fixed number takes the first ones: the places of annotated boxes have a meaning.
+
+        Raises:
+            ValueError: a confidence is outside of [0, 1].
+        """
+        count = self.count(confidences)
+        if self.fixed is not None:
+            return slice(count)
+        check_confidences(confidences)
+        return surest(confidences, count)
+
+    def check_chosen(self, used: Array, stored: Array) -> None:
+        """Refuse detections that were chosen by a wrong order: less sure ones instead of surer ones.
+
+        Args:
+            used: the confidences ``[R]`` of the boxes that are used.
+            stored: those of all boxes that are stored.
+
+        Raises:
+            ValueError: a box was left out that is surer than one that is used.
+        """
+        check_confidences(stored)
+        if _fall(used):
+            return
+        # A box below the threshold is used to reach min_boxes only. Stored confidences are rounded to float16.
+        filled = len(used) > self.min_boxes and bool((used <= self.threshold * (1 - 2**-10)).any())
+        if filled or np.sort(used)[0] < np.sort(stored)[-len(used)]:
+            raise ValueError(
+                "its confidences do not fall, and less sure boxes were kept instead of surer ones; make it again"
+            )
+
     def _name(self, prefix: str) -> str:
         if self.fixed is not None:
             return f"{prefix}_numbb{self.fixed}"
         return f"{prefix}_th{self.threshold}_max{self.max_boxes}_min{self.min_boxes}"
+
+
+def surest(confidences: Array, count: int) -> Rows:
+    """Return the places of the ``count`` boxes of most confidence; where confidences fall, these are the first."""
+    if _fall(confidences):
+        return slice(count)
+    return np.argsort(-confidences.astype(np.float64), kind="stable")[:count]
+
+
+def _fall(confidences: Array) -> bool:
+    return bool((confidences[1:] <= confidences[:-1]).all())
 
 
 def read_counts(path: Path) -> Numbers:

@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from villa.files import write_json
+from villa.files import reading, write_json
 
 logger = logging.getLogger(__name__)
 
 #: Rows written (and, after a kill, lost) at a time.
 CHUNK = 64
+FEATURES_FILE, INDEX_FILE = "features.npy", "index.json"
 FORMAT = 1
 
 
@@ -63,11 +64,11 @@ class FeatureCache:
 
     @property
     def _features(self) -> Path:
-        return self.folder / "features.npy"
+        return self.folder / FEATURES_FILE
 
     @property
     def _index(self) -> Path:
-        return self.folder / "index.json"
+        return self.folder / INDEX_FILE
 
     def rows(self, chunk: int) -> range:
         """Rows of a chunk."""
@@ -133,6 +134,14 @@ class FeatureCache:
 
     def _verify(self) -> None:
         """Drop the chunks whose data differ from their checksum."""
+        damaged = self._damaged()
+        for chunk in damaged:
+            del self._checksums[chunk]
+        if damaged:
+            logger.warning("%s: %d damaged chunks are extracted again", self._features, len(damaged))
+        self._write_index()
+
+    def _damaged(self) -> list[str]:
         damaged = []
         with self._features.open("rb") as file:
             offset = self._offset(file)
@@ -141,11 +150,7 @@ class FeatureCache:
                 file.seek(offset + rows.start * self._row_bytes)
                 if zlib.crc32(file.read(len(rows) * self._row_bytes)) != checksum:
                     damaged.append(chunk)
-        for chunk in damaged:
-            del self._checksums[chunk]
-        if damaged:
-            logger.warning("%s: %d damaged chunks are extracted again", self._features, len(damaged))
-        self._write_index()
+        return damaged
 
     def _offset(self, file: BinaryIO) -> int:
         file.seek(0)
@@ -159,3 +164,19 @@ class FeatureCache:
 
     def _write_index(self) -> None:
         write_json(self._index, {**self._description, "checksums": self._checksums, "stamp": self._stamp()})
+
+
+def damaged_chunks(folder: Path) -> tuple[int, int]:
+    """Compare a cache with its checksums, and change nothing.
+
+    Returns:
+        Number of damaged chunks, and of all that are there.
+
+    Raises:
+        DataError: its index cannot be read.
+    """
+    with reading(f"cannot read the feature cache '{folder}'", "; remove the folder"):
+        index = json.loads((folder / INDEX_FILE).read_bytes())
+        cache = FeatureCache(folder, tuple(index["shape"]), {})
+        cache._checksums = dict(index["checksums"])
+        return len(cache._damaged()), len(cache._checksums)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from villa.datasets.stores.base import RegionStore, Source
+from villa.datasets.stores.boxes import WIDTHS, check_boxes, check_features, sampled
+from villa.datasets.stores.npz import NpzFile
+from villa.datasets.stores.packed_arrays import MAX_ARRAY_BYTES
 from villa.errors import DataError
-from villa.plugins import one_line
+from villa.files import reading
 
 #: Names of the boxes in a file; the second is that of the released feature files.
 BOX_NAMES = ("boxes", "norm_bb")
@@ -25,13 +28,15 @@ class FileStore(RegionStore):
 
     Args:
         sources: the files; at least one.
+        allow_empty_boxes: accept boxes without area.
 
     Raises:
         DataError: a file is missing, or the first one cannot be used.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], *, allow_empty_boxes: bool = False) -> None:
         super().__init__(sources)
+        self._allow_empty = allow_empty_boxes
         self.dim = _feature_shape(sources[0])[1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -42,50 +47,53 @@ class FileStore(RegionStore):
         """
         source = self.sources[index]
         features, boxes = _read(source)
-        _check(features, boxes, self.dim, source)
-        return features, boxes.float()
+        try:
+            _check_shapes(features, boxes, self.dim)
+            check_features(features)
+            boxes = boxes.float()
+            check_boxes(boxes.numpy(), allow_empty=self._allow_empty)
+        except ValueError as error:
+            raise DataError(f"{source.named_by}: '{source.path}': {error}") from error
+        return features, boxes
 
     def regions(self, index: int) -> int:
         """Return the number of rows of a file's features, from its header."""
         return _feature_shape(self.sources[index])[0]
 
     def prepare(self, indices: Iterable[int]) -> None:
-        """Check that the files exist."""
-        for index in indices:
+        """Check that the files exist, and read some of them."""
+        wanted = list(indices)
+        for index in wanted:
             self.sources[index].stat()
+        for index in sampled(wanted):
+            self[index]
 
 
 def _read(source: Source) -> tuple[Tensor, Tensor]:
-    _check_suffix(source)
-    try:
+    with _reading(source):
         if source.path.suffix == ".npz":
-            with np.load(source.path, allow_pickle=False) as arrays:
-                name = _box_name(set(arrays.keys()))
-                return torch.from_numpy(arrays["features"]), torch.from_numpy(arrays[name])
+            with NpzFile(source.path) as arrays:
+                boxes = arrays[_box_name(arrays.names)]
+                return torch.from_numpy(arrays["features"]), torch.from_numpy(boxes)
         with safe_open(source.path, framework="pt") as tensors:
-            return tensors.get_tensor("features"), tensors.get_tensor(_box_name(set(tensors.keys())))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise _unreadable(source, error) from error
+            name = _box_name(set(tensors.keys()))
+            _check_size(tensors.get_slice("features").get_shape())
+            _check_size(tensors.get_slice(name).get_shape())
+            return tensors.get_tensor("features"), tensors.get_tensor(name)
 
 
 def _feature_shape(source: Source) -> tuple[int, int]:
     """Read the shape of ``features`` from a file's header."""
-    _check_suffix(source)
-    try:
+    with _reading(source):
         shape = _npz_shape(source.path) if source.path.suffix == ".npz" else _safetensors_shape(source.path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise _unreadable(source, error) from error
     if len(shape) != 2:
         raise DataError(f"{source.named_by}: features in '{source.path}' have shape {shape}; it must be [R, D]")
     return shape[0], shape[1]
 
 
 def _npz_shape(path: Path) -> tuple[int, ...]:
-    with zipfile.ZipFile(path) as archive, archive.open("features.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape: tuple[int, ...] = read(file)[0]
-        return shape
+    with NpzFile(path) as arrays:
+        return arrays.shape("features")
 
 
 def _safetensors_shape(path: Path) -> tuple[int, ...]:
@@ -93,21 +101,26 @@ def _safetensors_shape(path: Path) -> tuple[int, ...]:
         return tuple(tensors.get_slice("features").get_shape())
 
 
-def _check(features: Tensor, boxes: Tensor, dim: int, source: Source) -> None:
-    """Refuse features that a model would silently misread."""
-    problem = None
+def _check_size(shape: Sequence[int]) -> None:
+    """Refuse an array that would take all memory: the file may be a sparse one."""
+    if math.prod(shape) > MAX_ARRAY_BYTES // 2:
+        raise ValueError(f"an array of shape {list(shape)} is larger than an image's can be")
+
+
+def _check_shapes(features: Tensor, boxes: Tensor, dim: int) -> None:
+    """Refuse features and boxes of other forms than the other files'.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
     if features.dim() != 2 or not features.is_floating_point() or len(features) == 0:
-        problem = f"features are {features.dtype} {list(features.shape)}; they must be floats [R, D] with R >= 1"
-    elif features.shape[1] != dim:
-        problem = f"features are {features.shape[1]} wide, those of the other files {dim}: another detector made them"
-    elif boxes.dim() != 2 or boxes.shape[1] not in (4, 6, 7) or len(boxes) != len(features):
-        problem = f"boxes have shape {list(boxes.shape)}; they must be [{len(features)}, 4], 6 or 7 wide"
-    elif not (boxes.isfinite().all() and features.isfinite().all()):
-        problem = "features or boxes hold NaN or infinite values"
-    elif boxes.min() < -0.01 or boxes.max() > 1.01:
-        problem = "boxes are not within [0, 1]; divide them by the image's width and height"
-    if problem:
-        raise DataError(f"{source.named_by}: '{source.path}': {problem}")
+        form = f"{features.dtype} {list(features.shape)}"
+        raise ValueError(f"features are {form}; they must be floats [R, D] with R >= 1")
+    if features.shape[1] != dim:
+        found = features.shape[1]
+        raise ValueError(f"features are {found} wide, those of the other files {dim}: another detector made them")
+    if boxes.dim() != 2 or boxes.shape[1] not in WIDTHS or len(boxes) != len(features):
+        raise ValueError(f"boxes have shape {list(boxes.shape)}; they must be [{len(features)}, 4], 6 or 7 wide")
 
 
 def _check_suffix(source: Source) -> None:
@@ -123,5 +136,6 @@ def _box_name(names: set[str]) -> str:
     raise KeyError(f"no {' or '.join(BOX_NAMES)} among {sorted(names)}")
 
 
-def _unreadable(source: Source, error: Exception) -> DataError:
-    return DataError(f"{source.named_by}: cannot read features from '{source.path}': {one_line(error)}")
+def _reading(source: Source) -> AbstractContextManager[None]:
+    _check_suffix(source)
+    return reading(f"{source.named_by}: cannot read features from '{source.path}'")

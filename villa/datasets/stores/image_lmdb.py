@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from villa.datasets.stores.box_selection import BoxSelection, read_counts
+from villa.datasets.stores.box_selection import BoxSelection, Rows, read_counts, surest
+from villa.datasets.stores.boxes import check_boxes, check_confidences, check_features, sampled
+from villa.datasets.stores.checksums import SUFFIX, check_sizes
 from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.stores.indexes import Built, indexed, remembered
 from villa.datasets.stores.json_columns import plain_list
@@ -47,16 +49,20 @@ class ImageDatabase:
     Args:
         folder: folder with the environments of all choices of boxes.
         boxes: the choice.
+        allow_empty_boxes: accept boxes without area.
 
     Raises:
         DataError: there is no such environment.
     """
 
-    def __init__(self, folder: Path, boxes: BoxSelection) -> None:
+    def __init__(self, folder: Path, boxes: BoxSelection, *, allow_empty_boxes: bool = False) -> None:
         self.boxes = boxes
+        self._allow_empty = allow_empty_boxes
         counts_file = boxes.counts_file()
         self._counts_file = folder / counts_file if counts_file and (folder / counts_file).exists() else None
         self.folder = self._find(folder)
+        self._cut = self.boxes.fixed is not None or self.folder.name == self.boxes.folder()
+        check_sizes(folder / f"{self.folder.name}{SUFFIX}")
         self._reader = LmdbReader(self.folder)
 
     @cached_property
@@ -94,7 +100,7 @@ class ImageDatabase:
             height, each divided by the image's.
 
         Raises:
-            DataError: the image is missing or its arrays are damaged or of other shapes.
+            DataError: the image is missing or its arrays are damaged, of other shapes, or no boxes.
         """
         arrays = self._read(name, ("features", "norm_bb"))
         features, boxes = arrays["features"], arrays["norm_bb"]
@@ -102,11 +108,15 @@ class ImageDatabase:
             raise self._unusable(name, f"features of shape {list(features.shape)}; the others are [R, {self.dim}]")
         if boxes.shape != (len(features), BOX_WIDTH):
             raise self._unusable(name, f"norm_bb of shape {list(boxes.shape)}; needed: [{len(features)}, {BOX_WIDTH}]")
-        rows = slice(self.count(name))
-        features = features[rows]
+        rows = self._rows(name, len(features))
+        features, boxes = features[rows], boxes[rows].astype(np.float32)
+        try:
+            check_boxes(boxes, allow_empty=self._allow_empty)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
         if not features.flags.writeable:  # a view of the mapped file, or of bytes
             features = np.array(features)
-        return torch.from_numpy(features), torch.from_numpy(boxes[rows].astype(np.float32))
+        return torch.from_numpy(features), torch.from_numpy(boxes)
 
     def soft_labels(self, name: str) -> Tensor:
         """Read the detector's class distributions ``[R, classes]`` float32 of an image (column 0: background).
@@ -117,7 +127,29 @@ class ImageDatabase:
         labels = self._read(name, ("soft_labels",))["soft_labels"]
         if labels.ndim != 2:
             raise self._unusable(name, f"soft_labels of shape {list(labels.shape)}; they must be [R, classes]")
-        return torch.from_numpy(labels[: self.count(name)].astype(np.float32))
+        rows = self._rows(name, len(labels))
+        return torch.from_numpy(labels[rows].astype(np.float32))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Read images, and refuse what cannot be: besides their boxes, features and confidences.
+
+        Args:
+            names: the images; those that are looked at when a run starts are a few of its own (``sampled``).
+
+        Raises:
+            DataError: naming the first image, and what is wrong with it.
+        """
+        for name in names:
+            features, _ = self[name]
+            stored = self._read(name, ("features",))["features"]
+            confidences = self._confidences(name, len(stored))
+            try:
+                check_features(features)
+                if confidences is not None and self.boxes.fixed is None:
+                    check_confidences(confidences)
+                    self.boxes.check_chosen(confidences[self._rows(name, len(stored))], confidences)
+            except ValueError as error:
+                raise self._unusable(name, str(error)) from error
 
     def names(self) -> Strings:
         """Names of all images."""
@@ -191,7 +223,15 @@ class ImageDatabase:
             return counts
         names = self.names()
         shown = track(names, f"count the boxes of '{self.folder.parent.name}'", len(names))
-        return Numbers.of({name: self.boxes.count(self._read(name, ("conf",))["conf"]) for name in shown})
+        return Numbers.of({name: self._counted(name) for name in shown})
+
+    def _counted(self, name: str) -> int:
+        confidences = self._read(name, ("conf",))["conf"].reshape(-1)
+        try:
+            check_confidences(confidences)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
+        return self.boxes.count(confidences)
 
     def _find(self, folder: Path) -> Path:
         """Return the folder of the environment that holds the choice of boxes."""
@@ -211,6 +251,20 @@ class ImageDatabase:
 
     def _keys(self) -> Iterator[str]:
         return (key for key in self._reader if key != NAMES_KEY)
+
+    def _rows(self, name: str, stored: int) -> Rows:
+        """Return which of the rows stored of an image are used; where all are that a detector gave, the surest."""
+        if self._cut or (confidences := self._confidences(name, stored)) is None:
+            return slice(self.count(name))
+        return surest(confidences, self.count(name))
+
+    def _confidences(self, name: str, stored: int) -> Array | None:
+        """Return the confidences of all rows of an image, if it has them: nobody else reads them."""
+        try:
+            confidences = self._read(name, ("conf",))["conf"]
+        except DataError:
+            return None
+        return confidences if confidences.shape == (stored,) else None
 
     def _read(self, name: str, arrays: tuple[str, ...]) -> dict[str, Array]:
         """Return arrays of an image as views of the mapped file (of memory, if they are compressed)."""
@@ -305,7 +359,7 @@ def check_pair(
 
 
 def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str]) -> None:
-    """Make sure that images are in an image database.
+    """Make sure that images are in an image database, and read some of them.
 
     Args:
         text: the text database that names them, for the message.
@@ -313,7 +367,8 @@ def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str])
         names: the images wanted; ``Strings`` must be different.
 
     Raises:
-        DataError: at least one is missing; the message says how many, and the first.
+        DataError: at least one is missing; the message says how many, and the first. Or one of a few that are read
+            cannot be used.
     """
     wanted = names if isinstance(names, Strings) else Strings.of(dict.fromkeys(names))
     missing = images.missing(wanted)
@@ -322,3 +377,4 @@ def check_names(text: TextDatabase, images: ImageDatabase, names: Iterable[str])
             f"text database '{text.path}' does not fit image database '{images.folder}': {len(missing):,} of "
             f"{len(wanted):,} images are missing, first '{missing[0]}'; give the images of these texts"
         )
+    images.check(sampled(wanted))

@@ -13,6 +13,8 @@ from typing import Any
 import lmdb
 
 from villa.errors import DataError
+from villa.files import regular_file
+from villa.missing_pages import name_file_on_missing_page
 from villa.plugins import one_line
 
 DATA_FILE = "data.mdb"
@@ -81,6 +83,7 @@ class _Opened:
     """An open environment with a read transaction; closed when the last reader lets go of it."""
 
     def __init__(self, folder: Path) -> None:
+        name_file_on_missing_page()
         self.lock = threading.Lock()
         self.closed = False
         try:
@@ -114,7 +117,7 @@ _table_lock = threading.Lock()
 def _share(folder: Path) -> _Opened:
     """Return this process's environment of a folder, whatever path leads to it."""
     try:
-        stat = (folder / DATA_FILE).stat()
+        stat = regular_file(folder / DATA_FILE)
     except OSError as error:
         raise DataError(f"'{folder}' is not an LMDB database: it has no {DATA_FILE} ({error.strerror})") from error
     with _table_lock:

@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 from tokenizers import Tokenizer
 
+from villa.datasets.stores.checksums import SUFFIX, check_sizes
 from villa.datasets.stores.image_names import ImageNames
 from villa.datasets.stores.lmdb_env import LmdbReader
 from villa.datasets.stores.strings import Strings
@@ -35,6 +36,10 @@ from villa.plugins import one_line
 
 #: Largest example after decompression, in bytes: damaged or hostile values claim more.
 MAX_EXAMPLE_BYTES = 1 << 26
+#: What the package writes beside the databases that it makes.
+CHECKSUMS = f"db{SUFFIX}"
+#: Word-pieces that VCR has beyond its tokenizer's: names of objects.
+_EXTRA_WORDS = 81
 
 
 class TextDatabase:
@@ -59,6 +64,7 @@ class TextDatabase:
             raise DataError(
                 f"text database '{path}' is not a folder; give one with data.mdb, meta.json and id2len.json"
             )
+        check_sizes(path / CHECKSUMS)
         self._reader = LmdbReader(path)
         self.meta: Mapping[str, Any] = self._read_object("meta.json")
         check_meta(self.meta, f"'{path / 'meta.json'}'")
@@ -103,7 +109,7 @@ class TextDatabase:
         Raises:
             DataError: the file is missing or holds something else.
         """
-        path = self.path / self._lengths_file(kind)
+        path = self.path / self.lengths_file(kind)
         try:
             return read_numbers(path, 0)
         except WrongEntryError as wrong:
@@ -159,11 +165,29 @@ class TextDatabase:
             if not decompressor.eof:
                 raise ValueError("it does not end within its value")
             example = msgpack.unpackb(data, raw=False, strict_map_key=False)
-        except (RuntimeError, ValueError, TypeError, EOFError, msgpack.UnpackException) as error:
+        except Exception as error:  # whatever the libraries come across in a damaged value
             raise self._damaged(id, one_line(error)) from error
         if not isinstance(example, dict):
             raise self._damaged(id, f"{type(example).__name__} instead of a map")
         return example
+
+    def check(self, id: str) -> None:
+        """Read an example, and refuse word-pieces that the vocabulary has not.
+
+        Raises:
+            DataError: it is missing or damaged, or holds such a word-piece.
+        """
+        example = self[id]
+        for name, text in example.items():
+            if name.startswith("input_ids"):
+                pieces = [piece for part in text for piece in (part if isinstance(part, list) else [part])]
+                wrong = [piece for piece in pieces if type(piece) is not int or not 0 <= piece < self._words]
+                if wrong:
+                    raise self._damaged(id, f"{name} has the word-piece {wrong[0]!r:.40}; there are {self._words}")
+
+    @property
+    def _words(self) -> int:
+        return self.vocab_size + _EXTRA_WORDS
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the database (``refs.json``, say).
@@ -180,7 +204,7 @@ class TextDatabase:
         """Hash the lists of examples and some examples: equal on all machines that hold the same data."""
         digest = hashlib.blake2b(digest_size=16)
         for kind in ("", "qa", "qar"):
-            if (self.path / self._lengths_file(kind)).exists():
+            if (self.path / self.lengths_file(kind)).exists():
                 lengths = self.lengths(kind)
                 digest.update(f"{kind}\0".encode())
                 digest.update(lengths.texts.digest or b"")
@@ -188,7 +212,8 @@ class TextDatabase:
                 digest.update(self._reader.sample(lengths.texts))
         return digest.hexdigest()
 
-    def _lengths_file(self, kind: str) -> str:
+    def lengths_file(self, kind: str) -> str:
+        """Name of the file of the lengths of a kind."""
         return "id2len" + (f"_{kind}" if kind else "") + (f".{self.subset}" if self.subset else "") + ".json"
 
     def _read_object(self, name: str) -> dict[str, Any]:

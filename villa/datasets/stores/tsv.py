@@ -5,27 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
+from villa.datasets.stores.boxes import sampled
 from villa.datasets.stores.cache import cache_root
 from villa.datasets.stores.tsv_line import Header, read_header, read_regions
 from villa.engine.progress import Display
 from villa.errors import DataError
-from villa.files import write_json
+from villa.files import regular_file, write_json
 from villa.plugins import one_line
 
 logger = logging.getLogger(__name__)
 
 #: To be raised when the index file changes.
 FORMAT = 2
+#: Longest line, in bytes, so that a file without line ends does not fill the memory.
+LONGEST_LINE = 1 << 29
 _MIB = 1 << 20
 
 
@@ -38,6 +43,7 @@ class TsvFile:
 
     Args:
         path: the file.
+        allow_empty_boxes: accept boxes without area.
 
     Attributes:
         dim: width D of a region feature.
@@ -46,17 +52,18 @@ class TsvFile:
         DataError: the file is missing, empty or damaged; the message names file and line.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, allow_empty_boxes: bool = False) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
+        self._allow_empty = allow_empty_boxes
+        self._file: BinaryIO | None = None
         index = self._index()
         self.dim: int = index["dim"]
         self._names: list[str] = index["names"]
-        self._starts, self._regions = array("q", index["starts"]), array("i", index["regions"])
+        self._bounds, self._regions = array("q", [*index["starts"], self._size]), array("i", index["regions"])
         self._places = {name: place for place, name in enumerate(self._names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # a mapping cannot travel to another process
+        return {**self.__dict__, "_file": None}  # an open file cannot travel to another process
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -78,31 +85,37 @@ class TsvFile:
         Raises:
             DataError: the line is damaged, or the file has changed since it was indexed.
         """
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         place = self._places[name]
-        start = self._starts[place]
-        end = self._map.find(b"\n", start)
         try:
-            found, features, boxes = read_regions(self._map[start : end if end >= 0 else None])
+            found, features, boxes = read_regions(self._line(place), allow_empty=self._allow_empty)
         except ValueError as error:
             raise _unusable(self.path, place + 1, str(error)) from error
         if found != name or features.shape != (self._regions[place], self.dim):
             raise _unusable(self.path, place + 1, "the file has changed since it was indexed; start the run again")
         return torch.from_numpy(features), torch.from_numpy(boxes)
 
+    def _line(self, place: int) -> bytes:
+        """Read a line. It is not mapped into memory: a file cut short meanwhile would kill the process."""
+        start, end = self._bounds[place : place + 2]
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb", buffering=0)
+            return os.pread(self._file.fileno(), end - start, start)
+        except OSError as error:
+            raise DataError(f"cannot read '{self.path}' ({one_line(error)}); check the disk") from error
+
     def fingerprint(self) -> str:
         """Hash the names, places and numbers of regions: equal on all machines that hold the same data."""
-        rows = [self._names, self._starts.tolist(), self._regions.tolist(), self.dim]
+        rows = [self._names, self._bounds[:-1].tolist(), self._regions.tolist(), self.dim]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
     def _index(self) -> dict[str, Any]:
         """Read the index file, or make it."""
         try:
-            stat = self.path.stat()
+            stat = regular_file(self.path)
         except OSError as error:
             raise DataError(f"cannot read '{self.path}' ({error.strerror}); mend the path") from error
+        self._size = stat.st_size
         described = {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
         place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
         file = cache_root(None) / "tsv" / f"{self.path.stem}-{place}.json"
@@ -154,14 +167,14 @@ class TsvStore:
         return self._holder(name).count(name)
 
     def check(self, names: Iterable[str], source: Path) -> None:
-        """Make sure that images are there.
+        """Make sure that images are there, and read some of them.
 
         Args:
             names: the images wanted.
             source: the file that names them, for the message.
 
         Raises:
-            DataError: how many are missing, and the first.
+            DataError: how many are missing, and the first; or what is wrong with one that was read.
         """
         wanted = dict.fromkeys(names)
         missing = [name for name in wanted if name not in self]
@@ -171,6 +184,8 @@ class TsvStore:
                 f"{len(missing)} of {len(wanted)} images that '{source}' names are not in {listed} (first: "
                 f"'{missing[0]}'); add the feature file that holds them"
             )
+        for name in sampled(list(wanted)):
+            self[name]
 
     def _holder(self, name: str) -> TsvFile:
         return next(file for file in self.files if name in file)
@@ -182,6 +197,8 @@ def _stored(file: Path, described: dict[str, Any]) -> dict[str, Any] | None:
         index = json.loads(file.read_text(encoding="utf-8"))
         names, starts, regions = index["names"], array("q", index["starts"]), array("i", index["regions"])
         whole = len(names) == len(starts) == len(regions) > 0 and type(index["dim"]) is int
+        whole = whole and not names[0].startswith("\ufeff")  # of the time when the mark was taken for a letter
+        whole = whole and all(start < end for start, end in pairwise([-1, *starts, index["size"]]))
         return index if whole and all(index[key] == value for key, value in described.items()) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
@@ -196,7 +213,7 @@ def _scan(path: Path, size: int) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             start = 0
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
                 header = _checked(path, number, line, first)
                 first = first or header
                 if header.name in names:
@@ -217,6 +234,8 @@ def _scan(path: Path, size: int) -> dict[str, Any]:
 
 def _checked(path: Path, number: int, line: bytes, first: Header | None) -> Header:
     try:
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"it has more than {LONGEST_LINE:,} bytes")
         header = read_header(line)
     except ValueError as error:
         raise _unusable(path, number, str(error)) from error

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from villa.datasets.stores.boxes import SLACK, check_boxes, check_features
+
 Floats = npt.NDArray[np.float32]
 
 FIELDS = (
@@ -25,8 +27,6 @@ FIELDS = (
 _FLOAT = 4
 #: Numbers of a box.
 BOX = 4
-#: Share of the image's size by which a box may stick out, for rounding.
-_SLACK = 0.01
 
 
 class Header(NamedTuple):
@@ -62,8 +62,12 @@ def read_header(line: bytes) -> Header:
     return Header(name, regions, features // (regions * _FLOAT))
 
 
-def read_regions(line: bytes) -> tuple[str, Floats, Floats]:
+def read_regions(line: bytes, *, allow_empty: bool = False) -> tuple[str, Floats, Floats]:
     """Decode a line.
+
+    Args:
+        line: the line.
+        allow_empty: accept boxes without area.
 
     Returns:
         Name of the image, features ``[R, D]``, and boxes ``[R, 4]`` divided by the image's width and height.
@@ -74,12 +78,11 @@ def read_regions(line: bytes) -> tuple[str, Floats, Floats]:
     header, fields = read_header(line), _fields(line)
     height, width = _whole(fields, "img_h"), _whole(fields, "img_w")
     boxes: Floats = _floats(fields, "boxes").reshape(header.regions, BOX)
-    boxes /= np.array([width, height] * 2, dtype=np.float32)
     features: Floats = _floats(fields, "features").reshape(header.regions, header.dim)
-    if not (np.isfinite(boxes).all() and np.isfinite(features).all()):
-        raise ValueError("boxes or features hold NaN or infinite values")
-    if boxes.min() < -_SLACK or boxes.max() > 1 + _SLACK:
-        raise ValueError(f"boxes are outside of the image of {width} x {height} pixels")
+    _check_pixels(boxes, width, height)
+    boxes /= np.array([width, height] * 2, dtype=np.float32)
+    check_boxes(boxes, allow_empty=allow_empty)
+    check_features(features)
     return header.name, features, boxes
 
 
@@ -105,6 +108,17 @@ def _fields(line: bytes) -> list[bytes]:
     if len(fields) != len(FIELDS):
         raise ValueError(f"{len(fields)} fields with tabs between them, not the {len(FIELDS)} from img_id to features")
     return fields
+
+
+def _check_pixels(boxes: Floats, width: int, height: int) -> None:
+    """Refuse boxes that are not in pixels of an image of this size."""
+    right, bottom = boxes[:, 2:].max(0)
+    if right > width * (1 + SLACK) or bottom > height * (1 + SLACK):
+        fits = right <= height * (1 + SLACK) and bottom <= width * (1 + SLACK)
+        hint = "; img_h and img_w are swapped" if fits else ""
+        raise ValueError(f"boxes are outside of the image of {width} x {height} pixels{hint}")
+    if 0 < boxes.max() <= 1 + SLACK and min(width, height) > 2:  # else all of them were within the image's first pixel
+        raise ValueError("boxes are divided by the image's size already; they must be in pixels")
 
 
 def _whole(fields: list[bytes], name: str) -> int:

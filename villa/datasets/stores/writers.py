@@ -19,9 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.boxes import check_boxes
+from villa.datasets.stores.checksums import SUFFIX, write_checksums
 from villa.datasets.stores.image_lmdb import BOX_WIDTH, NAMES_KEY
+from villa.datasets.stores.lmdb_env import DATA_FILE
 from villa.datasets.stores.lmdb_filling import PUTS, Filling
-from villa.datasets.stores.text_lmdb import check_meta
+from villa.datasets.stores.text_lmdb import CHECKSUMS, check_meta
 from villa.errors import DataError
 from villa.files import atomic_write
 
@@ -117,6 +120,8 @@ class TextDatabaseWriter(_Writer):
             _write_ordered(self.path / "img2txts.json", texts)
         _write_ordered(self.path / "meta.json", self._meta)
         self._filling.finish()
+        written = [path for path in self.path.iterdir() if path.suffix in (".json", ".mdb") and path.name != "lock.mdb"]
+        write_checksums(self.path / CHECKSUMS, written)
 
 
 class ImageDatabaseWriter(_Writer):
@@ -126,13 +131,15 @@ class ImageDatabaseWriter(_Writer):
         folder: folder of the environments of all choices (``coco_train2014``).
         boxes: the choice.
         puts: images a transaction.
+        allow_empty_boxes: accept boxes without area.
 
     Raises:
         DataError: the folder holds a finished database for this choice.
     """
 
-    def __init__(self, folder: Path, boxes: BoxSelection, *, puts: int = PUTS) -> None:
+    def __init__(self, folder: Path, boxes: BoxSelection, *, puts: int = PUTS, allow_empty_boxes: bool = False) -> None:
         self.folder = folder
+        self._allow_empty = allow_empty_boxes
         self.boxes = boxes
         self._filling = Filling(folder / boxes.folder(), {"image database": boxes.folder()}, puts)
 
@@ -144,31 +151,35 @@ class ImageDatabaseWriter(_Writer):
         conf: npt.ArrayLike,
         soft_labels: npt.ArrayLike | None = None,
     ) -> None:
-        """Add an image; its first rows are kept, as many as the choice of boxes wants.
+        """Add an image; its surest boxes are kept, as many as the choice of boxes wants, by falling confidence.
 
         Args:
             name: unique within the database (``coco_train2014_000000000009.npz``).
-            features: region features ``[R, D]`` by falling confidence.
+            features: region features ``[R, D]``.
             norm_bb: boxes ``[R, 6]``: x1, y1, x2, y2, width, height, each divided by the image's.
             conf: confidences ``[R]``.
             soft_labels: class distributions ``[R, classes]``, column 0 the background.
 
         Raises:
-            DataError: the shapes do not fit, a value is too large for float16, the name was added already, or the
-                disk is full.
+            DataError: the shapes do not fit, a box or a confidence cannot be, a value is too large for float16, the
+                name was added already, or the disk is full.
         """
         given = {"features": features, "norm_bb": norm_bb, "conf": conf}
         if soft_labels is not None:
             given["soft_labels"] = soft_labels
         arrays = {key: np.asarray(array) for key, array in given.items()}
         _check(name, arrays)
-        rows = self.boxes.count(arrays["conf"])
+        try:
+            rows = self.boxes.rows(arrays["conf"])
+            check_boxes(arrays["norm_bb"][rows].astype(np.float32), allow_empty=self._allow_empty)
+        except ValueError as error:
+            raise DataError(f"image '{name}': {error}") from error
         with np.errstate(over="ignore"):  # reported below
-            kept = {key: np.ascontiguousarray(array[:rows], dtype=np.float16) for key, array in arrays.items()}
+            kept = {key: np.ascontiguousarray(array[rows], dtype=np.float16) for key, array in arrays.items()}
         wrong = next((key for key, array in kept.items() if not np.isfinite(array).all()), None)
         if wrong is not None:
             raise DataError(f"image '{name}': {wrong} holds NaN, infinite values, or values too large for float16")
-        self._filling.put(name, _npz(kept) if self.boxes.compressed else _msgpack(kept), rows)
+        self._filling.put(name, _npz(kept) if self.boxes.compressed else _msgpack(kept), len(kept["conf"]))
 
     def close(self) -> None:
         """Write the list of names and the numbers of boxes, and finish the database."""
@@ -176,6 +187,9 @@ class ImageDatabaseWriter(_Writer):
         if counts is not None:
             _write_ordered(self.folder / counts, self._filling.records)
         self._filling.finish({NAMES_KEY: json.dumps(list(self._filling.records)).encode()})
+        folder = self.boxes.folder()
+        written = [self.folder / folder / DATA_FILE, *([self.folder / counts] if counts else [])]
+        write_checksums(self.folder / f"{folder}{SUFFIX}", written)
 
 
 def _check(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

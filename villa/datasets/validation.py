@@ -1,0 +1,123 @@
+"""Reading data through, as ``villa_validate`` does: every value that a run would read, and the checksums if any."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from villa.datasets.stores.base import Source
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.cache import INDEX_FILE, damaged_chunks
+from villa.datasets.stores.checksums import SUFFIX, verify
+from villa.datasets.stores.files import SUFFIXES, FileStore
+from villa.datasets.stores.image_lmdb import ImageDatabase
+from villa.datasets.stores.lmdb_env import DATA_FILE
+from villa.datasets.stores.text_lmdb import CHECKSUMS, TextDatabase
+from villa.datasets.stores.tsv import TsvFile
+from villa.engine.checkpoint_files import file_problem, read_manifest
+from villa.engine.checkpoint_layout import MANIFEST
+from villa.engine.progress import track
+from villa.errors import CheckpointError, ConfigError, DataError
+
+_CHOICE = re.compile(
+    r"feat_(?:th(?P<th>[0-9.e-]+)_max(?P<most>\d+)_min(?P<least>\d+)|numbb(?P<fixed>\d+))(_compressed)?"
+)
+
+
+def validate(path: Path, *, allow_empty_boxes: bool = False) -> str:
+    """Read a database, feature file or folder, feature cache, checkpoint or saved folder through.
+
+    Args:
+        path: the file or folder.
+        allow_empty_boxes: accept boxes without area.
+
+    Returns:
+        What it is, in words.
+
+    Raises:
+        DataError: naming the first value that cannot be, or the first file that is not as it was written.
+        CheckpointError: the same of a checkpoint or saved folder.
+        ConfigError: it is something else.
+    """
+    if path.is_dir():
+        return _folder(path, allow_empty_boxes)
+    if path.suffix == ".tsv":
+        file = TsvFile(path, allow_empty_boxes=allow_empty_boxes)
+        for name in track(list(file), f"read {path.name}"):
+            file[name]
+        return f"{len(file):,} images, valid region features"
+    if path.suffix in SUFFIXES:
+        return _feature_files([path], allow_empty_boxes)
+    raise ConfigError("the following arguments are required: --task (for a submission; data need none)")
+
+
+def _folder(path: Path, allow_empty: bool) -> str:
+    if (path / MANIFEST).is_file():
+        return _manifest(path)
+    if (path / INDEX_FILE).is_file():
+        damaged, chunks = damaged_chunks(path)
+        if damaged:
+            raise DataError(f"'{path}': {damaged} of {chunks} parts differ from their checksums; remove the folder")
+        return f"feature cache of {chunks} parts, as they were written"
+    if (path / DATA_FILE).is_file():
+        return _text(path) if (path / "meta.json").exists() else _images(path, allow_empty)
+    environments = sorted(file.parent for file in path.glob(f"*/{DATA_FILE}"))
+    if environments:
+        return "; ".join(f"{folder.name}: {validate(folder, allow_empty_boxes=allow_empty)}" for folder in environments)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if files:
+        return _feature_files(files, allow_empty)
+    raise ConfigError(f"'{path}' holds nothing that can be validated: no database, features, cache or checkpoint")
+
+
+def _manifest(path: Path) -> str:
+    _, files = read_manifest(path)
+    for name, expected in files.items():
+        problem = file_problem(path, name, expected)
+        if problem:
+            raise CheckpointError(f"'{path}' is damaged: {name} {problem}; use another one")
+    return f"{len(files)} files, as they were written"
+
+
+def _text(path: Path) -> str:
+    files = verify(path / CHECKSUMS)
+    database = TextDatabase(path)
+    ids: dict[str, None] = {}
+    for kind in ("", "qa", "qar"):
+        if (path / database.lengths_file(kind)).exists():
+            ids |= dict.fromkeys(database.lengths(kind))
+    for id in track(list(ids), f"read {path.name}"):
+        database.check(id)
+    return f"{len(ids):,} examples, valid text database{_checked(files)}"
+
+
+def _images(path: Path, allow_empty: bool) -> str:
+    files = verify(path.parent / f"{path.name}{SUFFIX}")
+    database = ImageDatabase(path.parent, _choice(path.name), allow_empty_boxes=allow_empty)
+    names = list(database.names())
+    for name in track(names, f"read {path.name}"):
+        database.check([name])
+    return f"{len(names):,} images, valid image database{_checked(files)}"
+
+
+def _choice(folder: str) -> BoxSelection:
+    """Return the choice of boxes that an environment's folder is named after."""
+    compressed = folder.endswith("_compressed")
+    found = _CHOICE.fullmatch(folder)
+    if found is None:
+        return BoxSelection(compressed=compressed)
+    if found["fixed"]:
+        return BoxSelection(fixed=int(found["fixed"]), compressed=compressed)
+    return BoxSelection(float(found["th"]), int(found["most"]), int(found["least"]), compressed=compressed)
+
+
+def _checked(files: int) -> str:
+    return ", as it was written" if files else " (without checksums: altered values that could be are not seen)"
+
+
+def _feature_files(paths: Iterable[Path], allow_empty: bool) -> str:
+    store = FileStore([Source(path, "villa_validate") for path in paths], allow_empty_boxes=allow_empty)
+    for index in track(range(len(store)), "read features"):
+        store[index]
+    return f"{len(store):,} images, valid region features"
