@@ -51,8 +51,8 @@ def local_path(uri: str) -> Path:
             raise DataError(f"'{uri}' starts with '~', but there is no such home folder; give a full path") from error
     if uri in _refused:
         raise DataError(
-            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give the "
-            "option that it is in yourself"
+            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
+            "the option that it is in yourself"
         )
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")

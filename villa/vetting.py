@@ -7,7 +7,6 @@ import. Only what describes the model, its processor or its way of writing is le
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import inspect
 import json
 import os
@@ -16,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def vetted(folder: Path) -> Path:
         kept, left_out = ({}, []) if values is None else vet(values, folder)
         if left_out:
             changed[name] = kept
-            print(f"note: left out of '{folder / name}': {', '.join(left_out)[:300]}", file=sys.stderr, flush=True)
+            _tell(f"note: left out of '{folder / name}': {', '.join(left_out)[:300]}")
     if not changed:
         return folder
     place = _temporary()
@@ -160,16 +160,25 @@ def _config_class(values: Mapping[str, Any]) -> Any:
     return CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else None
 
 
-def _vetted_part(values: Mapping[str, Any], kind: Any) -> tuple[Values, list[str]]:
-    declared, nested = (None, {}) if kind is None else (_declared(kind), getattr(kind, "sub_configs", None) or {})
+def _vetted_part(values: Mapping[str, Any], kind: Any, usual: Any = None) -> tuple[Values, list[str]]:
+    """Vet a configuration, or one inside another.
+
+    Args:
+        values: its options.
+        kind: its class, or None.
+        usual: what the class around it has there by default.
+    """
+    declared = _declared(kind)
+    nested, usual = ({}, {}) if declared is None else (getattr(kind, "sub_configs", None) or {}, usual or {})
     kept: Values = {}
     left_out: list[str] = []
     for name, value in values.items():
-        allowed = (declared is None or name in declared) and not chooses_code(name) and _is_plain(name, value)
-        if value is not None and not allowed:
+        allowed = declared is None or name in declared or name in usual
+        if value not in (None, False) and (not allowed or chooses_code(name) or not _is_plain(name, value)):
             left_out.append(name)
         elif isinstance(value, Mapping) and name not in _TABLES:
-            kept[name], inner = _vetted_part(value, _config_class(value) or nested.get(name.removesuffix("_dict")))
+            inner_kind = _config_class(value) or nested.get(name.removesuffix("_dict"))
+            kept[name], inner = _vetted_part(value, inner_kind, _defaults(kind).get(name))
             left_out += [f"{name}.{one}" for one in inner]
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             parts = [_vetted_part({"": item}, None) for item in value]
@@ -180,22 +189,32 @@ def _vetted_part(values: Mapping[str, Any], kind: Any) -> tuple[Values, list[str
     return kept, left_out
 
 
-def _declared(kind: Any) -> set[str] | None:
+@cache
+def _declared(kind: Any) -> frozenset[str] | None:
     """The options of a configuration class of transformers; None for one that stands for any."""
     if not hasattr(kind, "attribute_map"):
         return None
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     parameters = (inspect.signature(one.__init__).parameters for one in kind.__mro__)
     nested = getattr(kind, "sub_configs", None) or {}
-    return fields.union(*parameters, nested, *kind.attribute_map.items(), _of_writing(), _UNDECLARED.split())
+    return _of_writing().union(*parameters, _defaults(kind), nested, *kind.attribute_map.items(), _UNDECLARED.split())
 
 
-def _of_writing() -> set[str]:
+@cache
+def _defaults(kind: Any) -> Values:
+    """The options that a configuration has by default, some of them computed of others."""
+    try:
+        return dict(kind().to_dict())
+    except Exception:  # none, or a class without defaults, which declares all
+        return {}
+
+
+@cache
+def _of_writing() -> frozenset[str]:
     """The options of generation that do not choose code."""
     from transformers import GenerationConfig
 
     known: Any = GenerationConfig
-    return {name for name in known().to_dict() if not _COMPUTING.fullmatch(name)}
+    return frozenset(name for name in known().to_dict() if not _COMPUTING.fullmatch(name))
 
 
 def _is_plain(name: str, value: Any) -> bool:
@@ -225,7 +244,7 @@ def _vet_processor(values: Values, folder: Path) -> tuple[Values, list[str]]:
     for name, value in values.items():
         of_class = name.endswith(("_class", "processor_type", "extractor_type")) and isinstance(value, str)
         refused = chooses_code(name) or (of_class and not _CLASS.fullmatch(value))
-        if value is not None and refused:
+        if value not in (None, False) and refused:
             left_out.append(name)
         elif isinstance(value, Mapping) and name.endswith(("processor", "extractor", "tokenizer")):
             kept[name], inner = _vet_processor(dict(value), folder)
@@ -238,8 +257,8 @@ def _vet_processor(values: Values, folder: Path) -> tuple[Values, list[str]]:
 def _vet_adapter(values: Values, folder: Path) -> tuple[Values, list[str]]:
     if not (folder / CONFIG).is_file() or values.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"'{folder}' holds an adapter ({ADAPTER}) without its model, or one that is not low-rank: merge it into the "
-            "weights of its model (merge_and_unload of peft) and give the folder of that"
+            f"'{folder}' holds an adapter ({ADAPTER}) without its model, or one that is not low-rank: merge it into "
+            "the weights of its model (merge_and_unload of peft) and give the folder of that"
         )
     known = _LORA.split()
     left_out = [name for name, value in values.items() if name not in known and value not in (None, False, {}, [])]
@@ -263,6 +282,12 @@ def _read(file: Path) -> Values | None:
     except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
+
+
+@cache
+def _tell(line: str) -> None:
+    """Print a line on stderr, once."""
+    print("".join(one if one.isprintable() else "?" for one in line), file=sys.stderr, flush=True)
 
 
 def _temporary() -> Path:

@@ -70,8 +70,8 @@ def read_stored(path: Path) -> Layer:
     for key, value in layer.items():
         if any(_INTERPOLATION.search(text) for text in texts(value.data)):
             raise ConfigError(
-                f"{key} = {show(value.data)} ({value.origin}): the recipe inside a trained model has no ${{...}}; if you "
-                "wrote this one, give it as config=..."
+                f"{key} = {show(value.data)} ({value.origin}): the recipe inside a trained model has no ${{...}}; if "
+                "you wrote this one, give it as config=..."
             )
     return layer
 

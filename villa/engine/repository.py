@@ -1,8 +1,9 @@
 """The git repository around a folder, asked without its settings.
 
-The working folder may be anybody's, and the settings of a repository (``.git/config``, ``.git/hooks``) name programs that
-git runs: filters, hooks, monitors, transports. So the revision is read from the files, and whether something was changed
-is asked of git in a repository of our own making, which borrows the objects and the index and has none of the settings.
+The working folder may be anybody's, and the settings of a repository (``.git/config``, ``.git/hooks``) name programs
+that git runs: filters, hooks, monitors, transports. So the revision is read from the files, and whether something was
+changed is asked of git in a repository of our own making, which borrows the objects and the index and has none of the
+settings.
 """
 
 from __future__ import annotations

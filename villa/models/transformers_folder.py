@@ -64,8 +64,8 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadReport]:
     """Load a model that transformers has saved, in fp32.
 
-    Nothing in the files is executed: pickles are read as tensors only, code beside the weights is not imported, and what
-    chooses code elsewhere is left out (``villa.vetting``).
+    Nothing in the files is executed: pickles are read as tensors only, code beside the weights is not imported, and
+    what chooses code elsewhere is left out (``villa.vetting``).
 
     Args:
         kind: the model's class, or one of the library's automatic classes.
