@@ -12,7 +12,7 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,8 @@ from villa.plugins import one_line
 
 _URL_PREFIXES = ("http://", "https://")
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
+#: Addresses that nobody but the recipe inside a trained model names.
+_refused: set[str] = set()
 
 
 @cache
@@ -44,10 +46,16 @@ def local_path(uri: str) -> Path:
         uri: a path (``~`` is the home folder) or an http(s) URL.
 
     Raises:
-        DataError: the URL cannot be downloaded, or the path is none (see ``plain_path``).
+        DataError: the URL cannot be downloaded or was refused (``refuse_addresses``), or the path is none (see
+            ``plain_path``).
     """
     if not uri.startswith(_URL_PREFIXES):
         return Path(_path_manager().get_local_path(str(plain_path(uri))))
+    if uri in _refused:
+        raise DataError(
+            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
+            "the option that it is in yourself"
+        )
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir
@@ -115,6 +123,17 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(f"{what}: {one_line(error)}{advice}") from error
+
+
+def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
+    """Fetch nothing from the URLs of a stored recipe, which may be anybody's, unless the user gives them too.
+
+    Args:
+        stored: texts of the recipe inside a trained model; those that are no URLs do not matter.
+        given: texts that the user wrote.
+    """
+    _refused.update(text for text in stored if text.startswith(_URL_PREFIXES))
+    _refused.difference_update(given)
 
 
 def fsync(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import ClassVar
 
 from villa.errors import ConfigError
 from villa.launch.base import Launcher, LauncherConfig, Request
-from villa.launch.folder import job_folders, prepare
+from villa.launch.folder import job_folders, prepare, python_command
 from villa.launch.following import see_off
 from villa.launch.job import RunJob
 from villa.registry import register_launcher
@@ -74,7 +73,7 @@ class Local(Launcher):
 def _python() -> str:
     """The command of Python; submitit would hide all GPUs, and what starts several processes may choose among them."""
     visible = os.environ.get(_GPUS)
-    return shlex.join(["env", *(["-u", _GPUS] if visible is None else [f"{_GPUS}={visible}"]), sys.executable])
+    return shlex.join(["env", *(["-u", _GPUS] if visible is None else [f"{_GPUS}={visible}"]), *python_command()])
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from villa.errors import CheckpointError, ConfigError, nearest
 from villa.models.load_report import LoadReport, listed
 from villa.models.weight_files import refuse_not_finite
 from villa.plugins import one_line
+from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
 
 CONFIG_FILE = "config.json"
 #: Folder of a checkpoint's assets with the model's ``config.json``.
@@ -66,7 +67,8 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadReport]:
     """Load a model that transformers has saved, in fp32.
 
-    Nothing in the files is executed: pickles are read as tensors only, and code beside the weights is not imported.
+    Nothing in the files is executed: pickles are read as tensors only, code beside the weights is not imported, and
+    what chooses code elsewhere is left out (``villa.vetting``).
 
     Args:
         kind: the model's class, or one of the library's automatic classes.
@@ -82,7 +84,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     try:
         with quiet():
             model, found = kind.from_pretrained(
-                source,
+                _with_weights(source),
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -94,6 +96,8 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
             f"'{source}' was refused: its weights are a damaged pickle, or one of more than tensors, and opening that "
             "could run code; use a folder with safetensors"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever the library's loaders raise for files that they do not understand
         raise CheckpointError(f"'{source}' cannot be loaded: {one_line(error)}; check the folder or name") from error
     _check_shapes(source, found["mismatched_keys"])
@@ -148,8 +152,19 @@ def stored_config(source: str) -> Any:
     """Return the configuration object of a folder, or of a name on the hub."""
     from transformers import AutoConfig
 
-    folder = Path(source).expanduser()
-    return AutoConfig.from_pretrained(folder if folder.is_dir() else source, trust_remote_code=False)
+    folder = vetted_source(source, [CONFIG_FILE, ADAPTER])
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.name_or_path = source
+    return config
+
+
+def _with_weights(source: str) -> Path:
+    """A vetted folder of a model; of a name on the hub, pickled weights only where there are no others."""
+    described = [CONFIG_FILE, GENERATION, ADAPTER]
+    folder = vetted_source(source, [*described, "model*.safetensors", "model.safetensors.index.json"])
+    if not Path(source).expanduser().is_dir() and not any(folder.glob("model*.safetensors")):
+        folder = vetted_source(source, [*described, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
+    return folder
 
 
 def _made(architecture: str, options: Mapping[str, Any]) -> Any:
@@ -195,7 +210,9 @@ def _check(options: Mapping[str, Any], known: Mapping[str, Any], owner: str, pre
     """Refuse an option that the configuration does not have."""
     for name, value in options.items():
         nested = known.get(name)
-        if name not in known and name != "num_labels":
+        if (name not in known and name != "num_labels") or chooses_code(name):
             raise ConfigError(f"model.options.{prefix}{name} is no option of {owner}{nearest(name, known)}")
-        if isinstance(value, Mapping) and isinstance(nested, Mapping) and "model_type" not in value:
-            _check(value, nested, f"the {name} of {owner}", f"{prefix}{name}.")
+        if isinstance(value, Mapping) and isinstance(nested, Mapping):
+            # One of another type has other options.
+            known_there = dict.fromkeys((*nested, *value)) if "model_type" in value else nested
+            _check(value, known_there, f"the {name} of {owner}", f"{prefix}{name}.")
