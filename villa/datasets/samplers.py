@@ -121,7 +121,7 @@ class UpdateSampler(Sampler):
                 "it was trained on a mixture (dataset.mix, dataset.corpora), and the data of this recipe is none; "
                 f"{_RESUME}"
             )
-        epoch, update = (saved["epoch"], saved["update"]) if saved else (0, 0)
+        epoch, update = (_count(saved, "epoch"), _count(saved, "update")) if saved else (0, 0)
         if update and update >= len(self.epoch(epoch)):
             epoch, update = epoch + 1, 0
         return {"epoch": epoch, "update": update}
@@ -246,7 +246,7 @@ class MixedSampler(Sampler):
                 "it does not say where the parts of a mixture (dataset.mix, dataset.corpora) are, because it was not "
                 f"trained on one; {_RESUME}"
             )
-        update, parts = (saved["update"], saved["parts"]) if saved else (0, {})
+        update, parts = (_count(saved, "update"), saved["parts"]) if saved else (0, {})
         return {
             "update": update,
             "parts": {name: sampler.settle(parts.get(name, {})) for name, sampler in self.samplers.items()},
@@ -299,6 +299,13 @@ class MixedSampler(Sampler):
     def _drawn(self, position: Position) -> tuple[str, UpdateSampler, Position]:
         name = self.draw(position["update"]).name
         return name, self.samplers[name], position["parts"][name]
+
+
+def _count(saved: Position, name: str) -> int:
+    value = saved[name]
+    if not is_count(value):
+        raise CheckpointError(f"its position in the data has '{name}' {value!r:.40}, where a count should be")
+    return value
 
 
 def _plan(batch: BatchConfig) -> tuple[int, int, int]:

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from villa.engine.checkpoint_layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
 from villa.engine.tensors import unshared
-from villa.errors import CheckpointError
-from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
-from villa.plugins import one_line
+from villa.errors import CheckpointError, about, one_line, reading
+from villa.files import atomic_write, follow_umask, fsync, read_own_json, sha256, write_json
+from villa.json_values import is_count
+from villa.models.weight_files import check_archive, read_safetensors
 
 _FORMAT = 1
+_ADVICE = "use another one"
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,8 @@ class Checkpoint:
             from villa.engine.sharded_checkpoint import MODEL_STATE, Shards  # takes long to import
 
             return Shards(self.path).read(MODEL_STATE, like)
-        try:
-            with safe_open(self.path / MODEL, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-                return state | {alias: state[name] for alias, name in aliases.items()}
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"'{self.path / MODEL}' cannot be read: {one_line(error)}; use another one"
-            ) from error
+        with reading(f"'{self.path / MODEL}' cannot be read", _ADVICE, CheckpointError):
+            return read_safetensors(self.path / MODEL)
 
     def training_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read the state of optimiser, loop and callbacks, with its tensors on the CPU. No code in it is run.
@@ -100,15 +94,17 @@ class Checkpoint:
     def plain_state(self) -> dict[str, Any]:
         """Read the training state without what lies in shards; see ``training_state``."""
         path = self.path / TRAINING_STATE
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # its message advises to load without protection
-            raise CheckpointError(
-                f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
-                "villa did not write it: use another checkpoint"
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}; use another one") from error
+        with reading(f"'{path}' cannot be read", _ADVICE, CheckpointError):
+            check_archive(path)
+            try:
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # its message advises to load without protection
+                raise CheckpointError(
+                    f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
+                    "villa did not write it: use another checkpoint"
+                ) from error
+            if not isinstance(state, dict) or not isinstance(state.get("provenance", {}), dict):
+                raise ValueError("it holds no training state, or no provenance")
         return state
 
 
@@ -207,19 +203,34 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, An
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"'{folder}' is not a complete checkpoint: it has no {name}; use another one")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this villa reads {_FORMAT}")
-        return int(manifest["update"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint '{folder}' is damaged: {name} cannot be used ({one_line(error)}); use another one"
-        ) from error
+    with about(f"checkpoint '{folder}' is damaged"):
+        manifest = read_own_json(path, name, _ADVICE, CheckpointError)
+        try:
+            return _checked(manifest)
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be used ({error}); {_ADVICE}") from error
 
 
-def file_problem(folder: Path, name: str, expected: Any) -> str | None:
-    """Say what is wrong with a listed file, or return None."""
+def _checked(manifest: Any) -> tuple[int, dict[str, Any]]:
+    """Return what ``read_manifest`` does, of the right types; raise ValueError where they are wrong."""
+    if not isinstance(manifest, dict) or not {"format", "update", "files"} <= manifest.keys():
+        raise ValueError("it lacks format, update or files")
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r:.40}, this villa reads {_FORMAT}")
+    update, files = manifest["update"], manifest["files"]
+    if not is_count(update):
+        raise ValueError(f"its update is {update!r:.40}")
+    if not isinstance(files, dict):
+        raise ValueError("it lists no files")
+    for name, expected in files.items():
+        size, digest = (expected.get(key) for key in ("size", "sha256")) if isinstance(expected, dict) else (None, None)
+        if not is_count(size) or not isinstance(digest, str):
+            raise ValueError(f"it does not say what the file {name!r:.80} should be")
+    return update, files
+
+
+def file_problem(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a file that a manifest lists, or return None."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -230,7 +241,7 @@ def file_problem(folder: Path, name: str, expected: Any) -> str | None:
             return f"has {path.stat().st_size} bytes, where {MANIFEST} says {expected['size']}"
         if sha256(path) != expected["sha256"]:
             return f"has another checksum than {MANIFEST} says"
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # pathlib has one of each for links that lead nowhere
         return f"cannot be checked ({one_line(error)})"
     return None
 
