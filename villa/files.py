@@ -9,15 +9,14 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from villa.errors import DataError, VillaError
-from villa.json_values import LARGEST, parse_own
+from villa.errors import DataError
 from villa.plugins import one_line
 
 _URL_PREFIXES = ("http://", "https://")
@@ -156,34 +155,13 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
             f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
             f"convert it (with {command}) and give the .json file"
         )
-    return _read_json(path, what, advice, DataError, json.loads)
-
-
-def read_own_json(path: Path, what: str, advice: str, kind: type[VillaError] = DataError) -> Any:
-    """Read a JSON file that this package wrote: whatever it never writes is damage (see ``parse_own``).
-
-    Args:
-        path: the file.
-        what: what it is, for messages: ``manifest``.
-        advice: what to do when it cannot be read.
-        kind: of the error.
-
-    Raises:
-        VillaError: of ``kind``: it is missing or damaged.
-    """
-    return _read_json(path, what, advice, kind, parse_own)
-
-
-def _read_json(path: Path, what: str, advice: str, kind: type[VillaError], parse: Callable[[bytes], Any]) -> Any:
     try:
-        if parse is parse_own and path.stat().st_size > LARGEST:  # before it is in memory
-            raise ValueError(f"it has more than {LARGEST} bytes")
-        return parse(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
-        raise kind(f"cannot read the {what} '{path}' ({error.strerror}); {advice}") from error
+        raise DataError(f"cannot read the {what} '{path}' ({error.strerror}); {advice}") from error
     except (ValueError, RecursionError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise kind(f"the {what} '{path}' is not valid JSON ({reason}); {advice}") from error
+        raise DataError(f"the {what} '{path}' is not valid JSON ({reason}); {advice}") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any, TypeGuard
 
 #: How deep the containers of our own files may lie in each other, and how large a file of theirs may be.
@@ -22,17 +23,20 @@ def is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def parse_own(data: bytes) -> Any:
-    """Parse a JSON file that this package wrote; what it never writes is damage.
+def read_own(path: Path) -> Any:
+    """Read a JSON file that this package wrote; what it never writes is damage.
 
     Raises:
+        OSError: it cannot be read.
         ValueError: it is no JSON in UTF-8, names a key twice, is nested deeply, or has a number that is not finite or a
             text that UTF-8 has not.
     """
-    if len(data) > LARGEST:
-        raise ValueError(f"it has {len(data)} bytes, at most {LARGEST} are read")
+    if not path.is_file() or path.stat().st_size > LARGEST:  # before it is waited for, or in memory
+        raise ValueError(f"it is no file of at most {LARGEST} bytes")
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(
+            path.read_bytes().decode(), object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite
+        )
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     _check_depth(value)

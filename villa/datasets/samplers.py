@@ -21,6 +21,7 @@ from villa.config.schema import BatchConfig
 from villa.datasets.cuts import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
 from villa.engine.rng import derive_seed
 from villa.errors import CheckpointError, ConfigError, DataError, about
+from villa.json_values import is_count
 
 #: A number for every example: a list, an array or something that reads like one.
 Lengths = Sequence[int] | npt.NDArray[np.integer]
@@ -303,9 +304,9 @@ class MixedSampler(Sampler):
 
 def _count(saved: Position, name: str) -> int:
     value = saved[name]
-    if not is_count(value):
-        raise CheckpointError(f"its position in the data has '{name}' {value!r:.40}, where a count should be")
-    return value
+    if is_count(value):
+        return value
+    raise CheckpointError(f"its position in the data has '{name}' {value!r:.40}, where a count should be")
 
 
 def _plan(batch: BatchConfig) -> tuple[int, int, int]:

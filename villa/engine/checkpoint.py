@@ -21,9 +21,9 @@ from torch import Tensor
 from villa.engine import checkpoint_files
 from villa.engine.checkpoint_files import Checkpoint, load
 from villa.engine.checkpoint_layout import MANIFEST
-from villa.errors import CheckpointError, ConfigError, one_line
-from villa.files import fsync, read_own_json, write_json
-from villa.json_values import is_count
+from villa.errors import CheckpointError, ConfigError, one_line, reading
+from villa.files import fsync, write_json
+from villa.json_values import is_count, read_own
 
 __all__ = ["FOLDER", "Checkpoint", "CheckpointStore", "load", "resolve"]
 
@@ -181,13 +181,13 @@ class CheckpointStore:
         if not path.exists():
             return None
         try:
-            noted = read_own_json(path, "note", "the newest one is taken", CheckpointError)
-            update = noted.get("update") if isinstance(noted, dict) else None
-            if is_count(update):
-                return update
-            raise CheckpointError(f"its update is {update!r:.40}")
+            with reading(f"'{path}' does not say which checkpoint is the best", "the newest is taken", CheckpointError):
+                update = read_own(path)["update"]
+                if is_count(update):
+                    return update
+                raise ValueError(f"its update is {update!r:.40}")
         except CheckpointError as error:
-            _LOG.warning("'%s' does not say which checkpoint is the best (%s)", path, error)
+            _LOG.warning("%s", error)
             return None
 
     def set_best(self, update: int | None) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from villa.engine.checkpoint_layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
+from villa.engine.provenance import check_provenance
 from villa.engine.tensors import unshared
-from villa.errors import CheckpointError, about, one_line, reading
-from villa.files import atomic_write, follow_umask, fsync, read_own_json, sha256, write_json
-from villa.json_values import is_count
+from villa.errors import CheckpointError, one_line, reading
+from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
+from villa.json_values import is_count, read_own
 from villa.models.weight_files import check_archive, read_safetensors
 
 _FORMAT = 1
@@ -103,8 +104,9 @@ class Checkpoint:
                     f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
                     "villa did not write it: use another checkpoint"
                 ) from error
-            if not isinstance(state, dict) or not isinstance(state.get("provenance", {}), dict):
-                raise ValueError("it holds no training state, or no provenance")
+            if not isinstance(state, dict):
+                raise ValueError("it holds no training state")
+            check_provenance(state.get("provenance", {}))
         return state
 
 
@@ -203,12 +205,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, An
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"'{folder}' is not a complete checkpoint: it has no {name}; use another one")
-    with about(f"checkpoint '{folder}' is damaged"):
-        manifest = read_own_json(path, name, _ADVICE, CheckpointError)
-        try:
-            return _checked(manifest)
-        except ValueError as error:
-            raise CheckpointError(f"{name} cannot be used ({error}); {_ADVICE}") from error
+    with reading(f"checkpoint '{folder}' is damaged: {name} cannot be used", _ADVICE, CheckpointError):
+        return _checked(read_own(path))
 
 
 def _checked(manifest: Any) -> tuple[int, dict[str, Any]]:

@@ -22,7 +22,8 @@ from villa.distributed.share import Share
 from villa.engine.checkpoint_layout import INDEX, SHARDS
 from villa.engine.tensors import parameter_indices, staged, unshared
 from villa.errors import CheckpointError, ConfigError, reading
-from villa.files import read_own_json, write_json
+from villa.files import write_json
+from villa.json_values import read_own
 
 try:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -170,7 +171,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with self.broken():
-            index = read_own_json(folder / INDEX, "index of shards", "use another checkpoint", CheckpointError)
+            index = read_own(folder / INDEX)
             if index["format"] != _FORMAT:
                 raise ValueError(f"its format is {index['format']}, this villa reads {_FORMAT}")
             self.shapes = {name: torch.Size(shape) for name, shape in index["shapes"].items()}
