@@ -159,9 +159,8 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read the {what} '{path}' ({error.strerror}); {advice}") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"the {what} '{path}' is not valid JSON ({reason}); {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the {what} '{path}' is not valid JSON ({str(error).splitlines()[0]}); {advice}") from error
 
 
 @contextmanager

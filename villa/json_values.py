@@ -1,15 +1,66 @@
-"""Values of JSON files that others wrote."""
+"""JSON that others wrote: parsed so that nothing of it is lost without a word."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-#: How deep the containers of our own files may lie in each other, and how large a file of theirs may be.
-DEEPEST, LARGEST = 64, 1 << 28
+#: Brackets within brackets that are read; whatever goes through values recursively, as ``repr`` does, manages these.
+DEEPEST = 100
+#: The largest file of our own that is read, in bytes.
+LARGEST = 1 << 28
+#: A text, with the colon behind it if it is a name; or a bracket.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}\[\]]', re.DOTALL)
+#: The escape of half a character; two of them in a row make a whole one.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class RepeatedNameError(ValueError):
+    """An object has a name twice: JSON readers keep the last value and say nothing."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON, more strictly than ``json.loads``.
+
+    Raises:
+        ValueError: in a few words: it is not JSON, a name occurs twice in an object, brackets are nested more than
+            ``DEEPEST`` deep, a number has thousands of digits, or a text holds half a character (a lone surrogate),
+            which no file could be written with.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=unique_names)
+        _check_depth(value, text)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RepeatedNameError as error:
+        raise ValueError(f"{error}{_line_of_repetition(text)}") from None
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half a character") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number that Python does not convert, with advice for programmers
+        raise ValueError(str(error).partition(";")[0]) from None
+    return value
+
+
+def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, as ``object_pairs_hook`` of the ``json`` package.
+
+    Raises:
+        RepeatedNameError: a name occurs twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise RepeatedNameError(f"{name!r:.60} occurs twice in one object")
+    return value
 
 
 def is_number(value: Any) -> bool:
@@ -28,41 +79,41 @@ def read_own(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON in UTF-8, names a key twice, is nested deeply, or has a number that is not finite or a
-            text that UTF-8 has not.
+        ValueError: it is no file of at most ``LARGEST`` bytes, not UTF-8, refused by ``parse_json``, or has a number
+            that is not finite.
     """
     if not path.is_file() or path.stat().st_size > LARGEST:  # before it is waited for, or in memory
         raise ValueError(f"it is no file of at most {LARGEST} bytes")
-    try:
-        value = json.loads(
-            path.read_bytes().decode(), object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite
-        )
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
-    _check_depth(value)
-    json.dumps(value, ensure_ascii=False).encode()  # half a pair of surrogates, as "\\ud800", is refused here
+    value = parse_json(path.read_bytes().decode())
+    json.dumps(value, allow_nan=False)
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
+def _check_depth(value: Any, text: str) -> None:
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST + 1:
+            raise RecursionError
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
-    return number
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(DEEPEST):
-        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-        level = [item for items in inner for item in items if isinstance(item, dict | list)]
-        if not level:
-            return
-    raise ValueError("its values are nested too deeply")
+def _line_of_repetition(text: str) -> str:
+    """Say on which line a name occurs for the second time, if there are several lines."""
+    if "\n" not in text.strip():
+        return ""
+    objects: list[set[str]] = []
+    for token in _TOKEN.finditer(text):
+        if token[0] in "{[":
+            objects.append(set())
+        elif token[0] in "}]":
+            objects.pop()
+        elif token[1]:
+            name = json.loads(token[0].removesuffix(token[1]), strict=False)
+            if name in objects[-1]:
+                return f", again in line {text.count(chr(10), 0, token.start()) + 1}"
+            objects[-1].add(name)
+    return ""

@@ -51,8 +51,13 @@ class Checkpoint:
             shutil.copytree(self.assets, folder, dirs_exist_ok=True)
 
     def config_yaml(self) -> str:
-        """Return the run's resolved recipe."""
-        return (self.path / CONFIG).read_text(encoding="utf-8")
+        """Return the run's resolved recipe.
+
+        Raises:
+            CheckpointError: it is no text.
+        """
+        with reading(f"'{self.path / CONFIG}' cannot be read", _ADVICE, CheckpointError):
+            return (self.path / CONFIG).read_text(encoding="utf-8")
 
     @property
     def sharded(self) -> bool:
