@@ -1,13 +1,14 @@
-"""``villa_validate``: say whether a file can be submitted."""
+"""``villa_validate``: say whether a file can be submitted, or whether what lies on the disk is intact."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from villa.cli.command import Parser, printable, run_command
+from villa.errors import ConfigError, DataError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "villa_validate",
-        description="Check a submission file. Exit code 0: it is valid; 2: it is not, and one line says why.",
+        description="Check a submission file (--task), or that a model is intact: a run, a checkpoint, a saved folder, "
+        "a file of weights. Exit code 0: all is well; 2: it is not, and one line says why.",
         epilog="villa_run --list submissions describes the tasks.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="the submission file")
-    parser.add_argument("--task", required=True, help="the format: vqa, vcr, nlvr2, ...")
+    parser.add_argument("file", metavar="PATH", type=Path, help="the submission file, or what is to be intact")
+    parser.add_argument("--task", help="the submission's format: vqa, vcr, nlvr2, ...")
     parser.add_argument(
         "--ids",
         metavar="PATH",
@@ -42,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    for report in _check_intact(options.file) if options.task is None else (_check_submission(options),):
+        line = "\\n".join(report.splitlines())  # a name may hold line breaks
+        print(printable(line, sys.stdout), flush=True)
+    return 0
+
+
+def _check_submission(options: argparse.Namespace) -> str:
     from villa.evaluation.submissions.ids import read_ids
     from villa.plugins import load_user_dir
     from villa.registry import SUBMISSIONS
@@ -50,10 +59,20 @@ def _validate(options: argparse.Namespace) -> int:
         load_user_dir(options.user_dir)
     submission = SUBMISSIONS.get(options.task)()
     ids = None if options.ids is None else read_ids(options.ids)
-    report = submission.validate(options.file, ids)
-    line = "\\n".join(f"{options.file}: {report}".splitlines())  # a name may hold line breaks
-    print(printable(line, sys.stdout))
-    return 0
+    return f"{options.file}: {submission.validate(options.file, ids)}"
+
+
+def _check_intact(path: Path) -> Iterator[str]:
+    from villa.hub.intact import check_model, is_model
+
+    #: What a path may be, and what says in lines that it is intact, or raises a VillaError.
+    kinds: tuple[tuple[Callable[[Path], bool], Callable[[Path], Iterator[str]]], ...] = ((is_model, check_model),)
+    for is_kind, check in kinds:
+        if is_kind(path):
+            return check(path)
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist; mend the path")
+    raise ConfigError(f"'{path}' is no run, checkpoint, saved folder or file of weights; a submission needs --task")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from villa.errors import DataError
+from villa.errors import DataError, reading
 from villa.plugins import one_line
 
 #: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
@@ -72,15 +72,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         path = files[0]
     if not path.is_file():
         raise DataError(f"tokenizer '{path}' does not exist; give a {TOKENIZER_FILE}, a vocab.txt or a folder")
-    try:
+    with reading(f"'{path}' is not a tokenizer", "give another copy"):
         if path.suffix == ".txt":
             return _bert_tokenizer(_read_vocabulary(path), lowercase=_is_lowercase(path.parent))
         tokenizer = Tokenizer.from_file(str(path))
-    except DataError:
-        raise
-    except Exception as error:  # the package raises bare exceptions
-        raise DataError(f"'{path}' is not a tokenizer: {str(error).splitlines()[0]}") from error
-    tokenizer.no_padding()
+        tokenizer.no_padding()
+        vocabulary_size(tokenizer)  # of one without entries there is none
     return tokenizer
 
 
