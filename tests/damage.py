@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from tiny_runs import seal
+from torch import Tensor
 
 #: Minutes instead of seconds with VILLA_FUZZ_EXAMPLES=2000.
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))
@@ -28,6 +28,7 @@ _ODD: tuple[Any, ...] = (
 #: What Python's writer does not write.
 _RAW = ("1e999", "-1e999", "NaN", "-Infinity", "9" * 5000, "[" * 100_000, '"\\ud800"', "{" * 40, "[" * 90 + "]" * 90)
 _PLACE = "@@raw@@"
+_PIECES = (b"\xff", b"\xef\xbb\xbf", b"\0", b"[", b"}", b'"', b"1e999")
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
@@ -41,7 +42,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
         lambda: data[:place] + draw.randbytes(draw.randrange(1, 9)) + data[place:],
         lambda: data[:place] + bytes(end - place) + data[end:],
         lambda: data + draw.randbytes(3),
-        lambda: data[:place] + draw.choice([b"\xff", b"\xef\xbb\xbf", b"\0", b"[", b"}", b'"', b"1e999"]) + data[place:],
+        lambda: (
+            data[:place] + draw.choice([b"\xff", b"\xef\xbb\xbf", b"\0", b"[", b"}", b'"', b"1e999"]) + data[place:]
+        ),
         lambda: b"",
     ]
     return draw.choice([*changes, changes[0], changes[0]])()

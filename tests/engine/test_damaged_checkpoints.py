@@ -26,7 +26,9 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def go_on(stopped: Path, folder: Path) -> int:
-    return run(folder, *RUN, "checkpoint.resume=true", f"checkpoint.sharded={stopped.parent.name.startswith('sharded')}")
+    return run(
+        folder, *RUN, "checkpoint.resume=true", f"checkpoint.sharded={stopped.parent.name.startswith('sharded')}"
+    )
 
 
 @fuzz

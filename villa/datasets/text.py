@@ -21,6 +21,8 @@ from villa.plugins import one_line
 #: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILE = "tokenizer.json"
+#: Ids that a vocabulary may leave out.
+_GAPS = 100_000
 #: Smallest length that holds [CLS], one word-piece and [SEP].
 SHORTEST = 3
 
@@ -77,8 +79,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return _bert_tokenizer(_read_vocabulary(path), lowercase=_is_lowercase(path.parent))
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
-        vocabulary_size(tokenizer)  # of one without entries there is none
+        _check_ids(tokenizer)
     return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer) -> None:
+    """Refuse ids that no embedding has rows for: the library takes them as they are written."""
+    entries, size = tokenizer.get_vocab_size(with_added_tokens=True), vocabulary_size(tokenizer)
+    if size > 16 * entries + _GAPS:
+        raise ValueError(f"its {entries} entries have ids up to {size - 1}")
+    for texts in (("",), ("", "")):  # what is put around texts has ids of its own
+        try:
+            ids = tokenizer.encode(*texts).ids
+        except Exception:  # noqa: S112 - it may read words, or single texts, alone
+            continue
+        if ids and max(ids) >= size:
+            raise ValueError(f"it puts the id {max(ids)} around texts, where the vocabulary has {size}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
