@@ -48,6 +48,32 @@ def about(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from error
 
 
+def one_line(error: BaseException) -> str:
+    """``TypeName: first line of the message``."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+@contextmanager
+def reading(problem: str, advice: str, kind: type[VillaError] = DataError) -> Iterator[None]:
+    """Turn whatever is raised while a file is read into one line: the border of a reader.
+
+    Libraries have many errors for content that they did not expect (some of them not even an ``Exception``: a panic in
+    Rust is none), and so has code that takes a value for a number. Only signals and the end of the process pass.
+
+    Args:
+        problem: what cannot be done then: ``"'model.safetensors' cannot be read"``.
+        advice: what to do.
+        kind: of the error.
+    """
+    try:
+        yield
+    except (VillaError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(f"{problem}: {one_line(error)}; {advice}") from error
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Say which of the allowed names is closest: ``"; did you mean 'x'?"``, or nothing."""
     match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)

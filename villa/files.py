@@ -106,25 +106,6 @@ def regular_file(path: Path) -> os.stat_result:
     return found
 
 
-@contextmanager
-def reading(what: str, advice: str = "") -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file into one line: each has its own errors, and more than it says.
-
-    Args:
-        what: what is read, for the message: ``cannot read features from 'a.npz'``.
-        advice: what to do, with the punctuation before it.
-
-    Raises:
-        DataError: anything was raised within the block.
-    """
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{what}: {one_line(error)}{advice}") from error
-
-
 def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
     """Fetch nothing from the URLs of a stored recipe, which may be anybody's, unless the user gives them too.
 

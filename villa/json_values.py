@@ -6,10 +6,13 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 #: Brackets within brackets that are read; whatever goes through values recursively, as ``repr`` does, manages these.
 DEEPEST = 100
+#: The largest file of our own that is read, in bytes.
+LARGEST = 1 << 28
 #: A text, with the colon behind it if it is a name; or a bracket.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}\[\]]', re.DOTALL)
 #: The escape of half a character; two of them in a row make a whole one.
@@ -66,13 +69,33 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
+def is_count(value: Any) -> TypeGuard[int]:
+    """Say whether a value of JSON is a whole number from 0 on, of 63 bits."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def read_own(path: Path) -> Any:
+    """Read a JSON file that this package wrote; what it never writes is damage.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of at most ``LARGEST`` bytes, not UTF-8, refused by ``parse_json``, or has a number
+            that is not finite.
+    """
+    if not path.is_file() or path.stat().st_size > LARGEST:  # before it is waited for, or in memory
+        raise ValueError(f"it is no file of at most {LARGEST} bytes")
+    value = parse_json(path.read_bytes().decode())
+    json.dumps(value, allow_nan=False)
+    return value
+
+
 def _check_depth(value: Any, text: str) -> None:
     if text.count("[") + text.count("{") <= DEEPEST:
         return
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > DEEPEST:
+        if depth > DEEPEST + 1:
             raise RecursionError
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = [child for children in inner for child in children if isinstance(child, dict | list)]

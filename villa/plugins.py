@@ -8,7 +8,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from villa.errors import ConfigError
+from villa.errors import ConfigError, one_line
+
+__all__ = ["ENTRY_POINT_GROUP", "failures", "load_user_dir", "one_line"]
 
 ENTRY_POINT_GROUP = "villa.plugins"
 
@@ -53,9 +55,3 @@ def load_user_dir(path: str) -> None:
         raise ConfigError(f"user_dir '{path}' failed to import: {one_line(error)}") from error
     finally:
         sys.path.remove(str(location.parent))
-
-
-def one_line(error: BaseException) -> str:
-    """``TypeName: first line of the message``."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

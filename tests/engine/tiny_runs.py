@@ -107,11 +107,11 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def seal(checkpoint: Path, file: str) -> None:
+def seal(checkpoint: Path, file: str, name: str = "manifest.json") -> None:
     """Make a checkpoint's manifest agree with a file that was changed."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = json.loads((checkpoint / name).read_text())
     manifest["files"][file] = {"size": (checkpoint / file).stat().st_size, "sha256": sha256(checkpoint / file)}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / name).write_text(json.dumps(manifest))
 
 
 class _Touch:

@@ -1,10 +1,10 @@
-"""``villa_validate``: say whether a file can be submitted, or whether data, features and weights are intact."""
+"""``villa_validate``: say whether a file can be submitted, or whether what lies on the disk is intact."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from villa.cli.command import Parser, printable, run_command
@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "villa_validate",
-        description="Check a submission file (--task); or read a database, feature file or folder, feature cache,\n"
-        "checkpoint or saved folder through. Exit code 0: it is valid; 2: it is not, and one line says why.",
+        description="Check a submission file (--task), or read through what lies on the disk: a run, checkpoint,\n"
+        "saved folder or file of weights; a database, feature file or folder, or feature cache. Exit code 0: all\n"
+        "is well; 2: it is not, and one line says why.",
         epilog="villa_run --list submissions describes the tasks.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="the submission file, or the file or folder of data")
+    parser.add_argument("file", metavar="PATH", type=Path, help="the submission file, or what is to be intact")
     parser.add_argument("--task", help="the format of the submission: vqa, vcr, nlvr2, ...")
     parser.add_argument("--allow-empty-boxes", action="store_true", help="accept boxes without width or height")
     parser.add_argument(
@@ -46,12 +47,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    if options.task is None:
-        from villa.datasets.validation import validate
+    for report in _check_intact(options) if options.task is None else (_check_submission(options),):
+        line = "\\n".join(report.splitlines())  # a name may hold line breaks
+        print(printable(line, sys.stdout), flush=True)
+    return 0
 
-        found = validate(options.file, allow_empty_boxes=options.allow_empty_boxes)
-        print(printable(f"{options.file}: {found}", sys.stdout))
-        return 0
+
+def _check_submission(options: argparse.Namespace) -> str:
     from villa.evaluation.submissions.ids import read_ids
     from villa.plugins import load_user_dir
     from villa.registry import SUBMISSIONS
@@ -60,10 +62,17 @@ def _validate(options: argparse.Namespace) -> int:
         load_user_dir(options.user_dir)
     submission = SUBMISSIONS.get(options.task)()
     ids = None if options.ids is None else read_ids(options.ids)
-    report = submission.validate(options.file, ids)
-    line = "\\n".join(f"{options.file}: {report}".splitlines())  # a name may hold line breaks
-    print(printable(line, sys.stdout))
-    return 0
+    return f"{options.file}: {submission.validate(options.file, ids)}"
+
+
+def _check_intact(options: argparse.Namespace) -> Iterator[str]:
+    from villa.datasets.validation import holds_features, validate
+    from villa.hub.intact import check_model, is_model
+
+    path = options.file
+    if is_model(path) and not holds_features(path):
+        return check_model(path)
+    return iter((f"{path}: {validate(path, allow_empty_boxes=options.allow_empty_boxes)}",))
 
 
 if __name__ == "__main__":

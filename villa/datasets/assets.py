@@ -17,8 +17,9 @@ from villa.datasets.processor_loading import load_processor, save_processor
 from villa.datasets.processor_reader import Kind
 from villa.datasets.records import REGION_FIELDS, Regions
 from villa.datasets.text import load_tokenizer, save_tokenizer, vocabulary_size
-from villa.errors import DataError
+from villa.errors import DataError, reading
 from villa.files import sha256, write_json
+from villa.json_values import is_count, read_own
 from villa.models.base import DataFacts, Task
 
 ANSWERS_FILE, META_FILE, PROCESSOR = "answers.json", "dataset.json", "processor"
@@ -121,10 +122,9 @@ class Assets:
         Raises:
             DataError: a file is missing or damaged.
         """
-        answers, meta = _read_json(folder / ANSWERS_FILE), _read_json(folder / META_FILE)
-        known = isinstance(meta, dict) and meta.get("regions") in (*REGION_FIELDS, "none")
-        kind: Any = meta.get("kind", "label") if known else None
-        if kind not in _TASKS:
+        answers, meta = (_read_own(folder / name) for name in (ANSWERS_FILE, META_FILE))
+        kind: Any = meta.get("kind", "label") if _is_meta(meta) else None
+        if kind not in (*_TASKS,):  # which may be anything
             raise DataError(f"'{folder / META_FILE}' does not describe a data set; use an undamaged checkpoint")
         named = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
         if not named or (kind == "label" and not answers):
@@ -142,9 +142,15 @@ class Assets:
         )
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"cannot read '{path}'; use a checkpoint with its assets folder"
-        raise DataError(message) from error
+def _read_own(path: Path) -> Any:
+    with reading(f"cannot read '{path}'; use a checkpoint with its assets folder", "or mend the file"):
+        return read_own(path)
+
+
+def _is_meta(meta: Any) -> bool:
+    """Whether a value may be what ``save`` writes about a data set, apart from its kind."""
+    if not isinstance(meta, dict) or meta.get("regions") not in (*REGION_FIELDS, "none"):
+        return False
+    width, extractor, soft = meta.get("feature_dim"), meta.get("extractor"), meta.get("soft", False)
+    sized = width is None or (is_count(width) and width > 0)
+    return sized and isinstance(extractor, str | None) and isinstance(soft, bool)

@@ -10,8 +10,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from villa.errors import DataError
-from villa.plugins import one_line
+from villa.errors import DataError, reading
 from villa.vetting import OF_PROCESSORS, PROCESSOR_FILES, vetted_source
 
 #: File of an image processor.
@@ -30,13 +29,9 @@ def load_processor(source: str | Path, *, local: bool = False) -> Any:
     """
     if not _names_hub(source) and not Path(source).exists():
         raise DataError(f"the processor's folder '{source}' does not exist; mend the path")
-    try:
+    advice = "give a folder with a model's tokenizer and image processor, as transformers saves them"
+    with reading(f"the processor of '{source}' cannot be loaded", advice):
         return _load(vetted_source(source, OF_PROCESSORS, local=local))
-    except Exception as error:  # whatever the library's many loaders raise for files that they do not understand
-        raise DataError(
-            f"the processor of '{source}' cannot be loaded: {one_line(error)}; give a folder with a model's tokenizer "
-            "and image processor, as transformers saves them"
-        ) from error
 
 
 def save_processor(processor: Any, folder: Path) -> None:

@@ -16,8 +16,9 @@ from villa.datasets.base import DatasetConfig, Example, Split, TaskDataset
 from villa.datasets.collation import collate
 from villa.datasets.database_paths import SPLITS
 from villa.datasets.synthetic import EXAMPLES, databases
-from villa.errors import ConfigError, DataError
-from villa.files import plain_path, read_json, write_json
+from villa.errors import ConfigError, DataError, reading
+from villa.files import plain_path, write_json
+from villa.json_values import is_count, read_own
 
 #: Names of what a checkpoint keeps about the data that it was trained on.
 FACTS_FILE, ANSWERS_FILE = "dataset.json", "answers.json"
@@ -119,8 +120,9 @@ class ReleasedFilesTask(TaskDataset):
         """
         assert self.assets is not None
         path, advice = self.assets / FACTS_FILE, "use a checkpoint with its assets"
-        facts = read_json(path, "facts of the training data", advice)
-        if not isinstance(facts, dict) or any(type(facts.get(n)) is not int for n in ("feature_dim", "vocab_size")):
+        with reading(f"'{path}' cannot be read", advice):
+            facts = read_own(path)
+        if not isinstance(facts, dict) or not all(is_count(facts.get(name)) for name in ("feature_dim", "vocab_size")):
             raise DataError(f"'{path}' does not hold the sizes of the training data; {advice}")
         return facts
 

@@ -21,6 +21,7 @@ from villa.config.schema import BatchConfig
 from villa.datasets.cuts import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
 from villa.engine.rng import derive_seed
 from villa.errors import CheckpointError, ConfigError, DataError, about
+from villa.json_values import is_count
 
 #: A number for every example: a list, an array or something that reads like one.
 Lengths = Sequence[int] | npt.NDArray[np.integer]
@@ -121,7 +122,7 @@ class UpdateSampler(Sampler):
                 "it was trained on a mixture (dataset.mix, dataset.corpora), and the data of this recipe is none; "
                 f"{_RESUME}"
             )
-        epoch, update = (saved["epoch"], saved["update"]) if saved else (0, 0)
+        epoch, update = (_count(saved, "epoch"), _count(saved, "update")) if saved else (0, 0)
         if update and update >= len(self.epoch(epoch)):
             epoch, update = epoch + 1, 0
         return {"epoch": epoch, "update": update}
@@ -255,7 +256,7 @@ class MixedSampler(Sampler):
                 "it does not say where the parts of a mixture (dataset.mix, dataset.corpora) are, because it was not "
                 f"trained on one; {_RESUME}"
             )
-        update, parts = (saved["update"], saved["parts"]) if saved else (0, {})
+        update, parts = (_count(saved, "update"), saved["parts"]) if saved else (0, {})
         return {
             "update": update,
             "parts": {name: sampler.settle(parts.get(name, {})) for name, sampler in self.samplers.items()},
@@ -308,6 +309,13 @@ class MixedSampler(Sampler):
     def _drawn(self, position: Position) -> tuple[str, UpdateSampler, Position]:
         name = self.draw(position["update"]).name
         return name, self.samplers[name], position["parts"][name]
+
+
+def _count(saved: Position, name: str) -> int:
+    value = saved[name]
+    if is_count(value):
+        return value
+    raise CheckpointError(f"its position in the data has '{name}' {value!r:.40}, where a count should be")
 
 
 def _plan(batch: BatchConfig) -> tuple[int, int, int]:

@@ -15,13 +15,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
-from villa.errors import DataError
+from villa.errors import DataError, reading
 from villa.files import lines_of, read_json, read_text
 from villa.plugins import one_line
 
 #: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILE = "tokenizer.json"
+#: Ids that a vocabulary may leave out.
+_GAPS = 100_000
 #: Smallest length that holds [CLS], one word-piece and [SEP].
 SHORTEST = 3
 
@@ -74,17 +76,28 @@ def load_tokenizer(path: Path) -> Tokenizer:
         path = files[0]
     if not path.is_file():
         raise DataError(f"tokenizer '{path}' does not exist; give a {TOKENIZER_FILE}, a vocab.txt or a folder")
-    if path.suffix == ".txt":
-        vocabulary = _read_vocabulary(path)
-        return _bert_tokenizer(vocabulary, _normalizer(path.parent, vocabulary))
-    try:
+    with reading(f"'{path}' is not a tokenizer", "give another copy"):
+        if path.suffix == ".txt":
+            vocabulary = _read_vocabulary(path)
+            return _bert_tokenizer(vocabulary, _normalizer(path.parent, vocabulary))
         tokenizer = Tokenizer.from_str(read_text(path, "tokenizer"))
-    except DataError:
-        raise
-    except Exception as error:  # the package raises bare exceptions
-        raise DataError(f"'{path}' is not a tokenizer: {str(error).splitlines()[0]}") from error
-    tokenizer.no_padding()
+        tokenizer.no_padding()
+        _check_ids(tokenizer)
     return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer) -> None:
+    """Refuse ids that no embedding has rows for: the library takes them as they are written."""
+    entries, size = tokenizer.get_vocab_size(with_added_tokens=True), vocabulary_size(tokenizer)
+    if size > 16 * entries + _GAPS:
+        raise ValueError(f"its {entries} entries have ids up to {size - 1}")
+    for texts in (("",), ("", "")):  # what is put around texts has ids of its own
+        try:
+            ids = tokenizer.encode(*texts).ids
+        except Exception:  # noqa: S112 - it may read words, or single texts, alone
+            continue
+        if ids and max(ids) >= size:
+            raise ValueError(f"it puts the id {max(ids)} around texts, where the vocabulary has {size}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

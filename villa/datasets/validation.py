@@ -15,10 +15,8 @@ from villa.datasets.stores.image_lmdb import ImageDatabase
 from villa.datasets.stores.lmdb_env import DATA_FILE
 from villa.datasets.stores.text_lmdb import CHECKSUMS, TextDatabase
 from villa.datasets.stores.tsv import TsvFile
-from villa.engine.checkpoint_files import file_problem, read_manifest
-from villa.engine.checkpoint_layout import MANIFEST
 from villa.engine.progress import track
-from villa.errors import CheckpointError, ConfigError, DataError
+from villa.errors import ConfigError, DataError
 
 _CHOICE = re.compile(
     r"feat_(?:th(?P<th>[0-9.e-]+)_max(?P<most>\d+)_min(?P<least>\d+)|numbb(?P<fixed>\d+))(_compressed)?"
@@ -26,7 +24,7 @@ _CHOICE = re.compile(
 
 
 def validate(path: Path, *, allow_empty_boxes: bool = False) -> str:
-    """Read a database, feature file or folder, feature cache, checkpoint or saved folder through.
+    """Read a database, feature file or folder, or feature cache through.
 
     Args:
         path: the file or folder.
@@ -37,7 +35,6 @@ def validate(path: Path, *, allow_empty_boxes: bool = False) -> str:
 
     Raises:
         DataError: naming the first value that cannot be, or the first file that is not as it was written.
-        CheckpointError: the same of a checkpoint or saved folder.
         ConfigError: it is something else.
     """
     if path.is_dir():
@@ -49,12 +46,25 @@ def validate(path: Path, *, allow_empty_boxes: bool = False) -> str:
         return f"{len(file):,} images, valid region features"
     if path.suffix in SUFFIXES:
         return _feature_files([path], allow_empty_boxes)
-    raise ConfigError("the following arguments are required: --task (for a submission; data need none)")
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist; mend the path")
+    raise ConfigError(f"'{path}' is no data, no features and no trained model; a submission needs --task")
+
+
+def holds_features(path: Path) -> bool:
+    """Say whether a file is one of region features, which may be called like a file of weights."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as content:
+            return "features" in content.keys()  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError):
+        return False
 
 
 def _folder(path: Path, allow_empty: bool) -> str:
-    if (path / MANIFEST).is_file():
-        return _manifest(path)
     if (path / INDEX_FILE).is_file():
         damaged, chunks = damaged_chunks(path)
         if damaged:
@@ -68,16 +78,7 @@ def _folder(path: Path, allow_empty: bool) -> str:
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if files:
         return _feature_files(files, allow_empty)
-    raise ConfigError(f"'{path}' holds nothing that can be validated: no database, features, cache or checkpoint")
-
-
-def _manifest(path: Path) -> str:
-    _, files = read_manifest(path)
-    for name, expected in files.items():
-        problem = file_problem(path, name, expected)
-        if problem:
-            raise CheckpointError(f"'{path}' is damaged: {name} {problem}; use another one")
-    return f"{len(files)} files, as they were written"
+    raise ConfigError(f"'{path}' holds nothing that can be validated: no database, features, cache or trained model")
 
 
 def _text(path: Path) -> str:

@@ -7,7 +7,6 @@ name, flushed to the disk and renamed. ``best.json`` beside the checkpoints says
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -22,9 +21,9 @@ from torch import Tensor
 from villa.engine import checkpoint_files
 from villa.engine.checkpoint_files import Checkpoint, load
 from villa.engine.checkpoint_layout import MANIFEST
-from villa.errors import CheckpointError, ConfigError
+from villa.errors import CheckpointError, ConfigError, one_line, reading
 from villa.files import fsync, write_json
-from villa.plugins import one_line
+from villa.json_values import is_count, read_own
 
 __all__ = ["FOLDER", "Checkpoint", "CheckpointStore", "load", "resolve"]
 
@@ -182,10 +181,13 @@ class CheckpointStore:
         if not path.exists():
             return None
         try:
-            update = json.loads(path.read_text(encoding="utf-8"))["update"]
-            return int(update)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _LOG.warning("'%s' does not say which checkpoint is the best (%s)", path, one_line(error))
+            with reading(f"'{path}' does not say which checkpoint is the best", "the newest is taken", CheckpointError):
+                update = read_own(path)["update"]
+                if is_count(update):
+                    return update
+                raise ValueError(f"its update is {update!r:.40}")
+        except CheckpointError as error:
+            _LOG.warning("%s", error)
             return None
 
     def set_best(self, update: int | None) -> None:

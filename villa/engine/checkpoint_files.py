@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from villa.engine.checkpoint_layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
+from villa.engine.provenance import check_provenance
 from villa.engine.tensors import unshared
-from villa.errors import CheckpointError
+from villa.errors import CheckpointError, one_line, reading
 from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
-from villa.plugins import one_line
+from villa.json_values import is_count, read_own
+from villa.models.weight_files import check_archive, read_safetensors
 
 _FORMAT = 1
+_ADVICE = "use another one"
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,13 @@ class Checkpoint:
             shutil.copytree(self.assets, folder, dirs_exist_ok=True)
 
     def config_yaml(self) -> str:
-        """Return the run's resolved recipe."""
-        return (self.path / CONFIG).read_text(encoding="utf-8")
+        """Return the run's resolved recipe.
+
+        Raises:
+            CheckpointError: it is no text.
+        """
+        with reading(f"'{self.path / CONFIG}' cannot be read", _ADVICE, CheckpointError):
+            return (self.path / CONFIG).read_text(encoding="utf-8")
 
     @property
     def sharded(self) -> bool:
@@ -71,15 +78,8 @@ class Checkpoint:
             from villa.engine.sharded_checkpoint import MODEL_STATE, Shards  # takes long to import
 
             return Shards(self.path).read(MODEL_STATE, like)
-        try:
-            with safe_open(self.path / MODEL, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-                return state | {alias: state[name] for alias, name in aliases.items()}
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"'{self.path / MODEL}' cannot be read: {one_line(error)}; use another one"
-            ) from error
+        with reading(f"'{self.path / MODEL}' cannot be read", _ADVICE, CheckpointError):
+            return read_safetensors(self.path / MODEL)
 
     def training_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read the state of optimiser, loop and callbacks, with its tensors on the CPU. No code in it is run.
@@ -100,15 +100,18 @@ class Checkpoint:
     def plain_state(self) -> dict[str, Any]:
         """Read the training state without what lies in shards; see ``training_state``."""
         path = self.path / TRAINING_STATE
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # its message advises to load without protection
-            raise CheckpointError(
-                f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
-                "villa did not write it: use another checkpoint"
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}; use another one") from error
+        with reading(f"'{path}' cannot be read", _ADVICE, CheckpointError):
+            check_archive(path)
+            try:
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # its message advises to load without protection
+                raise CheckpointError(
+                    f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
+                    "villa did not write it: use another checkpoint"
+                ) from error
+            if not isinstance(state, dict):
+                raise ValueError("it holds no training state")
+            check_provenance(state.get("provenance", {}))
         return state
 
 
@@ -207,18 +210,29 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, An
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"'{folder}' is not a complete checkpoint: it has no {name}; use another one")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this villa reads {_FORMAT}")
-        return int(manifest["update"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint '{folder}' is damaged: {name} cannot be used ({one_line(error)}); use another one"
-        ) from error
+    with reading(f"checkpoint '{folder}' is damaged: {name} cannot be used", _ADVICE, CheckpointError):
+        return _checked(read_own(path))
 
 
-def file_problem(folder: Path, name: str, expected: Any, said_by: str = MANIFEST) -> str | None:
+def _checked(manifest: Any) -> tuple[int, dict[str, Any]]:
+    """Return what ``read_manifest`` does, of the right types; raise ValueError where they are wrong."""
+    if not isinstance(manifest, dict) or not {"format", "update", "files"} <= manifest.keys():
+        raise ValueError("it lacks format, update or files")
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r:.40}, this villa reads {_FORMAT}")
+    update, files = manifest["update"], manifest["files"]
+    if not is_count(update):
+        raise ValueError(f"its update is {update!r:.40}")
+    if not isinstance(files, dict):
+        raise ValueError("it lists no files")
+    for name, expected in files.items():
+        size, digest = (expected.get(key) for key in ("size", "sha256")) if isinstance(expected, dict) else (None, None)
+        if not is_count(size) or not isinstance(digest, str):
+            raise ValueError(f"it does not say what the file {name!r:.80} should be")
+    return update, files
+
+
+def file_problem(folder: Path, name: str, expected: Mapping[str, Any], said_by: str = MANIFEST) -> str | None:
     """Say what is wrong with a file that ``said_by`` lists, or return None."""
     path = folder / name
     try:
@@ -230,7 +244,7 @@ def file_problem(folder: Path, name: str, expected: Any, said_by: str = MANIFEST
             return f"has {path.stat().st_size} bytes, where {said_by} says {expected['size']}"
         if sha256(path) != expected["sha256"]:
             return f"has another checksum than {said_by} says"
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:  # pathlib has the last two for odd links
         return f"cannot be checked ({one_line(error)})"
     return None
 

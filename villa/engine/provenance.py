@@ -32,6 +32,17 @@ def provenance(folder: Path | None = None) -> dict[str, Any]:
     }
 
 
+def check_provenance(value: Any) -> None:
+    """Refuse what ``provenance`` never returns, as a damaged file may hold it; keys may be missing.
+
+    Raises:
+        ValueError: it is no provenance.
+    """
+    known = isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("packages", "git"))
+    if not known:
+        raise ValueError(f"{value!r:.60} is no provenance")
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -6,16 +6,13 @@ is never read. What a process writes follows from what it has, so that none wait
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
@@ -24,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from villa.distributed.share import Share
 from villa.engine.checkpoint_layout import INDEX, SHARDS
 from villa.engine.tensors import parameter_indices, staged, unshared
-from villa.errors import CheckpointError, ConfigError
+from villa.errors import CheckpointError, ConfigError, reading
 from villa.files import write_json
-from villa.plugins import one_line
+from villa.json_values import read_own
 
 try:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -40,7 +37,6 @@ except ImportError as _error:  # torch before 2.9
 MODEL_STATE, OPTIMIZER_STATE = "model.", "optimizer."
 
 _FORMAT = 1
-_BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -175,11 +171,14 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with self.broken():
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index = read_own(folder / INDEX)
             if index["format"] != _FORMAT:
                 raise ValueError(f"its format is {index['format']}, this villa reads {_FORMAT}")
-            self.shapes = {str(name): torch.Size(shape) for name, shape in index["shapes"].items()}
-            self.aliases = {str(alias): str(name) for alias, name in index["aliases"].items()}
+            self.shapes = {name: torch.Size(shape) for name, shape in index["shapes"].items()}
+            self.aliases: dict[str, str] = dict(index["aliases"])
+            wrong = [*({*self.aliases.values()} - self.shapes.keys()), *(self.aliases.keys() & self.shapes.keys())]
+            if wrong:
+                raise ValueError(f"its 'aliases' do not fit its tensors: {wrong[0]!r:.80}")
             self._reader = HuggingFaceStorageReader(str(folder / SHARDS))
             self._metadata = self._reader.read_metadata()
             self._stored: dict[str, Any] = dict(self._metadata.state_dict_metadata)
@@ -218,15 +217,23 @@ class Shards:
     def _check_parts(self) -> None:
         for name, shape in self.shapes.items():
             stored = self._stored[name]
-            if stored.size != shape or sum(math.prod(chunk.sizes) for chunk in stored.chunks) != math.prod(shape):
+            if stored.size != shape or not _tile(stored.chunks, shape):
                 raise ValueError(f"a part of '{name}' is missing")
 
-    @contextmanager
-    def broken(self) -> Iterator[None]:
-        """Turn what damaged files cause into one line."""
-        try:
-            yield
-        except _BROKEN as error:
-            raise CheckpointError(
-                f"the shards in '{self.folder}' cannot be read: {one_line(error)}; use another checkpoint"
-            ) from error
+    def broken(self) -> AbstractContextManager[None]:
+        """Context that turns what damaged files cause into one line."""
+        return reading(f"the shards in '{self.folder}' cannot be read", "use another checkpoint", CheckpointError)
+
+
+def _tile(chunks: Sequence[Any], shape: torch.Size) -> bool:
+    """Whether parts that were cut along one dimension make up a tensor, so that no element of it stays unread."""
+    cut = next((d for d, size in enumerate(shape) if any(chunk.sizes[d] != size for chunk in chunks)), None)
+    if cut is None:  # whole
+        return len(chunks) == 1 and not any(chunks[0].offsets)
+    end = 0
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.offsets[cut], chunk.sizes[cut])):
+        others = [(chunk.offsets[d], chunk.sizes[d]) for d in range(len(shape)) if d != cut]
+        if others != [(0, size) for d, size in enumerate(shape) if d != cut] or chunk.offsets[cut] != end:
+            return False
+        end += chunk.sizes[cut]
+    return bool(end == shape[cut])

@@ -31,10 +31,9 @@ from villa.engine.setup import Parts, build, build_trainer, load_model
 from villa.engine.tracking import Trackers, run_trackers
 from villa.engine.training import Progress, Training, fit
 from villa.engine.updater import Updater
-from villa.errors import CheckpointError
+from villa.errors import CheckpointError, about, reading
 from villa.files import atomic_write
 from villa.planning.dry_run import plan_of_run, warnings_of_run
-from villa.plugins import one_line
 from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.signals import Interrupted, check, interruptible
 from villa.trainers.base import Trainer
@@ -194,11 +193,11 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
         )
     load_model(training.model, checkpoint, training.updater.strategy)
     state = checkpoint.training_state(dict(training.model.named_parameters()))
-    try:
+    unfit = f"checkpoint '{checkpoint.path}' does not fit this recipe"
+    with reading(unfit, "use another one, or the recipe that it was trained with", CheckpointError), about(unfit):
         training.load_state_dict(state)
-    except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
-        raise CheckpointError(f"checkpoint '{checkpoint.path}' does not fit this recipe: {reason}") from error
+        if training.progress.update != checkpoint.update:
+            raise CheckpointError(f"its state is that of update {training.progress.update}")
     if {"evaluation.monitor", "evaluation.split"} & {*changed}:
         training.progress.best = training.progress.best_update = None
     print(f"resuming after update {checkpoint.update}", flush=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from villa.datasets.stream import UpdateStream
 from villa.engine.callbacks.base import Callback
 from villa.engine.updater import Updater
+from villa.json_values import is_count
 from villa.models.base import Model
 from villa.signals import SIGNALS, Interrupted, urgency
 from villa.trainers.base import Logs
@@ -36,6 +37,17 @@ class Progress:
     best: float | None = None
     best_update: int | None = None
     pending: str | None = None
+
+    def check(self) -> None:
+        """Refuse values that training never gives, as those of a damaged checkpoint.
+
+        Raises:
+            ValueError: naming one.
+        """
+        counts = [self.update, *([] if self.best_update is None else [self.best_update])]
+        known = isinstance(self.best, int | float) if self.best_update is not None else self.best is None  # NaN, too
+        if not all(map(is_count, counts)) or not known or not isinstance(self.pending, str | None):
+            raise ValueError(f"there is no such state of a run: {self!r:.200}")
 
     @property
     def finished(self) -> bool:
@@ -98,8 +110,14 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``; the updates to do, and whether to stop before, are this run's own affair."""
+        """Restore ``state_dict()``; the updates to do, and whether to stop before, are this run's own affair.
+
+        Raises:
+            CheckpointError: it is of another recipe.
+            ValueError: it is not what ``state_dict`` returns; what else is raised for that is the caller's to tell.
+        """
         self.progress = Progress(**{**state["progress"], "total": self.progress.total, "stopped": None})
+        self.progress.check()
         self.updater.load_state_dict(state["updater"])
         if self.progress.update:
             self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # the rate that would be logged

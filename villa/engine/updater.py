@@ -12,18 +12,26 @@ from villa.batch import Batch
 from villa.config.schema import TrainingConfig
 from villa.distributed.share import Turn
 from villa.distributed.strategy import Strategy
+from villa.engine.bert_adamw import BertAdamW
 from villa.engine.finite import describe_nonfinite
 from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.engine.schedules import Schedule
 from villa.engine.tensors import parameter_indices
 from villa.errors import NonFiniteError
+from villa.json_values import is_count, is_number
 from villa.losses.base import Loss
 from villa.models.base import Model
 from villa.signals import Interrupted
 from villa.trainers.base import Logs, Trainer
 
 Accumulation = Literal["mean", "sum", "total"]
+
+#: What optimisers keep of every parameter, of its shape.
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
+    torch.optim.Adamax: ("exp_avg", "exp_inf"),
+    **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW, BertAdamW), ("exp_avg", "exp_avg_sq")),
+}
 
 
 class Updater:
@@ -117,11 +125,13 @@ class Updater:
         """Restore ``state_dict()``; weight decay, betas and the like stay this run's own.
 
         Raises:
-            ValueError: the state is of other parameters.
+            ValueError: the state is of other parameters, or is none of an optimiser.
         """
         _load_moments(self.optimizer, state["optimizer"], self.strategy)
-        self.precision.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"]
+        scaler, self.skipped = state["scaler"], state["skipped"]
+        if not is_count(self.skipped) or not all(map(is_number, scaler.values())):
+            raise ValueError("the loss scale, or the updates that were skipped, are no numbers")
+        self.precision.scaler.load_state_dict(scaler)
 
     def _run(self, number: int, batches: Sequence[Batch], turns: Sequence[Turn], check: Callable[[], None]) -> Logs:
         """Run all passes of the micro-batches; their gradients add up."""
@@ -219,12 +229,29 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], st
     parameters = {
         n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)
     }
-    state = {
-        own[name]: strategy.part(saved["state"][index], parameters[name])
-        for name, index in theirs.items()
-        if index in saved["state"]
-    }
+    state = {}
+    for name, index in theirs.items():
+        if index in saved["state"]:
+            kept = saved["state"][index]
+            _check_moments(name, kept, strategy.shape(parameters[name]), optimizer)
+            state[own[name]] = strategy.part(kept, parameters[name])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_moments(name: str, kept: Mapping[str, Any], shape: torch.Size, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what would break the next step: torch takes whatever it is given for an optimiser's state."""
+    inner = getattr(optimizer, "optim", optimizer)  # fairscale's is around one
+    needed = next((moments for kind, moments in _MOMENTS.items() if isinstance(inner, kind)), ()) if kept else ()
+    wrong = [key for key in needed if not _is_moment(kept.get(key), shape)]
+    if needed and not is_number(float(kept["step"])):
+        wrong.append("step")
+    if wrong:
+        raise ValueError(f"the optimiser's '{wrong[0]}' of '{name}' is not that of a parameter of shape {list(shape)}")
+
+
+def _is_moment(value: Any, shape: torch.Size) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+    return dense and value.shape == shape
 
 
 def _add(total: Logs, values: Logs, weight: float) -> None:

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from villa.engine.provenance import check_provenance
 from villa.engine.tracking import json_number
-from villa.errors import ConfigError, nearest
+from villa.errors import ConfigError, nearest, reading
 from villa.files import write_json
+from villa.json_values import is_number, read_own
 
 #: More than any table needs: away from a terminal nothing is cut off.
 _PLAIN_WIDTH = 1000
@@ -57,6 +59,27 @@ def write_metrics(path: Path, splits: Mapping[str, Mapping[str, float]], protoco
         raise ConfigError("a split is called 'protocol', which metrics.json keeps for itself; rename the split")
     results = {name: {k: json_number(v) for k, v in values.items()} for name, values in splits.items()}
     write_json(path, {**results, "protocol": asdict(protocol)})
+
+
+def read_metrics(path: Path, advice: str) -> dict[str, Any]:
+    """Read what ``write_metrics`` wrote, with the protocol, if it has one, under ``protocol``.
+
+    Args:
+        path: the file.
+        advice: what to do when it is damaged.
+
+    Raises:
+        DataError: it is missing or holds something else.
+    """
+    with reading(f"'{path}' does not hold the results of a run", advice):
+        found = read_own(path)
+        protocol = found.get("protocol", {})
+        check_provenance(protocol.get("provenance", {}))
+        for split in found.keys() - {"protocol"}:
+            for name, value in found[split].items():
+                if not is_number(value) and not isinstance(value, str):
+                    raise ValueError(f"'{name}' of '{split}' is {value!r:.40}")
+    return dict(found)
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,21 @@ from villa.config.values import Layer, Origin, Value
 from villa.engine.checkpoint_files import file_problem, read_manifest
 from villa.engine.checkpoint_layout import ASSETS, CONFIG
 from villa.engine.folder import METRICS, SAVED
-from villa.errors import CheckpointError
-from villa.files import read_json
+from villa.engine.provenance import check_provenance
+from villa.errors import CheckpointError, reading
+from villa.evaluation.results import read_metrics
 from villa.hub.source import Source
 from villa.hub.weights import read_into
+from villa.json_values import read_own
 from villa.models.base import Model
 from villa.models.transformers_folder import CONFIG_FILE
+from villa.models.weight_files import SAFETENSORS
 
 OWN = "villa"
 MANIFEST = SAVED
 PROVENANCE = "provenance.json"
+
+_ADVICE = "use another copy"
 
 #: Value of ``model.architecture`` in a saved recipe: the folder itself.
 ITSELF = "."
@@ -46,11 +51,15 @@ def open_saved(path: Path) -> SavedFolder:
         CheckpointError: a file is missing or damaged.
     """
     update, listed = read_manifest(path, MANIFEST)
+    weights = (name for name in listed if name.endswith(SAFETENSORS) and not name.startswith(f"{OWN}/"))
+    for name in (next(weights, "weights"), CONFIG_FILE, f"{OWN}/{CONFIG}"):
+        if name not in listed:
+            raise CheckpointError(f"'{path}' is damaged: {MANIFEST} lists no {name}; {_ADVICE}")
     for name, expected in listed.items():
         needed = name.startswith(f"{OWN}/") or "safetensors" in name or name == CONFIG_FILE
         problem = file_problem(path, name, expected) if needed else None
         if problem:
-            raise CheckpointError(f"'{path}' is damaged: {name} {problem}; use another copy")
+            raise CheckpointError(f"'{path}' is damaged: {name} {problem}; {_ADVICE}")
     return SavedFolder(path, update)
 
 
@@ -76,12 +85,15 @@ class SavedFolder(Source):
 
     def metrics(self) -> dict[str, Any] | None:
         """Return the results of the run that was saved."""
-        return self._read(METRICS)
+        file = self.path / OWN / METRICS
+        return read_metrics(file, _ADVICE) if file.is_file() else None
 
     def provenance(self) -> dict[str, Any]:
         """Return what the run noted."""
-        return self._read(PROVENANCE) or {}
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        file = self.path / OWN / name
-        return dict(read_json(file, name)) if file.is_file() else None
+        file = self.path / OWN / PROVENANCE
+        if not file.is_file():
+            return {}
+        with reading(f"'{file}' cannot be used", _ADVICE, CheckpointError):
+            found = read_own(file)
+            check_provenance(found)
+        return dict(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from villa.config.values import Layer, Origin, Value
 from villa.datasets.assets import Assets
 from villa.datasets.processor_loading import load_processor
 from villa.datasets.processor_reader import Kind
-from villa.errors import CheckpointError, VillaError
+from villa.errors import CheckpointError, VillaError, reading
 from villa.hub.source import Source, place_name
 from villa.hub.weights import read_into
 from villa.models.base import Model, Task
@@ -48,6 +48,10 @@ class TransformersSource(Source):
         Raises:
             CheckpointError: villa cannot tell what the model predicts, or has no data that it could read.
         """
+        with self._understood():
+            return self._recipe()
+
+    def _recipe(self) -> list[Layer]:
         _, loss, metric = _TARGETS[self._target]
         place = str(self.path)
         options: dict[str, Any] = {
@@ -71,14 +75,21 @@ class TransformersSource(Source):
     @contextmanager
     def assets(self) -> Iterator[Path]:
         """Give a temporary folder, made of the processor and the names of the labels."""
+        with tempfile.TemporaryDirectory() as name:
+            with self._understood():
+                self._save_assets(Path(name))
+            yield Path(name)
+
+    def _save_assets(self, folder: Path) -> None:
         kind, soft = _TARGETS[self._target][0], self._target == "soft"
         regions: Any = "pixels" if self._sees else "none"
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            made = Assets(None, self._labels(kind), soft=soft, regions=regions, kind=kind, processor=self._processor)
-            made.save(folder)
-            self._config.save_pretrained(folder / MODEL_ASSETS)
-            yield folder
+        made = Assets(None, self._labels(kind), soft=soft, regions=regions, kind=kind, processor=self._processor)
+        made.save(folder)
+        self._config.save_pretrained(folder / MODEL_ASSETS)
+
+    def _understood(self) -> AbstractContextManager[None]:
+        """Context that turns what values of any type cause, as the library leaves them in its objects, into a line."""
+        return reading(f"the files of '{self.path}' cannot be used", "save the model there again", CheckpointError)
 
     def load_into(self, model: Model) -> None:
         """Load the weights; see the base class."""
@@ -89,7 +100,9 @@ class TransformersSource(Source):
         try:
             return find_config(str(self.path), {})
         except VillaError as error:
-            raise CheckpointError(f"'{self.path}' cannot be used: its config.json is not understood") from error
+            raise CheckpointError(
+                f"'{self.path}' cannot be used: its config.json is not understood ({error})"
+            ) from error
 
     @cached_property
     def _processor(self) -> Any:
@@ -97,6 +110,13 @@ class TransformersSource(Source):
         tokenizer = getattr(processor, "tokenizer", processor)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
             raise CheckpointError(f"'{self.path}' holds no tokenizer: save it there, by its own save_pretrained")
+        rows = getattr(getattr(self._config, "text_config", self._config), "vocab_size", None)
+        largest = max(tokenizer.get_vocab().values())
+        if isinstance(rows, int) and largest >= rows and not hasattr(self._config, "additional_vocab_size"):
+            raise CheckpointError(
+                f"'{self.path}': its tokenizer has ids up to {largest}, its model rows for {rows}; they do not belong "
+                "together: save both there again"
+            )
         return processor
 
     @cached_property

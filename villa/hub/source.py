@@ -15,7 +15,7 @@ from villa.engine.checkpoint import FOLDER, Checkpoint
 from villa.engine.checkpoint_layout import CONFIG
 from villa.engine.folder import METRICS, unused
 from villa.engine.setup import load_model
-from villa.files import read_json
+from villa.evaluation.results import read_metrics
 from villa.models.base import Model
 from villa.models.weight_files import refuse_not_finite
 
@@ -91,9 +91,8 @@ class CheckpointSource(Source):
     def metrics(self) -> dict[str, Any] | None:
         """Return the run's results if they are about this checkpoint and not a later or better one."""
         file = self._run / METRICS
-        found = read_json(file, "results") if file.is_file() else None
-        about = found.get("protocol", {}).get("update") if isinstance(found, dict) else None
-        return found if about == self.update else None
+        found = read_metrics(file, "move it away") if file.is_file() else {}
+        return found if found.get("protocol", {}).get("update") == self.update else None
 
     def provenance(self) -> dict[str, Any]:
         """Return what the run noted."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +12,17 @@ from typing import Any
 
 import torch
 
-from villa.errors import CheckpointError, ConfigError, nearest
+from villa.errors import CheckpointError, ConfigError, nearest, reading
 from villa.models.load_report import LoadReport, listed
-from villa.models.weight_files import refuse_not_finite
-from villa.plugins import one_line
+from villa.models.weight_files import SAFETENSORS, check_archive, refuse_not_finite
 from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
 
 CONFIG_FILE = "config.json"
+#: Numbers of a configuration that say how often something is made, and their largest sensible values.
+_REPEATED = re.compile(r"(layers?|depths?|blocks|stages|levels|experts|num_labels)$")
+_MOST_LAYERS, _MOST_LABELS = 4096, 10_000_000
+#: Parameters that any machine has memory for.
+_SMALL = 100_000_000
 #: Folder of a checkpoint's assets with the model's ``config.json``.
 ASSETS = "model"
 #: In a folder that villa saved: the head that a model of transformers has no place for.
@@ -49,19 +55,58 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
     from transformers import CONFIG_MAPPING
 
     options = _nested(options)
-    try:
+    with reading(f"{option}='{architecture}' cannot be built", "mend its options or its files", ConfigError):
+        if is_transformers_folder(architecture):
+            check_claims(Path(architecture).expanduser())
         if is_transformers_folder(architecture) or is_hub_name(architecture):
             return _changed(stored_config(architecture), options)
         if architecture in CONFIG_MAPPING:
             return _made(architecture, options)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever transformers raises for values that it does not expect
-        raise ConfigError(f"{option}='{architecture}' cannot be built: {one_line(error)}") from error
     raise ConfigError(
         f"{option}='{architecture}' is no model type of transformers and no folder with a {CONFIG_FILE}"
         f"{nearest(architecture, CONFIG_MAPPING)}"
     )
+
+
+def check_claims(folder: Path) -> None:
+    """Refuse a ``config.json`` of a model that is far larger than the weights beside it, before it takes memory.
+
+    Raises:
+        ConfigError: naming what it claims.
+        ValueError: it is no JSON object.
+    """
+    values = json.loads((folder / CONFIG_FILE).read_bytes())
+    numbers = list(_numbers(values))
+    for name, value in numbers:
+        if value > (_MOST_LABELS if "label" in name else _MOST_LAYERS) and _REPEATED.search(name):
+            raise ConfigError(f"'{folder / CONFIG_FILE}' asks for {name}={value}, as no model has; mend it")
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (SAFETENSORS, ".bin"))
+    largest = max((value for _, value in numbers), default=0)
+    if held and largest**2 > 16 * held + _SMALL:  # else no matrix can be too large: it need not be built to see that
+        claimed = _size(stored_config(str(folder)))
+        if claimed > 8 * held + _SMALL:
+            raise ConfigError(
+                f"'{folder / CONFIG_FILE}' describes a model of {claimed:,} parameters, but the weights beside it have "
+                f"{held:,} bytes; mend it"
+            )
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Yield every whole number in nested containers, with the name that it is under."""
+    if type(value) is int:
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
+            yield from _numbers(item, str(key))
+
+
+def _size(described: Any) -> int:
+    """Number of parameters of a model that is described, without memory for them."""
+    from transformers import AutoModel
+
+    auto: Any = AutoModel
+    with torch.device("meta"), quiet():
+        return sum(parameter.numel() for parameter in auto.from_config(described).parameters())
 
 
 def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadReport]:
@@ -81,8 +126,10 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     Raises:
         CheckpointError: the files cannot be read, or have tensors of another shape or with numbers that are not finite.
     """
-    try:
-        with quiet():
+    with reading(f"'{source}' cannot be loaded", "check the folder or name", CheckpointError), quiet():
+        for archive in Path(source).expanduser().glob("*.bin"):
+            check_archive(archive)
+        try:
             model, found = kind.from_pretrained(
                 _with_weights(source),
                 config=config,
@@ -91,15 +138,11 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
                 ignore_mismatched_sizes=True,  # so that they are told; they are refused below
                 trust_remote_code=False,
             )
-    except pickle.UnpicklingError as error:  # its message advises to load without protection
-        raise CheckpointError(
-            f"'{source}' was refused: its weights are a damaged pickle, or one of more than tensors, and opening that "
-            "could run code; use a folder with safetensors"
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever the library's loaders raise for files that they do not understand
-        raise CheckpointError(f"'{source}' cannot be loaded: {one_line(error)}; check the folder or name") from error
+        except pickle.UnpicklingError as error:  # its message advises to load without protection
+            raise CheckpointError(
+                f"'{source}' was refused: its weights are a damaged pickle, or one of more than tensors, and opening "
+                "that could run code; use a folder with safetensors"
+            ) from error
     _check_shapes(source, found["mismatched_keys"])
     missing = tuple(sorted(found["missing_keys"]))
     report = LoadReport(

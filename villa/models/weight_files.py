@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from villa.errors import CheckpointError, DataError
+from villa.errors import CheckpointError, DataError, one_line, reading
 from villa.files import follow_umask, local_path, read_json, replacing
-from villa.plugins import one_line
 
 #: How a file of safetensors is called.
 SAFETENSORS = ".safetensors"
@@ -24,6 +24,7 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 #: What transformers calls the list of the files that it has split one into.
 INDEX = ".index.json"
 
+_CUT = "it may be cut off, or of another kind: use another copy"
 #: Keys under which other programs wrap a model's weights; the later ones only where there is one of them.
 _WRAPPERS = ("state_dict", "model")
 _OTHER_WRAPPERS = ("module", "model_state_dict", "net")
@@ -99,7 +100,12 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     """Read one file of weights; see ``read_weights``."""
-    content = _unwrapped(_read_safetensors(file) if file.suffix == SAFETENSORS else _read_torch(file))
+    if file.suffix == SAFETENSORS:
+        with reading(f"'{file}' cannot be read as safetensors", _CUT, CheckpointError):
+            content: Any = read_safetensors(file)
+    else:
+        content = _read_torch(file)
+    content = _unwrapped(content)
     if not _are_weights(content):
         raise CheckpointError(f"'{file}' is no file of weights: it should map names to plain tensors")
     return dict(content)
@@ -168,30 +174,56 @@ def _is(what: Callable[[Path], bool], path: Path) -> bool:
         raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}; give another path") from error
 
 
-def _read_safetensors(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of safetensors, with the other names of those that are tied in our checkpoints.
 
-    try:
-        with safe_open(file, framework="pt") as content:
-            weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
-            aliases = json.loads((content.metadata() or {}).get("aliases", "{}"))  # tied weights of our checkpoints
-            return weights | {alias: weights[name] for alias, name in aliases.items()}
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(
-            f"'{file}' cannot be read as safetensors; it may be cut off: {one_line(error)}"
-        ) from error
+    The library holds what the header claims against the size of the file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+        aliases = json.loads((content.metadata() or {}).get("aliases", "{}"))
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+        raise ValueError("its 'aliases' do not map names to names")
+    unknown = sorted({*aliases.values()} - weights.keys()) + sorted(aliases.keys() & weights.keys())
+    if unknown:
+        raise ValueError(f"its 'aliases' do not fit its tensors: '{unknown[0]:.80}'")
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def check_archive(file: Path) -> None:
+    """Check an archive of ``torch.save``, of which torch compares neither the checksums nor, packed, the sizes.
+
+    Files of the time before it wrote archives have neither.
+
+    Raises:
+        ValueError: something in it is damaged, or claims more bytes than the file has.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > file.stat().st_size:
+            raise ValueError("what is in it claims more bytes than the file has")
+        for member in members:
+            if not member.CRC:  # as torch writes it when asked to leave checksums out
+                continue
+            with archive.open(member) as content:  # compares the checksum at the end
+                while content.read(1 << 22):
+                    pass
 
 
 def _read_torch(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{file}' was refused: it is corrupt or holds more than tensors, and opening that could run code; "
-            "use a file of tensors only (best .safetensors)"
-        ) from error
-    except Exception as error:  # torch has no error of its own: a broken file may raise any
-        raise CheckpointError(f"'{file}' cannot be read; it may be cut off or no file of torch.save") from error
+    with reading(f"'{file}' cannot be read", _CUT, CheckpointError):
+        check_archive(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"'{file}' was refused: it is corrupt or holds more than tensors, and opening that could run code; "
+                "use a file of tensors only (best .safetensors)"
+            ) from error
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:

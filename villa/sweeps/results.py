@@ -15,7 +15,8 @@ from villa.engine.finished import is_finished
 from villa.engine.folder import LOG, METRICS
 from villa.engine.tracking import read_log
 from villa.errors import DataError
-from villa.files import atomic_write, read_json
+from villa.evaluation.results import read_metrics
+from villa.files import atomic_write
 from villa.sweeps.axes import SEED, Point
 
 RUNS, TABLE, MARKDOWN = "runs.csv", "table.csv", "table.md"
@@ -60,7 +61,7 @@ def read_score(config: RunConfig, metric: str) -> float | None:
     if config.run_type == "train":
         found = [dict(record) for record in read_log(folder / LOG) if record["kind"] == "val"]
     else:
-        content = read_json(folder / METRICS, "results of a run", "remove its folder to run it again")
+        content = read_metrics(folder / METRICS, "remove its folder to run it again")
         found = [content.get(config.evaluation.test_split, {})]
     values = [record[metric] for record in found if isinstance(record.get(metric), int | float)]
     if not values:

@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.npz import NpzFile
-from villa.errors import DataError
-from villa.files import reading
+from villa.errors import DataError, reading
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -24,7 +23,7 @@ def read_features(path: Path, boxes: BoxSelection) -> Arrays:
     Raises:
         DataError: it cannot be read or lacks an array.
     """
-    with reading(f"cannot read features from '{path}'", "; extract them again"), NpzFile(path) as archive:
+    with reading(f"cannot read features from '{path}'", "extract them again"), NpzFile(path) as archive:
         missing = [name for name in _NEEDED if name not in archive]
         if missing:
             raise DataError(f"'{path}' lacks {missing[0]}; a feature file holds {', '.join(_NEEDED)}")

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from villa.files import reading, write_json
+from villa.errors import reading
+from villa.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def damaged_chunks(folder: Path) -> tuple[int, int]:
     Raises:
         DataError: its index cannot be read.
     """
-    with reading(f"cannot read the feature cache '{folder}'", "; remove the folder"):
+    with reading(f"cannot read the feature cache '{folder}'", "remove the folder"):
         index = json.loads((folder / INDEX_FILE).read_bytes())
         cache = FeatureCache(folder, tuple(index["shape"]), {})
         cache._checksums = dict(index["checksums"])

@@ -15,8 +15,7 @@ from villa.datasets.stores.base import RegionStore, Source
 from villa.datasets.stores.boxes import WIDTHS, check_boxes, check_features, sampled
 from villa.datasets.stores.npz import NpzFile
 from villa.datasets.stores.packed_arrays import MAX_ARRAY_BYTES
-from villa.errors import DataError
-from villa.files import reading
+from villa.errors import DataError, reading
 
 #: Names of the boxes in a file; the second is that of the released feature files.
 BOX_NAMES = ("boxes", "norm_bb")
@@ -138,4 +137,4 @@ def _box_name(names: set[str]) -> str:
 
 def _reading(source: Source) -> AbstractContextManager[None]:
     _check_suffix(source)
-    return reading(f"{source.named_by}: cannot read features from '{source.path}'")
+    return reading(f"{source.named_by}: cannot read features from '{source.path}'", "extract them again")

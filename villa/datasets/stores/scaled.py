@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from villa.datasets.stores.base import RegionStore
-from villa.errors import DataError
+from villa.errors import DataError, reading
 
 STATISTICS_FILE = "features.safetensors"
 #: Training images that the statistics are taken over, at most.
@@ -48,11 +47,15 @@ class Scaling:
         Raises:
             DataError: the file is missing or damaged.
         """
-        try:
-            tensors = load_file(folder / STATISTICS_FILE)
-            return cls(tensors["mean"], tensors["scale"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DataError(f"cannot read '{folder / STATISTICS_FILE}'; use a checkpoint with its assets") from error
+        path = folder / STATISTICS_FILE
+        with reading(f"cannot read '{path}'", "use a checkpoint with its assets"):
+            tensors = load_file(path)
+            mean, scale = tensors["mean"], tensors["scale"]
+            if mean.dim() != 1 or mean.shape != scale.shape or {mean.dtype, scale.dtype} != {torch.float32}:
+                raise ValueError("mean and scale are no float32 vectors of one length")
+            if not (mean.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+                raise ValueError("mean or scale has values that no statistics have")
+            return cls(mean, scale)
 
     def save(self, folder: Path) -> None:
         """Write ``features.safetensors`` into ``folder``."""
@@ -65,9 +68,17 @@ class ScaledStore(RegionStore):
     Args:
         store: the features as they are.
         scaling: their statistics.
+
+    Raises:
+        DataError: the statistics are those of features of another width.
     """
 
     def __init__(self, store: RegionStore, scaling: Scaling) -> None:
+        if len(scaling.mean) != store.dim:
+            raise DataError(
+                f"features are {store.dim} wide, their mean and scale ({STATISTICS_FILE}) {len(scaling.mean)}; use the "
+                "features that the model was trained on"
+            )
         super().__init__(store.sources)
         self.store, self.scaling, self.dim = store, scaling, store.dim
 

@@ -83,8 +83,8 @@ class EvaluationCallback(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``."""
-        self.without_improvement = state.get("without_improvement", 0)
-        self.values = dict(state.get("values", {}))
+        self.without_improvement = int(state.get("without_improvement", 0))
+        self.values = {str(name): float(value) for name, value in state.get("values", {}).items()}
 
     def _monitored(self, values: Mapping[str, float]) -> float:
         if self.config.monitor not in values:

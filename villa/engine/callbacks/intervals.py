@@ -52,8 +52,11 @@ class Means:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``."""
-        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
-        self._counts, self._updates = dict(state["counts"]), dict(state["updates"])
+        self._sums = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in state["sums"].items()}
+        self._counts = {name: int(state["counts"][name]) for name in self._sums}
+        self._updates = {label: int(count) for label, count in state["updates"].items()}
+        if not all(count > 0 for count in (*self._counts.values(), *self._updates.values())):
+            raise ValueError("means over no updates")
 
 
 class Speed:

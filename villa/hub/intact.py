@@ -1,0 +1,111 @@
+"""Saying whether a trained model on the disk is intact: a run, a checkpoint, a saved folder, a file of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from villa.engine.checkpoint import FOLDER, CheckpointStore
+from villa.engine.checkpoint_files import file_problem, load, read_manifest
+from villa.engine.checkpoint_layout import MANIFEST as CHECKPOINT_MANIFEST
+from villa.engine.folder import METRICS
+from villa.errors import CheckpointError, VillaError
+from villa.evaluation.results import read_metrics
+from villa.hub.folder import MANIFEST, is_saved, open_saved
+from villa.models.transformers_folder import find_config, is_transformers_folder
+from villa.models.weight_files import SAFETENSORS, read_weights
+
+#: Files of weights by how they are called.
+_WEIGHTS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")
+
+
+def is_model(path: Path) -> bool:
+    """Say whether there is, or was, a trained model at a path."""
+    if path.is_dir():
+        folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        known = is_saved(path) or is_transformers_folder(path) or (path / CHECKPOINT_MANIFEST).exists()
+        return known or bool(CheckpointStore(folder, keep=1).updates())
+    return path.suffix in _WEIGHTS
+
+
+def check_model(path: Path) -> Iterator[str]:
+    """Yield a line about each part of a model, as it is checked: checksums where there are any, then what is read.
+
+    Raises:
+        VillaError: after all lines: something is damaged.
+    """
+    if not path.is_dir():
+        yield f"{path}: {_weights(read_weights(path))}; it has no checksums to compare"
+    elif is_saved(path):
+        yield from _check_saved(path)
+    elif (path / CHECKPOINT_MANIFEST).exists():
+        yield _check_checkpoint(path)
+    elif is_transformers_folder(path) and not (path / FOLDER).is_dir():
+        yield from _check_foreign(path)
+    else:
+        yield from _check_run(path)
+
+
+def _check_checkpoint(path: Path) -> str:
+    checkpoint = load(path)
+    weights = _weights(checkpoint.model_state())
+    checkpoint.training_state()
+    files = read_manifest(path)[1]
+    return f"{path}: intact: update {checkpoint.update}, {len(files)} files as {CHECKPOINT_MANIFEST} says, {weights}"
+
+
+def _check_run(path: Path) -> Iterator[str]:
+    store = CheckpointStore(path / FOLDER if (path / FOLDER).is_dir() else path, keep=1)
+    damaged, updates = [], store.updates()
+    for update in updates:
+        try:
+            line = _check_checkpoint(store.path(update))
+            store.load(update, verified=True)  # a copy of another one
+        except VillaError as error:
+            damaged.append(update)
+            line = f"{store.path(update)}: damaged: {error}"
+        yield line
+    if (path / METRICS).is_file():
+        read_metrics(path / METRICS, "move it away, and test again")
+        yield f"{path / METRICS}: readable"
+    intact = [update for update in updates if update not in damaged]
+    if damaged:
+        goes_on = f"a resumed run goes on from update {intact[-1]}" if intact else "none is left to go on from"
+        raise CheckpointError(f"'{path}': {len(damaged)} of {len(updates)} checkpoints are damaged; {goes_on}")
+
+
+def _check_saved(path: Path) -> Iterator[str]:
+    source = open_saved(path)
+    for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(MANIFEST).parent).glob(f"*{SAFETENSORS}"))):
+        yield f"{file}: {_weights(read_weights(file))}"
+    source.metrics()
+    source.provenance()
+    listed = read_manifest(path, MANIFEST)[1]
+    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    changed = [name for name, expected in sorted(listed.items()) if file_problem(path, name, expected)]
+    for what, names in (("changed since it was saved", changed), ("added since", sorted(present - listed.keys()))):
+        if names:
+            yield f"{path}: {what}: {', '.join(names)}"
+    yield f"{path}: intact: update {source.update}, {len(listed) - len(changed)} files as {MANIFEST} says"
+
+
+def _check_foreign(path: Path) -> Iterator[str]:
+    described = find_config(str(path), {}, "the folder")
+    files = sorted(file for file in path.iterdir() if file.suffix in (SAFETENSORS, ".bin"))
+    if not files:
+        raise CheckpointError(f"'{path}' has a config.json, but no weights; save the model there again")
+    for file in files:
+        yield f"{file}: {_weights(read_weights(file))}"
+    yield f"{path}: readable: a {described.model_type}; transformers writes no checksums to compare"
+
+
+def _weights(weights: Mapping[str, Tensor]) -> str:
+    """Say how much it is; NaN and infinities are damage, for no model works with them."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+            raise CheckpointError(f"'{name}' of the weights has values that are not finite; use another copy")
+    numbers = sum(value.numel() for value in {value.data_ptr(): value for value in weights.values()}.values())
+    return f"{len(weights)} tensors of {numbers:,} numbers"
