@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, printable, run_command
+from villa.cli.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +51,7 @@ def _validate(options: argparse.Namespace) -> int:
     submission = SUBMISSIONS.get(options.task)()
     ids = None if options.ids is None else read_ids(options.ids)
     report = submission.validate(options.file, ids)
-    line = "\\n".join(f"{options.file}: {report}".splitlines())  # a name may hold line breaks
-    print(printable(line, sys.stdout))
+    print("\\n".join(f"{options.file}: {report}".splitlines()))  # a name may hold line breaks
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from villa.errors import CheckpointError
+from villa.errors import CheckpointError, StorageError
 from villa.files import follow_umask, local_path, replacing
 from villa.plugins import one_line
 
@@ -77,6 +77,8 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
             else:
                 with temporary.open("xb") as file:  # given a path, torch would write its name into the file
                     torch.save(OrderedDict(weights), file)
+    except StorageError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         raise CheckpointError(f"'{path}' cannot be written: {one_line(error)}; choose another file") from error
 

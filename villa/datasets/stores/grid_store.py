@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from filelock import FileLock
 from torch import Tensor
 
 from villa.datasets.stores.base import RegionStore, Source
@@ -15,6 +14,7 @@ from villa.datasets.stores.cache import CHUNK, FeatureCache, cache_root
 from villa.datasets.stores.grid import GridExtractor, GridOptions
 from villa.engine.progress import track
 from villa.errors import DataError
+from villa.files import locked, no_space
 
 
 class GridStore(RegionStore):
@@ -61,12 +61,13 @@ class GridStore(RegionStore):
         chunks = sorted({index // CHUNK for index in indices})
         try:
             self._lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._lock):
+            with locked(self._lock):
                 self._extract(self._cache.missing(chunks))
         except OSError as error:
             raise DataError(
-                f"the feature cache '{self._cache.folder}' cannot be written: {error.strerror or error}; "
-                "make room, or choose another place by dataset.cache_dir or VILLA_CACHE"
+                f"the feature cache '{self._cache.folder}' cannot be written: "
+                f"{no_space(error) or error.strerror or error}; make room, or choose another place by dataset.cache_dir "
+                "or VILLA_CACHE"
             ) from error
 
     def _extract(self, chunks: list[int]) -> None:

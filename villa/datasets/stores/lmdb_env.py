@@ -15,7 +15,7 @@ import lmdb
 from villa.errors import DataError
 from villa.plugins import one_line
 
-DATA_FILE = "data.mdb"
+DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 #: Most values that go into a fingerprint.
 SAMPLED = 16
 
