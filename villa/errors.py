@@ -29,6 +29,10 @@ class CheckpointError(VillaError):
     """A checkpoint is missing, corrupt or does not fit the model."""
 
 
+class StorageError(VillaError, OSError):
+    """What is written cannot be: the disk is full, or the folder is gone. ``except OSError`` catches it, too."""
+
+
 class NonFiniteError(VillaError):
     """A loss or a gradient became NaN or infinite, and the run was told to stop."""
 

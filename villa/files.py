@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import http.client
 import json
@@ -16,17 +17,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from villa.errors import DataError
+from villa.errors import DataError, StorageError, VillaError, one_line
 from villa.json_values import parse_json
-from villa.plugins import one_line
 
 _URL_PREFIXES = ("http://", "https://")
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 #: Addresses that nobody but the recipe inside a trained model names.
 _refused: set[str] = set()
+#: A full disk, a quota that is used up, a file that has grown to the process's limit (``ulimit -f``).
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: How libraries that have errors of their own put it: safetensors, LMDB and torch.
+_FULL_TEXT = {rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL}
 
 
 @cache
@@ -117,6 +121,102 @@ def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
     _refused.difference_update(given)
 
 
+def no_space(error: BaseException | None) -> str | None:
+    """Return ``"no space left"``, and why, for an error that comes of a full disk, whatever library's; else None."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and not isinstance(error, VillaError):
+            number = next((code for text, code in _FULL_TEXT.items() if re.search(text, str(error))), None)
+        if number in _FULL:
+            return "no space left" if number == errno.ENOSPC else f"no space left ({os.strerror(number)})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def room_for(path: Path | str) -> Iterator[None]:
+    """Say in one line that there is no room; other errors pass.
+
+    Args:
+        path: file or folder that is written within.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:  # torch, safetensors and LMDB have their own
+        problem = None if isinstance(error, VillaError) else no_space(error)
+        if problem is None:
+            raise
+        raise StorageError(
+            f"{problem} in '{path}'; make room, and start again, a run with checkpoint.resume=true"
+        ) from error
+
+
+def open_own(path: Path, mode: str = "ab") -> IO[Any]:
+    """Open a file of a known name for writing: it is made, or is a regular file, and never reached through a link.
+
+    In a folder that others can write, a link of that name would let them choose what is changed.
+
+    Args:
+        path: the file.
+        mode: as for ``open``; ``wb`` empties the file only after this is known.
+
+    Raises:
+        OSError: it is a symbolic link, no regular file, or cannot be written.
+    """
+    flags = {"a": os.O_WRONLY | os.O_APPEND, "r": os.O_RDWR, "w": os.O_RDWR}[mode[0]]
+    # Not to wait for the reader of a FIFO.
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            kind = "a symbolic link" if error.errno == errno.ELOOP else "no regular file"
+            raise OSError(error.errno, f"it is {kind}", str(path)) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        os.set_blocking(descriptor, True)
+        if mode[0] == "w":
+            os.ftruncate(descriptor, 0)
+        return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[IO[Any]]:
+    """Hold a lock file, which is made if need be and never changed.
+
+    Args:
+        path: the file.
+        wait: for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be opened (see ``open_own``), or the disk has no locks.
+    """
+    while True:
+        with open_own(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if is_at(
+                file.fileno(), path
+            ):  # else who held it has removed it: this is not the file that others will find
+                yield file
+                return
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether what is open is still what is found at a path: nobody has removed or moved it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -136,7 +236,7 @@ def fsync_tree(folder: Path) -> None:
 def follow_umask(path: Path) -> None:
     """Give a file the permissions of one that this process makes; what safetensors writes is for its owner alone."""
     made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # asking for the mask would change it meanwhile
-    made.touch()
+    made.touch(exist_ok=False)
     path.chmod(made.stat().st_mode)
     made.unlink()
 
@@ -151,17 +251,19 @@ def replacing(path: Path) -> Iterator[Path]:
         path: file to write; missing parent folders are made.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; the old file is intact.
+        StorageError: the disk is full; the old file is intact.
+        OSError: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own for each of several writers
-    try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own for each of several writers
+        try:
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync(path.parent)
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -272,17 +374,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or ``path`` is a file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        fsync_tree(temporary)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
         try:
-            temporary.rename(path)
-        except OSError:
-            if not path.is_dir():  # another process was not first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    fsync(path.parent)
+            yield temporary
+            fsync_tree(temporary)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not path.is_dir():  # another process was not first
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        fsync(path.parent)

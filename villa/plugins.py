@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,8 @@ ENTRY_POINT_GROUP = "villa.plugins"
 @cache
 def failures() -> dict[str, str]:
     """Import every installed plug-in once; return those that failed, with the reason in one line."""
+    import importlib.metadata  # takes long
+
     failed: dict[str, str] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 #: What SLURM sends before it takes the nodes away, and when the time is up.
 PREEMPTED = signal.SIGUSR2
-#: From the weakest to the strongest: SLURM may send SIGTERM as well before it takes the nodes away.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTED)
+#: From the weakest to the strongest: SLURM may send SIGTERM as well before it takes the nodes away. SIGHUP is what a
+#: terminal sends that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, PREEMPTED)
+#: Seconds after which a signal is sent again.
+_SOON = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,8 +64,12 @@ def check() -> None:
 
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let a function take in signals; afterwards they are handled as before."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    """Let a function take in signals; afterwards they are handled as before.
+
+    A process that ignores SIGHUP since its start (``nohup``) goes on to do so.
+    """
+    heard = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
@@ -80,11 +89,32 @@ def interruptible() -> Iterator[None]:
         return
     _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
     try:
-        with handled(SIGNALS, _handle):
+        with handled(SIGNALS, _handle), _none_lost():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have had them wait
             yield
     finally:
         _Watch.installed = False
+
+
+@contextmanager
+def _none_lost() -> Iterator[None]:
+    """Send a signal again whose exception came up in a destructor or a callback, where Python only prints it."""
+    before = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if not isinstance(lost.exc_value, Interrupted):
+            before(lost)
+        elif _Watch.installed:
+            _Watch.strength = 0
+            resend = threading.Timer(_SOON, os.kill, (os.getpid(), lost.exc_value.number))
+            resend.daemon = True
+            resend.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
@@ -96,6 +126,16 @@ def deferred() -> Iterator[None]:
             yield
         finally:
             _Watch.deferred = False
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals wait, also for the threads and processes that are started within: these keep it so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def shield_worker(worker: int = 0) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
-from villa.errors import ConfigError, MissingDataError, VillaError
+from villa.errors import ConfigError, MissingDataError, StorageError, VillaError
 from villa.files import plain_path
 from villa.missing_pages import name_file_on_missing_page
+from villa.signals import Interrupted, interruptible
+from villa.streams import is_broken_pipe, lasting, unprinted
 
-INTERRUPTED = 130
-#: Control characters but tabs and line breaks, and what changes the direction of writing.
-_OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,27 +37,51 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, action: Callable[[], int]) -> int:
-    """Run a command's action and return the exit code: its own, 2 for a mistake in the input, 130 when interrupted.
+    """Run a command's action and return the exit code: its own, 2 for a mistake in the input, 128 + that of a signal.
 
     Args:
         name: of the command, for the message on stderr.
         action: parses the arguments and does the work.
     """
     name_file_on_missing_page()
-    try:
-        return action()
-    except VillaError as error:
-        several = isinstance(error, MissingDataError)
-        problem, code = str(error) if several else "\\n".join(str(error).splitlines()), error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    # After the block: progress bars are gone by now.
-    print(printable(f"{name}: error: {problem}", sys.stderr), file=sys.stderr)
-    return code
+    with lasting():
+        try:
+            with interruptible():
+                return action()
+        except VillaError as error:
+            problem, code = error, error.exit_code
+        except Interrupted as interrupted:
+            print(f"ended by {interrupted}", flush=True)
+            return interrupted.exit_code
+        except KeyboardInterrupt:
+            return _INTERRUPTED
+        except Exception as error:
+            from villa.files import no_space
+
+            full = no_space(error)
+            if full is None:
+                raise
+            named = getattr(error, "filename", None)
+            where = f" in '{named}'" if named else ""
+            problem = StorageError(f"{full}{where}; make room, also for temporary files (TMPDIR), and start again")
+            code = problem.exit_code
+        # After the block: progress bars are gone by now.
+        several = isinstance(problem, MissingDataError)
+        text = str(problem) if several else "\\n".join(str(problem).splitlines())
+        print(f"{name}: error: {text}", file=sys.stderr)
+        return code
 
 
-def printable(text: str, stream: TextIO) -> str:
-    """Return a text with what the stream cannot show, or a terminal would obey, written as escapes."""
-    encoding = stream.encoding or "utf-8"
-    shown = _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+def show(text: str) -> int:
+    """Print a page that was asked for, and return the exit code; a reader that stops early is no error to speak of.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    sys.stdout.write(text)
+    problem = unprinted()
+    if problem is None:
+        return 0
+    if is_broken_pipe(problem):
+        return _BROKEN_PIPE
+    raise StorageError(f"standard output cannot be written: {problem.strerror}; direct it elsewhere")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from villa.cli.command import Parser, run_command
-
-_BROKEN_PIPE = 141
+from villa.cli.command import Parser, run_command, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,24 +18,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the input (reported in one line on stderr), 130 when interrupted.
+        The exit code: 0, 2 for a mistake in the input (reported in one line on stderr), 128 + the number of the signal
+        that ended it.
     """
-    return run_command("villa_run", lambda: _main(sys.argv[1:] if argv is None else argv))
+    code = run_command("villa_run", lambda: _main(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: Python's end shows no traceback for it any more
+    return code
 
 
 def _main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     if options.version:
-        return _show(f"villa_run {_version()}\n")
+        return show(f"villa_run {_version()}\n")
     if options.help:
         from villa.cli.help import help_text
 
-        return _show(help_text(options.values))
+        return show(help_text(options.values))
     if options.list is not None:
         return _list(options.list, options.values)
     from villa.distributed.joining import run_joined
 
+    _take_place(options)
     return run_joined(lambda: _run(options) if options.sweep is None else _sweep(options))
+
+
+def _take_place(options: argparse.Namespace) -> None:
+    """Let what srun or mpirun has started share a run that is for several processes.
+
+    Otherwise each may be a run of its own, with its own arguments, unless they are known to be the same.
+    """
+    from villa.distributed.environment import Started
+
+    started = Started.read(os.environ)
+    if started is None:
+        return
+    from villa.config import load_stages
+    from villa.errors import ConfigError, VillaError
+
+    try:
+        strategies = {stage.config.distributed.strategy for stage in load_stages(options.values)}
+        if strategies != {"single"}:
+            started.adopt(os.environ)
+        elif started.direct and not (options.print_config or options.dry_run or options.perturbation_points):
+            raise ConfigError(
+                f"{started.program} has started {started.count} processes, but distributed.strategy is 'single', which "
+                "has one; set it to ddp or fsdp, or start one task (WORLD_SIZE=1 makes each a run of its own)"
+            )
+    except VillaError as error:
+        started.refuse(error)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -45,17 +74,17 @@ def _run(options: argparse.Namespace) -> int:
 
     stages = load_stages(options.values)
     if options.print_config:
-        return _show("".join(annotated(stage.config, stage.origins, stage.notices) for stage in stages))
+        return show("".join(annotated(stage.config, stage.origins, stage.notices) for stage in stages))
     for notice in (notice for stage in stages for notice in stage.notices):
         print(f"villa_run: {notice}", file=sys.stderr)
     if options.perturbation_points:
         from villa.engine.points import describe_points
 
-        return _show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
+        return show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
     if options.dry_run:
         from villa.planning.dry_run import dry_run
 
-        return _show("".join(f"{line}\n" for line in dry_run(options.values)))
+        return show("".join(f"{line}\n" for line in dry_run(options.values)))
     from villa.launch.base import Request, launcher_of
 
     chosen = stages[0].config
@@ -94,15 +123,15 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _refuse_several(what: str) -> None:
-    """Refuse to start runs from each of several processes that torchrun has started."""
+    """Refuse to start runs from each of several processes that torchrun or srun has started."""
     from villa.distributed.environment import Place
     from villa.errors import ConfigError
 
     count = Place.read(os.environ).world_size
     if count > 1:
         raise ConfigError(
-            f"{what} starts processes itself, but this is one of {count} (WORLD_SIZE); start it without torchrun, and "
-            f"give launcher=local launcher.processes={count} for runs of {count} processes"
+            f"{what} starts processes itself, but this is one of {count} (WORLD_SIZE); start it without torchrun or "
+            f"srun, and give launcher=local launcher.processes={count} for runs of {count} processes"
         )
 
 
@@ -114,22 +143,12 @@ def _list(kind: str, values: Sequence[str]) -> int:
     lines, problems = listing(kind)
     for problem in problems:
         print(f"villa_run: {problem}", file=sys.stderr)
-    return _show("\n".join(lines) + "\n")
-
-
-def _show(text: str) -> int:
-    """Print a page; a reader that stops early (``| head``) is no error to speak of."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    return 0
+    return show("\n".join(lines) + "\n")
 
 
 def _version() -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("villa")
     except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, printable, run_command
+from villa.cli.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 def _validate(options: argparse.Namespace) -> int:
     for report in _check_intact(options) if options.task is None else (_check_submission(options),):
         line = "\\n".join(report.splitlines())  # a name may hold line breaks
-        print(printable(line, sys.stdout), flush=True)
+        print(line, flush=True)
     return 0
 
 

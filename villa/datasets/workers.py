@@ -16,7 +16,9 @@ from typing import TypeVar
 from torch.utils.data import DataLoader, get_worker_info
 
 from villa.distributed.share import WHOLE, Share
-from villa.errors import DataError
+from villa.errors import DataError, StorageError
+from villa.files import no_space
+from villa.signals import held_back
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +179,8 @@ def _judge(error: Exception, board: Board, workers: list[BaseProcess]) -> Except
     dead = [worker for worker in workers if not worker.is_alive()]
     if dead:
         return board.died(dead)
+    if no_space(error) is not None:
+        return StorageError(f"{no_space(error)} for what data workers hand over (/dev/shm); lower training.workers")
     return board.late(workers) if "DataLoader timed out" in str(error) else error
 
 
@@ -197,7 +201,8 @@ def _start(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
     """Start the workers; return the iterator and them."""
     others = {child.pid for child in multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
-    loading = iter(loader)
+    with held_back():  # a worker that gets one before it is shielded would die of it
+        loading = iter(loader)
     if handler is not None and threading.current_thread() is threading.main_thread():
         # The loader's own handler would raise wherever the main thread is when a worker dies: in a model, say.
         signal.signal(signal.SIGCHLD, handler)

@@ -22,7 +22,7 @@ from villa.engine import checkpoint_files
 from villa.engine.checkpoint_files import Checkpoint, load
 from villa.engine.checkpoint_layout import MANIFEST
 from villa.errors import CheckpointError, ConfigError, one_line, reading
-from villa.files import fsync, write_json
+from villa.files import fsync, no_space, write_json
 from villa.json_values import is_count, read_own
 
 __all__ = ["FOLDER", "Checkpoint", "CheckpointStore", "load", "resolve"]
@@ -106,7 +106,8 @@ class CheckpointStore:
         self.discard(update)
         try:
             with self.writing(update):
-                folder.mkdir(parents=True)
+                self.folder.mkdir(exist_ok=True)  # not its parent: that was there, and should be said to be gone
+                folder.mkdir()
                 checkpoint_files.write_recipe(folder, config_yaml, assets)
         except BaseException:
             self.discard(update)
@@ -147,7 +148,7 @@ class CheckpointStore:
 
     def writing(self, update: int) -> AbstractContextManager[None]:
         """Context that turns what goes wrong when a checkpoint is written into a ``CheckpointError``."""
-        return _one_line_errors(f"the checkpoint of update {update} cannot be saved in '{self.folder}'")
+        return _one_line_errors(f"the checkpoint of update {update} cannot be saved in '{self.folder}'", self.folder)
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint whose files are intact; warn of each damaged one that it passes over.
@@ -201,7 +202,7 @@ class CheckpointStore:
         if update is not None and not self.path(update).is_dir():
             _LOG.warning("the best checkpoint, of update %d, is not in '%s' any more", update, self.folder)
             update = None
-        with _one_line_errors(f"'{self.folder / _BEST}' cannot be written"):
+        with _one_line_errors(f"'{self.folder / _BEST}' cannot be written", self.folder):
             if update is None:
                 (self.folder / _BEST).unlink(missing_ok=True)
             else:
@@ -216,7 +217,7 @@ class CheckpointStore:
             CheckpointError: the folder cannot be written.
         """
         past = [other for other in self.updates() if other <= update]
-        with _one_line_errors(f"old checkpoints cannot be deleted from '{self.folder}'"):
+        with _one_line_errors(f"old checkpoints cannot be deleted from '{self.folder}'", self.folder):
             for other in sorted({*past[: -self.keep]} - {self.best()}):
                 self._delete(self.path(other))
 
@@ -232,7 +233,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        with _one_line_errors(f"left-over files cannot be deleted from '{self.folder}'"):
+        with _one_line_errors(f"left-over files cannot be deleted from '{self.folder}'", self.folder):
             for replaced in self.folder.glob(f"{_REPLACED}*"):
                 target = self.folder / replaced.name.removeprefix(_REPLACED)
                 if not target.exists():
@@ -245,13 +246,16 @@ class CheckpointStore:
 
 
 @contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def _one_line_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn the errors of file systems (and safetensors' and torch's for a full disk) into a ``CheckpointError``."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        full = no_space(error)
+        reason = one_line(error) if full is None else f"{full} in '{folder}'"
         raise CheckpointError(
-            f"{what}: {one_line(error)}; earlier checkpoints are intact: free space or choose another output_dir"
+            f"{what}: {reason}; earlier checkpoints are intact: free space or choose another output_dir, and "
+            "go on with checkpoint.resume=true"
         ) from error
 
 

@@ -144,7 +144,8 @@ def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state:
 def write_training_state(folder: Path, training_state: Mapping[str, Any]) -> None:
     """Write what is no weight; see ``write_whole``."""
     _check_plain(training_state, "training_state")
-    torch.save(training_state, folder / TRAINING_STATE)
+    with (folder / TRAINING_STATE).open("xb") as file:  # given a path, torch would not say why it cannot write
+        torch.save(training_state, file)
 
 
 def listed(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os.path
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from villa.distributed.environment import Started
 from villa.distributed.processes import Processes
 from villa.engine.checkpoint import FOLDER as CHECKPOINTS
-from villa.errors import ConfigError
+from villa.errors import ConfigError, StorageError
+from villa.files import is_at, locked, room_for
 from villa.plugins import one_line
 
 CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
@@ -39,6 +40,7 @@ def claim(folder: Path, *, resume: bool, trains: bool = True, processes: Process
     Raises:
         ConfigError: it holds a saved model, or a run that is not to be resumed; another process is using it, or it
             cannot be made.
+        StorageError: the disk is full, or somebody has removed or moved the folder meanwhile.
     """
     processes = processes or Processes()
     if not processes.is_main:
@@ -50,16 +52,51 @@ def claim(folder: Path, *, resume: bool, trains: bool = True, processes: Process
     with _locked(folder):
         used = refuse_used(folder, resume=resume, trains=trains)
         try:
-            processes.barrier()
-            yield folder
+            with _kept(folder):
+                processes.barrier()
+                yield folder
         except BaseException:
-            if used is None and {path.name for path in folder.iterdir()} <= {_LOCK, CONFIG}:
+            if used is None and _names(folder) <= {_LOCK, CONFIG}:
                 (folder / CONFIG).unlink(missing_ok=True)
             raise
         finally:
-            if [path.name for path in folder.iterdir()] == [_LOCK]:
+            if _names(folder) == {_LOCK}:
                 (folder / _LOCK).unlink()
                 folder.rmdir()
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, or that the folder is not there any more."""
+    place = folder.absolute()
+    held = os.open(place, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open, no other folder looks the same
+
+    def check(error: Exception | None = None) -> None:
+        if not is_at(held, place):
+            reason = f" ({one_line(error)})" if error else ""
+            raise StorageError(
+                f"output_dir '{folder}' was removed or moved while the run wrote to it{reason}; start again, or move "
+                "it back and go on with checkpoint.resume=true"
+            ) from error
+
+    try:
+        yield
+        check()
+    except StorageError:
+        raise
+    except Exception as error:
+        check(error)
+        with room_for(folder):
+            raise
+    finally:
+        os.close(held)
+
+
+def _names(folder: Path) -> set[str]:
+    """What a folder holds; nothing if it is gone."""
+    with suppress(FileNotFoundError):
+        return {path.name for path in folder.iterdir()}
+    return set()
 
 
 def refuse_used(folder: Path, *, resume: bool, trains: bool = True) -> str | None:
@@ -75,16 +112,25 @@ def refuse_used(folder: Path, *, resume: bool, trains: bool = True) -> str | Non
 def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w")
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder / _LOCK, wait=False))
+            held = stack.pop_all()
+    except BlockingIOError:
+        started = Started.read(os.environ)
+        hint = (
+            ""
+            if started is None
+            else (
+                f" ({started.program} has started {started.count}, each a run of its own: distributed.strategy=ddp "
+                "makes them one)"
+            )
+        )
+        raise ConfigError(
+            f"output_dir '{folder}' is in use by another process{hint}; wait for it or give another one"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"output_dir '{folder}' cannot be used: {one_line(error)}; give another one") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"output_dir '{folder}' is in use by another process; wait for it or give another one"
-            ) from None
+    with held:
         yield
 
 

@@ -14,7 +14,7 @@ from villa.engine.folder import CONFIG, METRICS, claim
 from villa.engine.report import about_split, protocol, score, show
 from villa.engine.setup import Parts, build
 from villa.engine.submission import submission_path, write_submission
-from villa.errors import ConfigError, DataError
+from villa.errors import ConfigError, DataError, StorageError
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path
 from villa.hub.opening import open_source
@@ -80,6 +80,8 @@ def predict(config: RunConfig) -> int:
         print(f"note: {warning}")
     try:
         write_answers(parts, examples, output)
+    except StorageError:
+        raise
     except OSError as error:
         raise ConfigError(f"'{output}' cannot be written: {one_line(error)}; give another predict.output") from error
     if not processes.is_main:

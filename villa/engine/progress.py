@@ -6,11 +6,14 @@ import datetime
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Literal, TypeVar
+from typing import Literal, TextIO, TypeVar, cast
 
 from rich.console import Console, RenderableType
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from villa.streams import Shown, drawable, visible
 
 T = TypeVar("T")
 
@@ -31,7 +34,7 @@ class Display:
     """
 
     def __init__(self, mode: Mode = "auto", *, interval: float = 30.0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, force_terminal=True if mode == "on" else None)
+        self.console = console or Console(file=drawable(sys.stderr), force_terminal=True if mode == "on" else None)
         self._lines = mode == "auto" and not self.console.is_terminal
         self._shown = mode != "off"
         self._interval = interval
@@ -62,14 +65,14 @@ class Display:
     def add(self, description: str, total: int | None, done: int = 0) -> TaskID:
         """Start to show a task of ``total`` steps, ``done`` of which are behind it; return its handle."""
         self._bars.start()
-        return self._bars.add_task(description, total=total, completed=done, status="")
+        return self._bars.add_task(visible(description), total=total, completed=done, status="")
 
     def show(self, task: TaskID, done: int, status: str = "") -> None:
         """Show that ``done`` steps are behind a task, with a line about them; plain lines keep their interval.
 
         A task without such a line (a short evaluation, say) does not get a plain one just for being done.
         """
-        self._bars.update(task, completed=done, status=status)
+        self._bars.update(task, completed=done, status=visible(status))
         if self._lines and (self._due() or (status and done == self._task(task).total)):
             self.say(_plain(self._task(task)))
 
@@ -77,7 +80,7 @@ class Display:
         """Print a line, above the bars if there are any."""
         if self._shown:
             self._printed = time.monotonic()
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Leave the bars as they are and give the terminal back. More tasks may follow."""
@@ -160,6 +163,13 @@ class _Bars(Progress):
             speed_estimate_period=_SPEED_WINDOW,
             redirect_stdout=sys.stdout.isatty(),  # what is piped to a file must not land on the terminal
         )
+
+    def start(self) -> None:
+        super().start()
+        if isinstance(sys.stdout, FileProxy):  # what is printed meanwhile goes through the console, above the bars
+            sys.stdout = cast(TextIO, Shown(cast(TextIO, sys.stdout)))
+        if isinstance(sys.stderr, FileProxy):
+            sys.stderr = cast(TextIO, Shown(cast(TextIO, sys.stderr)))
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:

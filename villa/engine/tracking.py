@@ -11,11 +11,14 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from villa.errors import DataError
+from villa.errors import DataError, StorageError
+from villa.files import no_space, open_own, room_for
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -123,6 +126,7 @@ class JsonLinesTracker:
 
         Raises:
             ValueError: a value is called ``update`` or ``kind``, as the line's own fields are.
+            StorageError: the disk is full, or the file or its folder was removed.
         """
         if kind not in self._kinds:
             return
@@ -134,13 +138,20 @@ class JsonLinesTracker:
             "kind": kind,
             **{name: json_number(value) for name, value in values.items()},
         }
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        file.flush()
+        if not self.path.parent.is_dir() or os.fstat(file.fileno()).st_nlink == 0:
+            raise StorageError(
+                f"'{self.path}' was removed or moved while the run wrote to it; start again, or put it back and go on "
+                "with checkpoint.resume=true"
+            )
+        with room_for(self.path):
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Sync the file to disk; return its length in bytes (nothing for a file that is only appended to)."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with room_for(self.path):
+                os.fsync(self._file.fileno())
         if self._append:
             return {}
         return {"offset": self._file.tell() if self._file is not None else 0}
@@ -162,15 +173,16 @@ class JsonLinesTracker:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with room_for(self.path):
+                file.close()
 
     def _open(self, length: int) -> IO[bytes]:
         """Open the file at the end of the whole lines among its first ``length`` bytes; drop the rest."""
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+        self._file = open_own(self.path, "r+b")
         self._file.truncate(_last_line_end(self._file, length))
         self._file.seek(0, os.SEEK_END)
         return self._file
@@ -189,21 +201,25 @@ class TensorBoardTracker:
         self._update = 0
         self._purge = 0
         self._writer: SummaryWriter | None = None
+        self._on_exit = ExitStack()
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Add one scalar a value."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with room_for(self.folder):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
-        self._update = update
-        for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, update)
+                self._on_exit.enter_context(_unprinted_if_full())  # which may come before the writer is made
+                self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
+            self._update = update
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, update)
 
     def state_dict(self) -> dict[str, Any]:
         """Flush; return the last update that was logged."""
         if self._writer is not None:
-            self._writer.flush()
+            with room_for(self.folder):
+                self._writer.flush()
         return {"update": self._update}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,9 +230,26 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with room_for(self.folder), self._on_exit:
+                writer.close()
+
+
+@contextmanager
+def _unprinted_if_full() -> Iterator[None]:
+    """Let a thread that finds the disk full say nothing: what waits for it raises the error again."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if no_space(args.exc_value) is None:
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def json_number(value: float) -> float | str:

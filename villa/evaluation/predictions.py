@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from villa.errors import DataError
-from villa.files import fsync
+from villa.files import fsync, room_for
 from villa.json_values import is_number, parse_json
 
 _FORM = '{"id": text, "answer": text or whole number, "score": number}'
@@ -28,11 +29,11 @@ class PredictionWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
     def __enter__(self) -> PredictionWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("w", encoding="utf-8")
+        self._file = self._temporary.open("x", encoding="utf-8")
         return self
 
     def write(self, ids: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
@@ -48,20 +49,20 @@ class PredictionWriter:
         for id_, answer in zip(ids, answers, strict=True):
             record = {"id": id_, **answer}
             _check(record, f"prediction for '{id_}'")
-            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            with room_for(self.path):
+                self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with room_for(self.path), self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
             if error is None:
                 self._temporary.replace(self.path)
                 fsync(self.path.parent)
         finally:
-            self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 

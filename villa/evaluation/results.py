@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from villa.engine.tracking import json_number
 from villa.errors import ConfigError, nearest, reading
 from villa.files import write_json
 from villa.json_values import is_number, read_own
+from villa.streams import drawable, visible
 
 #: More than any table needs: away from a terminal nothing is cut off.
 _PLAIN_WIDTH = 1000
@@ -119,17 +121,17 @@ def result_table(
     Raises:
         ConfigError: a result has no value called ``metric``.
     """
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=_literal(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("method")
     score = [] if metric == "loss" else [f"{metric.replace('_', ' ')} %"]
     for heading in (*score, "loss", "updates", "minutes", "cost"):
-        table.add_column(heading, justify="right")
+        table.add_column(_literal(heading), justify="right")
     for result in results:
         table.add_row(*_cells(result, metric))
     if references and score:
         table.add_section()
         for name, reference in sorted(references.items(), key=lambda item: -item[1]):
-            table.add_row(name.replace("_", " "), f"{100 * reference:.1f}", style="dim")
+            table.add_row(_literal(name.replace("_", " ")), f"{100 * reference:.1f}", style="dim")
     return table
 
 
@@ -154,11 +156,16 @@ def print_results(
         ConfigError: a result has no value called ``metric``.
     """
     table = result_table(results, references, metric=metric, title=title)
-    console = console or Console()
+    console = console or Console(file=drawable(sys.stdout))
     if not console.is_terminal:
         table.box = box.MARKDOWN
         console = Console(file=console.file, width=_PLAIN_WIDTH, force_terminal=False, color_system=None)
     console.print(table)
+
+
+def _literal(text: str) -> Text:
+    """What users and their files have named: brackets in it are no markup, and control characters are shown."""
+    return Text(visible(text))
 
 
 def _cells(result: Result, metric: str) -> list[Text | str]:
@@ -169,7 +176,7 @@ def _cells(result: Result, metric: str) -> list[Text | str]:
     loss = result.metrics.get("loss")
     score = [] if metric == "loss" else [f"{100 * result.metrics[metric]:.1f}"]
     return [
-        Text(result.method),  # brackets in a name are not markup
+        _literal(result.method),
         *score,
         "" if loss is None else f"{loss:.4f}",
         "" if result.updates is None else f"{result.updates:,}",

@@ -78,14 +78,14 @@ def _follow(job: Job[Any], log: Log, received: list[int]) -> None:
 
 @contextmanager
 def _passing_on(process: int) -> Iterator[list[int]]:
-    """Let SIGTERM and SIGINT to this process end a local job; yield the list of those that have come."""
+    """Let SIGTERM, SIGHUP and SIGINT to this process end a local job; yield the list of those that have come."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
         _terminate(process)
 
-    with handled((signal.SIGTERM, signal.SIGINT), handle):
+    with handled((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), handle):
         yield received
 
 

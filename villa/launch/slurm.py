@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Goes on as the Python of the arguments that follow.
 _BLOCKING = (
-    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
+    "import os, sys; from signal import *; pthread_sigmask(SIG_BLOCK, [SIGHUP, SIGTERM, SIGUSR2]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 

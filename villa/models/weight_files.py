@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from villa.errors import CheckpointError, DataError, one_line, reading
+from villa.errors import CheckpointError, DataError, StorageError, one_line, reading
 from villa.files import follow_umask, local_path, read_json, replacing
 
 #: How a file of safetensors is called.
@@ -94,6 +94,8 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
             else:
                 with temporary.open("xb") as file:  # given a path, torch would write its name into the file
                     torch.save(OrderedDict(weights), file)
+    except StorageError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         raise CheckpointError(f"'{path}' cannot be written: {one_line(error)}; choose another file") from error
 

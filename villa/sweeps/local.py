@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from villa.files import open_own
 from villa.launch.folder import python_command
 from villa.signals import handled
 
@@ -82,14 +83,14 @@ class Processes:
             self.told = number
             self._end_if_told()
 
-        with handled((signal.SIGTERM, signal.SIGINT), handle):
+        with handled((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), handle):
             yield
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, so that Ctrl-C reaches it through this process alone."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
+    with open_own(job.log, "ab") as log:
         return subprocess.Popen(  # noqa: S603
             [*python_command(), "-m", "villa.cli.run", *job.arguments],
             stdin=subprocess.DEVNULL,

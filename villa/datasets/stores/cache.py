@@ -9,7 +9,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from villa.errors import reading
-from villa.files import write_json
+from villa.files import open_own, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class FeatureCache:
         rows = self.rows(chunk)
         data = np.ascontiguousarray(features).tobytes()
         # Plain writes, because a full disk kills a process that writes through a mapping.
-        with self._features.open("r+b") as file:
+        with open_own(self._features, "r+b") as file:
             file.seek(self._offset(file) + rows.start * self._row_bytes)
             file.write(data)
             file.flush()
@@ -127,7 +127,7 @@ class FeatureCache:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         header = {"descr": "<f2", "fortran_order": False, "shape": self.shape}
-        with self._features.open("wb") as file:
+        with open_own(self._features, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + self.shape[0] * self._row_bytes)
         self._checksums = {}
@@ -153,7 +153,7 @@ class FeatureCache:
                     damaged.append(chunk)
         return damaged
 
-    def _offset(self, file: BinaryIO) -> int:
+    def _offset(self, file: IO[bytes]) -> int:
         file.seek(0)
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from filelock import FileLock
 from PIL import ImageColor
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from villa.datasets.stores.grid import GridExtractor, GridOptions
 from villa.datasets.stores.pictures import READING
 from villa.engine.progress import track
 from villa.errors import DataError
+from villa.files import locked, no_space
 
 
 class GridStore(RegionStore):
@@ -68,12 +68,13 @@ class GridStore(RegionStore):
         chunks = sorted({index // CHUNK for index in indices})
         try:
             self._lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._lock):
+            with locked(self._lock):
                 self._extract(self._cache.missing(chunks))
         except OSError as error:
             raise DataError(
-                f"the feature cache '{self._cache.folder}' cannot be written: {error.strerror or error}; "
-                "make room, or choose another place by dataset.cache_dir or VILLA_CACHE"
+                f"the feature cache '{self._cache.folder}' cannot be written: "
+                f"{no_space(error) or error.strerror or error}; make room, or choose another place by "
+                "dataset.cache_dir or VILLA_CACHE"
             ) from error
 
     def _extract(self, chunks: list[int]) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
 from villa.datasets.stores.cache import cache_root
 from villa.errors import DataError
-from villa.files import atomic_write, new_folder
+from villa.files import atomic_write, locked, new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def indexed(path: Path, what: str, build: Callable[[], Built], size: int | None 
         found = _load(folder)
         if found is None:
             root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f"{name}.lock"):  # one process makes it, the others wait
+            with locked(root / f"{name}.lock"):  # one process makes it, the others wait
                 found = _load(folder) or _make(folder, name, build)
         return found
     except OSError as error:

@@ -17,7 +17,7 @@ from villa.files import regular_file
 from villa.missing_pages import name_file_on_missing_page
 from villa.plugins import one_line
 
-DATA_FILE = "data.mdb"
+DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 #: Most values that go into a fingerprint.
 SAMPLED = 16
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import lmdb
 
-from villa.datasets.stores.lmdb_env import DATA_FILE
+from villa.datasets.stores.lmdb_env import DATA_FILE, LOCK_FILE
 from villa.errors import DataError
-from villa.files import atomic_write, fsync
+from villa.files import atomic_write, fsync, no_space, open_own
 from villa.plugins import one_line
 
 #: What was put so far; a folder with it is unfinished.
@@ -84,7 +84,7 @@ class Filling:
         """Bring everything put so far to the disk."""
         keys = [key.decode() for key, _ in self._pending]
         try:
-            with self._journal_file.open("a", encoding="utf-8") as file:
+            with open_own(self._journal_file, "a") as file:
                 file.writelines(_line([key, self.records[key]]) for key in keys)
                 file.flush()
                 os.fsync(file.fileno())
@@ -127,6 +127,8 @@ class Filling:
         try:
             if not self._journal_file.exists():  # before the environment: without it that would count as finished
                 atomic_write(self._journal_file, self._header + "\n")
+            for name in (DATA_FILE, LOCK_FILE):  # LMDB would follow a link
+                open_own(self.folder / name).close()
             return lmdb.open(str(self.folder), map_size=MAP_SIZE)
         except (OSError, lmdb.Error) as error:
             raise self._failed(error) from error
@@ -149,9 +151,8 @@ class Filling:
         atomic_write(self._journal_file, text)
 
     def _failed(self, error: Exception) -> DataError:
-        return DataError(
-            f"cannot write the database '{self.folder}' ({one_line(error)}); check the disk, and run again"
-        )
+        reason = no_space(error) or one_line(error)
+        return DataError(f"cannot write the database '{self.folder}' ({reason}); check the disk, and run again")
 
 
 def _lock(folder: Path) -> int:

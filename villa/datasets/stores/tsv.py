@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from villa.datasets.stores.boxes import sampled
@@ -22,7 +21,7 @@ from villa.datasets.stores.cache import cache_root
 from villa.datasets.stores.tsv_line import Header, read_header, read_regions
 from villa.engine.progress import Display
 from villa.errors import DataError
-from villa.files import regular_file, write_json
+from villa.files import locked, regular_file, write_json
 from villa.plugins import one_line
 
 logger = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class TsvFile:
             return index
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(file.with_suffix(".lock")):
+            with locked(file.with_suffix(".lock")):
                 index = _stored(file, described) or described | _scan(self.path, stat.st_size)
                 write_json(file, index)
         except OSError as error:

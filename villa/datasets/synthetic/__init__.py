@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from villa.datasets.stores.cache import cache_root
 from villa.datasets.synthetic.tasks import TASKS, write_databases
 from villa.errors import DataError, nearest
-from villa.files import fsync_tree
+from villa.files import fsync_tree, locked, no_space
 
 #: To be raised when what is generated changes, so that older caches are not used.
 VERSION = 1
@@ -50,21 +49,22 @@ def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Pa
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _generate(task, examples, folder, write or write_databases)
     except OSError as error:
         raise DataError(
-            f"the synthetic data '{folder}' cannot be written: {error.strerror or error}; make room, or choose another "
-            "place by VILLA_CACHE"
+            f"the synthetic data '{folder}' cannot be written: {no_space(error) or error.strerror or error}; make "
+            "room, or choose another place by VILLA_CACHE"
         ) from error
     return folder
 
 
 def _generate(task: str, examples: int, folder: Path, write: Callable[[str, int, Path], None]) -> None:
     """Write everything into a temporary folder and rename it; the caller holds the lock."""
-    temporary = folder.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    for left in folder.parent.glob(f"{folder.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")  # nobody can put a link there
     write(task, examples, temporary)
     fsync_tree(temporary)
     temporary.rename(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from villa.engine.progress import track
-from villa.errors import DataError
+from villa.errors import DataError, StorageError
 from villa.evaluation.predictions import read_predictions
 from villa.evaluation.submissions.ids import IdCheck
 from villa.files import replacing
@@ -130,6 +130,8 @@ class EntrySubmission(Submission, Generic[E]):
                 with temporary.open("x", encoding="utf-8", newline="") as file:
                     file.writelines(self.encode(self._converted(predictions, ids)))
                 ids.finish(predictions)
+        except StorageError:
+            raise
         except OSError as error:
             raise DataError(f"cannot turn '{predictions}' into '{output}' ({one_line(error)}); check both") from error
         return len(ids)

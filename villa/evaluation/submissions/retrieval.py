@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from villa.engine.progress import track
-from villa.errors import DataError
+from villa.errors import DataError, StorageError
 from villa.evaluation.predictions import read_predictions
 from villa.evaluation.submissions.base import Report, Submission
 from villa.evaluation.submissions.ids import IdCheck
@@ -49,6 +49,8 @@ class RetrievalSubmission(Submission):
                 with replacing(output) as temporary, temporary.open("xb") as file:
                     names = {TEXTS: np.array(list(texts)), IMAGES: np.array(list(images))}
                     np.savez(file, **{SCORES: scores}, **names)  # type: ignore[arg-type]
+        except StorageError:
+            raise
         except OSError as error:
             raise DataError(f"cannot turn '{predictions}' into '{output}' ({one_line(error)}); check both") from error
         return len(texts)
