@@ -39,8 +39,8 @@ class Source:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
         if not stat.S_ISREG(found.st_mode):
-            kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe or a device"
-            raise DataError(f"{self.named_by}: '{self.path}' is a {kind}; give a file")
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+            raise DataError(f"{self.named_by}: cannot read '{self.path}' (it is {kind}, not a file); mend the path")
         return found
 
 
