@@ -32,7 +32,7 @@ def parse_json(text: str) -> Any:
             which no file could be written with.
     """
     try:
-        value = json.loads(text, object_pairs_hook=unique_names)
+        value = _DECODER.decode(text)
         _check_depth(value, text)
         if _HALF.search(text):
             json.dumps(value, ensure_ascii=False).encode()
@@ -61,6 +61,9 @@ def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise RepeatedNameError(f"{name!r:.60} occurs twice in one object")
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_names)  # one for all: a line takes no longer than its making
 
 
 def is_number(value: Any) -> bool:
