@@ -4,6 +4,7 @@ Every attack leaves the file ``ran`` behind if it works.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,15 @@ def test_no_line_of_a_job_script_is_a_folders_name(tmp_path: Path, monkeypatch: 
 def test_what_a_terminal_would_obey_is_shown() -> None:
     shown = printable("a\x1b]0;title\x07\x9b31m\u202eb\tc\nd\u3000é", sys.stderr)
     assert shown == "a\\x1b]0;title\\x07\\x9b31m\\u202eb\tc\nd\u3000é"
+
+
+def test_every_test_of_the_threat_page_is_there() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 15
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert named, row
+        assert all(f"def {name}(" in written or (list((ROOT / "tests").rglob(f"{name}.py"))) for name in named), row
+    assert all((ROOT / path).is_file() for path in re.findall(r"\]\((tests/[^)]+)\)", page))
