@@ -85,7 +85,7 @@ def read_own(path: Path) -> Any:
         ValueError: it is no file of at most ``LARGEST`` bytes, not UTF-8, refused by ``parse_json``, or has a number
             that is not finite.
     """
-    if not path.is_file() or path.stat().st_size > LARGEST:  # before it is waited for, or in memory
+    if path.stat().st_size > LARGEST or not path.is_file():  # before it is in memory, or waited for
         raise ValueError(f"it is no file of at most {LARGEST} bytes")
     value = parse_json(path.read_bytes().decode())
     json.dumps(value, allow_nan=False)

@@ -1,15 +1,18 @@
 """A run goes on from the newest checkpoint that is intact, to the same bytes, or says in a line why it does not."""
 
+import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from damage import damage, files, fuzz, same, sealed, seeds
 from hypothesis import given
-from tiny_runs import run
+from tiny_runs import error, run, seal
 
-from villa.engine.checkpoint import load
+from villa.engine.checkpoint import CheckpointStore, load, resolve
 
 #: Checkpoints after updates 2 and 4 of 6; nothing slow besides.
 RUN = ("run_type=train", "training.updates=6", "checkpoint.every=2", "checkpoint.keep=9", "evaluation.every=2")
@@ -45,6 +48,83 @@ def test_any_damage_falls_back_to_the_same_bytes(
     assert go_on(stopped[0], folder) == 0
     assert same(load(folder / "checkpoints" / "update_00000006").model_state(), load(stopped[1]).model_state())
     shutil.rmtree(folder.parent)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        *("", "1e999", "NaN", "[" * 100_000, "null", "[]", '"\\ud800"', "9" * 5000, '{"format": 1, "format": 1}'),
+        *('{"format": 1, "update": 4, "files": []}', '{"format": 1, "update": 1e999, "files": {}}'),
+        *('{"format": 1, "update": 4, "files": {}}', '{"format": 1, "update": true, "files": {}}'),
+        *('{"format": 1, "update": 4, "files": {"a\\u0000b": {"size": 1, "sha256": "x"}}}',),
+        *('{"format": 1, "update": 4, "files": {"/etc/passwd": {"size": 1, "sha256": "x"}}}',),
+        *('{"format": 1, "update": 4, "files": {"../../x": {"size": 1, "sha256": "x"}}}',),
+        *('{"format": 1, "update": 4, "files": {"model.safetensors": 1}}', '{"format": [], "update": 4, "files": {}}'),
+        '{"format": 1, "update": ' + "9" * 400 + ', "files": {"model.safetensors": {"size": 1e999, "sha256": 1}}}',
+    ],
+)
+def test_a_damaged_manifest_or_note_of_the_best_is_passed_over(manifest: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=9)
+    for update in (2, 4):
+        store.save(update, {"w": torch.full((3,), float(update))}, {"update": update}, config_yaml="", best=update == 4)
+    (store.path(4) / "manifest.json").write_text(manifest)
+    (tmp_path / "best.json").write_text(manifest.replace('"update": 4', '"update": "4"'))
+    newest = store.newest()
+    assert newest is not None
+    assert newest.update == 2
+    assert resolve(tmp_path) == store.path(2)
+
+
+def test_a_manifest_in_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=9)
+    for update in (2, 4):
+        store.save(update, {"w": torch.ones(3)}, {}, config_yaml="")
+    (store.path(4) / "manifest.json").unlink()
+    os.mkfifo(store.path(4) / "manifest.json")
+    newest = store.newest()
+    assert newest is not None
+    assert newest.update == 2
+
+
+STATES: dict[str, Any] = {
+    "progress.update": 3,
+    "progress.best": "much",
+    "progress.pending": 7,
+    "progress.more": 1,
+    "stream.epoch": -1,
+    "stream.update": 1.5,
+    "stream": [],
+    "updater.skipped": "none",
+    "updater.scaler": 1,
+    "updater.optimizer.param_groups": {},
+    "updater.optimizer.state.0.exp_avg": torch.ones(2, 2, 2),
+    "updater.optimizer.state.0.exp_avg_sq": None,
+    "updater.optimizer.state.0.step": "many",
+    "callbacks": None,
+    "callbacks.evaluation.values": {"accuracy": []},
+    "callbacks.logging.means.sums": {"loss": [1.0]},
+    "callbacks.logging.trackers.log.offset": "end",
+    "provenance": [],
+}
+
+
+@pytest.mark.parametrize("stopped", ["whole"], indirect=True)
+@pytest.mark.parametrize("key", STATES)
+def test_a_training_state_of_wrong_types_is_refused_before_the_first_update(
+    key: str, stopped: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(stopped[0], tmp_path / "run"))
+    path = folder / "checkpoints" / "update_00000004" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    inner = state
+    *parents, name = key.split(".")
+    for parent in parents:
+        inner = inner[int(parent) if parent.isdecimal() else parent]
+    inner[name] = STATES[key]
+    torch.save(state, path)
+    seal(path.parent, path.name)
+    assert go_on(stopped[0], folder) == 2
+    assert str(path.parent) in error(capsys.readouterr().err)
 
 
 @fuzz

@@ -19,12 +19,13 @@ from test_callbacks import Raises, saved
 from test_checkpoint import Malicious, damage, fork, rehash
 from tiny_runs import error, metrics, run, training
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from villa.distributed.share import Share
 from villa.engine import checkpoint_files
 from villa.engine.callbacks.base import Callback
 from villa.engine.checkpoint import FOLDER, CheckpointStore, load
-from villa.engine.sharded_checkpoint import Part, Shards, join_optimizer, part_of, split_optimizer
+from villa.engine.sharded_checkpoint import Part, Shards, _tile, join_optimizer, part_of, split_optimizer
 from villa.engine.tensors import staged
 from villa.engine.training import Training, fit
 from villa.errors import CheckpointError
@@ -326,6 +327,23 @@ def test_a_pickle_among_the_shards_is_never_run(store: CheckpointStore, tmp_path
     assert load(path).model_state()
     assert load(path).training_state()["updater"]["optimizer"]["state"]
     assert not (tmp_path / "ran").exists()
+
+
+def test_parts_that_overlap_and_leave_a_gap_are_refused() -> None:
+    """As many numbers as the tensor has are not enough: the gap would be filled with whatever was in memory."""
+
+    def tiled(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+        return _tile([ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in parts], torch.Size([4, 2]))
+
+    assert tiled(((0, 0), (4, 2)))
+    assert tiled(((2, 0), (2, 2)), ((0, 0), (2, 2)))
+    assert tiled(((0, 1), (4, 1)), ((0, 0), (4, 1)))
+    assert tiled(((0, 0), (0, 2)), ((0, 0), (3, 2)), ((3, 0), (1, 2)))
+    assert not tiled()
+    assert not tiled(((0, 0), (2, 2)), ((0, 0), (2, 2)))
+    assert not tiled(((0, 0), (2, 2)), ((1, 0), (2, 2)))
+    assert not tiled(((0, 0), (4, 2)), ((0, 0), (4, 2)))
+    assert not tiled(((0, 0), (2, 2)), ((2, 0), (2, 1)), ((2, 1), (2, 1)))
 
 
 def test_files_that_do_not_fit_together_are_one_line(store: CheckpointStore) -> None:

@@ -120,7 +120,7 @@ class ReleasedFilesTask(TaskDataset):
         """
         assert self.assets is not None
         path, advice = self.assets / FACTS_FILE, "use a checkpoint with its assets"
-        with reading(f"'{path}' cannot be read", advice):
+        with reading(f"the facts of the training data '{path}' cannot be read", advice):
             facts = read_own(path)
         if not isinstance(facts, dict) or not all(is_count(facts.get(name)) for name in ("feature_dim", "vocab_size")):
             raise DataError(f"'{path}' does not hold the sizes of the training data; {advice}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -16,7 +16,7 @@ from villa.datasets.base import Example, Split
 from villa.datasets.samplers import Position, Sampler
 from villa.datasets.workers import TIMEOUT, Board, look_every, watched
 from villa.distributed.share import WHOLE, Share, Turn
-from villa.errors import VillaError
+from villa.errors import CheckpointError, VillaError
 from villa.signals import shield_worker
 
 Collate = Callable[[Sequence[Example]], Batch]
@@ -70,7 +70,13 @@ class UpdateStream:
         return self._position
 
     def seek(self, position: Position) -> None:
-        """Go to a position that this or an equal stream had."""
+        """Go to a position that this or an equal stream had.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        if not isinstance(position, Mapping) or not position:
+            raise CheckpointError(f"its position in the data is {position!r:.40}")
         self._position = self.sampler.settle(position)
         self.close()
 
