@@ -22,7 +22,8 @@ from villa.config import load_stages
 ROOT = Path(__file__).parents[2]
 #: In the order in which the README leads to them, which is that in which they are run; then the rest.
 LINKED = [ROOT / target for target in links(ROOT / "README.md") if re.fullmatch(r"docs/\w+\.md", target)]
-PAGES = list(dict.fromkeys([ROOT / "README.md", *LINKED, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[CS]*.md"))]))
+ALL = [ROOT / "README.md", *LINKED, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[CS]*.md"))]
+PAGES = list(dict.fromkeys(ALL))
 
 #: What cuts the training of a recipe short.
 QUICK = {
