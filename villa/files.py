@@ -9,7 +9,7 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ from villa.errors import DataError
 from villa.plugins import one_line
 
 _URL_PREFIXES = ("http://", "https://")
+#: Addresses that nobody but the recipe inside a trained model names.
+_refused: set[str] = set()
 
 
 @cache
@@ -39,13 +41,19 @@ def local_path(uri: str) -> Path:
         uri: a path (``~`` is the home folder) or an http(s) URL; any other prefix counts as a path.
 
     Raises:
-        DataError: the URL cannot be downloaded, or the path starts with the home folder of an unknown user.
+        DataError: the URL cannot be downloaded or was refused (``refuse_addresses``), or the path starts with the home
+            folder of an unknown user.
     """
     if not uri.startswith(_URL_PREFIXES):
         try:
             return Path(_path_manager().get_local_path(str(Path(uri).expanduser())))
         except RuntimeError as error:
             raise DataError(f"'{uri}' starts with '~', but there is no such home folder; give a full path") from error
+    if uri in _refused:
+        raise DataError(
+            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
+            "the option that it is in yourself"
+        )
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir
@@ -58,6 +66,17 @@ def local_path(uri: str) -> Path:
         raise DataError(
             f"cannot download '{uri}': {one_line(error)}; check the address or give a local path"
         ) from error
+
+
+def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
+    """Fetch nothing from the URLs of a stored recipe, which may be anybody's, unless the user gives them too.
+
+    Args:
+        stored: texts of the recipe inside a trained model; those that are no URLs do not matter.
+        given: texts that the user wrote.
+    """
+    _refused.update(text for text in stored if text.startswith(_URL_PREFIXES))
+    _refused.difference_update(given)
 
 
 def fsync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
@@ -10,6 +11,8 @@ from typing import NoReturn, TextIO
 from villa.errors import ConfigError, MissingDataError, VillaError
 
 INTERRUPTED = 130
+#: Control characters but tabs and line breaks, and what changes the direction of writing.
+_OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +53,7 @@ def run_command(name: str, action: Callable[[], int]) -> int:
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """Return a text with what the stream cannot show written as escapes, as in the names of some files."""
+    """Return a text with what the stream cannot show, or a terminal would obey, written as escapes."""
     encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    shown = _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

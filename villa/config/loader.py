@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from villa.config.reader import read_layers
 from villa.config.saved import saved_recipe
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.validate import validate
-from villa.config.values import DEFAULT, Layer, Origin, Value, show
+from villa.config.values import DEFAULT, Layer, Origin, Value, show, texts
 from villa.config.variants import Variant, choose, drop_foreign, name_variants, preset
 from villa.errors import ConfigError
 from villa.plugins import load_user_dir
@@ -71,6 +71,7 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
     config = build({section: variant.config for section, variant in variants.items()}, values)
     origins = {key: _origin(key, values) for key in leaves(config)}
     validate(config, origins)
+    _refuse_stored_addresses(config, origins)
     return Loaded(config, origins, notices)
 
 
@@ -86,13 +87,20 @@ def from_yaml(path: str | Path) -> RunConfig:
 def import_user_dir(layers: Sequence[Layer]) -> None:
     """Import the ``user_dir`` that wins in the layers, before any name is looked up.
 
+    Nothing else in villa imports code by a path.
+
     Raises:
-        ConfigError: it is not a path as it stands, does not exist or fails to import.
+        ConfigError: only a stored recipe names it; or it is not a path as it stands, does not exist or fails to import.
     """
     given = next((layer["user_dir"] for layer in reversed(layers) if "user_dir" in layer), None)
     if given is None or given.data is None:
         return
     path = given.text
+    if given.origin.stored:
+        raise ConfigError(
+            f"user_dir = {show(given.data)} ({given.origin}): code is not imported just because the recipe inside a "
+            f"trained model names it; if you trust it, add user_dir={path or 'PATH'}"
+        )
     if not path or "${" in path:
         raise ConfigError(
             f"user_dir = {show(given.data)} ({given.origin}): give a plain path; it is read before ${{...}}"
@@ -103,6 +111,16 @@ def import_user_dir(layers: Sequence[Layer]) -> None:
         raise ConfigError(f"{error} ({given.origin})") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"user_dir = {show(path)} ({given.origin}): not a usable path: {error}") from error
+
+
+def _refuse_stored_addresses(config: RunConfig, origins: Mapping[str, Origin]) -> None:
+    """Let nothing be fetched from where only the recipe inside a trained model says."""
+    from villa.files import refuse_addresses
+
+    written: dict[bool, list[str]] = {True: [], False: []}
+    for key, data in leaves(config).items():
+        written[origins[key].stored].extend(texts(data))
+    refuse_addresses(stored=written[True], given=written[False])
 
 
 def _below(variants: dict[str, Variant], given: Layer) -> Layer:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import urljoin
 
-from villa.config.values import Layer, Origin
+from villa.config.values import Layer, Origin, show, texts
 from villa.config.yaml_text import parse, write
 from villa.errors import ConfigError, DataError
 
@@ -14,6 +15,8 @@ from villa.errors import ConfigError, DataError
 MAX_BYTES = 256 * 1024
 #: Files that one recipe may include, directly or not; files that include each other in fans hit it.
 MAX_FILES = 100
+#: ``${`` behind no backslash, or behind escaped ones.
+_INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
 
 
 def read_layers(path: str) -> list[Layer]:
@@ -49,6 +52,28 @@ def read_inline(data: dict[str, object], origin: Origin) -> list[Layer]:
     layers: list[Layer] = []
     _add(parse(write(data), lambda line: origin), origin.source, (origin.source,), layers)
     return layers
+
+
+def read_stored(path: Path) -> Layer:
+    """Read the recipe inside a trained model, which was resolved when it was saved.
+
+    Raises:
+        ConfigError: it cannot be read, is not valid YAML, or has what no saved recipe has: files to include, or
+            something to resolve, which could be a secret in the environment.
+    """
+    layer = parse(_text(str(path), ""), lambda line: Origin(str(path), line, stored=True))
+    if "includes" in layer:
+        raise ConfigError(
+            f"includes ({layer['includes'].origin}): the recipe inside a trained model includes no other files; if you "
+            "wrote this one, give it as config=..."
+        )
+    for key, value in layer.items():
+        if any(_INTERPOLATION.search(text) for text in texts(value.data)):
+            raise ConfigError(
+                f"{key} = {show(value.data)} ({value.origin}): the recipe inside a trained model has no ${{...}}; if "
+                "you wrote this one, give it as config=..."
+            )
+    return layer
 
 
 def beside(path: str, name: str) -> str:

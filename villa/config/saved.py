@@ -22,8 +22,8 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
 
     Raises:
         CheckpointError: the trained model does not exist or is damaged.
-        ConfigError: the recipe names a ``user_dir`` and the command line does not: a folder from elsewhere must not
-            choose code to run. Or it is to be trained on, and no new ``output_dir`` is given.
+        ConfigError: it is to be trained on, and no new ``output_dir`` is given; or the recipe is no saved one (see
+            ``read_stored``).
     """
     from villa.hub.opening import open_source
 
@@ -36,14 +36,13 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
             f"checkpoint.path='{path.text}' is to be trained on: give output_dir=..., where the new run goes"
         )
     source = open_source(path.text)
-    layers = source.recipe()
-    code = next((layer["user_dir"].text for layer in layers if layer.get("user_dir", _NOTHING).data), None)
-    if code is not None and "user_dir" not in overrides:
-        raise ConfigError(
-            f"checkpoint '{path.text}' needs the code of user_dir '{code}', which is not imported just because a "
-            f"checkpoint says so; if you trust it, add user_dir={code}"
-        )
+    layers = [_usable(layer) for layer in source.recipe()]
     if not reads:
         return layers
     results = str(source.results(str(run_type.text)))
     return [*layers, {"output_dir": Value(results, Origin("for the results"), results)}]
+
+
+def _usable(layer: Layer) -> Layer:
+    """Leave out where the model was trained and what was written, which a folder from elsewhere must not choose."""
+    return {key: value for key, value in layer.items() if not key.startswith(("launcher", "predict.output"))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,13 @@ class Origin:
     Attributes:
         source: a YAML file, ``command line``, ``default`` or ``preset 'name'``.
         line: line of the file, from 1.
+        stored: whether the file is the recipe inside a trained model, which may be anybody's: it names no code to run,
+            and no address to fetch from.
     """
 
     source: str
     line: int | None = None
+    stored: bool = False
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
@@ -59,6 +62,15 @@ _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 def is_one_line(text: str) -> bool:
     """Whether a text has no line break, control character or half of a surrogate pair, as names and paths must."""
     return not _CONTROL.search(text)
+
+
+def texts(data: object) -> Iterator[str]:
+    """Yield the texts in a value: itself, or those in its lists and mappings."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, list | tuple | Mapping):
+        for item in data.values() if isinstance(data, Mapping) else data:
+            yield from texts(item)
 
 
 def show(data: object) -> str:

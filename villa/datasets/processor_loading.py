@@ -12,10 +12,10 @@ from typing import Any
 
 from villa.errors import DataError
 from villa.plugins import one_line
+from villa.vetting import OF_PROCESSORS, PROCESSOR_FILES, vetted_source
 
-#: Files of a processor that name its class, the first one first.
+#: File of an image processor.
 _IMAGES = "preprocessor_config.json"
-_NAMING_FILES = ("processor_config.json", _IMAGES, "tokenizer_config.json")
 
 
 def load_processor(source: str | Path, *, local: bool = False) -> Any:
@@ -31,7 +31,7 @@ def load_processor(source: str | Path, *, local: bool = False) -> Any:
     if not _names_hub(source) and not Path(source).exists():
         raise DataError(f"the processor's folder '{source}' does not exist; mend the path")
     try:
-        return _load(source, {"local_files_only": local, "trust_remote_code": False})
+        return _load(vetted_source(source, OF_PROCESSORS, local=local))
     except Exception as error:  # whatever the library's many loaders raise for files that they do not understand
         raise DataError(
             f"the processor of '{source}' cannot be loaded: {one_line(error)}; give a folder with a model's tokenizer "
@@ -48,15 +48,16 @@ def save_processor(processor: Any, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _load(source: str | Path, options: dict[str, Any]) -> Any:
+def _load(folder: Path) -> Any:
     transformers: Any = importlib.import_module("transformers")
-    kind = _processor_class(source, options["local_files_only"])
+    options = {"local_files_only": True, "trust_remote_code": False}
+    kind = _processor_class(folder)
     if kind is not None and "video_processor" in kind.get_attributes() and not _has_torchvision():
         kind = without_videos(kind)
-    processor = (kind or transformers.AutoProcessor).from_pretrained(source, **options)
-    if not hasattr(processor, "tokenizer") and _read_json(source, _IMAGES, options["local_files_only"]):
-        images = transformers.AutoImageProcessor.from_pretrained(source, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    processor = (kind or transformers.AutoProcessor).from_pretrained(folder, **options)
+    if not hasattr(processor, "tokenizer") and _read_json(folder / _IMAGES):
+        images = transformers.AutoImageProcessor.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         processor = transformers.VisionTextDualEncoderProcessor(images, tokenizer)  # the library's plain pair of both
     tokenizer = getattr(processor, "tokenizer", processor)
     for place in ("is_local", "local_files_only"):  # would be saved, but are about the place alone
@@ -134,24 +135,21 @@ def _has_torchvision() -> bool:
     return importlib.util.find_spec("torchvision") is not None
 
 
-def _processor_class(source: str | Path, local: bool) -> Any:
+def _processor_class(folder: Path) -> Any:
     """The class that the processor's files name; None leaves the choice to transformers."""
     import transformers
 
-    for name in _NAMING_FILES:
-        named = _read_json(source, name, local).get("processor_class")
-        if isinstance(named, str) and hasattr(transformers, named):
-            return getattr(transformers, named)
+    for name in PROCESSOR_FILES:
+        kind = getattr(transformers, str(_read_json(folder / name).get("processor_class")), None)
+        if isinstance(kind, type) and issubclass(kind, transformers.ProcessorMixin):
+            return kind
     return None
 
 
-def _read_json(source: str | Path, name: str, local: bool) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file of a model; nothing if it has none, or one that transformers will say is damaged."""
-    from transformers.utils.hub import cached_file
-
     try:
-        found = cached_file(source, name, local_files_only=local)
-        value = json.loads(Path(str(found)).read_text(encoding="utf-8"))
-    except Exception:  # the hub's own, the operating system's, the parser's
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from villa.engine.repository import Repository
 
 _PACKAGES = ("villa", "torch", "transformers", "tokenizers", "safetensors", "omegaconf", "numpy")
 
@@ -40,22 +40,10 @@ def _version(package: str) -> str | None:
 
 
 def _revision(folder: Path) -> dict[str, Any] | None:
-    revision = _git(folder, "rev-parse", "--verify", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    if revision is None or changes is None:
-        return None
-    return {"revision": revision, "dirty": bool(changes)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command, or None when it fails or takes over half a minute."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    # No lock is taken and no program that the repository's settings name is run.
-    command = [git, "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603 (git alone)
-    except (OSError, subprocess.SubprocessError):
+        repository = Repository.around(folder)
+        if repository is None:
+            return None
+        return {"revision": repository.revision(), "dirty": repository.is_dirty()}
+    except (OSError, ValueError):
         return None
-    return done.stdout.strip()

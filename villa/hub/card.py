@@ -107,7 +107,7 @@ def _pipeline(described: Described) -> str | None:
 def _introduction(described: Described) -> Iterator[str]:
     config, model = described.parts.config, described.parts.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield f"# {described.name}"
+    yield f"# {_text(described.name)}"
     yield ""
     yield (
         f"A `{config.model.name}` model of {parameters / 1e6:.1f}M parameters, trained by villa with the method "
@@ -115,7 +115,7 @@ def _introduction(described: Described) -> Iterator[str]:
     )
     labels = described.labels
     if labels:
-        shown = ", ".join(f"`{label}`" for label in labels[:_SHOWN_LABELS])
+        shown = ", ".join(_code(label) for label in labels[:_SHOWN_LABELS])
         yield ""
         yield f"It has {len(labels)} labels: {shown}{', ...' if len(labels) > _SHOWN_LABELS else ''} (`labels.json`)."
 
@@ -148,7 +148,7 @@ def _results(described: Described) -> Iterator[str]:
     rows = [(split, name, value) for split, values in described.splits.items() for name, value in values.items()]
     yield from _table(("split", "metric", "value"), rows)
     yield ""
-    yield f"Of the {protocol.get('checkpoint', 'given')} checkpoint, that of update {described.update:,}."
+    yield f"Of the {_text(protocol.get('checkpoint', 'given'))} checkpoint, that of update {described.update:,}."
 
 
 def _provenance(described: Described) -> Iterator[str]:
@@ -173,7 +173,7 @@ def _loading(described: Described, architecture: str | None) -> Iterator[str]:
     yield '```python\nimport villa\n\nmodel = villa.from_pretrained(".")\n```'
     yield ""
     yield "```bash\nvilla_run run_type=test checkpoint.path=.\n```"
-    if architecture is not None:
+    if isinstance(architecture, str) and architecture.isidentifier():
         reader = "AutoProcessor" if described.parts.data.facts().vocab_size is None else "AutoTokenizer"
         names = f"{architecture}, {reader}" if described.reads_text else architecture
         loads = (
@@ -195,5 +195,15 @@ def _table(heading: tuple[str, ...], rows: list[Any]) -> Iterator[str]:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _text(f"{value:.4g}" if isinstance(value, float) else "none" if value is None else value).replace("|", "\\|")
+
+
+def _text(value: Any) -> str:
+    """One line of a card that shows a text, of whoever it is, and holds no markup: neither HTML nor links nor code."""
+    line = "".join(one if one.isprintable() else " " for one in str(value))
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(").replace("`", "\\`")
+
+
+def _code(value: Any) -> str:
+    """The same as code, which the mark of its end would end."""
+    return f"`{''.join(one if one.isprintable() and one != '`' else ' ' for one in str(value))}`"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from villa.config.reader import read_layers
+from villa.config.reader import read_stored
 from villa.config.values import Layer, Origin, Value
 from villa.engine.checkpoint_files import file_problem, read_manifest
 from villa.engine.checkpoint_layout import ASSETS, CONFIG
@@ -59,7 +59,7 @@ class SavedFolder(Source):
 
     def recipe(self) -> list[Layer]:
         """Read the recipe inside; the architecture of a model of transformers is that of the folder."""
-        layers = read_layers(str(self.path / OWN / CONFIG))
+        layers = [read_stored(self.path / OWN / CONFIG)]
         key = "model.architecture"
         if any(layer[key].data == ITSELF for layer in layers if key in layer):
             layers.append({key: Value(str(self.path), Origin(str(self.path)), str(self.path))})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from villa.config.reader import read_layers
+from villa.config.reader import read_stored
 from villa.config.values import Layer
 from villa.engine.checkpoint import FOLDER, Checkpoint
 from villa.engine.checkpoint_layout import CONFIG
@@ -71,7 +71,7 @@ class CheckpointSource(Source):
 
     def recipe(self) -> list[Layer]:
         """Read the recipe that was saved with the checkpoint."""
-        return read_layers(str(self.path / CONFIG))
+        return [read_stored(self.path / CONFIG)]
 
     @contextmanager
     def assets(self) -> Iterator[Path]:

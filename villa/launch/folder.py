@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import villa
 from villa.config.printer import to_yaml
+from villa.config.values import is_one_line
+from villa.errors import ConfigError
 from villa.files import atomic_write
 from villa.launch.base import Request
 
@@ -25,8 +29,13 @@ def prepare(request: Request) -> Path:
 
     Args:
         request: what is to run.
+
+    Raises:
+        ConfigError: the folder's path holds a line break, behind which a job script would go on as a command.
     """
     folder = request.folder / JOBS
+    if not is_one_line(str(folder.absolute())):
+        raise ConfigError(f"jobs are not started from {str(folder.absolute())!r}: rename what has a line break in it")
     for number, config in enumerate(request.configs, start=1):
         name = "config.yaml" if len(request.configs) == 1 else f"config_stage{number}.yaml"
         atomic_write(folder / name, to_yaml(config))
@@ -39,6 +48,12 @@ def prepare(request: Request) -> Path:
     text = "".join(f"{line}\n" for line in lines)
     atomic_write(folder / RESUME, text)
     return folder
+
+
+def python_command() -> list[str]:
+    """Return how to start Python: without the modules of the working folder, unless villa is one of them."""
+    is_here = Path(villa.__file__).parents[1] == Path.cwd()
+    return [sys.executable, *([] if is_here else ["-P"])]
 
 
 def job_folders(folder: Path) -> Path:

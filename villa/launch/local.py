@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import ClassVar
 
 from villa.errors import ConfigError
 from villa.launch.base import Launcher, LauncherConfig, Request
-from villa.launch.folder import job_folders, prepare
+from villa.launch.folder import job_folders, prepare, python_command
 from villa.launch.following import see_off
 from villa.launch.job import RunJob
 from villa.registry import register_launcher
@@ -21,6 +20,8 @@ from villa.registry import register_launcher
 #: Minutes after which submitit ends the processes; it wants a number.
 _YEAR = 365 * 24 * 60
 _GPUS = "CUDA_VISIBLE_DEVICES"
+#: Tells Python, as its option ``-P`` does, to leave the working folder out of where it finds modules.
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass
@@ -66,15 +67,29 @@ class Local(Launcher):
         jobs = prepare(request)
         executor = LocalExecutor(job_folders(jobs), python=_python())
         executor.update_parameters(tasks_per_node=self.config.processes, timeout_min=_YEAR, stderr_to_stdout=True)
-        with _out_of_reach():
+        with _out_of_reach(), _safe_path():
             job = executor.submit(RunJob(request.inner))
         return see_off(job, jobs, "started process group", follow=self.config.follow, local=True)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let submitit start its own processes as ``python_command`` starts those of the run."""
+    before = os.environ.get(_SAFE_PATH)
+    if "-P" in python_command():
+        os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_SAFE_PATH, None)
+        if before is not None:
+            os.environ[_SAFE_PATH] = before
 
 
 def _python() -> str:
     """The command of Python; submitit would hide all GPUs, and what starts several processes may choose among them."""
     visible = os.environ.get(_GPUS)
-    return shlex.join(["env", *(["-u", _GPUS] if visible is None else [f"{_GPUS}={visible}"]), sys.executable])
+    return shlex.join(["env", *(["-u", _GPUS] if visible is None else [f"{_GPUS}={visible}"]), *python_command()])
 
 
 @contextmanager

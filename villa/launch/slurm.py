@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from villa.errors import ConfigError
 from villa.launch.base import LauncherConfig, Queue, Request
-from villa.launch.folder import job_folders, link_logs, prepare
+from villa.launch.folder import job_folders, link_logs, prepare, python_command
 from villa.launch.following import see_off
 from villa.launch.job import RunJob
 from villa.launch.slurm_commands import jobs_alive, reason, try_submission
@@ -172,4 +172,4 @@ class Slurm(Queue):
 
 def python_of_jobs() -> str:
     """Return the shell's words for a Python in which signals wait until the run can hear them; imports take time."""
-    return f"{shlex.quote(sys.executable)} -ISc {shlex.quote(_BLOCKING)}"
+    return f"{shlex.quote(sys.executable)} -ISc {shlex.quote(_BLOCKING)} {shlex.join(python_command()[1:])}".rstrip()

@@ -62,7 +62,7 @@ class TextClassifier(TransformersModel):
         from transformers import AutoModelForSequenceClassification
 
         auto: Any = AutoModelForSequenceClassification
-        self.transformer = auto.from_config(config)
+        self.transformer = auto.from_config(config, trust_remote_code=False)
 
     @classmethod
     def from_config(cls, config: TextClassifierConfig, facts: DataFacts) -> TextClassifier:

@@ -13,10 +13,13 @@ import torch
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.models.load_report import LoadReport, listed
 from villa.plugins import one_line
+from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
 
 CONFIG_FILE = "config.json"
 #: Folder of a checkpoint's assets with the model's ``config.json``.
 ASSETS = "model"
+#: How safetensors names the types of weights that are numbers as they are.
+_WHOLE = ("F64", "F32", "F16", "BF16")
 
 
 def is_transformers_folder(path: str | Path) -> bool:
@@ -63,7 +66,8 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadReport]:
     """Load a model that transformers has saved, in fp32.
 
-    Nothing in the files is executed: pickles are read as tensors only, and code beside the weights is not imported.
+    Nothing in the files is executed: pickles are read as tensors only, code beside the weights is not imported, and
+    what chooses code elsewhere is left out (``villa.vetting``).
 
     Args:
         kind: the model's class, or one of the library's automatic classes.
@@ -78,8 +82,10 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     """
     try:
         with quiet():
+            folder = _with_weights(source)
+            _refuse_quantised(source, folder)
             model, found = kind.from_pretrained(
-                source,
+                folder,
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -91,6 +97,8 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
             f"'{source}' was refused: its weights are a damaged pickle, or one of more than tensors, and opening that "
             "could run code; use a folder with safetensors"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever the library's loaders raise for files that they do not understand
         raise CheckpointError(f"'{source}' cannot be loaded: {one_line(error)}; check the folder or name") from error
     _check_shapes(source, found["mismatched_keys"])
@@ -134,6 +142,21 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def _refuse_quantised(source: str, folder: Path) -> None:
+    """Refuse weights that are codes: what they stand for is known to the quantiser alone, which is not run."""
+    from safetensors import safe_open
+
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (not a mapping)
+                kind = content.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in _WHOLE:
+                    raise CheckpointError(
+                        f"'{source}' has quantised weights ('{name}' is {kind}), which are not read; save the model in "
+                        "fp32, fp16 or bf16"
+                    )
+
+
 def _is_hub_name(architecture: str) -> bool:
     owner, slash, name = architecture.partition("/")
     return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
@@ -142,8 +165,19 @@ def _is_hub_name(architecture: str) -> bool:
 def _stored(source: str) -> Any:
     from transformers import AutoConfig
 
-    folder = Path(source).expanduser()
-    return AutoConfig.from_pretrained(folder if folder.is_dir() else source, trust_remote_code=False)
+    folder = vetted_source(source, [CONFIG_FILE, ADAPTER])
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.name_or_path = source
+    return config
+
+
+def _with_weights(source: str) -> Path:
+    """A vetted folder of a model; of a name on the hub, pickled weights only where there are no others."""
+    described = [CONFIG_FILE, GENERATION, ADAPTER]
+    folder = vetted_source(source, [*described, "model*.safetensors", "model.safetensors.index.json"])
+    if not Path(source).expanduser().is_dir() and not any(folder.glob("model*.safetensors")):
+        folder = vetted_source(source, [*described, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
+    return folder
 
 
 def _made(architecture: str, options: Mapping[str, Any]) -> Any:
@@ -189,7 +223,9 @@ def _check(options: Mapping[str, Any], known: Mapping[str, Any], owner: str, pre
     """Refuse an option that the configuration does not have."""
     for name, value in options.items():
         nested = known.get(name)
-        if name not in known and name != "num_labels":
+        if (name not in known and name != "num_labels") or chooses_code(name):
             raise ConfigError(f"model.options.{prefix}{name} is no option of {owner}{nearest(name, known)}")
-        if isinstance(value, Mapping) and isinstance(nested, Mapping) and "model_type" not in value:
-            _check(value, nested, f"the {name} of {owner}", f"{prefix}{name}.")
+        if isinstance(value, Mapping) and isinstance(nested, Mapping):
+            # One of another type has other options.
+            known_there = dict.fromkeys((*nested, *value)) if "model_type" in value else nested
+            _check(value, known_there, f"the {name} of {owner}", f"{prefix}{name}.")

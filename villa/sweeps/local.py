@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from villa.launch.folder import python_command
 from villa.signals import handled
 
 #: Seconds between looks at the processes.
@@ -91,7 +91,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "villa.cli.run", *job.arguments],
+            [*python_command(), "-m", "villa.cli.run", *job.arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ from villa.datasets.raw.example import Words
 from villa.datasets.text import load_tokenizer, vocabulary_size
 from villa.errors import DataError
 from villa.plugins import one_line
+from villa.vetting import OF_PROCESSORS, vetted_source
 
 _SPECIAL = {"UNK": "[UNK]", "CLS": "[CLS]", "SEP": "[SEP]", "MASK": "[MASK]"}
 #: Names of vocabularies by their size and the ids of [CLS] and "!".
@@ -96,7 +97,8 @@ def _from_transformers(name: str) -> Tokenizer:
     reason = ""
     for local in (True, False):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+            place = vetted_source(name, OF_PROCESSORS, local=local)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and the hub raise many kinds
             reason = one_line(error)
             continue

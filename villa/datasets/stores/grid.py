@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from villa.datasets.stores.base import Source
+from villa.datasets.stores.pictures import image_formats
 from villa.errors import ConfigError, DataError
 from villa.files import sha256
 from villa.plugins import one_line
@@ -99,7 +100,7 @@ class GridExtractor:
             DataError: the file is missing or not an image.
         """
         try:
-            with Image.open(source.path) as image:
+            with Image.open(source.path, formats=image_formats()) as image:
                 resized = image.convert("RGB").resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         except FileNotFoundError as error:
             raise DataError(f"{source.named_by}: image '{source.path}' does not exist; mend the path") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from PIL import Image
 
@@ -37,9 +38,16 @@ class PictureStore:
         """
         source = self.sources[index]
         try:
-            with Image.open(source.path) as image:
+            with Image.open(source.path, formats=image_formats()) as image:
                 return image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise whatever they come across in a broken file
             raise DataError(
                 f"{source.named_by}: '{source.path}' cannot be read as an image ({one_line(error)}); replace the file"
             ) from error
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Return the formats that Pillow decodes itself; for EPS, however the file is called, it starts Ghostscript."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - {"EPS"}))

@@ -50,10 +50,11 @@ def model_class(config: Any, task: Task, asked: str | None) -> Any:
     import transformers
 
     if asked is not None:
-        if not isinstance(getattr(transformers, asked, None), type):
+        kind = getattr(transformers, asked, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             hint = nearest(asked, dir(transformers))
-            raise ConfigError(f"model.model_class='{asked}' is no class of transformers{hint}")
-        return getattr(transformers, asked)
+            raise ConfigError(f"model.model_class='{asked}' is no model of transformers{hint}")
+        return kind
     if task == "classification":
         return _own_classifier(config) or _mapped(config, "MODEL_MAPPING_NAMES", task)
     names = {
