@@ -9,12 +9,61 @@ from villa.config.schema import VARIANTS
 from villa.config.yaml_text import write
 from villa.registry import REGISTRIES
 
-NUMBERS = (0, 1, -1, 2, 3, 7, 100, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63) - 1, 10**309, -(10**400))
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    100,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63) - 1,
+    10**309,
+    -(10**400),
+)
 FRACTIONS = (0.0, -0.0, 0.5, 1.0, -1.0, 1e-300, 5e-324, 1e300, 1.5, 0.1, float("inf"), float("-inf"), float("nan"))
-TEXTS = ("", " ", "x", "null", "accuracy", "loss", "train", "val", "test", "cpu", "cuda:99", "a/b", "~", "~nobody/x", "/", ".", "..", "é" * 300, "${seed}", "${", "[bold]x", "a\u2028b", "\ufeff", "{question}", "https://h//x")
+TEXTS = (
+    "",
+    " ",
+    "x",
+    "null",
+    "accuracy",
+    "loss",
+    "train",
+    "val",
+    "test",
+    "cpu",
+    "cuda:99",
+    "a/b",
+    "~",
+    "~nobody/x",
+    "/",
+    ".",
+    "..",
+    "é" * 300,
+    "${seed}",
+    "${",
+    "[bold]x",
+    "a\u2028b",
+    "\ufeff",
+    "{question}",
+    "https://h//x",
+)
 ANY = st.one_of(
-    st.sampled_from(NUMBERS), st.sampled_from(FRACTIONS), st.sampled_from(TEXTS), st.booleans(), st.none(),
-    st.lists(st.sampled_from(TEXTS + NUMBERS), max_size=3), st.dictionaries(st.sampled_from(("a", "b.c", "words")), st.integers(), max_size=2),
+    st.sampled_from(NUMBERS),
+    st.sampled_from(FRACTIONS),
+    st.sampled_from(TEXTS),
+    st.booleans(),
+    st.none(),
+    st.lists(st.sampled_from(TEXTS + NUMBERS), max_size=3),
+    st.dictionaries(st.sampled_from(("a", "b.c", "words")), st.integers(), max_size=2),
 )
 
 
@@ -61,7 +110,9 @@ def recipes(draw: st.DrawFn, most: int = 8, wrong: bool = True) -> list[str]:
         name = draw(st.sampled_from([name for where, name in OPTIONS if where == section]))
         known |= OPTIONS[section, name]
         args.append(f"{section}={name}")
-    args += draw(st.sampled_from((["batch.examples=8", "training.updates=1"], ["batch.tokens=999", "training.epochs=1"], [])))
+    args += draw(
+        st.sampled_from((["batch.examples=8", "training.updates=1"], ["batch.tokens=999", "training.epochs=1"], []))
+    )
     for key in draw(st.lists(st.sampled_from(sorted(known)), max_size=most, unique=True)):
         values = fitting(known[key].hint)
         args.append(f"{key}={write(draw(values | ANY if wrong else values))}")

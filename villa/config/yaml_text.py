@@ -93,7 +93,11 @@ def write(data: Any) -> str:
 def _write_word(data: bool | float | None) -> str:
     if isinstance(data, bool | None):
         return WORDS[data]
-    return repr(data) if isinstance(data, int) or math.isfinite(data) else repr(data).replace("inf", ".inf").replace("nan", ".nan")
+    return (
+        repr(data)
+        if isinstance(data, int) or math.isfinite(data)
+        else repr(data).replace("inf", ".inf").replace("nan", ".nan")
+    )
 
 
 def _write_text(text: str) -> str:
