@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from villa.errors import ConfigError, MissingDataError, VillaError
-from villa.missing_pages import name_file_on_missing_page
+from villa.mapped_files import name_damaged_files
 
 INTERRUPTED = 130
 
@@ -38,7 +38,7 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         name: of the command, for the message on stderr.
         action: parses the arguments and does the work.
     """
-    name_file_on_missing_page()
+    name_damaged_files()
     try:
         return action()
     except VillaError as error:

@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from villa.datasets.stores.base import RegionStore
-from villa.errors import DataError
+from villa.files import reading, regular_file
 
 STATISTICS_FILE = "features.safetensors"
 #: Training images that the statistics are taken over, at most.
@@ -43,11 +42,10 @@ class Scaling:
         Raises:
             DataError: the file is missing or damaged.
         """
-        try:
+        with reading(f"cannot read '{folder / STATISTICS_FILE}'", "; use a checkpoint with its assets"):
+            regular_file(folder / STATISTICS_FILE)
             tensors = load_file(folder / STATISTICS_FILE)
             return cls(tensors["mean"], tensors["scale"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DataError(f"cannot read '{folder / STATISTICS_FILE}'; use a checkpoint with its assets") from error
 
     def save(self, folder: Path) -> None:
         """Write ``features.safetensors`` into ``folder``."""

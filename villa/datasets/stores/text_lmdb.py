@@ -30,6 +30,7 @@ from villa.datasets.stores.tables import (
     read_numbers,
 )
 from villa.errors import DataError
+from villa.files import regular_file
 from villa.plugins import one_line
 
 #: Largest example after decompression, in bytes: damaged or hostile values claim more.
@@ -188,6 +189,7 @@ class TextDatabase:
             DataError: it is missing or not JSON.
         """
         try:
+            regular_file(self.path / name)
             return json.loads((self.path / name).read_bytes())
         except UNREADABLE as error:
             raise self._unreadable(name, error) from error
