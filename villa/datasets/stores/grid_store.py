@@ -66,8 +66,8 @@ class GridStore(RegionStore):
         except OSError as error:
             raise DataError(
                 f"the feature cache '{self._cache.folder}' cannot be written: "
-                f"{no_space(error) or error.strerror or error}; make room, or choose another place by dataset.cache_dir "
-                "or VILLA_CACHE"
+                f"{no_space(error) or error.strerror or error}; make room, or choose another place by "
+                "dataset.cache_dir or VILLA_CACHE"
             ) from error
 
     def _extract(self, chunks: list[int]) -> None:

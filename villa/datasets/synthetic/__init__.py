@@ -54,8 +54,8 @@ def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Pa
                 _generate(task, examples, folder, write or write_databases)
     except OSError as error:
         raise DataError(
-            f"the synthetic data '{folder}' cannot be written: {no_space(error) or error.strerror or error}; make room, "
-            "or choose another place by VILLA_CACHE"
+            f"the synthetic data '{folder}' cannot be written: {no_space(error) or error.strerror or error}; make "
+            "room, or choose another place by VILLA_CACHE"
         ) from error
     return folder
 
