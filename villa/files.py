@@ -26,8 +26,11 @@ from villa.plugins import one_line
 _URL_PREFIXES = ("http://", "https://")
 #: A full disk, a quota that is used up, a file that has grown to the process's limit (``ulimit -f``).
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: How libraries that have errors of their own put it: safetensors, LMDB and torch.
-_FULL_TEXT = {rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL}
+#: How libraries that have errors of their own put it: safetensors, LMDB and torch; and NumPy, which gives no number.
+_FULL_TEXT = {
+    **{rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL},
+    r"\d+ requested and \d+ written": errno.ENOSPC,
+}
 
 
 @cache
