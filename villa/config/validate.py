@@ -33,6 +33,8 @@ _POSITIVE = (
     "checkpoint.keep",
     "logging.every",
 )
+#: Threads and processes; no machine has more cores, and asking torch for too many ends the process.
+_MOST_OF_A_MACHINE = 10_000
 _NOT_NEGATIVE = ("seed", "training.workers")
 #: Strategies whose processes can each write a part of a checkpoint.
 _SHARDING = ("single", "ddp", "fsdp")
@@ -63,6 +65,9 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
         value, least = values[key], "positive" if key in _POSITIVE else "at least 0"
         if value is not None and not (0 <= value < LARGEST and (value or key in _NOT_NEGATIVE)):
             yield key, f"must be {least} and below 2^63"
+    for key in ("training.threads", "training.workers"):
+        if (values[key] or 0) > _MOST_OF_A_MACHINE:
+            yield key, f"must be at most {_MOST_OF_A_MACHINE:,}"
     if not _DEVICE.fullmatch(config.device):
         yield "device", "must be auto, cpu, cuda or cuda:N"
     if not config.output_dir.strip():
