@@ -1,4 +1,4 @@
-"""A disk that is full, and a folder that is taken away: one line, exit code 2, and the run goes on to the same bytes."""
+"""A disk that is full, a folder that is taken away: one line, exit code 2, and the run goes on to the same bytes."""
 
 import ctypes
 import os
