@@ -69,7 +69,7 @@ def write_data(folder: Path, regions: str) -> list[str]:
         record = {"id": str(index), "question": f"is it {WORDS[index % 3]} now?", "answer": WORDS[index % 3]}
         if regions == "files":
             record["features"] = f"{index}.npz"
-            boxes = np.zeros((2, 4), np.float32)
+            boxes = np.tile(np.float32([0, 0, 1, 1]), (2, 1))
             np.savez(folder / f"{index}.npz", features=random.normal(size=(2, 6)).astype(np.float32), boxes=boxes)
         if regions == "pixels":
             record["image"] = f"{index}.png"
