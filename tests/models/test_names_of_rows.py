@@ -69,7 +69,7 @@ def write_data(folder: Path, regions: str) -> list[str]:
         record = {"id": str(index), "question": f"is it {WORDS[index % 3]} now?", "answer": WORDS[index % 3]}
         if regions == "files":
             record["features"] = f"{index}.npz"
-            boxes = np.zeros((2, 4), np.float32)
+            boxes = np.array([[0, 0, 1, 1], [0, 0, 0.5, 1]], np.float32)
             np.savez(folder / f"{index}.npz", features=random.normal(size=(2, 6)).astype(np.float32), boxes=boxes)
         if regions == "pixels":
             record["image"] = f"{index}.png"
@@ -181,7 +181,7 @@ def test_labels_may_differ_in_case_alone_or_altogether(tmp_path: Path, capsys: p
     data = [f"dataset.train={cased}", f"dataset.val={cased}", f"dataset.answers={tmp_path / 'cased.txt'}"]
     capsys.readouterr()
     found = started([*arguments, *data], run)
-    assert "labels by name: 3 of 3; by case alone: 'green' as 'Green', 'red' as 'RED'" in capsys.readouterr().out
+    assert "labels by name: 3 of 3; spelt otherwise: 'green' as 'Green', 'red' as 'RED'" in capsys.readouterr().out
     expected = scores(from_pretrained(tmp_path / "run").parts)
     assert {(id, label.lower()): score for (id, label), score in found.items()} == pytest.approx(expected, abs=1e-5)
     other = tmp_path / "other.jsonl"
