@@ -410,6 +410,21 @@ def test_labels_that_are_numbers_are_those_of_rows(
         assert "no names in the file: rows of labels are taken to be in the data's order" in capsys.readouterr().out
 
 
+def test_numbers_of_the_data_count_the_names_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, plain, expected = plain_folder(tmp_path)
+    named = json.loads((plain / "config.json").read_text())["id2label"]
+    number = {word: row for row, word in named.items()}
+    lines = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
+    changed = [{**line, "answer": number[line["answer"]]} for line in lines]
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    (tmp_path / "numbers.txt").write_text("2\n0\n1\n")
+    splits = [f"dataset.{split}={tmp_path / 'numbers.jsonl'}" for split in ("train", "val")]
+    capsys.readouterr()
+    scored = started([*arguments, *splits], f"dataset.answers={tmp_path / 'numbers.txt'}")
+    assert {(id, named[label]): score for (id, label), score in scored.items()} == pytest.approx(expected, abs=1e-5)
+    assert f"the data's labels are numbers: 0 is taken to be '{named['0']}', and so on\n" in capsys.readouterr().out
+
+
 def test_white_space_around_labels_is_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, plain, expected = plain_folder(tmp_path)
     described = json.loads((plain / "config.json").read_text())

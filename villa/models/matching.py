@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ class Matching:
     """
 
     def __init__(self, source: str, given: DataFacts, wanted: DataFacts) -> None:
-        self.source, self.given, self.wanted = source, given, wanted
+        self.source, self.given = source, given
+        counted = _counted(given.labels, wanted.labels)
+        self._numbered = counted is not None
+        self.wanted = wanted = wanted if counted is None else replace(wanted, labels=counted)
         self._names: dict[RowKind, tuple[Sequence[Name] | None, Sequence[Name] | None]] = {
             "tokens": (given.tokens, wanted.tokens),
             "labels": (_usable(given.labels, wanted.labels), _usable(wanted.labels, given.labels)),
@@ -127,6 +131,8 @@ class Matching:
         kinds = {kind: (len(loaded[name]), len(fresh[name])) for name, kind in both if loaded[name].dim()}
         moved = [kind for kind, sizes in kinds.items() if self.moves(kind) or self.rows(kind, *sizes) is not None]
         notes = [self._moved(kind, *kinds[kind]) for kind in moved]
+        if self._numbered and "labels" in kinds:
+            notes.append(f"the data's labels are numbers: 0 is taken to be '{(self.given.labels or ())[0]}', and so on")
         return (*notes, *self._assumed([kind for kind in kinds if kind not in moved]))
 
     def reading(self) -> tuple[str, ...]:
@@ -218,6 +224,14 @@ def _usable(labels: Sequence[str] | None, others: Sequence[str] | None) -> Seque
         return labels
     ours, theirs = _numbers(labels), _numbers(others or ())
     return labels if theirs and (ours <= theirs or theirs <= ours) else None
+
+
+def _counted(given: Sequence[str] | None, wanted: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names that labels of the data mean which are the numbers 0, 1, ... of those of the file; else None."""
+    if not given or not wanted or len(given) != len(wanted) or {*wanted} != {str(row) for row in range(len(given))}:
+        return None
+    named = not any(map(_NUMBER.fullmatch, given)) and len({*given}) == len(given)
+    return tuple(given[int(label)] for label in wanted) if named else None
 
 
 def _numbers(labels: Sequence[str]) -> set[int]:
