@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -21,6 +22,8 @@ Mode = Literal["auto", "on", "off"]
 
 #: Seconds over which the speed is averaged for the time left.
 _SPEED_WINDOW = 300.0
+#: Seconds between updates of a bar by the items behind it: an update takes as long as a small item.
+_REDRAWN = 0.05
 
 
 class Display:
@@ -53,10 +56,15 @@ class Display:
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         task = self.add(description, total)
+        done, shown = 0, -math.inf
         try:
-            for done, item in enumerate(iterable, start=1):
+            for item in iterable:
                 yield item
-                self.show(task, done)
+                done += 1
+                if (now := time.monotonic()) - shown >= _REDRAWN:
+                    self.show(task, done)
+                    shown = now
+            self.show(task, done)
         finally:
             self._bars.remove_task(task)
             if outermost:
