@@ -21,7 +21,7 @@ from villa.datasets.samplers import Lengths
 from villa.datasets.stores.base import SourceFiles, Sources
 from villa.datasets.text import CutTexts
 from villa.engine.progress import track
-from villa.errors import DataError, about
+from villa.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,14 @@ class JsonlSplit(Split):
             texts = record_texts(record, where)
             files = record_files(record, self._vocabulary.regions, where)
             self._check_form(texts[1] is not None, len(files), where)
-            ids.append(hash(self._id(index, record)))
+            ids.append(hash(self._id(index, record, where)))
             if not self._is_kept(record, where):
                 dropped.append(index)
                 continue
-            with about(where):
+            try:
                 read, whole = self._reader.text_lengths(*texts, images=bool(files))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
             self._cut.add(read, whole)
             self._text_lengths.append(read)
             self._images.append([sources.add(name, index) for name in files])
@@ -95,7 +97,7 @@ class JsonlSplit(Split):
         written = self._vocabulary.kind == "text"
         scores = answer_scores(record, where, written=written) if self._has_answers else None
         example = Record(
-            self._id(line, record),
+            self._id(line, record, where),
             *record_texts(record, where),
             images=self.images(index),
             target=None if scores is None or written else self._target(scores),
@@ -116,8 +118,8 @@ class JsonlSplit(Split):
         """Word-pieces plus regions of every question; the headers of feature files are read when asked for."""
         return _Lengths(self._text_lengths, self._images, self.image_lengths)
 
-    def _id(self, line: int, record: Mapping[str, Any]) -> str:
-        return record_id(record, str(self._lines.number(line)), self._lines.where(line))
+    def _id(self, line: int, record: Mapping[str, Any], where: str) -> str:
+        return record_id(record, "", where) if "id" in record else str(self._lines.number(line))
 
     def warnings(self) -> list[str]:
         """Return how many texts are cut."""
@@ -134,11 +136,10 @@ class JsonlSplit(Split):
         suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
         seen: set[str] = set()
         for index, record in enumerate(self._lines if suspects else ()):
-            name = self._id(index, record)
+            where = self._lines.where(index)
+            name = self._id(index, record, where)
             if name in seen:
-                raise DataError(
-                    f"{self._lines.where(index)}: the id '{name}' occurs twice; give every line its own, or none an id"
-                )
+                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
             if hash(name) in suspects:
                 seen.add(name)
 
@@ -172,11 +173,7 @@ class JsonlSplit(Split):
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
         scores = answer_scores(record, where)
-        if (
-            scores is None
-            or self._vocabulary.kind == "text"
-            or any(answer in self._vocabulary.labels for answer in scores)
-        ):
+        if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
             return True
         if not (self._train or self._vocabulary.soft):
             raise DataError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -176,13 +175,13 @@ class TokenCounter:
         Raises:
             DataError: as for ``encode_texts``.
         """
-        inside = 0
-        if self._around is not None:
-            with suppress(DataError):  # it is about a part of the text
-                inside = self._inside(text) + (0 if pair is None else self._inside(pair))
-        if self._around is None or not inside:
+        if self._around is None:
             return self._remembered((text, pair), text, pair)
-        return inside + self._around[pair is not None]
+        try:
+            inside = self._inside(text) if pair is None else self._inside(text) + self._inside(pair)
+        except DataError:  # it is about a part of the text
+            inside = 0
+        return inside + self._around[pair is not None] if inside else self._remembered((text, pair), text, pair)
 
     def _inside(self, text: str) -> int:
         parts = text.split(" ")

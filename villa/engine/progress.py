@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -56,15 +55,15 @@ class Display:
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         task = self.add(description, total)
-        done, shown = 0, -math.inf
+        done, shown, due = 0, 0, time.monotonic()
         try:
-            for item in iterable:
+            for done, item in enumerate(iterable, start=1):
                 yield item
-                done += 1
-                if (now := time.monotonic()) - shown >= _REDRAWN:
+                if (now := time.monotonic()) >= due:
                     self.show(task, done)
-                    shown = now
-            self.show(task, done)
+                    shown, due = done, now + min(_REDRAWN, self._interval)
+            if shown < done:
+                self.show(task, done)
         finally:
             self._bars.remove_task(task)
             if outermost:

@@ -38,7 +38,7 @@ class LineFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._name = path, str(path)
         self._file: int | None = None
         self._starts, self._end = array("q"), 0
         # Where blank lines were left out: the first record behind them, and their number so far.
@@ -82,11 +82,13 @@ class LineFile:
 
     def number(self, index: int) -> int:
         """Return the number of a line in the file, from 1, blank ones counted."""
+        if len(self._behind) == 1:  # the usual case
+            return index + 1
         return index + 1 + self._blank[bisect_right(self._behind, index) - 1]
 
     def where(self, index: int) -> str:
         """Return ``file:line``, for messages."""
-        return f"{self.path}:{self.number(index)}"
+        return f"{self._name}:{self.number(index)}"
 
     def _read(self, index: int, start: int, end: int) -> bytes:
         try:
