@@ -29,8 +29,11 @@ _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 _refused: set[str] = set()
 #: A full disk, a quota that is used up, a file that has grown to the process's limit (``ulimit -f``).
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: How libraries that have errors of their own put it: safetensors, LMDB and torch.
-_FULL_TEXT = {rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL}
+#: How libraries that have errors of their own put it: safetensors, LMDB and torch; and NumPy, which gives no number.
+_FULL_TEXT = {
+    **{rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL},
+    r"\d+ requested and \d+ written": errno.ENOSPC,
+}
 
 
 @cache

@@ -107,7 +107,7 @@ def _check_depth(value: Any, text: str) -> None:
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > DEEPEST + 1:
+        if depth > DEEPEST:
             raise RecursionError
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = [child for children in inner for child in children if isinstance(child, dict | list)]

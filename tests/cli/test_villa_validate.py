@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from villa.cli.validate import main
+from villa.datasets.stores.box_selection import BoxSelection
+from villa.datasets.stores.cache import FeatureCache
+from villa.datasets.stores.tsv_line import write_line
+from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
 
 ENTRIES = [{"question_id": number, "answer": "yes"} for number in range(3)]
 
@@ -97,3 +102,69 @@ def test_help_is_for_those_who_ask(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert leave.value.code == 0
     assert "villa_run --list submissions" in capsys.readouterr().out
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Databases and feature files that the package's writers made, in the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VILLA_CACHE", str(tmp_path / "cache"))
+    boxes = np.array([[0, 0.25, 0.5, 1, 0.5, 0.75]] * 3, np.float32)
+    features, sure = np.ones((3, 4), np.float32), np.full(3, 0.5, np.float32)
+    with ImageDatabaseWriter(tmp_path / "images", BoxSelection()) as images:
+        images.add("a.npz", features, boxes, sure)
+    with TextDatabaseWriter(tmp_path / "text.db", {"CLS": 1, "SEP": 2, "MASK": 3, "v_range": [4, 9]}) as texts:
+        texts.add("1", {"input_ids": [5, 6]}, 2, "a.npz")
+    (tmp_path / "files").mkdir()
+    np.savez(tmp_path / "files" / "a.npz", features=features, boxes=boxes)
+    pixels = boxes[:, :4] * [640, 480, 640, 480]
+    (tmp_path / "a.tsv").write_bytes(write_line("a", (480, 640), features, pixels, sure))
+    cache = FeatureCache(tmp_path / "grid", (3, 2, 4), {"extractor": "none"})
+    cache.missing([0])
+    cache.write(0, np.ones((3, 2, 4), np.float16))
+    return tmp_path
+
+
+PLACES = {
+    "images": "images: feat_th0.2_max100_min10: 1 images, valid image database, as it was written",
+    "text.db": "text.db: 1 examples, valid text database, as it was written",
+    "files": "files: 1 images, valid region features",
+    "files/a.npz": "files/a.npz: 1 images, valid region features",
+    "a.tsv": "a.tsv: 1 images, valid region features",
+    "grid": "grid: feature cache of 1 parts, as they were written",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_data_are_read_through(made: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([place]) == 0
+    assert capsys.readouterr().out == f"{PLACES[place]}\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "message"),
+    [
+        ("images/feat_th0.2_max100_min10/data.mdb", "images", "has another checksum than feat_th0.2"),
+        ("text.db/data.mdb", "text.db", "has another checksum than db.checksums"),
+        ("files/a.npz", "files", "cannot read features from 'files/a.npz'"),
+        ("a.tsv", "a.tsv", "a.tsv:1: not a line of region features"),
+        ("grid/features.npy", "grid", "1 of 1 parts differ from their checksums"),
+    ],
+)
+def test_one_altered_byte_is_found(
+    made: Path, file: str, place: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bytearray(Path(file).read_bytes())
+    data[-30 if file.endswith(("npy", "tsv")) else len(data) // 2] ^= 0x80
+    Path(file).write_bytes(data)
+    assert main([place]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_a_word_piece_beyond_the_vocabulary_is_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TextDatabaseWriter(made / "other.db", {"CLS": 1, "SEP": 2, "MASK": 3, "v_range": [4, 9]}) as texts:
+        texts.add("1", {"input_ids": [5, 600]}, 2, "a.npz")
+    assert main(["other.db"]) == 2
+    assert "example '1' is damaged (input_ids has the word-piece 600" in capsys.readouterr().err

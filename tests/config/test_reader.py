@@ -73,7 +73,8 @@ def test_a_byte_order_mark_is_no_part_of_the_recipe(write: Write) -> None:
     assert read_layers(write("\ufeffseed: 1", "recipe.yaml"))[0]["seed"].data == 1
 
 
-def test_lines_of_a_recipe_may_end_as_on_windows(write: Write) -> None:
-    Path("recipe.yaml").write_bytes(b"\xef\xbb\xbfseed: 1\r\nname: a b\r\n")
-    layer = read_layers("recipe.yaml")[0]
-    assert (layer["seed"].data, layer["name"].data) == (1, "a b")
+def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbfname: yes\r\nbatch:\r\n  examples: 8 # eight\r\nseed: 3\r\n")
+    (layer,) = read_layers(str(tmp_path / "recipe.yaml"))
+    assert {key: value.data for key, value in layer.items()} == {"name": "yes", "batch.examples": 8, "seed": 3}
+    assert layer["seed"].origin.line == 4

@@ -18,6 +18,7 @@ from villa.errors import ConfigError
         (["training.updates=null"], "give the length of the training"),
         (["training.updates=-1"], "training.updates = -1 (command line): must be positive"),
         (["training.clip_norm=.nan"], "training.clip_norm = nan (command line): must be positive"),
+        (["training.threads=100000"], "must be at most 10,000"),
         (["training.clip_norm=.inf"], "must be positive and below 2^63"),
         (["training.workers=-1"], "must be at least 0"),
         (["seed=-1"], "seed = -1 (command line): must be at least 0"),

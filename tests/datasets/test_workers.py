@@ -6,7 +6,10 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,3 +163,37 @@ def test_a_worker_that_dies_while_the_model_is_busy_is_reported_when_data_are_ne
 def test_a_timeout_must_be_a_positive_number(value: str, root: Path) -> None:
     with pytest.raises(ConfigError, match=r"training\.data_timeout"):
         load([f"config={root / 'projects' / 'villa' / 'easy_vqa.yaml'}", f"training.data_timeout={value}"])
+
+
+def read_all(workers: int, limit: int, *, hard: bool) -> subprocess.CompletedProcess[str]:
+    """Read an epoch in a process that may open so many files."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import test_workers\n"
+        f"highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit} if {hard} else highest))\n"
+        "from villa.cli.command import run_command\n"
+        "def read():\n"
+        f"    reading = test_workers.stream(test_workers.Faulty(lambda: None), {workers})\n"
+        "    print(sum(len(b) for _, update in zip(range(4), reading) for b in update)); return 0\n"
+        "sys.exit(run_command('read', read))\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_too_few_open_files_are_one_line_and_enough_are_enough() -> None:
+    codes = []
+    for workers, limit in ((24, 64), (2, 17), (2, 20), (2, 23), (2, 26), (2, 60)):
+        done = read_all(workers, limit, hard=True)
+        codes.append(done.returncode)
+        line = f"data workers need more open files than the {limit} that this process may have"
+        assert "Traceback" not in done.stderr
+        assert (done.returncode == 2) == (line in done.stderr), done.stderr
+    assert (codes[0], codes[1], codes[-1]) == (2, 2, 0)
+
+
+def test_a_limit_that_may_be_raised_is_raised() -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048:
+        pytest.skip("this process may not raise its limit far enough")
+    done = read_all(8, 40, hard=False)
+    assert (done.returncode, done.stdout) == (0, f"{COUNT}\n"), done.stderr

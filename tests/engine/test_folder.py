@@ -1,11 +1,15 @@
 """Claiming a run's output folder."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from villa.engine.folder import claim, unused
+from villa.engine.tracking import JsonLinesTracker
 from villa.errors import ConfigError
+from villa.files import locked, open_own
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "metrics.json", "checkpoints"])
@@ -81,3 +85,80 @@ def test_unused_counts_up(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test-2").touch()
     assert unused(tmp_path / "test") == tmp_path / "test-3"
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "dangling link", "folder", "fifo"])
+def test_a_lock_that_is_no_file_is_refused_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    folder.mkdir()
+    lock = folder / ".lock"
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(precious if kind == "symbolic link" else tmp_path / "made")
+    with pytest.raises(ConfigError, match="cannot be used") as caught, claim(folder, resume=False):
+        pass
+    assert "link" in str(caught.value) or kind in ("folder", "fifo")
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "made").exists()
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_what_a_lock_holds_stays(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("mine")
+    with locked(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", ["ab", "r+b", "wb"])
+def test_no_file_is_opened_for_writing_through_a_link(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "link").symlink_to("precious")
+    with pytest.raises(OSError, match="it is a symbolic link"):
+        open_own(tmp_path / "link", mode)
+    assert (tmp_path / "precious").read_text() == "mine"
+    with open_own(tmp_path / "new", mode) as file:
+        file.write(b"1")
+    assert (tmp_path / "new").read_bytes() == b"1"
+
+
+def test_a_log_that_is_a_link_is_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine\n")
+    (tmp_path / "log.jsonl").symlink_to("precious")
+    tracker = JsonLinesTracker(tmp_path / "log.jsonl")
+    with pytest.raises(OSError, match="it is a symbolic link"):
+        tracker.log(1, "train", {"loss": 1.0})
+    assert (tmp_path / "precious").read_text() == "mine\n"
+
+
+def test_a_folder_that_is_a_link_is_used(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to("scratch")
+    with claim(tmp_path / "run", resume=False) as folder:
+        (folder / "log.jsonl").touch()
+    assert (tmp_path / "scratch/log.jsonl").exists()
+
+
+def test_a_lock_is_held_by_one_though_its_file_is_removed_each_time(tmp_path: Path) -> None:
+    """Who waits for a lock whose file is removed must not hold the removed one, while others hold a new one."""
+    holders, most = [0], [0]
+
+    def work() -> None:
+        for _ in range(200):
+            with locked(tmp_path / "lock"):
+                holders[0] += 1
+                most[0] = max(most[0], holders[0])
+                os.sched_yield()
+                holders[0] -= 1
+                (tmp_path / "lock").unlink()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1]

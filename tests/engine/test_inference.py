@@ -127,6 +127,7 @@ QUESTION = '{"question": "which colour is it?", "features": "test0.npz"}'
         (f'{{"id": null, {QUESTION[1:]}', "mine.jsonl:1: 'id' is None; it must be a text or a number"),
         (f'{{"id": "\\ud800", {QUESTION[1:]}', "mine.jsonl:1: not valid JSON (\\ud800 is half a character)"),
         (f'{{"id": 1, "id": 2, {QUESTION[1:]}', "mine.jsonl:1: not valid JSON ('id' occurs twice in one object)"),
+        ('{"question": "what?", "features": "a\\r\\nb.npz"}', "mine.jsonl:1: cannot read 'a\\nb.npz' (No such file"),
         ('{"question": "what?", "features": "~nouser/a.npz"}', "mine.jsonl:1: '~nouser/a.npz' starts with '~'"),
         (f'{{"id": "2", {QUESTION[1:]}\n{QUESTION}', "mine.jsonl:2: the id '2' occurs twice"),
         (f'{{"id": "", {QUESTION[1:]}', "mine.jsonl:1: 'id' is ''; it must be a text or a number"),

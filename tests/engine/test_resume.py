@@ -88,7 +88,7 @@ def test_kill_at_random_moments_twenty_times_and_more(forks: Any, uninterrupted:
     assert resumed() >= 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_ends_in_order_and_the_run_goes_on(
     forks: Any, uninterrupted: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -124,3 +124,19 @@ def test_weights_that_hold_code_are_refused_and_the_code_is_not_run(
     assert not (tmp_path / "run").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert mark.exists()  # it would have been
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62])
+def test_a_model_beyond_the_memory_is_one_line(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", f"model.hidden_size={size}") == 2
+    message = error(capsys.readouterr().err)
+    assert "model 'average' needs more memory than there is (RuntimeError: " in message
+    assert message.endswith("); lower the sizes in model.*")
+
+
+@pytest.mark.parametrize("look", ["--perturbation-points", "--dry-run"])
+def test_looking_at_a_model_beyond_the_memory_is_one_line(
+    look: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", f"model.hidden_size={2**62}", look) == 2
+    assert "Storage size calculation overflowed" in error(capsys.readouterr().err)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import shapes
 import torch
 from tiny_runs import SHAPES, log, run, training
 from torch import Tensor
@@ -44,10 +45,11 @@ RECIPE = (
 
 @register_loss("signalling_at")
 class Signalling(CrossEntropy):
-    """Cross-entropy that sends SIGTERM to its own process when it is computed for the ``at``-th time."""
+    """Cross-entropy that sends a signal to its own process when it is computed for the ``at``-th time."""
 
     calls: ClassVar[int] = 0
     at: ClassVar[int | None] = None
+    number: ClassVar[int] = signal.SIGTERM
     #: Which computations were of evaluations.
     scores: ClassVar[list[int]] = []
 
@@ -58,7 +60,7 @@ class Signalling(CrossEntropy):
         if output.logits.is_inference():
             Signalling.scores.append(Signalling.calls)
         if Signalling.calls == Signalling.at:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(Signalling.number)
         return super().forward(output, batch)
 
 
@@ -218,7 +220,7 @@ def test_signals_wait_only_while_they_are_deferred() -> None:
         assert not signals.urgency()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, PREEMPTED])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, PREEMPTED])
 def test_the_command_ends_in_order_while_it_starts(number: signal.Signals, tmp_path: Path) -> None:
     """A plug-in that takes its time to be imported."""
     folder, mark = tmp_path / "run", tmp_path / "mark"
@@ -234,6 +236,50 @@ def test_the_command_ends_in_order_while_it_starts(number: signal.Signals, tmp_p
     assert process.returncode == 128 + number
     assert (out, err) == (f"ended by {number.name}\n", "")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_command_ends_in_order_while_it_imports_torch(number: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "import sys, os, signal, threading, time\n"
+        "from villa.cli.run import main\n"
+        "def send():\n"
+        "    while 'torch' not in sys.modules: time.sleep(0.0005)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "threading.Thread(target=send, daemon=True).start()\n"
+        f"sys.exit(main([*{SHAPES!r}, 'output_dir={tmp_path / 'run'}', 'user_dir={shapes.__path__[0]}']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, f"ended by {number.name}\n", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_start_ignores_sighup_goes_on_ignoring_it(tmp_path: Path) -> None:
+    """As ``nohup`` has it."""
+    folder = tmp_path / "run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Signalling.number = signal.SIGHUP
+        assert signalled(folder, 5) == 0
+    finally:
+        Signalling.number = signal.SIGTERM
+        signal.signal(signal.SIGHUP, before)
+    assert len(log(folder, "train")) == 4
+
+
+def test_an_exception_that_a_destructor_swallows_is_not_lost() -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def wait() -> None:
+        Swallows()
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            time.sleep(0.01)
+
+    with interruptible(), pytest.raises(Interrupted, match="SIGTERM"):
+        wait()
 
 
 def _work(shield: bool, ready: Event) -> None:

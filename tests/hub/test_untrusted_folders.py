@@ -9,6 +9,7 @@ import torch
 import transformers
 from PIL import Image
 from processor_batches import tiny_folder
+from safetensors.torch import load_file, save_file
 
 import villa
 from villa.datasets.processor_loading import load_processor
@@ -206,3 +207,13 @@ def test_labels_may_be_called_like_options(tmp_path: Path) -> None:
     change(tmp_path / "config.json", label2id=labels, id2label={"0": "auto_map", "1": "attn_implementation"})
     assert vetted(tmp_path) == tmp_path
     assert find_config(str(tmp_path), {}).label2id == labels
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_a_quantiser_are_not_taken_for_numbers(kind: torch.dtype, tmp_path: Path) -> None:
+    model = text_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    save_file(weights | {name: weights[name].to(kind)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="has quantised weights"):
+        load_pretrained(type(model), str(tmp_path), model.config)

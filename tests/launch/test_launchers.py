@@ -139,7 +139,7 @@ def test_nobody_can_put_a_pickle_where_a_job_will_look(tmp_path: Path) -> None:
     assert first.parent.parent == second.parent.parent == tmp_path
 
 
-@pytest.mark.parametrize(("name", "number"), [("SIGUSR2", 12), ("SIGTERM", 15)])
+@pytest.mark.parametrize(("name", "number"), [("SIGUSR2", 12), ("SIGTERM", 15), ("SIGHUP", 1)])
 def test_a_signal_before_the_run_can_hear_it_waits(name: str, number: int) -> None:
     """Python's own start, and the imports of what reads the job, take time: there the signal would kill the job."""
     code = f"import os, signal; os.kill(os.getpid(), signal.{name}); print(signal.sigpending())"

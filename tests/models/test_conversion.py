@@ -79,6 +79,24 @@ def test_prefixes_of_other_programs_are_understood(
     assert all(torch.equal(loaded[name], released[name]) for name in body)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model."], ids=["of DataParallel", "of torch.compile", "of Lightning"]
+)
+def test_names_and_numbers_of_other_trainers(
+    prefix: str, dtype: torch.dtype, tmp_path: Path, released: Weights, fresh: Build
+) -> None:
+    kept = {"epoch": 3, "global_step": 100} if prefix == "model." else {}
+    torch.save(
+        {"state_dict": {prefix + name: value.to(dtype) for name, value in released.items()}, **kept},
+        tmp_path / "x.ckpt",
+    )
+    model = fresh()
+    report = load_weights(model, tmp_path / "x.ckpt")
+    assert (set(report.loaded), report.missing, report.unexpected) == (set(released), (), ())
+    assert all(torch.equal(value, released[name].to(dtype).float()) for name, value in model.state_dict().items())
+
+
 def test_gamma_and_beta_are_weight_and_bias(tmp_path: Path, released: Weights, fresh: Build) -> None:
     old = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value

@@ -11,6 +11,7 @@ from villa.datasets.raw.feature_folder import make_image_database
 from villa.datasets.stores.box_selection import BoxSelection
 from villa.datasets.stores.image_lmdb import ImageDatabase
 from villa.datasets.stores.lmdb_filling import JOURNAL
+from villa.errors import DataError
 
 main = load_tool("make_image_db").main
 
@@ -106,6 +107,9 @@ def damaged(**changes: Any) -> dict[str, Any]:
         (b"no archive", "cannot read features"),
         (damaged(conf=None), "lacks conf; a feature file holds features, norm_bb, conf"),
         (damaged(norm_bb=np.zeros((8, 4), np.float32)), "norm_bb is float32 [8, 4]"),
+        (damaged(norm_bb=200 * arrays(3)["norm_bb"]), "box 1 of 8, "),
+        (damaged(norm_bb=arrays(3)["norm_bb"][:, [2, 3, 0, 1, 4, 5]]), "x2 < x1 or y2 < y1; give x1, y1, x2, y2"),
+        (damaged(conf=np.full(8, np.nan, np.float32)), "the confidence of box 1 is nan"),
         (damaged(conf=np.zeros((8, 1), np.float32)), "conf has shape [8, 1]"),
         (damaged(conf=np.zeros(7, np.float32)), "conf is float32 [7]"),
         (damaged(features=np.full((8, 6), np.nan, np.float32)), "features holds NaN"),
@@ -146,3 +150,25 @@ def test_mistakes_are_one_line(
     assert error.startswith("make_image_db: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_boxes_of_no_area_are_kept_if_asked_for(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = arrays(3)["norm_bb"]
+    empty[0, [2, 4]] = empty[0, 0], 0
+    np.savez(source / "coco_0003.npz", **damaged(norm_bb=empty))
+    arguments = [str(source), "img_db/coco", "--progress", "off"]
+    assert main(arguments) == 2
+    assert "box 1 of 8" in (told := capsys.readouterr().err)
+    assert "is empty" in told
+    assert main([*arguments, "--allow-empty-boxes"]) == 0
+    database = ImageDatabase(Path("img_db/coco"), BoxSelection(), allow_empty_boxes=True)
+    assert database["coco_0003.npz"][1][0, 4] == 0
+
+
+def test_the_database_is_compared_with_its_checksums(source: Path) -> None:
+    assert main([str(source), "img_db/coco", "--progress", "off"]) == 0
+    folder = Path("img_db/coco")
+    counts = folder / str(BoxSelection().counts_file())
+    counts.write_text(counts.read_text().replace(" ", ""))
+    with pytest.raises(DataError, match=r"nbb_.*json' has .* bytes, not .* as when it was made"):
+        ImageDatabase(folder, BoxSelection())

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from villa.errors import ConfigError, MissingDataError, StorageError, VillaError
 from villa.files import plain_path
-from villa.missing_pages import name_file_on_missing_page
+from villa.mapped_files import name_damaged_files
 from villa.signals import Interrupted, interruptible
 from villa.streams import is_broken_pipe, lasting, unprinted
 
@@ -43,7 +43,7 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         name: of the command, for the message on stderr.
         action: parses the arguments and does the work.
     """
-    name_file_on_missing_page()
+    name_damaged_files()
     with lasting():
         try:
             with interruptible():

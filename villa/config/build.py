@@ -23,6 +23,9 @@ from villa.config.schema import RunConfig
 from villa.config.values import Layer, Value, show
 from villa.errors import ConfigError, nearest
 
+#: Sizes, counts and seeds are below this: 64 bits with a sign, as torch and numpy take them.
+LARGEST = 2**63
+
 
 def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
     """Return the configuration that the values make of the dataclasses' defaults.
@@ -57,6 +60,8 @@ def _assign(tree: DictConfig, options: Mapping[str, Option], key: str, value: Va
     try:
         if _needs_quotes(option.hint, value.data):
             raise ValidationError(key)
+        if _is_too_large(option.hint, value.data):
+            raise ConfigError(f"{given}: must be {describe(option.hint)}, of a size below 2^63")
         _set(tree, options, key, _as_written(option.hint, value))
     except (OmegaConfBaseException, OverflowError) as error:
         if "${" in str(value.data):
@@ -88,6 +93,14 @@ def _needs_quotes(hint: Any, data: Any) -> bool:
     """Whether a list of strings holds something else, whose text is lost (``[1e3, true]``)."""
     of_text = any(get_origin(part) in (list, tuple) and get_args(part)[0] is str for part in alternatives(hint))
     return of_text and isinstance(data, list) and not all(isinstance(item, str) for item in data)
+
+
+def _is_too_large(hint: Any, data: Any) -> bool:
+    """Whether a whole number, or one in a list, is one that no computation here takes."""
+    if isinstance(data, list) and any(get_origin(part) in (list, tuple) for part in alternatives(hint)):
+        inner = [get_args(part)[0] for part in alternatives(hint) if get_origin(part) in (list, tuple)]
+        return any(_is_too_large(part, item) for part in inner for item in data)
+    return int in alternatives(hint) and isinstance(data, int) and abs(data) >= LARGEST
 
 
 def _require(tree: DictConfig, options: Mapping[str, Option]) -> None:

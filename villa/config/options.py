@@ -64,16 +64,20 @@ def dataclass_options(cls: type, prefix: str = "", skip: Collection[str] = ()) -
         prefix: put before every key.
         skip: fields to leave out.
     """
+    found = _declared(cls).items()
+    return {f"{prefix}{key}": option for key, option in found if key.partition(".")[0] not in skip}
+
+
+@cache
+def _declared(cls: type) -> dict[str, Option]:
     hints, docs = get_type_hints(cls), attribute_docs(cls)
     options: dict[str, Option] = {}
     for field in dataclasses.fields(cls):
-        if field.name in skip:
-            continue
-        hint, key = hints[field.name], prefix + field.name
+        hint = hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            options |= dataclass_options(hint, f"{key}.")
+            options |= dataclass_options(hint, f"{field.name}.")
         else:
-            options[key] = Option(hint, _default(field), docs.get(field.name, ""))
+            options[field.name] = Option(hint, _default(field), docs.get(field.name, ""))
     return options
 
 

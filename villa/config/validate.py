@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
+from villa.config.build import LARGEST
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
@@ -32,11 +33,11 @@ _POSITIVE = (
     "checkpoint.keep",
     "logging.every",
 )
+#: Threads and processes; no machine has more cores, and asking torch for too many ends the process.
+_MOST_OF_A_MACHINE = 10_000
 _NOT_NEGATIVE = ("seed", "training.workers")
 #: Strategies whose processes can each write a part of a checkpoint.
 _SHARDING = ("single", "ddp", "fsdp")
-#: torch's and numpy's generators take seeds below this, and counts beyond it are slips.
-_LARGEST = 2**63
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
@@ -62,8 +63,11 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
     values = leaves(config)
     for key in (*_POSITIVE, *_NOT_NEGATIVE):
         value, least = values[key], "positive" if key in _POSITIVE else "at least 0"
-        if value is not None and not (0 <= value < _LARGEST and (value or key in _NOT_NEGATIVE)):
+        if value is not None and not (0 <= value < LARGEST and (value or key in _NOT_NEGATIVE)):
             yield key, f"must be {least} and below 2^63"
+    for key in ("training.threads", "training.workers"):
+        if (values[key] or 0) > _MOST_OF_A_MACHINE:
+            yield key, f"must be at most {_MOST_OF_A_MACHINE:,}"
     if not _DEVICE.fullmatch(config.device):
         yield "device", "must be auto, cpu, cuda or cuda:N"
     if not config.output_dir.strip():

@@ -41,7 +41,7 @@ _KEYS: Mapping[str, Mapping[str, type]] = {
 class ReferringConfig(DatabaseConfig):
     """Options of referring expressions, besides those that tasks on databases share.
 
-    Training is on ground-truth boxes.
+    Training is on ground-truth boxes. A few that COCO's annotators drew have no area: ``allow_empty_boxes`` is true.
 
     Attributes:
         ground_truth_boxes: number in the name of the databases of ground-truth boxes; all boxes stored are used.
@@ -55,6 +55,7 @@ class ReferringConfig(DatabaseConfig):
     ground_truth_boxes: int = 100
     val_boxes: Regions = "detected"
     test_boxes: Regions = "detected"
+    allow_empty_boxes: bool = True
 
     def check(self) -> None:
         """Refuse options that do not go together."""

@@ -9,18 +9,21 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
 from villa.datasets.samplers import Position, Sampler
-from villa.datasets.workers import TIMEOUT, Board, look_every, watched
+from villa.datasets.workers import TIMEOUT, Board, look_every, out_of_descriptors, watched
 from villa.distributed.share import WHOLE, Share, Turn
 from villa.errors import CheckpointError, VillaError
 from villa.signals import shield_worker
 
 Collate = Callable[[Sequence[Example]], Batch]
 T = TypeVar("T")
+
+#: Files that a worker opens besides those of tensors.
+_SPARE = 4
 
 
 class UpdateStream:
@@ -166,13 +169,21 @@ class _MicroBatches(Dataset[Batch | VillaError]):
         try:
             examples = [self._read(*item) for item in items]
             self.board.begin(items[0][0], len(items) - 1)
-            return self.collate(examples)
+            return self._handed_over(self.collate(examples))
         except VillaError as error:
             return error
         except MemoryError:
             return self.board.out_of_memory()
         finally:
             self.board.end()
+
+    def _handed_over(self, batch: Batch) -> Batch | VillaError:
+        """Return what a worker hands over: every tensor takes it two open files, and failing then is not told."""
+        if get_worker_info() is None:
+            return batch
+        tensors: list[torch.Tensor] = []
+        batch.map(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return out_of_descriptors(2 * len(tensors) + _SPARE) or batch
 
     def _read(self, index: int, seed: int | None) -> Example:
         self.board.begin(index)

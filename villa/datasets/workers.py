@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -32,6 +34,12 @@ HANGS = 10
 _LOOK = 5.0
 #: Seconds until a worker whose connection broke has surely ended.
 _END = 1.0
+#: Files that a process keeps open for each of its workers.
+_DESCRIPTORS = 4
+#: Open files that are enough for a process and for each of its workers.
+_AMPLE = 256
+#: What torch and Python say, besides the error's number, where there is no room for another open file.
+_NO_DESCRIPTOR = ("Too many open files", "ancdata")
 #: What the board says of a worker: the example (-1: none), how many more share the batch that is put together (-1: the
 #: example itself is read), since when (seconds of the monotonic clock), its process id.
 _INDEX, _MORE, _SINCE, _PROCESS = range(4)
@@ -179,6 +187,8 @@ def _judge(error: Exception, board: Board, workers: list[BaseProcess]) -> Except
     dead = [worker for worker in workers if not worker.is_alive()]
     if dead:
         return board.died(dead)
+    if getattr(error, "errno", None) == errno.EMFILE or any(text in str(error) for text in _NO_DESCRIPTOR):
+        return _too_few_descriptors()
     if no_space(error) is not None:
         return StorageError(f"{no_space(error)} for what data workers hand over (/dev/shm); lower training.workers")
     return board.late(workers) if "DataLoader timed out" in str(error) else error
@@ -192,6 +202,34 @@ def _end(workers: list[BaseProcess]) -> None:
         worker.join(_END)
 
 
+def out_of_descriptors(count: int) -> DataError | None:
+    """Return the error that this process may not open so many more files, if that is so."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        needed = len(os.listdir("/proc/self/fd")) + count  # noqa: PTH208 (hot: once a batch)
+    except OSError:  # a system that does not tell
+        return None
+    return _too_few_descriptors() if limit != resource.RLIM_INFINITY and needed > limit else None
+
+
+def _raise_limit(workers: int) -> None:
+    """Let this process and its workers open as many files as batches under way need, if they may."""
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _AMPLE * (1 + workers)
+    if highest != resource.RLIM_INFINITY:
+        wanted = min(wanted, highest)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, highest))
+
+
+def _too_few_descriptors() -> DataError:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return DataError(
+        f"data workers need more open files than the {limit} that this process may have; raise the limit (ulimit -n "
+        "4096), or lower training.workers"
+    )
+
+
 def look_every(board: Board) -> float:
     """Return how often workers are looked at while a batch is waited for, in seconds; 0 without any."""
     return min(board.timeout, _LOOK) if board.workers else 0
@@ -199,6 +237,11 @@ def look_every(board: Board) -> float:
 
 def _start(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
     """Start the workers; return the iterator and them."""
+    if loader.num_workers:
+        _raise_limit(loader.num_workers)
+    problem = out_of_descriptors(_DESCRIPTORS * loader.num_workers)
+    if problem is not None:
+        raise problem
     others = {child.pid for child in multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
     with held_back():  # a worker that gets one before it is shielded would die of it

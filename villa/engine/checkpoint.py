@@ -50,6 +50,7 @@ class CheckpointStore:
             raise ConfigError(f"checkpoint.keep is {keep}; give 1 or more")
         self.folder = folder
         self.keep = keep
+        self._made = False
 
     def path(self, update: int) -> Path:
         """Folder of the checkpoint of ``update``."""
@@ -106,8 +107,10 @@ class CheckpointStore:
         self.discard(update)
         try:
             with self.writing(update):
-                self.folder.mkdir(exist_ok=True)  # not its parent: that was there, and should be said to be gone
-                folder.mkdir()
+                if not self._made:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._made = True
+                folder.mkdir()  # if the folders above are gone by now, that should be said
                 checkpoint_files.write_recipe(folder, config_yaml, assets)
         except BaseException:
             self.discard(update)

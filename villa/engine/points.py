@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from villa.config.schema import RunConfig
+from villa.engine.setup import within_memory
 from villa.errors import DataError
 from villa.models.base import DataFacts, Model, Point
 from villa.registry import DATASETS, MODELS
@@ -26,7 +27,7 @@ def describe_points(config: RunConfig) -> list[str]:
     Raises:
         ConfigError: the model cannot be built.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), within_memory(config.model.name):
         model: Model = MODELS.get(config.model.name).from_config(config.model, _facts(config))
     points = model.perturbation_points()
     inner = getattr(model, "transformer", None)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,12 @@ from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput, Written
 from villa.models.load_report import LoadReport
 from villa.models.matching import Matching
+from villa.plugins import one_line
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.trainers.base import Trainer
+
+#: What torch says where memory is short, or a size is no number of bytes.
+_NO_MEMORY = re.compile("allocate|out of memory|size calculation overflow", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
         torch.set_num_threads(config.training.threads)
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset, assets=assets)
     seed_pass(config.seed, 0, 0, 0)  # fresh weights derive from the seed, as update 0
-    model = _build_model(config, data, assets)
+    with within_memory(config.model.name):
+        model = _build_model(config, data, assets)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)
@@ -117,6 +125,23 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     strategy = strategy_of(config.distributed)
     evaluator = Evaluator(model, loss, metrics, precision, strategy)
     return Parts(config, data, model, loss.to(device), precision, evaluator, strategy)
+
+
+@contextmanager
+def within_memory(model: str) -> Iterator[None]:
+    """Say in one line that a model is too large, while it is built.
+
+    Raises:
+        ConfigError: there is not enough memory, or its sizes are beyond 64 bits.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise ConfigError(
+            f"model '{model}' needs more memory than there is ({one_line(error):.160}); lower the sizes in model.*"
+        ) from error
 
 
 def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> Model:

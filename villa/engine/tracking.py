@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from villa.errors import DataError, StorageError
-from villa.files import no_space, open_own, room_for
+from villa.files import open_own, room_for
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -209,7 +209,7 @@ class TensorBoardTracker:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._on_exit.enter_context(_unprinted_if_full())  # which may come before the writer is made
+                self._on_exit.enter_context(_errors_unprinted())  # which may come before the writer is made
                 self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
             self._update = update
             for name, value in values.items():
@@ -237,12 +237,12 @@ class TensorBoardTracker:
 
 
 @contextmanager
-def _unprinted_if_full() -> Iterator[None]:
-    """Let a thread that finds the disk full say nothing: what waits for it raises the error again."""
+def _errors_unprinted() -> Iterator[None]:
+    """Let a thread that cannot write its file say nothing: what waits for it raises the error again."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if no_space(args.exc_value) is None:
+        if not isinstance(args.exc_value, OSError):
             before(args)
 
     threading.excepthook = hook

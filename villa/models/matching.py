@@ -52,7 +52,7 @@ class Matching:
     def rows(self, kind: RowKind, given: int, wanted: int) -> Tensor | None:
         """For each of ``wanted`` rows of the model the row among ``given`` of the file, -1 for a fresh one: int64.
 
-        RowKind that neither side names (of a vocabulary that is padded) are matched by their place. None where the rows
+        Rows that neither side names (of a vocabulary that is padded) are matched by their place. None where the rows
         stay as they are.
         """
         theirs, ours = self._names[kind]

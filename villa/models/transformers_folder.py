@@ -27,6 +27,8 @@ _SMALL = 100_000_000
 ASSETS = "model"
 #: In a folder that villa saved: the head that a model of transformers has no place for.
 HEAD = "villa/head.safetensors"
+#: How safetensors names the types of weights that are numbers as they are.
+_WHOLE = ("F64", "F32", "F16", "BF16")
 
 
 def is_transformers_folder(path: str | Path) -> bool:
@@ -129,9 +131,11 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
     with reading(f"'{source}' cannot be loaded", "check the folder or name", CheckpointError), quiet():
         for archive in Path(source).expanduser().glob("*.bin"):
             check_archive(archive)
+        folder = _with_weights(source)
+        _refuse_quantised(source, folder)
         try:
             model, found = kind.from_pretrained(
-                _with_weights(source),
+                folder,
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -183,6 +187,21 @@ def quiet() -> Iterator[None]:
         library.set_verbosity(level)
         if shown:
             library.enable_progress_bar()
+
+
+def _refuse_quantised(source: str, folder: Path) -> None:
+    """Refuse weights that are codes: what they stand for is known to the quantiser alone, which is not run."""
+    from safetensors import safe_open
+
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (not a mapping)
+                kind = content.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in _WHOLE:
+                    raise CheckpointError(
+                        f"'{source}' has quantised weights ('{name}' is {kind}), which are not read; save the model in "
+                        "fp32, fp16 or bf16"
+                    )
 
 
 def is_hub_name(architecture: str) -> bool:

@@ -117,7 +117,10 @@ def _listed(path: Path) -> list[int]:
 
 
 def _lines(path: Path) -> list[str]:
-    return lines_of(read_text(path, "list of DAQUAR", "give the folder of DAQUAR"))
+    try:
+        return lines_of(read_text(path))
+    except DataError as error:
+        raise DataError(f"'{path}' cannot be read as text; give the folder of DAQUAR") from error
 
 
 SOURCES: dict[str, Callable[[Path | None], Pictures]] = {"easy_vqa": read_easy_vqa, "daquar": read_daquar}

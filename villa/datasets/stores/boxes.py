@@ -42,9 +42,10 @@ def check_boxes(boxes: Floats, *, allow_empty: bool = False) -> None:
     """
     projection, least = _conditions(boxes.shape[1], allow_empty)
     # As few calls of numpy as can be, for this is done whenever an image is read. NaN compares as false.
-    held = np.dot(boxes if boxes.shape[1] < 7 else boxes[:, :6], projection) >= least
-    if boxes.shape[1] == 7:
-        held &= np.abs(boxes[:, 6:] - boxes[:, 4:5] * boxes[:, 5:6]) <= 2 * _SIZE_SLACK
+    with np.errstate(invalid="ignore", over="ignore"):
+        held = np.dot(boxes if boxes.shape[1] < 7 else boxes[:, :6], projection) >= least
+        if boxes.shape[1] == 7:
+            held &= np.abs(boxes[:, 6:] - boxes[:, 4:5] * boxes[:, 5:6]) <= 2 * _SIZE_SLACK
     if 0 in held.tobytes():
         number = int(np.argmin(held.all(1)))
         raise ValueError(f"box {number + 1} of {len(boxes)}, {_shown(boxes[number])}, {_fault(boxes[number])}")

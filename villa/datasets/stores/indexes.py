@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from villa.datasets.stores.cache import cache_root
 from villa.errors import DataError
-from villa.files import atomic_write, locked, new_folder
+from villa.files import atomic_write, locked, new_folder, regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def indexed(path: Path, what: str, build: Callable[[], Built], size: int | None 
     Raises:
         OSError: the file cannot be read.
     """
-    if (path.stat().st_size if size is None else size) < LARGE:
+    found_size = regular_file(path).st_size
+    if (found_size if size is None else size) < LARGE:
         return dict(build())
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     name = f"{path.stem}-{what}-{place}"

@@ -14,7 +14,7 @@ import lmdb
 
 from villa.errors import DataError
 from villa.files import regular_file
-from villa.missing_pages import name_file_on_missing_page
+from villa.mapped_files import Reading, name_damaged_files
 from villa.plugins import one_line
 
 DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
@@ -49,19 +49,25 @@ class LmdbReader:
         opened = self._open()
         try:
             with opened.lock:  # a transaction is for one thread at a time
+                Reading.path = self.folder
                 return opened.transaction.get(key.encode())
         except lmdb.BadValsizeError:  # an empty or over-long key: no writer can have stored it
             return None
         except lmdb.Error as error:
             raise _damaged(self.folder, error) from error
+        finally:
+            Reading.path = None
 
     def __iter__(self) -> Iterator[str]:
         """Yield all keys in the order of their bytes."""
         try:
+            Reading.path = self.folder
             for key in self._open().transaction.cursor().iternext(keys=True, values=False):
                 yield bytes(key).decode()
         except (lmdb.Error, UnicodeDecodeError) as error:
             raise _damaged(self.folder, error) from error
+        finally:
+            Reading.path = None
 
     def __len__(self) -> int:
         return int(self._open().environment.stat()["entries"])
@@ -83,7 +89,7 @@ class _Opened:
     """An open environment with a read transaction; closed when the last reader lets go of it."""
 
     def __init__(self, folder: Path) -> None:
-        name_file_on_missing_page()
+        name_damaged_files()
         self.lock = threading.Lock()
         self.closed = False
         try:

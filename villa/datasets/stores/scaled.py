@@ -13,6 +13,7 @@ from torch import Tensor
 
 from villa.datasets.stores.base import RegionStore
 from villa.errors import DataError, reading
+from villa.files import regular_file
 
 STATISTICS_FILE = "features.safetensors"
 #: Training images that the statistics are taken over, at most.
@@ -49,6 +50,7 @@ class Scaling:
         """
         path = folder / STATISTICS_FILE
         with reading(f"cannot read '{path}'", "use a checkpoint with its assets"):
+            regular_file(path)
             tensors = load_file(path)
             mean, scale = tensors["mean"], tensors["scale"]
             if mean.dim() != 1 or mean.shape != scale.shape or {mean.dtype, scale.dtype} != {torch.float32}:

@@ -31,6 +31,7 @@ from villa.datasets.stores.tables import (
 )
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer
 from villa.errors import DataError
+from villa.files import regular_file
 from villa.json_values import parse_json
 from villa.plugins import one_line
 
@@ -196,6 +197,7 @@ class TextDatabase:
             DataError: it is missing or not JSON.
         """
         try:
+            regular_file(self.path / name)
             return parse_json((self.path / name).read_bytes().decode("utf-8-sig"))
         except UNREADABLE as error:
             raise self._unreadable(name, error) from error

@@ -64,6 +64,11 @@ class TsvFile:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}  # an open file cannot travel to another process
 
+    def __del__(self) -> None:
+        file: BinaryIO | None = getattr(self, "_file", None)  # missing where there was no index
+        if file is not None:
+            file.close()
+
     def __contains__(self, name: object) -> bool:
         return name in self._places
 

@@ -1,7 +1,8 @@
-"""What a process says when a file that it has mapped into memory lacks pages: it was cut short, or is damaged.
+"""What a process says when a file that it has mapped into memory is damaged so that reading it ends the process.
 
-The kernel answers a read of such a page by SIGBUS, which ends the process without a word. No exception can be made of
-it, for the read that failed cannot be left; but the file can be named.
+The kernel answers a read of a page that is missing, as where a file was cut short, by SIGBUS, and LMDB's library a page
+that it cannot understand by SIGABRT. No exception can be made of them, for the read that failed cannot be left; but
+the file can be named.
 """
 
 from __future__ import annotations
@@ -34,24 +35,40 @@ class _Action(ctypes.Structure):
     )
 
 
+class Reading:
+    """What this process reads at the moment by a library that ends it where a file is damaged.
+
+    Attributes:
+        path: the file or folder; None where it does nothing of the kind.
+    """
+
+    path: Path | None = None
+
+
 @cache
-def name_file_on_missing_page() -> None:
-    """From now on, end the process with a line that names the file, and exit code 2, where a mapped page is missing.
+def name_damaged_files() -> None:
+    """From now on, end the process with a line that names the file, and exit code 2, where a mapped file is damaged.
 
     On other systems than 64-bit Linux nothing is changed. Child processes that are forked inherit it.
     """
     if sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8:
         action = _Action(_HANDLER, flags=_SA_SIGINFO | _SA_ONSTACK)
-        ctypes.CDLL(None).sigaction(signal.SIGBUS, ctypes.byref(action), None)
+        for number in (signal.SIGBUS, signal.SIGABRT):
+            ctypes.CDLL(None).sigaction(number, ctypes.byref(action), None)
 
 
 def _end(number: int, told: int, context: Any) -> None:
     # Runs within the read that failed, which is repeated, and ends the process, if this returns.
     ctypes.CDLL(None).signal(number, 0)
-    name = _mapped_at(ctypes.c_uint64.from_address(told + _SI_ADDR).value)
+    if number == signal.SIGBUS:
+        name = _mapped_at(ctypes.c_uint64.from_address(told + _SI_ADDR).value)
+        problem = f"a part of '{name}' is missing: it is damaged, or was cut short while it was being read"
+    else:
+        name = None if Reading.path is None else str(Reading.path)
+        problem = f"'{name}' is damaged"
     if name is not None:
-        problem = "it is damaged, or was cut short while it was being read; copy or download it again"
-        os.write(2, f"villa: error: a part of '{name}' is missing: {problem}\n".encode(errors="backslashreplace"))
+        line = f"villa: error: {problem}; copy or download it again\n"
+        os.write(2, line.encode(errors="backslashreplace"))
         os._exit(2)
 
 
