@@ -32,6 +32,14 @@ def parse_json(text: str) -> Any:
             which no file could be written with.
     """
     try:
+        value, end = _PLAIN.raw_decode(text)
+        # As many colons as names: none occurs twice. Without escapes no text holds half a character.
+        flat = end == len(text) and type(value) is dict and len(value) == text.count(":")
+        if flat and "\\" not in text and text.count("[") < DEEPEST:
+            return value
+    except (ValueError, RecursionError):
+        pass  # what is wrong is said below
+    try:
         value = _DECODER.decode(text)
         _check_depth(value, text)
         if _HALF.search(text):
@@ -63,6 +71,7 @@ def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+_PLAIN = json.JSONDecoder()
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_names)  # one for all: a line takes no longer than its making
 
 

@@ -26,11 +26,10 @@ from villa.datasets.records import (
     Regions,
     answer_scores,
     guess_regions,
-    record_sources,
+    record_files,
     record_texts,
-    region_source,
 )
-from villa.datasets.stores.base import Source, Sources, files_digest
+from villa.datasets.stores.base import Source, SourceFiles, Sources, files_digest
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor
 from villa.datasets.synthetic import EXAMPLES, databases
@@ -133,6 +132,10 @@ class Jsonl(QuestionAnswering):
     Config: ClassVar[type[DatasetConfig]] = JsonlConfig
     config: JsonlConfig
 
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        super().__init__(config, assets)
+        self._referred: dict[str, SourceFiles] = {}  # by the lines of a split that was read
+
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that a file is given for."""
         return tuple(name for name in SPLITS if self._place(name) is not None)
@@ -140,10 +143,11 @@ class Jsonl(QuestionAnswering):
     def split(self, name: str) -> JsonlSplit:
         """Return a split, after checking every line and extracting features that are not cached yet."""
         lines = self._lines(name)
-        sources = Sources()
         split = JsonlSplit(lines, self.vocabulary, self.reader, train=name == "train")
-        split.read_index(sources, self._folder(lines.path))
-        split.store = self.open_store(sources.files) if sources.files else None
+        files = split.read_index(self._folder(lines.path))
+        split.store = self.open_store(files) if files else None
+        if len(split) == len(lines) or self.vocabulary.regions == "none":
+            self._referred[name] = files
         return split
 
     def fingerprint(self) -> str:
@@ -163,9 +167,10 @@ class Jsonl(QuestionAnswering):
         parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
         parts.append(self.vocabulary.reading_fingerprint())
         for name in SPLITS:
-            if self._place(name) is not None:
-                lines = self._lines(name)
-                parts.append([name, sha256(lines.path), files_digest(self._files(lines))])
+            if (path := self._place(name)) is not None:
+                files = self._referred.get(name)
+                files = self._files(self._lines(name)) if files is None else files
+                parts.append([name, sha256(local_path(path)), files_digest(files)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _build_assets(self) -> Assets:
@@ -175,9 +180,10 @@ class Jsonl(QuestionAnswering):
             raise DataError(
                 f"{self._train.where(0)}: dataset.target=pair needs an image beside every text; add 'image'"
             )
+        tokenizer, answers = self._tokenizer_and_answers(tokenizer=processor is None, answers=kind == "label")
         return Assets(
-            None if processor is not None else self._tokenizer(),
-            self._answers() if kind == "label" else [],
+            tokenizer,
+            answers,
             soft="answers" in first if self.config.target == "auto" else self.config.target == "soft",
             regions=regions,
             feature_dim=self._feature_dim(regions),
@@ -197,7 +203,7 @@ class Jsonl(QuestionAnswering):
             raise DataError(f"{self._train.where(0)}: dataset.processor reads images, not features; give 'image'")
         return "pixels" if guessed == "grid" else guessed
 
-    def _training_images(self) -> tuple[list[Source], range]:
+    def _training_images(self) -> tuple[SourceFiles, range]:
         files = self._files(self._train)
         return files, range(len(files))
 
@@ -232,45 +238,55 @@ class Jsonl(QuestionAnswering):
     def _request_folder(self) -> Path:
         return Path() if self.config.image_root is None else local_path(self.config.image_root)
 
-    def _files(self, lines: JsonLines) -> list[Source]:
+    def _files(self, lines: JsonLines) -> SourceFiles:
         """Return the distinct files that lines refer to."""
-        sources = Sources()
-        for source in self._sources(lines):
-            sources.add(source)
-        return sources.files
-
-    def _sources(self, lines: JsonLines) -> Iterator[Source]:
-        """Yield the files that lines refer to."""
-        regions, folder = self.vocabulary.regions, self._folder(lines.path)
+        sources = Sources(self._folder(lines.path), lines.where)
         for index, record in enumerate(lines):
-            yield from record_sources(record, regions, folder, lines.where(index))
+            for name in record_files(record, self.vocabulary.regions, lines.where(index)):
+                sources.add(name, index)
+        return sources.build()
 
-    def _tokenizer(self) -> Tokenizer:
-        if self.config.tokenizer is not None:
-            return load_tokenizer(local_path(self.config.tokenizer))
-        lines = self._train
-        pairs = (record_texts(record, lines.where(i)) for i, record in enumerate(lines))
-        texts = (text for pair in pairs for text in pair if text is not None)
-        return build_tokenizer(texts, self.config.vocabulary_size)
-
-    def _answers(self) -> list[str]:
-        if self.config.answers is not None:
-            return read_answer_list(local_path(self.config.answers))
-        lines = self._train
+    def _tokenizer_and_answers(self, *, tokenizer: bool, answers: bool) -> tuple[Tokenizer | None, list[str]]:
+        """Load them, or make those that are wanted of the training lines, which are read once for both."""
+        place, listed = self.config.tokenizer, self.config.answers
+        loaded = load_tokenizer(local_path(place)) if tokenizer and place is not None else None
+        known = read_answer_list(local_path(listed)) if answers and listed is not None else []
+        build, count = tokenizer and place is None, answers and listed is None
         counts: Counter[str] = Counter()
+        texts = self._training_texts(counts if count else None)
+        if build:
+            loaded = build_tokenizer(texts, self.config.vocabulary_size)
+        if not count:
+            return loaded, known
+        for _ in texts:  # what the tokenizer has left
+            pass
+        known = ranked_answers(counts, self.config.max_answers, self.config.min_count)
+        if not known:
+            raise DataError(
+                f"'{self._train.path}' gives no answer; add 'answer' to its lines or lower dataset.min_count"
+            )
+        return loaded, known
+
+    def _training_texts(self, counts: Counter[str] | None) -> Iterator[str]:
+        """Yield the texts of the training lines, and count the answers on the way."""
+        lines = self._train
         for index, record in enumerate(lines):
-            counts.update(list(answer_scores(record, lines.where(index)) or ()))  # a mapping would add its scores
-        answers = ranked_answers(counts, self.config.max_answers, self.config.min_count)
-        if not answers:
-            raise DataError(f"'{lines.path}' gives no answer; add 'answer' to its lines or lower dataset.min_count")
-        return answers
+            where = lines.where(index)
+            if counts is not None:
+                for answer in answer_scores(record, where) or ():
+                    counts[answer] += 1
+            text, pair = record_texts(record, where)
+            yield text
+            if pair is not None:
+                yield pair
 
     def _feature_dim(self, regions: Regions) -> int | None:
         if regions != "files":
             return GridExtractor.dim if regions == "grid" else None
-        where = self._train.where(0)
-        source = region_source(self._train[0], regions, self._folder(self._train.path), where)
-        return self._feature_files([source]).dim if source else None
+        sources = Sources(self._folder(self._train.path), self._train.where)
+        for name in record_files(self._train[0], regions, self._train.where(0)):
+            sources.add(name, 0)
+        return self._feature_files(sources.build()).dim
 
 
 def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from villa.datasets.assets import Assets
 from villa.datasets.base import Example, Split
 from villa.datasets.reader import Reader, Record
-from villa.datasets.records import JsonLines, answer_scores, record_id, record_sources, record_texts
-from villa.datasets.stores.base import Sources
+from villa.datasets.records import JsonLines, answer_scores, record_files, record_id, record_texts
+from villa.datasets.samplers import Lengths
+from villa.datasets.stores.base import SourceFiles, Sources
 from villa.datasets.text import CutTexts
 from villa.engine.progress import track
-from villa.errors import DataError, about
+from villa.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.integer]
 
 
 class JsonlSplit(Split):
@@ -39,8 +44,8 @@ class JsonlSplit(Split):
     def __init__(self, lines: JsonLines, vocabulary: Assets, reader: Reader, *, train: bool) -> None:
         self.store: Any = None
         self._lines, self._vocabulary, self._reader, self._train = lines, vocabulary, reader, train
-        self._kept, self._text_lengths = array("q"), array("i")
-        self._images, self._first_image = array("q"), array("q", [0])
+        self._kept: Sequence[int] = range(len(lines))
+        self._text_lengths, self._images = array("i"), Lists()
         self._pairs = vocabulary.kind == "pair"
         self._form: tuple[bool, int] | None = None
         self._cut = CutTexts()
@@ -51,35 +56,36 @@ class JsonlSplit(Split):
         """Whether the lines have answers; pairs are answers themselves."""
         return self._pairs or self._has_answers
 
-    def read_index(self, sources: Sources, folder: Path) -> None:
-        """Check every line and collect the files that they refer to.
+    def read_index(self, folder: Path) -> SourceFiles:
+        """Check every line, and return the files that those refer to which are kept.
 
         Args:
-            sources: gets the files.
             folder: that paths are relative to.
 
         Raises:
             DataError: naming the file and line of the first bad record.
         """
-        ids: set[str] = set()
+        sources, ids, dropped = Sources(folder, self._lines.where), array("q"), array("q")
         for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
             where = self._lines.where(index)
             texts = record_texts(record, where)
-            files = record_sources(record, self._vocabulary.regions, folder, where)
+            files = record_files(record, self._vocabulary.regions, where)
             self._check_form(texts[1] is not None, len(files), where)
-            name = self._id(index, record)
-            if name in ids:
-                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
-            ids.add(name)
-            if self._is_kept(record, where):
-                self._kept.append(index)
-                with about(where):
-                    read, whole = self._reader.text_lengths(*texts, images=bool(files))
-                self._cut.add(read, whole)
-                self._text_lengths.append(read)
-                self._images.extend(sources.add(source) for source in files)
-                self._first_image.append(len(self._images))
-        self._report_dropped()
+            ids.append(hash(self._id(index, record, where)))
+            if not self._is_kept(record, where):
+                dropped.append(index)
+                continue
+            try:
+                read, whole = self._reader.text_lengths(*texts, images=bool(files))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            self._cut.add(read, whole)
+            self._text_lengths.append(read)
+            self._images.append([sources.add(name, index) for name in files])
+        self._check_ids(ids)
+        if dropped:
+            self._leave_out(dropped)
+        return sources.build()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -91,7 +97,7 @@ class JsonlSplit(Split):
         written = self._vocabulary.kind == "text"
         scores = answer_scores(record, where, written=written) if self._has_answers else None
         example = Record(
-            self._id(line, record),
+            self._id(line, record, where),
             *record_texts(record, where),
             images=self.images(index),
             target=None if scores is None or written else self._target(scores),
@@ -105,23 +111,46 @@ class JsonlSplit(Split):
 
     def images(self, index: int) -> tuple[int, ...]:
         """Return the indices of an example's images in the store."""
-        return tuple(self._images[self._first_image[index] : self._first_image[index + 1]])
+        return self._images[index]
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Lengths:
         """Word-pieces plus regions of every question; the headers of feature files are read when asked for."""
-        return _Lengths(self._text_lengths, self)
+        return _Lengths(self._text_lengths, self._images, self.image_lengths)
 
-    def _id(self, line: int, record: Mapping[str, Any]) -> str:
-        return record_id(record, str(self._lines.number(line)), self._lines.where(line))
+    def _id(self, line: int, record: Mapping[str, Any], where: str) -> str:
+        return record_id(record, "", where) if "id" in record else str(self._lines.number(line))
 
     def warnings(self) -> list[str]:
         """Return how many texts are cut."""
         return self._cut.warnings()
 
-    def image_length(self, index: int) -> int:
-        """Return the positions that an example's images take, as far as they are counted."""
-        return sum(self._reader.image_length(self.store, image) for image in self.images(index))
+    def image_lengths(self, images: Iterable[int]) -> Numbers:
+        """Return the positions that images of the store take, as far as they are counted."""
+        return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
+
+    def _check_ids(self, hashes: array[int]) -> None:
+        """Refuse an id that occurs twice; of most, the hash tells that they do not."""
+        ordered = np.frombuffer(hashes, np.int64)
+        ordered.sort()
+        suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
+        seen: set[str] = set()
+        for index, record in enumerate(self._lines if suspects else ()):
+            where = self._lines.where(index)
+            name = self._id(index, record, where)
+            if name in seen:
+                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
+            if hash(name) in suspects:
+                seen.add(name)
+
+    def _leave_out(self, dropped: array[int]) -> None:
+        lines = len(self._lines)
+        self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
+        share = 100 * len(dropped) / lines
+        text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
+        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        if not self._kept:
+            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int, where: str) -> None:
         """Refuse lines that cannot be in one batch with the others."""
@@ -144,11 +173,7 @@ class JsonlSplit(Split):
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
         scores = answer_scores(record, where)
-        if (
-            scores is None
-            or self._vocabulary.kind == "text"
-            or any(answer in self._vocabulary.labels for answer in scores)
-        ):
+        if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
             return True
         if not (self._train or self._vocabulary.soft):
             raise DataError(
@@ -166,21 +191,49 @@ class JsonlSplit(Split):
         target[list(known)] = torch.tensor(list(known.values()))
         return target
 
-    def _report_dropped(self) -> None:
-        dropped = len(self._lines) - len(self._kept)
-        if dropped:
-            share = 100 * dropped / len(self._lines)
-            text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
-            logger.warning(text, self._lines.path, dropped, len(self._lines), share)
-        if not self._kept:
-            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+
+class Lists:
+    """Short lists of numbers by number; where all are equally long, nothing but their numbers is kept."""
+
+    def __init__(self) -> None:
+        self._values, self._ends = array("i"), array("q")
+        self._count, self._size = 0, 0
+
+    def append(self, values: Sequence[int]) -> None:
+        """Add a list."""
+        self._size = self._size if self._count else len(values)
+        if not self._ends and len(values) != self._size:
+            self._ends.extend(self._size * number for number in range(1, self._count + 1))
+        self._values.extend(values)
+        self._count += 1
+        if self._ends or len(values) != self._size:
+            self._ends.append(len(self._values))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        if self._ends:
+            return tuple(self._values[self._ends[index - 1] if index else 0 : self._ends[index]])
+        return tuple(self._values[self._size * index : self._size * (index + 1)])
+
+    def sums(self, of: Callable[[Iterable[int]], Numbers]) -> Numbers:
+        """Return for every list ``[N]`` the sum of what ``of`` gives for its numbers, which are ascending from 0."""
+        values = np.frombuffer(self._values, np.int32)
+        if not len(values):
+            return np.zeros(self._count, np.int32)
+        found = of(range(int(values.max()) + 1))[values]
+        if not self._ends:
+            return found.reshape(-1, self._size).sum(1, dtype=np.int32)
+        sums = np.append(0, np.cumsum(found))[self._ends]
+        return np.diff(sums, prepend=0)
 
 
 class _Lengths(Sequence[int]):
-    """Text lengths plus numbers of regions, the latter looked up when an entry is read."""
+    """Text lengths plus numbers of regions, the latter looked up when an entry is read, or all as an array."""
 
-    def __init__(self, texts: Sequence[int], split: JsonlSplit) -> None:
-        self._texts, self._split = texts, split
+    def __init__(self, texts: array[int], images: Lists, regions: Callable[[Iterable[int]], Numbers]) -> None:
+        self._texts, self._images, self._regions = texts, images, regions
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -188,7 +241,12 @@ class _Lengths(Sequence[int]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return self._texts[index] + self._split.image_length(range(len(self))[index])
+        place = range(len(self))[index]
+        return self._texts[place] + int(self._regions(self._images[place]).sum())
+
+    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Numbers:
+        texts = np.frombuffer(self._texts, np.int32)
+        return (texts + self._images.sums(self._regions)).astype(dtype or np.int32)
 
 
 def _has_answer(record: Mapping[str, Any]) -> bool:

@@ -13,10 +13,10 @@ from villa.batch import Batch
 from villa.datasets.base import Example
 from villa.datasets.collation import stack_targets
 from villa.datasets.prompts import QUESTION, Prompts, append
-from villa.datasets.reader import KEPT_TEXTS, Reader, Record
+from villa.datasets.reader import Reader, Record
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.pictures import BACKGROUND, PictureStore
-from villa.datasets.text import nothing_left
+from villa.datasets.text import KEPT_TEXTS, nothing_left
 from villa.errors import DataError
 from villa.plugins import one_line
 

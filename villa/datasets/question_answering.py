@@ -19,7 +19,7 @@ from villa.datasets.base import DatasetConfig, Example, TaskDataset
 from villa.datasets.processor_loading import load_processor
 from villa.datasets.processor_reader import Kind, ProcessorReader, Reading
 from villa.datasets.reader import SIDE, PixelReader, Reader, Record, RegionReader, WordPieces
-from villa.datasets.records import Regions, Request, record_id, record_sources, record_texts
+from villa.datasets.records import Regions, Request, record_files, record_id, record_texts
 from villa.datasets.stores.base import RegionStore, Source, Sources
 from villa.datasets.stores.files import FileStore
 from villa.datasets.stores.grid import GridExtractor, GridOptions
@@ -185,15 +185,18 @@ class QuestionAnswering(TaskDataset):
     def requests(self, records: Sequence[Mapping[str, Any]]) -> TableSplit:
         """Turn records into questions without answers; see the base class."""
         rows: list[Record] = []
-        sources = Sources()
+        places: list[str] = []
+        sources = Sources(self._request_folder(), places.__getitem__)
         for number, record in enumerate(records, start=1):
             place = record.where if isinstance(record, Request) else ""
             where = place or f"record {record.get('id', number)}"
-            files = record_sources(record, self.vocabulary.regions, self._request_folder(), where)
-            images = tuple(sources.add(source) for source in files)
+            places.append(where)
+            images = tuple(
+                sources.add(file, number - 1) for file in record_files(record, self.vocabulary.regions, where)
+            )
             name, texts = record_id(record, str(number), where), record_texts(record, where)
             rows.append(Record(name, *texts, images, where=place))
-        store = self.open_store(sources.files)
+        store = self.open_store(sources.build())
         return TableSplit(rows, self.reader, store)
 
     def open_store(self, sources: Sequence[Source], images: Iterable[int] | None = None) -> Any:

@@ -17,13 +17,11 @@ from villa.datasets.base import Example
 from villa.datasets.collation import collate
 from villa.datasets.stores.base import RegionStore, Source
 from villa.datasets.stores.pictures import BACKGROUND, PictureStore
-from villa.datasets.text import encode_texts
+from villa.datasets.text import KEPT_TEXTS, TokenCounter, encode_texts
 from villa.errors import DataError
 
 #: Side of images that go to a model whole, where the recipe does not say it.
 SIDE = 224
-#: Texts that are kept as word-pieces; many data sets ask few different questions.
-KEPT_TEXTS = 4096
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class WordPieces:
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self._kept: dict[tuple[str, str | None], tuple[Tensor, Tensor | None]] = {}
-        self._lengths: dict[tuple[str, str | None], int] = {}
+        self._count = TokenCounter(tokenizer)
 
     def lengths(self, text: str, pair: str | None) -> tuple[int, int]:
         """Return how many word-pieces of a text, or of two, are read, and how many there are.
@@ -101,11 +99,7 @@ class WordPieces:
         Raises:
             DataError: see ``encode_texts``.
         """
-        whole = self._lengths.get((text, pair))
-        if whole is None:
-            whole = len(encode_texts(self.tokenizer, text, pair, None)[0])
-            if len(self._lengths) < KEPT_TEXTS:
-                self._lengths[text, pair] = whole
+        whole = self._count(text, pair)
         return min(whole, self.max_length), whole
 
     def __call__(self, text: str, pair: str | None) -> tuple[Tensor, Tensor | None]:

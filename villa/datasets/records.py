@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import weakref
-from array import array
-from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from villa.datasets.answers import plain_answer
-from villa.datasets.stores.base import Source
-from villa.errors import DataError, about
-from villa.files import plain_path
+from villa.datasets.stores.line_file import LineFile
+from villa.errors import DataError
 from villa.json_values import is_number, parse_json
 
 #: What a model sees of a record: the grid of its image, a feature file, whole images, or nothing (text only).
@@ -30,10 +25,8 @@ TEXT_FIELDS = ("question", "text")
 FULL_AGREEMENT = 3
 
 
-class JsonLines:
-    """The objects of a JSON-lines file by number; only offsets are held in memory. Blank lines are skipped.
-
-    Lines are read when they are asked for, by offset: a file that is cut meanwhile is an error, not a crash.
+class JsonLines(LineFile):
+    """The objects of a JSON-lines file by number; blank lines are skipped.
 
     Args:
         path: the file; UTF-8, with or without a byte-order mark.
@@ -43,22 +36,9 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: int | None = None
-        self._starts, self._lines = array("q"), array("q")
-        for number, start, line in _numbered(path):
-            if line.strip():
-                self._starts.append(start)
-                self._lines.append(number)
-            self._end = start + len(line)
-        if not self._starts:
+        super().__init__(path)
+        if not len(self):
             raise DataError(f"'{path}' holds no record; write one JSON object a line")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # an opened file cannot travel to another process
-
-    def __len__(self) -> int:
-        return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read an object.
@@ -66,7 +46,12 @@ class JsonLines:
         Raises:
             DataError: the line is not a JSON object; see ``parse_json``.
         """
-        line = self._read(index)
+        return self._parse(index, self.line(index))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self._parse(index, line) for index, line in enumerate(self.lines()))
+
+    def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:
             record = parse_json(line.decode())
         except UnicodeDecodeError as error:
@@ -77,44 +62,6 @@ class JsonLines:
         if not isinstance(record, dict):
             raise DataError(f"{self.where(index)}: a JSON object is needed, not {type(record).__name__}")
         return record
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def _read(self, index: int) -> bytes:
-        start = self._starts[index]
-        end = self._starts[index + 1] if index + 1 < len(self._starts) else self._end
-        try:
-            if self._file is None:
-                self._file = os.open(self.path, os.O_RDONLY)
-                weakref.finalize(self, os.close, self._file)
-            return os.pread(self._file, end - start, start).partition(b"\n")[0]
-        except OSError as error:
-            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror}); mend the path") from error
-
-    def number(self, index: int) -> int:
-        """Return the line number of a record, from 1."""
-        return self._lines[index]
-
-    def where(self, index: int) -> str:
-        """Return ``file:line`` of a record, for messages."""
-        return f"{self.path}:{self._lines[index]}"
-
-
-def _numbered(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield the lines of a file, each with its number and offset, from behind a byte-order mark."""
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe has no offsets, a device perhaps no end
-            raise DataError(f"'{path}' is no regular file; write the lines to one")
-        with path.open("rb") as file:
-            start = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-            file.seek(start)
-            for number, line in enumerate(file, start=1):
-                yield number, start, line
-                start += len(line)
-    except (OSError, ValueError) as error:  # ValueError: no possible path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"cannot read '{path}' ({reason}); mend the path") from error
 
 
 class Request(dict[str, Any]):
@@ -161,40 +108,26 @@ def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None
     Raises:
         DataError: one is no text, or is empty.
     """
-    name = next((name for name in TEXT_FIELDS if name in record), TEXT_FIELDS[0])
+    first, other = TEXT_FIELDS
+    name = other if other in record and first not in record else first
     pair = None if record.get("text_pair") is None else text_field(record, "text_pair", where)
     return text_field(record, name, where), pair
 
 
-def record_sources(record: Mapping[str, Any], regions: Regions, folder: Path, where: str) -> list[Source]:
-    """Return the files that a record refers to, relative to ``folder``: one, several ``images``, or none.
+def record_files(record: Mapping[str, Any], regions: Regions, where: str) -> list[str]:
+    """Return the files that a record refers to, as it names them: one, several ``images``, or none for text only.
 
     Raises:
-        DataError: the record does not name them, or names what cannot be a path.
+        DataError: the record does not name them.
     """
+    if regions == "none":
+        return []
     if regions == "pixels" and "images" in record:
         images = record["images"]
         if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
             raise DataError(f"{where}: 'images' is {images!r:.40}; it must be a list of paths")
-        return [_source(image, folder, where) for image in images]
-    source = region_source(record, regions, folder, where)
-    return [] if source is None else [source]
-
-
-def region_source(record: Mapping[str, Any], regions: Regions, folder: Path, where: str) -> Source | None:
-    """Return the file of a record's regions, relative to ``folder``; None for text only.
-
-    Raises:
-        DataError: the record does not name one, or names what cannot be a path.
-    """
-    if regions == "none":
-        return None
-    return _source(text_field(record, REGION_FIELDS[regions], where), folder, where)
-
-
-def _source(name: str, folder: Path, where: str) -> Source:
-    with about(where):
-        return Source(folder / plain_path(name), where)
+        return images
+    return [text_field(record, REGION_FIELDS[regions], where)]
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 # Data loading forks: a tokenizer whose thread pool was running before a fork can hang in the child.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
@@ -24,6 +26,10 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILE = "tokenizer.json"
 #: Ids that a vocabulary may leave out.
 _GAPS = 100_000
+#: Texts that are remembered; many data sets ask few different questions.
+KEPT_TEXTS = 4096
+#: Parts of texts that are remembered, and texts that are cut into parts together.
+KEPT_PARTS, _TOGETHER = 1 << 15, 256
 #: Smallest length that holds [CLS], one word-piece and [SEP].
 SHORTEST = 3
 
@@ -46,8 +52,9 @@ def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
         raise DataError(f"a vocabulary of {max_size} is too small; it needs more than {len(SPECIAL_TOKENS)} entries")
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    for part, times in _parts(texts):
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(part)):
+            words[word] += times
     if not words:
         raise DataError("there is no text to build a vocabulary from; check the questions of the training split")
     characters: Counter[str] = Counter()
@@ -110,6 +117,24 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def _encode(
+    tokenizer: Tokenizer, text: str, pair: str | None, max_length: int | None, *, around: bool = True
+) -> Encoding:
+    """Return the tokens of a text or of two, with special ones ``around`` them; see ``encode_texts``."""
+    truncation = tokenizer.truncation
+    if max_length is None and truncation is not None:
+        tokenizer.no_truncation()
+    elif max_length is not None and (truncation is None or truncation["max_length"] != max_length):
+        tokenizer.enable_truncation(max_length)
+    try:
+        found = tokenizer.encode(text, pair, add_special_tokens=around)
+    except Exception as error:  # the package raises bare exceptions
+        raise DataError(f"the tokenizer cannot read the text {text!r:.60}: {one_line(error)}; mend it") from error
+    if around and not found.ids:
+        raise nothing_left(text)
+    return found
+
+
 def encode_texts(
     tokenizer: Tokenizer, text: str, pair: str | None, max_length: int | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -124,19 +149,83 @@ def encode_texts(
     Raises:
         DataError: the tokenizer cannot read a text, or makes nothing of it.
     """
-    truncation = tokenizer.truncation
-    if max_length is None and truncation is not None:
-        tokenizer.no_truncation()
-    elif max_length is not None and (truncation is None or truncation["max_length"] != max_length):
-        tokenizer.enable_truncation(max_length)
-    try:
-        found = tokenizer.encode(text, pair)
-    except Exception as error:  # the package raises bare exceptions
-        raise DataError(f"the tokenizer cannot read the text {text!r:.60}: {one_line(error)}; mend it") from error
-    if not found.ids:
-        raise nothing_left(text)
+    found = _encode(tokenizer, text, pair, max_length)
     types = None if pair is None else torch.tensor(found.type_ids, dtype=torch.int64)
     return torch.tensor(found.ids, dtype=torch.int64), types
+
+
+class TokenCounter:
+    """Counts the tokens of texts; much faster than they are made, where words are cut into tokens one by one.
+
+    Args:
+        tokenizer: text to ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._around = _tokens_around(tokenizer)
+        self._counts: dict[object, int] = {}  # of parts between spaces, or of texts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_counts": {}}
+
+    def __call__(self, text: str, pair: str | None) -> int:
+        """Return the number of tokens of a text or of two, with those around them.
+
+        Raises:
+            DataError: as for ``encode_texts``.
+        """
+        if self._around is None:
+            return self._remembered((text, pair), text, pair)
+        try:
+            inside = self._inside(text) if pair is None else self._inside(text) + self._inside(pair)
+        except DataError:  # it is about a part of the text
+            inside = 0
+        return inside + self._around[pair is not None] if inside else self._remembered((text, pair), text, pair)
+
+    def _inside(self, text: str) -> int:
+        parts = text.split(" ")
+        try:
+            return sum(map(self._counts.__getitem__, parts))
+        except KeyError:
+            return sum(self._remembered(part, part) for part in parts)
+
+    def _remembered(self, key: object, text: str, pair: str | None = None) -> int:
+        """Return the number of tokens of a part (whose ``key`` is the part), or of texts."""
+        count = self._counts.get(key)
+        if count is None:
+            count = len(_encode(self.tokenizer, text, pair, None, around=key != text).ids)
+            if len(self._counts) < (KEPT_TEXTS if self._around is None else KEPT_PARTS):
+                self._counts[key] = count
+        return count
+
+
+def _tokens_around(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Return how many tokens are put around a text, and around two.
+
+    None where the tokens of a text are not those of its parts between spaces, one after another, or where that is not
+    known: only the kinds that BERT's tokenizers are made of are told apart here.
+    """
+    parts = (
+        (tokenizer.normalizer or normalizers.Lowercase(), (normalizers.BertNormalizer, normalizers.Lowercase)),
+        (tokenizer.pre_tokenizer, (pre_tokenizers.BertPreTokenizer, pre_tokenizers.Whitespace)),
+        (tokenizer.post_processor, (processors.BertProcessing, processors.TemplateProcessing)),
+    )
+    added = tokenizer.get_added_tokens_decoder().values()
+    known = all(isinstance(part, kinds) for part, kinds in parts) and tokenizer.padding is None
+    if not known or any(" " in token.content for token in added):
+        return None
+
+    def made(text: str, pair: str | None = None, *, around: bool = True) -> int:
+        return len(_encode(tokenizer, text, pair, None, around=around).ids)
+
+    try:
+        one, three = made("a", around=False), made("a a a", around=False)
+        single, double = made("a") - one, made("a", "a") - 2 * one
+        whole = made("a a a") == single + three and made("a", "a a a") == made("a a a", "a") == double + one + three
+    except DataError:
+        return None
+    return (single, double) if whole and three > one else None
 
 
 def nothing_left(text: str) -> DataError:
@@ -165,6 +254,18 @@ class CutTexts:
             f"{self._cut:,} of {self._texts:,} texts are longer than {self._read} tokens and are cut; the longest has "
             f"{self._longest:,} (dataset.max_text_length)"
         ]
+
+
+def _parts(texts: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield the parts of texts between spaces, which no word goes across, and how often there are; few come twice."""
+    counts: Counter[str] = Counter()
+    source = iter(texts)
+    while some := list(islice(source, _TOGETHER)):
+        counts.update(" ".join(some).split(" "))
+        if len(counts) > KEPT_PARTS:
+            yield from counts.items()
+            counts.clear()
+    yield from counts.items()
 
 
 def _ranked(counts: Counter[str]) -> list[str]:

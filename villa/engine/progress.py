@@ -21,6 +21,8 @@ Mode = Literal["auto", "on", "off"]
 
 #: Seconds over which the speed is averaged for the time left.
 _SPEED_WINDOW = 300.0
+#: Seconds between updates of a bar by the items behind it: an update takes as long as a small item.
+_REDRAWN = 0.05
 
 
 class Display:
@@ -53,9 +55,14 @@ class Display:
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         task = self.add(description, total)
+        done, shown, due = 0, 0, time.monotonic()
         try:
             for done, item in enumerate(iterable, start=1):
                 yield item
+                if (now := time.monotonic()) >= due:
+                    self.show(task, done)
+                    shown, due = done, now + min(_REDRAWN, self._interval)
+            if shown < done:
                 self.show(task, done)
         finally:
             self._bars.remove_task(task)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from torch import Tensor
 
-from villa.errors import DataError
-from villa.files import regular_file
+from villa.datasets.stores.strings import Strings
+from villa.errors import DataError, about
+from villa.files import plain_path, regular_file
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,79 @@ class Source:
             raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
 
 
-class Sources:
-    """Distinct files in the order of their first mention.
+class SourceFiles(Sequence[Source]):
+    """Files by number, in some 40 bytes each.
 
-    Attributes:
-        files: one an entry.
+    Args:
+        folder: that their names are relative to.
+        names: of the files.
+        mentions: for each, the number of what mentions it.
+        where: gives the place (``train.jsonl:3``) of what mentions a file.
     """
 
-    def __init__(self) -> None:
-        self.files: list[Source] = []
-        self._places: dict[Path, int] = {}
+    def __init__(self, folder: Path, names: Strings, mentions: Sequence[int], where: Callable[[int], str]) -> None:
+        self.folder, self._names, self._mentions, self._where = folder, names, mentions, where
 
-    def add(self, source: Source) -> int:
-        """Return the index of a file, after adding it if it is new."""
-        place = self._places.setdefault(source.path, len(self.files))
-        if place == len(self.files):
-            self.files.append(source)
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Source: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Source]: ...
+
+    def __getitem__(self, index: int | slice) -> Source | list[Source]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._source(self._names[index], self._mentions[index])
+
+    def __iter__(self) -> Iterator[Source]:
+        return map(self._source, self._names, self._mentions)
+
+    def _source(self, name: str, mention: int) -> Source:
+        return Source(self.folder / name, self._where(mention))
+
+
+class Sources:
+    """Collects distinct files in the order of their first mention.
+
+    Args:
+        folder: that their names are relative to.
+        where: gives the place (``train.jsonl:3``) of what mentions a file, by its number.
+    """
+
+    def __init__(self, folder: Path, where: Callable[[int], str]) -> None:
+        self.folder, self._where = folder, where
+        self._places: dict[str, int] = {}
+        self._mentions = array("q")
+
+    def add(self, name: str, mention: int) -> int:
+        """Return the index of a file, after adding it if it is new.
+
+        Args:
+            name: the file, as it was written.
+            mention: the number of what mentions it.
+
+        Raises:
+            DataError: the name can be no path.
+        """
+        place = None if name.startswith("~") else self._places.get(name)
+        if place is None:
+            place = self._places.setdefault(self._plain(name, mention), len(self._places))
+            if place == len(self._mentions):
+                self._mentions.append(mention)
         return place
+
+    def build(self) -> SourceFiles:
+        """Return the files that were added."""
+        return SourceFiles(self.folder, Strings.of(self._places), self._mentions[:], self._where)
+
+    def _plain(self, name: str, mention: int) -> str:
+        """Return the one name of a file that has several, as ``a`` and ``./a``."""
+        with about(self._where(mention)):
+            path = self.folder / plain_path(name)
+        return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
 
 class RegionStore(ABC):
