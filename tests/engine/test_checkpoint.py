@@ -246,7 +246,7 @@ def test_a_manifest_cannot_point_outside(store: CheckpointStore, tmp_path: Path)
     rehash(path, "secret")
     text = (path / "manifest.json").read_text()
     (path / "manifest.json").write_text(text.replace('"secret"', '"../secret"'))
-    with pytest.raises(CheckpointError, match=r"\.\./secret lies outside the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"\.\./secret lies outside of its folder"):
         load(path)
 
 
