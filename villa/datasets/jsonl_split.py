@@ -201,6 +201,9 @@ class Lists:
 
     def append(self, values: Sequence[int]) -> None:
         """Add a list."""
+        if not (values or self._values):
+            self._count += 1
+            return
         self._size = self._size if self._count else len(values)
         if not self._ends and len(values) != self._size:
             self._ends.extend(self._size * number for number in range(1, self._count + 1))

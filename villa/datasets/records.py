@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class JsonLines(LineFile):
         return self._parse(index, self.line(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self._parse(index, line) for index, line in enumerate(self.lines()))
+        return map(self._parse, count(), self.lines())
 
     def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:

@@ -70,13 +70,16 @@ class LineFile:
         """Yield all lines in order, without their ends; several are read at a time."""
         for first in range(0, len(self), _TOGETHER):
             bounds = self._starts[first : first + _TOGETHER + 1]
-            last = len(bounds) <= _TOGETHER
-            if last:
+            if len(bounds) <= _TOGETHER:
                 bounds.append(self._end)
             if bounds[-1] - bounds[0] > LONGEST_LINE:
                 yield from map(self.line, range(first, first + len(bounds) - 1))
                 continue
             data = self._read(first, bounds[0], bounds[-1])
+            whole = data.removesuffix(b"\n").split(b"\n")
+            if len(whole) == len(bounds) - 1:  # no blank lines among them
+                yield from whole
+                continue
             for start, end in pairwise(bound - bounds[0] for bound in bounds):
                 yield data[start:end].partition(b"\n")[0]
 
