@@ -77,7 +77,7 @@ def test_regions_none_ignores_images(write_lines: WriteLines) -> None:
 
 def test_feature_files(tmp_path: Path, write_lines: WriteLines) -> None:
     for rows in (2, 3):
-        arrays = {"features": np.ones((rows, 7), np.float32), "boxes": np.zeros((rows, 4), np.float32)}
+        arrays = {"features": np.ones((rows, 7), np.float32), "boxes": np.tile(np.float32([0, 0, 1, 1]), (rows, 1))}
         np.savez(tmp_path / f"{rows}.npz", **arrays)  # type: ignore[arg-type]
     records = [{**text, "features": f"{2 + index % 2}.npz"} for index, text in enumerate(TEXTS)]
     dataset = data(train=write_lines("train.jsonl", records))
