@@ -227,9 +227,9 @@ class Lists:
             return np.zeros(self._count, np.int32)
         found = of(range(int(values.max()) + 1))[values]
         if not self._ends:
-            return found.reshape(-1, self._size).sum(1, dtype=np.int32)
-        sums = np.append(0, np.cumsum(found))[self._ends]
-        return np.diff(sums, prepend=0)
+            summed: Numbers = found.reshape(-1, self._size).sum(1, dtype=np.int32)
+            return summed
+        return np.diff(np.append(0, np.cumsum(found))[self._ends], prepend=0)
 
 
 class _Lengths(Sequence[int]):
@@ -247,7 +247,7 @@ class _Lengths(Sequence[int]):
         place = range(len(self))[index]
         return self._texts[place] + int(self._regions(self._images[place]).sum())
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Numbers:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Numbers:
         texts = np.frombuffer(self._texts, np.int32)
         return (texts + self._images.sums(self._regions)).astype(dtype or np.int32)
 
