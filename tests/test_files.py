@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,3 +202,12 @@ def test_json_of_others(tmp_path: Path) -> None:
     path.write_bytes(b'{"a":\n"\xff"}')
     with pytest.raises(DataError, match=r"is not UTF-8 text \(byte 0xff in line 2\)"):
         read_json(path, "list")
+
+
+@pytest.mark.parametrize("read", [read_text, read_json])
+def test_a_file_that_memory_cannot_hold_is_not_read(tmp_path: Path, read: Callable[[Path, str], Any]) -> None:
+    path = tmp_path / "huge.json"
+    path.write_text("[")
+    os.truncate(path, 1 << 43)
+    with pytest.raises(DataError, match=r"the answers '.*' has 8,796,093,022,208 bytes, too many for the memory"):
+        read(path, "answers")

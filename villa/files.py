@@ -349,6 +349,11 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
 
 def _contents(path: Path, what: str, advice: str) -> bytes:
     try:
+        size, memory = path.stat().st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if 2 * size > memory:  # its bytes and their text
+            raise DataError(
+                f"the {what} '{path}' has {size:,} bytes, too many for the memory of this machine; {advice}"
+            )
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no possible path
         reason = error.strerror if isinstance(error, OSError) else error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_sources_are_distinct_in_order() -> None:
-    sources = Sources()
-    assert [sources.add(Source(Path(name), "")) for name in "abab"] == [0, 1, 0, 1]
-    assert [source.path.name for source in sources.files] == ["a", "b"]
+    folder = Path("/data")
+    sources = Sources(folder, "train.jsonl:{}".format)
+    names = ["a", "./b", "a", "b", "/data/a", "sub//c", "/elsewhere/a", "sub/../a"]
+    assert [sources.add(name, number) for number, name in enumerate(names)] == [0, 1, 0, 1, 0, 2, 3, 4]
+    paths = [folder / "a", folder / "b", folder / "sub/c", Path("/elsewhere/a"), folder / "sub/../a"]
+    named = [f"train.jsonl:{number}" for number in (0, 1, 5, 6, 7)]
+    files = pickle.loads(pickle.dumps(sources.build()))
+    assert list(files) == files[:] == [Source(*each) for each in zip(paths, named, strict=True)]
+    assert files[-1].path == paths[-1]
+    with pytest.raises(DataError, match=r"train.jsonl:8: .* holds a NUL"):
+        sources.add("a\0", 8)

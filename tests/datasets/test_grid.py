@@ -206,6 +206,29 @@ def test_a_killed_extraction_goes_on(
     assert features.any()
 
 
+def test_of_several_processes_on_a_cold_cache_one_extracts_and_all_go_on(tmp_path: Path, images: list[Path]) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from villa.datasets.stores.base import Source; from villa.datasets.stores import grid, grid_store\n"
+        "call = grid.GridExtractor.__call__\n"
+        "def told(self, network, pixels): print('extracted', len(pixels)); return call(self, network, pixels)\n"
+        "grid.GridExtractor.__call__ = told\n"
+        "paths = [Path(path) for path in sys.argv[1:]]\n"
+        "store = grid_store.GridStore([Source(p, '') for p in paths], grid.GridOptions(grid=2))\n"
+        "store.prepare(range(len(paths)))\n"
+        "print(float(sum(store[row][0].abs().sum() for row in range(len(paths)))))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", code, *map(str, images)]
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert sorted(map(len, said)) == [1, 1, 2]
+    assert [line for lines in said for line in lines[:-1]] == [f"extracted {len(images)}"]
+    assert len({lines[-1] for lines in said}) == 1
+    assert float(said[0][-1]) > 0
+
+
 def done(tmp_path: Path) -> int:
     indices = list((tmp_path / "cache" / "grid").glob("*/index.json"))
     return len(json.loads(indices[0].read_text())["checksums"]) if indices else 0

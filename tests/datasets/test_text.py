@@ -1,17 +1,27 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from villa.datasets.raw.word_pieces import WordPieces as DatabasePieces
 from villa.datasets.reader import WordPieces
-from villa.datasets.text import build_tokenizer, encode_texts, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.datasets.text import (
+    TokenCounter,
+    build_tokenizer,
+    encode_texts,
+    load_tokenizer,
+    save_tokenizer,
+    vocabulary_size,
+)
 from villa.errors import DataError
 
 TEXTS = ["What color is the shape?", "is there a red shape?", "what is the color?"]
@@ -204,3 +214,65 @@ def test_a_vocabulary_in_another_encoding_is_refused_with_the_line(tmp_path: Pat
     (tmp_path / "vocab.txt").write_bytes("\n".join(CASED).encode("latin-1"))
     with pytest.raises(DataError, match=r"vocab.txt' is not UTF-8 text \(byte 0xe9 in line 18\)"):
         load_tokenizer(tmp_path)
+
+
+#: Letters and what is special to the parts of a tokenizer.
+PARTS = ["a", "b", "E", "\u00e9", "\u0301", " ", "  ", "\t", "\u00a0", "\x1c", "\u4e2d", "?", "[MASK]", "\u0130", "\n"]
+ANY_TEXT = st.lists(st.sampled_from(PARTS))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ANY_TEXT, min_size=1, max_size=6))
+def test_a_vocabulary_is_counted_as_if_text_by_text(texts: list[list[str]]) -> None:
+    joined = ["".join(text) for text in texts] + ["a"]
+    whole = build_tokenizer(joined, 100).get_vocab()
+    apart = [text.replace(" ", "\n") for text in joined]  # which are cut into words by the tokenizer alone
+    assert build_tokenizer(apart, 100).get_vocab() == whole
+
+
+def _tokenizers() -> dict[str, Tokenizer]:
+    plain = build_tokenizer(TEXTS, 200)
+    found = {"ours": plain}
+    for name in ("two words", "no ends", "template", "twice", "words", "prefix", "unsplit"):
+        found[name] = Tokenizer.from_str(plain.to_str())
+    found["two words"].add_tokens([AddedToken("is the", normalized=True)])
+    found["no ends"].post_processor = None
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    found["template"].post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1 [SEP]:1", special_tokens=ends
+    )
+    found["twice"].post_processor = processors.TemplateProcessing(
+        single="[CLS] $A $A", pair="[CLS] $A $B:1 $B:1 [SEP]", special_tokens=ends
+    )
+    found["words"].pre_tokenizer = pre_tokenizers.Whitespace()
+    found["prefix"].normalizer = normalizers.Prepend("x ")
+    found["unsplit"].pre_tokenizer = pre_tokenizers.Metaspace()
+    return found
+
+
+TOKENIZERS = _tokenizers()
+
+
+@settings(max_examples=60, deadline=None)
+@given(ANY_TEXT, st.none() | ANY_TEXT)
+def test_tokens_are_counted_as_they_are_made(text: list[str], pair: list[str] | None) -> None:
+    for tokenizer in TOKENIZERS.values():
+        first, second = "a is the " + "".join(text), None if pair is None else "is the" + "".join(pair)
+        counter = TokenCounter(tokenizer)
+        tokenizer.enable_truncation(3)  # left over from a text that was read
+        counted = counter(first, second), counter(first, second), pickle.loads(pickle.dumps(counter))(first, second)
+        assert counted == (len(encode_texts(tokenizer, first, second, None)[0]),) * 3
+
+
+def test_only_what_is_known_is_counted_by_parts() -> None:
+    known = {name for name, tokenizer in TOKENIZERS.items() if TokenCounter(tokenizer)._around is not None}
+    assert known == {"ours", "template", "words"}
+
+
+def test_more_parts_than_are_remembered_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("villa.datasets.text.KEPT_PARTS", 2)
+    tokenizer = build_tokenizer(TEXTS, 200)
+    counter = TokenCounter(tokenizer)
+    for text in TEXTS * 2:
+        assert counter(text, None) == len(encode_texts(tokenizer, text, None, None)[0])
+    assert build_tokenizer(TEXTS, 200).get_vocab() == tokenizer.get_vocab()

@@ -7,7 +7,7 @@ Writes the lines (with an id, a question of ordinary length and one of 3,000 ans
 ``--folder``, which is kept and used again; pictures are hard links to a single small one. Then a new process builds the
 vocabulary and the answers, checks the lines of the training split, computes the fingerprint of the data, cuts the first
 epoch by tokens and reads its first micro-batch. Memory is what the process holds beyond its imports, without mapped
-files (Linux only): at its peak, and after the split was read.
+files (Linux only): after the split was read, and at its peak before the micro-batch is read.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ def start(folder: Path, images: bool) -> dict[str, float]:
     times.append(time.process_time())
     sampler = split.sampler(BatchConfig(tokens=2048), 0)
     first = sampler.update(sampler.start())
+    highest = peak[0]  # before a batch, whose size depends on its images
     data.collate([split[index] for index in first[0]])
     times.append(time.process_time())
     parts = dict(zip(PARTS, (after - before for before, after in pairwise(times)), strict=True))
-    return {"lines": len(split), "peak": max(peak) - imported, "held": held - imported, **parts}
+    return {"lines": len(split), "peak": highest - imported, "held": held - imported, **parts}
 
 
 def _sample(found: list[int]) -> None:

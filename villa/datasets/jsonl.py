@@ -142,7 +142,7 @@ class Jsonl(QuestionAnswering):
 
     def split(self, name: str) -> JsonlSplit:
         """Return a split, after checking every line and extracting features that are not cached yet."""
-        lines = self._lines(name)
+        lines = self._train if name == "train" else self._lines(name)
         split = JsonlSplit(lines, self.vocabulary, self.reader, train=name == "train")
         files = split.read_index(self._folder(lines.path))
         split.store = self.open_store(files) if files else None

@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,3 +245,37 @@ def test_the_index_survives_a_failed_write(path: Path, cache: Path, images: Arra
     assert not list(cache.rglob("*.tmp"))
     os.utime(path, ns=(1, 1))  # another time of change: indexed again over the old index
     check_all(TsvFile(path), images)
+
+
+def test_of_several_processes_one_makes_the_index_and_the_others_wait(
+    path: Path, images: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, scan = get_context("fork"), tsv._scan
+    scans, starting = context.Value("i", 0), context.Barrier(3)
+
+    def slow(*given: Any) -> Any:
+        with scans.get_lock():
+            scans.value += 1
+        time.sleep(0.3)
+        return scan(*given)
+
+    def rank() -> None:
+        starting.wait(60)
+        check_all(TsvFile(path), images)
+
+    monkeypatch.setattr(tsv, "_scan", slow)
+    ranks = [context.Process(target=rank) for _ in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    assert scans.value == 1
+
+
+def test_of_a_huge_hole_no_more_is_read_than_a_line_may_have(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tsv, "LONGEST_LINE", 1 << 24)
+    lines = path.read_bytes().count(b"\n")
+    os.truncate(path, 50 << 30)
+    with pytest.raises(DataError, match=rf"{path.name}:{lines + 1}: .* it has more than 16,777,216 bytes"):
+        TsvFile(path)

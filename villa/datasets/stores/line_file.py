@@ -17,7 +17,7 @@ import numpy as np
 from villa.errors import DataError
 
 #: Longest line, in bytes, so that a file without line ends does not fill the memory.
-LONGEST_LINE = 1 << 28
+LONGEST_LINE = 1 << 26
 #: Bytes that are read at a time in search of lines, and lines that are read together.
 _BLOCK, _TOGETHER = 1 << 20, 256
 #: Whether a byte is white space, as ``bytes.strip`` takes it.
