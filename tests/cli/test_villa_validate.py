@@ -39,7 +39,7 @@ def test_a_valid_file_is_one_line(file: str, capsys: pytest.CaptureFixture[str])
     ("args", "message"),
     [
         (["--task", "vqa"], "the following arguments are required: PATH; villa_validate --help shows the usage"),
-        (["vqa.json"], "'vqa.json' is no run, checkpoint, saved folder or file of weights; a submission needs --task"),
+        (["vqa.json"], "'vqa.json' is no data, no features and no trained model; a submission needs --task"),
         (["no.json"], "'no.json' does not exist; mend the path"),
         (["vqa.json", "--task", "nlvr"], "no submission is called 'nlvr'; did you mean 'nlvr2'? (known: "),
         (["vqa.json", "--task", "vqa", "--id", "x"], "unrecognized arguments: --id x"),

@@ -87,7 +87,7 @@ def colours(folder: Path, examples: int = 24) -> list[str]:
             features = random.normal(size=(regions, 6)).astype(np.float32)
             features[:, colour] += 4
             name = f"{split}{index}.npz"
-            np.savez(folder / name, features=features, boxes=np.zeros((regions, 4), np.float32))
+            np.savez(folder / name, features=features, boxes=np.tile(np.float32([0, 0, 1, 1]), (regions, 1)))
             record = {"question": "which colour is it?", "features": name, "answer": COLOURS[colour]}
             records.append(record if split == "train" else {"id": f"{split}-{index}", **record})
         write(folder / f"{split}.jsonl", records)

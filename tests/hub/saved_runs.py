@@ -49,7 +49,7 @@ def write_data(folder: Path, *, features: bool) -> list[str]:
         record = {"question": f"is it {COLOURS[index % 3]}?", "answer": COLOURS[index % 3]}
         if features:
             record["features"] = f"{index}.npz"
-            boxes = np.zeros((2, 4), np.float32)
+            boxes = np.tile(np.float32([0, 0, 1, 1]), (2, 1))
             np.savez(folder / f"{index}.npz", features=random.normal(size=(2, 6)).astype(np.float32), boxes=boxes)
         records.append(record)
     file = write_lines(folder / "questions.jsonl", records)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from shapes_runs import RECIPE, Environment, said
+from shapes_runs import RECIPE, Environment
 
 from villa.distributed.environment import Place, Started, first_node
 from villa.errors import ConfigError
@@ -194,4 +194,3 @@ def test_torchrun_within_srun_is_torchruns(slurm: Environment, tmp_path: Path) -
     done = ran(slurm, "srun", "-n2", "-N2", "bash", "-c", command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("on 2 processes (ddp)") == 2
-    assert said(slurm, "squeue", "-h") == ""

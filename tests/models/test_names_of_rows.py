@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from processor_batches import tiny_folder
+from safetensors.torch import load_file, save_file
 from saved_models import save_random
 from tokenizers import Tokenizer, models
 
@@ -26,6 +27,8 @@ from villa.engine.setup import Parts, build
 from villa.errors import CheckpointError
 from villa.models.base import DataFacts
 from villa.models.matching import Matching
+from villa.models.row_names import rows_of
+from villa.models.transformers_rows import word_modules
 
 WORDS = ("red", "green", "blue")
 COMMON = (
@@ -69,7 +72,7 @@ def write_data(folder: Path, regions: str) -> list[str]:
         record = {"id": str(index), "question": f"is it {WORDS[index % 3]} now?", "answer": WORDS[index % 3]}
         if regions == "files":
             record["features"] = f"{index}.npz"
-            boxes = np.zeros((2, 4), np.float32)
+            boxes = np.array([[0, 0, 1, 1], [0, 0, 0.5, 1]], np.float32)
             np.savez(folder / f"{index}.npz", features=random.normal(size=(2, 6)).astype(np.float32), boxes=boxes)
         if regions == "pixels":
             record["image"] = f"{index}.png"
@@ -181,7 +184,7 @@ def test_labels_may_differ_in_case_alone_or_altogether(tmp_path: Path, capsys: p
     data = [f"dataset.train={cased}", f"dataset.val={cased}", f"dataset.answers={tmp_path / 'cased.txt'}"]
     capsys.readouterr()
     found = started([*arguments, *data], run)
-    assert "labels by name: 3 of 3; by case alone: 'green' as 'Green', 'red' as 'RED'" in capsys.readouterr().out
+    assert "labels by name: 3 of 3; spelt otherwise: 'green' as 'Green', 'red' as 'RED'" in capsys.readouterr().out
     expected = scores(from_pretrained(tmp_path / "run").parts)
     assert {(id, label.lower()): score for (id, label), score in found.items()} == pytest.approx(expected, abs=1e-5)
     other = tmp_path / "other.jsonl"
@@ -337,3 +340,129 @@ def test_a_text_database_keeps_the_names_of_its_word_pieces(tmp_path: Path) -> N
         vocabulary = TextDatabase(tmp_path / name).vocabulary
         assert vocabulary is not None
         assert text_facts(vocabulary)["tokens"] == tuple(order)
+
+
+def plain_folder(folder: Path) -> tuple[list[str], Path, dict[tuple[str, str], float]]:
+    """A folder as transformers saves it; arguments that start from it, and the scores that it gives."""
+    arguments = trained("text_classifier", folder)
+    model = from_pretrained(folder / "run")
+    model.save_pretrained(folder / "plain")
+    shutil.rmtree(folder / "plain" / "villa")
+    arguments = [*(a for a in arguments if not a.startswith("model.options"))]
+    return [*arguments, f"model.checkpoint={folder / 'plain'}"], folder / "plain", scores(model.parts)
+
+
+def test_a_padded_vocabulary_is_read_by_its_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder, and of a file beside its vocabulary, whose embedding has rows without words up to a round number."""
+    arguments, plain, expected = plain_folder(tmp_path)
+    weights = load_file(plain / "model.safetensors")
+    name = "bert.embeddings.word_embeddings.weight"
+    words = weights[name]
+    weights[name] = torch.cat((words, torch.ones(64 - len(words), 16)))
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    described = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**described, "vocab_size": 64}))
+    capsys.readouterr()
+    assert started(arguments) == pytest.approx(expected, abs=1e-5)
+    told = capsys.readouterr().out
+    assert f"word-pieces by name: {len(words)} of {len(words)}; the file has 64 rows, the model {len(words)}\n" in told
+    assert_same(started(arguments, *other_data(tmp_path)), expected)
+    uniter = [*MODELS["uniter"], "model.intermediate_size=32", *write_data(tmp_path, "files"), *COMMON]
+    (tmp_path / "apart").mkdir()
+    tokenizer = Tokenizer.from_file(str(plain / "tokenizer.json"))
+    names = [str(tokenizer.id_to_token(row)) for row in range(len(words))]
+    (tmp_path / "apart" / "vocab.txt").write_text("".join(f"{name}\n" for name in names))
+    torch.save(weights, tmp_path / "apart" / "bert.pt")
+    for place in (plain, tmp_path / "apart" / "bert.pt"):
+        parts = build(load([*uniter, *other_data(tmp_path), f"model.checkpoint={place}"]).config)
+        tokens = parts.data.facts().tokens
+        assert tokens is not None
+        loaded: Any = parts.model.get_parameter("uniter.embeddings.word_embeddings.weight")
+        assert all(torch.equal(loaded[tokens.index(name)], words[row]) for row, name in enumerate(names))
+
+
+@pytest.mark.parametrize("spelling", ["{}", "LABEL_{}"])
+def test_labels_that_are_numbers_are_those_of_rows(
+    spelling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file without names of labels; but not where the data count from 1."""
+    arguments, plain, expected = plain_folder(tmp_path)
+    described = json.loads((plain / "config.json").read_text())
+    generic = {str(row): f"LABEL_{row}" for row in range(3)}
+    (plain / "config.json").write_text(json.dumps({**described, "id2label": generic}))
+    lines = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
+
+    def found(numbers: Sequence[int], order: Sequence[int]) -> dict[tuple[str, str], float]:
+        called = dict(zip(WORDS, (spelling.format(number) for number in numbers), strict=True))
+        changed = [{**line, "answer": called[line["answer"]]} for line in lines]
+        (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+        (tmp_path / "numbers.txt").write_text("".join(f"{called[WORDS[row]]}\n" for row in order))
+        splits = [f"dataset.{split}={tmp_path / 'numbers.jsonl'}" for split in ("train", "val")]
+        capsys.readouterr()
+        scored = started([*arguments, *splits], f"dataset.answers={tmp_path / 'numbers.txt'}")
+        words = {label: word for word, label in called.items()}
+        return {(id, words[label]): score for (id, label), score in scored.items()}
+
+    assert found((0, 1, 2), (2, 0, 1)) == pytest.approx(expected, abs=1e-5)
+    assert "labels by name: 3 of 3; " in capsys.readouterr().out.replace(", in another order", "; ")
+    if spelling == "{}":
+        assert found((1, 2, 3), (0, 1, 2)) == pytest.approx(expected, abs=1e-5)
+        assert "no names in the file: rows of labels are taken to be in the data's order" in capsys.readouterr().out
+
+
+def test_numbers_of_the_data_count_the_names_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, plain, expected = plain_folder(tmp_path)
+    named = json.loads((plain / "config.json").read_text())["id2label"]
+    number = {word: row for row, word in named.items()}
+    lines = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
+    changed = [{**line, "answer": number[line["answer"]]} for line in lines]
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    (tmp_path / "numbers.txt").write_text("2\n0\n1\n")
+    splits = [f"dataset.{split}={tmp_path / 'numbers.jsonl'}" for split in ("train", "val")]
+    capsys.readouterr()
+    scored = started([*arguments, *splits], f"dataset.answers={tmp_path / 'numbers.txt'}")
+    assert {(id, named[label]): score for (id, label), score in scored.items()} == pytest.approx(expected, abs=1e-5)
+    assert f"the data's labels are numbers: 0 is taken to be '{named['0']}', and so on\n" in capsys.readouterr().out
+
+
+def test_white_space_around_labels_is_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, plain, expected = plain_folder(tmp_path)
+    described = json.loads((plain / "config.json").read_text())
+    names = {"0": " red", "1": "green ", "2": "Blue"}
+    (plain / "config.json").write_text(json.dumps({**described, "id2label": names}))
+    capsys.readouterr()
+    assert_same(started([*arguments, *other_data(tmp_path)]), expected)
+    assert "; spelt otherwise: 'Blue' as 'blue', ' red' as 'red', 'green ' as 'green'\n" in capsys.readouterr().out
+
+
+def test_a_head_for_matching_has_rows_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not called classifier."""
+    folder = tiny_folder("bridgetower", tmp_path)
+    data = [a for a in write_data(tmp_path, "pixels") if "image_size" not in a]
+    lines = (tmp_path / "plain.jsonl").read_text()
+    for word, label in zip(WORDS, ("yes", "no", "no"), strict=True):
+        lines = lines.replace(f'"answer": "{word}"', f'"answer": "{label}"')
+    (tmp_path / "plain.jsonl").write_text(lines)
+    (tmp_path / "order.txt").write_text("yes\nno\n")
+    (tmp_path / "other.txt").write_text("no\nyes\n")
+    arguments = ["model=huggingface", "model.model_class=BridgeTowerForImageAndTextRetrieval", *data, *COMMON]
+    arguments += [f"dataset.processor={folder}", "model.task=classification"]
+    assert main([*arguments, f"model.checkpoint={folder}", f"output_dir={tmp_path / 'run'}"]) == 0
+    expected = scores(from_pretrained(tmp_path / "run").parts)
+    capsys.readouterr()
+    changed = [f"dataset.answers={tmp_path / 'other.txt'}", f"model.checkpoint={tmp_path / 'run'}"]
+    assert started(arguments, *changed) == pytest.approx(expected, abs=1e-5)
+    assert "labels by name: 2 of 2, in another order\n" in capsys.readouterr().out
+
+
+def test_a_decoder_inside_a_model_has_rows_of_words_too() -> None:
+    """BLIP's model for questions reads by one table and writes by another one."""
+    from transformers import BlipConfig, BlipForQuestionAnswering
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BlipConfig(text_config={**sizes, "vocab_size": 60}, vision_config={**sizes, "image_size": 32})
+    model: Any = BlipForQuestionAnswering(config)
+    found = rows_of(model, word_modules(model), [])
+    expected = [name for name, value in model.named_parameters(remove_duplicate=False) if value.shape[0] == 60]
+    assert len(expected) == 5
+    assert sorted(found) == sorted(expected)

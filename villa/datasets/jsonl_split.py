@@ -227,9 +227,10 @@ class Lists:
             return np.zeros(self._count, np.int32)
         found = of(range(int(values.max()) + 1))[values]
         if not self._ends:
-            summed: Numbers = found.reshape(-1, self._size).sum(1, dtype=np.int32)
-            return summed
-        return np.diff(np.append(0, np.cumsum(found))[self._ends], prepend=0)
+            rows: Numbers = found.reshape(-1, self._size).sum(1, dtype=np.int32)
+            return rows
+        sums = np.append(0, np.cumsum(found))[self._ends]
+        return np.diff(sums, prepend=0)
 
 
 class _Lengths(Sequence[int]):

@@ -121,7 +121,7 @@ def _of_transformers(folder: Path, name: str | None) -> DataFacts:
     place: Any = folder if name is None else name
     facts = DataFacts()
     try:
-        processor = load_processor(place, local=True)
+        processor = load_processor(place, local=name is None)  # the rest of a name is downloaded later, too
         tokenizer = getattr(processor, "tokenizer", processor)
         if len(tokenizer) > len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
             texts = text_facts(processor)

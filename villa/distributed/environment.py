@@ -102,7 +102,7 @@ class Started:
             if ranks is not None and ranks[:2] != (srun and srun[:2]):
                 return cls(program, _variables(*ranks))
         direct = environment.get("SLURM_TASK_PID") == str(os.getpid())
-        if srun is None or not (direct or _is_task(environment)):
+        if srun is None or not _is_task(environment, direct=direct):
             return None
         return cls("srun", _variables(*srun) | _meeting_point(environment), direct)
 
@@ -161,19 +161,24 @@ def first_node(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodes)
 
 
-def _is_task(environment: Mapping[str, str]) -> bool:
+def _is_task(environment: Mapping[str, str], *, direct: bool) -> bool:
     """Whether this is within one of the tasks of the step that the variables are of.
 
     It is not in a shell in a terminal (``srun --pty``), of whose tasks only the first one goes on, nor in a job that a
     step has submitted, whose script has the step's variables. What srun starts has no terminal, wherever it is called.
+
+    Args:
+        environment: the variables.
+        direct: srun has started this very process, or a script has become it: it is no command of a shell.
     """
+    in_terminal = bool(environment.get("SLURM_PTY_PORT")) and not direct
     try:
         parent, terminal = _status(environment["SLURM_TASK_PID"])
         daemon = Path(f"/proc/{parent}/cmdline").read_text()
     except (OSError, LookupError):
-        return not environment.get("SLURM_PTY_PORT")
+        return not in_terminal
     of_script = re.search(r"slurmstepd: \[\d+\.(batch|interactive|extern)\]", daemon)
-    return not of_script and not (environment.get("SLURM_PTY_PORT") and terminal != "0")
+    return not of_script and not (in_terminal and terminal != "0")
 
 
 def _status(process: str) -> tuple[str, str]:

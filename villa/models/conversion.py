@@ -81,7 +81,7 @@ def _place_rows(
     if matching is None or not isinstance(model, Model):
         return ()
     rows = model.named_rows()
-    notes = matching.notes({name: value for name, value in weights.items() if name in expected}, rows)
+    notes = matching.notes(weights, expected, rows)
     matching.place(weights, expected, rows)
     return notes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from villa.errors import CheckpointError
 from villa.models.base import DataFacts, RowKind
 from villa.models.load_report import listed
 
-#: What transformers calls labels that nobody has named.
-_GENERIC = re.compile(r"LABEL_\d+")
+#: What transformers calls labels that nobody has named, and numbers, which data without names have.
+_GENERIC, _NUMBER = re.compile(r"LABEL_(\d+)"), re.compile(r"(?:LABEL_)?(\d+)")
 #: Facts of reading that no weights can be used without.
 _DECISIVE = ("feature extractor", "kind of tokenizer")
 _SPECIAL = ("[CLS]", "[SEP]", "[MASK]")
 _WORDS: dict[RowKind, str] = {"tokens": "word-pieces", "labels": "labels"}
 _FRESH = -1
+#: Vocabularies are brought to a multiple of one of these.
+_PADDED = (8, 16, 32, 64, 128, 256, 512)
 
 Name = str | None
 
@@ -37,15 +40,22 @@ class Matching:
     """
 
     def __init__(self, source: str, given: DataFacts, wanted: DataFacts) -> None:
-        self.source, self.given, self.wanted = source, given, wanted
+        self.source, self.given = source, given
+        counted = _counted(given.labels, wanted.labels)
+        self._numbered = counted is not None
+        self.wanted = wanted = wanted if counted is None else replace(wanted, labels=counted)
         self._names: dict[RowKind, tuple[Sequence[Name] | None, Sequence[Name] | None]] = {
             "tokens": (given.tokens, wanted.tokens),
-            "labels": (_usable(given.labels), _usable(wanted.labels)),
+            "labels": (_usable(given.labels, wanted.labels), _usable(wanted.labels, given.labels)),
         }
         self._check()
 
+    def names(self, kind: RowKind) -> bool:
+        """Whether both sides name their rows."""
+        return None not in self._names[kind]
+
     def moves(self, kind: RowKind) -> bool:
-        """Whether rows are to be matched: both sides name them, and not alike."""
+        """Whether both sides name their rows, and not alike."""
         given, wanted = self._names[kind]
         return given is not None and wanted is not None and tuple(given) != tuple(wanted)
 
@@ -56,10 +66,12 @@ class Matching:
         stay as they are.
         """
         theirs, ours = self._names[kind]
-        if theirs is None or ours is None or not self.moves(kind):
+        if theirs is None or ours is None or (given == wanted and not self.moves(kind)):
             return None
         named = self.given.vocab_size if kind == "tokens" else len(theirs)
-        if named not in (None, given) or (kind == "labels" and len(ours) != wanted):
+        if named is not None and given != named and not (kind == "tokens" and _is_padded(named, given)):
+            return None
+        if kind == "labels" and len(ours) != wanted:
             return None
         theirs, ours = _filled(theirs, given), _filled(ours, wanted)
         places = {name: row for row, name in enumerate(theirs) if name is not None}
@@ -68,7 +80,7 @@ class Matching:
             for row, name in enumerate(ours)
         ]
         if kind == "labels":
-            _match_case(found, theirs, ours)
+            _match_spelling(found, theirs, ours)
         return torch.tensor(found)
 
     def place(
@@ -101,19 +113,27 @@ class Matching:
                     )
                 del weights[name]
                 continue
-            taken = given[found.clamp(min=0)].to(ours)
-            weights[name] = torch.where(known.view(-1, *[1] * (ours.dim() - 1)), taken, ours)
+            placed = ours.clone()
+            placed[known] = given[found[known]].to(ours)
+            weights[name] = placed
 
-    def notes(self, loaded: Mapping[str, Tensor], rows: Mapping[str, RowKind]) -> tuple[str, ...]:
+    def notes(
+        self, loaded: Mapping[str, Tensor], fresh: Mapping[str, Tensor], rows: Mapping[str, RowKind]
+    ) -> tuple[str, ...]:
         """Say what became of the rows that were named, or what was assumed of those that were not.
 
         Args:
-            loaded: tensors of the file that the model has, under its names, before they were put in order.
+            loaded: tensors of the file under the model's names, before they were put in order.
+            fresh: the model's own values.
             rows: see ``place``.
         """
-        kinds = {kind: len(loaded[name]) for name, kind in rows.items() if name in loaded and loaded[name].dim()}
-        notes = [self._moved(kind, size) for kind, size in kinds.items() if self.moves(kind)]
-        return (*filter(None, notes), *self._assumed([kind for kind in kinds if not self.moves(kind)]))
+        both = [(name, kind) for name, kind in rows.items() if name in loaded and name in fresh and fresh[name].dim()]
+        kinds = {kind: (len(loaded[name]), len(fresh[name])) for name, kind in both if loaded[name].dim()}
+        moved = [kind for kind, sizes in kinds.items() if self.moves(kind) or self.rows(kind, *sizes) is not None]
+        notes = [self._moved(kind, *kinds[kind]) for kind in moved]
+        if self._numbered and "labels" in kinds:
+            notes.append(f"the data's labels are numbers: 0 is taken to be '{(self.given.labels or ())[0]}', and so on")
+        return (*notes, *self._assumed([kind for kind in kinds if kind not in moved]))
 
     def reading(self) -> tuple[str, ...]:
         """Say what is read otherwise than it was when the weights were trained."""
@@ -138,15 +158,16 @@ class Matching:
                 "the data: they were made with another tokenizer; make them with that of the checkpoint"
             )
 
-    def _moved(self, kind: RowKind, given: int) -> str | None:
+    def _moved(self, kind: RowKind, given: int, wanted: int) -> str:
         theirs, ours = self._names[kind]
         assert theirs is not None
         assert ours is not None
-        found = self.rows(kind, given, len(ours))
+        found = self.rows(kind, given, wanted)
         if found is None:
             return (
                 f"{len(theirs)} names for {given} {_WORDS[kind]} of the file: rows are taken to be in the data's order"
             )
+        ours = _filled(ours, wanted)
         named = [row for row, name in enumerate(ours) if name is not None]
         fresh = [f"'{ours[row]}'" for row in named if found[row] < 0]
         used = set(found.tolist())
@@ -161,8 +182,10 @@ class Matching:
         if unused:
             parts.append(f"not used: {listed(unused)}")
         if changed:
-            parts.append(f"by case alone: {listed(changed)}")
-        if len(parts) == 1:
+            parts.append(f"spelt otherwise: {listed(changed)}")
+        if not self.moves(kind):
+            parts.append(f"the file has {given} rows, the model {wanted}")
+        elif len(parts) == 1:
             parts[0] += ", in another order"
         return "; ".join(parts)
 
@@ -189,11 +212,37 @@ class Matching:
         return named is not None and named == self.wanted.reading.get("tokenizer")
 
 
-def _usable(labels: Sequence[str] | None) -> Sequence[str] | None:
-    """Labels that can be told from each other by their names; None where they have none, or not each its own."""
-    if not labels or len(set(labels)) < len(labels) or all(_GENERIC.fullmatch(label) for label in labels):
+def _usable(labels: Sequence[str] | None, others: Sequence[str] | None) -> Sequence[str] | None:
+    """Labels that can be told from each other by their names; None where they have none, or not each its own.
+
+    ``LABEL_0``, ... are names where the other side has such, too, or numbers among theirs: a number may mean another
+    row where counting starts with 1.
+    """
+    if not labels or len(set(labels)) < len(labels):
         return None
-    return labels
+    if not all(map(_GENERIC.fullmatch, labels)) or (others and all(map(_GENERIC.fullmatch, others))):
+        return labels
+    ours, theirs = _numbers(labels), _numbers(others or ())
+    return labels if theirs and (ours <= theirs or theirs <= ours) else None
+
+
+def _counted(given: Sequence[str] | None, wanted: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names that labels of the data mean which are the numbers 0, 1, ... of those of the file; else None."""
+    if not given or not wanted or len(given) != len(wanted) or {*wanted} != {str(row) for row in range(len(given))}:
+        return None
+    named = not any(map(_NUMBER.fullmatch, given)) and len({*given}) == len(given)
+    return tuple(given[int(label)] for label in wanted) if named else None
+
+
+def _numbers(labels: Sequence[str]) -> set[int]:
+    """The numbers that labels are; none if one is another word."""
+    found = [_NUMBER.fullmatch(label) for label in labels]
+    return {int(match[1]) for match in found if match} if all(found) else set()
+
+
+def _is_padded(rows: int, given: int) -> bool:
+    """Whether a table of ``rows`` was brought to a size that is fast to compute with."""
+    return any(given == -(-rows // size) * size for size in _PADDED)
 
 
 def _filled(names: Sequence[Name], rows: int) -> list[Name]:
@@ -201,17 +250,23 @@ def _filled(names: Sequence[Name], rows: int) -> list[Name]:
     return [*names[:rows], *[None] * (rows - len(names))]
 
 
-def _match_case(found: list[int], theirs: Sequence[Name], ours: Sequence[Name]) -> None:
-    """Find labels that differ in case alone, where it is clear which is meant."""
-    used, folded = set(found), Counter(name.casefold() for name in ours if name is not None)
+def _match_spelling(found: list[int], theirs: Sequence[Name], ours: Sequence[Name]) -> None:
+    """Find labels that differ in case, white space around them or ``LABEL_``, where it is clear which is meant."""
+    used, alike = set(found), Counter(map(_folded, ours))
     left: dict[str, list[int]] = {}
     for row, name in enumerate(theirs):
         if name is not None and row not in used:
-            left.setdefault(name.casefold(), []).append(row)
+            left.setdefault(_folded(name), []).append(row)
     for row, name in enumerate(ours):
-        if found[row] == _FRESH and name is not None and folded[name.casefold()] == 1:
-            rows = left.get(name.casefold(), [])
+        if found[row] == _FRESH and name is not None and alike[_folded(name)] == 1:
+            rows = left.get(_folded(name), [])
             found[row] = rows[0] if len(rows) == 1 else _FRESH
+
+
+def _folded(name: Name) -> str:
+    name = (name or "").strip()
+    number = _GENERIC.fullmatch(name)
+    return number[1] if number else name.casefold()
 
 
 def _is_renamed(theirs: Sequence[Name], row: int, name: Name) -> bool:

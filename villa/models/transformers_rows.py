@@ -38,15 +38,16 @@ def load_matched(
         CheckpointError: see ``load_pretrained``; or positions are counted from another padding than the data's.
     """
     kind, config = type(transformer), transformer.config
-    if matching is None or not (matching.moves("tokens") or matching.moves("labels")):
+    moved = set() if matching is None else _moved(config, source, matching)
+    if matching is None or not moved:
         loaded, report = load_pretrained(kind, source, config)
-        return loaded, _told(loaded, report, matching, rows)
-    loaded, report = load_pretrained(kind, source, _as_saved(config, source, matching))
-    report = _told(loaded, report, matching, rows)
+        return loaded, _told(loaded, loaded, report, matching, rows)
+    loaded, report = load_pretrained(kind, source, _as_saved(config, source, moved))
     config = copy.deepcopy(config)
-    if matching.moves("tokens"):
+    if "tokens" in moved:
         _settle_ids(config, loaded, matching)
     made = kind._from_config(config, dtype=torch.float32)
+    report = _told(loaded, made, report, matching, rows)
     weights = {name: value for name, value in loaded.state_dict().items() if name not in report.missing}
     matching.place(weights, made.state_dict(), rows(made))
     made.load_state_dict(weights, strict=False)
@@ -58,38 +59,62 @@ def load_matched(
 
 
 def word_modules(transformer: Any) -> list[nn.Module]:
-    """Return the embedding and the decoder of word-pieces of a model of transformers."""
-    found = []
-    for method in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found.append(getattr(transformer, method)())
-        except (AttributeError, NotImplementedError):
-            continue
+    """Return the embeddings and decoders of word-pieces of a model of transformers, and of the models inside it."""
+    found = _words_of(transformer)
     if not any(isinstance(module, nn.Embedding) for module in found):
         size = getattr(transformer.config.get_text_config(), "vocab_size", None)
         tables = (module for module in transformer.modules() if isinstance(module, nn.Embedding))
-        found += [next((table for table in tables if table.num_embeddings == size), None)]
+        found += [table for table in tables if table.num_embeddings == size][:1]
+    sizes = {module.num_embeddings for module in found if isinstance(module, nn.Embedding)}
+    inner = (module for module in transformer.modules() if hasattr(module, "get_input_embeddings"))
+    more = (module for model in inner for module in _words_of(model))
+    found += [module for module in more if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) in sizes]
+    return list({id(module): module for module in found}.values())
+
+
+def _words_of(model: Any) -> list[nn.Module]:
+    """What a model of transformers says are its embedding of words and their decoder, as far as it does."""
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, method)())
+        except (AttributeError, NotImplementedError):
+            continue
     return [module for module in found if isinstance(module, nn.Module)]
 
 
+def _moved(config: Any, source: str, matching: Matching) -> set[RowKind]:
+    """What is to be matched: rows that are named otherwise than the data's, or as many more."""
+    moved: set[RowKind] = {kind for kind in ("tokens", "labels") if matching.moves(kind)}
+    if matching.names("tokens"):
+        theirs, ours = (getattr(one.get_text_config(), "vocab_size", None) for one in (stored_config(source), config))
+        moved |= {"tokens"} if theirs != ours else set()
+    return moved
+
+
 def _told(
-    loaded: Any, report: LoadReport, matching: Matching | None, rows: Callable[[Any], Mapping[str, RowKind]]
+    loaded: Any,
+    made: Any,
+    report: LoadReport,
+    matching: Matching | None,
+    rows: Callable[[Any], Mapping[str, RowKind]],
 ) -> LoadReport:
-    """Add what became of the rows to a report."""
+    """Add what becomes of the rows of a loaded model in the one that is made for the data to a report."""
     if matching is None:
         return report
     values = loaded.state_dict()
-    return replace(report, rows=matching.notes({name: values[name] for name in report.loaded}, rows(loaded)))
+    given = {name: values[name] for name in report.loaded}
+    return replace(report, rows=matching.notes(given, made.state_dict(), rows(made)))
 
 
-def _as_saved(config: Any, source: str, matching: Matching) -> Any:
+def _as_saved(config: Any, source: str, moved: set[RowKind]) -> Any:
     """The configuration with the numbers of word-pieces and labels, and the special word-pieces, of the files."""
     saved, own = stored_config(source), copy.deepcopy(config)
-    if matching.moves("labels"):
+    if "labels" in moved:
         own.id2label, own.label2id = saved.id2label, saved.label2id
         if hasattr(own, "num_qa_labels"):  # LXMERT's own
             own.num_qa_labels = saved.num_qa_labels
-    if matching.moves("tokens"):
+    if "tokens" in moved:
         for ours, theirs in zip(_parts(own), _parts(saved), strict=False):
             for name, value in theirs.to_dict().items():
                 if name == "vocab_size" or name.endswith(_IDS):

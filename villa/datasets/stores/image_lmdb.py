@@ -61,6 +61,7 @@ class ImageDatabase:
         counts_file = boxes.counts_file()
         self._counts_file = folder / counts_file if counts_file and (folder / counts_file).exists() else None
         self.folder = self._find(folder)
+        self._checked: set[int] = set()
         self._cut = self.boxes.fixed is not None or self.folder.name == self.boxes.folder()
         check_sizes(folder / f"{self.folder.name}{SUFFIX}")
         self._reader = LmdbReader(self.folder)
@@ -110,10 +111,7 @@ class ImageDatabase:
             raise self._unusable(name, f"norm_bb of shape {list(boxes.shape)}; needed: [{len(features)}, {BOX_WIDTH}]")
         rows = self._rows(name, len(features))
         features, boxes = features[rows], boxes[rows].astype(np.float32)
-        try:
-            check_boxes(boxes, allow_empty=self._allow_empty)
-        except ValueError as error:
-            raise self._unusable(name, str(error)) from error
+        self._check_once(name, boxes)
         if not features.flags.writeable:  # a view of the mapped file, or of bytes
             features = np.array(features)
         return torch.from_numpy(features), torch.from_numpy(boxes)
@@ -251,6 +249,17 @@ class ImageDatabase:
 
     def _keys(self) -> Iterator[str]:
         return (key for key in self._reader if key != NAMES_KEY)
+
+    def _check_once(self, name: str, boxes: Array) -> None:
+        """Check the boxes of an image when this process reads it first: the file does not change meanwhile."""
+        key = hash(name)
+        if key in self._checked:
+            return
+        try:
+            check_boxes(boxes, allow_empty=self._allow_empty)
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
+        self._checked.add(key)
 
     def _rows(self, name: str, stored: int) -> Rows:
         """Return which of the rows stored of an image are used; where all are that a detector gave, the surest."""

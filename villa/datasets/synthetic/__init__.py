@@ -62,7 +62,7 @@ def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Pa
 
 def _generate(task: str, examples: int, folder: Path, write: Callable[[str, int, Path], None]) -> None:
     """Write everything into a temporary folder and rename it; the caller holds the lock."""
-    for left in folder.parent.glob(f"{folder.name}.*.tmp"):
+    for left in folder.parent.glob(f"{folder.name}.*tmp"):
         shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")  # nobody can put a link there
     write(task, examples, temporary)

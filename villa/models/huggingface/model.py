@@ -28,6 +28,8 @@ from villa.models.transformers_model import TransformersModel, name_labels
 from villa.models.weight_files import read_weights
 from villa.registry import register_model
 
+#: What models of transformers call their head for labels, or for whether an image and a text belong together.
+_HEADS = ("classifier", "itm_head", "itm_score", "rank_output")
 #: Fields of a batch that models of transformers know by the same names.
 _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
@@ -87,7 +89,7 @@ class HuggingFaceModel(TransformersModel):
         file = Path(source).expanduser() / HEAD
         weights = read_weights(file) if file.is_file() else {}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
-        notes = () if matching is None else matching.notes(weights, self.named_rows())
+        notes = () if matching is None else matching.notes(weights, own, self.named_rows())
         if matching is not None:
             matching.place(weights, own, self.named_rows())
         check_shapes(file, weights, own)
@@ -133,7 +135,8 @@ class HuggingFaceModel(TransformersModel):
         """The classification head."""
         if self.head is not None:
             return ("head",)
-        return ("transformer.classifier",) if self.task == "classification" else ()
+        own = next((name for name in _HEADS if hasattr(self.transformer, name)), "classifier")
+        return (f"transformer.{own}",) if self.task == "classification" else ()
 
     @classmethod
     def _build(cls, config: HuggingFaceConfig, facts: DataFacts, described: Any) -> HuggingFaceModel:
