@@ -58,7 +58,7 @@ def test_images_are_resized_and_scaled(images: list[Path], write_lines: WriteLin
     assert batch.input_ids.equal(batch_of(words).input_ids)
     facts = dataset.facts()
     texts = words.facts()
-    assert facts == replace(texts, reading={**texts.reading, **pixel_reading(32)})
+    assert facts == replace(texts, reading={**texts.reading, "regions": "pixels", **pixel_reading(32)})
     assert facts.feature_dim is None
     assert list(dataset.split("train").lengths) == list(words.split("train").lengths)
 
