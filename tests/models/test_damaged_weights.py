@@ -11,7 +11,7 @@ from damage import damaged, damaged_json, damaged_safetensors, flipped, fuzz, sa
 from hypothesis import given
 from safetensors.torch import save_file
 
-from villa.datasets.text import build_tokenizer, encode, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.datasets.text import build_tokenizer, encode_texts, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import CheckpointError, DataError
 from villa.models.weight_files import read_weights
 
@@ -73,7 +73,7 @@ def test_tokenizers(folder: Path, draw: random.Random) -> None:
     path.write_bytes(change(data, draw))
     try:
         tokenizer = load_tokenizer(path)
-        assert vocabulary_size(tokenizer) > int(encode(tokenizer, "is it a red square?", 8).max())
+        assert vocabulary_size(tokenizer) > int(encode_texts(tokenizer, "is it a red square?", None, 8)[0].max())
     except DataError as error:
         assert len(str(error).splitlines()) == 1  # noqa: PT017
 

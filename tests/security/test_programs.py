@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from tiny_runs import SHAPES
 
-from villa.cli.command import printable
 from villa.cli.run import main
 from villa.datasets.stores.base import Source
 from villa.datasets.stores.grid import GridExtractor, GridOptions
@@ -23,6 +22,7 @@ from villa.launch.base import Request
 from villa.launch.folder import prepare
 from villa.launch.local import _python
 from villa.launch.slurm import python_of_jobs
+from villa.streams import visible
 
 ROOT = Path(__file__).parents[2]
 #: Modules that a run imports, of Python, of others and of its own.
@@ -113,7 +113,7 @@ def test_no_line_of_a_job_script_is_a_folders_name(tmp_path: Path, monkeypatch: 
 
 
 def test_what_a_terminal_would_obey_is_shown() -> None:
-    shown = printable("a\x1b]0;title\x07\x9b31m\u202eb\tc\nd\u3000é", sys.stderr)
+    shown = visible("a\x1b]0;title\x07\x9b31m\u202eb\tc\nd\u3000é")
     assert shown == "a\\x1b]0;title\\x07\\x9b31m\\u202eb\tc\nd\u3000é"
 
 
