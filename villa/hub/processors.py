@@ -12,7 +12,7 @@ from villa.datasets.text import SPECIAL_TOKENS, TOKENIZER_FILE, load_tokenizer
 VOCABULARY_FILE = "vocab.txt"
 
 
-def write(assets: Path, folder: Path, max_length: int | None) -> bool:
+def write_processor(assets: Path, folder: Path, max_length: int | None) -> bool:
     """Write what the assets of a data set hold.
 
     Args:

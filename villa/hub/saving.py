@@ -11,9 +11,10 @@ from villa.engine.checkpoint_layout import ASSETS, CONFIG
 from villa.engine.folder import METRICS
 from villa.engine.setup import Parts
 from villa.files import atomic_write, write_json
-from villa.hub import processors, weights
+from villa.hub import weights
 from villa.hub.card import CARD, Described, model_card
 from villa.hub.folder import OWN, PROVENANCE
+from villa.hub.processors import write_processor
 from villa.hub.publishing import published
 from villa.hub.recipes import portable
 from villa.hub.source import Source
@@ -42,7 +43,7 @@ def save_pretrained(parts: Parts, source: Source, folder: str | Path) -> Path:
         parts.save_assets(own / ASSETS)
         labels = label_names(parts.data)
         weights.write(parts.model, parts.config.model, labels, temporary)
-        reads_text = processors.write(own / ASSETS, temporary, getattr(parts.config.dataset, "max_text_length", None))
+        reads_text = write_processor(own / ASSETS, temporary, getattr(parts.config.dataset, "max_text_length", None))
         if labels is not None:
             write_json(temporary / LABELS, list(labels))
         atomic_write(own / CONFIG, to_yaml(portable(parts.config, parts.model)))
