@@ -21,7 +21,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.cli.run import main
 from villa.config import RunConfig, from_yaml
-from villa.config.released import released_recipe
+from villa.convert.configurations import released_recipe
 from villa.losses.pretraining import Pretraining as PretrainingLoss
 from villa.registry import DATASETS
 

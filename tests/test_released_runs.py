@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from villa.cli.run import main
-from villa.config.released import read_options, released_recipe
+from villa.convert.configurations import read_options, released_recipe
 
 GIVEN = os.environ.get("VILLA_RELEASED_RUNS")
 FOLDER = Path(GIVEN or GOLDEN / "e2e")

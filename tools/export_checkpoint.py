@@ -28,7 +28,7 @@ def _export(argv: Sequence[str] | None) -> int:
     parser.add_argument("--format", choices=("pt", "safetensors"), help="by default as the output is called")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     options = parser.parse_args(argv)
-    from villa.models.export import export_checkpoint
+    from villa.convert.checkpoints import export_checkpoint
 
     report = export_checkpoint(
         options.source, options.output, layout=options.layout, file_format=options.format, force=options.force

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from villa.cli.command import Parser, run_command
-from villa.datasets.raw.feature_folder import make_image_database
-from villa.datasets.stores.box_selection import BoxSelection
+from villa.convert.features import make_image_database
+from villa.datasets.uniter.box_selection import BoxSelection
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from villa.batch import Batch
-from villa.datasets.easy_vqa import EasyVqa, EasyVqaConfig
+from villa.datasets.own.easy_vqa import EasyVqa, EasyVqaConfig
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
 
@@ -110,7 +110,7 @@ def test_assets_replace_the_training_data(tmp_path: Path, monkeypatch: pytest.Mo
     config = EasyVqaConfig(grid=2)
     original = EasyVqa(config)
     original.save_assets(tmp_path / "assets")
-    monkeypatch.setattr("villa.datasets.easy_vqa._read", None)
+    monkeypatch.setattr("villa.datasets.own.easy_vqa._read", None)
     loaded = EasyVqa(config, assets=tmp_path / "assets")
     assert loaded.facts() == original.facts()
     record = {"image": str(images[0]), "question": "what color is the shape?"}

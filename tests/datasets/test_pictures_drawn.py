@@ -11,7 +11,7 @@ from PIL import Image
 
 from villa.cli.run import main
 from villa.config import load
-from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.synthetic.pictures import COLOURS, PICTURES, SHAPES, write_pictures
 from villa.errors import ConfigError
 

@@ -23,11 +23,11 @@ from villa.config import load
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
-from villa.datasets.database_split import ConcatenatedSplit
 from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
-from villa.distributed.share import Share
+from villa.datasets.uniter.database_split import ConcatenatedSplit
 from villa.errors import ConfigError, DataError
+from villa.share import Share
 
 COUNT, BAD = 24, 5
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_processes_of_runs import SHORT, printed
 
-from villa.engine.checkpoint import FOLDER, CheckpointStore, load
+from villa.checkpoints.store import FOLDER, CheckpointStore, load
 
 SHARDED, BACKGROUND = "checkpoint.sharded=true", "checkpoint.asynchronous=true"
 RUN = (*SHORT, "evaluation.split=null", "run_type=train", "checkpoint.every=1", "checkpoint.resume=true")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from villa.engine.checkpoint import FOLDER, CheckpointStore, load, resolve
+from villa.checkpoints.store import FOLDER, CheckpointStore, load, resolve
 from villa.errors import CheckpointError, ConfigError
 
 FILES = ("model.safetensors", "training_state.pt", "config.yaml", "assets/labels.txt", "manifest.json")
@@ -317,7 +317,7 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from villa.engine.checkpoint import CheckpointStore
+from villa.checkpoints.store import CheckpointStore
 from villa.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

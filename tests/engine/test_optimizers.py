@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.engine.bert_adamw import BertAdamW
+from villa.engine.optimizers import BertAdamW
 from villa.engine.parameter_groups import parameter_groups
 from villa.errors import ConfigError
 from villa.models.base import DataFacts, Model, ModelOutput

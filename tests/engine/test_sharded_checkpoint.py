@@ -21,15 +21,14 @@ from tiny_runs import error, metrics, run, training
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from villa.distributed.share import Share
-from villa.engine import checkpoint_files
-from villa.engine.callbacks.base import Callback
-from villa.engine.checkpoint import FOLDER, CheckpointStore, load
-from villa.engine.sharded_checkpoint import Part, Shards, _tile, join_optimizer, part_of, split_optimizer
-from villa.engine.tensors import staged
-from villa.engine.training import Training, fit
+from villa.checkpoints import files as checkpoint_files
+from villa.checkpoints.shards import Part, Shards, _tile, join_optimizer, part_of, split_optimizer
+from villa.checkpoints.store import FOLDER, CheckpointStore, load
+from villa.checkpoints.tensors import staged
+from villa.checkpoints.weight_files import read_weights
+from villa.engine.loop import Callback, Training, fit
 from villa.errors import CheckpointError
-from villa.models.weight_files import read_weights
+from villa.share import Share
 from villa.signals import Interrupted
 from villa.trainers.base import Logs
 
@@ -426,7 +425,7 @@ def test_a_torch_without_such_shards_is_refused_before_anything_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
-    monkeypatch.delitem(sys.modules, "villa.engine.sharded_checkpoint")
+    monkeypatch.delitem(sys.modules, "villa.checkpoints.shards")
     assert run(tmp_path / "run", SHARDED) == 2
     assert "has no shards in the safetensors layout; install 2.9 or later" in error(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_runs import SHAPES, colours, error, lines, log, metrics, run, seal, training, updates
 
+from villa.checkpoints.store import Checkpoint
 from villa.cli.run import main
 from villa.config import load
-from villa.engine.checkpoint import Checkpoint
+from villa.engine.loop import fit
 from villa.engine.train import restore
-from villa.engine.training import fit
 
 #: One validation every two updates, all checkpoints kept.
 EVALUATED = ("evaluation.every=2", "checkpoint.keep=99")

@@ -12,10 +12,10 @@ from processor_batches import tiny_folder
 from safetensors.torch import load_file, save_file
 
 import villa
-from villa.datasets.processor_loading import load_processor
+from villa.checkpoints.transformers_folder import find_config, load_pretrained
+from villa.datasets.own.processors import load_processor
 from villa.errors import CheckpointError, ConfigError
 from villa.models.huggingface.classes import model_class
-from villa.models.transformers_folder import find_config, load_pretrained
 from villa.vetting import vetted, vetted_config
 
 REPOSITORY = "someone/kernels"

@@ -15,10 +15,10 @@ import yaml
 from saved_runs import requests, train
 
 import villa
+from villa.checkpoints.files import read_manifest, write_manifest
+from villa.checkpoints.layout import MANIFEST as CHECKPOINT_MANIFEST
 from villa.cli.run import main
 from villa.config import load
-from villa.engine.checkpoint_files import read_manifest, write_manifest
-from villa.engine.checkpoint_layout import MANIFEST as CHECKPOINT_MANIFEST
 from villa.errors import ConfigError, DataError
 from villa.files import local_path
 from villa.hub.folder import MANIFEST

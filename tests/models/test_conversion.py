@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from villa.errors import CheckpointError
 from villa.models.base import DataFacts
-from villa.models.conversion import load_weights
-from villa.models.heads.classification import UniterForClassification
+from villa.models.loading import load_weights
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
-from villa.models.uniter import Uniter
+from villa.models.uniter.heads import UniterForClassification
+from villa.models.uniter.model import Uniter
 
 Build = Callable[..., Uniter]
 Weights = dict[str, Tensor]

@@ -11,8 +11,8 @@ import torch
 from processor_batches import ANSWERS, GENERATIVE, TARGETS, tiny, tiny_folder, write_questions
 
 import villa
+from villa.checkpoints.store import load
 from villa.cli.run import main
-from villa.engine.checkpoint import load
 from villa.models.base import DataFacts, Task
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel

@@ -14,7 +14,7 @@ from villa.cli.run import main
 from villa.config import load
 from villa.engine.setup import build
 from villa.planning.dry_run import plan_of_run, plan_recipe
-from villa.planning.units import in_bytes, in_units
+from villa.planning.plan import in_bytes, in_units
 from villa.registry import register_trainer
 from villa.trainers.base import Logs, Passes, Trainer
 

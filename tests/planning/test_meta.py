@@ -3,8 +3,8 @@ import torch
 from planned import FACTS, batch_of, model_of, recipe
 
 from villa.models.base import DataFacts
-from villa.planning.kernels import Kernels
 from villa.planning.meta import MetaTensors, meta_batch, meta_copy
+from villa.planning.passes import Kernels
 
 
 def test_masks_decide_about_shapes() -> None:

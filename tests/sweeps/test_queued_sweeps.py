@@ -50,7 +50,7 @@ def start(number: str) -> None:
 
 @pytest.fixture(autouse=True)
 def queue(monkeypatch: pytest.MonkeyPatch) -> type[Waiting]:
-    monkeypatch.setattr("villa.sweeps.queued._PAUSE", 0.0)
+    monkeypatch.setattr("villa.sweeps.running._PAUSE", 0.0)
     monkeypatch.setattr(Waiting, "jobs", {})
     monkeypatch.setattr(Waiting, "arrays", [])
     if "waiting" not in LAUNCHERS.names():

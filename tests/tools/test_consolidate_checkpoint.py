@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import metrics, run
 from tool_runs import TOOLS, load_tool
 
-from villa.engine.checkpoint import FOLDER, load
+from villa.checkpoints.store import FOLDER, load
 
 TRAINED = ("checkpoint.sharded=true", "evaluation.every=2", "checkpoint.keep=9")
 TOOL = load_tool("consolidate_checkpoint")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
-from villa.engine.precision import Precision
+from villa.engine.passes import Precision
 from villa.engine.updater import Updater
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
 from villa.models.base import Model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.losses.pretraining import Pretraining
 from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
+from villa.models.uniter.model import Uniter
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer

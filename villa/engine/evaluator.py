@@ -11,7 +11,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.datasets.stream import StandIn
 from villa.distributed.strategy import Strategy
-from villa.engine.precision import Precision
+from villa.engine.passes import Precision
 from villa.evaluation.metrics import Metric
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput, Written

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from villa.checkpoints.store import CheckpointStore
 from villa.datasets.base import Split
 from villa.datasets.stream import evaluation_batches
-from villa.engine.answers import answer_file, collected, write_answers
-from villa.engine.checkpoint import CheckpointStore
+from villa.engine.answers import answer_file, collected, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
-from villa.engine.folder import CURVES, LOG, METRICS
-from villa.engine.progress import track
-from villa.engine.provenance import provenance
+from villa.engine.loop import Training
+from villa.engine.run_folder import CURVES, LOG, METRICS
 from villa.engine.setup import Parts, load_model
-from villa.engine.submission import submission_path, write_submission
-from villa.engine.tracking import Trackers
-from villa.engine.training import Training
 from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
 from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
+from villa.progress import track
+from villa.provenance import provenance
+from villa.tracking import Trackers
 
 
 def report(parts: Parts, training: Training, store: CheckpointStore, trackers: Trackers, folder: Path) -> None:

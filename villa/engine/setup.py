@@ -14,23 +14,23 @@ from typing import Any
 import torch
 
 from villa.batch import Batch
+from villa.checkpoints.load_report import LoadReport
+from villa.checkpoints.store import FOLDER, Checkpoint, resolve
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
-from villa.datasets.names import assets_beside, facts_beside
+from villa.datasets.own.names import assets_beside, facts_beside
 from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
-from villa.engine.checkpoint import FOLDER, Checkpoint, resolve
 from villa.engine.evaluator import Evaluator
-from villa.engine.precision import Precision
-from villa.engine.rng import seed_pass
+from villa.engine.passes import Precision
 from villa.errors import CheckpointError, ConfigError, nearest
 from villa.files import local_path
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput, Written
-from villa.models.load_report import LoadReport
 from villa.models.matching import Matching
 from villa.plugins import one_line
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
+from villa.rng import seed_pass
 from villa.trainers.base import Trainer
 
 #: What torch says where memory is short, or a size is no number of bytes.

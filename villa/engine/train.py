@@ -7,35 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from villa.batch import Batch
+from villa.checkpoints.store import FOLDER, Checkpoint, CheckpointStore
 from villa.config.schema import RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
 from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
 from villa.distributed.processes import Processes
-from villa.distributed.share import batch_of_processes, idle_note
 from villa.distributed.strategy import strategy_of
-from villa.engine.callbacks.base import Callback
-from villa.engine.callbacks.checkpointing import CheckpointCallback
+from villa.engine.callbacks.checkpointing import CheckpointCallback, SignalCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
-from villa.engine.callbacks.signals import SignalCallback
-from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
-from villa.engine.finished import mark_finished, saved_yaml
-from villa.engine.folder import CONFIG, claim
 from villa.engine.inference import restore_parts
-from villa.engine.progress import TrainingProgress
-from villa.engine.provenance import provenance
+from villa.engine.loop import Callback, Progress, Training, fit
 from villa.engine.report import about_split, report
+from villa.engine.run_folder import CONFIG, claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts, build, build_trainer, load_model
-from villa.engine.tracking import Trackers, run_trackers
-from villa.engine.training import Progress, Training, fit
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError, about, reading
 from villa.files import atomic_write
 from villa.planning.dry_run import plan_of_run, warnings_of_run
+from villa.progress import TrainingProgress
+from villa.provenance import provenance
 from villa.registry import OPTIMIZERS, SCHEDULERS
+from villa.share import batch_of_processes, idle_note
 from villa.signals import Interrupted, check, interruptible
+from villa.tracking import Trackers, run_trackers
 from villa.trainers.base import Trainer
 
 

@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.checkpoints.tensors import parameter_indices
 from villa.config.schema import TrainingConfig
-from villa.distributed.share import Turn
 from villa.distributed.strategy import Strategy
-from villa.engine.bert_adamw import BertAdamW
-from villa.engine.finite import describe_nonfinite
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.optimizers import BertAdamW
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.schedules import Schedule
-from villa.engine.tensors import parameter_indices
 from villa.errors import NonFiniteError
 from villa.json_values import is_count, is_number
 from villa.losses.base import Loss
 from villa.models.base import Model
+from villa.share import Turn
 from villa.signals import Interrupted
 from villa.trainers.base import Logs, Trainer
+
+
+def describe_nonfinite(
+    losses: Sequence[tuple[int, Tensor]],
+    logs: Mapping[str, Tensor],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    batches: Sequence[Batch],
+) -> str:
+    """Name the first loss or gradient of an update that is not finite, with the examples concerned.
+
+    Args:
+        losses: micro-batch number and value of every loss of the update, in order.
+        logs: the update's values by name, which tell the parts of a loss apart.
+        parameters: named parameters with their gradients.
+        batches: the update's micro-batches.
+
+    Returns:
+        One line.
+    """
+    backward = dict.fromkeys(range(len(batches)), 0)
+    for micro_batch, loss in losses:
+        backward[micro_batch] += 1
+        if not torch.isfinite(loss):
+            named = ", ".join(name for name, value in logs.items() if not torch.isfinite(value))
+            parts = f" (not finite: {named})" if named else ""
+            what = f"the loss of backward pass {backward[micro_batch]} is {loss.item()}{parts}"
+            return f"{what}; examples: {_ids(batches[micro_batch : micro_batch + 1])}"
+    for name, parameter in parameters:
+        if parameter.grad is not None and not _here(parameter.grad).isfinite().all():
+            return f"the gradient of {name} is not finite; examples: {_ids(batches)}"
+    return f"the norm of all gradients together is too large for a float; examples: {_ids(batches)}"
+
+
+def _here(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that several have."""
+    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return part
+
+
+def _ids(batches: Sequence[Batch]) -> str:
+    return ", ".join(i for batch in batches for i in batch.ids)
+
 
 Accumulation = Literal["mean", "sum", "total"]
 

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from villa.config.reader import read_stored
+from villa.checkpoints.files import file_problem, read_manifest
+from villa.checkpoints.layout import ASSETS, CONFIG
+from villa.checkpoints.transformers_folder import CONFIG_FILE
+from villa.checkpoints.weight_files import SAFETENSORS
+from villa.config.layers import read_stored
 from villa.config.values import Layer, Origin, Value
-from villa.engine.checkpoint_files import file_problem, read_manifest
-from villa.engine.checkpoint_layout import ASSETS, CONFIG
-from villa.engine.folder import METRICS, SAVED
-from villa.engine.provenance import check_provenance
+from villa.engine.run_folder import METRICS, SAVED
 from villa.errors import CheckpointError, reading
 from villa.evaluation.results import read_metrics
 from villa.hub.source import Source
 from villa.hub.weights import read_into
 from villa.json_values import read_own
 from villa.models.base import Model
-from villa.models.transformers_folder import CONFIG_FILE
-from villa.models.weight_files import SAFETENSORS
+from villa.provenance import check_provenance
 
 OWN = "villa"
 MANIFEST = SAVED

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from villa.engine.checkpoint import FOLDER, CheckpointStore
-from villa.engine.checkpoint_files import file_problem, load, read_manifest
-from villa.engine.checkpoint_layout import MANIFEST as CHECKPOINT_MANIFEST
-from villa.engine.folder import METRICS
+from villa.checkpoints.files import file_problem, load, read_manifest
+from villa.checkpoints.layout import MANIFEST as CHECKPOINT_MANIFEST
+from villa.checkpoints.store import FOLDER, CheckpointStore
+from villa.checkpoints.transformers_folder import find_config, is_transformers_folder
+from villa.checkpoints.weight_files import SAFETENSORS, read_weights
+from villa.engine.run_folder import METRICS
 from villa.errors import CheckpointError, VillaError
 from villa.evaluation.results import read_metrics
 from villa.hub.folder import MANIFEST, is_saved, open_saved
-from villa.models.transformers_folder import find_config, is_transformers_folder
-from villa.models.weight_files import SAFETENSORS, read_weights
 
 #: Files of weights by how they are called.
 _WEIGHTS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")

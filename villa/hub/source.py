@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from villa.config.reader import read_stored
+from villa.checkpoints.layout import CONFIG
+from villa.checkpoints.store import FOLDER, Checkpoint
+from villa.checkpoints.weight_files import refuse_not_finite
+from villa.config.layers import read_stored
 from villa.config.values import Layer
-from villa.engine.checkpoint import FOLDER, Checkpoint
-from villa.engine.checkpoint_layout import CONFIG
-from villa.engine.folder import METRICS, unused
+from villa.engine.run_folder import METRICS, unused
 from villa.engine.setup import load_model
 from villa.evaluation.results import read_metrics
 from villa.models.base import Model
-from villa.models.weight_files import refuse_not_finite
 
 
 @dataclass(frozen=True)

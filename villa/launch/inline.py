@@ -12,7 +12,6 @@ class Inline(Launcher):
 
     def launch(self, request: Request) -> int:
         """Run the recipe, or its stages."""
-        from villa.engine.run import run
-        from villa.engine.stages import run_stages
+        from villa.engine.run import run, run_stages
 
         return run(request.configs[0]) if len(request.configs) == 1 else run_stages(request.configs)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError, nearest
+from villa.losses.base import Reduction, symmetric_kl
 from villa.losses.classification import widened
-from villa.losses.consistency import Reduction, symmetric_kl
 from villa.models.base import ModelOutput
 
 #: What an answer, or a class of a region, that is not known is called.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 
 if TYPE_CHECKING:
-    from villa.models.load_report import LoadReport
+    from villa.checkpoints.load_report import LoadReport
     from villa.models.matching import Matching
 
 #: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
@@ -173,7 +173,7 @@ class Model(nn.Module, ABC):
         By default they are found from the structure: the embedding that text is perturbed at, with the decoder that
         shares its weight, and the last linear map of the head.
         """
-        from villa.models.row_names import rows_of_model
+        from villa.models.matching import rows_of_model
 
         return rows_of_model(self)
 
@@ -190,7 +190,7 @@ class Model(nn.Module, ABC):
         Raises:
             CheckpointError: there are no weights, or they are of another model.
         """
-        from villa.models.conversion import load_weights
+        from villa.models.loading import load_weights
 
         return load_weights(self, source, matching)
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from villa.cli.command import Parser, run_command
 from villa.planning.dry_run import WIDTH, Sizes, plan_recipe
-from villa.planning.plan import Plan
+from villa.planning.plan import Plan, in_units
 from villa.planning.scale import Cluster, Row, row, stored_bytes
 from villa.planning.strategies import STRATEGIES
 from villa.planning.tables import draw, memory_table, method_table, time_table
-from villa.planning.units import in_units
 
 _AGAIN = "distributed.activation_checkpointing"
 #: Methods that a recipe's is compared with.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from villa.config.loader import load_stages
 from villa.config.schema import RunConfig
-from villa.config.stages import load_stages
 from villa.config.validate import TRAINING_RUNS
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.samplers import Sampler, UpdateSampler

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.base import Split, TaskDataset
-from villa.datasets.cuts import Update
+from villa.datasets.epochs import Update
 from villa.datasets.samplers import Position, Sampler
 from villa.errors import DataError
 from villa.models.base import DataFacts

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from villa.evaluation.figures import write_png
-from villa.planning.plan import Plan
+from villa.planning.plan import Plan, in_bytes, in_units
 from villa.planning.scale import Row
-from villa.planning.units import in_bytes, in_units
 
 
 def method_table(plans: Mapping[str, Plan]) -> Iterator[str]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_files import WriteJson
 
-from villa.datasets.raw import entries as scanner
-from villa.datasets.raw.entries import read_entries
-from villa.datasets.raw.gqa import count_gqa, gqa_answers, read_gqa
+from villa.convert import entries as scanner
+from villa.convert.annotations import count_gqa, gqa_answers, read_gqa
+from villa.convert.entries import read_entries
 from villa.errors import DataError
 
 QUESTIONS = {
