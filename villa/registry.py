@@ -159,14 +159,14 @@ SCHEDULERS: Registry[Any] = Registry(
 LAUNCHERS: Registry[Any] = Registry(
     "launcher",
     "villa.launch.base:Launcher",
-    {name: f"villa.launch.{name}" for name in ("inline", "local", "slurm")},
+    {"inline": "villa.launch.base", "local": "villa.launch.local", "slurm": "villa.launch.slurm"},
 )
 SUBMISSIONS: Registry[Any] = Registry(
     "submission",
     "villa.evaluation.submissions.base:Submission",
     {
-        name: f"villa.evaluation.submissions.{name}"
-        for name in ("vqa", "vcr", "nlvr2", "snli_ve", "gqa", "retrieval", "referring")
+        **dict.fromkeys(("vqa", "vcr", "nlvr2", "snli_ve", "gqa", "referring"), "villa.evaluation.submissions.tasks"),
+        "retrieval": "villa.evaluation.submissions.retrieval",
     },
 )
 

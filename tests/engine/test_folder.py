@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from villa.engine.run_folder import claim, unused
+from villa.engine.run_folder import claim
 from villa.errors import ConfigError
 from villa.files import locked, open_own
+from villa.hub.source import unused
 from villa.tracking import JsonLinesTracker
 
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from villa.checkpoints.files import file_problem, read_manifest, write_manifest
+from villa.checkpoints.layout import SAVED
 from villa.errors import CheckpointError, VillaError
 from villa.files import fsync
-from villa.hub.folder import MANIFEST
 from villa.plugins import one_line
 
 
 @contextmanager
-def published(target: Path, update: int, manifest: str = MANIFEST) -> Iterator[Path]:
+def published(target: Path, update: int, manifest: str = SAVED) -> Iterator[Path]:
     """Yield an empty folder beside ``target``, which takes its place, with a manifest, when the block ends well.
 
     Args:
@@ -51,7 +51,7 @@ def published(target: Path, update: int, manifest: str = MANIFEST) -> Iterator[P
             shutil.rmtree(left, ignore_errors=True)
 
 
-def refuse_foreign(target: Path, manifest: str = MANIFEST) -> None:
+def refuse_foreign(target: Path, manifest: str = SAVED) -> None:
     """Refuse a folder with anything in it that was not written here.
 
     Raises:

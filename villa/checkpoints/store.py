@@ -20,17 +20,15 @@ from torch import Tensor
 
 from villa.checkpoints import files as checkpoint_files
 from villa.checkpoints.files import Checkpoint, load
-from villa.checkpoints.layout import MANIFEST
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST
 from villa.errors import CheckpointError, ConfigError, one_line, reading
 from villa.files import fsync, no_space, write_json
 from villa.json_values import is_count, read_own
 
-__all__ = ["FOLDER", "Checkpoint", "CheckpointStore", "load", "resolve"]
+__all__ = ["Checkpoint", "CheckpointStore", "load", "resolve"]
 
 _LOG = logging.getLogger(__name__)
 
-#: Where in a run's output folder its checkpoints lie.
-FOLDER = "checkpoints"
 _BEST = "best.json"
 _NAME = re.compile(r"update_(\d{8,})")
 # Unfinished work by its prefix: being written; about to be replaced by a rename; being deleted.
@@ -278,7 +276,7 @@ def resolve(path: Path) -> Path:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"checkpoint '{path}' {what}; give a checkpoint's folder or a run's output folder")
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     store = CheckpointStore(folder, keep=1)
     best = store.best()
     if best is not None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from villa.checkpoints.layout import CURVES, LOG, METRICS
 from villa.checkpoints.store import CheckpointStore
 from villa.datasets.base import Split
 from villa.datasets.stream import evaluation_batches
 from villa.engine.answers import answer_file, collected, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
 from villa.engine.loop import Training
-from villa.engine.run_folder import CURVES, LOG, METRICS
-from villa.engine.setup import Parts, load_model
+from villa.engine.setup import Parts
 from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
 from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
+from villa.hub.source import load_model
 from villa.progress import track
 from villa.provenance import provenance
 from villa.tracking import Trackers

@@ -9,25 +9,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from villa.checkpoints.store import FOLDER as CHECKPOINTS
+from villa.checkpoints.layout import CONFIG, FINISHED, SAVED, TRACES
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.distributed.environment import Started
 from villa.distributed.processes import Processes
 from villa.errors import ConfigError, StorageError
 from villa.files import is_at, locked, read_json, room_for, write_json
-from villa.launch.base import LauncherConfig
 from villa.plugins import one_line
-
-CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
+from villa.registry import LAUNCHERS
 
 _LOCK = ".lock"
-
-#: What shows that a folder holds a saved model (see ``villa.hub``).
-SAVED = "villa/manifest.json"
-
-#: Names whose presence shows that a folder holds a run.
-TRACES = (CONFIG, LOG, METRICS, CHECKPOINTS)
 
 
 @contextmanager
@@ -139,22 +131,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def unused(folder: Path) -> Path:
-    """Return ``folder``, or the first of ``folder-2``, ``folder-3``, ... that does not hold anything yet."""
-    candidate, number = folder, 1
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-FINISHED = "finished.json"
-
-
 def saved_yaml(config: RunConfig) -> str:
     """The recipe as it is saved: the same whether the run was resumed or not, and wherever it takes place."""
     checkpoint = dataclasses.replace(config.checkpoint, resume=False)
-    return to_yaml(dataclasses.replace(config, checkpoint=checkpoint, launcher=LauncherConfig()))
+    return to_yaml(dataclasses.replace(config, checkpoint=checkpoint, launcher=LAUNCHERS.get("inline").Config()))
 
 
 def mark_finished(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from villa.checkpoints.layout import ASSETS, CONFIG
+from villa.checkpoints.layout import ASSETS, CONFIG, METRICS, OWN, PROVENANCE
 from villa.checkpoints.publishing import published
 from villa.config.printer import to_yaml
 from villa.config.schema import CheckpointConfig, PredictConfig, RunConfig
@@ -15,11 +15,10 @@ from villa.datasets.base import TaskDataset
 from villa.datasets.own.assets import PROCESSOR
 from villa.datasets.text import SPECIAL_TOKENS, TOKENIZER_FILE, load_tokenizer
 from villa.engine.card import CARD, Described, model_card
-from villa.engine.run_folder import METRICS
 from villa.engine.setup import Parts
 from villa.files import atomic_write, write_json
 from villa.hub import weights
-from villa.hub.folder import ITSELF, OWN, PROVENANCE
+from villa.hub.folder import ITSELF
 from villa.hub.source import Source
 from villa.models.base import Model
 

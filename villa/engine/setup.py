@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from villa.batch import Batch
+from villa.checkpoints.layout import CHECKPOINTS
 from villa.checkpoints.load_report import LoadReport
-from villa.checkpoints.store import FOLDER, Checkpoint, resolve
+from villa.checkpoints.store import resolve
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.own.names import assets_beside, facts_beside
@@ -23,7 +24,7 @@ from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.evaluator import Evaluator
 from villa.engine.passes import Precision
-from villa.errors import CheckpointError, ConfigError, nearest
+from villa.errors import ConfigError, nearest
 from villa.files import local_path
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput, Written
@@ -152,7 +153,7 @@ def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> M
     if config.model.checkpoint is None:
         return kind.from_config(config.model, data.facts())
     given = local_path(config.model.checkpoint)
-    source = str(resolve(given) if (given / FOLDER).is_dir() else given)
+    source = str(resolve(given) if (given / CHECKPOINTS).is_dir() else given)
     beside = assets_beside(source)
     carried = None if beside is None else data.carry(beside)
     facts = data.facts()
@@ -188,32 +189,6 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
             f"be perturbed in {possible}; set trainer.modality accordingly"
         )
     return trainer
-
-
-def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None = None) -> None:
-    """Load a checkpoint's weights.
-
-    Args:
-        model: as built, or shared among processes.
-        checkpoint: of the whole model.
-        strategy: how the model is shared; by default there is one process.
-
-    Raises:
-        CheckpointError: they cannot be read, or are those of another model.
-    """
-    strategy = strategy or Strategy()
-    own = {name: strategy.shape(value) for name, value in model.state_dict(keep_vars=True).items()}
-    saved = checkpoint.model_state(model.state_dict())
-    for name in sorted(saved.keys() | own.keys()):
-        ours = list(own[name]) if name in own else None
-        theirs = list(saved[name].shape) if name in saved else None
-        if ours != theirs:
-            shapes = [f"of shape {shape}" if shape is not None else "missing" for shape in (theirs, ours)]
-            raise CheckpointError(
-                f"checkpoint '{checkpoint.path}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} "
-                "here; use the recipe that it was trained with"
-            )
-    strategy.load_state_dict(model, saved)
 
 
 def choose_device(name: str) -> torch.device:

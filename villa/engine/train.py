@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from villa.batch import Batch
-from villa.checkpoints.store import FOLDER, Checkpoint, CheckpointStore
+from villa.checkpoints.layout import CONFIG
+from villa.checkpoints.store import Checkpoint, CheckpointStore
 from villa.config.schema import RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
@@ -21,11 +22,12 @@ from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.inference import restore_parts
 from villa.engine.loop import Callback, Progress, Training, fit
 from villa.engine.report import about_split, report
-from villa.engine.run_folder import CONFIG, claim, mark_finished, saved_yaml
-from villa.engine.setup import Parts, build, build_trainer, load_model
+from villa.engine.run_folder import claim, mark_finished, saved_yaml
+from villa.engine.setup import Parts, build, build_trainer
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError, about, reading
 from villa.files import atomic_write
+from villa.hub.source import load_model
 from villa.planning.dry_run import plan_of_run, warnings_of_run
 from villa.progress import TrainingProgress
 from villa.provenance import provenance

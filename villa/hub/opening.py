@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from villa.checkpoints.files import load
-from villa.checkpoints.layout import MANIFEST as CHECKPOINT_MANIFEST
-from villa.checkpoints.store import FOLDER, resolve
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST
+from villa.checkpoints.store import resolve
 from villa.checkpoints.transformers_folder import is_transformers_folder
 from villa.errors import CheckpointError
 from villa.files import local_path
@@ -36,7 +36,7 @@ def open_source(place: str) -> Source:
     try:
         if is_saved(path):
             return open_saved(path)
-        if is_transformers_folder(path) and not (path / FOLDER).exists() and not (path / CHECKPOINT_MANIFEST).exists():
+        if is_transformers_folder(path) and not (path / CHECKPOINTS).exists() and not (path / MANIFEST).exists():
             return TransformersSource(path, 0)
     except OSError as error:
         raise CheckpointError(f"'{place}' cannot be read: {one_line(error)}; give another path") from error

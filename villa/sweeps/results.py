@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from villa.checkpoints.layout import LOG, METRICS
 from villa.config.schema import RunConfig
-from villa.engine.run_folder import LOG, METRICS, is_finished
+from villa.engine.run_folder import is_finished
 from villa.errors import DataError
 from villa.evaluation.results import read_metrics
 from villa.files import atomic_write
