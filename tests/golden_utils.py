@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
 

@@ -21,7 +21,7 @@ from villa.datasets.own.processors import load_processor
 from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.errors import ConfigError, DataError
-from villa.models.base import Written
+from villa.facts import Written
 
 ENCODERS = sorted(set(tiny.ARCHITECTURES) - set(GENERATIVE))
 CHATS = sorted(name for name in GENERATIVE if tiny.ARCHITECTURES[name].chat)

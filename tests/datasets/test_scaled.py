@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from villa.datasets.own.assets import facts_beside
 from villa.datasets.own.files import FileStore
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
-from villa.datasets.own.names import facts_beside
 from villa.datasets.stores import SMALLEST_SCALE, ScaledStore, Scaling, Source
 from villa.errors import DataError
 from villa.models.matching import Matching

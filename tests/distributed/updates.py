@@ -18,9 +18,10 @@ from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.passes import Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
+from villa.facts import DataFacts
 from villa.losses.classification import CrossEntropy
 from villa.losses.pretraining import Pretraining
-from villa.models.base import DataFacts, Model
+from villa.models.base import Model
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
 from villa.registry import OPTIMIZERS, TRAINERS

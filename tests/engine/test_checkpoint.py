@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from villa.checkpoints.store import FOLDER, CheckpointStore, load, resolve
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.store import CheckpointStore, load, resolve
 from villa.errors import CheckpointError, ConfigError
 
 FILES = ("model.safetensors", "training_state.pt", "config.yaml", "assets/labels.txt", "manifest.json")
@@ -64,7 +65,7 @@ def save(store: CheckpointStore, update: int, **options: Any) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "run" / FOLDER, keep=2)
+    return CheckpointStore(tmp_path / "run" / CHECKPOINTS, keep=2)
 
 
 def hidden(store: CheckpointStore) -> list[str]:

@@ -285,7 +285,7 @@ def test_models_on_modules_of_transformers(name: str, kind: str, tmp_path: Path)
 
 def test_a_head_for_two_images_lies_beside_the_transformer() -> None:
     """LXMERT for NLVR2, which transformers has no class for."""
-    from villa.models.base import DataFacts
+    from villa.facts import DataFacts
     from villa.models.lxmert import Lxmert, LxmertConfig
 
     config = LxmertConfig(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.uniter.config import HEADS, UniterConfig
 from villa.models.uniter.model import Uniter
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.loading import load_weights
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
 from villa.models.uniter.heads import UniterForClassification

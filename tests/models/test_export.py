@@ -14,7 +14,7 @@ from villa.checkpoints.store import CheckpointStore
 from villa.checkpoints.weight_files import read_weights
 from villa.convert.checkpoints import Layout, export_checkpoint, released_layout
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.loading import load_weights
 from villa.models.lxmert import Lxmert, LxmertConfig
 from villa.models.uniter.model import Uniter

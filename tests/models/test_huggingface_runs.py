@@ -13,7 +13,7 @@ from processor_batches import ANSWERS, GENERATIVE, TARGETS, tiny, tiny_folder, w
 import villa
 from villa.checkpoints.store import load
 from villa.cli.run import main
-from villa.models.base import DataFacts, Task
+from villa.facts import DataFacts, Task
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.loading import load_weights
 from villa.models.lxmert import Lxmert, LxmertConfig
 

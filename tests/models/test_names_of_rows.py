@@ -20,11 +20,12 @@ from villa.cli.run import main
 from villa.config import load
 from villa.convert.example import RawExample
 from villa.convert.text_database import TextSource, WordPieces, write_text_database
-from villa.datasets.own.names import facts_beside, text_facts
+from villa.datasets.own.assets import facts_beside
+from villa.datasets.own.names import text_facts
 from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.engine.setup import Parts, build
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.matching import Matching, rows_of
 from villa.models.transformers_model import word_modules
 

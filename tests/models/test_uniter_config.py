@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from villa.errors import ConfigError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
 

@@ -12,8 +12,8 @@ from golden_utils import FOLDER, load
 from pretraining_cases import golden_batch, golden_model, golden_names, objective_batch, objective_of, tiny_config
 
 from villa.errors import DataError
+from villa.facts import DataFacts
 from villa.losses.pretraining import Pretraining
-from villa.models.base import DataFacts
 from villa.models.uniter.model import Uniter
 from villa.models.uniter.pretraining import UniterForPretraining, align, transport_plan
 

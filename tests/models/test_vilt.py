@@ -13,7 +13,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.vilt import Vilt, ViltConfig
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_positions": 12}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from planned import FACTS, batch_of, model_of, recipe
 
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.planning.meta import MetaTensors, meta_batch, meta_copy
 from villa.planning.passes import Kernels
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
 

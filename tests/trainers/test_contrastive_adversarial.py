@@ -19,9 +19,10 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.cli.run import main
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.pretraining import Pretraining, PretrainingConfig
-from villa.models.base import DataFacts, ModelOutput
+from villa.models.base import ModelOutput
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer

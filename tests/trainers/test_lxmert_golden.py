@@ -17,9 +17,9 @@ from villa.batch import Batch
 from villa.config.schema import TrainingConfig
 from villa.engine.passes import Precision
 from villa.engine.updater import Updater
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
-from villa.models.base import DataFacts
 from villa.models.lxmert import Lxmert, LxmertConfig
 from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.trainers.base import Trainer

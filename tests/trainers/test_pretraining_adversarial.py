@@ -13,8 +13,9 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError
+from villa.facts import DataFacts
 from villa.losses.pretraining import Pretraining, PretrainingConfig
-from villa.models.base import DataFacts, ModelOutput
+from villa.models.base import ModelOutput
 from villa.models.lxmert_pretraining import LxmertForPretraining, LxmertPretrainingConfig
 from villa.models.rows import Packing
 from villa.models.uniter.model import Encoded, Uniter

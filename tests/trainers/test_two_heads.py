@@ -9,9 +9,10 @@ from tiny import RecordingPasses
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
-from villa.models.base import DataFacts, Model, ModelOutput
+from villa.models.base import Model, ModelOutput
 from villa.models.vilt import Vilt, ViltConfig
 from villa.models.visual_bert import VisualBert, VisualBertConfig
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer

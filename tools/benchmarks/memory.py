@@ -41,7 +41,8 @@ from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.passes import Precision
 from villa.engine.updater import Updater
-from villa.models.base import DataFacts, Model
+from villa.facts import DataFacts
+from villa.models.base import Model
 from villa.planning.measure import bytes_of, count
 from villa.planning.plan import in_bytes
 from villa.planning.strategies import STRATEGIES, rank_memory

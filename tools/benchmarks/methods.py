@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from villa.batch import Batch
 from villa.engine.passes import ModelPasses, Precision
+from villa.facts import DataFacts
 from villa.losses.base import symmetric_kl
 from villa.losses.classification import CrossEntropy
-from villa.models.base import DataFacts, Model
+from villa.models.base import Model
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
 from villa.trainers.base import Logs, Passes, Trainer

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from villa.checkpoints.layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
-from villa.checkpoints.tensors import unshared
-from villa.checkpoints.weight_files import check_archive, read_safetensors
+from villa.checkpoints.tensors import check_archive, read_safetensors, unshared
 from villa.errors import CheckpointError, one_line, reading
 from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
 from villa.json_values import is_count, read_own

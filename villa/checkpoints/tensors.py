@@ -1,9 +1,12 @@
-"""Tensors of states: copies, which of them share memory, and whose moments they are."""
+"""Tensors of states and of single files: copies, which of them share memory, and how a file of them is checked."""
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +66,43 @@ def _identity(tensor: Tensor) -> _Identity:
 def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Name to number of the parameters of the groups in an optimiser's state."""
     return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of safetensors, with the other names of those that are tied in our checkpoints.
+
+    The library holds what the header claims against the size of the file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+        aliases = json.loads((content.metadata() or {}).get("aliases", "{}"))
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+        raise ValueError("its 'aliases' do not map names to names")
+    unknown = sorted({*aliases.values()} - weights.keys()) + sorted(aliases.keys() & weights.keys())
+    if unknown:
+        raise ValueError(f"its 'aliases' do not fit its tensors: '{unknown[0]:.80}'")
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def check_archive(file: Path) -> None:
+    """Check an archive of ``torch.save``, of which torch compares neither the checksums nor, packed, the sizes.
+
+    Files of the time before it wrote archives have neither.
+
+    Raises:
+        ValueError: something in it is damaged, or claims more bytes than the file has.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > file.stat().st_size:
+            raise ValueError("what is in it claims more bytes than the file has")
+        for member in members:
+            if not member.CRC:  # as torch writes it when asked to leave checksums out
+                continue
+            with archive.open(member) as content:  # compares the checksum at the end
+                while content.read(1 << 22):
+                    pass

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from villa.checkpoints.load_report import LoadReport, listed
-from villa.checkpoints.weight_files import SAFETENSORS, check_archive, refuse_not_finite
+from villa.checkpoints.tensors import check_archive
+from villa.checkpoints.weight_files import SAFETENSORS, refuse_not_finite
 from villa.errors import CheckpointError, ConfigError, nearest, reading
 from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from villa.checkpoints.files import Checkpoint
+from villa.checkpoints.tensors import check_archive, read_safetensors
 from villa.errors import CheckpointError, DataError, StorageError, one_line, reading
 from villa.files import follow_umask, local_path, read_json, replacing
 
@@ -43,11 +43,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         DataError: a URL cannot be downloaded.
     """
     place = local_path(str(path))
-    if _is(Path.is_dir, place):
-        from villa.checkpoints.files import Checkpoint
-
-        if Checkpoint(place, 0).sharded:
-            return Checkpoint(place, 0).model_state()
+    if _is(Path.is_dir, place) and Checkpoint(place, 0).sharded:
+        return Checkpoint(place, 0).model_state()
     file = _find(place)
     if file.name.endswith(INDEX):
         return _read_split(file)
@@ -174,46 +171,6 @@ def _is(what: Callable[[Path], bool], path: Path) -> bool:
         return what(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise CheckpointError(f"'{path}' cannot be read: {one_line(error)}; give another path") from error
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file of safetensors, with the other names of those that are tied in our checkpoints.
-
-    The library holds what the header claims against the size of the file.
-    """
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as content:
-        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
-        aliases = json.loads((content.metadata() or {}).get("aliases", "{}"))
-    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
-        raise ValueError("its 'aliases' do not map names to names")
-    unknown = sorted({*aliases.values()} - weights.keys()) + sorted(aliases.keys() & weights.keys())
-    if unknown:
-        raise ValueError(f"its 'aliases' do not fit its tensors: '{unknown[0]:.80}'")
-    return weights | {alias: weights[name] for alias, name in aliases.items()}
-
-
-def check_archive(file: Path) -> None:
-    """Check an archive of ``torch.save``, of which torch compares neither the checksums nor, packed, the sizes.
-
-    Files of the time before it wrote archives have neither.
-
-    Raises:
-        ValueError: something in it is damaged, or claims more bytes than the file has.
-    """
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if sum(member.file_size for member in members) > file.stat().st_size:
-            raise ValueError("what is in it claims more bytes than the file has")
-        for member in members:
-            if not member.CRC:  # as torch writes it when asked to leave checksums out
-                continue
-            with archive.open(member) as content:  # compares the checksum at the end
-                while content.read(1 << 22):
-                    pass
 
 
 def _read_torch(file: Path) -> Any:

@@ -14,10 +14,9 @@ from typing import Any
 
 from villa.convert.example import LineRecords, RawExample, Record, Words, by_number, read_object, read_records
 from villa.errors import DataError, nearest
+from villa.facts import CHOICES
 
 SPLITS = ("train", "val", "test")
-#: Choices of a question, both answers and rationales.
-CHOICES = 4
 #: Words of their own for persons; one beyond them is the plain word "person".
 PERSONS = 81
 
@@ -55,20 +54,6 @@ def read_vcr(annotations: Path, split: str | None = None) -> Iterator[RawExample
         targets = {"qa_target": _label(record, "answer_label"), "qar_target": _label(record, "rationale_label")}
         images = [f"vcr_gt_{split}_{frame}.npz", f"vcr_{split}_{frame}.npz"]
         yield RawExample(record.text("annot_id"), texts, images, {**record.values, **targets}, record.where)
-
-
-def vcr_lengths(ids: Mapping[str, Any]) -> dict[str, int]:
-    """Return what ``id2len_qa.json`` and ``id2len_qar.json`` hold for an example, as in the released databases.
-
-    ``qa`` is four times the question with the longest answer, ``qar`` the same and the longest rationale once: sizes
-    for batching and for ``max_txt_len`` (220 in the released recipes), not numbers of word-pieces.
-
-    Args:
-        ids: word-piece ids of ``input_ids``, ``input_ids_as`` and ``input_ids_rs``.
-    """
-    answer, rationale = (max(map(len, ids[field])) for field in ("input_ids_as", "input_ids_rs"))
-    size = CHOICES * (len(ids["input_ids"]) + answer)
-    return {"qa": size, "qar": size + rationale}
 
 
 def _words(tokens: Any, objects: Sequence[Any], record: Record) -> Words:

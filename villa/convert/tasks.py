@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 from villa.convert.annotations import image_set, read_captions, read_karpathy, read_nlvr2, read_snli_ve, read_vqa
 from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers
 from villa.convert.example import LineRecords, read_records
-from villa.convert.regions import ReferringFiles, read_vcr, split_of, vcr_lengths
+from villa.convert.regions import ReferringFiles, read_vcr, split_of
 from villa.convert.text_database import Outcome, TextSource, WordPieces, finished_text_database, write_text_database
 from villa.datasets.base import read_answers
+from villa.datasets.uniter.writers import vcr_lengths
 from villa.errors import ConfigError, DataError
 from villa.files import read_json, sha256
 from villa.progress import Mode

@@ -18,8 +18,8 @@ from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.samplers import Lengths, Sampler, UpdateSampler
 from villa.errors import DataError
+from villa.facts import DataFacts, Written
 from villa.files import lines_of, read_json, read_text
-from villa.models.base import DataFacts, Written
 
 
 @dataclass

@@ -13,8 +13,9 @@ from villa.datasets.stream import StandIn
 from villa.distributed.strategy import Strategy
 from villa.engine.passes import Precision
 from villa.evaluation.metrics import Metric
+from villa.facts import Written
 from villa.losses.base import Loss
-from villa.models.base import Model, ModelOutput, Written
+from villa.models.base import Model, ModelOutput
 
 
 class Ran(NamedTuple):

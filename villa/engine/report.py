@@ -7,11 +7,14 @@ from pathlib import Path
 
 from villa.checkpoints.layout import CURVES, LOG, METRICS
 from villa.checkpoints.store import CheckpointStore
+from villa.config.schema import RunConfig
 from villa.datasets.base import Split
+from villa.datasets.samplers import Sampler
 from villa.datasets.stream import evaluation_batches
 from villa.engine.answers import answer_file, collected, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
 from villa.engine.loop import Training
+from villa.engine.schedules import Schedule
 from villa.engine.setup import Parts
 from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
@@ -19,6 +22,7 @@ from villa.evaluation.results import EvaluationProtocol, Result, print_results, 
 from villa.hub.source import load_model
 from villa.progress import track
 from villa.provenance import provenance
+from villa.registry import SCHEDULERS
 from villa.tracking import Trackers
 
 
@@ -131,3 +135,17 @@ def show(parts: Parts, results: list[Result], references: Mapping[str, float], *
     metrics = parts.config.evaluation.metrics
     metric = next((name for name in metrics if all(name in result.metrics for result in results)), "loss")
     print_results(results, references, metric=metric, title=title)
+
+
+def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:
+    """Return what a run will not do as it may be expected to, in lines.
+
+    Args:
+        config: the recipe.
+        split: its training split.
+        sampler: deals out the split.
+        updates: how many the run has.
+    """
+    schedule: Schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates)
+    found = (*about_split("train", split), *sampler.warnings(), *schedule.warnings(config.optimizer.lr, updates))
+    return list(dict.fromkeys(found))

@@ -19,15 +19,16 @@ from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.store import resolve
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split, TaskDataset
-from villa.datasets.own.names import assets_beside, facts_beside
+from villa.datasets.own.assets import assets_beside, facts_beside
 from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.evaluator import Evaluator
 from villa.engine.passes import Precision
 from villa.errors import ConfigError, nearest
+from villa.facts import Written
 from villa.files import local_path
 from villa.losses.base import Loss
-from villa.models.base import Model, ModelOutput, Written
+from villa.models.base import Model, ModelOutput
 from villa.models.matching import Matching
 from villa.plugins import one_line
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from villa.batch import Batch
-from villa.checkpoints.layout import CONFIG
+from villa.checkpoints.layout import CHECKPOINTS, CONFIG
 from villa.checkpoints.store import Checkpoint, CheckpointStore
 from villa.config.schema import RunConfig
 from villa.config.values import Origin
@@ -21,14 +21,13 @@ from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.inference import restore_parts
 from villa.engine.loop import Callback, Progress, Training, fit
-from villa.engine.report import about_split, report
+from villa.engine.report import about_split, report, warnings_of_run
 from villa.engine.run_folder import claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts, build, build_trainer
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError, about, reading
 from villa.files import atomic_write
 from villa.hub.source import load_model
-from villa.planning.dry_run import plan_of_run, warnings_of_run
 from villa.progress import TrainingProgress
 from villa.provenance import provenance
 from villa.registry import OPTIMIZERS, SCHEDULERS
@@ -63,7 +62,7 @@ def _train(config: RunConfig) -> int:
     """The run itself; signals end it by ``Interrupted``."""
     processes = strategy_of(config.distributed).connect()
     with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
-        store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
+        store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep)
         if processes.is_main:
             store.clean()
         checkpoint = newest(store, processes) if config.checkpoint.resume else None
@@ -144,8 +143,6 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     cost = trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
-    for line in plan_of_run(parts, split, sampler) if parts.strategy.processes.is_main else ():
-        print(f"  {line}", flush=True)
     for warning in (*warnings_of_run(config, split, sampler, total), *idle_note(batch, share.world_size)):
         print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)

@@ -17,9 +17,10 @@ from villa.datasets.own.assets import Assets
 from villa.datasets.own.processors import load_processor
 from villa.datasets.own.readers import Kind
 from villa.errors import CheckpointError, VillaError, reading
+from villa.facts import Task
 from villa.hub.source import Source, place_name
 from villa.hub.weights import read_into
-from villa.models.base import Model, Task
+from villa.models.base import Model
 
 #: What data are asked for, what is learned, and what is measured, by the target of the data.
 _TARGETS: dict[str, tuple[Kind, str, str]] = {

@@ -21,7 +21,7 @@ from villa.checkpoints.weight_names import (
     without_wrapper,
 )
 from villa.errors import CheckpointError
-from villa.models.base import Model
+from villa.facts import RowKind
 from villa.models.matching import Matching
 
 #: Rows of an enlarged type embedding that the release copies: rows of the model to source of each row.
@@ -55,11 +55,11 @@ def enlarged(name: str, given: Tensor, fresh: Tensor) -> tuple[Tensor, str] | No
     return grown, f"{name} from {len(given)} rows to {len(fresh)}, the last {len(fresh) - len(given)} fresh"
 
 
-def derived(model: object, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Make the parameters that a file lacks out of rows of those that it has, as ``Model.initial_rows`` says.
+def derived(initial: InitialRows, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Make the parameters that a file lacks out of rows of those that it has.
 
     Args:
-        model: the model to load into.
+        initial: what each starts from.
         weights: what the file holds, under the model's names.
 
     Returns:
@@ -67,7 +67,7 @@ def derived(model: object, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     """
     made: dict[str, Tensor] = {}
     notes = []
-    for name, (source, rows) in (model.initial_rows if isinstance(model, Model) else {}).items():
+    for name, (source, rows) in initial.items():
         given = weights.get(source)
         if name not in weights and given is not None and given.dim() and len(given) > max(rows):
             made[name] = given[list(rows)]
@@ -79,21 +79,33 @@ def derived(model: object, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 __all__ = ["LoadReport", "load_weights"]
 
 Weights = dict[str, Tensor]
+#: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
+#: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
+InitialRows = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def load_weights(model: nn.Module, path: str | Path, matching: Matching | None = None) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    matching: Matching | None = None,
+    *,
+    rows: Mapping[str, RowKind] | None = None,
+    initial: InitialRows | None = None,
+) -> LoadReport:
     """Load weights into a model; the model is unchanged when that fails.
 
     Prefixes of the names (``module.``, ``bert.``, ``uniter.``, none) are matched to the model's, and ``gamma`` and
     ``beta`` are read as ``weight`` and ``bias``. Type embeddings with fewer rows than the model's are enlarged
-    as in the release (NLVR2, VCR); the other rows of a larger vocabulary stay fresh; what the model's class names in
-    ``initial_rows`` starts from other tensors. Rows that have names on both sides are matched by them. Heads may be
+    as in the release (NLVR2, VCR); the other rows of a larger vocabulary stay fresh; what ``initial`` names starts from
+    other tensors. Rows that have names on both sides are matched by them. Heads may be
     fresh; so may the image side as a whole (the weights of a text model), the pooler, and nothing else.
 
     Args:
         model: the model to load into.
         path: a file of weights or a folder that has one (see ``read_weights``).
         matching: the names beside the weights and of the data; None takes every row as it is.
+        rows: what the rows of parameters stand for (``Model.named_rows``).
+        initial: parameters that the file may lack (``Model.initial_rows``).
 
     Returns:
         What was loaded and what was not; its text is for people.
@@ -105,8 +117,11 @@ def load_weights(model: nn.Module, path: str | Path, matching: Matching | None =
     expected = model.state_dict()
     weights = without_wrapper(plain_names(read_weights(path)))
     weights = matched_names(weights, expected, prefixes_of(expected))
-    notes = _place_rows(model, weights, expected, matching)
-    made, derivations = derived(model, weights)
+    notes: tuple[str, ...] = ()
+    if matching is not None and rows:
+        notes = matching.notes(weights, expected, rows)
+        matching.place(weights, expected, rows)
+    made, derivations = derived(initial or {}, weights)
     missing = _missing(expected, {*weights, *made})
     report = LoadReport(
         path=str(path),
@@ -125,18 +140,6 @@ def load_weights(model: nn.Module, path: str | Path, matching: Matching | None =
     refuse_not_finite(path, ((name, value) for name, value in weights.items() if name in learned))
     model.load_state_dict(weights, strict=False)
     return replace(report, enlarged=tuple(note for _, note in grown.values()))
-
-
-def _place_rows(
-    model: nn.Module, weights: Weights, expected: Mapping[str, Tensor], matching: Matching | None
-) -> tuple[str, ...]:
-    """Put the rows that have names into the order of the model's, in place; return what to tell about it."""
-    if matching is None or not isinstance(model, Model):
-        return ()
-    rows = model.named_rows()
-    notes = matching.notes(weights, expected, rows)
-    matching.place(weights, expected, rows)
-    return notes
 
 
 def _missing(expected: Mapping[str, Tensor], given: set[str]) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.errors import CheckpointError, DataError
+from villa.facts import DataFacts
 from villa.files import read_json
-from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.models.base import Model, ModelOutput, Point
 from villa.models.matching import Matching, rows_of
 from villa.models.rows import RowLayout, Rows
 from villa.models.transformers_model import load_matched, word_modules

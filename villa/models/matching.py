@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from villa.checkpoints.load_report import listed
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts, Model, RowKind
+from villa.facts import DataFacts, RowKind
 
 #: What transformers calls labels that nobody has named, and numbers, which data without names have.
 _GENERIC, _NUMBER = re.compile(r"LABEL_(\d+)"), re.compile(r"(?:LABEL_)?(\d+)")
@@ -282,14 +282,6 @@ def _special(facts: DataFacts) -> dict[str, int]:
 
 #: What LoRA puts around a linear map; the rows of the first are not those of the map.
 _ADAPTERS = ("lora_A", "lora_B")
-
-
-def rows_of_model(model: Model) -> dict[str, RowKind]:
-    """Return what the rows of a model's parameters stand for (``Model.named_rows``)."""
-    point = model.perturbation_points().get("text")
-    modules = dict(model.named_modules())
-    words = modules.get(point.module) if point is not None else None
-    return rows_of(model, [words] if isinstance(words, nn.Embedding) else [], model.head_prefixes())
 
 
 def rows_of(module: nn.Module, words: Iterable[nn.Module], heads: Iterable[str]) -> dict[str, RowKind]:

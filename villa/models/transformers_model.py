@@ -15,7 +15,8 @@ from torch import nn
 from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.transformers_folder import ASSETS, is_transformers_folder, load_pretrained, stored_config
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts, Model, RowKind
+from villa.facts import DataFacts, RowKind
+from villa.models.base import Model
 from villa.models.matching import Matching, rows_of
 from villa.models.two_heads import settle
 

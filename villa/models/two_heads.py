@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from villa.errors import ConfigError
-from villa.models.base import DataFacts, ModelConfig
+from villa.facts import DataFacts
+from villa.models.base import ModelConfig
 
 
 def settle(option: str, given: int | None, found: int | None) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.facts import DataFacts
+from villa.models.base import Model, ModelOutput, Point
 from villa.models.rows import given_mask
 from villa.models.two_heads import OneStreamConfig, score_mask
 from villa.registry import register_model

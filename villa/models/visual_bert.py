@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
-from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.facts import DataFacts
+from villa.models.base import Model, ModelOutput, Point
 from villa.models.matching import Matching
 from villa.models.rows import RowLayout, Rows, given_mask
 from villa.models.two_heads import OneStreamConfig, score_mask, settle

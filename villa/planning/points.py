@@ -11,7 +11,8 @@ import torch
 from villa.config.schema import RunConfig
 from villa.engine.setup import within_memory
 from villa.errors import DataError
-from villa.models.base import DataFacts, Model, Point
+from villa.facts import DataFacts
+from villa.models.base import Model, Point
 from villa.registry import DATASETS, MODELS
 
 #: Stands in for data that is not there: the points do not depend on these numbers.

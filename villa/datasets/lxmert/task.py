@@ -26,8 +26,8 @@ from villa.datasets.synthetic import databases
 from villa.datasets.synthetic.lxmert import GENERATED_ANSWERS, SMALL_LXMERT, VOCABULARY_FILE, write_lxmert
 from villa.datasets.text import SHORTEST, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import ConfigError, DataError, MissingDataError
+from villa.facts import DataFacts
 from villa.files import plain_path, sha256, write_json
-from villa.models.base import DataFacts
 from villa.registry import register_dataset
 
 

@@ -44,8 +44,8 @@ from villa.datasets.stores import (
 )
 from villa.datasets.text import SHORTEST
 from villa.errors import ConfigError, DataError
+from villa.facts import DataFacts, Written
 from villa.files import local_path
-from villa.models.base import DataFacts, Written
 
 
 @dataclass

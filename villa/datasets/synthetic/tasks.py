@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from villa.convert.regions import vcr_lengths
 from villa.datasets.paths import SPLITS, DatabasePaths
 from villa.datasets.synthetic.world import (
     COLOURS,
@@ -34,7 +33,8 @@ from villa.datasets.synthetic.world import (
     ids,
 )
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
+from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter, vcr_lengths
+from villa.facts import CHOICES
 from villa.files import write_json
 
 #: Numbers of a split's images, annotations and sentences start at multiples of it.
@@ -89,7 +89,6 @@ def _annotations(image: int, regions: Regions, things: list[Thing]) -> list[dict
 
 #: File of VQA's answers.
 ANSWERS = "ans2label.json"
-_CHOICES = 4
 _ANSWERS = (*KINDS, *COLOURS, "yes", "no")
 _LABELS = {answer: label for label, answer in enumerate(_ANSWERS)}
 _DETECTED, _GROUND_TRUTH = BoxSelection(), BoxSelection(fixed=100)
@@ -176,7 +175,7 @@ def _write_vcr(
             regions = world.image(thing)
             labels = world.soft_labels(thing, len(regions.features)) if classes else None
             _add_image(image, name, regions, labels)
-        answers, rationales = world.kinds(thing.kind, _CHOICES), world.kinds(thing.kind, _CHOICES)
+        answers, rationales = world.kinds(thing.kind, CHOICES), world.kinds(thing.kind, CHOICES)
         words = {
             "input_ids": [*ids("what is"), VOCABULARY + world.below(3), *ids("?")],  # the name of an object
             "input_ids_as": [ids(f"it is a {KINDS[kind]}") for kind in answers],

@@ -25,7 +25,7 @@ from villa.datasets.uniter.image_lmdb import ImageDatabase
 from villa.datasets.uniter.tables import Numbers
 from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import ConfigError, DataError, MissingDataError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 
 
 @dataclass

@@ -19,8 +19,7 @@ from villa.datasets.uniter.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.uniter.image_lmdb import PairedImageDatabase
 from villa.errors import ConfigError
-from villa.evaluation.vcr import CHOICES
-from villa.facts import VcrReference
+from villa.facts import CHOICES, VcrReference
 from villa.registry import register_dataset
 
 #: Word-pieces beyond the tokenizer's: names for the objects of an image.

@@ -29,6 +29,7 @@ from villa.datasets.uniter.image_lmdb import BOX_WIDTH, NAMES_KEY
 from villa.datasets.uniter.lmdb_env import DATA_FILE, LOCK_FILE
 from villa.datasets.uniter.text_lmdb import CHECKSUMS, check_meta
 from villa.errors import DataError
+from villa.facts import CHOICES
 from villa.files import atomic_write, fsync, no_space, open_own
 from villa.plugins import one_line
 
@@ -381,3 +382,17 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
 def _write_ordered(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON whose order of keys has a meaning."""
     atomic_write(path, json.dumps(value, ensure_ascii=False))
+
+
+def vcr_lengths(ids: Mapping[str, Any]) -> dict[str, int]:
+    """Return what ``id2len_qa.json`` and ``id2len_qar.json`` hold for an example, as in the released databases.
+
+    ``qa`` is four times the question with the longest answer, ``qar`` the same and the longest rationale once: sizes
+    for batching and for ``max_txt_len`` (220 in the released recipes), not numbers of word-pieces.
+
+    Args:
+        ids: word-piece ids of ``input_ids``, ``input_ids_as`` and ``input_ids_rs``.
+    """
+    answer, rationale = (max(map(len, ids[field])) for field in ("input_ids_as", "input_ids_rs"))
+    size = CHOICES * (len(ids["input_ids"]) + answer)
+    return {"qa": size, "qar": size + rationale}

@@ -18,6 +18,7 @@ from villa.evaluation.submissions.formats import (
     text_answer,
     whole_id,
 )
+from villa.facts import CHOICES
 from villa.json_values import is_number
 from villa.registry import register_submission
 
@@ -143,7 +144,6 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) > 0
 
 
-CHOICES = 4
 #: The answers, then the rationales given each of the answers.
 GROUPS = ("answer", *(f"rationale_conditioned_on_a{answer}" for answer in range(CHOICES)))
 PROBABILITIES = tuple(f"{group}_{choice}" for group in GROUPS for choice in range(CHOICES))

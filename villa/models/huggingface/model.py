@@ -16,7 +16,8 @@ from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.transformers_folder import ASSETS, HEAD, describing, find_config
 from villa.checkpoints.weight_files import read_weights
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts, ModelOutput, Point, Task, Written
+from villa.facts import DataFacts, Task, Written
+from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
 from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, pool, pooled_size, prompts, write

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.models.base import Written
+from villa.facts import Written
 
 #: Tokens and side of the made-up example that tells the width of a pooled output.
 _TOKENS, _SIDE = 4, 224

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from villa.errors import ConfigError
-from villa.models.base import DataFacts, ModelConfig
+from villa.facts import DataFacts
+from villa.models.base import ModelConfig
 from villa.models.two_heads import require_positive, settle
 from villa.registry import Registry
 

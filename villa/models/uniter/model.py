@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError
-from villa.models.base import DataFacts, Model, ModelOutput, Point
+from villa.facts import DataFacts
+from villa.models.base import Model, ModelOutput, Point
 from villa.models.rows import Packing, RowLayout, Rows
 from villa.models.two_heads import settle
 from villa.models.uniter.config import HEADS, LAYER_NORM_EPS, UniterConfig, UniterSizes
