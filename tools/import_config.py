@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 from villa.convert.configurations import TASKS, read_options, released_recipe
 
 

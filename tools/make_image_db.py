@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 from villa.convert.features import make_image_database
 from villa.datasets.uniter.box_selection import BoxSelection
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 from villa.convert.annotations import IMAGE_SETS
 from villa.convert.tasks import TASKS, TextOptions, make_text_database
 

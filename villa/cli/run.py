@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from villa.cli.command import Parser, run_command, show
+from villa.command import Parser, run_command, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:

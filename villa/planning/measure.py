@@ -139,7 +139,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
 
     Args:
         config: the recipe: method, loss, precision, activation checkpointing, optimiser, clipping.
-        model: on the meta device (see ``meta_copy``).
+        model: on the meta device.
         batch: the micro-batch; its floating tensors need not be on the meta device.
         device: type of the device whose kernels are assumed, ``cpu`` or ``cuda``.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -89,8 +88,6 @@ def _made(forms: list[_Form], func: Any) -> Any:
     return made if isinstance(func._schema.returns[0].type, torch.ListType) else made[0]
 
 
-M = TypeVar("M", bound=nn.Module)
-
 _aten = torch.ops.aten
 #: Operations whose second argument is a list of indices; a mask there makes their shape depend on its values.
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
@@ -153,20 +150,6 @@ def without_numbers(value: Any) -> Any:
 def meta_batch(batch: Batch) -> Batch:
     """Return a batch whose floating tensors are on the meta device."""
     return batch.map(lambda tensor: without_numbers(tensor) if tensor.is_floating_point() else tensor.cpu())
-
-
-def meta_copy(module: M) -> M:
-    """Return a copy of a module, wherever it is, with all its floating tensors on the meta device.
-
-    Parameters that are shared stay shared. Whole numbers are copied to main memory: running the copy, which counts
-    batches for some layers, must not change the module. Nothing else is allocated.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(without_numbers(parameter.detach()), parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = without_numbers(buffer) if buffer.is_floating_point() else buffer.detach().cpu().clone()
-    return copy.deepcopy(module, memo)
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:

@@ -136,7 +136,7 @@ def make_plan(
 
     Args:
         config: the recipe.
-        model: on the meta device (see ``meta_copy``).
+        model: on the meta device.
         found: a micro-batch of every objective.
         device: type of the device whose kernels are assumed, ``cpu`` or ``cuda``.
         strategy: of parallel training.
