@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-
-from villa.config.schema import BatchConfig
-from villa.errors import ConfigError
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -43,42 +40,3 @@ class Share:
 
 #: Everything, for one process.
 WHOLE = Share()
-
-
-def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples: bool = False) -> BatchConfig:
-    """Return how updates are cut for so many processes: where the recipe leaves it open, so that each has a part.
-
-    Args:
-        batch: the recipe's ``batch`` section.
-        world_size: number of processes.
-        compares_examples: whether the loss compares the examples of a micro-batch with each other.
-
-    Raises:
-        ConfigError: the number of micro-batches decides about the gradient, and the recipe leaves it open.
-    """
-    size = batch.examples or batch.tokens
-    if world_size == 1 or batch.per_pass is not None or size is None:
-        return batch
-    reason = None
-    if batch.accumulation == "sum":
-        reason = "batch.accumulation=sum adds up one mean for each micro-batch, so that their number"
-    elif compares_examples:
-        reason = "the loss compares the examples of a micro-batch with each other, so that their number"
-    if reason is not None:
-        raise ConfigError(
-            f"{reason} must be told on {world_size} processes: give batch.per_pass, the largest part of an update "
-            "that goes through the model at once"
-        )
-    return replace(batch, per_pass=math.ceil(size / world_size))
-
-
-def idle_note(batch: BatchConfig, world_size: int) -> list[str]:
-    """Say when an update has fewer micro-batches than there are processes."""
-    size = batch.examples or batch.tokens or 1
-    count = math.ceil(size / min(batch.per_pass or size, size))
-    if count >= world_size:
-        return []
-    return [
-        f"an update is {count} micro-batch{'es' * (count > 1)}, so that {world_size - count} of {world_size} processes "
-        f"have nothing of their own to do: lower batch.per_pass to {max(1, size // world_size)}"
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from villa.batch import Batch
 from villa.checkpoints.layout import CHECKPOINTS
 from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.store import resolve
-from villa.config.schema import RunConfig
+from villa.config.schema import BatchConfig, RunConfig
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.own.assets import assets_beside, facts_beside
 from villa.distributed.environment import Place
@@ -211,3 +212,42 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is '{name}', but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
+
+
+def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples: bool = False) -> BatchConfig:
+    """Return how updates are cut for so many processes: where the recipe leaves it open, so that each has a part.
+
+    Args:
+        batch: the recipe's ``batch`` section.
+        world_size: number of processes.
+        compares_examples: whether the loss compares the examples of a micro-batch with each other.
+
+    Raises:
+        ConfigError: the number of micro-batches decides about the gradient, and the recipe leaves it open.
+    """
+    size = batch.examples or batch.tokens
+    if world_size == 1 or batch.per_pass is not None or size is None:
+        return batch
+    reason = None
+    if batch.accumulation == "sum":
+        reason = "batch.accumulation=sum adds up one mean for each micro-batch, so that their number"
+    elif compares_examples:
+        reason = "the loss compares the examples of a micro-batch with each other, so that their number"
+    if reason is not None:
+        raise ConfigError(
+            f"{reason} must be told on {world_size} processes: give batch.per_pass, the largest part of an update "
+            "that goes through the model at once"
+        )
+    return replace(batch, per_pass=math.ceil(size / world_size))
+
+
+def idle_note(batch: BatchConfig, world_size: int) -> list[str]:
+    """Say when an update has fewer micro-batches than there are processes."""
+    size = batch.examples or batch.tokens or 1
+    count = math.ceil(size / min(batch.per_pass or size, size))
+    if count >= world_size:
+        return []
+    return [
+        f"an update is {count} micro-batch{'es' * (count > 1)}, so that {world_size - count} of {world_size} processes "
+        f"have nothing of their own to do: lower batch.per_pass to {max(1, size // world_size)}"
+    ]

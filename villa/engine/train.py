@@ -23,7 +23,7 @@ from villa.engine.inference import restore_parts
 from villa.engine.loop import Callback, Progress, Training, fit
 from villa.engine.report import about_split, report, warnings_of_run
 from villa.engine.run_folder import claim, mark_finished, saved_yaml
-from villa.engine.setup import Parts, build, build_trainer
+from villa.engine.setup import Parts, batch_of_processes, build, build_trainer, idle_note
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError, about, reading
 from villa.files import atomic_write
@@ -31,7 +31,6 @@ from villa.hub.source import load_model
 from villa.progress import TrainingProgress
 from villa.provenance import provenance
 from villa.registry import OPTIMIZERS, SCHEDULERS
-from villa.share import batch_of_processes, idle_note
 from villa.signals import Interrupted, check, interruptible
 from villa.tracking import Trackers, run_trackers
 from villa.trainers.base import Trainer

@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from villa.datasets.base import Example, Split
+from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.samplers import Lengths
 from villa.datasets.uniter.image_lmdb import ImageDatabase, PairedImageDatabase, check_pair
 from villa.datasets.uniter.image_names import ImageNames
@@ -20,9 +21,6 @@ from villa.datasets.uniter.strings import Integers
 from villa.datasets.uniter.tables import Numbers
 from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import DataError
-
-if TYPE_CHECKING:
-    from villa.datasets.uniter.databases import DatabaseTask
 
 Images = ImageDatabase | PairedImageDatabase
 
@@ -60,6 +58,22 @@ class Pair:
         return found
 
 
+class Owner(Protocol):
+    """The task that opens a split.
+
+    Attributes:
+        extra_words: rows of the word embedding beyond the tokenizer's.
+        left_out: how many examples of a text database are not trained on, by its folder: a line for each reason.
+    """
+
+    extra_words: ClassVar[int]
+    left_out: dict[Path, list[str]]
+
+    @property
+    def config(self) -> DatasetConfig:
+        """The options."""
+
+
 class DatabaseSplit(Split):
     """The examples of one pair of databases; a subclass makes them of what is stored.
 
@@ -79,7 +93,7 @@ class DatabaseSplit(Split):
 
     text_copies: ClassVar[int] = 1
 
-    def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
+    def __init__(self, task: Owner, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
         self.task, self.name, self.pair = task, name, pair
         numbers = Numbers.of(lengths)
         self.ids = numbers.texts
