@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # takes long to import
 
 #: What is asked of a model: to choose a label, to match images and texts, or to write an answer.
 Task = Literal["classification", "contrastive", "generation"]
