@@ -72,7 +72,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         options = read_options(Path("config.json"))
         recipe = released_recipe(task, options, read_options(Path(options["model_config"])))
         Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-        shared = ["config=recipe.yaml", "logging.every=1", "logging.tensorboard=false", "logging.progress=off"]
+        shared = [
+            "config=recipe.yaml",
+            "logging.every=1",
+            "logging.tensorboard=false",
+            "logging.figures=false",
+            "logging.progress=off",
+        ]
         assert main([*shared, "output_dir=ours", "device=cpu"]) == 0
         predict = ["run_type=predict", "predict.split=val", "checkpoint.path=ours", "predict.output=val.jsonl"]
         last = max(Path("ours/checkpoints").glob("update_*"))

@@ -38,7 +38,7 @@ def weights(folder: Path, update: int) -> bytes:
 
 
 def test_a_finished_run_leaves_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / "run", *EVALUATED) == 0
+    assert run(tmp_path / "run", *EVALUATED, "logging.figures=true") == 0
     assert updates(tmp_path / "run", "train") == [1, 2, 3, 4]
     assert updates(tmp_path / "run", "val") == [2, 4]
     assert updates(tmp_path / "run", "test") == [4]

@@ -29,6 +29,7 @@ SHAPES = (
     "training.updates=4",
     "logging.every=1",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "logging.progress=off",
 )
 COLOURS = ("red", "green", "blue")

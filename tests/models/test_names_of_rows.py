@@ -37,6 +37,7 @@ COMMON = (
     "optimizer.lr=0.01",
     "logging.progress=off",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "evaluation.every=null",
     "run_type=train",
     "device=cpu",

@@ -43,7 +43,9 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
         results[split], references = values, parts.data.reference_scores(split)
     chosen = "last" if progress.best_update is None else "best"
     write_metrics(folder / METRICS, results, protocol(parts, update, chosen))
-    plot_curves(folder / LOG, folder / CURVES, references)
+    curves = folder / CURVES if parts.config.logging.figures else None
+    if curves is not None:
+        plot_curves(folder / LOG, curves, references)
     if values:
         result = Result(
             parts.config.trainer.name,
@@ -53,8 +55,8 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
             cost=training.updater.trainer.relative_cost(parts.config.dataset.objectives()),
         )
         show(parts, [result], references, title=f"{parts.config.name}: {split}")
-    files = [_predictions(folder, split), submission_path(parts.data, split, folder)]
-    written = ", ".join([METRICS, *(path.name for path in files if path and path.exists()), CURVES, LOG])
+    files = [_predictions(folder, split), submission_path(parts.data, split, folder), curves]
+    written = ", ".join([METRICS, *(path.name for path in files if path and path.exists()), LOG])
     print(f"written to {folder}: {written}, checkpoints of the best and last")
 
 
