@@ -49,6 +49,15 @@ def test_fractions_are_nested_and_depend_on_their_seed() -> None:
     assert ids[0.01, 0] != ids[0.01, 1]
 
 
+def test_questions_that_are_left_out_are_counted() -> None:
+    few = text_only(fraction=0.5, limit=1)
+    assert few.split("train").warnings() == [
+        "dataset.fraction=0.5, dataset.limit=1: 36,629 of 36,630 questions are left out"
+    ]
+    assert few.split("val").warnings() == ["dataset.limit=1: 1,944 of 1,945 questions are left out"]
+    assert text_only(limit=50_000).split("train").warnings() == []
+
+
 def test_examples_with_regions() -> None:
     dataset = data(grid=2, limit=10)
     split = dataset.split("train")

@@ -275,3 +275,5 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, images: list
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be written: Not a directory; make room, or choose another place"):
         opened(images, GridOptions(grid=2, cache_dir=str(tmp_path / "file")))
+    with pytest.raises(DataError, match="there is no such home folder"):
+        opened(images, GridOptions(grid=2, cache_dir="~nobody-here/x"))

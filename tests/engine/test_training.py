@@ -246,6 +246,22 @@ def test_a_resume_does_not_import_what_the_saved_recipe_names(
     assert "changed since: user_dir: moved/away -> None" in capsys.readouterr().out
 
 
+def test_options_that_a_saved_recipe_lacks_have_had_their_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", "run_type=train") == 0
+    saved = tmp_path / "run/checkpoints/update_00000004"
+    lines = (saved / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.split(":")[0].strip() not in ("sampler", "max_skips")]
+    assert len(kept) == len(lines) - 2
+    (saved / "config.yaml").write_text("".join(kept))
+    capsys.readouterr()
+    restore(training(tmp_path / "run"), Checkpoint(saved, 4), load([*SHAPES, "training.max_skips=3"]).config)
+    printed = capsys.readouterr().out
+    assert "changed since: training.max_skips: 10 -> 3" in printed
+    assert "sampler" not in printed
+
+
 def test_fit_counts_examples_and_leaves_the_stream_closed(tmp_path: Path) -> None:
     trained = training(tmp_path, "training.workers=1", "evaluation.split=null")
     fit(trained)

@@ -61,7 +61,10 @@ def refuse_not_finite(source: str | Path, weights: Iterable[tuple[str, Tensor]])
     Raises:
         CheckpointError: naming the first that is NaN or infinite somewhere.
     """
-    wrong = next((name for name, value in weights if value.is_floating_point() and not value.isfinite().all()), None)
+    floats = ((name, value) for name, value in weights if value.is_floating_point())
+    # Of numbers of 8 bits torch cannot say it.
+    whole = ((name, value if value.element_size() > 1 else value.float()) for name, value in floats)
+    wrong = next((name for name, value in whole if not value.isfinite().all()), None)
     if wrong is not None:
         raise CheckpointError(
             f"'{source}' has NaN or infinite numbers in '{wrong}'; use an earlier checkpoint or a copy"

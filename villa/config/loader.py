@@ -14,7 +14,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.validate import TRAINING_RUNS, validate
 from villa.config.values import DEFAULT, Layer, Origin, Value, show, texts
 from villa.config.variants import Variant, choose, drop_foreign, lay_over, name_variants, preset
-from villa.errors import ConfigError, about
+from villa.errors import ConfigError, DataError, about
 from villa.plugins import load_user_dir
 
 #: Run types that only read a trained model.
@@ -162,7 +162,7 @@ def import_user_dir(layers: Sequence[Layer]) -> None:
         load_user_dir(path)
     except ConfigError as error:
         raise ConfigError(f"{error} ({given.origin})") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (DataError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"user_dir = {show(path)} ({given.origin}): not a usable path: {error}") from error
 
 

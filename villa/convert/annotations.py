@@ -14,6 +14,7 @@ from villa.convert.entries import read_entries
 from villa.convert.example import LineRecords, RawExample, Record, as_record, by_number, read_object, read_records
 from villa.datasets.base import plain_answer
 from villa.errors import DataError, nearest
+from villa.files import regular_file
 
 #: Image sets that a question file may ask about; ``vg`` is Visual Genome.
 IMAGE_SETS = ("train2014", "val2014", "test2015", "vg")
@@ -97,6 +98,7 @@ def read_gqa(questions: Path) -> Iterator[RawExample]:
 def count_gqa(questions: Path) -> int | None:
     """Return the number of questions of a file, or None where the file cannot be read."""
     try:
+        regular_file(questions)
         with questions.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
             return sum(1 for _ in re.finditer(rb'"imageId"', contents))
     except (OSError, ValueError):  # an empty file cannot be mapped

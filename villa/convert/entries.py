@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from villa.errors import DataError
+from villa.files import regular_file
 from villa.json_values import RepeatedNameError, unique_names
 
 _CHUNK = 1 << 20
@@ -23,6 +24,7 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
         DataError: the file is missing, or holds something else.
     """
     try:
+        regular_file(path)
         with path.open(encoding="utf-8-sig") as file:
             yield from _Scanner(file, path).entries()
     except OSError as error:

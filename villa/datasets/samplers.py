@@ -145,6 +145,8 @@ class UpdateSampler(Sampler):
 
     def total_updates(self, epochs: int) -> int:
         """Updates of the first ``epochs`` epochs."""
+        if self._lengths is None:  # all epochs are alike
+            return epochs * len(self.epoch(0))
         return sum(len(self.epoch(epoch)) for epoch in range(epochs))
 
     def describe(self) -> str:

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from villa.batch import Batch
 from villa.checkpoints.layout import CHECKPOINTS, CONFIG
 from villa.checkpoints.store import Checkpoint, CheckpointStore
-from villa.config.schema import RunConfig
+from villa.config.options import recipe_options
+from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
@@ -179,7 +182,8 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     Raises:
         CheckpointError: it is damaged, or of another model or optimiser.
     """
-    before, now = _values(checkpoint.config_yaml()), _values(saved_yaml(config))
+    now = _values(saved_yaml(config))
+    before = _defaults(config, now) | _values(checkpoint.config_yaml())
     changed = sorted(k for k in {*before, *now} - {"run_type"} if before.get(k) != now.get(k))
     if "optimizer.name" in changed:
         raise CheckpointError(
@@ -226,6 +230,13 @@ def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterat
 def _values(recipe: str) -> dict[str, Any]:
     """Values of a saved recipe by dotted key; nothing that it names is imported."""
     return {key: value.data for key, value in parse(recipe, lambda line: Origin(CONFIG, line)).items()}
+
+
+def _defaults(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """Defaults of options that a version of villa before may not have had: it did what they say."""
+    options = recipe_options({section: type(getattr(config, section)) for section in VARIANTS})
+    found = {key: option.default for key in keys if (option := options.get(key)) is not None}
+    return {key: default for key, default in found.items() if default != MISSING}
 
 
 def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from villa.checkpoints.files import file_problem, load, read_manifest
 from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, METRICS, SAVED
 from villa.checkpoints.store import CheckpointStore
 from villa.checkpoints.transformers_folder import find_config, is_transformers_folder
-from villa.checkpoints.weight_files import SAFETENSORS, read_weights
+from villa.checkpoints.weight_files import SAFETENSORS, read_weights, refuse_not_finite
 from villa.errors import CheckpointError, VillaError
 from villa.evaluation.results import read_metrics
 from villa.hub.folder import is_saved, open_saved
@@ -37,7 +36,7 @@ def check_model(path: Path) -> Iterator[str]:
         VillaError: after all lines: something is damaged.
     """
     if not path.is_dir():
-        yield f"{path}: {_weights(read_weights(path))}; it has no checksums to compare"
+        yield f"{path}: {_weights(path, read_weights(path))}; it has no checksums to compare"
     elif is_saved(path):
         yield from _check_saved(path)
     elif (path / MANIFEST).exists():
@@ -50,7 +49,7 @@ def check_model(path: Path) -> Iterator[str]:
 
 def _check_checkpoint(path: Path) -> str:
     checkpoint = load(path)
-    weights = _weights(checkpoint.model_state())
+    weights = _weights(path, checkpoint.model_state())
     checkpoint.training_state()
     files = read_manifest(path)[1]
     return f"{path}: intact: update {checkpoint.update}, {len(files)} files as {MANIFEST} says, {weights}"
@@ -80,6 +79,8 @@ def _check_saved(path: Path) -> Iterator[str]:
     source = open_saved(path)
     for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(SAVED).parent).glob(f"*{SAFETENSORS}"))):
         yield f"{file}: {_weights(read_weights(file))}"
+    for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(MANIFEST).parent).glob(f"*{SAFETENSORS}"))):
+        yield f"{file}: {_weights(file, read_weights(file))}"
     source.metrics()
     source.provenance()
     listed = read_manifest(path, SAVED)[1]
@@ -97,14 +98,12 @@ def _check_foreign(path: Path) -> Iterator[str]:
     if not files:
         raise CheckpointError(f"'{path}' has a config.json, but no weights; save the model there again")
     for file in files:
-        yield f"{file}: {_weights(read_weights(file))}"
+        yield f"{file}: {_weights(file, read_weights(file))}"
     yield f"{path}: readable: a {described.model_type}; transformers writes no checksums to compare"
 
 
-def _weights(weights: Mapping[str, Tensor]) -> str:
+def _weights(path: Path, weights: Mapping[str, Tensor]) -> str:
     """Say how much it is; NaN and infinities are damage, for no model works with them."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
-            raise CheckpointError(f"'{name}' of the weights has values that are not finite; use another copy")
+    refuse_not_finite(path, weights.items())
     numbers = sum(value.numel() for value in {value.data_ptr(): value for value in weights.values()}.values())
     return f"{len(weights)} tensors of {numbers:,} numbers"

@@ -109,7 +109,8 @@ class EasyVqa(QuestionAnswering):
         questions = self._questions(name)
         seen = self.vocabulary.regions != "none"
         store = self.open_store(_images(name == "test"), (q.image for q in questions)) if seen else None
-        return TableSplit([self._record(question) for question in questions], self.reader, store)
+        records = [self._record(question) for question in questions]
+        return TableSplit(records, self.reader, store, self._left_out(name, len(records)))
 
     def _record(self, question: Question) -> Record:
         images = () if self.vocabulary.regions == "none" else (question.image,)
@@ -144,13 +145,30 @@ class EasyVqa(QuestionAnswering):
             "question_only": float(np.mean([q.answer == best.get(q.text, overall) for q in questions])),
         }
 
+    def _left_out(self, name: str, kept: int) -> list[str]:
+        """Say, in a line, how many questions of a split ``fraction`` and ``limit`` leave out."""
+        count, fraction, limit = len(self._whole(name)), self.config.fraction, self.config.limit
+        shared = [f"dataset.fraction={fraction}"] if name == "train" and fraction < 1 else []
+        options = shared if limit is None else [*shared, f"dataset.limit={limit}"]
+        return [f"{', '.join(options)}: {count - kept:,} of {count:,} questions are left out"] if kept < count else []
+
     def _questions(self, name: str) -> list[Question]:
+        questions = self._whole(name)
+        if name == "train":
+            questions = list(share(questions, self.config.fraction, self.config.fraction_seed))
+        return questions[: self.config.limit]
+
+    def _whole(self, name: str) -> list[Question]:
+        """All questions of a split, whatever ``fraction`` and ``limit`` are."""
         if name not in SPLITS:
             raise DataError(f"easy_vqa has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
         questions = _read(test=name == "test")
-        if name != "test":
-            questions = self._held_out(questions) if name == "val" else self._trained_on(questions)
-        return questions[: self.config.limit]
+        if name == "val":
+            return self._held_out(questions)
+        if name == "test":
+            return questions
+        first = self._first_held_out()
+        return [question for question in questions if question.image < first]
 
     def _first_held_out(self) -> int:
         images = len(_images(test=False))
@@ -163,11 +181,6 @@ class EasyVqa(QuestionAnswering):
         if not self.config.val_images:
             raise DataError("easy_vqa has no split 'val' with dataset.val_images=0; raise it, or set evaluation.split")
         return [question for question in questions if question.image >= first]
-
-    def _trained_on(self, questions: list[Question]) -> list[Question]:
-        first = self._first_held_out()
-        kept = [question for question in questions if question.image < first]
-        return list(share(kept, self.config.fraction, self.config.fraction_seed))
 
 
 def _package() -> ModuleType:

@@ -28,7 +28,7 @@ from torch import Tensor
 from villa.datasets.own.pictures import BACKGROUND, READING, read_picture
 from villa.datasets.stores import RegionStore, Source
 from villa.errors import ConfigError, DataError, reading
-from villa.files import locked, no_space, open_own, sha256, write_json
+from villa.files import locked, no_space, open_own, plain_path, sha256, write_json
 from villa.progress import track
 
 #: Pixels of the image that one cell of the network's last feature map covers, a side.
@@ -170,7 +170,7 @@ FORMAT = 1
 
 def cache_root(folder: str | None) -> Path:
     """Return the folder of all caches: the one given, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
-    return Path(folder or os.environ.get("VILLA_CACHE") or "~/.cache/villa").expanduser()
+    return plain_path(folder or os.environ.get("VILLA_CACHE") or "~/.cache/villa")
 
 
 class FeatureCache:

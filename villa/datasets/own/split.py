@@ -264,10 +264,11 @@ class TableSplit(Split):
         records: the records.
         reader: makes examples of them.
         store: what ``reader.open`` returned.
+        left_out: what the options leave out of the data, a line for each reason.
     """
 
-    def __init__(self, records: Sequence[Record], reader: Reader, store: Any) -> None:
-        self._records, self._reader, self._store = records, reader, store
+    def __init__(self, records: Sequence[Record], reader: Reader, store: Any, left_out: Sequence[str] = ()) -> None:
+        self._records, self._reader, self._store, self._left_out = records, reader, store, left_out
 
     def __len__(self) -> int:
         return len(self._records)
@@ -291,7 +292,7 @@ class TableSplit(Split):
         cut = CutTexts()
         for read, whole in self._text_lengths:
             cut.add(read, whole)
-        return cut.warnings()
+        return [*self._left_out, *cut.warnings()]
 
     @cached_property
     def _text_lengths(self) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, NoReturn, TextIO, TypeVar
 
 from villa.errors import DataError, StorageError
 from villa.evaluation.predictions import read_predictions
-from villa.files import replacing
+from villa.files import regular_file, replacing
 from villa.json_values import RepeatedNameError, unique_names
 from villa.plugins import one_line
 from villa.progress import track
@@ -52,6 +52,7 @@ def line_blocks(path: Path, description: str, encoding: str = "utf-8") -> Iterat
 
 def _pieces(path: Path, description: str, take: Callable[[TextIO], T], encoding: str = "utf-8") -> Iterator[T]:
     try:
+        regular_file(path)
         with path.open(encoding=encoding, newline="") as file:
             total = os.fstat(file.fileno()).st_size // _PIECE + 1
             yield from track(takewhile(bool, map(take, repeat(file))), description, total)
