@@ -79,8 +79,6 @@ def _check_saved(path: Path) -> Iterator[str]:
     source = open_saved(path)
     for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(SAVED).parent).glob(f"*{SAFETENSORS}"))):
         yield f"{file}: {_weights(file, read_weights(file))}"
-    for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(MANIFEST).parent).glob(f"*{SAFETENSORS}"))):
-        yield f"{file}: {_weights(file, read_weights(file))}"
     source.metrics()
     source.provenance()
     listed = read_manifest(path, SAVED)[1]
