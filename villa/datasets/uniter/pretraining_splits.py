@@ -231,11 +231,7 @@ class ObjectiveSplit(DatabaseSplit):
     def _masked_regions(self, id: str, draws: random.Random) -> ObjectiveExample:
         features, boxes = self.regions(id)
         mask = torch.tensor(mask_regions(len(features), draws, self.settings.mask_probability))
-        rows = (
-            features[mask]
-            if OBJECTIVES[self.settings.objective].head == "features"
-            else self._soft_labels(id, len(features))[mask]
-        )
+        asked = features if OBJECTIVES[self.settings.objective].head == "features" else self._soft_labels(id, len(mask))
         seen = features.masked_fill(mask.unsqueeze(1), 0)
         text = self.words(*self.text(id).parts, id=id)
         return replace(self._example(id, text, seen, boxes), masked_regions=mask, rows=asked[mask])
