@@ -15,6 +15,7 @@ from villa.batch import Batch
 from villa.config.schema import DistributedConfig, TrainingConfig
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
+from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
@@ -137,17 +138,14 @@ def make(
     used.apply(model)
     method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
     factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=lr, eps=eps))
+    loss = CrossEntropy() if objective is None else Pretraining()
     return Updater(
-        model,
-        CrossEntropy() if objective is None else Pretraining(),
+        ModelPasses(model, loss, Precision(precision, CPU), 0, used),
         method(method.Config(**TRAINERS_TRIED[trainer])),
         used.optimizer(lambda: factory.build(model)),
         ConstantSchedule(ScheduleConfig(), 10),
         TrainingConfig(**training),
-        precision=Precision(precision, CPU),
-        accumulation=accumulation,
-        seed=0,
-        strategy=used,
+        accumulation,
     )
 
 

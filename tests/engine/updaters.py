@@ -10,6 +10,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
 from villa.engine.parameter_groups import parameter_groups
+from villa.engine.passes import ModelPasses
 from villa.engine.precision import Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
@@ -46,15 +47,12 @@ def make(
 ) -> Updater:
     """An updater: by default gradient descent on the cross-entropy of clean inputs."""
     return Updater(
-        model,
-        loss or CrossEntropy(),
+        ModelPasses(model, loss or CrossEntropy(), Precision(precision, CPU), 0),
         trainer or StandardTrainer(),
         optimizer or descent(model),
         schedule or ConstantSchedule(ScheduleConfig(), 10),
         TrainingConfig(**training),
-        precision=Precision(precision, CPU),
-        accumulation=accumulation,
-        seed=0,
+        accumulation,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -51,6 +51,20 @@ class FairscaleFullySharded(FairscaleStrategy):
             yield
             self._settle()
 
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """See the base class; fairscale does not know of backward passes that end before the parameters."""
+        if not self._units:
+            return super().gradient(loss, inputs)
+        with self._units[-1].no_sync(), self._units[-1].without_parameters():
+            found = super().gradient(loss, inputs)
+        self.put_away()
+        return found
+
+    def put_away(self) -> None:
+        """See the base class."""
+        for unit in self._units:
+            unit.put_away()
+
     def shape(self, parameter: Tensor) -> torch.Size:
         """See the base class."""
         whole: torch.Size = getattr(parameter, "_orig_size", parameter.shape)
@@ -80,8 +94,7 @@ class FairscaleFullySharded(FairscaleStrategy):
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """See the base class; every process reads the whole weights and keeps its part."""
-        for unit in self._units:
-            unit.put_away()
+        self.put_away()
         with torch.no_grad():
             for name, tensor in model.state_dict(keep_vars=True).items():
                 tensor.copy_(self._part(state[name].to(tensor.device), tensor))
@@ -95,6 +108,16 @@ class FairscaleFullySharded(FairscaleStrategy):
             for number, kept in sorted(state["state"].items())
         }
         return state
+
+    def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        whole: Tensor = self._whole(part, parameter)
+        return whole
+
+    def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        part: Tensor = self._part(whole, parameter).to(parameter.device)
+        return part
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """See the base class; the count of steps may have the shape of a parameter that is a single number."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from fairscale.internal.parallel import ProcessGroupName
 from fairscale.nn.data_parallel import FullyShardedDataParallel
+from fairscale.nn.data_parallel.fully_sharded_data_parallel import TrainingState, get_fsdp_instances
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # fairscale's own, in every pass
@@ -42,6 +44,7 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         )
         self.set_gradient_divide_factors(1.0, 1.0, recursive=False)  # sums, not means over processes
         self.reduced: set[nn.Parameter] = set()
+        self._partial = False
         self._each_pass = each_pass
         for parameter in self.params:
             if parameter.requires_grad:
@@ -53,6 +56,22 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         self._lazy_init()
         self._free_full_params()
         self._use_fp32_param_shard()
+
+    @contextmanager
+    def without_parameters(self) -> Iterator[None]:
+        """Context, of the model's unit, of a backward pass that does not reach the parameters.
+
+        fairscale takes a pass for ended when gradients of parameters have arrived, and readies those that are there for
+        more; here neither must happen.
+        """
+        units = get_fsdp_instances(self)
+        for unit in units:
+            unit._partial = True
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit._partial = False
 
     def own_part(self, whole: Tensor) -> Tensor:
         """Return this process's part of a parameter, or of something of its shape."""
@@ -78,8 +97,16 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         super()._register_pre_backward_hooks(entrances)
         return gated
 
+    def _wait_for_post_backward(self) -> None:
+        for unit in get_fsdp_instances(self) if self._partial else ():
+            trained = any(p.requires_grad for p in unit.params)
+            unit.training_state = TrainingState.BACKWARD_POST if trained else TrainingState.BACKWARD_PRE
+        super()._wait_for_post_backward()
+
     def _prep_grads_for_backward(self) -> None:
         """Set sums of earlier passes aside; fairscale takes those of a single element for gradients of this process."""
+        if self._partial:
+            return
         if not self._each_pass or self.world_size == 1:
             super()._prep_grads_for_backward()
             return

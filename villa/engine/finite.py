@@ -15,6 +15,7 @@ def describe_nonfinite(
     logs: Mapping[str, Tensor],
     parameters: Iterable[tuple[str, nn.Parameter]],
     batches: Sequence[Batch],
+    ascents: Sequence[tuple[int, str, Tensor]] = (),
 ) -> str:
     """Name the first loss or gradient of an update that is not finite, with the examples concerned.
 
@@ -23,6 +24,7 @@ def describe_nonfinite(
         logs: the update's values by name, which tell the parts of a loss apart.
         parameters: named parameters with their gradients.
         batches: the update's micro-batches.
+        ascents: micro-batch number, modality, and whether it is finite, of every gradient of a perturbation alone.
 
     Returns:
         One line.
@@ -35,6 +37,10 @@ def describe_nonfinite(
             parts = f" (not finite: {named})" if named else ""
             what = f"the loss of backward pass {backward[micro_batch]} is {loss.item()}{parts}"
             return f"{what}; examples: {_ids(batches[micro_batch : micro_batch + 1])}"
+    for micro_batch, modality, finite in ascents:
+        if not finite:
+            examples = _ids(batches[micro_batch : micro_batch + 1])
+            return f"the gradient of a perturbation ({modality}) is not finite; examples: {examples}"
     for name, parameter in parameters:
         if parameter.grad is not None and not _here(parameter.grad).isfinite().all():
             return f"the gradient of {name} is not finite; examples: {_ids(batches)}"

@@ -6,14 +6,21 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from villa.batch import Batch
+from villa.distributed.blocks import modes
 from villa.losses.classification import widened
 from villa.models.base import Model, ModelOutput
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Context in which a model is in evaluation mode; afterwards every module is in the mode that it was in."""
+    return modes([(module, False) for module in model.modules()])
 
 
 class Precision:
