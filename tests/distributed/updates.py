@@ -25,6 +25,7 @@ from villa.models.base import DataFacts, Model
 from villa.models.uniter import Uniter
 from villa.models.uniter_config import UniterConfig
 from villa.registry import OPTIMIZERS, TRAINERS
+from villa.trainers.base import Trainer
 
 CPU = torch.device("cpu")
 EXAMPLES, TOKENS, REGIONS, WORDS, WIDTH, LABELS = 10, 5, 4, 30, 6, 3
@@ -121,7 +122,7 @@ def connected(name: str, **options: Any) -> Strategy:
 
 def make(
     used: Strategy,
-    trainer: str,
+    trainer: str | Trainer,
     *,
     objective: str | None = None,
     dtype: torch.dtype = torch.float64,
@@ -136,12 +137,14 @@ def make(
     """An updater of the tiny model under a strategy."""
     model = uniter(objective, dtype, seed)
     used.apply(model)
-    method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
+    if isinstance(trainer, str):
+        method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
+        trainer = method(method.Config(**TRAINERS_TRIED[trainer]))
     factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=lr, eps=eps))
     loss = CrossEntropy() if objective is None else Pretraining()
     return Updater(
         ModelPasses(model, loss, Precision(precision, CPU), 0, used),
-        method(method.Config(**TRAINERS_TRIED[trainer])),
+        trainer,
         used.optimizer(lambda: factory.build(model)),
         ConstantSchedule(ScheduleConfig(), 10),
         TrainingConfig(**training),
@@ -164,8 +167,8 @@ def update(updater: Updater, number: int, count: int, objective: str | None = No
     return updater.update(number, [parts[turn.number] for turn in turns], turns)
 
 
-def run(used: Strategy, trainer: str, count: int, *, spoilt: bool = False, **options: Any) -> dict[str, Any]:
-    """Three updates; return all parameters, and the values logged."""
+def run(used: Strategy, trainer: str | Trainer, count: int, *, spoilt: bool = False, **options: Any) -> dict[str, Any]:
+    """Three updates; return all parameters, the values logged, and what the trainer keeps of weights."""
     updater = make(used, trainer, **options)
     updater.model.train()
     objective, logs = options.get("objective"), {}
@@ -175,6 +178,11 @@ def run(used: Strategy, trainer: str, count: int, *, spoilt: bool = False, **opt
         "parameters": {name: value.clone() for name, value in used.state_dict(updater.model).items()},
         "logs": {name: float(value) for name, value in logs.items()},
         "scale": updater.precision.loss_scale,
+        "kept": {
+            f"{word}.{name}": value.clone()
+            for word, of in updater.state_dict()["trainer"]["weights"].items()
+            for name, value in of.items()
+        },
     }
 
 

@@ -109,7 +109,8 @@ class UpdateFrame:
             raise RuntimeError("the update's step was taken: accumulate() must come before step()")
         if self._runs:
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler._per_optimizer_states.pop(id(self.optimizer), None)  # there was no overflow
+            if self.scaler.is_enabled():  # it may unscale once an update; there was no overflow
+                self.scaler._per_optimizer_states.pop(id(self.optimizer))
         self._runs += 1
         logs = self._run()
         self.strategy.unscale(self.scaler, self.optimizer)

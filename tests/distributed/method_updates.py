@@ -1,0 +1,100 @@
+"""What each process of the tests of methods does: ascents alone, moved weights, averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import updates
+from fairscale_updates import _PLAIN
+from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
+from strangers import AscendingVilla, AwpVilla, SmartConfig, SmartTrainer
+from torch import Tensor
+
+from villa.distributed.joining import joined
+from villa.distributed.strategy import Strategy
+from villa.trainers.base import Trainer
+from villa.trainers.villa import VillaConfig, VillaTrainer
+
+#: Strategies with their options, the type of the weights under each, and the cases that are tried.
+_OF_PROCESSES = ("both", "alternating", "bf16", "fp16", "smart", "sam", "awp", "averaging")
+_OPTIONS = ("both", "smart_without_dropout")
+STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
+    "ddp": ({}, torch.float64, ("text", "image", *_OF_PROCESSES)),
+    "fsdp": ({}, torch.float64, ("text", "image", *_OF_PROCESSES)),
+    "fairscale_sdp": ({}, torch.float64, _OF_PROCESSES),
+    "fairscale_fsdp": ({}, torch.float32, ("text", "image", "fp16", "smart", "sam", "awp", "averaging")),
+    "fsdp+recomputed": ({"activation_checkpointing": True}, torch.float64, _OPTIONS),
+    "fairscale_fsdp+recomputed": ({"activation_checkpointing": True}, torch.float32, _OPTIONS),
+    "fsdp+each_pass": ({"reduce_each_pass": True}, torch.float64, _OPTIONS),
+    "fairscale_sdp+each_pass": ({"reduce_each_pass": True}, torch.float64, _OPTIONS),
+    "fairscale_fsdp+each_pass": ({"reduce_each_pass": True}, torch.float32, (*_OPTIONS, "sam")),
+    "fsdp+compiled": ({"compile": True}, torch.float64, ("both",)),
+}
+
+
+def villa(**options: Any) -> VillaConfig:
+    """Options of VILLA, with steps so large that a wrong perturbation shows."""
+    return VillaConfig(**{**updates.TRAINERS_TRIED["villa_text"], **options})
+
+
+#: VILLA of a case, and options of ``updates.run``.
+ASCENTS: dict[str, tuple[VillaConfig, dict[str, Any]]] = {
+    "both": (villa(modality="both"), {"count": 4}),
+    "text": (villa(modality="text"), {"count": 4}),
+    "image": (villa(modality="image", clean_logits="detached"), {"count": 2}),
+    "alternating": (villa(modality="alternating"), {"count": 3}),
+    # A weight of 1, so that bf16 and fp16 round the same gradients.
+    "bf16": (villa(modality="both"), {"count": 2, "precision": "bf16", "accumulation": "sum", "dtype": torch.float32}),
+    "fp16": (villa(modality="both"), {"count": 2, "precision": "fp16", "accumulation": "sum", "dtype": torch.float32}),
+}
+
+#: Methods whose updates are compared with those of one process.
+METHODS: dict[str, Callable[[], Trainer]] = {
+    "smart": lambda: SmartTrainer(SmartConfig(steps=2, step_size=0.1, noise=0.1, radius=0.2)),
+    "smart_without_dropout": lambda: SmartTrainer(SmartConfig(step_size=0.1, noise=0.1, radius=0.2, dropout=False)),
+    "sam": lambda: SamTrainer(SamConfig(rho=0.5)),
+    "awp": lambda: AwpVilla(villa(steps=2)),
+    "averaging": lambda: AveragingTrainer(AverageConfig(decay=0.5)),
+}
+
+
+def ascents(used: Strategy, case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What ascents have led to in VILLA's updates, and what comes out of the updates with them and without."""
+    config, options = ASCENTS[case]
+    settings = {"dtype": dtype, **_PLAIN, **options}
+    trainer = AscendingVilla(config)
+    result = updates.run(used, trainer, **settings)
+    return {"deltas": trainer.found, "with": result, "without": updates.run(used, VillaTrainer(config), **settings)}
+
+
+def method(used: Strategy, name: str, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+    """What comes out of three updates by a method, with what it keeps of weights."""
+    return updates.run(used, METHODS[name](), count=3, dtype=dtype, **_PLAIN, **options)
+
+
+def sent(used: Strategy, dtype: torch.dtype) -> dict[str, int]:
+    """Messages between processes in the ascents of a micro-batch, after a pass has left gradients."""
+    trainer = AscendingVilla(villa(modality="both"))
+    updater = updates.make(used, trainer, dtype=dtype)
+    batch, passes = updates.examples(dtype=dtype), updater.passes
+    passes.begin(1, 0, 1.0, last=False)
+    passes.backward(passes.loss(passes.forward(batch), batch), last=True)
+    with updates.Collectives() as collectives:
+        trainer.ascend(batch, passes)
+    return dict(collectives.count)
+
+
+def work(output: str) -> None:
+    """Write what came out of everything: ``<output>.<rank>``."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    with joined():
+        for name, (options, dtype, cases) in STRATEGIES.items():
+            used = updates.connected(name.partition("+")[0], **options)
+            for case in cases:
+                found[f"{name}/{case}"] = (ascents if case in ASCENTS else method)(used, case, dtype)
+            if "+" not in name:
+                found[f"{name}/sent"] = sent(used, dtype)
+    torch.save(found, f"{output}.{used.processes.rank}")

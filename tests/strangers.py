@@ -1,0 +1,119 @@
+"""Methods as a project outside of villa writes them, against ``villa.trainers.base`` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from villa.adversarial.ascent import AscentSettings
+from villa.adversarial.perturbation import Perturbation
+from villa.batch import Batch
+from villa.trainers.base import Cost, Frame, Logs, Passes, Trainer, TrainerConfig
+from villa.trainers.villa import VillaTrainer
+
+
+@dataclass
+class SmartConfig(TrainerConfig):
+    """Options of SMART: its K, step, noise and radius (linf), and the weight of the regulariser."""
+
+    steps: int = 1
+    step_size: float = 1e-3
+    noise: float = 1e-5
+    radius: float = 1e-3
+    weight: float = 1.0
+    dropout: bool = True
+
+
+class SmartTrainer(Trainer):
+    """SMART (Jiang et al., ACL 2020): the clean loss, and how far predictions move in the worst direction nearby."""
+
+    Config = SmartConfig
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Ascend the divergence K times from noise, and back-propagate the loss with the divergence there."""
+        config = self.config
+        clean = passes.forward(batch)
+        settings = AscentSettings(config.step_size, config.radius, "linf", "normal", config.noise)
+        delta = Perturbation(settings, passes.seed("smart"))
+        target = clean.map_scores(Tensor.detach)
+        for _ in range(config.steps):
+            output = passes.forward(batch, {"text": delta}, train=config.dropout)
+            passes.gradient(passes.consistency(output, target, batch, "batchmean"), {"text": delta})
+            delta.ascend()
+        delta.frozen = True
+        output = passes.forward(batch, {"text": delta})
+        divergence = passes.consistency(output, clean, batch, "batchmean")
+        loss = passes.loss(clean, batch)
+        passes.backward(loss + config.weight * divergence, last=True)
+        return {"loss": loss.detach(), "divergence": divergence.detach()}
+
+    def cost(self) -> Cost:
+        """The clean pass and the last one go back as one; every ascent is a forward and its own way back."""
+        return 2 + self.config.steps, 2, self.config.steps
+
+    def modalities(self) -> tuple[str, ...]:
+        """Only the text is perturbed."""
+        return ("text",)
+
+
+class AwpVilla(VillaTrainer):
+    """AWP (Wu et al., NeurIPS 2020) around VILLA: each weight goes up by a share of its own norm."""
+
+    gamma = 0.01
+
+    def update(self, frame: Frame) -> Logs:
+        """Run the micro-batches for the direction, again with moved weights for the gradients, and step."""
+        frame.accumulate()
+        gradients = frame.gradients
+        sizes, slopes = frame.norms(frame.weights), frame.norms(gradients)
+        scales = {name: self.gamma * sizes[name] / (slopes[name] + 1e-20) for name in gradients}
+        with frame.moved({name: scales[name] * gradient for name, gradient in gradients.items()}):
+            logs = frame.accumulate()
+        frame.step()
+        return logs
+
+
+class AscendingVilla(VillaTrainer):
+    """VILLA, after all its perturbations were made by ``Passes.gradient`` alone; both are kept.
+
+    Attributes:
+        found: by micro-batch, modality and ascent, what ``gradient`` has led to, and what VILLA's own passes have.
+    """
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__(config)
+        self.found: list[tuple[str, Tensor, Tensor]] = []
+        self.own: list[dict[str, Tensor]] = []
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Ascend K - 1 times without a trace, then run VILLA."""
+        ascended = self.ascend(batch, passes)
+        self.own.clear()
+        logs = super().step(batch, passes)
+        for ours, theirs in zip(ascended, self.own, strict=True):
+            self.found += [(modality, delta, theirs[modality]) for modality, delta in ours.items()]
+        return logs
+
+    def ascend(self, batch: Batch, passes: Passes) -> list[dict[str, Tensor]]:
+        """The perturbations after each ascent, every view's objective being VILLA's."""
+        config, deltas, found = self.config, self.perturbations(passes), []
+        clean = passes.forward(batch, index=0, grad=False)
+        weight = 1 / (config.steps * (len(self.views) if config.average_views else 1))
+        for t in range(config.steps - 1):
+            for v, view in enumerate(self.views):
+                perturbed = {modality: deltas[modality] for modality in view}
+                index = self.pass_index(t * len(self.views) + v + 1)
+                output = passes.forward(batch, perturbed, index=index)
+                kl = passes.consistency(output, clean, batch, config.kl_reduction)
+                passes.gradient((passes.loss(output, batch) + config.kl_weight * kl) * weight, perturbed)
+            for delta in deltas.values():
+                delta.ascend()
+            found.append({modality: delta.delta.clone() for modality, delta in deltas.items()})
+        return found
+
+    def move(self, perturbations: dict[str, Perturbation], passes: Passes, step: int) -> None:  # type: ignore[override]
+        """Keep what VILLA's own ascent has led to."""
+        super().move(perturbations, passes, step)
+        if step + 1 < self.config.steps:
+            self.own.append({m: p.delta.detach().clone() for m, p in perturbations.items()})
