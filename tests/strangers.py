@@ -10,6 +10,7 @@ from villa.adversarial.ascent import AscentSettings
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.trainers.base import Cost, Frame, Logs, Passes, Trainer, TrainerConfig
+from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaTrainer
 
 
@@ -57,8 +58,8 @@ class SmartTrainer(Trainer):
         return ("text",)
 
 
-class AwpVilla(VillaTrainer):
-    """AWP (Wu et al., NeurIPS 2020) around VILLA: each weight goes up by a share of its own norm."""
+class Awp(Trainer):
+    """AWP (Wu et al., NeurIPS 2020) around a method: each weight goes up by a share of its own norm."""
 
     gamma = 0.01
 
@@ -72,6 +73,25 @@ class AwpVilla(VillaTrainer):
             logs = frame.accumulate()
         frame.step()
         return logs
+
+
+class AwpStandard(Awp, StandardTrainer):
+    """AWP around ordinary training."""
+
+
+class AwpVilla(Awp, VillaTrainer):
+    """AWP around VILLA."""
+
+
+class Overflowing(StandardTrainer):
+    """Ordinary training after an ascent whose gradient is infinite in fp16, in the micro-batch with example 9."""
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Ascend, and run a clean pass."""
+        delta = Perturbation(AscentSettings(step_size=0.1))
+        loss = passes.loss(passes.forward(batch, {"text": delta}), batch)
+        passes.gradient(loss * (1e37 if "9" in batch.ids else 1.0), {"text": delta})
+        return super().step(batch, passes)
 
 
 class AscendingVilla(VillaTrainer):

@@ -9,8 +9,7 @@ import torch
 import updates
 from fairscale_updates import _PLAIN
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
-from strangers import AscendingVilla, AwpVilla, SmartConfig, SmartTrainer
-from torch import Tensor
+from strangers import AscendingVilla, AwpVilla, Overflowing, SmartConfig, SmartTrainer
 
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
@@ -18,13 +17,13 @@ from villa.trainers.base import Trainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
 #: Strategies with their options, the type of the weights under each, and the cases that are tried.
-_OF_PROCESSES = ("both", "alternating", "bf16", "fp16", "smart", "sam", "awp", "averaging")
+_OF_PROCESSES = ("both", "alternating", "bf16", "fp16", "smart", "sam", "awp", "averaging", "overflowing")
 _OPTIONS = ("both", "smart_without_dropout")
 STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
     "ddp": ({}, torch.float64, ("text", "image", *_OF_PROCESSES)),
     "fsdp": ({}, torch.float64, ("text", "image", *_OF_PROCESSES)),
     "fairscale_sdp": ({}, torch.float64, _OF_PROCESSES),
-    "fairscale_fsdp": ({}, torch.float32, ("text", "image", "fp16", "smart", "sam", "awp", "averaging")),
+    "fairscale_fsdp": ({}, torch.float32, ("text", "image", "fp16", "smart", "sam", "awp", "averaging", "overflowing")),
     "fsdp+recomputed": ({"activation_checkpointing": True}, torch.float64, _OPTIONS),
     "fairscale_fsdp+recomputed": ({"activation_checkpointing": True}, torch.float32, _OPTIONS),
     "fsdp+each_pass": ({"reduce_each_pass": True}, torch.float64, _OPTIONS),
@@ -57,6 +56,7 @@ METHODS: dict[str, Callable[[], Trainer]] = {
     "sam": lambda: SamTrainer(SamConfig(rho=0.5)),
     "awp": lambda: AwpVilla(villa(steps=2)),
     "averaging": lambda: AveragingTrainer(AverageConfig(decay=0.5)),
+    "overflowing": Overflowing,
 }
 
 
@@ -69,9 +69,10 @@ def ascents(used: Strategy, case: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"deltas": trainer.found, "with": result, "without": updates.run(used, VillaTrainer(config), **settings)}
 
 
-def method(used: Strategy, name: str, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+def method(used: Strategy, name: str, dtype: torch.dtype) -> dict[str, Any]:
     """What comes out of three updates by a method, with what it keeps of weights."""
-    return updates.run(used, METHODS[name](), count=3, dtype=dtype, **_PLAIN, **options)
+    options = {"precision": "fp16", "dtype": torch.float32} if name == "overflowing" else {"dtype": dtype}
+    return updates.run(used, METHODS[name](), count=3, **_PLAIN, **options)
 
 
 def sent(used: Strategy, dtype: torch.dtype) -> dict[str, int]:
