@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import updates
 from fairscale_updates import _PLAIN
+from shapes.smart import SmartConfig, SmartTrainer
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
-from strangers import AscendingVilla, AwpVilla, Overflowing, SmartConfig, SmartTrainer
+from strangers import AscendingVilla, AwpVilla, Overflowing
 
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy

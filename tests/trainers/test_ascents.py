@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from shapes.model import AverageModel
-from strangers import Overflowing, SmartConfig, SmartTrainer
+from shapes.smart import SmartConfig, SmartTrainer
+from strangers import Overflowing
 from tiny import CPU, tiny_batch, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,11 +4,10 @@ import copy
 import inspect
 
 import pytest
-import strangers
 import torch
 import torch.nn.functional as F
 from shapes.model import AverageModel
-from strangers import SmartConfig, SmartTrainer
+from shapes.smart import SmartConfig, SmartTrainer
 from tiny import RecordingPasses, gradients, tiny_batch, tiny_model
 from torch import Tensor
 from updaters import cut, make
@@ -96,5 +95,5 @@ def test_it_costs_what_it_says_and_takes_few_lines() -> None:
     assert (forwards, backwards) == (len(passes.outputs), 2 * len(passes.backwards))  # one goes through two graphs
     assert ascents == len(passes.ascents) == 2
     assert trainer.relative_cost() == pytest.approx((4 + 2 * 2 + 2) / 3)
-    source = inspect.getsource(strangers.SmartConfig) + inspect.getsource(strangers.SmartTrainer)
+    source = inspect.getsource(SmartConfig) + inspect.getsource(SmartTrainer)
     assert len(source.splitlines()) < 60
