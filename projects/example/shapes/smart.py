@@ -15,7 +15,7 @@ from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 
 @dataclass
 class SmartConfig(TrainerConfig):
-    """Options: number and length of ascents, noise at their start, radius, dropout in them; weight of the divergence."""
+    """Options: number and length of ascents, their first noise, radius and dropout; weight of the divergence."""
 
     steps: int = 1
     step_size: float = 1e-3
