@@ -52,12 +52,12 @@ class AscendingVilla(VillaTrainer):
     """VILLA, after all its perturbations were made by ``Passes.gradient`` alone; both are kept.
 
     Attributes:
-        found: by micro-batch, modality and ascent, what ``gradient`` has led to, and what VILLA's own passes have.
+        found: of each micro-batch, by ascent and modality, what ``gradient`` has led to, and VILLA's own passes.
     """
 
     def __init__(self, config: object = None) -> None:
         super().__init__(config)
-        self.found: list[tuple[str, Tensor, Tensor]] = []
+        self.found: list[list[tuple[str, Tensor, Tensor]]] = []
         self.own: list[dict[str, Tensor]] = []
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
@@ -65,8 +65,10 @@ class AscendingVilla(VillaTrainer):
         ascended = self.ascend(batch, passes)
         self.own.clear()
         logs = super().step(batch, passes)
-        for ours, theirs in zip(ascended, self.own, strict=True):
-            self.found += [(modality, delta, theirs[modality]) for modality, delta in ours.items()]
+        pairs = zip(ascended, self.own, strict=True)
+        self.found.append(
+            [(modality, delta, theirs[modality]) for ours, theirs in pairs for modality, delta in ours.items()]
+        )
         return logs
 
     def ascend(self, batch: Batch, passes: Passes) -> list[dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import updates
-from fairscale_updates import _PLAIN
+from fairscale_updates import PLAIN
 from shapes.smart import SmartConfig, SmartTrainer
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
 from strangers import AscendingVilla, AwpVilla, Overflowing
@@ -17,20 +17,19 @@ from villa.distributed.strategy import Strategy
 from villa.trainers.base import Trainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
-#: Strategies with their options, the type of the weights under each, and the cases that are tried.
-_OF_PROCESSES = ("both", "alternating", "bf16", "fp16", "smart", "sam", "awp", "averaging", "overflowing")
+_ASCENTS, _METHODS = ("text", "image", "both", "alternating", "bf16", "fp16"), ("smart", "sam", "awp", "averaging")
 _OPTIONS = ("both", "smart_without_dropout")
+#: Strategies with their options, the type of the weights under each, and the cases that are tried.
 STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
-    "ddp": ({}, torch.float64, ("text", "image", *_OF_PROCESSES)),
-    "fsdp": ({}, torch.float64, ("text", "image", *_OF_PROCESSES)),
-    "fairscale_sdp": ({}, torch.float64, _OF_PROCESSES),
-    "fairscale_fsdp": ({}, torch.float32, ("text", "image", "fp16", "smart", "sam", "awp", "averaging", "overflowing")),
+    "ddp": ({}, torch.float64, (*_ASCENTS, *_METHODS, "overflowing")),
+    "fsdp": ({}, torch.float64, (*_ASCENTS, *_METHODS, "overflowing")),
+    "fairscale_sdp": ({}, torch.float64, (*_ASCENTS, *_METHODS, "overflowing")),
+    "fairscale_fsdp": ({}, torch.float32, (*_ASCENTS, *_METHODS, "overflowing")),
     "fsdp+recomputed": ({"activation_checkpointing": True}, torch.float64, _OPTIONS),
     "fairscale_fsdp+recomputed": ({"activation_checkpointing": True}, torch.float32, _OPTIONS),
-    "fsdp+each_pass": ({"reduce_each_pass": True}, torch.float64, _OPTIONS),
-    "fairscale_sdp+each_pass": ({"reduce_each_pass": True}, torch.float64, _OPTIONS),
+    "fsdp+each_pass": ({"reduce_each_pass": True}, torch.float64, (*_OPTIONS, "sam")),
+    "fairscale_sdp+each_pass": ({"reduce_each_pass": True}, torch.float64, (*_OPTIONS, "sam")),
     "fairscale_fsdp+each_pass": ({"reduce_each_pass": True}, torch.float32, (*_OPTIONS, "sam")),
-    "fsdp+compiled": ({"compile": True}, torch.float64, ("both",)),
 }
 
 
@@ -42,9 +41,9 @@ def villa(**options: Any) -> VillaConfig:
 #: VILLA of a case, and options of ``updates.run``.
 ASCENTS: dict[str, tuple[VillaConfig, dict[str, Any]]] = {
     "both": (villa(modality="both"), {"count": 4}),
-    "text": (villa(modality="text"), {"count": 4}),
+    "text": (villa(modality="text"), {"count": 3}),
     "image": (villa(modality="image", clean_logits="detached"), {"count": 2}),
-    "alternating": (villa(modality="alternating"), {"count": 3}),
+    "alternating": (villa(modality="alternating"), {"count": 2}),
     # A weight of 1, so that bf16 and fp16 round the same gradients.
     "bf16": (villa(modality="both"), {"count": 2, "precision": "bf16", "accumulation": "sum", "dtype": torch.float32}),
     "fp16": (villa(modality="both"), {"count": 2, "precision": "fp16", "accumulation": "sum", "dtype": torch.float32}),
@@ -64,16 +63,19 @@ METHODS: dict[str, Callable[[], Trainer]] = {
 def ascents(used: Strategy, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """What ascents have led to in VILLA's updates, and what comes out of the updates with them and without."""
     config, options = ASCENTS[case]
-    settings = {"dtype": dtype, **_PLAIN, **options}
+    settings = {"dtype": dtype, "updates": 1, **PLAIN, **options}
     trainer = AscendingVilla(config)
     result = updates.run(used, trainer, **settings)
-    return {"deltas": trainer.found, "with": result, "without": updates.run(used, VillaTrainer(config), **settings)}
+    # Where another process answers for a micro-batch, VILLA's gradients are 0.
+    turns = used.share.turns(options["count"])
+    deltas = [each for turn, of in zip(turns, trainer.found, strict=True) for each in of if turn.own]
+    return {"deltas": deltas, "with": result, "without": updates.run(used, VillaTrainer(config), **settings)}
 
 
 def method(used: Strategy, name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What comes out of three updates by a method, with what it keeps of weights."""
+    """What comes out of two updates by a method, with what it keeps of weights."""
     options = {"precision": "fp16", "dtype": torch.float32} if name == "overflowing" else {"dtype": dtype}
-    return updates.run(used, METHODS[name](), count=3, **_PLAIN, **options)
+    return updates.run(used, METHODS[name](), count=3, updates=2, **PLAIN, **options)
 
 
 def sent(used: Strategy, dtype: torch.dtype) -> dict[str, int]:

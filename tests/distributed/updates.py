@@ -167,12 +167,14 @@ def update(updater: Updater, number: int, count: int, objective: str | None = No
     return updater.update(number, [parts[turn.number] for turn in turns], turns)
 
 
-def run(used: Strategy, trainer: str | Trainer, count: int, *, spoilt: bool = False, **options: Any) -> dict[str, Any]:
-    """Three updates; return all parameters, the values logged, and what the trainer keeps of weights."""
+def run(
+    used: Strategy, trainer: str | Trainer, count: int, *, spoilt: bool = False, updates: int = 3, **options: Any
+) -> dict[str, Any]:
+    """Some updates; return all parameters, the values logged, and what the trainer keeps of weights."""
     updater = make(used, trainer, **options)
     updater.model.train()
     objective, logs = options.get("objective"), {}
-    for number in (1, 2, 3):
+    for number in range(1, updates + 1):
         logs = update(updater, number, count, objective, spoilt)
     return {
         "parameters": {name: value.clone() for name, value in used.state_dict(updater.model).items()},
