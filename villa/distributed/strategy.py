@@ -99,7 +99,7 @@ class Strategy:
         return sums
 
     def spread(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give all processes the values of parameters that each has changed in place where it has their gradients."""
+        """Give all processes the parameters that some have changed in place: those that have the gradients."""
 
     def put_away(self) -> None:
         """Forget parameters that were put together: the parts that they were made of have changed."""

@@ -118,7 +118,7 @@ class ModelPasses:
         return self.loss_function.consistency(output, clean, batch, reduction)
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
-        """Leave the gradient of ``loss`` alone on the perturbations; see ``villa.trainers.base.Passes``."""
+        """Give perturbations, and nothing else, the gradient of ``loss``; see ``villa.trainers.base.Passes``."""
         deltas = [perturbation.trained() for perturbation in perturbations.values()]
         scale = self.precision.loss_scale
         gradients = self.strategy.gradient(loss * scale if scale != 1.0 else loss, deltas)

@@ -70,13 +70,13 @@ class Passes(Protocol):
         """Return the divergence of the predictions from those on clean inputs, as the loss defines it."""
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
-        """Give perturbations the gradient of a loss, and nothing to the parameters: an ascent and no more.
+        """Give perturbations, and nothing else, the gradient of a loss; ``perturbation.ascend()`` takes the step then.
 
-        It is the gradient of ``loss`` as given, neither scaled nor weighted, and replaces one of an earlier pass:
-        ``perturbation.ascend()`` takes the step. The loss is one number for this micro-batch; no process adds anything.
-        Gradients of parameters stay what they are, and are not computed, which takes about a third off the pass. Each
-        perturbation must have been added by the forward pass that the loss comes from. An fp16 overflow skips the
-        update and lowers the loss scale; a gradient that is not finite for another reason counts as in ``backward``.
+        It is that of ``loss`` as given, without the loss scale and the weight of the micro-batch, and no other process
+        adds to it. Gradients of parameters stay what they are; they are not even computed, which takes about a third
+        off the pass. Each perturbation must have been added by the forward pass that the loss comes from, whose graph
+        is used up. An fp16 overflow skips the update and lowers the loss scale; a gradient that is not finite for
+        another reason counts as one in ``backward`` does.
 
         Raises:
             RuntimeError: a perturbation is frozen, or has moved since its last forward pass.
