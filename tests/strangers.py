@@ -37,6 +37,17 @@ class AwpVilla(Awp, VillaTrainer):
     """AWP around VILLA."""
 
 
+class Elsewhere(StandardTrainer):
+    """Ordinary training on the gradients of weights that are a tenth larger."""
+
+    def update(self, frame: Frame) -> Logs:
+        """Move the weights before any pass."""
+        with frame.moved({name: 0.1 * weight for name, weight in frame.weights.items()}):
+            logs = frame.accumulate()
+        frame.step()
+        return logs
+
+
 class Overflowing(StandardTrainer):
     """Ordinary training after an ascent whose gradient is infinite in fp16, in the micro-batch with example 9."""
 

@@ -10,14 +10,17 @@ import updates
 from fairscale_updates import PLAIN
 from shapes.smart import SmartConfig, SmartTrainer
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
-from strangers import AscendingVilla, AwpVilla, Overflowing
+from strangers import AscendingVilla, AwpVilla, Elsewhere, Overflowing
 
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
 from villa.trainers.base import Trainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
-_ASCENTS, _METHODS = ("text", "image", "both", "alternating", "bf16", "fp16"), ("smart", "sam", "awp", "averaging")
+_ASCENTS, _METHODS = (
+    ("text", "image", "both", "alternating", "bf16", "fp16"),
+    ("smart", "sam", "awp", "elsewhere", "averaging"),
+)
 _OPTIONS = ("both", "smart_without_dropout")
 #: Strategies with their options, the type of the weights under each, and the cases that are tried.
 STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
@@ -56,6 +59,7 @@ METHODS: dict[str, Callable[[], Trainer]] = {
     "sam": lambda: SamTrainer(SamConfig(rho=0.5)),
     "awp": lambda: AwpVilla(villa(steps=2)),
     "averaging": lambda: AveragingTrainer(AverageConfig(decay=0.5)),
+    "elsewhere": Elsewhere,
     "overflowing": Overflowing,
 }
 
@@ -73,9 +77,9 @@ def ascents(used: Strategy, case: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def method(used: Strategy, name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What comes out of two updates by a method, with what it keeps of weights."""
+    """What comes out of two updates by a method, each after an evaluation, with what it keeps of weights."""
     options = {"precision": "fp16", "dtype": torch.float32} if name == "overflowing" else {"dtype": dtype}
-    return updates.run(used, METHODS[name](), count=3, updates=2, **PLAIN, **options)
+    return updates.run(used, METHODS[name](), count=3, updates=2, evaluate=True, **PLAIN, **options)
 
 
 def sent(used: Strategy, dtype: torch.dtype) -> dict[str, int]:

@@ -13,6 +13,7 @@ from updaters import cut
 
 from villa.batch import Batch
 from villa.config.schema import DistributedConfig, TrainingConfig
+from villa.distributed.blocks import modes
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.passes import ModelPasses
@@ -168,13 +169,23 @@ def update(updater: Updater, number: int, count: int, objective: str | None = No
 
 
 def run(
-    used: Strategy, trainer: str | Trainer, count: int, *, spoilt: bool = False, updates: int = 3, **options: Any
+    used: Strategy,
+    trainer: str | Trainer,
+    count: int,
+    *,
+    spoilt: bool = False,
+    updates: int = 3,
+    evaluate: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Some updates; return all parameters, the values logged, and what the trainer keeps of weights."""
     updater = make(used, trainer, **options)
     updater.model.train()
     objective, logs = options.get("objective"), {}
     for number in range(1, updates + 1):
+        if evaluate:
+            with used.without_gradients(), modes([(module, False) for module in updater.model.modules()]):
+                updater.precision.run(updater.model, examples(objective, next(updater.model.parameters()).dtype))
         logs = update(updater, number, count, objective, spoilt)
     return {
         "parameters": {name: value.clone() for name, value in used.state_dict(updater.model).items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from villa.distributed.share import Turn
 from villa.distributed.strategy import overflows
 from villa.engine.finite import describe_nonfinite
 from villa.engine.passes import ModelPasses
+from villa.engine.tensors import named_parameters
 from villa.trainers.base import Logs, Trainer
 
 Accumulation = Literal["mean", "sum", "total"]
@@ -90,12 +92,12 @@ class UpdateFrame:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The trained weights themselves, or this process's part of each."""
-        return {name: self.strategy.local(parameter) for name, parameter in self._trained().items()}
+        return {name: self.strategy.local(parameter) for name, parameter in self._trained.items()}
 
     @property
     def gradients(self) -> dict[str, Tensor]:
         """The gradients that ``accumulate`` has left."""
-        trained = self._trained().items()
+        trained = self._trained.items()
         return {name: self.strategy.local(p.grad) for name, p in trained if p.grad is not None}
 
     def accumulate(self) -> Logs:
@@ -126,7 +128,7 @@ class UpdateFrame:
 
     def norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the l2 norm of each of the whole tensors; all processes call it."""
-        trained = self._trained()
+        trained = self._trained
         device = next(iter(trained.values())).device
         norms = (tensors[name].norm() if name in tensors else torch.zeros((), device=device) for name in trained)
         squares = self.strategy.total(torch.stack([norm.double().square() for norm in norms]), [*trained.values()])
@@ -144,7 +146,7 @@ class UpdateFrame:
             with torch.no_grad():
                 for name, offset in offsets.items():
                     weights[name].add_(offset)
-            self.strategy.spread([*self._trained().values()])
+            self.strategy.spread([*self._trained.values()])
             self.strategy.put_away()
             yield
         finally:
@@ -161,8 +163,9 @@ class UpdateFrame:
         self.scaler.step(self.optimizer)
         self.stepped = True
 
+    @cached_property
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return named_parameters(self.optimizer)
 
     def _run(self) -> Logs:
         """Run all passes of the micro-batches; their gradients add up."""

@@ -17,7 +17,7 @@ from villa.engine.bert_adamw import BertAdamW
 from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame, put_back
 from villa.engine.passes import ModelPasses
 from villa.engine.schedules import Schedule
-from villa.engine.tensors import parameter_indices
+from villa.engine.tensors import named_parameters, parameter_indices
 from villa.errors import NonFiniteError
 from villa.json_values import is_count, is_number
 from villa.signals import Interrupted
@@ -152,13 +152,13 @@ class Updater:
     def _trainer_state(self, *, whole: bool) -> dict[str, Any]:
         """What the method keeps, and what it keeps of weights: put together, or this process's parts."""
         form = self.strategy.whole_like if whole else self.strategy.shared
-        parameters = dict(self.model.named_parameters())
         kept = self.trainer.weight_state.items()
+        parameters = named_parameters(self.optimizer) if kept else {}
         weights = {word: {name: form(part, parameters[name]) for name, part in of.items()} for word, of in kept}
         return {"state": self.trainer.state_dict(), "weights": weights}
 
     def _load_trainer(self, saved: Mapping[str, Any]) -> None:
-        parameters = dict(self.model.named_parameters())
+        parameters = named_parameters(self.optimizer) if saved["weights"] else {}
         self.trainer.load_state_dict(saved["state"])
         self.trainer.weight_state = {
             word: {name: self._part_of_weight(word, name, value, parameters) for name, value in of.items()}
@@ -185,9 +185,7 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], st
     if own.keys() != theirs.keys():
         differing = sorted(own.keys() ^ theirs.keys())
         raise ValueError(f"the trained parameters differ: '{differing[0]}' ({len(differing)} in all)")
-    parameters = {
-        n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)
-    }
+    parameters = named_parameters(optimizer)
     state = {}
     for name, index in theirs.items():
         if index in saved["state"]:
