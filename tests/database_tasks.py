@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets.databases import DatabaseTask
-from villa.models.uniter_embeddings import box_geometry
+from villa.datasets.uniter.databases import DatabaseTask
+from villa.models.uniter.layers import box_geometry
 from villa.registry import DATASETS
 
 #: Text database to train on, to validate on, and the images of each.

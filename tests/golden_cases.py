@@ -5,7 +5,8 @@ from typing import Any
 from golden_utils import FOLDER, build_model, load, to_batch, to_double
 
 from villa.batch import Batch
-from villa.models.base import DataFacts, Model
+from villa.facts import DataFacts
+from villa.models.base import Model
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
 
 

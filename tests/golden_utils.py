@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.facts import DataFacts
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDER = Path(os.environ.get("VILLA_GOLDEN", GOLDEN))

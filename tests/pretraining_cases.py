@@ -7,8 +7,8 @@ from golden_utils import FOLDER, golden_config, golden_uniter, load
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 
 #: Objective of the files whose names end so.
 OBJECTIVES = {"mlm": "mlm", "mrfr": "mrfr", "mrckl": "mrc_kl", "mrc": "mrc", "itm": "itm_wra", "itm_noot": "itm"}

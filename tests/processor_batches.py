@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from villa.batch import Batch
-from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects" / "huggingface"))
 import tiny_checkpoints as tiny

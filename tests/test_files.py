@@ -211,3 +211,14 @@ def test_a_file_that_memory_cannot_hold_is_not_read(tmp_path: Path, read: Callab
     os.truncate(path, 1 << 43)
     with pytest.raises(DataError, match=r"the answers '.*' has 8,796,093,022,208 bytes, too many for the memory"):
         read(path, "answers")
+
+
+@pytest.mark.parametrize("read", [read_text, read_json])
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path, read: Callable[[Path, str], Any]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), (tmp_path / "zero.json", "a pipe"), (tmp_path, "a folder")):
+        with pytest.raises(DataError, match=rf"cannot read the answers '{path}' \(it is {kind}"):
+            read(path, "answers")
+        with pytest.raises(OSError, match=f"it is {kind}"):
+            sha256(path)

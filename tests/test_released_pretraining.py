@@ -21,7 +21,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.cli.run import main
 from villa.config import RunConfig, from_yaml
-from villa.config.released import released_recipe
+from villa.convert.configurations import released_recipe
 from villa.losses.pretraining import Pretraining as PretrainingLoss
 from villa.registry import DATASETS
 
@@ -76,7 +76,18 @@ def recipe(request: pytest.FixtureRequest, folder: Path) -> Path:
         options["train_batch_size"] = _keep_one_batch(file)
         recipe = released_recipe("pretrain", options, SIZES) | {"output_dir": f"ours{request.param}"}
         file.write_text(yaml.safe_dump(recipe))
-        assert main([f"config={file}", "device=cpu", "logging.every=1", "logging.tensorboard=false"]) == 0
+        assert (
+            main(
+                [
+                    f"config={file}",
+                    "device=cpu",
+                    "logging.every=1",
+                    "logging.tensorboard=false",
+                    "logging.figures=false",
+                ]
+            )
+            == 0
+        )
     return file
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from villa.cli.run import main
-from villa.config.released import read_options, released_recipe
+from villa.convert.configurations import read_options, released_recipe
 
 GIVEN = os.environ.get("VILLA_RELEASED_RUNS")
 FOLDER = Path(GIVEN or GOLDEN / "e2e")
@@ -72,7 +72,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         options = read_options(Path("config.json"))
         recipe = released_recipe(task, options, read_options(Path(options["model_config"])))
         Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-        shared = ["config=recipe.yaml", "logging.every=1", "logging.tensorboard=false", "logging.progress=off"]
+        shared = [
+            "config=recipe.yaml",
+            "logging.every=1",
+            "logging.tensorboard=false",
+            "logging.figures=false",
+            "logging.progress=off",
+        ]
         assert main([*shared, "output_dir=ours", "device=cpu"]) == 0
         predict = ["run_type=predict", "predict.split=val", "checkpoint.path=ours", "predict.output=val.jsonl"]
         last = max(Path("ours/checkpoints").glob("update_*"))

@@ -9,8 +9,7 @@ from shapes.model import AverageConfig, AverageModel
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.losses.base import Loss
 from villa.losses.classification import CrossEntropy
 from villa.models.base import Model, ModelOutput

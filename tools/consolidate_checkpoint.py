@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def _consolidate(argv: Sequence[str] | None) -> int:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     options = parser.parse_args(argv)
-    from villa.engine.consolidation import consolidate
+    from villa.convert.checkpoints import consolidate
 
     print(consolidate(options.source, options.output, force=options.force))
     return 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def _export(argv: Sequence[str] | None) -> int:
     parser.add_argument("--format", choices=("pt", "safetensors"), help="by default as the output is called")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     options = parser.parse_args(argv)
-    from villa.models.export import export_checkpoint
+    from villa.convert.checkpoints import export_checkpoint
 
     report = export_checkpoint(
         options.source, options.output, layout=options.layout, file_format=options.format, force=options.force

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from villa.cli.command import Parser, run_command
-from villa.config.released import TASKS, read_options, released_recipe
+from villa.command import Parser, run_command
+from villa.convert.configurations import TASKS, read_options, released_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

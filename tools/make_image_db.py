@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, run_command
-from villa.datasets.raw.feature_folder import make_image_database
-from villa.datasets.stores.box_selection import BoxSelection
+from villa.command import Parser, run_command
+from villa.convert.features import make_image_database
+from villa.datasets.uniter.box_selection import BoxSelection
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from villa.cli.command import Parser, run_command
-from villa.datasets.raw.line_tasks import LINE_TASKS, make_lines
-from villa.datasets.raw.tasks import TextOptions
-from villa.datasets.raw.vqa import IMAGE_SETS
+from villa.command import Parser, run_command
+from villa.convert.annotations import IMAGE_SETS
+from villa.convert.line_tasks import LINE_TASKS, make_lines
+from villa.convert.tasks import TextOptions
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

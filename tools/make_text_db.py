@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from villa.cli.command import Parser, run_command
-from villa.datasets.raw.tasks import TASKS, TextOptions, make_text_database
-from villa.datasets.raw.vqa import IMAGE_SETS
+from villa.command import Parser, run_command
+from villa.convert.annotations import IMAGE_SETS
+from villa.convert.tasks import TASKS, TextOptions, make_text_database
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

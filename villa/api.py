@@ -17,13 +17,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from villa.config.loader import load
-from villa.datasets.records import REGION_FIELDS, beside
-from villa.datasets.stores.pictures import BACKGROUND, upright_rgb
+from villa.datasets.own.pictures import BACKGROUND, upright_rgb
+from villa.datasets.own.records import REGION_FIELDS, beside
 from villa.engine.answers import answers
 from villa.engine.inference import restore_parts
+from villa.engine.saving import save_pretrained
 from villa.engine.setup import Parts
 from villa.errors import DataError
-from villa.hub.saving import save_pretrained
 from villa.hub.source import Source
 from villa.plugins import one_line
 

@@ -294,7 +294,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's contents as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's contents as 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    regular_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -349,7 +354,7 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
 
 def _contents(path: Path, what: str, advice: str) -> bytes:
     try:
-        size, memory = path.stat().st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        size, memory = regular_file(path).st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if 2 * size > memory:  # its bytes and their text
             raise DataError(
                 f"the {what} '{path}' has {size:,} bytes, too many for the memory of this machine; {advice}"

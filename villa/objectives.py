@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from villa.errors import ConfigError, nearest
+from villa.batch import Batch
+from villa.errors import ConfigError, DataError, nearest
 
 #: Every objective with what it asks of a model.
 OBJECTIVES: Mapping[str, str] = {
@@ -18,6 +19,9 @@ OBJECTIVES: Mapping[str, str] = {
     "contrastive": "which texts of a micro-batch are about which of its images, each embedded on its own",
     "lxmert": "all that LXMERT was pre-trained for, at once",
 }
+
+#: What LXMERT was pre-trained for, by the names of the targets.
+LXMERT_PARTS = ("words", "matched", "objects", "attributes", "features", "answers")
 
 
 def check_objectives(option: str, names: Iterable[str]) -> None:
@@ -36,3 +40,20 @@ def check_objectives(option: str, names: Iterable[str]) -> None:
             f"{option} names '{wrong}', which is not an objective{nearest(wrong, list(OBJECTIVES))} "
             f"(known: {', '.join(OBJECTIVES)})"
         )
+
+
+def asked_parts(batch: Batch) -> list[str]:
+    """The parts that a batch has targets for.
+
+    Raises:
+        DataError: none.
+    """
+    given: Iterable[str] = batch.part_targets or ()
+    asked = [name for name in LXMERT_PARTS if name in given]
+    if not asked:
+        found = next(iter(given), "")
+        raise DataError(
+            f"objective 'lxmert' needs targets of at least one part{nearest(found, list(LXMERT_PARTS))} "
+            f"(known: {', '.join(LXMERT_PARTS)})"
+        )
+    return asked

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from villa.errors import ConfigError, one_line
+from villa.files import plain_path
 
 __all__ = ["ENTRY_POINT_GROUP", "failures", "load_user_dir", "one_line"]
 
@@ -33,8 +34,9 @@ def load_user_dir(path: str) -> None:
 
     Raises:
         ConfigError: the path does not exist, or the import fails (the message says where and why).
+        DataError: it is no path; see ``plain_path``.
     """
-    location = Path(path).expanduser().resolve()
+    location = plain_path(path).resolve()
     if not location.exists():
         raise ConfigError(f"user_dir '{path}' does not exist; give a package folder or a .py file")
     if location.is_dir() and not (location / "__init__.py").is_file():

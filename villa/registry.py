@@ -86,7 +86,7 @@ MODELS: Registry[Any] = Registry(
     "model",
     "villa.models.base:Model",
     {
-        "uniter": "villa.models.uniter",
+        "uniter": "villa.models.uniter.model",
         "text_classifier": "villa.models.text_classifier",
         "lxmert": "villa.models.lxmert",
         "lxmert_pretraining": "villa.models.lxmert_pretraining",
@@ -99,16 +99,16 @@ DATASETS: Registry[Any] = Registry(
     "dataset",
     "villa.datasets.base:TaskDataset",
     {
-        "easy_vqa": "villa.datasets.easy_vqa",
-        "jsonl": "villa.datasets.jsonl",
-        **dict.fromkeys(("lxmert_vqa", "lxmert_gqa", "lxmert_nlvr2"), "villa.datasets.lxmert"),
-        "nlvr2": "villa.datasets.nlvr2",
-        **dict.fromkeys(("pretraining", "vcr_pretraining"), "villa.datasets.pretraining.dataset"),
-        "referring": "villa.datasets.referring",
-        "retrieval": "villa.datasets.retrieval",
-        "snli_ve": "villa.datasets.vqa",
-        "vcr": "villa.datasets.vcr",
-        "vqa": "villa.datasets.vqa",
+        "easy_vqa": "villa.datasets.own.easy_vqa",
+        "jsonl": "villa.datasets.own.jsonl",
+        **dict.fromkeys(("lxmert_vqa", "lxmert_gqa", "lxmert_nlvr2"), "villa.datasets.lxmert.task"),
+        "nlvr2": "villa.datasets.uniter.nlvr2",
+        **dict.fromkeys(("pretraining", "vcr_pretraining"), "villa.datasets.uniter.pretraining"),
+        "referring": "villa.datasets.uniter.referring",
+        "retrieval": "villa.datasets.uniter.retrieval",
+        "snli_ve": "villa.datasets.uniter.vqa",
+        "vcr": "villa.datasets.uniter.vcr",
+        "vqa": "villa.datasets.uniter.vqa",
     },
 )
 LOSSES: Registry[Any] = Registry(
@@ -116,9 +116,9 @@ LOSSES: Registry[Any] = Registry(
     "villa.losses.base:Loss",
     {
         "binary_cross_entropy": "villa.losses.classification",
-        "contrastive": "villa.losses.contrastive",
+        "contrastive": "villa.losses.pretraining",
         "cross_entropy": "villa.losses.classification",
-        "language_model": "villa.losses.language_model",
+        "language_model": "villa.losses.classification",
         "margin_ranking": "villa.losses.ranking",
         "pretraining": "villa.losses.pretraining",
         "region_ranking": "villa.losses.ranking",
@@ -138,10 +138,10 @@ METRICS: Registry[Any] = Registry(
     "villa.evaluation.metrics:Metric",
     {
         **dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
-        "exact_match": "villa.evaluation.exact_match",
-        **dict.fromkeys(("mlm_accuracy", "itm_accuracy", "mrc_accuracy"), "villa.evaluation.objectives"),
-        "pair_retrieval": "villa.evaluation.pairs",
-        "referring": "villa.evaluation.referring",
+        "exact_match": "villa.evaluation.metrics",
+        **dict.fromkeys(("mlm_accuracy", "itm_accuracy", "mrc_accuracy"), "villa.evaluation.metrics"),
+        "pair_retrieval": "villa.evaluation.retrieval",
+        "referring": "villa.evaluation.metrics",
         "retrieval": "villa.evaluation.retrieval",
         "vcr": "villa.evaluation.vcr",
     },
@@ -159,14 +159,14 @@ SCHEDULERS: Registry[Any] = Registry(
 LAUNCHERS: Registry[Any] = Registry(
     "launcher",
     "villa.launch.base:Launcher",
-    {name: f"villa.launch.{name}" for name in ("inline", "local", "slurm")},
+    {"inline": "villa.launch.base", "local": "villa.launch.local", "slurm": "villa.launch.slurm"},
 )
 SUBMISSIONS: Registry[Any] = Registry(
     "submission",
     "villa.evaluation.submissions.base:Submission",
     {
-        name: f"villa.evaluation.submissions.{name}"
-        for name in ("vqa", "vcr", "nlvr2", "snli_ve", "gqa", "retrieval", "referring")
+        **dict.fromkeys(("vqa", "vcr", "nlvr2", "snli_ve", "gqa", "referring"), "villa.evaluation.submissions.tasks"),
+        "retrieval": "villa.evaluation.submissions.retrieval",
     },
 )
 

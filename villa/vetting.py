@@ -102,9 +102,11 @@ def vetted(folder: Path) -> Path:
         folder: of a model or processor.
 
     Raises:
-        CheckpointError: it holds an adapter without a model, or one that does more than low-rank adapters do.
+        CheckpointError: it holds an adapter without a model, or one that does more than low-rank adapters do; or a pipe
+            or device, which transformers would wait for.
     """
     changed: dict[str, Values] = {}
+    _refuse_endless(folder)
     for name, vet in _READERS.items():
         values = _read(folder / name)
         kept, left_out = ({}, []) if values is None else vet(values, folder)
@@ -273,6 +275,12 @@ _READERS: dict[str, Callable[[Values, Path], tuple[Values, list[str]]]] = {
     ADAPTER: _vet_adapter,
     **dict.fromkeys((*PROCESSOR_FILES, *_OTHER_PROCESSOR_FILES), _vet_processor),
 }
+
+
+def _refuse_endless(folder: Path) -> None:
+    found = (path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
+    if (path := next(found, None)) is not None:
+        raise CheckpointError(f"'{path}' is a pipe, socket or device, not a file; remove it, or copy the folder again")
 
 
 def _read(file: Path) -> Values | None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from villa.datasets.processor_loading import without_videos
+from villa.datasets.own.processors import without_videos
 
 SIDE, PATCH, WIDTH, LAYERS, HEADS = 32, 8, 32, 2, 4
 

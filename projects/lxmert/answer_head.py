@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +26,9 @@ def _convert(argv: Sequence[str] | None) -> int:
     parser.add_argument("answers", type=Path, help="labels of the task: trainval_ans2label.json")
     parser.add_argument("output", type=Path, help="file to write")
     options = parser.parse_args(argv)
-    from villa.datasets.answers import read_answers
-    from villa.models.lxmert_answers import read_pretraining_answers, with_answer_head
-    from villa.models.weight_files import write_weights
+    from villa.checkpoints.weight_files import write_weights
+    from villa.convert.checkpoints import read_pretraining_answers, with_answer_head
+    from villa.datasets.base import read_answers
 
     answers = read_answers(options.answers)
     weights, known = with_answer_head(options.weights, read_pretraining_answers(options.pretrained), answers)

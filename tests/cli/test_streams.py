@@ -12,8 +12,8 @@ from shapes import __path__ as shapes_path
 from tiny_runs import SHAPES, colours, log, run
 
 from villa.cli.run import main
-from villa.engine.progress import Display, TrainingProgress
 from villa.evaluation.results import Result, print_results
+from villa.progress import Display, TrainingProgress
 from villa.streams import Shown, visible
 
 COMMAND = [sys.executable, "-m", "villa.cli.run"]

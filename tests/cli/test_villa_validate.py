@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from villa.cli.validate import main
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.cache import FeatureCache
-from villa.datasets.stores.tsv_line import write_line
-from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
+from villa.datasets.lxmert.features import write_line
+from villa.datasets.own.grid import FeatureCache
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 
 ENTRIES = [{"question_id": number, "answer": "yes"} for number in range(3)]
 
@@ -67,7 +67,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 PLUGIN = """
 from villa import register_submission
-from villa.evaluation.submissions.gqa import GqaSubmission
+from villa.evaluation.submissions.tasks import GqaSubmission
 
 @register_submission("my_task")
 class MySubmission(GqaSubmission):

@@ -180,7 +180,8 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("trainer.name=3", "no trainer is called '3'"),
         ("trainer=", "trainer = null (command line): give a registered name, or a mapping with one (known: "),
         ("trainer.reference=offical", "(command line): trainer 'villa' has no such preset; did you mean 'official'?"),
-        ("trainer.steps=0", "trainer.steps is 0; it must be at least 1 (command line)"),
+        ("trainer.steps=0", "trainer.steps is 0; it must be at least 1 and at most 100,000 (command line)"),
+        ("trainer.steps=100001", "trainer.steps is 100001; it must be at least 1 and at most 100,000 (command line)"),
         ("name=${zz}", "name = '${zz}' (command line): Interpolation key 'zz' not found"),
         ("name=${name}", "name = '${name}' (command line): Recursive interpolation"),
         ("name=${", "name = '${' (command line): no viable alternative at input '${'; write \\${ for a literal ${"),
@@ -206,7 +207,7 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("includes=x", "includes (command line): unknown key"),
         ("user_dir=nowhere", "user_dir 'nowhere' does not exist; give a package folder or a .py file (command line)"),
         ("user_dir=${name}", "give a plain path"),
-        ("user_dir=~nobody-here/x", "user_dir"),
+        ("user_dir=~nobody-here/x", "not a usable path: '~nobody-here/x' starts with '~', but there is no such home"),
         (f"user_dir={'x' * 300}", "not a usable path"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from shapes.dataset import Shapes, ShapesConfig
 
 from villa.config import Loaded, from_yaml, load, to_yaml
-from villa.config.overlays import Overlay
+from villa.config.variants import Overlay
 from villa.registry import register_dataset
 
 

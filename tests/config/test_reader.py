@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from villa.config.reader import MAX_BYTES, read_layers
+from villa.config.layers import MAX_BYTES, read_layers
 from villa.errors import ConfigError
 
 Write = Callable[[str, str], str]

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from villa.config import RunConfig, from_yaml
-from villa.config.released import TASKS, read_options, released_recipe
+from villa.convert.configurations import TASKS, read_options, released_recipe
 from villa.errors import ConfigError, VillaError
 
 #: ``config/uniter-base.json`` of the release.

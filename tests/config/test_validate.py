@@ -19,6 +19,15 @@ from villa.errors import ConfigError
         (["training.updates=-1"], "training.updates = -1 (command line): must be positive"),
         (["training.clip_norm=.nan"], "training.clip_norm = nan (command line): must be positive"),
         (["training.threads=100000"], "must be at most 10,000"),
+        (["training.updates=null", "training.epochs=2000000"], "must be at most 1,000,000; give training.updates"),
+        (
+            ["model=lxmert", "model.cross_layers=5000"],
+            "model.cross_layers = 5000 (command line): must be at most 4,096",
+        ),
+        (
+            ["model=huggingface", "model.architecture=clip", "model.options={text_config: {num_hidden_layers: 5000}}"],
+            "model.options.text_config.num_hidden_layers = 5000 (command line): must be at most 4,096",
+        ),
         (["training.clip_norm=.inf"], "must be positive and below 2^63"),
         (["training.workers=-1"], "must be at least 0"),
         (["seed=-1"], "seed = -1 (command line): must be at least 0"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from villa.datasets.answers import answer_list, plain_answer, read_answer_list, read_answers
+from villa.datasets.base import answer_list, plain_answer, read_answer_list, read_answers
 from villa.errors import DataError
 
 

@@ -13,9 +13,9 @@ import pytest
 from database_tasks import DATABASES, arguments, write_answers
 
 from villa.cli.run import main
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.writers import ImageDatabaseWriter
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.writers import ImageDatabaseWriter
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from villa.datasets import buffers
-from villa.datasets.buffers import LARGE, empty
+from villa.datasets import collation as buffers
+from villa.datasets.collation import LARGE, empty
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 from golden_utils import GOLDEN
 
 from villa.config.schema import BatchConfig
-from villa.datasets.cuts import cut_by_tokens
+from villa.datasets.epochs import cut_by_tokens
 from villa.datasets.samplers import UpdateSampler
 
 LENGTHS = np.random.default_rng(3).integers(5, 60, 3000)

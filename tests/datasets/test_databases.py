@@ -16,7 +16,14 @@ MODEL = (
     "model.num_heads=2",
     "model.intermediate_size=16",
 )
-TRAIN = ("training.updates=1", "batch.examples=4", "device=cpu", "logging.tensorboard=false", "optimizer.lr=0.001")
+TRAIN = (
+    "training.updates=1",
+    "batch.examples=4",
+    "device=cpu",
+    "logging.tensorboard=false",
+    "logging.figures=false",
+    "optimizer.lr=0.001",
+)
 
 
 @pytest.fixture

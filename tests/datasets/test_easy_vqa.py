@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from villa.batch import Batch
-from villa.datasets.easy_vqa import EasyVqa, EasyVqaConfig
+from villa.datasets.own.easy_vqa import EasyVqa, EasyVqaConfig
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
 
@@ -47,6 +47,15 @@ def test_fractions_are_nested_and_depend_on_their_seed() -> None:
     assert len(ids[0.01, 0]) == 366
     assert ids[0.01, 0] < ids[0.02, 0]
     assert ids[0.01, 0] != ids[0.01, 1]
+
+
+def test_questions_that_are_left_out_are_counted() -> None:
+    few = text_only(fraction=0.5, limit=1)
+    assert few.split("train").warnings() == [
+        "dataset.fraction=0.5, dataset.limit=1: 36,629 of 36,630 questions are left out"
+    ]
+    assert few.split("val").warnings() == ["dataset.limit=1: 1,944 of 1,945 questions are left out"]
+    assert text_only(limit=50_000).split("train").warnings() == []
 
 
 def test_examples_with_regions() -> None:
@@ -110,7 +119,7 @@ def test_assets_replace_the_training_data(tmp_path: Path, monkeypatch: pytest.Mo
     config = EasyVqaConfig(grid=2)
     original = EasyVqa(config)
     original.save_assets(tmp_path / "assets")
-    monkeypatch.setattr("villa.datasets.easy_vqa._read", None)
+    monkeypatch.setattr("villa.datasets.own.easy_vqa._read", None)
     loaded = EasyVqa(config, assets=tmp_path / "assets")
     assert loaded.facts() == original.facts()
     record = {"image": str(images[0]), "question": "what color is the shape?"}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from villa.datasets.stores.base import Source, Sources
-from villa.datasets.stores.files import FileStore
+from villa.datasets.own.files import FileStore
+from villa.datasets.stores import Source, Sources
 from villa.errors import DataError
 
 

@@ -17,10 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from villa.datasets.stores import cache
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.grid import GridExtractor, GridOptions
-from villa.datasets.stores.grid_store import GridStore
+from villa.datasets.own import grid as cache
+from villa.datasets.own.grid import GridExtractor, GridOptions, GridStore
+from villa.datasets.stores import Source
 from villa.errors import ConfigError, DataError
 
 OPTIONS = GridOptions(grid=2)
@@ -44,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def chunks_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "CHUNK", 2)
-    monkeypatch.setattr("villa.datasets.stores.grid_store.CHUNK", 2)
+    monkeypatch.setattr("villa.datasets.own.grid.CHUNK", 2)
 
 
 @pytest.fixture
@@ -119,7 +118,7 @@ def test_what_another_reading_has_cached_is_not_used(
     own = opened(images)[0][0].clone()
     kept = folder(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("villa.datasets.stores.grid_store.READING", 1)
+        patched.setattr("villa.datasets.own.grid.READING", 1)
         opened(images)
     assert extracted == [6, 6]
     (other,) = (path for path in kept.parent.iterdir() if path.is_dir() and path != kept)
@@ -180,7 +179,7 @@ def test_a_killed_extraction_goes_on(
     code = (
         "import sys; from pathlib import Path; from villa.datasets.stores import cache, grid_store\n"
         "cache.CHUNK = grid_store.CHUNK = 1\n"
-        "from villa.datasets.stores.base import Source; from villa.datasets.stores.grid import GridOptions\n"
+        "from villa.datasets.stores import Source; from villa.datasets.own.grid import GridOptions\n"
         "paths = [Path(path) for path in sys.argv[1:]]\n"
         "grid_store.GridStore([Source(p, '') for p in paths], GridOptions(grid=2)).prepare(range(len(paths)))\n"
     )
@@ -197,7 +196,7 @@ def test_a_killed_extraction_goes_on(
     before = done(tmp_path)
     assert 0 < before < 40
     monkeypatch.setattr(cache, "CHUNK", 1)
-    monkeypatch.setattr("villa.datasets.stores.grid_store.CHUNK", 1)
+    monkeypatch.setattr("villa.datasets.own.grid.CHUNK", 1)
     opened(many)
     assert sum(extracted) == 40 - before
     assert done(tmp_path) == 40
@@ -209,7 +208,7 @@ def test_a_killed_extraction_goes_on(
 def test_of_several_processes_on_a_cold_cache_one_extracts_and_all_go_on(tmp_path: Path, images: list[Path]) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from villa.datasets.stores.base import Source; from villa.datasets.stores import grid, grid_store\n"
+        "from villa.datasets.stores import Source; from villa.datasets.stores import grid, grid_store\n"
         "call = grid.GridExtractor.__call__\n"
         "def told(self, network, pixels): print('extracted', len(pixels)); return call(self, network, pixels)\n"
         "grid.GridExtractor.__call__ = told\n"
@@ -276,3 +275,5 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, images: list
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be written: Not a directory; make room, or choose another place"):
         opened(images, GridOptions(grid=2, cache_dir=str(tmp_path / "file")))
+    with pytest.raises(DataError, match="there is no such home folder"):
+        opened(images, GridOptions(grid=2, cache_dir="~nobody-here/x"))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from villa.batch import Batch
 from villa.config.schema import BatchConfig
-from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.errors import ConfigError, DataError

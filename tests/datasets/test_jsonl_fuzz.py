@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.engine.inference import read_requests
 from villa.errors import DataError
 

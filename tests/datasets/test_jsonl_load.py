@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from villa.datasets import jsonl_split
-from villa.datasets.jsonl import Jsonl, JsonlConfig
-from villa.datasets.jsonl_split import JsonlSplit, Lists
-from villa.datasets.records import JsonLines
-from villa.datasets.stores.base import files_digest
+from villa.datasets.own import split as jsonl_split
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.records import JsonLines
+from villa.datasets.own.split import JsonlSplit, Lists
+from villa.datasets.stores import files_digest
 from villa.datasets.text import encode_texts
 from villa.errors import DataError
 

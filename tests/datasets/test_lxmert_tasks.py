@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from villa.datasets.base import TaskDataset
-from villa.datasets.lxmert_synthetic import write_lxmert
-from villa.datasets.stores.tsv_line import write_line
+from villa.datasets.lxmert.features import write_line
+from villa.datasets.synthetic.lxmert import write_lxmert
 from villa.errors import ConfigError, DataError, MissingDataError
 from villa.registry import DATASETS, SUBMISSIONS
 

@@ -14,11 +14,11 @@ from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
-from villa.datasets.mixture import Mixture, Part
 from villa.datasets.samplers import MixedSampler, Sampler, Share, UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
-from villa.engine.rng import derive_seed
+from villa.datasets.uniter.pretraining_splits import Mixture, Part
 from villa.errors import CheckpointError, ConfigError, DataError
+from villa.rng import derive_seed
 
 BATCH = BatchConfig(examples=4, per_pass=2)
 SHARES = [Share("a", "first", 2, [1] * 10), Share("b", "second", 1, [1] * 7), Share("c", "first", 1, [1] * 5)]

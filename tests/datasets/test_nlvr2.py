@@ -9,7 +9,7 @@ from database_tasks import assert_same_batch, open_task
 from golden_utils import load, to_batch
 
 from villa.errors import DataError
-from villa.models.uniter_rows import RowLayout
+from villa.models.rows import RowLayout
 
 
 @pytest.fixture

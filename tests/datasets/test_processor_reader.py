@@ -16,12 +16,12 @@ from processor_batches import ANSWERS, GENERATIVE, QUESTIONS, make_data, tiny, t
 
 from villa.batch import Batch
 from villa.config.schema import BatchConfig
-from villa.datasets.jsonl import Jsonl, JsonlConfig
-from villa.datasets.processor_loading import load_processor
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.processors import load_processor
 from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.errors import ConfigError, DataError
-from villa.models.base import Written
+from villa.facts import Written
 
 ENCODERS = sorted(set(tiny.ARCHITECTURES) - set(GENERATIVE))
 CHATS = sorted(name for name in GENERATIVE if tiny.ARCHITECTURES[name].chat)

@@ -13,9 +13,8 @@ from PIL import Image
 from processor_batches import make_data, tiny, tiny_folder, write_questions
 
 from villa.batch import Batch
-from villa.datasets.easy_vqa import EasyVqa, EasyVqaConfig
-from villa.datasets.processor_loading import load_processor, save_processor
-from villa.datasets.prompts import Prompts, append
+from villa.datasets.own.easy_vqa import EasyVqa, EasyVqaConfig
+from villa.datasets.own.processors import Prompts, append, load_processor, save_processor
 from villa.errors import DataError
 
 PICTURE = Image.new("RGB", (40, 40), "red")

@@ -11,7 +11,7 @@ from database_tasks import assert_same_batch, open_task
 from golden_utils import load, to_batch
 
 from villa.errors import ConfigError, DataError
-from villa.models.uniter_rows import Packing, RowLayout
+from villa.models.rows import Packing, RowLayout
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from villa.datasets.base import TaskDataset
-from villa.datasets.released_files import FACTS_FILE, ReleasedFilesConfig
+from villa.datasets.released import FACTS_FILE, ReleasedFilesConfig
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
 

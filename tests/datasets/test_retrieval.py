@@ -12,11 +12,11 @@ from golden_utils import load, to_batch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets.retrieval import RetrievalConfig
+from villa.datasets.uniter.retrieval import RetrievalConfig
 from villa.errors import ConfigError, DataError
 from villa.evaluation.retrieval import RetrievalRecall
 from villa.models.base import ModelOutput
-from villa.models.uniter_rows import Packing, RowLayout
+from villa.models.rows import Packing, RowLayout
 
 LAYOUT = RowLayout(images=None)
 

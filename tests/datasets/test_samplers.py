@@ -129,6 +129,7 @@ def test_describe(batch: BatchConfig, line: str) -> None:
 
 def test_total_updates_counts_the_last_small_one() -> None:
     assert UpdateSampler([1] * 10, BatchConfig(examples=4), 0).total_updates(2) == 6
+    assert UpdateSampler([1] * 10, BatchConfig(examples=4), 0).total_updates(10**9) == 3 * 10**9
 
 
 def test_unusable_batches_are_refused() -> None:

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from villa.datasets.jsonl import Jsonl, JsonlConfig
-from villa.datasets.names import facts_beside
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.files import FileStore
-from villa.datasets.stores.scaled import SMALLEST_SCALE, ScaledStore, Scaling
+from villa.datasets.own.assets import facts_beside
+from villa.datasets.own.files import FileStore
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
+from villa.datasets.stores import SMALLEST_SCALE, ScaledStore, Scaling, Source
 from villa.errors import DataError
 from villa.models.matching import Matching
 

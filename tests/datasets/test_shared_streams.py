@@ -12,9 +12,9 @@ import torch
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
-from villa.datasets.mixture import Mixture, Part
 from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
-from villa.distributed.share import Share
+from villa.datasets.uniter.pretraining_splits import Mixture, Part
+from villa.share import Share
 
 UPDATES = 30
 WORLD_SIZES = (1, 2, 3, 4, 8)

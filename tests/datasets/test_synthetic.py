@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from villa.datasets.database_paths import SPLITS, DatabasePaths
-from villa.datasets.referring import ReferringConfig
-from villa.datasets.retrieval import RetrievalConfig
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.datasets.paths import SPLITS, DatabasePaths
 from villa.datasets.synthetic import databases
 from villa.datasets.synthetic.tasks import ANSWERS, TASKS
 from villa.datasets.synthetic.world import COLOURS, FEATURE_DIM, KINDS, REGIONS, VOCABULARY, WORDS
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.referring import ReferringConfig
+from villa.datasets.uniter.retrieval import RetrievalConfig
+from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from villa.datasets.raw.word_pieces import WordPieces as DatabasePieces
-from villa.datasets.reader import WordPieces
+from villa.convert.text_database import WordPieces as DatabasePieces
+from villa.datasets.own.readers import WordPieces
 from villa.datasets.text import (
     TokenCounter,
     build_tokenizer,

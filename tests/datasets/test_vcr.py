@@ -8,11 +8,11 @@ import torch
 from database_tasks import assert_same_batch, open_task
 from golden_utils import load, to_batch
 
-from villa.datasets.stores.text_lmdb import TextDatabase
-from villa.datasets.vcr import VcrConfig
+from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.vcr import VcrConfig
 from villa.errors import ConfigError, DataError
-from villa.evaluation.references import VcrReference
-from villa.models.uniter_rows import RowLayout
+from villa.facts import VcrReference
+from villa.models.rows import RowLayout
 
 TEXT = [300, 301]
 FIELDS = {

@@ -11,10 +11,10 @@ from database_tasks import assert_same_batch, open_task, write_answers
 from golden_utils import load, to_batch
 
 from villa.batch import Batch
-from villa.datasets.answers import read_answers
-from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.datasets.base import read_answers
+from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import DataError
-from villa.models.uniter_rows import RowLayout
+from villa.models.rows import RowLayout
 
 
 @pytest.fixture

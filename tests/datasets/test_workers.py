@@ -23,11 +23,11 @@ from villa.config import load
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
-from villa.datasets.database_split import ConcatenatedSplit
 from villa.datasets.samplers import UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
-from villa.distributed.share import Share
+from villa.datasets.uniter.database_split import ConcatenatedSplit
 from villa.errors import ConfigError, DataError
+from villa.share import Share
 
 COUNT, BAD = 24, 5
 
@@ -171,7 +171,7 @@ def read_all(workers: int, limit: int, *, hard: bool) -> subprocess.CompletedPro
         "import resource, sys; sys.path.insert(0, sys.argv[1]); import test_workers\n"
         f"highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit} if {hard} else highest))\n"
-        "from villa.cli.command import run_command\n"
+        "from villa.command import run_command\n"
         "def read():\n"
         f"    reading = test_workers.stream(test_workers.Faulty(lambda: None), {workers})\n"
         "    print(sum(len(b) for _, update in zip(range(4), reading) for b in update)); return 0\n"

@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_processes_of_runs import SHORT, printed
 
-from villa.engine.checkpoint import FOLDER, CheckpointStore, load
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.store import CheckpointStore, load
 
 SHARDED, BACKGROUND = "checkpoint.sharded=true", "checkpoint.asynchronous=true"
 RUN = (*SHORT, "evaluation.split=null", "run_type=train", "checkpoint.every=1", "checkpoint.resume=true")
@@ -42,7 +43,7 @@ def whole(context: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(folder: Path, update: int) -> dict[str, Any]:
     """Weights and moments of a checkpoint by name."""
-    checkpoint = load(CheckpointStore(folder / FOLDER, keep=1).path(update))
+    checkpoint = load(CheckpointStore(folder / CHECKPOINTS, keep=1).path(update))
     state = checkpoint.training_state()["updater"]["optimizer"]
     names = [name for group in state["param_groups"] for name in group["names"]]
     moments = {f"{names[i]}.{key}": value for i, kept in state["state"].items() for key, value in kept.items()}
@@ -64,7 +65,7 @@ def test_shards_written_in_the_background_and_a_resume_from_them_are_the_same_to
     assert "resuming after update 2" in printed(folder)
     assert "not to the bit" not in printed(folder)
     for update in (1, 2, 3, 4):
-        path = folder / FOLDER / f"update_{update:08d}"
+        path = folder / CHECKPOINTS / f"update_{update:08d}"
         assert len(list((path / "shards").iterdir())) == 2
         assert not (path / "model.safetensors").exists()
         assert_equal(folder, whole, update)
@@ -95,12 +96,12 @@ def test_what_a_method_keeps_of_weights_moves_with_the_run(context: Any, tmp_pat
         go(context, folder, update, strategy, count, "trainer=averaging", option)
     go(context, straight, 4, "single", 1, "trainer=averaging")
     ours, theirs = (
-        load(CheckpointStore(run / FOLDER, keep=1).path(4)).training_state()["updater"]["trainer"]
+        load(CheckpointStore(run / CHECKPOINTS, keep=1).path(4)).training_state()["updater"]["trainer"]
         for run in (folder, straight)
     )
     assert ours["state"] == theirs["state"] == {"seen": 4}
     torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=1e-4)
-    weights = load(CheckpointStore(folder / FOLDER, keep=1).path(4)).model_state()
+    weights = load(CheckpointStore(folder / CHECKPOINTS, keep=1).path(4)).model_state()
     assert any((value - weights[name]).abs().max() > 1e-3 for name, value in ours["weights"]["average"].items())
 
 
@@ -132,7 +133,7 @@ def test_a_process_killed_while_its_shard_is_written_leaves_what_was_complete(
     assert codes[1 - rank] not in (0, None)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    store = CheckpointStore(copy / FOLDER, keep=9)
+    store = CheckpointStore(copy / CHECKPOINTS, keep=9)
     store.clean()
     assert len(store.updates()) < 4
     for update in store.updates():

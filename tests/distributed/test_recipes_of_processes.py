@@ -19,6 +19,7 @@ SHORT = (
     "dataset.synthetic=true",
     "dataset.synthetic_examples=33",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "logging.progress=off",
     "device=cpu",
 )

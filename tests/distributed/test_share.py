@@ -4,11 +4,11 @@ import pytest
 
 from villa.config.schema import BatchConfig
 from villa.distributed.environment import Place
-from villa.distributed.share import WHOLE, Share, Turn, batch_of_processes, idle_note
+from villa.engine.setup import batch_of_processes, idle_note
 from villa.errors import ConfigError
 from villa.losses.classification import CrossEntropy
-from villa.losses.contrastive import Contrastive
-from villa.losses.pretraining import Pretraining
+from villa.losses.pretraining import Contrastive, Pretraining
+from villa.share import WHOLE, Share, Turn
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(1, 1), (5, 1), (4, 2), (5, 2), (1, 3), (7, 3), (0, 2)])

@@ -16,15 +16,15 @@ from villa.config.schema import DistributedConfig, TrainingConfig
 from villa.distributed.blocks import modes
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
+from villa.facts import DataFacts
 from villa.losses.classification import CrossEntropy
 from villa.losses.pretraining import Pretraining
-from villa.models.base import DataFacts, Model
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.models.base import Model
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 from villa.registry import OPTIMIZERS, TRAINERS
 from villa.trainers.base import Trainer
 

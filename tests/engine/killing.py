@@ -26,6 +26,7 @@ RECIPE = [
     "evaluation.every=10",
     "logging.every=4",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "logging.progress=off",
     "checkpoint.every=3",
     "checkpoint.resume=true",

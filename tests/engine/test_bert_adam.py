@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from villa.engine.bert_adam import BertAdam
+from villa.engine.optimizers import BertAdam
 from villa.registry import OPTIMIZERS, SCHEDULERS
 
 

@@ -9,10 +9,9 @@ from tiny_runs import log, run, training, updates
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.engine.callbacks.base import Callback
+from villa.engine.callbacks.checkpointing import SignalCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
-from villa.engine.callbacks.signals import SignalCallback
-from villa.engine.training import Training, fit
+from villa.engine.loop import Callback, Training, fit
 from villa.errors import ConfigError
 from villa.losses.classification import CrossEntropy
 from villa.models.base import ModelOutput

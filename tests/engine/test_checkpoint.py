@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from villa.engine.checkpoint import FOLDER, CheckpointStore, load, resolve
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.store import CheckpointStore, load, resolve
 from villa.errors import CheckpointError, ConfigError
 
 FILES = ("model.safetensors", "training_state.pt", "config.yaml", "assets/labels.txt", "manifest.json")
@@ -64,7 +65,7 @@ def save(store: CheckpointStore, update: int, **options: Any) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "run" / FOLDER, keep=2)
+    return CheckpointStore(tmp_path / "run" / CHECKPOINTS, keep=2)
 
 
 def hidden(store: CheckpointStore) -> list[str]:
@@ -317,7 +318,7 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from villa.engine.checkpoint import CheckpointStore
+from villa.checkpoints.store import CheckpointStore
 from villa.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

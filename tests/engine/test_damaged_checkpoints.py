@@ -12,7 +12,7 @@ from damage import damage, files, fuzz, same, sealed, seeds
 from hypothesis import given
 from tiny_runs import error, run, seal
 
-from villa.engine.checkpoint import CheckpointStore, load, resolve
+from villa.checkpoints.store import CheckpointStore, load, resolve
 
 #: Checkpoints after updates 2 and 4 of 6; nothing slow besides.
 RUN = ("run_type=train", "training.updates=6", "checkpoint.every=2", "checkpoint.keep=9", "evaluation.every=2")

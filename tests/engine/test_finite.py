@@ -14,7 +14,7 @@ from torch import Tensor
 from updaters import adamw, cut, make, set_scale
 
 from villa.batch import Batch
-from villa.engine.finite import describe_nonfinite
+from villa.engine.frame import describe_nonfinite
 from villa.engine.updater import Updater
 from villa.errors import NonFiniteError
 from villa.losses.base import Loss, LossConfig

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from villa.engine.folder import claim, unused
-from villa.engine.tracking import JsonLinesTracker
+from villa.engine.run_folder import claim
 from villa.errors import ConfigError
 from villa.files import locked, open_own
+from villa.hub.source import unused
+from villa.tracking import JsonLinesTracker
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "metrics.json", "checkpoints"])

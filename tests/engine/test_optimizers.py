@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.engine.bert_adamw import BertAdamW
+from villa.engine.optimizers import BertAdamW
 from villa.engine.parameter_groups import parameter_groups
 from villa.errors import ConfigError
-from villa.models.base import DataFacts, Model, ModelOutput
+from villa.facts import DataFacts
+from villa.models.base import Model, ModelOutput
 from villa.registry import OPTIMIZERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "misc"

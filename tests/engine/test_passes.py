@@ -7,8 +7,7 @@ from torch import nn
 
 from villa.adversarial.ascent import AscentSettings
 from villa.adversarial.perturbation import Perturbation
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.losses.classification import CrossEntropy
 
 BATCH = tiny_batch()

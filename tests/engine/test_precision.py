@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import CPU, tiny_batch, tiny_model
 
-from villa.engine.precision import Precision, PrecisionName
+from villa.engine.passes import Precision, PrecisionName
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from villa.engine.progress import Display, Mode, TrainingProgress, track
+from villa.progress import Display, Mode, TrainingProgress, track
 
 
 def _console(*, terminal: bool) -> tuple[Console, io.StringIO]:

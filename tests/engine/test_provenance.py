@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from villa.engine.provenance import provenance
+from villa.provenance import provenance
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -14,7 +14,7 @@ def test_without_a_test_split_nothing_is_tested(tmp_path: Path, capsys: pytest.C
     assert main([*recipe, f"output_dir={tmp_path / 'run'}"]) == 0
     output = capsys.readouterr().out
     assert "dataset 'jsonl' has no test split: nothing is tested" in output
-    assert "metrics.json, curves.png, log.jsonl" in output
+    assert "metrics.json, log.jsonl" in output
     found = metrics(tmp_path / "run")
     assert found.keys() == {"val", "protocol"}
     assert not (tmp_path / "run" / "predictions_test.jsonl").exists()

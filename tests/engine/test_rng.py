@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from villa.engine.rng import derive_seed, generator, seed_pass
+from villa.rng import derive_seed, generator, seed_pass
 
 parts = st.lists(st.integers() | st.text(max_size=8), max_size=4)
 
@@ -27,7 +27,7 @@ def test_a_number_and_its_text_are_different_parts() -> None:
 
 
 def test_seed_is_the_same_in_another_process_and_release() -> None:
-    code = "from villa.engine.rng import derive_seed; print(derive_seed(7, 'shuffle', 3))"
+    code = "from villa.rng import derive_seed; print(derive_seed(7, 'shuffle', 3))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == derive_seed(7, "shuffle", 3) == 8645944366093577699
 

@@ -22,6 +22,7 @@ TEXT = (
     "training.updates=1",
     "logging.progress=off",
     "logging.tensorboard=false",
+    "logging.figures=false",
 )
 
 

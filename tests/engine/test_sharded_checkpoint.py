@@ -21,15 +21,15 @@ from tiny_runs import error, metrics, run, training
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from villa.distributed.share import Share
-from villa.engine import checkpoint_files
-from villa.engine.callbacks.base import Callback
-from villa.engine.checkpoint import FOLDER, CheckpointStore, load
-from villa.engine.sharded_checkpoint import Part, Shards, _tile, join_optimizer, part_of, split_optimizer
-from villa.engine.tensors import staged
-from villa.engine.training import Training, fit
+from villa.checkpoints import files as checkpoint_files
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.shards import Part, Shards, _tile, join_optimizer, part_of, split_optimizer
+from villa.checkpoints.store import CheckpointStore, load
+from villa.checkpoints.tensors import staged
+from villa.checkpoints.weight_files import read_weights
+from villa.engine.loop import Callback, Training, fit
 from villa.errors import CheckpointError
-from villa.models.weight_files import read_weights
+from villa.share import Share
 from villa.signals import Interrupted
 from villa.trainers.base import Logs
 
@@ -105,7 +105,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that saves whole checkpoints while it waits."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     states(folder)
-    return folder / FOLDER
+    return folder / CHECKPOINTS
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -133,9 +133,9 @@ def test_what_is_saved_is_the_same_in_every_form(plain: Path, tmp_path: Path, op
     states(tmp_path, *options)
     assert saved(tmp_path) == [f"update_0000000{update}" for update in (1, 2, 3, 4)]
     for name in saved(tmp_path):
-        assert_same(tmp_path / FOLDER / name, plain / name)
-        assert load(tmp_path / FOLDER / name).sharded == (SHARDED in options)
-    assert not list((tmp_path / FOLDER).glob(".*"))
+        assert_same(tmp_path / CHECKPOINTS / name, plain / name)
+        assert load(tmp_path / CHECKPOINTS / name).sharded == (SHARDED in options)
+    assert not list((tmp_path / CHECKPOINTS).glob(".*"))
 
 
 class Held:
@@ -188,7 +188,7 @@ def test_training_goes_on_while_the_state_of_its_update_is_written(
     assert watch.seen == [[], [], [], []]  # three updates were done while the first was not written
     assert saved(tmp_path) == ["update_00000001", "update_00000004"]
     for name in saved(tmp_path):
-        assert_same(tmp_path / FOLDER / name, plain / name)
+        assert_same(tmp_path / CHECKPOINTS / name, plain / name)
 
 
 def test_the_next_checkpoint_waits_for_the_one_before(
@@ -204,7 +204,7 @@ def test_the_next_checkpoint_waits_for_the_one_before(
     assert watch.seen[:2] == [[], []]
     assert "update_00000001" in watch.seen[2]
     for name in saved(tmp_path):
-        assert_same(tmp_path / FOLDER / name, plain / name)
+        assert_same(tmp_path / CHECKPOINTS / name, plain / name)
 
 
 def full(*arguments: Any) -> Any:
@@ -248,7 +248,7 @@ def test_another_error_does_not_lose_what_was_being_written(
     with pytest.raises(RuntimeError, match="broken"):
         fit(trained)
     assert saved(tmp_path) == ["update_00000001"]
-    assert_same(tmp_path / FOLDER / "update_00000001", plain / "update_00000001")
+    assert_same(tmp_path / CHECKPOINTS / "update_00000001", plain / "update_00000001")
 
 
 @pytest.mark.parametrize("options", KINDS[1:])
@@ -257,7 +257,7 @@ def test_a_signal_waits_for_the_checkpoint(plain: Path, tmp_path: Path, options:
     trained.callbacks = [Raises(2, signal.SIGTERM), *trained.callbacks]
     with pytest.raises(Interrupted):
         fit(trained)
-    assert_same(tmp_path / FOLDER / saved(tmp_path)[-1], plain / saved(tmp_path)[-1])
+    assert_same(tmp_path / CHECKPOINTS / saved(tmp_path)[-1], plain / saved(tmp_path)[-1])
 
 
 def train_and_die(folder: Path, operation: int, options: tuple[str, ...]) -> None:
@@ -266,7 +266,7 @@ def train_and_die(folder: Path, operation: int, options: tuple[str, ...]) -> Non
     operating = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        here = event in operating and FOLDER in str(arguments[0])
+        here = event in operating and CHECKPOINTS in str(arguments[0])
         if here and next(operations) == operation:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -282,7 +282,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_complete_ones(
     for operation in range(4, 500, 23):
         folder = tmp_path / str(operation)
         status = os.waitpid(fork(train_and_die, folder, operation, options), 0)[1]
-        store = CheckpointStore(folder / FOLDER, keep=1)
+        store = CheckpointStore(folder / CHECKPOINTS, keep=1)
         store.clean()
         for update in store.updates():
             assert_same(store.path(update), plain / store.path(update).name)
@@ -298,7 +298,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_complete_ones(
 def store(tmp_path: Path) -> CheckpointStore:
     """Two sharded checkpoints."""
     states(tmp_path, SHARDED, every=(*EVERY, "training.updates=2"))
-    return CheckpointStore(tmp_path / FOLDER, keep=99)
+    return CheckpointStore(tmp_path / CHECKPOINTS, keep=99)
 
 
 def shard(store: CheckpointStore, update: int = 2) -> str:
@@ -407,7 +407,7 @@ def test_everything_that_uses_a_checkpoint_uses_shards(tmp_path: Path, capsys: p
         assert run(tmp_path / f"test-{name}", "run_type=test", f"checkpoint.path={folder}") == 0
     ours, theirs = (metrics(tmp_path / f"test-{name}") for name in ("whole", "sharded"))
     assert ours["test"] == theirs["test"]
-    one, other = (tmp_path / name / FOLDER / "update_00000004" for name in ("whole", "sharded"))
+    one, other = (tmp_path / name / CHECKPOINTS / "update_00000004" for name in ("whole", "sharded"))
     torch.testing.assert_close(read_weights(one), read_weights(other), rtol=0, atol=0)
     capsys.readouterr()
     start = f"model.checkpoint={tmp_path / 'sharded'}"
@@ -426,7 +426,7 @@ def test_a_torch_without_such_shards_is_refused_before_anything_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
-    monkeypatch.delitem(sys.modules, "villa.engine.sharded_checkpoint")
+    monkeypatch.delitem(sys.modules, "villa.checkpoints.shards")
     assert run(tmp_path / "run", SHARDED) == 2
     assert "has no shards in the safetensors layout; install 2.9 or later" in error(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()

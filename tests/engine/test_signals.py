@@ -19,8 +19,7 @@ from torch import Tensor
 
 from villa import signals
 from villa.batch import Batch
-from villa.engine.callbacks.base import Callback
-from villa.engine.training import Training, fit
+from villa.engine.loop import Callback, Training, fit
 from villa.losses.classification import CrossEntropy
 from villa.models.base import ModelOutput
 from villa.registry import register_loss

@@ -17,12 +17,12 @@ import torch
 from shapes import __path__ as shapes_path
 from tiny_runs import SHAPES, run
 
-from villa.datasets.stores.lmdb_filling import Filling
-from villa.engine.tracking import JsonLinesTracker, TensorBoardTracker
+from villa.checkpoints.weight_files import write_weights
+from villa.datasets.uniter.writers import Filling
 from villa.errors import DataError, StorageError, VillaError
 from villa.evaluation.predictions import PredictionWriter
 from villa.files import atomic_write, new_folder, room_for
-from villa.models.weight_files import write_weights
+from villa.tracking import JsonLinesTracker, TensorBoardTracker
 
 LONG = (
     "training.updates=40",

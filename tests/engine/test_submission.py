@@ -22,7 +22,7 @@ def recipe(database: Path, folder: Path) -> list[str]:
         *["model=uniter", "model.hidden_size=8", "model.num_layers=1", "model.num_heads=2", "model.max_positions=32"],
         *["dataset=vqa", f"dataset.root={database}", f"dataset.answers={answers}", "loss=binary_cross_entropy", *paths],
         *["evaluation.metrics=[soft_accuracy]", "evaluation.monitor=soft_accuracy", "batch.tokens=2000"],
-        *["training.updates=1", "logging.tensorboard=false", "logging.progress=off"],
+        *["training.updates=1", "logging.tensorboard=false", "logging.figures=false", "logging.progress=off"],
     ]
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from villa.engine.tracking import JsonLinesTracker, TensorBoardTracker, Trackers, read_log, run_trackers
 from villa.errors import DataError
+from villa.tracking import JsonLinesTracker, TensorBoardTracker, Trackers, read_log, run_trackers
 
 NAMES = st.text(min_size=1, max_size=5).filter(lambda name: name not in ("kind", "update"))
 
@@ -61,7 +61,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> No
     whole.close()
     # Dies between two flushes, with records after its checkpoint and half a line at the end.
     script = (
-        "import os, sys; from pathlib import Path; from villa.engine.tracking import JsonLinesTracker\n"
+        "import os, sys; from pathlib import Path; from villa.tracking import JsonLinesTracker\n"
         "t = JsonLinesTracker(Path(sys.argv[1]))\n"
         "import math\n"
         "def log(u): t.log(u, 'train', {'loss': 1 / u, 'pass0/kl': math.sqrt(u)})\n"

@@ -10,8 +10,9 @@ from test_checkpoint import rehash
 from test_sharded_checkpoint import KINDS, SHARDED, assert_same
 from tiny_runs import error, run
 
-from villa.engine.checkpoint import FOLDER, load
-from villa.engine.consolidation import consolidate
+from villa.checkpoints.files import load
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.convert.checkpoints import consolidate
 
 RUN = (
     *("trainer=averaging", "scheduler=constant", "evaluation.split=null", "run_type=train"),
@@ -31,7 +32,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(folder: Path, *options: str) -> Path:
     """The first two updates of the run; return their last checkpoint."""
     assert run(folder, *RUN, "training.updates=2", *options) == 0
-    return folder / FOLDER / "update_00000002"
+    return folder / CHECKPOINTS / "update_00000002"
 
 
 def go_on(folder: Path, *options: str) -> int:
@@ -58,8 +59,8 @@ def test_a_resumed_run_keeps_what_one_in_one_go_does(straight: Path, tmp_path: P
     path = stopped(tmp_path, *options)
     assert go_on(tmp_path, *options) == 0
     assert saved(tmp_path) == saved(straight)
-    last = straight / FOLDER / saved(straight)[-1]
-    ours = tmp_path / FOLDER / last.name
+    last = straight / CHECKPOINTS / saved(straight)[-1]
+    ours = tmp_path / CHECKPOINTS / last.name
     torch.testing.assert_close(load(ours).model_state(), load(last).model_state(), rtol=0, atol=0)
     torch.testing.assert_close(kept(ours), kept(last), rtol=0, atol=0)
     assert kept(last)["state"] == {"seen": 4}
@@ -79,18 +80,18 @@ def test_shards_become_whole_with_what_a_method_keeps(straight: Path, tmp_path: 
 def test_a_checkpoint_without_a_state_of_the_method_starts_it_anew(straight: Path, tmp_path: Path) -> None:
     change(stopped(tmp_path), None)
     assert go_on(tmp_path) == 0
-    last = tmp_path / FOLDER / "update_00000004"
+    last = tmp_path / CHECKPOINTS / "update_00000004"
     assert kept(last)["state"] == {"seen": 2}
-    weights = load(straight / FOLDER / last.name).model_state()
+    weights = load(straight / CHECKPOINTS / last.name).model_state()
     torch.testing.assert_close(load(last).model_state(), weights, rtol=0, atol=0)
 
 
 def test_another_method_does_not_get_the_state(tmp_path: Path) -> None:
     stopped(tmp_path)
     assert go_on(tmp_path, "trainer=standard", "training.updates=3") == 0
-    assert kept(tmp_path / FOLDER / "update_00000003") == {"state": {}, "weights": {}}
+    assert kept(tmp_path / CHECKPOINTS / "update_00000003") == {"state": {}, "weights": {}}
     assert go_on(tmp_path) == 0
-    assert kept(tmp_path / FOLDER / "update_00000004")["state"] == {"seen": 1}
+    assert kept(tmp_path / CHECKPOINTS / "update_00000004")["state"] == {"seen": 1}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_runs import SHAPES, colours, error, lines, log, metrics, run, seal, training, updates
 
+from villa.checkpoints.store import Checkpoint
 from villa.cli.run import main
 from villa.config import load
-from villa.engine.checkpoint import Checkpoint
+from villa.engine.loop import fit
 from villa.engine.train import restore
-from villa.engine.training import fit
 
 #: One validation every two updates, all checkpoints kept.
 EVALUATED = ("evaluation.every=2", "checkpoint.keep=99")
@@ -38,7 +38,7 @@ def weights(folder: Path, update: int) -> bytes:
 
 
 def test_a_finished_run_leaves_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / "run", *EVALUATED) == 0
+    assert run(tmp_path / "run", *EVALUATED, "logging.figures=true") == 0
     assert updates(tmp_path / "run", "train") == [1, 2, 3, 4]
     assert updates(tmp_path / "run", "val") == [2, 4]
     assert updates(tmp_path / "run", "test") == [4]
@@ -244,6 +244,22 @@ def test_a_resume_does_not_import_what_the_saved_recipe_names(
     restore(resumed, Checkpoint(saved, 4), load([*SHAPES]).config)
     assert resumed.progress.update == 4
     assert "changed since: user_dir: moved/away -> None" in capsys.readouterr().out
+
+
+def test_options_that_a_saved_recipe_lacks_have_had_their_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", "run_type=train") == 0
+    saved = tmp_path / "run/checkpoints/update_00000004"
+    lines = (saved / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.split(":")[0].strip() not in ("sampler", "max_skips")]
+    assert len(kept) == len(lines) - 2
+    (saved / "config.yaml").write_text("".join(kept))
+    capsys.readouterr()
+    restore(training(tmp_path / "run"), Checkpoint(saved, 4), load([*SHAPES, "training.max_skips=3"]).config)
+    printed = capsys.readouterr().out
+    assert "changed since: training.max_skips: 10 -> 3" in printed
+    assert "sampler" not in printed
 
 
 def test_fit_counts_examples_and_leaves_the_stream_closed(tmp_path: Path) -> None:

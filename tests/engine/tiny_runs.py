@@ -9,14 +9,14 @@ import numpy as np
 import shapes  # noqa: F401 - registers the example project's classes
 import torch
 
+from villa.checkpoints.store import CheckpointStore
 from villa.cli.run import main
 from villa.config import load
-from villa.engine.checkpoint import CheckpointStore
+from villa.engine.loop import Training
 from villa.engine.setup import build
-from villa.engine.tracking import Trackers
 from villa.engine.train import assemble
-from villa.engine.training import Training
 from villa.files import sha256
+from villa.tracking import Trackers
 
 #: The example project without its recipe; four updates of eight examples.
 SHAPES = (
@@ -29,6 +29,7 @@ SHAPES = (
     "training.updates=4",
     "logging.every=1",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "logging.progress=off",
 )
 COLOURS = ("red", "green", "blue")

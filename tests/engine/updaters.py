@@ -10,8 +10,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
 from villa.engine.parameter_groups import parameter_groups
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
 from villa.losses.base import Loss

@@ -7,8 +7,8 @@ import torch
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.exact_match import ExactMatch
-from villa.losses.language_model import LanguageModel
+from villa.evaluation.metrics import ExactMatch
+from villa.losses.classification import LanguageModel
 from villa.models.base import ModelOutput
 
 MASK = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0]]).bool()

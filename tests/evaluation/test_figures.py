@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from villa.engine.tracking import JsonLinesTracker
 from villa.errors import DataError
 from villa.evaluation.figures import curves_figure, plot_curves
+from villa.tracking import JsonLinesTracker
 
 REFERENCES = {"majority": 0.373, "question_only": 0.67}
 

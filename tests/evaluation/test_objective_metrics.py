@@ -8,7 +8,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.engine.evaluator import Evaluator
-from villa.engine.precision import Precision
+from villa.engine.passes import Precision
 from villa.errors import DataError
 from villa.losses.pretraining import Pretraining
 from villa.models.base import ModelOutput

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.pairs import PairRetrieval
+from villa.evaluation.retrieval import PairRetrieval
 from villa.models.base import ModelOutput
 
 

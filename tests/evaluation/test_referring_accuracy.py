@@ -6,8 +6,8 @@ from golden_utils import load
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.references import Box, RegionReference
-from villa.evaluation.referring import ReferringAccuracy, box_iou
+from villa.evaluation.metrics import ReferringAccuracy, box_iou
+from villa.facts import Box, RegionReference
 from villa.models.base import ModelOutput
 
 

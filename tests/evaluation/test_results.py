@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from villa.engine.provenance import provenance
 from villa.errors import ConfigError
 from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
+from villa.provenance import provenance
 
 RESULTS = [
     Result("villa", {"accuracy": 0.8123, "loss": 0.5}, updates=1200, seconds=342.0, cost=4.0),

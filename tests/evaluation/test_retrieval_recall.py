@@ -7,8 +7,8 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.references import RetrievalReference
 from villa.evaluation.retrieval import RetrievalRecall, recalls
+from villa.facts import RetrievalReference
 from villa.models.base import ModelOutput
 
 

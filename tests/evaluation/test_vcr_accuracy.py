@@ -5,8 +5,8 @@ import torch
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.references import VcrReference
 from villa.evaluation.vcr import VcrAccuracy, given_answer
+from villa.facts import VcrReference
 from villa.models.base import ModelOutput
 
 

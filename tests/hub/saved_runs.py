@@ -17,6 +17,7 @@ COMMON = (
     "optimizer.lr=0.01",
     "logging.progress=off",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "device=cpu",
 )
 MODELS: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from saved_runs import COMMON, MODELS, write_lines
 
 import villa
 from villa.cli.run import main
-from villa.hub.card import _cell, _code, _text
+from villa.engine.card import _cell, _code, _text
 
 EVIL = "a` <script>x</script> [b](javascript:x) | c\n---\nlicense: evil\n\u2028# d"
 

@@ -93,4 +93,4 @@ def test_values_that_no_model_has(tmp_path: Path, capsys: pytest.CaptureFixture[
     weights = load_file(folder / "model.safetensors")
     weights["classifier.bias"][0] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "'classifier.bias' of the weights has values that are not finite" in told(folder, 2, capsys)[1]
+    assert "model.safetensors' has NaN or infinite numbers in 'classifier.bias'" in told(folder, 2, capsys)[1]

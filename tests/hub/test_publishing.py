@@ -16,9 +16,9 @@ from tiny_runs import SHAPES
 
 import villa
 from villa.api import Predictor
+from villa.checkpoints.store import resolve
 from villa.cli.run import main
 from villa.config import load
-from villa.engine.checkpoint import resolve
 from villa.engine.train import start
 from villa.errors import CheckpointError, ConfigError
 from villa.hub import weights
@@ -285,9 +285,8 @@ def test_models_on_modules_of_transformers(name: str, kind: str, tmp_path: Path)
 
 def test_a_head_for_two_images_lies_beside_the_transformer() -> None:
     """LXMERT for NLVR2, which transformers has no class for."""
-    from villa.models.base import DataFacts
-    from villa.models.lxmert import Lxmert
-    from villa.models.lxmert_config import LxmertConfig
+    from villa.facts import DataFacts
+    from villa.models.lxmert import Lxmert, LxmertConfig
 
     config = LxmertConfig(
         head="nlvr2", hidden_size=16, num_heads=2, language_layers=1, vision_layers=1, cross_layers=1, max_positions=9

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from saved_runs import LABELS, MODELS, read_lines, requests, train
 
 import villa
+from villa.checkpoints.store import load, resolve
 from villa.cli.run import main
 from villa.datasets.text import encode_texts, load_tokenizer
-from villa.engine.checkpoint import load, resolve
 from villa.errors import CheckpointError
 
 

@@ -1,6 +1,7 @@
 """Folders of transformers are anybody's: what would choose code in them is left out, and nothing of it runs."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from processor_batches import tiny_folder
 from safetensors.torch import load_file, save_file
 
 import villa
-from villa.datasets.processor_loading import load_processor
+from villa.checkpoints.transformers_folder import find_config, load_pretrained
+from villa.datasets.own.processors import load_processor
 from villa.errors import CheckpointError, ConfigError
 from villa.models.huggingface.classes import model_class
-from villa.models.transformers_folder import find_config, load_pretrained
 from villa.vetting import vetted, vetted_config
 
 REPOSITORY = "someone/kernels"
@@ -216,4 +217,13 @@ def test_weights_of_a_quantiser_are_not_taken_for_numbers(kind: torch.dtype, tmp
     name = "bert.encoder.layer.0.attention.self.query.weight"
     save_file(weights | {name: weights[name].to(kind)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="has quantised weights"):
+        load_pretrained(type(model), str(tmp_path), model.config)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_pipes_are_not_waited_for(name: str, tmp_path: Path) -> None:
+    model = text_model(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"/{name}' is a pipe, socket or device, not a file"):
         load_pretrained(type(model), str(tmp_path), model.config)

@@ -15,6 +15,7 @@ RECIPE = (
     "training.epochs=null",
     "batch.per_pass=8",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "logging.progress=off",
 )
 Environment = Mapping[str, str]

@@ -11,8 +11,7 @@ import pytest
 from submitit import LocalExecutor
 
 from villa.launch.folder import job_folders
-from villa.launch.following import see_off
-from villa.launch.logs import Log
+from villa.launch.following import Log, see_off
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the processes cannot import it
 

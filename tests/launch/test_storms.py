@@ -31,6 +31,7 @@ RECIPE = (
     "evaluation.examples=25",
     "logging.every=2",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "logging.progress=off",
     "checkpoint.every=3",
     "checkpoint.resume=true",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from villa.losses.consistency import Reduction, symmetric_kl
+from villa.losses.base import Reduction, symmetric_kl
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(4, 5, dtype=torch.float64, generator=GENERATOR)

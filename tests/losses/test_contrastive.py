@@ -8,7 +8,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.losses.contrastive import Contrastive, ContrastiveConfig
+from villa.losses.pretraining import Contrastive, ContrastiveConfig
 from villa.models.base import ModelOutput
 
 

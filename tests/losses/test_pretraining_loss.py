@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.losses.consistency import symmetric_kl
+from villa.losses.base import symmetric_kl
 from villa.losses.pretraining import Pretraining, PretrainingConfig
 from villa.models.base import ModelOutput
 from villa.objectives import OBJECTIVES

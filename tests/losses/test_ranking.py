@@ -8,7 +8,7 @@ from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.losses.ranking import MarginConfig, MarginRanking, RegionRanking, RegionRankingConfig
 from villa.models.base import ModelOutput
-from villa.models.heads.regions import PADDED_SCORE
+from villa.models.uniter.heads import PADDED_SCORE
 
 
 def batch(targets: list[int], mask: Tensor | None = None) -> Batch:

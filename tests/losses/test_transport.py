@@ -8,7 +8,7 @@ import torch
 from golden_compare import close
 from golden_utils import load
 
-from villa.losses.transport import align, transport_plan
+from villa.models.uniter.pretraining import align, transport_plan
 
 GOLDEN = load("pretrain", "ipot")
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import HEADS, UniterConfig
+from villa.facts import DataFacts
+from villa.models.uniter.config import HEADS, UniterConfig
+from villa.models.uniter.model import Uniter
 
 FACTS = DataFacts(vocab_size=50, num_labels=2, feature_dim=8)
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts
-from villa.models.conversion import load_weights
-from villa.models.heads.classification import UniterForClassification
+from villa.facts import DataFacts
+from villa.models.loading import load_weights
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
-from villa.models.uniter import Uniter
+from villa.models.uniter.heads import UniterForClassification
+from villa.models.uniter.model import Uniter
 
 Build = Callable[..., Uniter]
 Weights = dict[str, Tensor]
@@ -172,7 +172,7 @@ def test_the_second_stage_of_vcr_loads_as_it_is(tmp_path: Path, fresh: Build) ->
 def test_the_ranking_head_starts_from_the_matching_row(tmp_path: Path, pretrained: Weights, fresh: Build) -> None:
     torch.save(pretrained, tmp_path / "pre.pt")
     model = fresh(head="ranking")
-    report = load_weights(model, tmp_path / "pre.pt")
+    report = model.load_weights(str(tmp_path / "pre.pt"))
     assert report.notes()[0] == (
         "started from other tensors: rank_output.weight from row 1 of itm_output.weight; "
         "rank_output.bias from row 1 of itm_output.bias"
@@ -187,13 +187,13 @@ def test_a_trained_ranking_head_is_kept(tmp_path: Path, pretrained: Weights, fre
     own = {"rank_output.weight": torch.randn(1, 64), "rank_output.bias": torch.randn(1)}
     torch.save(pretrained | own, tmp_path / "ranked.pt")
     model = fresh(head="ranking")
-    assert load_weights(model, tmp_path / "ranked.pt").derived == ()
+    assert model.load_weights(str(tmp_path / "ranked.pt")).derived == ()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in own.items())
 
 
 def test_without_the_matching_head_the_ranking_head_is_fresh(tmp_path: Path, released: Weights, fresh: Build) -> None:
     torch.save(released, tmp_path / "vqa.pt")
-    assert load_weights(fresh(head="ranking"), tmp_path / "vqa.pt").notes() == [
+    assert fresh(head="ranking").load_weights(str(tmp_path / "vqa.pt")).notes() == [
         "fresh: itm_output (2), rank_output (2)",
         "not used: vqa_output (6)",
     ]

@@ -11,9 +11,9 @@ from damage import damaged, damaged_json, damaged_safetensors, flipped, fuzz, sa
 from hypothesis import given
 from safetensors.torch import save_file
 
+from villa.checkpoints.weight_files import read_weights
 from villa.datasets.text import build_tokenizer, encode_texts, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import CheckpointError, DataError
-from villa.models.weight_files import read_weights
 
 WEIGHTS = {
     "words": torch.arange(40.0).reshape(10, 4),

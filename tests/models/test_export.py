@@ -10,15 +10,14 @@ import torch
 from golden_utils import GOLDEN, build_model, load
 from torch import Tensor
 
-from villa.engine.checkpoint import CheckpointStore
+from villa.checkpoints.store import CheckpointStore
+from villa.checkpoints.weight_files import read_weights
+from villa.convert.checkpoints import Layout, export_checkpoint, released_layout
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts
-from villa.models.conversion import load_weights
-from villa.models.export import Layout, export_checkpoint, released_layout
-from villa.models.lxmert import Lxmert
-from villa.models.lxmert_config import LxmertConfig
-from villa.models.uniter import Uniter
-from villa.models.weight_files import read_weights
+from villa.facts import DataFacts
+from villa.models.loading import load_weights
+from villa.models.lxmert import Lxmert, LxmertConfig
+from villa.models.uniter.model import Uniter
 
 Build = Callable[..., Uniter]
 WORDS, DECODER = "uniter.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"

@@ -13,10 +13,9 @@ from tiny import RecordingPasses
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
+from villa.facts import DataFacts, Task, Written
 from villa.losses.classification import CrossEntropy
-from villa.models.base import DataFacts, Task, Written
-from villa.models.huggingface.config import HuggingFaceConfig
-from villa.models.huggingface.lora import merged
+from villa.models.huggingface.config import HuggingFaceConfig, merged
 from villa.models.huggingface.model import HuggingFaceModel
 from villa.trainers.villa import VillaConfig, VillaTrainer
 

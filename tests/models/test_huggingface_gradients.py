@@ -14,9 +14,9 @@ from replaced_modules import score, shapes
 from tiny import RecordingPasses
 
 from villa.batch import Batch
+from villa.facts import DataFacts, Task
 from villa.losses.base import Loss
 from villa.losses.classification import CrossEntropy
-from villa.models.base import DataFacts, Task
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer

@@ -11,9 +11,9 @@ import torch
 from processor_batches import ANSWERS, GENERATIVE, TARGETS, tiny, tiny_folder, write_questions
 
 import villa
+from villa.checkpoints.store import load
 from villa.cli.run import main
-from villa.engine.checkpoint import load
-from villa.models.base import DataFacts, Task
+from villa.facts import DataFacts, Task
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
 
@@ -45,7 +45,7 @@ def arguments(name: str, work: Path, output: Path, *more: str, task: str | None 
         *(f"dataset.{split}={questions}" for split in ("train", "val", "test")),
         *(f"dataset.target={TARGETS[task]}", f"loss={loss}", f"evaluation.metrics=[{metric}]"),
         *(f"evaluation.monitor={metric}", f"output_dir={output}", "batch.examples=3", "training.updates=2"),
-        *("logging.progress=off", "logging.tensorboard=false", "logging.every=1", *more),
+        *("logging.progress=off", "logging.tensorboard=false", "logging.figures=false", "logging.every=1", *more),
     ]
 
 

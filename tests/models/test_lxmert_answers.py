@@ -10,9 +10,9 @@ import torch
 from golden_utils import load
 from test_lxmert_model import FINETUNED, fresh
 
+from villa.convert.checkpoints import pretraining_answer, read_pretraining_answers, with_answer_head
 from villa.errors import CheckpointError, DataError
-from villa.models.conversion import load_weights
-from villa.models.lxmert_answers import pretraining_answer, read_pretraining_answers, with_answer_head
+from villa.models.loading import load_weights
 
 
 @pytest.mark.parametrize(

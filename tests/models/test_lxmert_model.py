@@ -16,10 +16,9 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
-from villa.models.base import DataFacts
-from villa.models.conversion import load_weights
-from villa.models.lxmert import Lxmert
-from villa.models.lxmert_config import LxmertConfig
+from villa.facts import DataFacts
+from villa.models.loading import load_weights
+from villa.models.lxmert import Lxmert, LxmertConfig
 
 FACTS = DataFacts(vocab_size=50, num_labels=6, feature_dim=8)
 TINY: dict[str, Any] = {

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.losses.consistency import symmetric_kl
+from villa.facts import DataFacts
+from villa.losses.base import symmetric_kl
 from villa.losses.lxmert import PARTS
 from villa.losses.pretraining import Pretraining, PretrainingConfig
-from villa.models.base import DataFacts, ModelOutput
+from villa.models.base import ModelOutput
 from villa.models.lxmert_pretraining import LxmertForPretraining, LxmertPretrainingConfig
 from villa.registry import MODELS
 

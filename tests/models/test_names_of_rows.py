@@ -18,17 +18,16 @@ from tokenizers import Tokenizer, models
 from villa.api import from_pretrained
 from villa.cli.run import main
 from villa.config import load
-from villa.datasets.names import facts_beside, text_facts
-from villa.datasets.raw.example import RawExample
-from villa.datasets.raw.text_database import TextSource, write_text_database
-from villa.datasets.raw.word_pieces import WordPieces
-from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.convert.example import RawExample
+from villa.convert.text_database import TextSource, WordPieces, write_text_database
+from villa.datasets.own.assets import facts_beside
+from villa.datasets.own.names import text_facts
+from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.engine.setup import Parts, build
 from villa.errors import CheckpointError
-from villa.models.base import DataFacts
-from villa.models.matching import Matching
-from villa.models.row_names import rows_of
-from villa.models.transformers_rows import word_modules
+from villa.facts import DataFacts
+from villa.models.matching import Matching, rows_of
+from villa.models.transformers_model import word_modules
 
 WORDS = ("red", "green", "blue")
 COMMON = (
@@ -38,6 +37,7 @@ COMMON = (
     "optimizer.lr=0.01",
     "logging.progress=off",
     "logging.tensorboard=false",
+    "logging.figures=false",
     "evaluation.every=null",
     "run_type=train",
     "device=cpu",

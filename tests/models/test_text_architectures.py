@@ -15,8 +15,8 @@ from villa.batch import Batch
 from villa.datasets.base import Example
 from villa.datasets.collation import collate
 from villa.errors import CheckpointError, ConfigError, DataError
+from villa.facts import DataFacts
 from villa.losses.classification import CrossEntropy
-from villa.models.base import DataFacts
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer

@@ -9,7 +9,7 @@ from golden_utils import load
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 from villa.models.text_classifier import TextClassifier, TextClassifierConfig
 from villa.registry import MODELS
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import HEADS, UniterConfig, register_head
+from villa.facts import DataFacts
+from villa.models.uniter.config import HEADS, UniterConfig, register_head
+from villa.models.uniter.model import Uniter
 from villa.registry import MODELS
 
 Build = Callable[..., Uniter]

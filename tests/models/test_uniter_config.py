@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from villa.errors import ConfigError
-from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.facts import DataFacts
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 
 FACTS = DataFacts(vocab_size=28996, num_labels=3129, feature_dim=2048)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from villa.errors import DataError
-from villa.models.base import DataFacts
-from villa.models.uniter_config import UniterConfig
-from villa.models.uniter_embeddings import ImageEmbeddings, box_geometry
+from villa.facts import DataFacts
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.layers import ImageEmbeddings, box_geometry
 
 CORNERS = torch.tensor([[0.1, 0.2, 0.5, 0.8]])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.losses.classification import CrossEntropy
 from villa.losses.ranking import MarginRanking, RegionRanking
-from villa.models.uniter import Uniter
+from villa.models.uniter.model import Uniter
 
 TOLERANCE = 1e-6
 #: The right and the wrong pairs' terms cancel: in fp32 both sides are 3e-6 away from the gradient in fp64.

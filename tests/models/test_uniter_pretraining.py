@@ -12,11 +12,10 @@ from golden_utils import FOLDER, load
 from pretraining_cases import golden_batch, golden_model, golden_names, objective_batch, objective_of, tiny_config
 
 from villa.errors import DataError
+from villa.facts import DataFacts
 from villa.losses.pretraining import Pretraining
-from villa.losses.transport import align, transport_plan
-from villa.models.base import DataFacts
-from villa.models.heads.pretraining import UniterForPretraining
-from villa.models.uniter import Uniter
+from villa.models.uniter.model import Uniter
+from villa.models.uniter.pretraining import UniterForPretraining, align, transport_plan
 
 OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl", "itm", "itm_wra")
 MASKED = ("mrfr", "mrc", "mrc_kl")

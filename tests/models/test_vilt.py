@@ -13,9 +13,8 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
-from villa.models.base import DataFacts
-from villa.models.vilt import Vilt
-from villa.models.vilt_config import ViltConfig
+from villa.facts import DataFacts
+from villa.models.vilt import Vilt, ViltConfig
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_positions": 12}
 TINY: dict[str, Any] = {**SIZES, "image_size": 16, "patch_size": 4, "initializer_range": 0.2}

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import CheckpointError, ConfigError, DataError
-from villa.models.base import DataFacts
-from villa.models.visual_bert import VisualBert
-from villa.models.visual_bert_config import VisualBertConfig
+from villa.facts import DataFacts
+from villa.models.visual_bert import VisualBert, VisualBertConfig
 
 TINY: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_positions": 16}
 LABELS = {"answers": 6, "nlvr2": 2}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from villa.checkpoints.weight_files import read_weights, write_weights
 from villa.errors import CheckpointError
-from villa.models.weight_files import read_weights, write_weights
 
 
 class Malicious:

@@ -5,7 +5,8 @@ import torch
 from villa.batch import Batch
 from villa.config import load
 from villa.config.schema import RunConfig
-from villa.models.base import DataFacts, Model
+from villa.facts import DataFacts
+from villa.models.base import Model
 from villa.registry import MODELS
 
 FACTS = DataFacts(vocab_size=200, num_labels=7, feature_dim=48)

@@ -10,11 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from villa.batch import Batch
 from villa.config.schema import RunConfig
 from villa.distributed.blocks import checkpoint_activations
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.models.base import Model
-from villa.planning.ledger import Ledger
-from villa.planning.measure import Counted, bytes_of, count
+from villa.planning.measure import Counted, Ledger, bytes_of, count
 from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
 
 AGAIN = "distributed.activation_checkpointing=true"

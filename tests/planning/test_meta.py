@@ -1,10 +1,9 @@
 import pytest
 import torch
-from planned import FACTS, batch_of, model_of, recipe
+from planned import batch_of
 
-from villa.models.base import DataFacts
-from villa.planning.kernels import Kernels
-from villa.planning.meta import MetaTensors, meta_batch, meta_copy
+from villa.planning.meta import MetaTensors, meta_batch
+from villa.planning.passes import Kernels
 
 
 def test_masks_decide_about_shapes() -> None:
@@ -33,16 +32,6 @@ def test_a_batch_keeps_its_whole_numbers() -> None:
     assert meta.features is not None
     assert meta.features.is_meta
     assert meta.input_ids is batch.input_ids
-
-
-def test_a_copy_shares_what_the_model_shares_and_allocates_nothing() -> None:
-    config = recipe("model.head=pretraining")
-    model = model_of(config, "cpu", DataFacts(FACTS.vocab_size, 7, FACTS.feature_dim))
-    copied = meta_copy(model)
-    assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
-    assert all(parameter.is_meta for parameter in copied.parameters())
-    assert not any(parameter.is_meta for parameter in model.parameters())
-    assert {p.shape for p in copied.parameters()} == {p.shape for p in model.parameters()}
 
 
 def test_draws_of_generators_cost_nothing() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from villa.planning.measure import count
-from villa.planning.results import MetaResults
+from villa.planning.meta import MetaResults
 
 _aten = torch.ops.aten
 

@@ -4,7 +4,13 @@ from pathlib import Path
 
 PROJECTS = Path(__file__).parents[2] / "projects"
 #: Overrides that make a synthetic run as short as it can be.
-SHORT = ("training.updates=2", "dataset.synthetic_examples=32", "logging.tensorboard=false", "logging.progress=off")
+SHORT = (
+    "training.updates=2",
+    "dataset.synthetic_examples=32",
+    "logging.tensorboard=false",
+    "logging.figures=false",
+    "logging.progress=off",
+)
 
 
 def argument(recipe: str) -> str:

@@ -20,7 +20,13 @@ def found(pattern: str) -> list[str]:
 
 WHOLE = [*(f"villa/pretrain/{name}" for name in ("base", "base_indomain", "large")), *found("villa/two_stage_*.yaml")]
 SINGLE = [recipe for recipe in found("*/pretrain/*.yaml") if recipe not in WHOLE]
-SHORT = ("training.updates=3", "dataset.synthetic_examples=32", "logging.tensorboard=false", "logging.progress=off")
+SHORT = (
+    "training.updates=3",
+    "dataset.synthetic_examples=32",
+    "logging.tensorboard=false",
+    "logging.figures=false",
+    "logging.progress=off",
+)
 
 
 def stages(recipe: str, *overrides: str) -> list[RunConfig]:

@@ -14,7 +14,7 @@ from released_configs import CONFIGS, SIZES
 from villa.cli.run import main
 from villa.config import RunConfig, load
 from villa.config.printer import leaves
-from villa.config.released import released_recipe
+from villa.convert.configurations import released_recipe
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -52,7 +52,7 @@ def test_a_recipe_runs_and_its_run_needs_no_source(recipe: str, monkeypatch: pyt
     write_pairs(monkeypatch)
     folder = tiny.write_text(RECIPES[recipe], Path("tiny"))
     quick = ["training.epochs=null", "training.updates=2", "batch.examples=32", "evaluation.every=null"]
-    quick += ["logging.tensorboard=false", "logging.progress=off", "output_dir=run"]
+    quick += ["logging.tensorboard=false", "logging.figures=false", "logging.progress=off", "output_dir=run"]
     assert main([argument(f"text/{recipe}"), f"model.checkpoint={folder}", *quick]) == 0
     assert 0 <= json.loads(Path("run/metrics.json").read_text())["test"]["accuracy"] <= 1
     shutil.rmtree(folder)

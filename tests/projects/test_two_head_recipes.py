@@ -15,7 +15,13 @@ from villa.config import RunConfig, load
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-QUICK = ("training.updates=2", "logging.tensorboard=false", "logging.progress=off", "evaluation.every=null")
+QUICK = (
+    "training.updates=2",
+    "logging.tensorboard=false",
+    "logging.figures=false",
+    "logging.progress=off",
+    "evaluation.every=null",
+)
 
 
 def recipe(name: str, *overrides: str) -> RunConfig:

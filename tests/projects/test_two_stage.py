@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.text_lmdb import TextDatabase
 from villa.datasets.text import load_tokenizer
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import DataError
 
 FOLDER = Path(__file__).parents[2] / "projects" / "villa" / "two_stage"

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_runs import SHAPES
 
 from villa.cli.run import main
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.grid import GridExtractor, GridOptions
-from villa.datasets.stores.pictures import PictureStore
+from villa.datasets.own.grid import GridExtractor, GridOptions
+from villa.datasets.own.pictures import PictureStore
+from villa.datasets.stores import Source
 from villa.errors import ConfigError, DataError
 from villa.launch.base import Request
 from villa.launch.folder import prepare

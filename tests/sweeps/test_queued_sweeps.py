@@ -14,7 +14,13 @@ from villa.registry import LAUNCHERS, register_launcher
 
 RECIPE = [
     *("model=average", "model.hidden_size=8", "dataset=shapes", "dataset.examples=32", "batch.examples=8"),
-    *("training.updates=2", "logging.tensorboard=false", "logging.progress=off", "launcher=waiting"),
+    *(
+        "training.updates=2",
+        "logging.tensorboard=false",
+        "logging.figures=false",
+        "logging.progress=off",
+        "launcher=waiting",
+    ),
 ]
 SWEEP = ["--sweep", "optimizer.lr=0.01,0.1", "seed=1,2", "--at-once", "3"]
 
@@ -50,7 +56,7 @@ def start(number: str) -> None:
 
 @pytest.fixture(autouse=True)
 def queue(monkeypatch: pytest.MonkeyPatch) -> type[Waiting]:
-    monkeypatch.setattr("villa.sweeps.queued._PAUSE", 0.0)
+    monkeypatch.setattr("villa.sweeps.running._PAUSE", 0.0)
     monkeypatch.setattr(Waiting, "jobs", {})
     monkeypatch.setattr(Waiting, "arrays", [])
     if "waiting" not in LAUNCHERS.names():

@@ -24,6 +24,7 @@ RECIPE = [
     "checkpoint.every=1",
     "evaluation.every=3",
     "logging.tensorboard=false",
+    "logging.figures=false",
 ]
 SWEEP = ["--sweep", "trainer=standard,villa", "seed=1,2", "--at-once", "2"]
 

@@ -10,7 +10,8 @@ import pytest
 from tiny_runs import metrics, run
 from tool_runs import TOOLS, load_tool
 
-from villa.engine.checkpoint import FOLDER, load
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.store import load
 
 TRAINED = ("checkpoint.sharded=true", "evaluation.every=2", "checkpoint.keep=9")
 TOOL = load_tool("consolidate_checkpoint")
@@ -26,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_goes_on_from_it_to_the_same_bytes(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = Path(FOLDER) / "update_00000002"
+    name = Path(CHECKPOINTS) / "update_00000002"
     assert TOOL.main([str(trained / name), str(tmp_path / "run" / name)]) == 0
     assert f"7 tensors of {trained / name}, and the optimiser's state of 7" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run" / name).iterdir()} == {
@@ -43,7 +44,7 @@ def test_a_run_goes_on_from_it_to_the_same_bytes(
     assert whole.config_yaml() == sharded.config_yaml()
     assert run(tmp_path / "run", *TRAINED, "checkpoint.resume=true") == 0
     assert "resuming after update 2" in capsys.readouterr().out
-    last = Path(FOLDER) / "update_00000004"
+    last = Path(CHECKPOINTS) / "update_00000004"
     ours, theirs = (load(folder / last).model_state() for folder in (tmp_path / "run", trained))
     assert all(value.equal(theirs[name]) for name, value in ours.items())
     assert metrics(tmp_path / "run")["test"] == metrics(trained)["test"]
@@ -53,7 +54,7 @@ def test_a_run_goes_on_from_it_without_the_best_one(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The best so far stays behind in the other folder: the best of those to come is tested."""
-    name = Path(FOLDER) / "update_00000004"
+    name = Path(CHECKPOINTS) / "update_00000004"
     moved = load(trained / name)
     assert moved.training_state()["progress"]["best_update"] == 2
     assert TOOL.main([str(moved.path), str(tmp_path / "run" / name)]) == 0
@@ -79,7 +80,7 @@ def test_its_best_checkpoint_is_taken_of_a_run_and_nothing_is_replaced_unasked(
 
 def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    checkpoint = str(trained / FOLDER / "update_00000004")
+    checkpoint = str(trained / CHECKPOINTS / "update_00000004")
     wrong = {
         (str(tmp_path / "nowhere"), str(tmp_path / "a")): "does not exist",
         (checkpoint, checkpoint): "is the checkpoint itself",

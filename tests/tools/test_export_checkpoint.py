@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.facts import DataFacts
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tool_runs import load_tool, run_and_kill
 
-from villa.datasets.raw.feature_folder import make_image_database
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.lmdb_filling import JOURNAL
+from villa.convert.features import make_image_database
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.writers import JOURNAL
 from villa.errors import DataError
 
 main = load_tool("make_image_db").main

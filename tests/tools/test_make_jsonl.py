@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tool_runs import load_tool, run_and_kill
 
-from villa.datasets.jsonl import Jsonl, JsonlConfig
+from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 
 tool = load_tool("make_jsonl")
 

@@ -6,8 +6,8 @@ import pytest
 from tool_runs import load_tool, run_and_kill
 from transformers import BertTokenizer
 
-from villa.datasets.stores.lmdb_filling import JOURNAL
-from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.writers import JOURNAL
 
 main = load_tool("make_text_db").main
 

@@ -19,13 +19,13 @@ from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.config.schema import DistributedConfig
 from villa.distributed.strategy import Strategy
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.errors import NonFiniteError
+from villa.facts import DataFacts
 from villa.losses.classification import CrossEntropy
-from villa.models.base import DataFacts, Model
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.models.base import Model
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 
 BATCH = tiny_batch()
 WORDS, WIDTH, LABELS = 30, 6, 3

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.cli.run import main
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.pretraining import Pretraining, PretrainingConfig
-from villa.models.base import DataFacts, ModelOutput
+from villa.models.base import ModelOutput
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
@@ -151,7 +152,13 @@ def run(folder: Path, output: Path, *more: str) -> list[dict[str, Any]]:
     arguments = ("model=huggingface", f"model.checkpoint={path}", "dataset=jsonl", f"dataset.processor={path}", *files)
     arguments += ("dataset.target=pair", "evaluation.metrics=[pair_retrieval]", "evaluation.monitor=pair_retrieval")
     arguments += ("batch.examples=5", "training.updates=2", "run_type=train", "logging.every=1", "device=cpu")
-    arguments += ("logging.tensorboard=false", "logging.progress=off", f"output_dir={output}", "optimizer.lr=0.01")
+    arguments += (
+        "logging.tensorboard=false",
+        "logging.figures=false",
+        "logging.progress=off",
+        f"output_dir={output}",
+        "optimizer.lr=0.01",
+    )
     assert main([*arguments, *more]) == 0
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 

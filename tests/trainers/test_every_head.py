@@ -11,13 +11,13 @@ from tiny import RecordingPasses
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
 from villa.losses.ranking import MarginRanking, RegionRanking, RegionRankingConfig
-from villa.models.base import DataFacts
-from villa.models.uniter import Encoded, Uniter
-from villa.models.uniter_config import HEADS
-from villa.models.uniter_rows import Packing
+from villa.models.rows import Packing
+from villa.models.uniter.config import HEADS
+from villa.models.uniter.model import Encoded, Uniter
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 

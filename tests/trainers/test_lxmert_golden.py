@@ -16,11 +16,10 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
 from villa.engine.updater import Updater
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
-from villa.models.base import DataFacts
-from villa.models.lxmert import Lxmert
-from villa.models.lxmert_config import LxmertConfig
+from villa.models.lxmert import Lxmert, LxmertConfig
 from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.trainers.base import Trainer
 from villa.trainers.standard import StandardTrainer

@@ -10,9 +10,9 @@ from pretraining_cases import objective_batch, tiny_config
 from tiny import RecordingPasses
 from torch import Tensor
 
+from villa.facts import DataFacts
 from villa.losses.pretraining import Pretraining
-from villa.models.base import DataFacts
-from villa.models.uniter import Uniter
+from villa.models.uniter.model import Uniter
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError
+from villa.facts import DataFacts
 from villa.losses.pretraining import Pretraining, PretrainingConfig
-from villa.losses.transport import align
-from villa.models.base import DataFacts, ModelOutput
+from villa.models.base import ModelOutput
 from villa.models.lxmert_pretraining import LxmertForPretraining, LxmertPretrainingConfig
-from villa.models.uniter import Encoded, Uniter
-from villa.models.uniter_rows import Packing
+from villa.models.rows import Packing
+from villa.models.uniter.model import Encoded, Uniter
+from villa.models.uniter.pretraining import align
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer

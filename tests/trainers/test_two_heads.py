@@ -9,13 +9,12 @@ from tiny import RecordingPasses
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
-from villa.models.base import DataFacts, Model, ModelOutput
-from villa.models.vilt import Vilt
-from villa.models.vilt_config import ViltConfig
-from villa.models.visual_bert import VisualBert
-from villa.models.visual_bert_config import VisualBertConfig
+from villa.models.base import Model, ModelOutput
+from villa.models.vilt import Vilt, ViltConfig
+from villa.models.visual_bert import VisualBert, VisualBertConfig
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer

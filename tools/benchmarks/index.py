@@ -39,8 +39,8 @@ def write(folder: Path, examples: int, images: int) -> None:
     import msgpack
     import numpy as np
 
-    from villa.datasets.stores.box_selection import BoxSelection
-    from villa.datasets.stores.writers import _msgpack
+    from villa.datasets.uniter.box_selection import BoxSelection
+    from villa.datasets.uniter.writers import _msgpack
 
     draws = np.random.default_rng(0)
     boxes = BoxSelection()
@@ -102,8 +102,7 @@ def start(folder: Path) -> dict[str, float]:
     """Do what a run does before its first update; return seconds, and the peak of the memory in MiB."""
     began, times = time.perf_counter(), [time.process_time()]
     from villa.config.schema import BatchConfig
-    from villa.datasets.pretraining.dataset import Pretraining
-    from villa.datasets.pretraining.options import PretrainingDataConfig
+    from villa.datasets.uniter.pretraining import Pretraining, PretrainingDataConfig
 
     config = PretrainingDataConfig(root=str(folder), objective="mlm", train_text=[TEXT], train_images=[IMAGES])
     imported = _peak()

@@ -61,7 +61,7 @@ def _link_pictures(folder: Path, count: int) -> None:
 def start(folder: Path, images: bool) -> dict[str, float]:
     """Do what a run does before its first update; return CPU seconds of the parts, and bytes of memory."""
     from villa.config.schema import BatchConfig
-    from villa.datasets.jsonl import Jsonl, JsonlConfig
+    from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 
     config = JsonlConfig(train=str(folder / "train.jsonl"), regions="pixels" if images else "none")
     imported = _own()

@@ -38,16 +38,16 @@ from villa.batch import Batch
 from villa.config import load_stages
 from villa.config.schema import RunConfig
 from villa.distributed.joining import joined
-from villa.distributed.share import Turn
 from villa.distributed.strategy import Strategy, strategy_of
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.updater import Updater
-from villa.models.base import DataFacts, Model
+from villa.facts import DataFacts
+from villa.models.base import Model
 from villa.planning.measure import bytes_of, count
+from villa.planning.plan import in_bytes
 from villa.planning.strategies import STRATEGIES, rank_memory
-from villa.planning.units import in_bytes
 from villa.registry import LOSSES, MODELS, OPTIMIZERS, SCHEDULERS, TRAINERS
+from villa.share import Turn
 
 VOCABULARY, LABELS, WIDTH = 28996, 3129, 2048
 METHODS = {

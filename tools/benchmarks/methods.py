@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from villa.batch import Batch
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision
+from villa.engine.passes import ModelPasses, Precision
+from villa.facts import DataFacts
+from villa.losses.base import symmetric_kl
 from villa.losses.classification import CrossEntropy
-from villa.losses.consistency import symmetric_kl
-from villa.models.base import DataFacts, Model
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.models.base import Model
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 from villa.trainers.base import Logs, Passes, Trainer, forward_equivalents
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer

@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from villa.datasets.base import Example
 from villa.datasets.collation import collate
-from villa.datasets.stores.image_lmdb import BoxSelection, ImageDatabase
-from villa.datasets.stores.text_lmdb import TextDatabase
-from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
+from villa.datasets.uniter.image_lmdb import BoxSelection, ImageDatabase
+from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 
 META = {"CLS": 101, "SEP": 102, "MASK": 103, "v_range": [106, 28996]}
 

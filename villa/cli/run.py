@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from villa.cli.command import Parser, run_command, show
+from villa.command import Parser, run_command, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def _main(argv: Sequence[str]) -> int:
     if options.version:
         return show(f"villa_run {_version()}\n")
     if options.help:
-        from villa.cli.help import help_text
+        from villa.cli.pages import help_text
 
         return show(help_text(options.values))
     if options.list is not None:
@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     for notice in (notice for stage in stages for notice in stage.notices):
         print(f"villa_run: {notice}", file=sys.stderr)
     if options.perturbation_points:
-        from villa.engine.points import describe_points
+        from villa.planning.points import describe_points
 
         return show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
     if options.dry_run:
@@ -136,7 +136,7 @@ def _refuse_several(what: str) -> None:
 
 
 def _list(kind: str, values: Sequence[str]) -> int:
-    from villa.cli.listing import listing
+    from villa.cli.pages import listing
     from villa.config.loader import import_plugins
 
     import_plugins(values)

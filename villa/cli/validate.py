@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _check_submission(options: argparse.Namespace) -> str:
-    from villa.evaluation.submissions.ids import read_ids
+    from villa.evaluation.submissions.base import read_ids
     from villa.plugins import load_user_dir
     from villa.registry import SUBMISSIONS
 

@@ -136,11 +136,13 @@ class LoggingConfig:
     Attributes:
         every: updates between log records.
         tensorboard: write TensorBoard events.
+        figures: draw ``curves.png`` at the end.
         progress: show progress bars; ``auto`` shows them on a terminal.
     """
 
     every: int = 10
     tensorboard: bool = True
+    figures: bool = True
     progress: Literal["auto", "on", "off"] = "auto"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from villa.config.build import LARGEST
+from villa.config.options import LARGEST
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
@@ -36,6 +36,10 @@ _POSITIVE = (
 #: Threads and processes; no machine has more cores, and asking torch for too many ends the process.
 _MOST_OF_A_MACHINE = 10_000
 _NOT_NEGATIVE = ("seed", "training.workers")
+#: With batch.tokens every epoch is cut to count the updates of them all.
+_MOST_EPOCHS = 1_000_000
+#: Layers are made one by one, which would take hours before the memory ends.
+_LAYERS, _MOST_LAYERS = re.compile(r"model\..*layers"), 4096
 #: Strategies whose processes can each write a part of a checkpoint.
 _SHARDING = ("single", "ddp", "fsdp")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
@@ -68,6 +72,11 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in ("training.threads", "training.workers"):
         if (values[key] or 0) > _MOST_OF_A_MACHINE:
             yield key, f"must be at most {_MOST_OF_A_MACHINE:,}"
+    if (config.training.epochs or 0) > _MOST_EPOCHS:
+        yield "training.epochs", f"must be at most {_MOST_EPOCHS:,}; give training.updates for longer runs"
+    for key, value in values.items():
+        if _LAYERS.fullmatch(key) and isinstance(value, int) and value > _MOST_LAYERS:
+            yield key, f"must be at most {_MOST_LAYERS:,}"
     if not _DEVICE.fullmatch(config.device):
         yield "device", "must be auto, cpu, cuda or cuda:N"
     if not config.output_dir.strip():

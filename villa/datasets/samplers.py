@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from villa.config.schema import BatchConfig
-from villa.datasets.cuts import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
-from villa.engine.rng import derive_seed
+from villa.datasets.epochs import Epoch, Update, cut_by_examples, cut_by_tokens, shuffled
 from villa.errors import CheckpointError, ConfigError, DataError, about
 from villa.json_values import is_count
+from villa.rng import derive_seed
 
 #: A number for every example: a list, an array or something that reads like one.
 Lengths = Sequence[int] | npt.NDArray[np.integer]
@@ -145,6 +145,8 @@ class UpdateSampler(Sampler):
 
     def total_updates(self, epochs: int) -> int:
         """Updates of the first ``epochs`` epochs."""
+        if self._lengths is None:  # all epochs are alike
+            return epochs * len(self.epoch(0))
         return sum(len(self.epoch(epoch)) for epoch in range(epochs))
 
     def describe(self) -> str:

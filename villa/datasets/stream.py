@@ -15,8 +15,8 @@ from villa.batch import Batch
 from villa.datasets.base import Example, Split
 from villa.datasets.samplers import Position, Sampler
 from villa.datasets.workers import TIMEOUT, Board, look_every, out_of_descriptors, watched
-from villa.distributed.share import WHOLE, Share, Turn
 from villa.errors import CheckpointError, VillaError
+from villa.share import WHOLE, Share, Turn
 from villa.signals import shield_worker
 
 Collate = Callable[[Sequence[Example]], Batch]
@@ -135,7 +135,7 @@ def evaluation_batches(
 
 @dataclass(frozen=True)
 class StandIn:
-    """A batch that another process answers for, run by one that has none left: see ``villa.distributed.share``."""
+    """A batch that another process answers for, run by one that has none left: see ``villa.share``."""
 
     batch: Batch
 

@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.cache import INDEX_FILE, damaged_chunks
-from villa.datasets.stores.checksums import SUFFIX, verify
-from villa.datasets.stores.files import SUFFIXES, FileStore
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.lmdb_env import DATA_FILE
-from villa.datasets.stores.text_lmdb import CHECKSUMS, TextDatabase
-from villa.datasets.stores.tsv import TsvFile
-from villa.engine.progress import track
+from villa.datasets.checksums import SUFFIX, verify
+from villa.datasets.lxmert.features import TsvFile
+from villa.datasets.own.files import SUFFIXES, FileStore
+from villa.datasets.own.grid import INDEX_FILE, damaged_chunks
+from villa.datasets.stores import Source
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.lmdb_env import DATA_FILE
+from villa.datasets.uniter.text_lmdb import CHECKSUMS, TextDatabase
 from villa.errors import ConfigError, DataError
+from villa.progress import track
 
 _CHOICE = re.compile(
     r"feat_(?:th(?P<th>[0-9.e-]+)_max(?P<most>\d+)_min(?P<least>\d+)|numbb(?P<fixed>\d+))(_compressed)?"

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader, get_worker_info
 
-from villa.distributed.share import WHOLE, Share
 from villa.errors import DataError, StorageError
 from villa.files import no_space
+from villa.share import WHOLE, Share
 from villa.signals import held_back
 
 logger = logging.getLogger(__name__)

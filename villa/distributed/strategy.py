@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from villa.config.schema import DistributedConfig
-from villa.distributed.blocks import checkpoint_activations
-from villa.distributed.compiling import compile_blocks
+from villa.distributed.blocks import checkpoint_activations, compile_blocks
 from villa.distributed.processes import Processes, connect_alone
-from villa.distributed.share import WHOLE, Share
 from villa.errors import ConfigError
 from villa.models.base import Model
+from villa.share import WHOLE, Share
 
 
 class Strategy:

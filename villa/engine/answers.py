@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from villa.datasets.base import Split
+from villa.datasets.base import Split, TaskDataset
 from villa.datasets.stream import evaluation_batches
 from villa.engine.evaluator import Ran
-from villa.engine.progress import track
 from villa.engine.setup import Parts
 from villa.evaluation.predictions import PredictionWriter
+from villa.progress import track
+from villa.registry import SUBMISSIONS
 
 
 def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
@@ -54,3 +55,21 @@ def answer_file(parts: Parts, path: Path) -> Iterator[Callable[[list[str], list[
         return
     with PredictionWriter(path) as writer:
         yield writer.write
+
+
+def submission_path(data: TaskDataset, split: str, folder: Path) -> Path | None:
+    """Return where the submission file of a split goes; None where the split has none."""
+    name = data.submission(split)
+    return None if name is None else folder / f"submission_{split}{SUBMISSIONS.get(name).suffix}"
+
+
+def write_submission(data: TaskDataset, split: str, predictions: Path) -> Path | None:
+    """Turn a split's prediction file into a submission file beside it; return its path, or None where it has none.
+
+    Raises:
+        DataError: the predictions do not make a valid submission.
+    """
+    path = submission_path(data, split, predictions.parent)
+    if path is not None:
+        SUBMISSIONS.get(str(data.submission(split)))().write(predictions, path)
+    return path

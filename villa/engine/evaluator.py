@@ -11,10 +11,11 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.datasets.stream import StandIn
 from villa.distributed.strategy import Strategy
-from villa.engine.precision import Precision, evaluating
+from villa.engine.passes import Precision, evaluating
 from villa.evaluation.metrics import Metric
+from villa.facts import Written
 from villa.losses.base import Loss
-from villa.models.base import Model, ModelOutput, Written
+from villa.models.base import Model, ModelOutput
 
 
 class Ran(NamedTuple):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from villa.checkpoints.layout import CONFIG, METRICS
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
-from villa.datasets.records import JsonLines, Request, beside, record_id
+from villa.datasets.own.records import JsonLines, Request, beside, record_id
 from villa.distributed.strategy import strategy_of
-from villa.engine.answers import write_answers
-from villa.engine.folder import CONFIG, METRICS, claim
+from villa.engine.answers import submission_path, write_answers, write_submission
 from villa.engine.report import about_split, protocol, score, show
+from villa.engine.run_folder import claim
 from villa.engine.setup import Parts, build
-from villa.engine.submission import submission_path, write_submission
 from villa.errors import ConfigError, DataError, StorageError
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path

@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from villa.adversarial.injection import inject
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.distributed.share import Turn
+from villa.distributed.blocks import modes
 from villa.distributed.strategy import Strategy
-from villa.engine.precision import Precision, evaluating
-from villa.engine.rng import micro_batch_seed, seed_pass
-from villa.losses.base import Loss
-from villa.losses.consistency import Reduction
+from villa.losses.base import Loss, Reduction
+from villa.losses.classification import widened
 from villa.models.base import Model, ModelOutput, Point
+from villa.rng import micro_batch_seed, seed_pass
+from villa.share import Turn
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Mixed precision of a run: autocast type and gradient scaler.
+
+    Args:
+        name: ``fp32`` (no autocast), ``bf16``, or ``fp16`` with dynamic loss scaling.
+        device: where the model runs.
+    """
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self.device = device
+        self.dtype = _AUTOCAST.get(name)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def run(self, model: Model, batch: Batch) -> ModelOutput:
+        """Run the model under autocast; logits and the like come in fp32 or wider."""
+        with self.autocast():
+            output: ModelOutput = model(batch)
+        return output.map_scores(widened)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision as a context; nothing in fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale; 1 without a scaler."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Context in which a model is in evaluation mode; afterwards every module is in the mode that it was in."""
+    return modes([(module, False) for module in model.modules()])
 
 
 class ModelPasses:

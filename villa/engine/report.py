@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from villa.checkpoints.layout import CURVES, LOG, METRICS
+from villa.checkpoints.store import CheckpointStore
+from villa.config.schema import RunConfig
 from villa.datasets.base import Split
+from villa.datasets.samplers import Sampler
 from villa.datasets.stream import evaluation_batches
-from villa.engine.answers import answer_file, collected, write_answers
-from villa.engine.checkpoint import CheckpointStore
+from villa.engine.answers import answer_file, collected, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
-from villa.engine.folder import CURVES, LOG, METRICS
-from villa.engine.progress import track
-from villa.engine.provenance import provenance
-from villa.engine.setup import Parts, load_model
-from villa.engine.submission import submission_path, write_submission
-from villa.engine.tracking import Trackers
-from villa.engine.training import Training
+from villa.engine.loop import Training
+from villa.engine.schedules import Schedule
+from villa.engine.setup import Parts
 from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
 from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
+from villa.hub.source import load_model
+from villa.progress import track
+from villa.provenance import provenance
+from villa.registry import SCHEDULERS
+from villa.tracking import Trackers
 
 
 def report(parts: Parts, training: Training, store: CheckpointStore, trackers: Trackers, folder: Path) -> None:
@@ -39,7 +43,9 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
         results[split], references = values, parts.data.reference_scores(split)
     chosen = "last" if progress.best_update is None else "best"
     write_metrics(folder / METRICS, results, protocol(parts, update, chosen))
-    plot_curves(folder / LOG, folder / CURVES, references)
+    curves = folder / CURVES if parts.config.logging.figures else None
+    if curves is not None:
+        plot_curves(folder / LOG, curves, references)
     if values:
         result = Result(
             parts.config.trainer.name,
@@ -49,8 +55,8 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
             cost=training.updater.trainer.relative_cost(parts.config.dataset.objectives()),
         )
         show(parts, [result], references, title=f"{parts.config.name}: {split}")
-    files = [_predictions(folder, split), submission_path(parts.data, split, folder)]
-    written = ", ".join([METRICS, *(path.name for path in files if path and path.exists()), CURVES, LOG])
+    files = [_predictions(folder, split), submission_path(parts.data, split, folder), curves]
+    written = ", ".join([METRICS, *(path.name for path in files if path and path.exists()), LOG])
     print(f"written to {folder}: {written}, checkpoints of the best and last")
 
 
@@ -131,3 +137,17 @@ def show(parts: Parts, results: list[Result], references: Mapping[str, float], *
     metrics = parts.config.evaluation.metrics
     metric = next((name for name in metrics if all(name in result.metrics for result in results)), "loss")
     print_results(results, references, metric=metric, title=title)
+
+
+def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:
+    """Return what a run will not do as it may be expected to, in lines.
+
+    Args:
+        config: the recipe.
+        split: its training split.
+        sampler: deals out the split.
+        updates: how many the run has.
+    """
+    schedule: Schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates)
+    found = (*about_split("train", split), *sampler.warnings(), *schedule.warnings(config.optimizer.lr, updates))
+    return list(dict.fromkeys(found))

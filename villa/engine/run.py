@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from villa.config.schema import RunConfig
+from villa.datasets.base import TaskDataset
+from villa.engine.run_folder import is_finished, refuse_used
+from villa.engine.train import train
+from villa.errors import about
+from villa.registry import DATASETS
 
 
 def run(config: RunConfig) -> int:
@@ -18,3 +26,39 @@ def run(config: RunConfig) -> int:
     from villa.engine import inference
 
     return inference.predict(config) if config.run_type == "predict" else inference.evaluate(config)
+
+
+def run_stages(configs: Sequence[RunConfig]) -> int:
+    """Train stage after stage; with ``checkpoint.resume``, finished ones are passed over.
+
+    Returns:
+        0, or the exit code of the stage that was interrupted.
+
+    Raises:
+        VillaError: a stage's recipe, data, folder or checkpoints cannot be used; its number is named. Folders and data
+            of all stages are looked at before the first one trains.
+    """
+    for number, config in enumerate(configs, start=1):
+        with about(f"stage {number}"):
+            refuse_used(Path(config.output_dir), resume=config.checkpoint.resume)
+    passed = {i for i, config in enumerate(configs, start=1) if config.checkpoint.resume and is_finished(config)}
+    waiting = [number for number in range(1, len(configs) + 1) if number not in passed]
+    for number in waiting[1:]:
+        with about(f"stage {number}"):
+            _open_data(configs[number - 1])
+    for number, config in enumerate(configs, start=1):
+        state = "" if number in waiting else "finished, "
+        print(f"stage {number} of {len(configs)} ({config.name}): {state}{config.output_dir}", flush=True)
+        if number not in waiting:
+            continue
+        with about(f"stage {number}"):
+            code = train(config)
+        if code:
+            return code
+    return 0
+
+
+def _open_data(config: RunConfig) -> None:
+    """Find out now that a later stage's data are not there."""
+    data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset)
+    data.split("train")

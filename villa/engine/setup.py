@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,23 +15,25 @@ from typing import Any
 import torch
 
 from villa.batch import Batch
-from villa.config.schema import RunConfig
+from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.load_report import LoadReport
+from villa.checkpoints.store import resolve
+from villa.config.schema import BatchConfig, RunConfig
 from villa.datasets.base import Split, TaskDataset
-from villa.datasets.names import assets_beside, facts_beside
+from villa.datasets.own.assets import assets_beside, facts_beside
 from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
-from villa.engine.checkpoint import FOLDER, Checkpoint, resolve
 from villa.engine.evaluator import Evaluator
-from villa.engine.precision import Precision
-from villa.engine.rng import seed_pass
-from villa.errors import CheckpointError, ConfigError, nearest
+from villa.engine.passes import Precision
+from villa.errors import ConfigError, nearest
+from villa.facts import Written
 from villa.files import local_path
 from villa.losses.base import Loss
-from villa.models.base import Model, ModelOutput, Written
-from villa.models.load_report import LoadReport
+from villa.models.base import Model, ModelOutput
 from villa.models.matching import Matching
 from villa.plugins import one_line
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
+from villa.rng import seed_pass
 from villa.trainers.base import Trainer
 
 #: What torch says where memory is short, or a size is no number of bytes.
@@ -152,7 +155,7 @@ def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> M
     if config.model.checkpoint is None:
         return kind.from_config(config.model, data.facts())
     given = local_path(config.model.checkpoint)
-    source = str(resolve(given) if (given / FOLDER).is_dir() else given)
+    source = str(resolve(given) if (given / CHECKPOINTS).is_dir() else given)
     beside = assets_beside(source)
     carried = None if beside is None else data.carry(beside)
     facts = data.facts()
@@ -190,32 +193,6 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
     return trainer
 
 
-def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None = None) -> None:
-    """Load a checkpoint's weights.
-
-    Args:
-        model: as built, or shared among processes.
-        checkpoint: of the whole model.
-        strategy: how the model is shared; by default there is one process.
-
-    Raises:
-        CheckpointError: they cannot be read, or are those of another model.
-    """
-    strategy = strategy or Strategy()
-    own = {name: strategy.shape(value) for name, value in model.state_dict(keep_vars=True).items()}
-    saved = checkpoint.model_state(model.state_dict())
-    for name in sorted(saved.keys() | own.keys()):
-        ours = list(own[name]) if name in own else None
-        theirs = list(saved[name].shape) if name in saved else None
-        if ours != theirs:
-            shapes = [f"of shape {shape}" if shape is not None else "missing" for shape in (theirs, ours)]
-            raise CheckpointError(
-                f"checkpoint '{checkpoint.path}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} "
-                "here; use the recipe that it was trained with"
-            )
-    strategy.load_state_dict(model, saved)
-
-
 def choose_device(name: str) -> torch.device:
     """Return the device called ``name``; ``auto`` takes CUDA where there is one, each process of a machine its own.
 
@@ -235,3 +212,42 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is '{name}', but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
+
+
+def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples: bool = False) -> BatchConfig:
+    """Return how updates are cut for so many processes: where the recipe leaves it open, so that each has a part.
+
+    Args:
+        batch: the recipe's ``batch`` section.
+        world_size: number of processes.
+        compares_examples: whether the loss compares the examples of a micro-batch with each other.
+
+    Raises:
+        ConfigError: the number of micro-batches decides about the gradient, and the recipe leaves it open.
+    """
+    size = batch.examples or batch.tokens
+    if world_size == 1 or batch.per_pass is not None or size is None:
+        return batch
+    reason = None
+    if batch.accumulation == "sum":
+        reason = "batch.accumulation=sum adds up one mean for each micro-batch, so that their number"
+    elif compares_examples:
+        reason = "the loss compares the examples of a micro-batch with each other, so that their number"
+    if reason is not None:
+        raise ConfigError(
+            f"{reason} must be told on {world_size} processes: give batch.per_pass, the largest part of an update "
+            "that goes through the model at once"
+        )
+    return replace(batch, per_pass=math.ceil(size / world_size))
+
+
+def idle_note(batch: BatchConfig, world_size: int) -> list[str]:
+    """Say when an update has fewer micro-batches than there are processes."""
+    size = batch.examples or batch.tokens or 1
+    count = math.ceil(size / min(batch.per_pass or size, size))
+    if count >= world_size:
+        return []
+    return [
+        f"an update is {count} micro-batch{'es' * (count > 1)}, so that {world_size - count} of {world_size} processes "
+        f"have nothing of their own to do: lower batch.per_pass to {max(1, size // world_size)}"
+    ]

@@ -6,37 +6,37 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from villa.batch import Batch
-from villa.config.schema import RunConfig
+from villa.checkpoints.layout import CHECKPOINTS, CONFIG
+from villa.checkpoints.store import Checkpoint, CheckpointStore
+from villa.config.options import recipe_options
+from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
 from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
 from villa.distributed.processes import Processes
-from villa.distributed.share import batch_of_processes, idle_note
 from villa.distributed.strategy import strategy_of
-from villa.engine.callbacks.base import Callback
-from villa.engine.callbacks.checkpointing import CheckpointCallback
+from villa.engine.callbacks.checkpointing import CheckpointCallback, SignalCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
-from villa.engine.callbacks.signals import SignalCallback
-from villa.engine.checkpoint import FOLDER, Checkpoint, CheckpointStore
-from villa.engine.finished import mark_finished, saved_yaml
-from villa.engine.folder import CONFIG, claim
 from villa.engine.inference import restore_parts
+from villa.engine.loop import Callback, Progress, Training, fit
 from villa.engine.passes import ModelPasses
-from villa.engine.progress import TrainingProgress
-from villa.engine.provenance import provenance
-from villa.engine.report import about_split, report
-from villa.engine.setup import Parts, build, build_trainer, load_model
-from villa.engine.tracking import Trackers, run_trackers
-from villa.engine.training import Progress, Training, fit
+from villa.engine.report import about_split, report, warnings_of_run
+from villa.engine.run_folder import claim, mark_finished, saved_yaml
+from villa.engine.setup import Parts, batch_of_processes, build, build_trainer, idle_note
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError, about, reading
 from villa.files import atomic_write
-from villa.planning.dry_run import plan_of_run, warnings_of_run
+from villa.hub.source import load_model
+from villa.progress import TrainingProgress
+from villa.provenance import provenance
 from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.signals import Interrupted, check, interruptible
+from villa.tracking import Trackers, run_trackers
 from villa.trainers.base import Cost, Trainer
 
 
@@ -65,7 +65,7 @@ def _train(config: RunConfig) -> int:
     """The run itself; signals end it by ``Interrupted``."""
     processes = strategy_of(config.distributed).connect()
     with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
-        store = CheckpointStore(folder / FOLDER, config.checkpoint.keep)
+        store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep)
         if processes.is_main:
             store.clean()
         checkpoint = newest(store, processes) if config.checkpoint.resume else None
@@ -146,8 +146,6 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     cost = trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
-    for line in plan_of_run(parts, split, sampler) if parts.strategy.processes.is_main else ():
-        print(f"  {line}", flush=True)
     for warning in (*warnings_of_run(config, split, sampler, total), *idle_note(batch, share.world_size)):
         print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
@@ -189,7 +187,8 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     Raises:
         CheckpointError: it is damaged, or of another model or optimiser.
     """
-    before, now = _values(checkpoint.config_yaml()), _values(saved_yaml(config))
+    now = _values(saved_yaml(config))
+    before = _defaults(config, now) | _values(checkpoint.config_yaml())
     changed = sorted(k for k in {*before, *now} - {"run_type"} if before.get(k) != now.get(k))
     if "optimizer.name" in changed:
         raise CheckpointError(
@@ -238,6 +237,13 @@ def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterat
 def _values(recipe: str) -> dict[str, Any]:
     """Values of a saved recipe by dotted key; nothing that it names is imported."""
     return {key: value.data for key, value in parse(recipe, lambda line: Origin(CONFIG, line)).items()}
+
+
+def _defaults(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """Defaults of options that a version of villa before may not have had: it did what they say."""
+    options = recipe_options({section: type(getattr(config, section)) for section in VARIANTS})
+    found = {key: option.default for key in keys if (option := options.get(key)) is not None}
+    return {key: default for key, default in found.items() if default != MISSING}
 
 
 def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.checkpoints.tensors import named_parameters, parameter_indices
 from villa.config.schema import TrainingConfig
-from villa.distributed.share import Turn
 from villa.distributed.strategy import Strategy
-from villa.engine.bert_adamw import BertAdamW
 from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame, put_back
+from villa.engine.optimizers import BertAdamW
 from villa.engine.passes import ModelPasses
 from villa.engine.schedules import Schedule
-from villa.engine.tensors import named_parameters, parameter_indices
 from villa.errors import NonFiniteError
 from villa.json_values import is_count, is_number
+from villa.share import Turn
 from villa.signals import Interrupted
 from villa.trainers.base import Logs, Trainer
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from villa.engine.tracking import read_log
 from villa.errors import DataError
 from villa.files import atomic_write
+from villa.tracking import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
+from villa.facts import Box, RegionReference
 from villa.models.base import ModelOutput
 from villa.registry import register_metric
 
@@ -145,3 +146,112 @@ class SoftAccuracy(TargetScore):
 def _describe(targets: Tensor) -> str:
     """``int64 [8]``."""
     return f"{str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}"
+
+
+@register_metric("exact_match")
+class ExactMatch(MeanScore):
+    """Share of examples whose answer the model writes word for word when it always takes the likeliest token.
+
+    No text is generated for it: every token is the likeliest after the true ones before it exactly when greedy
+    decoding writes the answer, its end included. Logits are ``[N, vocabulary]``, targets ``[N]``.
+    """
+
+    name = "exact_match"
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Add the batch's scores."""
+        mask, targets = batch.answer_mask, batch.targets
+        if mask is None or targets is None or targets.numel() != len(output.logits):
+            raise DataError(
+                f"metric 'exact_match' needs the tokens of an answer for each example (first: '{batch.ids[0]}'); set "
+                "dataset.target=text, and a model that writes"
+            )
+        wrong = (output.logits.detach().argmax(-1) != targets.flatten()).long()
+        rows = mask.nonzero()[:, 0]
+        mistakes = torch.zeros(len(batch), dtype=torch.long, device=rows.device).index_add(0, rows, wrong)
+        self.add(mistakes == 0)
+
+
+#: A chosen box is right when its intersection over union with the box meant is above this.
+RIGHT_ABOVE = 0.5
+
+
+def box_iou(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes x, y, w, h in pixels.
+
+    As in the released code a box ends at x + w - 1, and both pixels count in the intersection's width.
+    """
+    width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
+    height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
+    shared = width * height if width > 1 and height > 1 else 0.0
+    return shared / (first[2] * first[3] + second[2] * second[3] - shared)
+
+
+@register_metric("referring")
+class ReferringAccuracy(MeanScore):
+    """Share of expressions whose highest-scored region has an IoU above 0.5 with the box meant: logits ``[B, R]``."""
+
+    name: ClassVar[str] = "referring"
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Add the batch's hits."""
+        references = batch.references or [None]
+        if not all(isinstance(r, RegionReference) and r.target is not None for r in references):
+            raise DataError("metric 'referring' needs expressions with the box meant; evaluate a split that has them")
+        chosen = output.logits.argmax(1).tolist()
+        hits = [box_iou(r.boxes[i], r.target) > RIGHT_ABOVE for r, i in zip(references, chosen, strict=True)]
+        self.add(torch.tensor(hits))
+
+
+class ObjectiveAccuracy(MeanScore):
+    """Share of the rows of ``logits [N, classes]`` whose highest one is what was asked for.
+
+    Attributes:
+        objectives: those that it scores; data without them have no such value.
+    """
+
+    objectives: ClassVar[tuple[str, ...]]
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        """Add the batch's rows, if it is for one of the objectives."""
+        if batch.objective not in self.objectives:
+            return
+        if batch.targets is None:
+            raise DataError(f"metric '{self.name}': the examples have no targets (first: '{batch.ids[0]}')")
+        self.add(output.logits.detach().argmax(-1) == self.right(batch.targets))
+
+    def right(self, targets: Tensor) -> Tensor:
+        """Return the right class ``[N]`` of every row."""
+        return targets
+
+    def compute(self) -> dict[str, float]:
+        """Return the share by name; nothing where no batch was for the objectives."""
+        return super().compute() if self._count else {}
+
+
+@register_metric("mlm_accuracy")
+class MlmAccuracy(ObjectiveAccuracy):
+    """Share of the masked words that the model finds."""
+
+    name = "mlm_accuracy"
+    objectives = ("mlm",)
+
+
+@register_metric("itm_accuracy")
+class ItmAccuracy(ObjectiveAccuracy):
+    """Share of the pairs of which the model knows whether text and image match."""
+
+    name = "itm_accuracy"
+    objectives = ("itm", "itm_wra")
+
+
+@register_metric("mrc_accuracy")
+class MrcAccuracy(ObjectiveAccuracy):
+    """Share of the masked regions whose likeliest class is the detector's, column 0 (background) left out there."""
+
+    name = "mrc_accuracy"
+    objectives = ("mrc", "mrc_kl")
+
+    def right(self, targets: Tensor) -> Tensor:
+        """Return the detector's likeliest class, as the loss ``mrc`` takes it."""
+        return targets[:, 1:].argmax(-1) + 1 if targets.is_floating_point() else targets

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from villa.engine.provenance import check_provenance
-from villa.engine.tracking import json_number
 from villa.errors import ConfigError, nearest, reading
 from villa.files import write_json
 from villa.json_values import is_number, read_own
+from villa.provenance import check_provenance
 from villa.streams import drawable, visible
+from villa.tracking import json_number
 
 #: More than any table needs: away from a terminal nothing is cut off.
 _PLAIN_WIDTH = 1000
@@ -32,7 +32,7 @@ class EvaluationProtocol:
         data: ``TaskDataset.fingerprint()``.
         update: optimiser steps of the evaluated checkpoint.
         seed: the run's seed.
-        provenance: software and its versions, as ``villa.engine.provenance`` describes them.
+        provenance: software and its versions, as ``villa.provenance`` describes them.
         checkpoint: how the checkpoint was chosen (``best``, ``last``) or given.
     """
 

@@ -10,12 +10,9 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.errors import DataError
 from villa.evaluation.metrics import Metric
-from villa.evaluation.references import VcrReference
+from villa.facts import CHOICES, VcrReference
 from villa.models.base import ModelOutput
 from villa.registry import register_metric
-
-#: Answers, and rationales an answer.
-CHOICES = 4
 
 
 @register_metric("vcr")

@@ -12,24 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from villa.config.reader import read_stored
+from villa.checkpoints.files import file_problem, read_manifest
+from villa.checkpoints.layout import ASSETS, CONFIG, METRICS, OWN, PROVENANCE, SAVED
+from villa.checkpoints.transformers_folder import CONFIG_FILE
+from villa.checkpoints.weight_files import SAFETENSORS
+from villa.config.layers import read_stored
 from villa.config.values import Layer, Origin, Value
-from villa.engine.checkpoint_files import file_problem, read_manifest
-from villa.engine.checkpoint_layout import ASSETS, CONFIG
-from villa.engine.folder import METRICS, SAVED
-from villa.engine.provenance import check_provenance
 from villa.errors import CheckpointError, reading
 from villa.evaluation.results import read_metrics
 from villa.hub.source import Source
 from villa.hub.weights import read_into
 from villa.json_values import read_own
 from villa.models.base import Model
-from villa.models.transformers_folder import CONFIG_FILE
-from villa.models.weight_files import SAFETENSORS
-
-OWN = "villa"
-MANIFEST = SAVED
-PROVENANCE = "provenance.json"
+from villa.provenance import check_provenance
 
 _ADVICE = "use another copy"
 
@@ -39,7 +34,7 @@ ITSELF = "."
 
 def is_saved(path: Path) -> bool:
     """Say whether villa has saved a model in a folder."""
-    return (path / MANIFEST).is_file()
+    return (path / SAVED).is_file()
 
 
 def open_saved(path: Path) -> SavedFolder:
@@ -50,11 +45,11 @@ def open_saved(path: Path) -> SavedFolder:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    update, listed = read_manifest(path, MANIFEST)
+    update, listed = read_manifest(path, SAVED)
     weights = (name for name in listed if name.endswith(SAFETENSORS) and not name.startswith(f"{OWN}/"))
     for name in (next(weights, "weights"), CONFIG_FILE, f"{OWN}/{CONFIG}"):
         if name not in listed:
-            raise CheckpointError(f"'{path}' is damaged: {MANIFEST} lists no {name}; {_ADVICE}")
+            raise CheckpointError(f"'{path}' is damaged: {SAVED} lists no {name}; {_ADVICE}")
     for name, expected in listed.items():
         needed = name.startswith(f"{OWN}/") or "safetensors" in name or name == CONFIG_FILE
         problem = file_problem(path, name, expected) if needed else None

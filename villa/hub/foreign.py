@@ -10,16 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from villa.checkpoints.transformers_folder import ASSETS as MODEL_ASSETS
+from villa.checkpoints.transformers_folder import find_config
 from villa.config.values import Layer, Origin, Value
-from villa.datasets.assets import Assets
-from villa.datasets.processor_loading import load_processor
-from villa.datasets.processor_reader import Kind
+from villa.datasets.own.assets import Assets
+from villa.datasets.own.processors import load_processor
+from villa.datasets.own.readers import Kind
 from villa.errors import CheckpointError, VillaError, reading
+from villa.facts import Task
 from villa.hub.source import Source, place_name
 from villa.hub.weights import read_into
-from villa.models.base import Model, Task
-from villa.models.transformers_folder import ASSETS as MODEL_ASSETS
-from villa.models.transformers_folder import find_config
+from villa.models.base import Model
 
 #: What data are asked for, what is learned, and what is measured, by the target of the data.
 _TARGETS: dict[str, tuple[Kind, str, str]] = {

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from villa.engine.checkpoint import FOLDER, CheckpointStore
-from villa.engine.checkpoint_files import file_problem, load, read_manifest
-from villa.engine.checkpoint_layout import MANIFEST as CHECKPOINT_MANIFEST
-from villa.engine.folder import METRICS
+from villa.checkpoints.files import file_problem, load, read_manifest
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, METRICS, SAVED
+from villa.checkpoints.store import CheckpointStore
+from villa.checkpoints.transformers_folder import find_config, is_transformers_folder
+from villa.checkpoints.weight_files import SAFETENSORS, read_weights, refuse_not_finite
 from villa.errors import CheckpointError, VillaError
 from villa.evaluation.results import read_metrics
-from villa.hub.folder import MANIFEST, is_saved, open_saved
-from villa.models.transformers_folder import find_config, is_transformers_folder
-from villa.models.weight_files import SAFETENSORS, read_weights
+from villa.hub.folder import is_saved, open_saved
 
 #: Files of weights by how they are called.
 _WEIGHTS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")
@@ -25,8 +23,8 @@ _WEIGHTS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")
 def is_model(path: Path) -> bool:
     """Say whether there is, or was, a trained model at a path."""
     if path.is_dir():
-        folder = path / FOLDER if (path / FOLDER).is_dir() else path
-        known = is_saved(path) or is_transformers_folder(path) or (path / CHECKPOINT_MANIFEST).exists()
+        folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+        known = is_saved(path) or is_transformers_folder(path) or (path / MANIFEST).exists()
         return known or bool(CheckpointStore(folder, keep=1).updates())
     return path.suffix in _WEIGHTS
 
@@ -38,12 +36,12 @@ def check_model(path: Path) -> Iterator[str]:
         VillaError: after all lines: something is damaged.
     """
     if not path.is_dir():
-        yield f"{path}: {_weights(read_weights(path))}; it has no checksums to compare"
+        yield f"{path}: {_weights(path, read_weights(path))}; it has no checksums to compare"
     elif is_saved(path):
         yield from _check_saved(path)
-    elif (path / CHECKPOINT_MANIFEST).exists():
+    elif (path / MANIFEST).exists():
         yield _check_checkpoint(path)
-    elif is_transformers_folder(path) and not (path / FOLDER).is_dir():
+    elif is_transformers_folder(path) and not (path / CHECKPOINTS).is_dir():
         yield from _check_foreign(path)
     else:
         yield from _check_run(path)
@@ -51,14 +49,14 @@ def check_model(path: Path) -> Iterator[str]:
 
 def _check_checkpoint(path: Path) -> str:
     checkpoint = load(path)
-    weights = _weights(checkpoint.model_state())
+    weights = _weights(path, checkpoint.model_state())
     checkpoint.training_state()
     files = read_manifest(path)[1]
-    return f"{path}: intact: update {checkpoint.update}, {len(files)} files as {CHECKPOINT_MANIFEST} says, {weights}"
+    return f"{path}: intact: update {checkpoint.update}, {len(files)} files as {MANIFEST} says, {weights}"
 
 
 def _check_run(path: Path) -> Iterator[str]:
-    store = CheckpointStore(path / FOLDER if (path / FOLDER).is_dir() else path, keep=1)
+    store = CheckpointStore(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path, keep=1)
     damaged, updates = [], store.updates()
     for update in updates:
         try:
@@ -79,17 +77,17 @@ def _check_run(path: Path) -> Iterator[str]:
 
 def _check_saved(path: Path) -> Iterator[str]:
     source = open_saved(path)
-    for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(MANIFEST).parent).glob(f"*{SAFETENSORS}"))):
-        yield f"{file}: {_weights(read_weights(file))}"
+    for file in sorted((*path.glob(f"*{SAFETENSORS}"), *(path / Path(SAVED).parent).glob(f"*{SAFETENSORS}"))):
+        yield f"{file}: {_weights(file, read_weights(file))}"
     source.metrics()
     source.provenance()
-    listed = read_manifest(path, MANIFEST)[1]
-    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    listed = read_manifest(path, SAVED)[1]
+    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()} - {SAVED}
     changed = [name for name, expected in sorted(listed.items()) if file_problem(path, name, expected)]
     for what, names in (("changed since it was saved", changed), ("added since", sorted(present - listed.keys()))):
         if names:
             yield f"{path}: {what}: {', '.join(names)}"
-    yield f"{path}: intact: update {source.update}, {len(listed) - len(changed)} files as {MANIFEST} says"
+    yield f"{path}: intact: update {source.update}, {len(listed) - len(changed)} files as {SAVED} says"
 
 
 def _check_foreign(path: Path) -> Iterator[str]:
@@ -98,14 +96,12 @@ def _check_foreign(path: Path) -> Iterator[str]:
     if not files:
         raise CheckpointError(f"'{path}' has a config.json, but no weights; save the model there again")
     for file in files:
-        yield f"{file}: {_weights(read_weights(file))}"
+        yield f"{file}: {_weights(file, read_weights(file))}"
     yield f"{path}: readable: a {described.model_type}; transformers writes no checksums to compare"
 
 
-def _weights(weights: Mapping[str, Tensor]) -> str:
+def _weights(path: Path, weights: Mapping[str, Tensor]) -> str:
     """Say how much it is; NaN and infinities are damage, for no model works with them."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
-            raise CheckpointError(f"'{name}' of the weights has values that are not finite; use another copy")
+    refuse_not_finite(path, weights.items())
     numbers = sum(value.numel() for value in {value.data_ptr(): value for value in weights.values()}.values())
     return f"{len(weights)} tensors of {numbers:,} numbers"

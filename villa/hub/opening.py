@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from villa.engine.checkpoint import FOLDER, resolve
-from villa.engine.checkpoint_files import load
-from villa.engine.checkpoint_layout import MANIFEST as CHECKPOINT_MANIFEST
+from villa.checkpoints.files import load
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST
+from villa.checkpoints.store import resolve
+from villa.checkpoints.transformers_folder import is_transformers_folder
 from villa.errors import CheckpointError
 from villa.files import local_path
 from villa.hub.folder import is_saved, open_saved
 from villa.hub.foreign import TransformersSource
 from villa.hub.source import CheckpointSource, Source
-from villa.models.transformers_folder import is_transformers_folder
 from villa.plugins import one_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,7 +36,7 @@ def open_source(place: str) -> Source:
     try:
         if is_saved(path):
             return open_saved(path)
-        if is_transformers_folder(path) and not (path / FOLDER).exists() and not (path / CHECKPOINT_MANIFEST).exists():
+        if is_transformers_folder(path) and not (path / CHECKPOINTS).exists() and not (path / MANIFEST).exists():
             return TransformersSource(path, 0)
     except OSError as error:
         raise CheckpointError(f"'{place}' cannot be read: {one_line(error)}; give another path") from error

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from villa.config.reader import read_stored
+from villa.checkpoints.files import Checkpoint
+from villa.checkpoints.layout import CHECKPOINTS, CONFIG, METRICS
+from villa.checkpoints.weight_files import refuse_not_finite
+from villa.config.layers import read_stored
 from villa.config.values import Layer
-from villa.engine.checkpoint import FOLDER, Checkpoint
-from villa.engine.checkpoint_layout import CONFIG
-from villa.engine.folder import METRICS, unused
-from villa.engine.setup import load_model
+from villa.distributed.strategy import Strategy
+from villa.errors import CheckpointError
 from villa.evaluation.results import read_metrics
 from villa.models.base import Model
-from villa.models.weight_files import refuse_not_finite
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,15 @@ class Source(ABC):
     def provenance(self) -> dict[str, Any]:
         """Return what made the weights: software, fingerprint of the data (``data``) and ``seed``, as far as known."""
         return {}
+
+
+def unused(folder: Path) -> Path:
+    """Return ``folder``, or the first of ``folder-2``, ``folder-3``, ... that does not hold anything yet."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
 
 
 def place_name(path: Path) -> str:
@@ -104,4 +113,30 @@ class CheckpointSource(Source):
 
     @property
     def _run(self) -> Path:
-        return self.path.parents[1] if self.path.parent.name == FOLDER else self.path.parent
+        return self.path.parents[1] if self.path.parent.name == CHECKPOINTS else self.path.parent
+
+
+def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None = None) -> None:
+    """Load a checkpoint's weights.
+
+    Args:
+        model: as built, or shared among processes.
+        checkpoint: of the whole model.
+        strategy: how the model is shared; by default there is one process.
+
+    Raises:
+        CheckpointError: they cannot be read, or are those of another model.
+    """
+    strategy = strategy or Strategy()
+    own = {name: strategy.shape(value) for name, value in model.state_dict(keep_vars=True).items()}
+    saved = checkpoint.model_state(model.state_dict())
+    for name in sorted(saved.keys() | own.keys()):
+        ours = list(own[name]) if name in own else None
+        theirs = list(saved[name].shape) if name in saved else None
+        if ours != theirs:
+            shapes = [f"of shape {shape}" if shape is not None else "missing" for shape in (theirs, ours)]
+            raise CheckpointError(
+                f"checkpoint '{checkpoint.path}' is of another model: '{name}' is {shapes[0]} in it and {shapes[1]} "
+                "here; use the recipe that it was trained with"
+            )
+    strategy.load_state_dict(model, saved)

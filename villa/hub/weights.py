@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from villa.checkpoints.load_report import listed
+from villa.checkpoints.transformers_folder import CONFIG_FILE, HEAD, load_pretrained, quiet
+from villa.checkpoints.weight_files import read_weights, refuse_not_finite, write_weights
 from villa.errors import CheckpointError, ConfigError
 from villa.files import read_json, write_json
 from villa.models.base import Model, ModelConfig
-from villa.models.load_report import listed
-from villa.models.transformers_folder import CONFIG_FILE, HEAD, load_pretrained, quiet
-from villa.models.weight_files import read_weights, refuse_not_finite, write_weights
 
 WEIGHTS = "model.safetensors"
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from villa.config.schema import RunConfig
 from villa.errors import ConfigError
-from villa.registry import LAUNCHERS
+from villa.registry import LAUNCHERS, register_launcher
 
 
 @dataclass
@@ -84,6 +84,17 @@ class Launcher(ABC):
         Raises:
             ConfigError: it cannot run there.
         """
+
+
+@register_launcher("inline")
+class Inline(Launcher):
+    """Runs in this process, or this one's part of a run that torchrun or a job shares among several."""
+
+    def launch(self, request: Request) -> int:
+        """Run the recipe, or its stages."""
+        from villa.engine.run import run, run_stages
+
+        return run(request.configs[0]) if len(request.configs) == 1 else run_stages(request.configs)
 
 
 class Queue(Launcher):

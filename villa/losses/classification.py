@@ -81,3 +81,15 @@ def _indices(targets: Tensor, logits: Tensor) -> Tensor:
     if targets.numel() != len(logits):
         raise DataError(f"class indices {list(targets.shape)} do not fit logits {list(logits.shape)}: one a row")
     return targets.reshape(-1)
+
+
+@register_loss("language_model")
+class LanguageModel(CrossEntropy):
+    """Cross-entropy of the answers' tokens, each given those before it; mean over tokens. The prompt has no part in it.
+
+    Logits are ``[N, vocabulary]`` and targets ``[N]``, for the N tokens of ``Batch.answer_mask``.
+    """
+
+    def count(self, batch: Batch) -> int:
+        """Number of answer tokens."""
+        return len(batch) if batch.targets is None else batch.targets.numel()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.errors import DataError, nearest
+from villa.errors import DataError
+from villa.losses.base import Reduction, symmetric_kl
 from villa.losses.classification import widened
-from villa.losses.consistency import Reduction, symmetric_kl
 from villa.models.base import ModelOutput
+from villa.objectives import asked_parts
 
 #: What an answer, or a class of a region, that is not known is called.
 UNKNOWN = -1
@@ -100,23 +100,6 @@ PARTS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "answers": _classes("answers"),
 }
 REGION_PARTS = ("objects", "attributes", "features")
-
-
-def asked_parts(batch: Batch) -> list[str]:
-    """The parts that a batch has targets for.
-
-    Raises:
-        DataError: none.
-    """
-    given: Iterable[Any] = batch.part_targets or ()
-    asked = [name for name in PARTS if name in given]
-    if not asked:
-        found = next(iter(given), "")
-        raise DataError(
-            f"objective 'lxmert' needs targets of at least one part{nearest(found, list(PARTS))} "
-            f"(known: {', '.join(PARTS)})"
-        )
-    return asked
 
 
 def _asked(batch: Batch, output: ModelOutput) -> list[str]:

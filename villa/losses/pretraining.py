@@ -6,20 +6,147 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.losses.base import Loss, LossConfig
-from villa.losses.classification import CrossEntropy
-from villa.losses.consistency import Reduction, symmetric_kl
-from villa.losses.contrastive import Contrastive, ContrastiveConfig
+from villa.losses.base import Loss, LossConfig, Reduction, symmetric_kl
+from villa.losses.classification import CrossEntropy, class_indices, widened
 from villa.losses.lxmert import joint_consistency, joint_loss
-from villa.losses.masked import masked_classes, masked_distributions, masked_features, mean_squared_difference
-from villa.losses.matching import alignment
 from villa.models.base import ModelOutput
 from villa.objectives import OBJECTIVES, check_objectives
 from villa.registry import register_loss
+
+
+def masked_features(output: ModelOutput, batch: Batch) -> Tensor:
+    """MRFR: squared error of the masked regions' features, mean over rows and columns of ``logits [M, D]``."""
+    logits = widened(output.logits)
+    return F.mse_loss(logits, _rows(batch, logits, "features"))
+
+
+def masked_classes(output: ModelOutput, batch: Batch) -> Tensor:
+    """MRC: cross-entropy to the detector's class of each masked region, mean over rows of ``logits [M, classes]``.
+
+    Of a distribution the likeliest class counts, column 0 (background) left out as in the release; class indices are
+    taken as they are.
+    """
+    logits = widened(output.logits)
+    if batch.targets is not None and batch.targets.is_floating_point():
+        return F.cross_entropy(logits, _rows(batch, logits, "class distributions")[:, 1:].argmax(1) + 1)
+    return F.cross_entropy(logits, class_indices(batch, logits))
+
+
+def masked_distributions(output: ModelOutput, batch: Batch) -> Tensor:
+    """MRC-kl: KL(detector || model), mean over rows and columns of ``logits [M, classes]`` as in the release."""
+    logits = widened(output.logits)
+    return F.kl_div(logits.log_softmax(1), _rows(batch, logits, "class distributions"), reduction="none").mean()
+
+
+def mean_squared_difference(output: ModelOutput, clean: ModelOutput) -> Tensor:
+    """How far two predictions of features are apart: the squared difference, mean over rows and columns."""
+    return F.mse_loss(output.logits, clean.logits)
+
+
+def _rows(batch: Batch, logits: Tensor, what: str) -> Tensor:
+    """Floating targets, a row for each row of the logits.
+
+    Raises:
+        DataError: there are none, or of another form.
+    """
+    targets = batch.targets
+    if targets is None or not targets.is_floating_point() or targets.shape != logits.shape:
+        given = "none" if targets is None else f"{targets.dtype} {list(targets.shape)}"
+        raise DataError(
+            f"objective '{batch.objective}' needs the {what} of the masked regions, {list(logits.shape)}, as targets "
+            f"(given: {given})"
+        )
+    return targets.to(logits.dtype)
+
+
+def alignment(output: ModelOutput, batch: Batch) -> Tensor:
+    """WRA: transport distances of right pairs less those of wrong ones, divided by all B pairs.
+
+    Raises:
+        DataError: the model gives no distance.
+    """
+    distance = output.extras.get("transport")
+    if distance is None:
+        raise DataError("objective 'itm_wra' needs a model that aligns words and regions; use 'itm' with this one")
+    signs = 2 * class_indices(batch, distance) - 1
+    return (signs * distance).sum() / len(distance)
+
+
+@dataclass
+class ContrastiveConfig(LossConfig):
+    """Options of the contrastive loss.
+
+    Attributes:
+        form: ``softmax`` over the texts for every image and over the images for every text (CLIP, arXiv 2103.00020),
+            or ``sigmoid`` of every pair on its own (SigLIP, arXiv 2303.15343).
+    """
+
+    name: str = "contrastive"
+    form: Literal["softmax", "sigmoid"] = "softmax"
+
+
+@register_loss("contrastive")
+class Contrastive(Loss):
+    """Contrastive loss over all pairs of a micro-batch; several texts may be about one image."""
+
+    Config: ClassVar[type[LossConfig]] = ContrastiveConfig
+    config: ContrastiveConfig
+
+    def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Return the mean over examples.
+
+        Args:
+            output: with logits ``[B, B]``, images by texts.
+            batch: with targets ``[B, B]``, 1 where the text is about the image. Where several are, the softmax is
+                compared with the uniform distribution over them.
+
+        Raises:
+            DataError: there are no targets, or they do not say which pairs match.
+        """
+        logits, matches = widened(output.logits), self._matches(output.logits, batch)
+        if self.config.form == "sigmoid":
+            return -F.logsigmoid(logits * (2 * matches - 1)).sum(-1).mean()
+        return (_soft_cross_entropy(logits, matches) + _soft_cross_entropy(logits.T, matches.T)) / 2
+
+    def consistency(
+        self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
+    ) -> Tensor:
+        """Return the divergence of the distributions that the loss compares: over texts and images, or of each pair."""
+        ours, theirs = output.logits, clean.logits
+        if self.config.form == "sigmoid":
+            divergence = symmetric_kl(_match_or_not(ours), _match_or_not(theirs), reduction)
+            return divergence if reduction == "mean" else divergence * ours.shape[-1]
+        return (symmetric_kl(ours, theirs, reduction) + symmetric_kl(ours.T, theirs.T, reduction)) / 2
+
+    def compares_examples(self, objectives: Collection[str]) -> bool:
+        """True: the texts and images of the others are those that do not match."""
+        return True
+
+    def _matches(self, logits: Tensor, batch: Batch) -> Tensor:
+        targets = batch.targets
+        if targets is None or targets.shape != logits.shape or not targets.is_floating_point():
+            found = "none" if targets is None else f"{list(targets.shape)}"
+            raise DataError(
+                f"a contrastive loss needs targets [B, B], 1 where a text is about an image, not {found}; set "
+                "dataset.target=pair, and a model that matches images and texts"
+            )
+        return targets.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _match_or_not(logits: Tensor) -> Tensor:
+    """Logits ``[pairs, 2]`` whose softmax is the sigmoid of each, and its rest."""
+    return torch.stack((logits, torch.zeros_like(logits)), dim=-1).flatten(0, 1)
+
+
+def _soft_cross_entropy(logits: Tensor, matches: Tensor) -> Tensor:
+    share = matches / matches.sum(-1, keepdim=True).clamp(min=1)
+    return -(share * logits.log_softmax(-1)).sum(-1).mean()
 
 
 @dataclass

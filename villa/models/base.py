@@ -6,50 +6,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.checkpoints.load_report import LoadReport
+from villa.facts import DataFacts, RowKind, Task, Written
+from villa.models.loading import InitialRows, load_weights
+from villa.models.matching import Matching, rows_of
 
-if TYPE_CHECKING:
-    from villa.models.load_report import LoadReport
-    from villa.models.matching import Matching
-
-#: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
-#: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
-InitialRows = Mapping[str, tuple[str, tuple[int, ...]]]
-
-#: What each row of a parameter stands for: a word-piece, or a label.
-RowKind = Literal["tokens", "labels"]
-
-#: What is asked of a model: to choose a label, to match images and texts, or to write an answer.
-Task = Literal["classification", "contrastive", "generation"]
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What the data fixes about a model; a model's configuration may leave these open.
-
-    Attributes:
-        vocab_size: rows of the word embedding.
-        num_labels: classes of the head.
-        feature_dim: width of a region feature, or None without region features.
-        task: what the targets ask for, or None where the data does not say.
-        labels: names of the classes, in the order of the logits, or None where they have none.
-        tokens: word-pieces by their ids (None for an id without one), or None where the data do not know them.
-        padding: id of the word-piece that texts are padded with, or None where it is not known.
-        reading: how texts and images are read, as far as weights depend on it: ``{"image size": "224"}``.
-    """
-
-    vocab_size: int | None = None
-    num_labels: int | None = None
-    feature_dim: int | None = None
-    task: Task | None = None
-    labels: tuple[str, ...] | None = None
-    tokens: tuple[str | None, ...] | None = None
-    padding: int | None = None
-    reading: Mapping[str, str] = field(default_factory=dict)
+__all__ = [
+    "DataFacts",
+    "InitialRows",
+    "Model",
+    "ModelConfig",
+    "ModelOutput",
+    "Point",
+    "RowKind",
+    "Task",
+    "Written",
+]
 
 
 @dataclass(frozen=True)
@@ -78,19 +55,6 @@ class ModelOutput:
         """Return the output with ``function`` applied to the logits and to every one of ``extras``."""
         extras = {name: function(value) for name, value in self.extras.items()}
         return replace(self, logits=function(self.logits), extras=extras)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a generative model wrote for a batch.
-
-    Attributes:
-        tokens: ``[B, L]`` int64 token ids, -1 behind the end of a text.
-        scores: ``[B]`` probability of each text.
-    """
-
-    tokens: Tensor
-    scores: Tensor
 
 
 @dataclass(frozen=True)
@@ -173,9 +137,10 @@ class Model(nn.Module, ABC):
         By default they are found from the structure: the embedding that text is perturbed at, with the decoder that
         shares its weight, and the last linear map of the head.
         """
-        from villa.models.row_names import rows_of_model
-
-        return rows_of_model(self)
+        point = self.perturbation_points().get("text")
+        modules = dict(self.named_modules())
+        words = modules.get(point.module) if point is not None else None
+        return rows_of(self, [words] if isinstance(words, nn.Embedding) else [], self.head_prefixes())
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
         """Load the weights that ``model.checkpoint`` names.
@@ -190,9 +155,7 @@ class Model(nn.Module, ABC):
         Raises:
             CheckpointError: there are no weights, or they are of another model.
         """
-        from villa.models.conversion import load_weights
-
-        return load_weights(self, source, matching)
+        return load_weights(self, source, matching, rows=self.named_rows(), initial=self.initial_rows)
 
     def pretrained(self) -> Any:
         """The model, or all of it but a head of its own, as a model of transformers that shares its parameters.

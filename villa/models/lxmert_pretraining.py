@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError
-from villa.losses.lxmert import asked_parts
-from villa.models.base import DataFacts, ModelOutput, Point
-from villa.models.heads.pretraining_modules import Transform, WordPrediction, head_of, required_mask
-from villa.models.lxmert import Lxmert, LxmertEncoded
-from villa.models.lxmert_config import LxmertConfig
-from villa.models.settling import settle
+from villa.facts import DataFacts
+from villa.models.base import ModelOutput, Point
+from villa.models.lxmert import Lxmert, LxmertConfig, LxmertEncoded
+from villa.models.two_heads import settle
+from villa.models.uniter.pretraining import Transform, WordPrediction, head_of, required_mask
+from villa.objectives import asked_parts
 from villa.registry import register_model
 
 #: Objectives of a single part, and the part; ``lxmert`` asks for all parts that a batch has targets for.

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from villa.batch import Batch
+from villa.checkpoints.transformers_folder import ASSETS, describing, find_config, is_transformers_folder
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts, ModelConfig, ModelOutput, Point
-from villa.models.settling import settle
-from villa.models.transformers_folder import ASSETS, describing, find_config, is_transformers_folder
+from villa.facts import DataFacts
+from villa.models.base import ModelConfig, ModelOutput, Point
 from villa.models.transformers_model import TransformersModel, name_labels
+from villa.models.two_heads import settle
 from villa.plugins import one_line
 from villa.registry import register_model
 

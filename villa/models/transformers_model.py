@@ -2,18 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from villa.models.base import DataFacts, Model, RowKind
-from villa.models.load_report import LoadReport
-from villa.models.matching import Matching
-from villa.models.row_names import rows_of
-from villa.models.settling import settle
-from villa.models.transformers_folder import ASSETS, is_transformers_folder
-from villa.models.transformers_rows import load_matched, word_modules
+import torch
+from torch import nn
+
+from villa.checkpoints.load_report import LoadReport
+from villa.checkpoints.transformers_folder import ASSETS, is_transformers_folder, load_pretrained, stored_config
+from villa.errors import CheckpointError
+from villa.facts import DataFacts, RowKind
+from villa.models.base import Model
+from villa.models.matching import Matching, rows_of
+from villa.models.two_heads import settle
+
+#: Options of a configuration that are the id of a word-piece end so.
+_IDS = ("_token_id", "_token_index")
+
+
+def load_matched(
+    transformer: Any, source: str, matching: Matching | None, rows: Callable[[Any], Mapping[str, RowKind]]
+) -> tuple[Any, LoadReport]:
+    """Load a model that transformers has saved, with its rows in the order of the data's names.
+
+    Args:
+        transformer: the model as it was built for the data.
+        source: a folder, or a name on the hub.
+        matching: the names beside the weights, against those of the data; None takes rows as they are.
+        rows: says of a model of this kind which parameters have a row for every word-piece or label.
+
+    Returns:
+        The model in training mode, and what was loaded.
+
+    Raises:
+        CheckpointError: see ``load_pretrained``; or positions are counted from another padding than the data's.
+    """
+    kind, config = type(transformer), transformer.config
+    moved = set() if matching is None else _moved(config, source, matching)
+    if matching is None or not moved:
+        loaded, report = load_pretrained(kind, source, config)
+        return loaded, _told(loaded, loaded, report, matching, rows)
+    loaded, report = load_pretrained(kind, source, _as_saved(config, source, moved))
+    config = copy.deepcopy(config)
+    if "tokens" in moved:
+        _settle_ids(config, loaded, matching)
+    made = kind._from_config(config, dtype=torch.float32)
+    report = _told(loaded, made, report, matching, rows)
+    weights = {name: value for name, value in loaded.state_dict().items() if name not in report.missing}
+    matching.place(weights, made.state_dict(), rows(made))
+    made.load_state_dict(weights, strict=False)
+    if getattr(loaded, "generation_config", None) is not None:
+        made.generation_config = loaded.generation_config
+    fresh = tuple(name for name in report.loaded if name not in weights)
+    kept = tuple(name for name in report.loaded if name in weights)
+    return made.train(), replace(report, loaded=kept, missing=(*report.missing, *fresh))
+
+
+def word_modules(transformer: Any) -> list[nn.Module]:
+    """Return the embeddings and decoders of word-pieces of a model of transformers, and of the models inside it."""
+    found = _words_of(transformer)
+    if not any(isinstance(module, nn.Embedding) for module in found):
+        size = getattr(transformer.config.get_text_config(), "vocab_size", None)
+        tables = (module for module in transformer.modules() if isinstance(module, nn.Embedding))
+        found += [table for table in tables if table.num_embeddings == size][:1]
+    sizes = {module.num_embeddings for module in found if isinstance(module, nn.Embedding)}
+    inner = (module for module in transformer.modules() if hasattr(module, "get_input_embeddings"))
+    more = (module for model in inner for module in _words_of(model))
+    found += [module for module in more if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) in sizes]
+    return list({id(module): module for module in found}.values())
+
+
+def _words_of(model: Any) -> list[nn.Module]:
+    """What a model of transformers says are its embedding of words and their decoder, as far as it does."""
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, method)())
+        except (AttributeError, NotImplementedError):
+            continue
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def _moved(config: Any, source: str, matching: Matching) -> set[RowKind]:
+    """What is to be matched: rows that are named otherwise than the data's, or as many more."""
+    moved: set[RowKind] = {kind for kind in ("tokens", "labels") if matching.moves(kind)}
+    if matching.names("tokens"):
+        theirs, ours = (getattr(one.get_text_config(), "vocab_size", None) for one in (stored_config(source), config))
+        moved |= {"tokens"} if theirs != ours else set()
+    return moved
+
+
+def _told(
+    loaded: Any,
+    made: Any,
+    report: LoadReport,
+    matching: Matching | None,
+    rows: Callable[[Any], Mapping[str, RowKind]],
+) -> LoadReport:
+    """Add what becomes of the rows of a loaded model in the one that is made for the data to a report."""
+    if matching is None:
+        return report
+    values = loaded.state_dict()
+    given = {name: values[name] for name in report.loaded}
+    return replace(report, rows=matching.notes(given, made.state_dict(), rows(made)))
+
+
+def _as_saved(config: Any, source: str, moved: set[RowKind]) -> Any:
+    """The configuration with the numbers of word-pieces and labels, and the special word-pieces, of the files."""
+    saved, own = stored_config(source), copy.deepcopy(config)
+    if "labels" in moved:
+        own.id2label, own.label2id = saved.id2label, saved.label2id
+        if hasattr(own, "num_qa_labels"):  # LXMERT's own
+            own.num_qa_labels = saved.num_qa_labels
+    if "tokens" in moved:
+        for ours, theirs in zip(_parts(own), _parts(saved), strict=False):
+            for name, value in theirs.to_dict().items():
+                if name == "vocab_size" or name.endswith(_IDS):
+                    setattr(ours, name, value)
+    return own
+
+
+def _settle_ids(config: Any, loaded: Any, matching: Matching) -> None:
+    """Give the data's ids to the special word-pieces that a configuration names, and rows to all word-pieces."""
+    theirs, ours = matching.given.tokens or (), matching.wanted.tokens or ()
+    places = {token: place for place, token in enumerate(ours) if token is not None}
+
+    def moved(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(name, one) for one in value]
+        token = theirs[value] if isinstance(value, int) and 0 <= value < len(theirs) else None
+        usual = matching.wanted.padding if name == "pad_token_id" else None
+        return value if token is None else places.get(token, value if usual is None else usual)
+
+    for part, saved in zip(_parts(config), _parts(loaded.config), strict=False):
+        for name, value in saved.to_dict().items():
+            if name.endswith(_IDS) and value is not None:
+                setattr(part, name, moved(name, value))
+    text = config.get_text_config()
+    if getattr(text, "vocab_size", len(ours)) < len(ours):
+        text.vocab_size = len(ours)
+    _check_positions(loaded, getattr(text, "pad_token_id", None), matching)
+
+
+def _check_positions(loaded: Any, padding: int | None, matching: Matching) -> None:
+    """Refuse to change the id of padding where positions are counted from it (RoBERTa)."""
+    before = getattr(loaded.config.get_text_config(), "pad_token_id", None)
+    tables = (m for name, m in loaded.named_modules() if name.endswith("position_embeddings"))
+    if before != padding and any(getattr(table, "padding_idx", None) is not None for table in tables):
+        raise CheckpointError(
+            f"'{matching.source}' counts positions from its padding, word-piece {before}, but the data's is {padding}: "
+            "read them by the tokenizer of the checkpoint"
+        )
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A configuration, and that of its text if it is nested."""
+    yield config
+    text = config.get_text_config()
+    if text is not config:
+        yield text
 
 
 class TransformersModel(Model):

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
-from villa.models.base import DataFacts, Model, ModelOutput, Point
-from villa.models.load_report import LoadReport
+from villa.facts import DataFacts
+from villa.models.base import Model, ModelOutput, Point
 from villa.models.matching import Matching
-from villa.models.two_heads import score_mask
-from villa.models.uniter_rows import RowLayout, Rows, given_mask
-from villa.models.visual_bert_config import VisualBertConfig
+from villa.models.rows import RowLayout, Rows, given_mask
+from villa.models.two_heads import OneStreamConfig, score_mask, settle
 from villa.registry import register_model
+
+
+@dataclass
+class VisualBertConfig(OneStreamConfig):
+    """Options of VisualBERT, besides those that it shares with others.
+
+    Attributes:
+        feature_dim: width of a region feature; None takes the data's.
+    """
+
+    name: str = "visual_bert"
+    feature_dim: int | None = None
+
+    def check(self, *sizes: str) -> None:
+        """Check the numbers against each other; see the base class."""
+        super().check("feature_dim", *sizes)
+
+    def transformer(self, facts: DataFacts) -> Any:
+        """Return the configuration object of transformers.
+
+        Raises:
+            ConfigError: a number contradicts the data or is not known.
+        """
+        from transformers import VisualBertConfig as TransformerConfig
+
+        return TransformerConfig(
+            visual_embedding_dim=settle("model.feature_dim", self.feature_dim, facts.feature_dim),
+            **self.shared_options(facts),
+        )
+
 
 _TABLES = ("token_type_embeddings", "position_embeddings")
 

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 from villa.planning.dry_run import WIDTH, Sizes, plan_recipe
-from villa.planning.plan import Plan
-from villa.planning.scale import Cluster, Row, row, stored_bytes
+from villa.planning.plan import Plan, in_units
+from villa.planning.scale import Cluster, Row, draw, memory_table, method_table, row, stored_bytes, time_table
 from villa.planning.strategies import STRATEGIES
-from villa.planning.tables import draw, memory_table, method_table, time_table
-from villa.planning.units import in_units
 
 _AGAIN = "distributed.activation_checkpointing"
 #: Methods that a recipe's is compared with.

@@ -1,4 +1,4 @@
-"""``--dry-run``, and the plan of a run that is about to start."""
+"""``--dry-run``: what the runs of a recipe will need."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from villa.config.loader import load_stages
 from villa.config.schema import RunConfig
-from villa.config.stages import load_stages
 from villa.config.validate import TRAINING_RUNS
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.distributed.environment import Place
-from villa.engine.report import about_split
-from villa.engine.schedules import Schedule
-from villa.engine.setup import Parts, build_trainer, choose_device
+from villa.engine.report import warnings_of_run
+from villa.engine.setup import build_trainer, choose_device
 from villa.errors import ConfigError, MissingDataError, VillaError
-from villa.models.base import DataFacts, Model
-from villa.planning.meta import MetaTensors, meta_copy
+from villa.facts import DataFacts
+from villa.models.base import Model
+from villa.planning.meta import MetaTensors
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
 from villa.planning.strategies import Strategy
 from villa.plugins import one_line
-from villa.registry import DATASETS, MODELS, SCHEDULERS
+from villa.registry import DATASETS, MODELS
 
 #: Sizes of the data that UNITER and VILLA were trained on, for data that is not there: BERT's cased word-pieces, the
 #: width of the detector's features, and its classes (arXiv 1707.07998; the released databases store 1,601).
@@ -65,20 +65,6 @@ def dry_run(values: Sequence[str]) -> list[str]:
             notes += warnings_of_run(stage.config, source.split, source.sampler, updates)
         lines += [*plan.lines(), *(f"  note: {note}" for note in notes)]
     return lines
-
-
-def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:
-    """Return what a run will not do as it may be expected to, in lines.
-
-    Args:
-        config: the recipe.
-        split: its training split.
-        sampler: deals out the split.
-        updates: how many the run has.
-    """
-    schedule: Schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates)
-    found = (*about_split("train", split), *sampler.warnings(), *schedule.warnings(config.optimizer.lr, updates))
-    return list(dict.fromkeys(found))
 
 
 def plan_recipe(
@@ -137,25 +123,6 @@ def _plan_recipe(
     chosen, count = _strategy(config)
     kind = device or choose_device(config.device).type
     return _planned(config, model, found, kind, strategy or chosen, processes or count), notes, source
-
-
-def plan_of_run(parts: Parts, split: Split, sampler: Sampler) -> list[str]:
-    """Return the plan of a run that is about to start, in lines; one that cannot be made is no reason not to start.
-
-    Args:
-        parts: of the run; ``distribute`` may have been called.
-        split: its training split.
-        sampler: deals out the split.
-    """
-    config, (strategy, count) = parts.config, _strategy(parts.config)
-    try:
-        found = samples(parts.data, split, sampler, _objectives(config))
-        whole = strategy in ("single", "ddp")
-        model = meta_copy(parts.model).train() if whole else _on_meta(config, parts.data.facts())
-        return _planned(config, model, found, parts.precision.device.type, strategy, count).lines()
-    except Exception as error:
-        reason = str(error) if isinstance(error, VillaError) else one_line(error)
-        return [f"memory and compute are not planned: {reason}"]
 
 
 def _on_meta(config: RunConfig, facts: DataFacts) -> Model:

@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from villa.batch import Batch
-from villa.planning.results import MetaResults, tensors_in
 
-M = TypeVar("M", bound=nn.Module)
+#: Shape, strides and type of a tensor; None for none.
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype] | None
+
+
+class MetaResults:
+    """Runs operations whose tensors are all on the meta device; the second time it knows what comes out.
+
+    Known are the forms of new tensors. What shares memory with what is given (views) runs each time; what writes into
+    it leaves its form as it is, so that nothing has to run.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, list[_Form] | None] = {}
+
+    def run(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run one operation, or return what it would."""
+        if func.is_view:
+            return func(*args, **named)
+        if _only_writes(func):
+            return args[0] if func._schema.returns else None
+        key = (func, _key(args), _key(named))
+        forms = self._known.get(key)
+        if forms is not None:
+            return _made(forms, func)
+        result = func(*args, **named)
+        if key not in self._known:
+            self._known[key] = _forms(result, (args, named))
+        return result
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what an operation is given or returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def _only_writes(func: Any) -> bool:
+    """Whether an operation writes into its first argument, whose form stays, and returns that or nothing."""
+    schema = func._schema
+    named_so = schema.is_mutable and func.overloadpacket.__name__.endswith("_")
+    return named_so and len(schema.returns) < 2 and torch.Tag.inplace_view not in func.tags
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(_key(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    return type(value), value  # 1, 1.0 and True are equal, but not to torch
+
+
+def _forms(result: Any, given: Any) -> list[_Form] | None:
+    """The forms of new tensors; None where there is anything else, or memory is shared."""
+    results = result if isinstance(result, list | tuple) else [result]
+    if not all(each is None or isinstance(each, Tensor) for each in results):
+        return None
+    made = [id(tensor.untyped_storage()) for tensor in tensors_in(results)]
+    if len({*made}) < len(made) or not {*made}.isdisjoint(id(t.untyped_storage()) for t in tensors_in(given)):
+        return None
+    return [None if each is None else (each.shape, each.stride(), each.dtype) for each in results]
+
+
+def _made(forms: list[_Form], func: Any) -> Any:
+    made = [None if f is None else torch.empty_strided(f[0], f[1], dtype=f[2], device="meta") for f in forms]
+    if len(func._schema.returns) > 1:
+        return tuple(made)
+    return made if isinstance(func._schema.returns[0].type, torch.ListType) else made[0]
+
 
 _aten = torch.ops.aten
 #: Operations whose second argument is a list of indices; a mask there makes their shape depend on its values.
@@ -78,20 +150,6 @@ def without_numbers(value: Any) -> Any:
 def meta_batch(batch: Batch) -> Batch:
     """Return a batch whose floating tensors are on the meta device."""
     return batch.map(lambda tensor: without_numbers(tensor) if tensor.is_floating_point() else tensor.cpu())
-
-
-def meta_copy(module: M) -> M:
-    """Return a copy of a module, wherever it is, with all its floating tensors on the meta device.
-
-    Parameters that are shared stay shared. Whole numbers are copied to main memory: running the copy, which counts
-    batches for some layers, must not change the module. Nothing else is allocated.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(without_numbers(parameter.detach()), parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = without_numbers(buffer) if buffer.is_floating_point() else buffer.detach().cpu().clone()
-    return copy.deepcopy(module, memo)
 
 
 def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:

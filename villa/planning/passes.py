@@ -2,21 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.config.schema import DistributedConfig
 from villa.distributed.blocks import checkpoint_activations, repeated_blocks
-from villa.engine.passes import ModelPasses
-from villa.engine.precision import Precision, PrecisionName
+from villa.engine.passes import ModelPasses, Precision, PrecisionName
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
-from villa.planning.kernels import Kernels
+
+#: What autocast runs in the lower precision, and what in fp32 (PyTorch's documentation of autocast), among what models
+#: call; anything else runs in the type that it is given.
+_LOWER: tuple[Callable[..., Any], ...] = (
+    F.linear,
+    F.conv2d,
+    F.scaled_dot_product_attention,
+    torch.matmul,
+    torch.bmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+)
+_FP32: tuple[Callable[..., Any], ...] = (F.layer_norm, F.softmax, F.log_softmax, torch.softmax, Tensor.softmax)
+
+
+class Kernels(TorchFunctionMode):
+    """Within the context, functions keep for the backward pass what those of a device would.
+
+    - CUDA: dropout keeps its mask in bytes, and attention keeps no map (the memory-efficient kernel).
+    - CPU: attention keeps no map where it has no dropout (the flash kernel); with dropout it keeps the maps.
+
+    Autocast does nothing on the meta device: what it would cast is cast here, wherever autocast of the CPU is on.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._cuda = device == "cuda"
+        self._weights: dict[Tensor, Tensor] | None = None
+        self._before: list[tuple[type[torch.autocast], type[torch.Generator]]] = []
+
+    def __enter__(self) -> Kernels:
+        """Let models and methods ask for autocast and generators of the meta device; contexts may be nested."""
+        self._before.append((torch.autocast, torch.Generator))
+        _replace(_Autocast, _Generator)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Undo ``__enter__``."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _replace(*self._before.pop())
+
+    @contextmanager
+    def caching(self) -> Iterator[None]:
+        """Cast each weight once, and keep the copy until the context is left, as autocast does."""
+        self._weights = {}
+        try:
+            yield
+        finally:
+            self._weights = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function."""
+        named = kwargs or {}
+        if (func in _LOWER or func in _FP32) and torch.is_autocast_enabled("cpu"):
+            args, named = tree_map(self._lower if func in _LOWER else _widened, (args, named))
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **named)
+        if func is F.dropout and self._cuda:
+            return _dropout(*args, **named)
+        return func(*args, **named)
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        dtype = torch.get_autocast_dtype("cpu")
+        if self._weights is None or not (value.is_leaf and value.requires_grad):
+            return value.to(dtype)
+        if value not in self._weights:
+            self._weights[value] = value.to(dtype)
+        return self._weights[value]
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **others: Any,
+    ) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+        plain = query.dim() == 4 and key.shape[1] == query.shape[1] and not others.get("enable_gqa")
+        causal, scale = bool(others.get("is_causal")), others.get("scale")
+        if plain and self._cuda:
+            if attn_mask is not None:
+                attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+            return kernel(query, key, value, attn_mask, True, dropout_p, causal, scale=scale)[0]  # type: ignore[no-any-return]
+        if plain and dropout_p == 0:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **others)
+
+
+class _Autocast(torch.autocast):
+    """Autocast that takes the meta device for the CPU."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+class _Generator(torch.Generator):
+    """A generator that takes the meta device for the CPU."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu" if torch.device(device).type == "meta" else device)  # type: ignore[call-arg]
+
+
+def _replace(autocast: type[torch.autocast], generator: type[torch.Generator]) -> None:
+    for module in (torch, torch.amp):
+        vars(module)["autocast"] = autocast
+    vars(torch)["Generator"] = generator
+
+
+def _widened(value: Any) -> Any:
+    lower = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if lower else value
+
+
+def _dropout(given: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return given
+    return torch.native_dropout(given, p, True)[0]
+
 
 #: The type that autocast runs matrix products in.
 _AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}

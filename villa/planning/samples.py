@@ -11,10 +11,10 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.base import Split, TaskDataset
-from villa.datasets.cuts import Update
+from villa.datasets.epochs import Update
 from villa.datasets.samplers import Position, Sampler
 from villa.errors import DataError
-from villa.models.base import DataFacts
+from villa.facts import DataFacts
 
 #: Updates that are looked through for one of every objective.
 _LOOKED_AT = 1000

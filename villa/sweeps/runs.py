@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from villa.config.loader import load_stages
 from villa.config.schema import RunConfig
-from villa.config.stages import load_stages
 from villa.config.validate import TRAINING_RUNS
 from villa.config.yaml_text import write
-from villa.engine.finished import is_finished
+from villa.engine.run_folder import is_finished
 from villa.errors import ConfigError, about
 from villa.launch.base import Launcher, Request, launcher_of
 from villa.sweeps.axes import Point

@@ -6,16 +6,14 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from villa.config.overrides import parse_overrides
-from villa.config.stages import load_stages
+from villa.config.layers import parse_overrides
+from villa.config.loader import load_stages
 from villa.errors import ConfigError
 from villa.evaluation.figures import write_png
 from villa.launch.folder import JOBS
 from villa.sweeps.axes import Axis, Point, points
-from villa.sweeps.figure import FIGURE, sweep_figure
-from villa.sweeps.local import Job, Processes
-from villa.sweeps.queued import QueuedRuns, shared_queue
-from villa.sweeps.results import MARKDOWN, RUNS, TABLE, group, read_score, write_tables
+from villa.sweeps.results import FIGURE, MARKDOWN, RUNS, TABLE, group, read_score, sweep_figure, write_tables
+from villa.sweeps.running import Job, Processes, QueuedRuns, shared_queue
 from villa.sweeps.runs import Run
 
 #: Folder of what the runs print, below that of the sweep.

@@ -16,6 +16,9 @@ from villa.objectives import check_objectives
 from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 from villa.trainers.standard import CLEAN_COST
 
+#: Passes of an update that could still end.
+_MOST_STEPS = 100_000
+
 Modality = Literal["text", "image", "both", "alternating"]
 
 #: The sets of modalities that are perturbed together in one pass.
@@ -66,8 +69,8 @@ class AdversarialConfig(TrainerConfig):
     def check(self) -> None:
         """Raise ConfigError for values that make no sense."""
         check_objectives("trainer.objectives", self.objectives or ())
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
+        if not 1 <= self.steps <= _MOST_STEPS:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 1 and at most {_MOST_STEPS:,}")
         for name in ("text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.losses.consistency import Reduction
+from villa.losses.base import Reduction
 from villa.models.base import ModelOutput
 
 #: Detached values to log, by name; a trainer prefixes per-pass values with ``pass<t>/``.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError
-from villa.losses.consistency import Reduction
+from villa.losses.base import Reduction
 from villa.models.base import ModelOutput
 from villa.objectives import check_objectives
 from villa.registry import register_trainer

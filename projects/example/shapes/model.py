@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.errors import ConfigError
 from villa.models.base import DataFacts, Model, ModelConfig, ModelOutput, Point
 from villa.registry import register_model
 
@@ -36,9 +37,8 @@ class AverageModel(Model):
     @classmethod
     def from_config(cls, config: Any, facts: DataFacts) -> AverageModel:
         """Build the model; the data fixes the sizes of its ends."""
-        assert facts.vocab_size is not None
-        assert facts.feature_dim is not None
-        assert facts.num_labels is not None
+        if facts.vocab_size is None or facts.feature_dim is None or facts.num_labels is None:
+            raise ConfigError("model 'average' needs text, region features and labels: choose data with all of them")
         return cls(config, facts.vocab_size, facts.feature_dim, facts.num_labels)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:

@@ -11,17 +11,15 @@ import numpy as np
 from captions import caption
 from sources import SPLITS, Annotation, Pictures
 
-from villa.datasets.raw.feature_folder import make_image_database
-from villa.datasets.raw.tasks import TextOptions, make_text_database
-from villa.datasets.raw.vqa import image_name
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.grid import GridOptions
-from villa.datasets.stores.grid_store import GridStore
-from villa.datasets.stores.scaled import ScaledStore, Scaling
+from villa.convert.annotations import image_name
+from villa.convert.features import make_image_database
+from villa.convert.tasks import TextOptions, make_text_database
+from villa.datasets.own.grid import GridOptions, GridStore
+from villa.datasets.stores import ScaledStore, Scaling, Source
 from villa.datasets.text import build_tokenizer
-from villa.engine.progress import track
+from villa.datasets.uniter.box_selection import BoxSelection
 from villa.files import atomic_write, new_folder, read_text, write_json
+from villa.progress import track
 
 #: Image database whose features are all 0: what a model reaches by the questions alone.
 BLANK = "img_db_blank"

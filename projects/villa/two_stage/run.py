@@ -20,7 +20,7 @@ from pathlib import Path
 from databases import BLANK, Options, write_databases
 from sources import SOURCES, SPLITS
 
-from villa.cli.command import Parser, run_command
+from villa.command import Parser, run_command
 from villa.errors import ConfigError
 from villa.sweeps.axes import Axis
 from villa.sweeps.sweep import Sweep

@@ -9,7 +9,7 @@ import torch
 from golden_utils import GOLDEN, load
 from pretraining_cases import golden_batch
 
-from villa.datasets.pretraining.masking import mask_regions, mask_words, wrong_image
+from villa.datasets.uniter.pretraining_splits import mask_regions, mask_words, wrong_image
 
 MASK, VOCABULARY = 103, (106, 500)
 #: What python's generator was seeded with before the released data set was read.

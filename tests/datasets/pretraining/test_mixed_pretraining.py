@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from villa.cli.run import main
-from villa.datasets.database_split import ConcatenatedSplit
-from villa.datasets.mixture import Mixture
-from villa.datasets.pretraining.dataset import Pretraining, VcrPretraining
-from villa.datasets.pretraining.options import PretrainingDataConfig, VcrPretrainingConfig
-from villa.datasets.stores.strings import Strings
+from villa.datasets.uniter.database_split import ConcatenatedSplit
+from villa.datasets.uniter.pretraining import Pretraining, PretrainingDataConfig, VcrPretraining, VcrPretrainingConfig
+from villa.datasets.uniter.pretraining_splits import Mixture
+from villa.datasets.uniter.strings import Strings
 from villa.errors import ConfigError, DataError
 from villa.losses.pretraining import Pretraining as PretrainingLoss
 

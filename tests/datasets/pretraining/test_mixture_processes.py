@@ -17,10 +17,9 @@ from tiny_runs import error, seal
 from villa.batch import Batch
 from villa.cli.run import main
 from villa.config.schema import BatchConfig
-from villa.datasets.pretraining.dataset import Pretraining
-from villa.datasets.pretraining.options import PretrainingDataConfig
 from villa.datasets.samplers import MixedSampler, Share
 from villa.datasets.stream import UpdateStream
+from villa.datasets.uniter.pretraining import Pretraining, PretrainingDataConfig
 
 COCO = {
     "train_text": ["txt_db/pretrain_coco_train.db", "txt_db/pretrain_coco_val.db"],

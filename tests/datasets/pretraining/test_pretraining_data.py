@@ -11,17 +11,17 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.cli.run import main
-from villa.datasets.pretraining.dataset import (
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.pretraining import (
     Pretraining,
     PretrainingDataConfig,
     VcrPretraining,
     VcrPretrainingConfig,
 )
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
+from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 from villa.errors import ConfigError, DataError
-from villa.models.uniter import Uniter
-from villa.models.uniter_config import UniterConfig
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 from villa.registry import DATASETS
 
 CAPTIONS = {"train_text": ["txt_db/pretrain_coco_train.db"], "train_images": ["img_db/coco_train2014"]}

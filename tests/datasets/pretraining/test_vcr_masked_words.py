@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from villa.datasets.pretraining.dataset import VcrPretraining
-from villa.datasets.pretraining.options import VcrPretrainingConfig
+from villa.datasets.uniter.pretraining import VcrPretraining, VcrPretrainingConfig
 
 VCR: dict[str, Any] = {"train_text": ["txt_db/vcr_train.db"], "train_images": ["img_db/vcr_gt_train;img_db/vcr_train"]}
 DRAWS = 400

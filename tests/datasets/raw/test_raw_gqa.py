@@ -1,6 +1,7 @@
 """GQA's questions, and the reading of one large JSON object an entry at a time."""
 
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_files import WriteJson
 
-from villa.datasets.raw import entries as scanner
-from villa.datasets.raw.entries import read_entries
-from villa.datasets.raw.gqa import count_gqa, gqa_answers, read_gqa
+from villa.convert import entries as scanner
+from villa.convert.annotations import count_gqa, gqa_answers, read_gqa
+from villa.convert.entries import read_entries
 from villa.errors import DataError
 
 QUESTIONS = {
@@ -30,6 +31,13 @@ def test_questions(write_json: WriteJson) -> None:
     assert second.where == f"{path}: question 07333408"
     assert count_gqa(path) == 3
     assert gqa_answers([path, path]) == ["pipe", "yes"]
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert count_gqa(tmp_path / "pipe") is None
+    with pytest.raises(DataError, match=r"cannot read the file '.*pipe' \(it is a pipe, socket or device, not a file"):
+        next(read_gqa(tmp_path / "pipe"))
 
 
 def test_questions_of_the_test_split_have_no_answer(write_json: WriteJson) -> None:

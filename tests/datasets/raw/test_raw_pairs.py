@@ -5,10 +5,7 @@ from typing import Any
 import pytest
 from raw_files import WriteJson
 
-from villa.datasets.raw.captions import read_captions
-from villa.datasets.raw.karpathy import read_karpathy
-from villa.datasets.raw.nlvr2 import read_nlvr2
-from villa.datasets.raw.snli_ve import read_snli_ve
+from villa.convert.annotations import read_captions, read_karpathy, read_nlvr2, read_snli_ve
 from villa.errors import DataError
 
 

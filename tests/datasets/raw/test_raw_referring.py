@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from raw_files import WriteJson
 
-from villa.datasets.raw.referring import ReferringFiles
+from villa.convert.regions import ReferringFiles
 from villa.errors import DataError
 
 REFS = [

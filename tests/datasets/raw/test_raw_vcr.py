@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 from raw_files import WriteJson
 
-from villa.datasets.raw.vcr import read_vcr, vcr_lengths
+from villa.convert.regions import read_vcr
+from villa.datasets.uniter.writers import vcr_lengths
 from villa.errors import DataError
 
 RECORD: dict[str, Any] = {

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from raw_files import WriteJson
 
-from villa.datasets.answers import read_answers
-from villa.datasets.raw.answers import answer_target, build_answers, normalise_answer
-from villa.datasets.raw.example import Record
-from villa.datasets.raw.vqa import image_set, read_vqa
+from villa.convert.annotations import image_set, read_vqa
+from villa.convert.answers import answer_target, build_answers, normalise_answer
+from villa.convert.example import Record
+from villa.datasets.base import read_answers
 from villa.errors import DataError
 
 QUESTIONS = {

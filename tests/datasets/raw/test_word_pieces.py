@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from villa.datasets.raw.word_pieces import WordPieces
+from villa.convert.text_database import WordPieces
 from villa.errors import DataError
 
 TEXTS = st.text(st.sampled_from("Whatishemndog ?!'-.,\tÉé中\u200b\x00ñ"), max_size=40)

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.boxes import check_boxes, check_confidences, sampled
-from villa.datasets.stores.files import FileStore
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.tsv import TsvFile, TsvStore
-from villa.datasets.stores.tsv_line import read_regions, write_line
-from villa.datasets.stores.writers import ImageDatabaseWriter
+from villa.datasets.boxes import check_boxes, check_confidences, sampled
+from villa.datasets.lxmert.features import TsvFile, TsvStore, read_regions, write_line
+from villa.datasets.own.files import FileStore
+from villa.datasets.stores import Source
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.writers import ImageDatabaseWriter
 from villa.errors import DataError
 
 WIDTH, HEIGHT = 640, 480

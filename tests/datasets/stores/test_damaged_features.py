@@ -18,17 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from villa.datasets.raw.feature_file import read_features
-from villa.datasets.stores import tsv
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.box_selection import BoxSelection
-from villa.datasets.stores.files import FileStore
-from villa.datasets.stores.image_lmdb import ImageDatabase
-from villa.datasets.stores.lmdb_env import DATA_FILE, LmdbReader
-from villa.datasets.stores.packed_arrays import MAX_ARRAY_BYTES
-from villa.datasets.stores.text_lmdb import TextDatabase
-from villa.datasets.stores.tsv import TsvFile
-from villa.datasets.stores.tsv_line import write_line
+from villa.convert.features import read_features
+from villa.datasets.lxmert import features as tsv
+from villa.datasets.lxmert.features import TsvFile, write_line
+from villa.datasets.own.files import FileStore
+from villa.datasets.stores import Source
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.lmdb_env import DATA_FILE, LmdbReader
+from villa.datasets.uniter.packed_arrays import MAX_ARRAY_BYTES
+from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import DataError
 
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))

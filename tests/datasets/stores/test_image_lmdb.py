@@ -15,14 +15,14 @@ import torch
 from golden_utils import load
 from torch.utils.data import DataLoader, Dataset
 
-from villa.datasets.stores.image_lmdb import (
+from villa.datasets.uniter.image_lmdb import (
     BoxSelection,
     ImageDatabase,
     PairedImageDatabase,
     check_names,
     check_pair,
 )
-from villa.datasets.stores.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextDatabase
 from villa.errors import ConfigError, DataError
 
 #: The image that the released readers were asked for, and the choices of boxes by name.

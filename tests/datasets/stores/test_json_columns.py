@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from villa.datasets.stores.json_columns import plain_list, plain_numbers, plain_texts
-from villa.datasets.stores.strings import Strings, StringsBuilder, Texts
+from villa.datasets.uniter.json_columns import plain_list, plain_numbers, plain_texts
+from villa.datasets.uniter.strings import Strings, StringsBuilder, Texts
 
 TEXTS = st.text(st.sampled_from("ab,:{}[] 0é"), max_size=6)
 SEPARATORS = st.sampled_from([(", ", ": "), (",", ":"), (", ", ":"), (",", ": ")])

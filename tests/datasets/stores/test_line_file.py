@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from villa.datasets.stores import line_file
-from villa.datasets.stores.line_file import LineFile
+from villa.datasets.own import records as line_file
+from villa.datasets.own.records import LineFile
 from villa.errors import DataError
 
 PARTS = st.sampled_from([b"{}", b" {1}", b"\xc3\xa4", b"\n", b"\r\n", b" ", b"\t", b"\x0b", b"\xa0", b"\xef\xbb\xbf"])

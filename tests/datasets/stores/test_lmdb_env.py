@@ -8,7 +8,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from villa.datasets.stores.lmdb_env import LmdbReader
+from villa.datasets.uniter.lmdb_env import LmdbReader
 from villa.errors import DataError
 
 

@@ -7,8 +7,8 @@ import msgpack_numpy
 import numpy as np
 import pytest
 
-from villa.datasets.stores import packed_arrays
-from villa.datasets.stores.packed_arrays import read_msgpack, read_npz
+from villa.datasets.uniter import packed_arrays
+from villa.datasets.uniter.packed_arrays import read_msgpack, read_npz
 
 ARRAYS = {
     "features": np.arange(24, dtype=np.float16).reshape(3, 8),

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.pictures import read_picture
+from villa.datasets.own.pictures import read_picture
+from villa.datasets.stores import Source
 from villa.errors import DataError
 
 FUZZ = settings(

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from villa.datasets.stores import pictures
-from villa.datasets.stores.base import Source
-from villa.datasets.stores.grid import GridExtractor, GridOptions
-from villa.datasets.stores.pictures import PictureStore, check_background, read_picture
+from villa.datasets.own import pictures
+from villa.datasets.own.grid import GridExtractor, GridOptions
+from villa.datasets.own.pictures import PictureStore, check_background, read_picture
+from villa.datasets.stores import Source
 from villa.errors import ConfigError, DataError
 
 Pixels = npt.NDArray[Any]
@@ -387,7 +387,7 @@ def bombs() -> dict[str, bytes]:
 def test_what_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from villa.datasets.stores.base import Source; from villa.datasets.stores.pictures import read_picture\n"
+        "from villa.datasets.stores import Source; from villa.datasets.own.pictures import read_picture\n"
         "from PIL import Image; Image.init()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for path in sys.argv[1:]:\n"

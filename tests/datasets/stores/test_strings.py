@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from villa.datasets.stores import keys as keys_module
-from villa.datasets.stores.image_names import ImageNames
-from villa.datasets.stores.keys import Keys, distinct
-from villa.datasets.stores.strings import Strings, hash_text
+from villa.datasets.uniter import keys as keys_module
+from villa.datasets.uniter.image_names import ImageNames
+from villa.datasets.uniter.keys import Keys, distinct
+from villa.datasets.uniter.strings import Strings, hash_text
 
 #: Of all kinds: empty, long, not ASCII, with zeros, with halves of surrogate pairs.
 TEXTS = st.text(st.characters(exclude_categories=())) | st.sampled_from(["", "\0", "a\0", "a" * 7, "a" * 8, "a" * 40])

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from villa.datasets.stores import indexes, json_pieces, tables
-from villa.datasets.stores.json_pieces import MemoryFile, parse, pieces
-from villa.datasets.stores.tables import NotAnObjectError, WrongEntryError, read_names, read_numbers
+from villa.datasets.uniter import indexes, json_pieces, tables
+from villa.datasets.uniter.json_pieces import MemoryFile, parse, pieces
+from villa.datasets.uniter.tables import NotAnObjectError, WrongEntryError, read_names, read_numbers
 from villa.errors import DataError
 
 TEXTS = st.text(st.sampled_from('a,:"\\[]{} é'), max_size=6)

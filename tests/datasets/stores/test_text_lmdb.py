@@ -10,7 +10,7 @@ import lz4.frame
 import msgpack
 import pytest
 
-from villa.datasets.stores.text_lmdb import MAX_EXAMPLE_BYTES, TextDatabase
+from villa.datasets.uniter.text_lmdb import MAX_EXAMPLE_BYTES, TextDatabase
 from villa.errors import DataError
 
 

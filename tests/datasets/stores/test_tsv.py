@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from villa.datasets.stores import tsv
-from villa.datasets.stores.tsv import TsvFile, TsvStore
-from villa.datasets.stores.tsv_line import FIELDS, read_header, read_regions, write_line
+from villa.datasets.lxmert import features as tsv
+from villa.datasets.lxmert.features import FIELDS, TsvFile, TsvStore, read_header, read_regions, write_line
 from villa.errors import DataError
 
 WIDTH, HEIGHT, DIM = 640, 480, 8

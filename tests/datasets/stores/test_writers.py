@@ -11,12 +11,12 @@ import msgpack_numpy
 import numpy as np
 import pytest
 
-from villa.datasets.stores import lmdb_filling
-from villa.datasets.stores.image_lmdb import BoxSelection, ImageDatabase
-from villa.datasets.stores.lmdb_env import LmdbReader
-from villa.datasets.stores.packed_arrays import read_msgpack
-from villa.datasets.stores.text_lmdb import TextDatabase
-from villa.datasets.stores.writers import ImageDatabaseWriter, TextDatabaseWriter
+from villa.datasets.uniter import writers as lmdb_filling
+from villa.datasets.uniter.image_lmdb import BoxSelection, ImageDatabase
+from villa.datasets.uniter.lmdb_env import LmdbReader
+from villa.datasets.uniter.packed_arrays import read_msgpack
+from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 from villa.errors import DataError
 
 META = {"CLS": 101, "SEP": 102, "MASK": 103, "v_range": [106, 500]}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from submission_cases import problem, submission, write_submission
 
-from villa.evaluation.submissions.reading import read_objects
+from villa.evaluation.submissions.base import read_objects
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from submission_cases import IDS, submission, write_submission
 
 from villa.errors import DataError
-from villa.evaluation.submissions.ids import read_ids
+from villa.evaluation.submissions.base import read_ids
 from villa.registry import SUBMISSIONS
 
 TASKS = SUBMISSIONS.names()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from villa.errors import DataError
-from villa.evaluation.submissions.ids import IdCheck, read_ids
+from villa.evaluation.submissions.base import IdCheck, read_ids
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from villa.config.overlays import Overlay
+from villa.config.variants import Overlay
 
 _ON = {"synthetic": True}
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from villa.config.overlays import Overlay
-from villa.datasets.database_paths import SPLITS
+from villa.config.variants import Overlay
+from villa.datasets.paths import SPLITS
 from villa.datasets.synthetic.overlay import SMALL
-from villa.engine.rng import derive_seed
+from villa.rng import derive_seed
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (230, 200, 30)}
 SHAPES = ("circle", "square", "triangle")

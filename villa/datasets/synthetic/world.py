@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from villa.engine.rng import derive_seed
+from villa.rng import derive_seed
 
 KINDS = ("ball", "book", "bird", "boat", "cup", "dog", "key", "tree")
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from villa.checkpoints import files as checkpoint_files
+from villa.checkpoints.store import CheckpointStore
+from villa.checkpoints.tensors import staged
 from villa.distributed.processes import Processes
-from villa.engine import checkpoint_files
-from villa.engine.callbacks.base import Callback
-from villa.engine.checkpoint import CheckpointStore
-from villa.engine.tensors import staged
-from villa.engine.training import Training
+from villa.engine.loop import Callback, Training
 from villa.errors import CheckpointError
+from villa.signals import deferred
 from villa.trainers.base import Logs
+
+if TYPE_CHECKING:
+    from villa.engine.loop import Training
+
 
 #: Writes what a process has to write into a folder, and returns a listing of it.
 _Write = Callable[[Path], dict[str, Any]]
@@ -68,7 +73,7 @@ class CheckpointCallback(Callback):
         self.sharded, self.asynchronous = sharded, asynchronous
         self._under_way: _UnderWay | None = None
         if sharded:
-            import villa.engine.sharded_checkpoint  # noqa: F401 - a torch that is too old is refused now
+            import villa.checkpoints.shards  # noqa: F401 - a torch that is too old is refused now
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
         """Save when it is due; give a checkpoint that is complete its name."""
@@ -131,7 +136,7 @@ class CheckpointCallback(Callback):
 
     def _of_shards(self, training: Training) -> _Write:
         """Every process writes its part, and the main one what is small."""
-        from villa.engine.sharded_checkpoint import part_of, split_optimizer, split_trainer
+        from villa.checkpoints.shards import part_of, split_optimizer, split_trainer
 
         strategy, state = training.updater.strategy, training.state_dict(whole=False)
         updater = state["updater"]
@@ -187,3 +192,39 @@ def _in_thread(run: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
         return pool.submit(run)
     finally:
         pool.shutdown(wait=False)
+
+
+class SignalCallback(Callback):
+    """Notes signals from the first update on, and ends the run where ``training.check`` finds one.
+
+    It stands after the checkpoint callback, which saves when ``training.interrupt`` is set.
+
+    Args:
+        saving: the checkpoint callback; None saves nothing between two updates.
+    """
+
+    name = "signals"
+
+    def __init__(self, saving: Callback | None = None) -> None:
+        self.saving = saving
+        self._noting = ExitStack()
+        self._begun = 0
+
+    def on_start(self, training: Training) -> None:
+        """From now on signals wait."""
+        self._begun = training.progress.update
+        self._noting.enter_context(deferred())
+
+    def on_update_end(self, training: Training, logs: Logs) -> None:
+        """End a run whose evaluation a signal has cut short."""
+        if training.interrupt is not None:
+            training.check()
+
+    def on_interrupt(self, training: Training) -> None:
+        """Have the state saved, unless it is that which the run started with."""
+        if self.saving is not None and training.progress.update > self._begun:
+            self.saving.on_update_end(training, {})
+
+    def on_end(self, training: Training) -> None:
+        """From now on signals end the process wherever it is."""
+        self._noting.close()

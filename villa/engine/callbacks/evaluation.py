@@ -8,13 +8,12 @@ from typing import Any, Protocol
 from villa.batch import Batch
 from villa.config.schema import EvaluationConfig
 from villa.datasets.stream import StandIn
-from villa.engine.callbacks.base import Callback
 from villa.engine.evaluator import Evaluator
-from villa.engine.progress import TrainingProgress
-from villa.engine.tracking import Trackers
-from villa.engine.training import Training
+from villa.engine.loop import Callback, Training
 from villa.errors import ConfigError, nearest
+from villa.progress import TrainingProgress
 from villa.signals import Interrupted
+from villa.tracking import Trackers
 from villa.trainers.base import Logs
 
 

@@ -5,12 +5,89 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from villa.engine.callbacks.base import Callback
-from villa.engine.callbacks.intervals import Means, Speed
-from villa.engine.progress import TrainingProgress
-from villa.engine.tracking import Trackers
-from villa.engine.training import Training
+import torch
+from torch import Tensor
+
+from villa.engine.loop import Callback, Training
+from villa.progress import TrainingProgress
+from villa.tracking import Trackers
 from villa.trainers.base import Logs
+
+#: What updates of different labels have in common.
+_SHARED = ("loss", "gradient_norm")
+
+
+class Means:
+    """Means over an interval's updates, each over the updates that have the value."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._updates: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is a value."""
+        return bool(self._counts)
+
+    def add(self, logs: Logs, label: str | None) -> None:
+        """Add an update's values; with a label, what all updates share, and everything below the label."""
+        if label is None:
+            values = dict(logs)
+        else:
+            self._updates[label] = self._updates.get(label, 0) + 1
+            values = {name: logs[name] for name in _SHARED if name in logs}
+            values |= {f"{label}/{name}": value for name, value in logs.items()}
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means by name, with ``<label>/updates`` for every label, and start anew."""
+        means = {name: value.item() / self._counts[name] for name, value in self._sums.items()}
+        means |= {f"{label}/updates": float(count) for label, count in self._updates.items()}
+        self._sums, self._counts, self._updates = {}, {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and what they are divided by."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        return {"sums": sums, "counts": dict(self._counts), "updates": dict(self._updates)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict()``."""
+        self._sums = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in state["sums"].items()}
+        self._counts = {name: int(state["counts"][name]) for name in self._sums}
+        self._updates = {label: int(count) for label, count in state["updates"].items()}
+        if not all(count > 0 for count in (*self._counts.values(), *self._updates.values())):
+            raise ValueError("means over no updates")
+
+
+class Speed:
+    """Examples a second over an interval, and those of each label. A resumed run starts anew: times are no results."""
+
+    def __init__(self) -> None:
+        self._before = (0.0, 0.0, 0)
+        self._seconds: dict[str, float] = {}
+        self._examples: dict[str, int] = {}
+        self._waited = 0.0
+
+    def add(self, busy: float, waited: float, examples: int, label: str | None) -> None:
+        """Take in how the totals stand after an update: seconds of work, seconds of waiting for data, examples."""
+        old_busy, old_waited, old_examples = self._before
+        self._before = (busy, waited, examples)
+        self._waited += waited - old_waited
+        for prefix in ("",) if label is None else ("", f"{label}/"):
+            seconds = busy - old_busy + waited - old_waited
+            self._seconds[prefix] = self._seconds.get(prefix, 0.0) + seconds
+            self._examples[prefix] = self._examples.get(prefix, 0) + examples - old_examples
+
+    def take(self) -> dict[str, float]:
+        """Return ``examples_per_second`` (also by label) and ``data_wait``, a share in [0, 1]; start anew."""
+        seconds = {prefix: max(value, 1e-9) for prefix, value in self._seconds.items()}
+        speeds = {f"{p}examples_per_second": self._examples[p] / seconds[p] for p in seconds}
+        share = self._waited / seconds.get("", 1e-9)
+        self._seconds, self._examples, self._waited = {}, {}, 0.0
+        return {**speeds, "data_wait": share}
 
 
 class LoggingCallback(Callback):

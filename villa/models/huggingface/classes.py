@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from villa.errors import ConfigError, nearest
-from villa.models.base import Task
+from villa.facts import Task
 
 
 def choose_task(config: Any, asked: str, of_data: Task | None) -> Task:

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
+from villa.checkpoints.load_report import LoadReport
+from villa.checkpoints.transformers_folder import ASSETS, HEAD, describing, find_config
+from villa.checkpoints.weight_files import read_weights
 from villa.errors import ConfigError, DataError
-from villa.models.base import DataFacts, ModelOutput, Point, Task, Written
-from villa.models.conversion import check_shapes
+from villa.facts import DataFacts, Task, Written
+from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
-from villa.models.huggingface.config import HuggingFaceConfig
-from villa.models.huggingface.lora import adapt, merged
+from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
+from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, pool, pooled_size, prompts, write
 from villa.models.huggingface.points import find_points, override
-from villa.models.huggingface.pooling import at_end, pool, pooled_size
-from villa.models.huggingface.writing import answer_logits, decoder_inputs, prompts, write
-from villa.models.load_report import LoadReport
+from villa.models.loading import check_shapes
 from villa.models.matching import Matching
-from villa.models.transformers_folder import ASSETS, HEAD, describing, find_config
 from villa.models.transformers_model import TransformersModel, name_labels
-from villa.models.weight_files import read_weights
 from villa.registry import register_model
 
 #: What models of transformers call their head for labels, or for whether an image and a text belong together.

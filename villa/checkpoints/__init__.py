@@ -1,0 +1,1 @@
+"""Checkpoints on disk: writing, finding, reading."""

@@ -1,0 +1,264 @@
+"""The files of one checkpoint: written durably, checked against a manifest, read without running any code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from villa.checkpoints.layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
+from villa.checkpoints.tensors import check_archive, read_safetensors, unshared
+from villa.errors import CheckpointError, one_line, reading
+from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
+from villa.json_values import is_count, read_own
+from villa.provenance import check_provenance
+
+_FORMAT = 1
+_ADVICE = "use another one"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint; its tensors are read on request.
+
+    Attributes:
+        path: its folder.
+        update: updates that the run had done.
+    """
+
+    path: Path
+    update: int
+
+    @property
+    def assets(self) -> Path:
+        """Folder with the data set's files for prediction (vocabulary, labels)."""
+        return self.path / ASSETS
+
+    def copy_assets(self, folder: Path) -> None:
+        """Copy the data set's files into a folder."""
+        if self.assets.is_dir():
+            shutil.copytree(self.assets, folder, dirs_exist_ok=True)
+
+    def config_yaml(self) -> str:
+        """Return the run's resolved recipe.
+
+        Raises:
+            CheckpointError: it is no text.
+        """
+        with reading(f"'{self.path / CONFIG}' cannot be read", _ADVICE, CheckpointError):
+            return (self.path / CONFIG).read_text(encoding="utf-8")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its tensors lie in shards, one of each process that saved it."""
+        return (self.path / INDEX).is_file()
+
+    def model_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Read the weights, on the CPU. Names that shared a tensor when saved share it again.
+
+        Args:
+            like: the model's own tensors. Of shards, a process that has a part of a tensor reads that part alone, and
+                gets it as it has its own.
+
+        Raises:
+            CheckpointError: the file was damaged after the checkpoint was verified.
+        """
+        if self.sharded:
+            from villa.checkpoints.shards import MODEL_STATE, Shards  # takes long to import
+
+            return Shards(self.path).read(MODEL_STATE, like)
+        with reading(f"'{self.path / MODEL}' cannot be read", _ADVICE, CheckpointError):
+            return read_safetensors(self.path / MODEL)
+
+    def training_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Read the state of optimiser, loop and callbacks, with its tensors on the CPU. No code in it is run.
+
+        Args:
+            like: the model's parameters by name; see ``model_state``.
+
+        Raises:
+            CheckpointError: the file holds anything but tensors, numbers, text and containers, or is damaged.
+        """
+        state = self.plain_state()
+        if self.sharded:
+            from villa.checkpoints.shards import Shards, join_optimizer, join_trainer
+
+            shards = Shards(self.path)
+            join_optimizer(state, shards, like)
+            join_trainer(state, shards, like)
+        return state
+
+    def plain_state(self) -> dict[str, Any]:
+        """Read the training state without what lies in shards; see ``training_state``."""
+        path = self.path / TRAINING_STATE
+        with reading(f"'{path}' cannot be read", _ADVICE, CheckpointError):
+            check_archive(path)
+            try:
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:  # its message advises to load without protection
+                raise CheckpointError(
+                    f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
+                    "villa did not write it: use another checkpoint"
+                ) from error
+            if not isinstance(state, dict):
+                raise ValueError("it holds no training state")
+            check_provenance(state.get("provenance", {}))
+        return state
+
+
+def write_recipe(folder: Path, config_yaml: str, assets: Callable[[Path], None] | None) -> None:
+    """Write the small files of a checkpoint: the resolved recipe, and what ``assets`` writes into its folder."""
+    atomic_write(folder / CONFIG, config_yaml)
+    (folder / ASSETS).mkdir()
+    if assets is not None:
+        assets(folder / ASSETS)
+
+
+def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+    """Write whole weights and the training state into a folder.
+
+    Args:
+        folder: existing folder.
+        model_state: the weights by name; they may share memory.
+        training_state: nested dicts, lists and tuples of tensors, numbers, text and None.
+
+    Raises:
+        TypeError: ``training_state`` holds an object that could not be loaded again.
+        OSError: the disk is full or the folder cannot be written (torch and safetensors have their own errors
+            for it).
+    """
+    write_training_state(folder, training_state)
+    tensors, aliases = unshared(model_state)
+    save_file(tensors, folder / MODEL, metadata={"aliases": json.dumps(aliases, sort_keys=True)})
+
+
+def write_training_state(folder: Path, training_state: Mapping[str, Any]) -> None:
+    """Write what is no weight; see ``write_whole``."""
+    _check_plain(training_state, "training_state")
+    with (folder / TRAINING_STATE).open("xb") as file:  # given a path, torch would not say why it cannot write
+        torch.save(training_state, file)
+
+
+def listed(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Any]:
+    """Flush files to the disk, and return the size and SHA-256 of each by its name below ``folder``.
+
+    Args:
+        folder: of a checkpoint.
+        paths: files in it; by default all but the shards.
+    """
+    if paths is None:
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.parent != folder / SHARDS)
+    found = {}
+    for path in sorted(paths):
+        follow_umask(path)
+        fsync(path)
+        found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return found
+
+
+def write_manifest(folder: Path, update: int, name: str = MANIFEST, *, files: Mapping[str, Any] | None = None) -> None:
+    """Write a manifest of this name; it is the last of a folder's files.
+
+    Args:
+        folder: whose files it lists.
+        update: updates done.
+        name: of the manifest.
+        files: what ``listed`` has returned; by default for all files but shards.
+    """
+    files = listed(folder) if files is None else files
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync(path)
+    write_json(folder / name, {"format": _FORMAT, "update": update, "files": dict(files)})
+
+
+def load(folder: Path, *, verified: bool = False) -> Checkpoint:
+    """Return the checkpoint in ``folder`` after comparing every file with the manifest.
+
+    Args:
+        folder: of the checkpoint.
+        verified: another process has just done so: read the manifest alone.
+
+    Raises:
+        CheckpointError: it is not a complete checkpoint; the message names the file and what is wrong with it.
+    """
+    update, files = read_manifest(folder)
+    for name, expected in () if verified else files.items():
+        problem = file_problem(folder, name, expected)
+        if problem:
+            raise CheckpointError(f"checkpoint '{folder}' is damaged: {name} {problem}; use another one")
+    for name in (INDEX if INDEX in files else MODEL, TRAINING_STATE, CONFIG):
+        if name not in files:
+            raise CheckpointError(f"checkpoint '{folder}' is damaged: {MANIFEST} does not list {name}; use another one")
+    return Checkpoint(folder, update)
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, Any]]:
+    """Read a manifest: the updates done, and the size and SHA-256 of every file by its name below ``folder``.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"'{folder}' is not a complete checkpoint: it has no {name}; use another one")
+    with reading(f"checkpoint '{folder}' is damaged: {name} cannot be used", _ADVICE, CheckpointError):
+        return _checked(read_own(path))
+
+
+def _checked(manifest: Any) -> tuple[int, dict[str, Any]]:
+    """Return what ``read_manifest`` does, of the right types; raise ValueError where they are wrong."""
+    if not isinstance(manifest, dict) or not {"format", "update", "files"} <= manifest.keys():
+        raise ValueError("it lacks format, update or files")
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r:.40}, this villa reads {_FORMAT}")
+    update, files = manifest["update"], manifest["files"]
+    if not is_count(update):
+        raise ValueError(f"its update is {update!r:.40}")
+    if not isinstance(files, dict):
+        raise ValueError("it lists no files")
+    for name, expected in files.items():
+        size, digest = (expected.get(key) for key in ("size", "sha256")) if isinstance(expected, dict) else (None, None)
+        if not is_count(size) or not isinstance(digest, str):
+            raise ValueError(f"it does not say what the file {name!r:.80} should be")
+    return update, files
+
+
+def file_problem(folder: Path, name: str, expected: Mapping[str, Any], said_by: str = MANIFEST) -> str | None:
+    """Say what is wrong with a file that ``said_by`` lists, or return None."""
+    path = folder / name
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return "lies outside of its folder"
+        if not path.is_file():
+            return f"is missing, though {said_by} lists it"
+        if path.stat().st_size != expected["size"]:
+            return f"has {path.stat().st_size} bytes, where {said_by} says {expected['size']}"
+        if sha256(path) != expected["sha256"]:
+            return f"has another checksum than {said_by} says"
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:  # pathlib has the last two for odd links
+        return f"cannot be checked ({one_line(error)})"
+    return None
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what ``weights_only`` loading would refuse: better now than when the run is to go on."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):
+            _check_plain(item, f"{where}[{position}]")
+    elif type(value) not in (int, float, bool, str, bytes, type(None), Tensor, Parameter):
+        raise TypeError(f"{where} is a {type(value).__name__}; only tensors, numbers, text and containers are saved")

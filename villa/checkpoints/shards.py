@@ -1,0 +1,270 @@
+"""The tensors of a checkpoint in shards: every process writes what it has, and any process reads what it needs.
+
+The files are those of ``torch.distributed.checkpoint`` in its safetensors layout: its usual one holds a pickle, which
+is never read. What a process writes follows from what it has, so that none waits for another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.tensor import DTensor
+
+from villa.checkpoints.layout import INDEX, SHARDS
+from villa.checkpoints.tensors import parameter_indices, staged, unshared
+from villa.errors import CheckpointError, ConfigError, reading
+from villa.files import write_json
+from villa.json_values import read_own
+from villa.share import Share
+
+try:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+except ImportError as _error:  # torch before 2.9
+    raise ConfigError(
+        f"checkpoint.sharded: torch {torch.__version__} has no shards in the safetensors layout; install 2.9 or later, "
+        "or set checkpoint.sharded=false"
+    ) from _error
+
+#: What the names of weights, and of what an optimiser and a trainer keep about them, begin with.
+MODEL_STATE, OPTIMIZER_STATE, TRAINER_STATE = "model.", "optimizer.", "trainer."
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process writes of a checkpoint's tensors.
+
+    Attributes:
+        rank: of the process.
+        plan: which part of which tensor it is.
+        tensors: its part of each, by name.
+        index: of all tensors: their shapes, and the names that share one with another name.
+    """
+
+    rank: int
+    plan: SavePlan
+    tensors: Mapping[str, Tensor]
+    index: Mapping[str, Any]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the part below the folder of a checkpoint; return its files."""
+        shards = folder / SHARDS
+        shards.mkdir(exist_ok=True)
+        writer = HuggingFaceStorageWriter(str(shards), save_distributed=True)
+        *_, plan = writer.prepare_global_plan([SavePlan([])] * self.rank + [self.plan])  # names the file by rank
+        written = writer.write_data(plan, _Prepared(self.tensors)).wait()
+        if self.rank == 0:
+            write_json(folder / INDEX, dict(self.index))
+        return sorted({shards / result.storage_data.relative_path for result in written})
+
+
+class _Prepared(DefaultSavePlanner):
+    """Gives tensors that were collected before."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """See the base class."""
+        return self._tensors[write_item.index.fqn]
+
+
+def part_of(
+    model: nn.Module,
+    optimizer: Mapping[str, Tensor],
+    share: Share,
+    *,
+    copy: bool,
+    trainer: Mapping[str, Tensor] | None = None,
+) -> Part:
+    """Collect what this process writes; nothing is sent for it.
+
+    Args:
+        model: whose weights are saved; of a tensor that every process has, one of them writes all.
+        optimizer: tensors of its optimiser by name.
+        share: which process this is.
+        copy: copy the tensors into main memory, so that training may go on.
+        trainer: tensors that the method keeps, by name.
+    """
+    state = {MODEL_STATE + name: value for name, value in model.state_dict().items()}
+    buffers = state.keys() - {MODEL_STATE + name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state |= {OPTIMIZER_STATE + name: value for name, value in optimizer.items()}
+    state |= {TRAINER_STATE + name: value for name, value in (trainer or {}).items()}
+    local, aliases = unshared({name: _local(value) for name, value in state.items()})
+    whole = {name: value for name, value in local.items() if not isinstance(state[name], DTensor)}
+    owners = _owners(whole, buffers, share.world_size)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    own = {name: state[name] for name in local if owners.get(name, share.rank) == share.rank}
+    planner.set_up_planner(own, is_coordinator=True)
+    kept = {name for name, part in local.items() if part.numel() or name in owners or share.rank == 0}
+    items = [item for item in planner.create_local_plan().items if item.index.fqn in kept]  # some have no rows
+    tensors = {item.index.fqn: local[item.index.fqn] for item in items}
+    index = {
+        "format": _FORMAT,
+        "processes": share.world_size,
+        "shapes": {name: list(state[name].shape) for name in local},
+        "aliases": aliases,
+    }
+    return Part(share.rank, SavePlan(items), staged(tensors) if copy else tensors, index)
+
+
+def _owners(tensors: Mapping[str, Tensor], main_only: Collection[str], count: int) -> dict[str, int]:
+    """Deal out tensors that all processes have: each, from the largest on, to the one that has least to write.
+
+    Buffers are the main process's, as in a checkpoint that is not sharded: they may differ between processes.
+    """
+    load, owners = [0] * count, {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        owners[name] = 0 if name in main_only else load.index(min(load))
+        load[owners[name]] += tensors[name].nbytes
+    return owners
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split an optimiser's state into what is small, and tensors called ``<parameter>.<what it is>``."""
+    names = {index: name for name, index in parameter_indices(state["param_groups"]).items()}
+    small: dict[int, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for index, kept in state["state"].items():
+        large = {key: value for key, value in kept.items() if isinstance(value, Tensor) and value.dim() > 0}
+        small[index] = {key: value for key, value in kept.items() if key not in large}
+        tensors |= {f"{names[index]}.{key}": value for key, value in large.items()}
+    return {**state, "state": small}, tensors
+
+
+def join_optimizer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, Tensor] | None) -> None:
+    """Put the tensors of an optimiser back into the state that ``split_optimizer`` has left.
+
+    Args:
+        state: the training state, changed in place.
+        shards: where the tensors are.
+        like: parameters by name; see ``Shards.read``.
+
+    Raises:
+        CheckpointError: they do not belong together.
+    """
+    stored = [name.removeprefix(OPTIMIZER_STATE).rpartition(".") for name in shards.names(OPTIMIZER_STATE)]
+    parameters = {f"{name}.{key}": like[name] for name, _, key in stored if like and name in like}
+    tensors = shards.read(OPTIMIZER_STATE, parameters)
+    with shards.broken():
+        optimizer = state["updater"]["optimizer"]
+        indices = parameter_indices(optimizer["param_groups"])
+        for name, _, key in stored:
+            optimizer["state"][indices[name]][key] = tensors[f"{name}.{key}"]
+
+
+def split_trainer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split a trainer's state into what is small, and tensors called ``<word>.<parameter>``."""
+    kept = state["weights"].items()
+    tensors = {f"{word}.{name}": value for word, of in kept for name, value in of.items()}
+    return {**state, "weights": {word: {} for word in state["weights"]}}, tensors
+
+
+def join_trainer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, Tensor] | None) -> None:
+    """Put the tensors of a trainer back into the state that ``split_trainer`` has left; see ``join_optimizer``.
+
+    Raises:
+        CheckpointError: they do not belong together.
+    """
+    stored = [name.removeprefix(TRAINER_STATE) for name in shards.names(TRAINER_STATE)]
+    parameters = {name: (like or {}).get(name.partition(".")[2]) for name in stored}
+    tensors = shards.read(TRAINER_STATE, {name: p for name, p in parameters.items() if p is not None})
+    with shards.broken():
+        for key, value in tensors.items():
+            word, _, name = key.partition(".")
+            state["updater"]["trainer"]["weights"][word][name] = value
+
+
+class Shards:
+    """The tensors of a sharded checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: they cannot be read, or a part is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with self.broken():
+            index = read_own(folder / INDEX)
+            if index["format"] != _FORMAT:
+                raise ValueError(f"its format is {index['format']}, this villa reads {_FORMAT}")
+            self.shapes = {name: torch.Size(shape) for name, shape in index["shapes"].items()}
+            self.aliases: dict[str, str] = dict(index["aliases"])
+            wrong = [*({*self.aliases.values()} - self.shapes.keys()), *(self.aliases.keys() & self.shapes.keys())]
+            if wrong:
+                raise ValueError(f"its 'aliases' do not fit its tensors: {wrong[0]!r:.80}")
+            self._reader = HuggingFaceStorageReader(str(folder / SHARDS))
+            self._metadata = self._reader.read_metadata()
+            self._stored: dict[str, Any] = dict(self._metadata.state_dict_metadata)
+            self._check_parts()
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the stored tensors that begin so."""
+        return [name for name in self.shapes if name.startswith(prefix)]
+
+    def read(self, prefix: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Read the tensors whose names begin with ``prefix``, by the rest of their names, on the CPU.
+
+        Args:
+            prefix: ``MODEL_STATE``, ``OPTIMIZER_STATE`` or ``TRAINER_STATE``.
+            like: tensors by the rest of their names. Where one of them is a process's part of a tensor, that part alone
+                is read, to where it is.
+
+        Raises:
+            CheckpointError: a file was damaged after the checkpoint was verified.
+        """
+        with self.broken():
+            made = {name: self._room(name, (like or {}).get(name.removeprefix(prefix))) for name in self.names(prefix)}
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner(dict(made), self._metadata, is_coordinator=True)
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+            made |= {alias: made[name] for alias, name in self.aliases.items() if alias.startswith(prefix)}
+        return {name.removeprefix(prefix): value for name, value in made.items()}
+
+    def _room(self, name: str, like: Tensor | None) -> Tensor:
+        dtype = self._stored[name].properties.dtype
+        if isinstance(like, DTensor) and like.shape == self.shapes[name]:
+            return torch.empty_like(like, dtype=dtype, requires_grad=False)
+        return torch.empty(self.shapes[name], dtype=dtype)
+
+    def _check_parts(self) -> None:
+        for name, shape in self.shapes.items():
+            stored = self._stored[name]
+            if stored.size != shape or not _tile(stored.chunks, shape):
+                raise ValueError(f"a part of '{name}' is missing")
+
+    def broken(self) -> AbstractContextManager[None]:
+        """Context that turns what damaged files cause into one line."""
+        return reading(f"the shards in '{self.folder}' cannot be read", "use another checkpoint", CheckpointError)
+
+
+def _tile(chunks: Sequence[Any], shape: torch.Size) -> bool:
+    """Whether parts that were cut along one dimension make up a tensor, so that no element of it stays unread."""
+    cut = next((d for d, size in enumerate(shape) if any(chunk.sizes[d] != size for chunk in chunks)), None)
+    if cut is None:  # whole
+        return len(chunks) == 1 and not any(chunks[0].offsets)
+    end = 0
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.offsets[cut], chunk.sizes[cut])):
+        others = [(chunk.offsets[d], chunk.sizes[d]) for d in range(len(shape)) if d != cut]
+        if others != [(0, size) for d, size in enumerate(shape) if d != cut] or chunk.offsets[cut] != end:
+            return False
+        end += chunk.sizes[cut]
+    return bool(end == shape[cut])

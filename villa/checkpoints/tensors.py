@@ -1,0 +1,115 @@
+"""Tensors of states and of single files: copies, which of them share memory, and how a file of them is checked."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+_Identity = tuple[Any, ...]
+
+
+def unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into contiguous tensors that share no memory, as safetensors wants, and names of others.
+
+    Returns:
+        The tensors by name, and for every name left out (a tied weight) the name of the same tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[_Identity, str] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        identity = _identity(tensor)
+        if tensor.numel() and first.setdefault(identity, name) != name:
+            aliases[name] = first[identity]
+            continue
+        contiguous = tensor.detach().contiguous()
+        storage = contiguous.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != contiguous.nbytes:
+            contiguous = contiguous.clone()  # a part of, or another view on, memory that is saved already
+        storages.add(contiguous.untyped_storage().data_ptr())
+        tensors[name] = contiguous
+    return tensors, aliases
+
+
+def staged(value: Any) -> Any:
+    """Copy nested dicts, lists and tuples, and the tensors in them into main memory; tied weights stay tied.
+
+    What is trained on afterwards changes nothing in the copy.
+    """
+    return _staged(value, {})
+
+
+def _staged(value: Any, made: dict[_Identity, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        identity = _identity(value)
+        if not value.numel() or identity not in made:
+            made[identity] = value.detach().to("cpu", copy=True)
+        return made[identity]
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _staged(item, made)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_staged(item, made) for item in value)
+    return value
+
+
+def _identity(tensor: Tensor) -> _Identity:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Name to number of the parameters of the groups in an optimiser's state."""
+    return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}
+
+
+def named_parameters(optimizer: Optimizer) -> dict[str, Parameter]:
+    """Name to parameter of an optimiser's groups: this process's parts, whatever a strategy has put together by now."""
+    return {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of safetensors, with the other names of those that are tied in our checkpoints.
+
+    The library holds what the header claims against the size of the file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+        aliases = json.loads((content.metadata() or {}).get("aliases", "{}"))
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+        raise ValueError("its 'aliases' do not map names to names")
+    unknown = sorted({*aliases.values()} - weights.keys()) + sorted(aliases.keys() & weights.keys())
+    if unknown:
+        raise ValueError(f"its 'aliases' do not fit its tensors: '{unknown[0]:.80}'")
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def check_archive(file: Path) -> None:
+    """Check an archive of ``torch.save``, of which torch compares neither the checksums nor, packed, the sizes.
+
+    Files of the time before it wrote archives have neither.
+
+    Raises:
+        ValueError: something in it is damaged, or claims more bytes than the file has.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > file.stat().st_size:
+            raise ValueError("what is in it claims more bytes than the file has")
+        for member in members:
+            if not member.CRC:  # as torch writes it when asked to leave checksums out
+                continue
+            with archive.open(member) as content:  # compares the checksum at the end
+                while content.read(1 << 22):
+                    pass

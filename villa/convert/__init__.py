@@ -1,0 +1,1 @@
+"""Converters of annotations, features, checkpoints and configurations."""

@@ -1,0 +1,251 @@
+"""VQA v2, and question files in its form (Visual Genome)."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from villa.convert.answers import Scores, answer_target
+from villa.convert.entries import read_entries
+from villa.convert.example import LineRecords, RawExample, Record, as_record, by_number, read_object, read_records
+from villa.datasets.base import plain_answer
+from villa.errors import DataError, nearest
+from villa.files import regular_file
+
+#: Image sets that a question file may ask about; ``vg`` is Visual Genome.
+IMAGE_SETS = ("train2014", "val2014", "test2015", "vg")
+
+
+def image_set(questions: Path) -> str:
+    """Return the image set of a question file: its ``data_subtype``, or what its name says.
+
+    Raises:
+        DataError: neither names one.
+    """
+    given = f"{read_object(questions).values.get('data_subtype', '')} {questions.name}"
+    named = given.replace("test-dev2015", "test2015")  # the development part of the test images
+    for name in IMAGE_SETS:
+        if name in named:
+            return name
+    raise DataError(f"'{questions}' does not say which images it asks about; give --image-set, {_choices()}")
+
+
+def image_name(images: str, number: int) -> str:
+    """Return the name of an image's feature file: ``coco_train2014_000000000009.npz``."""
+    return f"vg_{number:012}.npz" if images == "vg" else f"coco_{images}_{number:012}.npz"
+
+
+def read_vqa(
+    questions: Path,
+    annotations: Path | None = None,
+    labels: Mapping[str, int] | None = None,
+    *,
+    images: str | None = None,
+    scores: Scores = "soft",
+) -> Iterator[RawExample]:
+    """Yield the questions of VQA v2.
+
+    Args:
+        questions: ``v2_OpenEnded_mscoco_<set>_questions.json``.
+        annotations: ``v2_mscoco_<set>_annotations.json``; without it (test) examples have no ``target``.
+        labels: answer list, for the targets.
+        images: one of ``IMAGE_SETS``; by default the file's own.
+        scores: soft scores of the targets.
+
+    Raises:
+        DataError: a file cannot be read, or a question has no annotation.
+    """
+    images = images or image_set(questions)
+    answered = None if annotations is None else by_number(read_records(annotations, "annotations"), "question_id")
+    for question in read_records(questions, "questions"):
+        number = question.integer("question_id")
+        name = image_name(images, question.integer("image_id"))
+        fields: dict[str, Any] = {**question.values}
+        if answered is not None:
+            annotation = answered.get(number)
+            if annotation is None:
+                raise DataError(f"{question.where}: '{annotations}' has no annotation of question {number}")
+            fields.update(annotation.values, target=answer_target(annotation, labels or {}, scores))
+        yield RawExample(str(number), {"input_ids": (question.text("question"),)}, name, fields, question.where)
+
+
+def _choices() -> str:
+    return f"{', '.join(IMAGE_SETS[:-1])} or {IMAGE_SETS[-1]}"
+
+
+def read_gqa(questions: Path) -> Iterator[RawExample]:
+    """Yield the questions of GQA, ``train_balanced_questions.json`` and its like: ``{id: question}``.
+
+    They are read one after another, for the larger files have gigabytes. Questions of the test splits have no
+    ``answer`` among their fields.
+
+    Raises:
+        DataError: the file cannot be read, or a record lacks a field.
+    """
+    for identifier, value in read_entries(questions):
+        record = as_record(value, f"{questions}: question {identifier}")
+        fields = {**record.values}
+        if "answer" in fields:
+            fields["answer"] = plain_answer(record.text("answer"))
+        texts = {"input_ids": (record.text("question"),)}
+        yield RawExample(identifier, texts, f"{record.text('imageId')}.npz", fields, record.where)
+
+
+def count_gqa(questions: Path) -> int | None:
+    """Return the number of questions of a file, or None where the file cannot be read."""
+    try:
+        regular_file(questions)
+        with questions.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+            return sum(1 for _ in re.finditer(rb'"imageId"', contents))
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return None
+
+
+def gqa_answers(files: Iterable[Path]) -> list[str]:
+    """Return the answers of question files, the most frequent first, equal ones in alphabetical order."""
+    counts = Counter(
+        example.fields["answer"] for file in files for example in read_gqa(file) if "answer" in example.fields
+    )
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))
+
+
+_LABELS = {"True": 1, "true": 1, "False": 0, "false": 0}
+
+
+def read_nlvr2(annotations: Path) -> Iterator[RawExample]:
+    """Yield the sentences of an NLVR2 file, ``train.json`` and its like: one JSON object a line.
+
+    ``target`` is 1 for True, 0 for False, None where the label is hidden.
+
+    Raises:
+        DataError: a record has no ``identifier`` or ``sentence``, or another label.
+    """
+    for record in LineRecords(annotations):
+        identifier = record.text("identifier")
+        pair, dash, _ = identifier.rpartition("-")  # the last part numbers the sentences of a pair of images
+        if not dash:
+            raise DataError(f"{record.where}: identifier '{identifier}' has no '-'; it must be like 'dev-850-0-0'")
+        images = [f"nlvr2_{pair}-img{side}.npz" for side in (0, 1)]
+        fields: dict[str, Any] = {**record.values, "target": _target(record)}
+        yield RawExample(identifier, {"input_ids": (record.text("sentence"),)}, images, fields, record.where)
+
+
+def _target(record: Record) -> int | None:
+    label = record.values.get("label")
+    if label is None:
+        return None
+    if str(label) not in _LABELS:
+        raise DataError(f"{record.where}: label {label!r:.40} must be True or False")
+    return _LABELS[str(label)]
+
+
+SPLITS = ("train", "restval", "val", "test")
+_COCO = re.compile(r"COCO_(train2014|val2014)_(\d{1,12})\.jpg")
+_FLICKR = re.compile(r"(\d{1,18})(\.jpg)?")
+
+
+def read_karpathy(annotations: Path, splits: Collection[str]) -> Iterator[RawExample]:
+    """Yield the captions of ``dataset_flickr30k.json`` or ``dataset_coco.json``; an image has about five.
+
+    Args:
+        annotations: the file; the form of its file names tells COCO from Flickr30k.
+        splits: which of ``SPLITS`` to read.
+
+    Raises:
+        DataError: a record lacks a field, or there is no image of these splits.
+    """
+    found = False
+    for image in read_records(annotations, "images"):
+        split = image.text("split")
+        if split not in SPLITS:
+            raise DataError(f"{image.where}: split '{split}' must be {', '.join(SPLITS)}")
+        if split not in splits:
+            continue
+        found = True
+        yield from _captions(image)
+    if not found:
+        raise DataError(f"'{annotations}' has no image of split {' or '.join(splits)}")
+
+
+def _captions(image: Record) -> Iterator[RawExample]:
+    name = _feature_name(image.text("filename"), image.where)
+    for sentence in image.records("sentences"):
+        texts = {"input_ids": (sentence.text("raw"),)}
+        yield RawExample(str(sentence.integer("sentid")), texts, name, dict(sentence.values), sentence.where)
+
+
+def _feature_name(filename: str, where: str) -> str:
+    coco = _COCO.fullmatch(filename)
+    return f"coco_{coco[1]}_{int(coco[2]):012}.npz" if coco else flickr_name(filename, where)
+
+
+def flickr_name(filename: str, where: str) -> str:
+    """Return the name of a Flickr30k photograph's feature file, ``flickr30k_000004705552913.npz`` and the like.
+
+    Args:
+        filename: ``4705552913.jpg`` or ``4705552913``.
+        where: where it was read, for the message.
+
+    Raises:
+        DataError: it is named in another way.
+    """
+    match = _FLICKR.fullmatch(filename)
+    if match is None:
+        raise DataError(f"{where}: '{filename:.80}' is no name of a Flickr30k or COCO image, like '4705552913.jpg'")
+    return f"flickr30k_{int(match[1]):012}.npz"
+
+
+#: Class indices of the released code.
+CLASSES = {"contradiction": 0, "entailment": 1, "neutral": 2}
+_NO_AGREEMENT = "-"
+
+
+def read_snli_ve(annotations: Path) -> Iterator[RawExample]:
+    """Yield the hypotheses of ``snli_ve_<split>.jsonl``; those whose annotators did not agree ("-") are left out.
+
+    Raises:
+        DataError: a record lacks a field or has another label.
+    """
+    for record in LineRecords(annotations):
+        label = record.text("gold_label")
+        if label == _NO_AGREEMENT:
+            continue
+        if label not in CLASSES:
+            raise DataError(
+                f"{record.where}: gold_label '{label}' must be {', '.join(CLASSES)}{nearest(label, CLASSES)}"
+            )
+        # The first release spells the field "Flikr30kID" and writes "4705552913.jpg".
+        photograph = record.text("Flickr30K_ID", "Flikr30kID")
+        fields: dict[str, Any] = {**record.values, "target": {"labels": [CLASSES[label]], "scores": [1.0]}}
+        texts = {"input_ids": (record.text("sentence2"),)}
+        yield RawExample(record.text("pairID"), texts, flickr_name(photograph, record.where), fields, record.where)
+
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".npz")
+
+
+def read_captions(annotations: Path) -> Iterator[RawExample]:
+    """Yield captions from lines ``{"id": "1", "image": "coco_train2014_000000000009.jpg", "caption": "a dog"}``.
+
+    The feature file is ``image`` without its folder and with ``.npz`` in place of an image's suffix.
+
+    Raises:
+        DataError: a record lacks a field.
+    """
+    for record in LineRecords(annotations):
+        identifier = record.values.get("id")
+        number = isinstance(identifier, int) and not isinstance(identifier, bool)
+        name = str(identifier) if number else record.text("id")
+        texts = {"input_ids": (record.text("caption"),)}
+        yield RawExample(name, texts, feature_name(record.text("image")), dict(record.values), record.where)
+
+
+def feature_name(image: str) -> str:
+    """Return the name of an image's feature file: ``a/b.jpg`` gives ``b.npz``."""
+    name = PurePosixPath(image).name
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem if dot and '.' + suffix.lower() in _IMAGE_SUFFIXES else name}.npz"

@@ -1,0 +1,133 @@
+"""Answers of VQA v2: their normal form, the list of answers that are labels, and soft scores."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+from villa.convert.example import Record
+from villa.errors import DataError
+
+#: How many of the ten annotators' answers make which score.
+#:
+#: ``soft``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 or more; it is the accuracy of VQA v2's evaluation, averaged over the ten
+#: ways to leave one annotator out, and what the released databases store. ``thirds``: min(count / 3, 1).
+Scores = Literal["soft", "thirds"]
+
+#: An answer that occurs less often as a question's most frequent answer is not a label (3129 remain of train and val).
+MIN_OCCURRENCES = 9
+
+_SOFT = (0.0, 0.3, 0.6, 0.9, 1.0)
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
+_ARTICLES = frozenset({"a", "an", "the"})
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_THOUSANDS = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+#: Contractions that VQA v2's evaluation restores where an apostrophe was left out.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
+oughtn't shan't she'd've she's should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd
+where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+
+
+def _restored() -> dict[str, str]:
+    """Every contraction by its spellings with one apostrophe less."""
+    places = ((word, place) for word in _CONTRACTIONS.split() for place, letter in enumerate(word) if letter == "'")
+    return {word[:place] + word[place + 1 :]: word for word, place in places}
+
+
+_RESTORED = _restored()
+
+
+@lru_cache(1 << 16)
+def normalise_answer(answer: str) -> str:
+    """Bring an answer into the form in which VQA v2 compares answers.
+
+    Lower case; without punctuation (full stops and apostrophes within words stay), articles and commas; number words
+    up to ten as digits; contractions with their apostrophe. Rules of the evaluation of VQA v2 (Goyal et al., 2017).
+    """
+    text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
+    kept = text
+    for mark in _PUNCTUATION:
+        drop = f"{mark} " in text or f" {mark}" in text or _THOUSANDS.search(text) is not None
+        kept = kept.replace(mark, "" if drop else " ")
+    words = (_DIGITS.get(word, word) for word in _FULL_STOP.sub("", kept).split())
+    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES).replace(",", "")
+
+
+def build_answers(annotations: Iterable[Record], min_occurrences: int = MIN_OCCURRENCES) -> dict[str, int]:
+    """Make an answer list from annotations: the answers that are often the most frequent one of a question.
+
+    Args:
+        annotations: records of annotation files (official: those of train and val together).
+        min_occurrences: how often an answer must be a question's ``multiple_choice_answer``.
+
+    Returns:
+        Answer to label, by falling frequency, equal ones in alphabetical order.
+
+    Raises:
+        DataError: no answer occurs so often.
+    """
+    counts = Counter(normalise_answer(record.text("multiple_choice_answer")) for record in annotations)
+    often = [answer for answer, count in counts.items() if count >= min_occurrences]
+    if not often:
+        raise DataError(
+            f"no answer occurs {min_occurrences} times in the annotations; give an answer list (--answers), or lower "
+            "--min-occurrences"
+        )
+    return {answer: label for label, answer in enumerate(sorted(often, key=lambda answer: (-counts[answer], answer)))}
+
+
+def answer_target(annotation: Record, labels: Mapping[str, int], scores: Scores) -> dict[str, list[Any]]:
+    """Return the soft target of a question.
+
+    Args:
+        annotation: record with ``answers``, a list of ``{"answer": text}``; a single one (Visual Genome) counts fully.
+        labels: label of each answer of the answer list; other answers are left out.
+        scores: which scores counts make.
+
+    Returns:
+        ``{"labels": [int], "scores": [float]}``; both may be empty.
+
+    Raises:
+        DataError: the annotation has no such answers.
+    """
+    known = {
+        labels[answer]: score
+        for answer, score in human_scores(human_answers(annotation), scores).items()
+        if answer in labels
+    }
+    return {"labels": list(known), "scores": list(known.values())}
+
+
+def human_answers(annotation: Record) -> list[str]:
+    """Return what the annotators answered, in normal form.
+
+    Args:
+        annotation: record with ``answers``, a list of ``{"answer": text}``.
+
+    Raises:
+        DataError: the annotation has no such answers.
+    """
+    return [normalise_answer(entry.text("answer")) for entry in annotation.records("answers")]
+
+
+def human_scores(answers: Sequence[str], scores: Scores) -> dict[str, float]:
+    """Return the score of every answer that an annotator gave; a single one (Visual Genome) counts fully."""
+    counts = Counter(answers)
+    if len(answers) == 1:
+        counts[answers[0]] = len(_SOFT)
+    return {answer: _score(count, scores) for answer, count in counts.items()}
+
+
+def _score(count: int, scores: Scores) -> float:
+    return _SOFT[min(count, len(_SOFT) - 1)] if scores == "soft" else min(count / 3, 1.0)

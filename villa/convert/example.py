@@ -1,0 +1,183 @@
+"""What every reader of raw annotations yields, and the reading of their JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from villa.datasets.own.records import JsonLines
+from villa.errors import DataError
+from villa.files import read_json
+
+_WHAT, _ADVICE = "file", "mend the path or download it again"
+
+#: A text to tokenise: a part that is a string is split on white space into words; an integer is the number of a word
+#: that is not in the vocabulary (a person of VCR) and gets the id ``vocabulary size + number``.
+Words = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class RawExample:
+    """One example of a raw annotation file.
+
+    Attributes:
+        id: key of the example in the database.
+        texts: what is to be tokenised, by the field that gets the ids: one text, or a list of texts (choices).
+        images: name of the feature file, or several; None where the task has no ``txt2img.json``.
+        fields: goes into the database as it is.
+        where: where it was read (``questions.json: record 3``), for messages.
+    """
+
+    id: str
+    texts: Mapping[str, Words | list[Words]]
+    images: str | list[str] | None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One JSON object of an annotation file, with checked access to its fields.
+
+    Attributes:
+        values: the object.
+        where: file and number of the record, for messages.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def text(self, *names: str) -> str:
+        """Return the first of these fields that the record has, which must be a text.
+
+        Raises:
+            DataError: it is missing or no text.
+        """
+        name, value = self._find(names)
+        if not isinstance(value, str):
+            raise DataError(f"{self.where}: '{name}' must be a text, not {value!r:.40}")
+        return value
+
+    def integer(self, *names: str) -> int:
+        """Return the first of these fields that the record has, which must be a whole number >= 0.
+
+        Raises:
+            DataError: it is missing or no such number.
+        """
+        name, value = self._find(names)
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise DataError(f"{self.where}: '{name}' must be a whole number, not {value!r:.40}")
+        return value
+
+    def items(self, name: str, length: int | None = None) -> list[Any]:
+        """Return a field that must be a list (of ``length`` items).
+
+        Raises:
+            DataError: it is missing, no list, or has another length.
+        """
+        value = self._find((name,))[1]
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            wanted = "a list" if length is None else f"a list of {length}"
+            raise DataError(f"{self.where}: '{name}' must be {wanted}, not {value!r:.40}")
+        return value
+
+    def records(self, name: str) -> Iterator[Record]:
+        """Yield the objects of a field that must be a list of objects.
+
+        Raises:
+            DataError: it is missing or something else.
+        """
+        for number, value in enumerate(self.items(name), start=1):
+            yield as_record(value, f"{self.where}: '{name}' {number}")
+
+    def _find(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        for name in names:
+            if name in self.values:
+                return name, self.values[name]
+        present = ", ".join(map(str, self.values))
+        raise DataError(f"{self.where}: {_quoted(names)} is missing (present: {present or 'nothing':.200})")
+
+
+def read_object(path: Path) -> Record:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        DataError: as for ``villa.files.read_json``, or it holds something else.
+    """
+    return as_record(read_json(path, _WHAT, _ADVICE), str(path))
+
+
+def read_records(path: Path, key: str | None = None) -> list[Record]:
+    """Read the objects of a list: the whole of a JSON file, or its entry ``key``.
+
+    Raises:
+        DataError: as for ``villa.files.read_json``, or there is no such list.
+    """
+    value = read_json(path, _WHAT, _ADVICE) if key is None else read_object(path).items(key)
+    if not isinstance(value, list):
+        raise DataError(f"'{path}' must hold a list of objects, not {_kind(value)}")
+    return [as_record(item, f"{path}: record {number}") for number, item in enumerate(value, start=1)]
+
+
+class LineRecords:
+    """The objects of a JSON-lines file, read one at a time.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: the file is missing or empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lines = JsonLines(path)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield the records.
+
+        Raises:
+            DataError: a line is not a JSON object.
+        """
+        for number in range(len(self._lines)):
+            yield Record(self._lines[number], self._lines.where(number))
+
+
+def by_number(records: Iterable[Record], field: str) -> dict[int, Record]:
+    """Return records by a whole number that each must have for itself; a plain copy of a record may follow it.
+
+    Raises:
+        DataError: a record has none, or that of another.
+    """
+    found: dict[int, Record] = {}
+    for record in records:
+        first = found.setdefault(record.integer(field), record)
+        if first.values != record.values:
+            number = record.integer(field)
+            raise DataError(f"{record.where}: the {field} {number} occurs twice, first in {first.where}; leave one out")
+    return found
+
+
+def as_record(value: Any, where: str) -> Record:
+    """Wrap a JSON object.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a JSON object is needed, not {_kind(value)}")
+    return Record(value, where)
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "null"}.get(type(value), f"{value!r:.20}")
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return " or ".join(f"'{name}'" for name in names)

@@ -1,0 +1,306 @@
+"""The tasks of ``tools/make_jsonl.py``: which options each takes, what it reads, and where its images are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from villa.convert.annotations import (
+    CLASSES,
+    count_gqa,
+    gqa_answers,
+    image_set,
+    read_gqa,
+    read_nlvr2,
+    read_snli_ve,
+    read_vqa,
+)
+from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers, human_answers, human_scores
+from villa.convert.example import LineRecords, RawExample, Record, read_records
+from villa.convert.tasks import Task, TextOptions, check_options
+from villa.datasets.base import answer_list
+from villa.errors import ConfigError, DataError
+from villa.files import atomic_write, replacing
+from villa.plugins import one_line
+from villa.progress import Mode, track
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a line will say.
+
+    Attributes:
+        fields: of the record, without the images.
+        images: where each image may be below a folder of images, the likeliest place first.
+        where: where the example was read, for messages.
+    """
+
+    fields: dict[str, Any]
+    images: Sequence[Sequence[str]]
+    where: str
+
+    @classmethod
+    def of(cls, example: RawExample, images: Sequence[Sequence[str]], **answer: Any) -> Line:
+        """Make a line of an example, with one text, and its answer if there is one."""
+        (words,) = example.texts.values()
+        return cls({"id": example.id, "question": " ".join(map(str, words)), **answer}, images, example.where)
+
+
+@dataclass(frozen=True)
+class LineSource:
+    """An opened file of annotations.
+
+    Attributes:
+        lines: what to write.
+        total: how many there will be at most; None where that is not known.
+        answers: makes the list of answers that are labels; None where nothing answers the questions.
+    """
+
+    lines: Iterable[Line]
+    total: int | None = None
+    answers: Callable[[], Sequence[str]] | None = None
+
+
+@dataclass
+class Counts:
+    """Lines that were written, and those left out because an image of theirs is not there."""
+
+    written: int = 0
+    left_out: int = 0
+
+
+def write_lines(
+    source: LineSource, output: Path, images: Path | None = None, *, skip_missing: bool = False, progress: Mode = "auto"
+) -> Counts:
+    """Write a JSON-lines file; it is there whole or not at all.
+
+    Args:
+        source: what to write.
+        output: the file.
+        images: folder of the images. Lines then have paths from the folder of ``output`` to images that are there;
+            without it, paths for ``dataset.image_root``, which are not checked.
+        skip_missing: leave out lines whose images are not there, instead of stopping at the first one.
+        progress: how to show how far it is.
+
+    Raises:
+        DataError: an image is missing, two lines have the same id, nothing is left, or the file cannot be written.
+    """
+    if images is not None and not images.is_dir():
+        raise DataError(f"'{images}' is not a folder; give --images the folder with the images")
+    finder = _Finder(images, output)
+    counts = Counts()
+    try:
+        with replacing(output) as temporary, temporary.open("x", encoding="utf-8") as file:
+            for record, where in _records(source, finder, skip_missing, counts, progress):
+                try:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{where}: a text holds half a character ({one_line(error)}); mend it") from error
+            if not counts.written:
+                raise DataError(f"no line is left for '{output}' ({counts.left_out:,} lack their images)")
+    except OSError as error:
+        raise DataError(f"'{output}' cannot be written: {one_line(error)}") from error
+    return counts
+
+
+def _records(
+    source: LineSource, finder: _Finder, skip_missing: bool, counts: Counts, progress: Mode
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what is to be written, each with its place in what was read."""
+    seen: set[str] = set()
+    for line in track(source.lines, "writing lines", source.total, mode=progress):
+        if line.fields["id"] in seen:
+            raise DataError(f"{line.where}: the id '{line.fields['id']}' occurs twice; ids must be unique")
+        seen.add(line.fields["id"])
+        paths = [finder.find(places, line.where) for places in line.images]
+        if None in paths:
+            if not skip_missing:
+                places = " or ".join(f"'{place}'" for place in line.images[paths.index(None)])
+                raise DataError(
+                    f"{line.where}: there is no image {places} below '{finder.folder}'; get the images, or leave out "
+                    "what lacks them by --skip-missing"
+                )
+            counts.left_out += 1
+            continue
+        counts.written += 1
+        yield {**line.fields, **({"image": paths[0]} if len(paths) == 1 else {"images": paths})}, line.where
+
+
+class _Finder:
+    """Finds images below a folder.
+
+    Args:
+        folder: of the images; None takes the likeliest place unseen.
+        output: file whose folder the paths start from.
+    """
+
+    def __init__(self, folder: Path | None, output: Path) -> None:
+        self.folder = folder
+        self._prefix = PurePosixPath()
+        if folder is not None:
+            self._prefix = PurePosixPath(os.path.relpath(folder.resolve(), output.parent.resolve()))
+
+    def find(self, places: Sequence[str], where: str) -> str | None:
+        """Return the path of an image, or None if it is at none of the places.
+
+        Raises:
+            DataError: its name leads out of the folder.
+        """
+        if any(place.startswith("/") or ".." in place.split("/") for place in places):
+            raise DataError(f"{where}: '{places[-1]:.80}' is no name of an image; download the file again")
+        if self.folder is None:
+            return places[0]
+        for place in places:
+            if (self.folder / place).is_file():
+                return str(self._prefix / place)
+        return None
+
+
+#: Answers of NLVR2 in the order of the labels, 0 and 1.
+_TRUTH = ("False", "True")
+
+
+def make_lines(
+    task: str,
+    options: TextOptions,
+    output: Path,
+    *,
+    images: Path | None = None,
+    answers_file: Path | None = None,
+    skip_missing: bool = False,
+    force: bool = False,
+    progress: Mode = "auto",
+) -> tuple[Counts, int | None]:
+    """Convert raw annotations into a JSON-lines file, and list the answers if asked to.
+
+    Args:
+        task: one of ``LINE_TASKS``.
+        options: files and settings of the task.
+        output: file to write.
+        images: folder of the images; see ``write_lines``.
+        answers_file: file to write with the answers in the order of the labels; see ``answer_list``.
+        skip_missing: leave out lines whose images are not there.
+        force: replace files that are there.
+        progress: how to show how far it is.
+
+    Returns:
+        Numbers of lines, and of answers that were listed.
+
+    Raises:
+        ConfigError: the options do not fit the task, or a file is there already.
+        DataError: a file cannot be used.
+    """
+    check_options(task, LINE_TASKS[task], options)
+    for path in (output, answers_file):
+        if path is not None and path.exists() and (path.is_dir() or not force):
+            advice = "give the name of a file" if path.is_dir() else "give another name, or --force to replace it"
+            raise ConfigError(f"output '{path}' exists; {advice}")
+    if images is None and skip_missing:
+        raise ConfigError("--skip-missing looks for images; give their folder by --images")
+    source = LINE_TASKS[task].open(options)
+    answers = None
+    if answers_file is not None:
+        if source.answers is None:
+            raise ConfigError(f"nothing given answers the questions of task {task}; leave out --answers-file")
+        answers = list(source.answers())
+        listed = answer_list(answers_file, answers)
+    counts = write_lines(source, output, images, skip_missing=skip_missing, progress=progress)
+    if answers_file is None or answers is None:
+        return counts, None
+    try:
+        atomic_write(answers_file, listed)
+    except OSError as error:
+        raise DataError(f"'{answers_file}' cannot be written: {one_line(error)}") from error
+    return counts, len(answers)
+
+
+def _vqa(options: TextOptions) -> LineSource:
+    assert options.questions is not None
+    images = options.image_set or image_set(options.questions)
+    examples = read_vqa(options.questions, options.annotations, images=images)
+    answered = options.annotations is not None
+    lines = (_vqa_line(example, images, options.scores, answered) for example in examples)
+    files = options.answers_from or (() if options.annotations is None else (options.annotations,))
+
+    def answers() -> list[str]:
+        records = (record for file in files for record in read_records(file, "annotations"))
+        return list(build_answers(records, options.min_occurrences or MIN_OCCURRENCES))
+
+    return LineSource(lines, len(read_records(options.questions, "questions")), answers if files else None)
+
+
+def _vqa_line(example: RawExample, images: str, scores: Scores | None, answered: bool) -> Line:
+    record = Record(example.fields, example.where)
+    digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # of the image, as the question gives it
+    name = f"{int(digits)}.jpg" if images == "vg" else f"COCO_{images}_{digits}.jpg"
+    folders = ("VG_100K", "VG_100K_2") if images == "vg" else (images,)
+    places = [name, *(f"{folder}/{name}" for folder in folders)]
+    if not answered:
+        return Line.of(example, [places])
+    given = human_answers(record)
+    if not given:
+        raise DataError(f"{example.where}: 'answers' is empty; download the annotations again")
+    return Line.of(example, [places], answers=given if scores is None else human_scores(given, scores))
+
+
+def _gqa(options: TextOptions) -> LineSource:
+    assert options.questions is not None
+    questions = options.questions
+    files = options.answers_from or (questions,)
+    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _some(gqa_answers(files), files))
+
+
+def _gqa_lines(questions: Path) -> Iterator[Line]:
+    for example in read_gqa(questions):
+        name = f"{example.fields['imageId']}.jpg"
+        answer = {"answer": example.fields["answer"]} if "answer" in example.fields else {}
+        yield Line.of(example, [[name, f"images/{name}"]], **answer)
+
+
+def _some(answers: list[str], files: tuple[Path, ...]) -> list[str]:
+    if not answers:
+        raise DataError(f"'{files[0]}' gives no answer; list files with answers in --answers-from")
+    return answers
+
+
+def _nlvr2(options: TextOptions) -> LineSource:
+    assert options.annotations is not None
+    lines = map(_nlvr2_line, read_nlvr2(options.annotations))
+    return LineSource(lines, len(LineRecords(options.annotations)), lambda: _TRUTH)
+
+
+def _nlvr2_line(example: RawExample) -> Line:
+    pair = example.id.rpartition("-")[0]
+    split, directory = pair.partition("-")[0], example.fields.get("directory")
+    # Images of the training split lie in numbered folders, the others in one a split.
+    folder = f"{split}/{directory}" if directory is not None else split
+    names = [f"{pair}-img{side}.png" for side in (0, 1)]
+    inner = [] if directory is None else [f"{directory}/"]
+    places = [[f"{prefix}{name}" for prefix in (*inner, "", f"{folder}/", f"images/{folder}/")] for name in names]
+    target = example.fields["target"]
+    return Line.of(example, places, **({} if target is None else {"answer": _TRUTH[target]}))
+
+
+def _snli_ve(options: TextOptions) -> LineSource:
+    assert options.annotations is not None
+    lines = map(_snli_ve_line, read_snli_ve(options.annotations))
+    return LineSource(lines, len(LineRecords(options.annotations)), lambda: sorted(CLASSES, key=CLASSES.__getitem__))
+
+
+def _snli_ve_line(example: RawExample) -> Line:
+    record = Record(example.fields, example.where)
+    name = f"{record.text('Flickr30K_ID', 'Flikr30kID').removesuffix('.jpg')}.jpg"
+    return Line.of(example, [[name, f"flickr30k-images/{name}"]], answer=record.text("gold_label"))
+
+
+_VQA_OPTIONS = ("annotations", "answers_from", "min_occurrences", "scores", "image_set")
+LINE_TASKS: dict[str, Task[LineSource]] = {
+    "vqa": Task(_vqa, ("questions",), _VQA_OPTIONS),
+    "gqa": Task(_gqa, ("questions",), ("answers_from",)),
+    "nlvr2": Task(_nlvr2, ("annotations",)),
+    "ve": Task(_snli_ve, ("annotations",)),
+}

@@ -1,0 +1,1 @@
+"""LXMERT's files."""

@@ -1,0 +1,386 @@
+"""LXMERT's feature files (``*_obj36.tsv``): indexed once, then read at random with flat memory."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import os
+from array import array
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
+from villa.datasets.own.grid import cache_root
+from villa.errors import DataError
+from villa.files import locked, regular_file, write_json
+from villa.plugins import one_line
+from villa.progress import Display
+
+Floats = npt.NDArray[np.float32]
+
+FIELDS = (
+    *("img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf"),
+    *("num_boxes", "boxes", "features"),
+)
+#: Bytes of a float32.
+_FLOAT = 4
+#: Numbers of a box.
+BOX = 4
+
+
+class Header(NamedTuple):
+    """What a line says without decoding its arrays.
+
+    Attributes:
+        name: the image.
+        regions: R.
+        dim: D.
+    """
+
+    name: str
+    regions: int
+    dim: int
+
+
+def read_header(line: bytes) -> Header:
+    """Check the form of a line, and return the image's name and the shape of its features.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    fields = _fields(line)
+    name = fields[0].decode("utf-8", "strict")
+    if not name:
+        raise ValueError("img_id is empty")
+    regions = _whole(fields, "num_boxes")
+    boxes, features = (_decoded_size(field) for field in fields[-2:])
+    if boxes != regions * BOX * _FLOAT:
+        raise ValueError(f"boxes hold {boxes} bytes, not the {regions * BOX * _FLOAT} of {regions} boxes")
+    if not features or features % (regions * _FLOAT):
+        raise ValueError(f"features hold {features} bytes, which are not {regions} rows of float32")
+    return Header(name, regions, features // (regions * _FLOAT))
+
+
+def read_regions(line: bytes, *, allow_empty: bool = False) -> tuple[str, Floats, Floats]:
+    """Decode a line.
+
+    Args:
+        line: the line.
+        allow_empty: accept boxes without area.
+
+    Returns:
+        Name of the image, features ``[R, D]``, and boxes ``[R, 4]`` divided by the image's width and height.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    header, fields = read_header(line), _fields(line)
+    height, width = _whole(fields, "img_h"), _whole(fields, "img_w")
+    boxes: Floats = _floats(fields, "boxes").reshape(header.regions, BOX)
+    features: Floats = _floats(fields, "features").reshape(header.regions, header.dim)
+    _check_pixels(boxes, width, height)
+    boxes /= np.array([width, height] * 2, dtype=np.float32)
+    check_boxes(boxes, allow_empty=allow_empty)
+    check_features(features)
+    return header.name, features, boxes
+
+
+def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats, confidence: Floats) -> bytes:
+    """Write an image; all of its objects and attributes get the number 0.
+
+    Args:
+        name: the image.
+        size: its height and width in pixels.
+        features: ``[R, D]``.
+        boxes: ``[R, 4]`` in pixels.
+        confidence: ``[R]`` of the detector.
+    """
+    numbers = _encoded(np.zeros(len(features), dtype=np.int64))
+    scores = _encoded(confidence.astype("<f4"))
+    fields = [name.encode(), *(str(length).encode() for length in size), numbers, scores, numbers, scores]
+    fields += [str(len(features)).encode(), _encoded(boxes.astype("<f4")), _encoded(features.astype("<f4"))]
+    return b"\t".join(fields) + b"\n"
+
+
+def _fields(line: bytes) -> list[bytes]:
+    fields = line.removeprefix(BOM_UTF8).rstrip(b"\r\n").split(b"\t")
+    if len(fields) != len(FIELDS):
+        raise ValueError(f"{len(fields)} fields with tabs between them, not the {len(FIELDS)} from img_id to features")
+    return fields
+
+
+def _check_pixels(boxes: Floats, width: int, height: int) -> None:
+    """Refuse boxes that are not in pixels of an image of this size."""
+    right, bottom = boxes[:, 2:].max(0)
+    if right > width * (1 + SLACK) or bottom > height * (1 + SLACK):
+        fits = right <= height * (1 + SLACK) and bottom <= width * (1 + SLACK)
+        hint = "; img_h and img_w are swapped" if fits else ""
+        raise ValueError(f"boxes are outside of the image of {width} x {height} pixels{hint}")
+    if 0 < boxes.max() <= 1 + SLACK and min(width, height) > 2:  # else all of them were within the image's first pixel
+        raise ValueError("boxes are divided by the image's size already; they must be in pixels")
+
+
+def _whole(fields: list[bytes], name: str) -> int:
+    text = fields[FIELDS.index(name)]
+    if not text.isdigit() or len(text) > 9 or int(text) < 1:
+        raise ValueError(f"{name} is {text.decode('utf-8', 'replace')!r:.40}, not a whole number above 0")
+    return int(text)
+
+
+def _decoded_size(text: bytes) -> int:
+    """Bytes that base64 text stands for."""
+    if len(text) % 4:
+        raise ValueError("an array is cut off: its base64 text is no multiple of 4 long")
+    return len(text) // 4 * 3 - text[-2:].count(b"=")
+
+
+def _floats(fields: list[bytes], name: str) -> Floats:
+    try:
+        data = base64.b64decode(fields[FIELDS.index(name)], validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{name} are not base64 ({error})") from error
+    return np.frombuffer(bytearray(data), dtype="<f4")  # writable, as torch wants it
+
+
+def _encoded(array: npt.NDArray[Any]) -> bytes:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes())
+
+
+logger = logging.getLogger(__name__)
+
+#: To be raised when the index file changes.
+FORMAT = 2
+#: Longest line, in bytes, so that a file without line ends does not fill the memory.
+LONGEST_LINE = 1 << 29
+_MIB = 1 << 20
+
+
+class TsvFile:
+    """The images of a feature file by name.
+
+    The places of the lines are kept in a small file in villa's cache folder (``$VILLA_CACHE``), so that the feature
+    file itself is read through once, and its own folder may be read-only. A feature file that has changed since is
+    indexed again. The object may travel to forked and spawned workers.
+
+    Args:
+        path: the file.
+        allow_empty_boxes: accept boxes without area.
+
+    Attributes:
+        dim: width D of a region feature.
+
+    Raises:
+        DataError: the file is missing, empty or damaged; the message names file and line.
+    """
+
+    def __init__(self, path: Path, *, allow_empty_boxes: bool = False) -> None:
+        self.path = path
+        self._allow_empty = allow_empty_boxes
+        self._file: BinaryIO | None = None
+        index = self._index()
+        self.dim: int = index["dim"]
+        self._names: list[str] = index["names"]
+        self._bounds, self._regions = array("q", [*index["starts"], self._size]), array("i", index["regions"])
+        self._places = {name: place for place, name in enumerate(self._names)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}  # an open file cannot travel to another process
+
+    def __del__(self) -> None:
+        file: BinaryIO | None = getattr(self, "_file", None)  # missing where there was no index
+        if file is not None:
+            file.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def count(self, name: str) -> int:
+        """Return the number of regions R of an image, without reading its features."""
+        regions: int = self._regions[self._places[name]]
+        return regions
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read features ``[R, D]`` float32 and normalised boxes ``[R, 4]`` float32 of an image.
+
+        Raises:
+            DataError: the line is damaged, or the file has changed since it was indexed.
+        """
+        place = self._places[name]
+        try:
+            found, features, boxes = read_regions(self._line(place), allow_empty=self._allow_empty)
+        except ValueError as error:
+            raise _unusable(self.path, place + 1, str(error)) from error
+        if found != name or features.shape != (self._regions[place], self.dim):
+            raise _unusable(self.path, place + 1, "the file has changed since it was indexed; start the run again")
+        return torch.from_numpy(features), torch.from_numpy(boxes)
+
+    def _line(self, place: int) -> bytes:
+        """Read a line. It is not mapped into memory: a file cut short meanwhile would kill the process."""
+        start, end = self._bounds[place : place + 2]
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb", buffering=0)
+            return os.pread(self._file.fileno(), end - start, start)
+        except OSError as error:
+            raise DataError(f"cannot read '{self.path}' ({one_line(error)}); check the disk") from error
+
+    def fingerprint(self) -> str:
+        """Hash the names, places and numbers of regions: equal on all machines that hold the same data."""
+        rows = [self._names, self._bounds[:-1].tolist(), self._regions.tolist(), self.dim]
+        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+    def _index(self) -> dict[str, Any]:
+        """Read the index file, or make it."""
+        try:
+            stat = regular_file(self.path)
+        except OSError as error:
+            raise DataError(f"cannot read '{self.path}' ({error.strerror}); mend the path") from error
+        self._size = stat.st_size
+        described = {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
+        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+        file = cache_root(None) / "tsv" / f"{self.path.stem}-{place}.json"
+        index = _stored(file, described)
+        if index is not None:
+            return index
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with locked(file.with_suffix(".lock")):
+                index = _stored(file, described) or described | _scan(self.path, stat.st_size)
+                write_json(file, index)
+        except OSError as error:
+            logger.warning("the index of %s is not kept: %s", self.path, error.strerror or error)
+            index = index or described | _scan(self.path, stat.st_size)
+        return index
+
+
+class TsvStore:
+    """The images of several feature files by name.
+
+    Args:
+        files: the files; where two hold an image, the first one counts.
+
+    Raises:
+        DataError: there is none, or their features have different widths.
+    """
+
+    def __init__(self, files: Sequence[TsvFile]) -> None:
+        if not files:
+            raise DataError("there is no feature file; list them in the recipe")
+        self.files = list(files)
+        self.dim = files[0].dim
+        other = next((file for file in files if file.dim != self.dim), None)
+        if other is not None:
+            raise DataError(
+                f"features of '{files[0].path}' are {self.dim} wide, those of '{other.path}' {other.dim}; use features "
+                "of one detector"
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in file for file in self.files)
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Read features ``[R, D]`` and normalised boxes ``[R, 4]``, both float32, of an image."""
+        return self._holder(name)[name]
+
+    def count(self, name: str) -> int:
+        """Return the number of regions R of an image."""
+        return self._holder(name).count(name)
+
+    def check(self, names: Iterable[str], source: Path) -> None:
+        """Make sure that images are there, and read some of them.
+
+        Args:
+            names: the images wanted.
+            source: the file that names them, for the message.
+
+        Raises:
+            DataError: how many are missing, and the first; or what is wrong with one that was read.
+        """
+        wanted = dict.fromkeys(names)
+        missing = [name for name in wanted if name not in self]
+        if missing:
+            listed = ", ".join(f"'{file.path}'" for file in self.files)
+            raise DataError(
+                f"{len(missing)} of {len(wanted)} images that '{source}' names are not in {listed} (first: "
+                f"'{missing[0]}'); add the feature file that holds them"
+            )
+        for name in sampled(list(wanted)):
+            self[name]
+
+    def _holder(self, name: str) -> TsvFile:
+        return next(file for file in self.files if name in file)
+
+
+def _stored(file: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the stored index, or None when there is none of this state of the feature file."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        names, starts, regions = index["names"], array("q", index["starts"]), array("i", index["regions"])
+        whole = len(names) == len(starts) == len(regions) > 0 and type(index["dim"]) is int
+        whole = whole and not names[0].startswith("\ufeff")  # of the time when the mark was taken for a letter
+        whole = whole and all(start < end for start, end in pairwise([-1, *starts, index["size"]]))
+        return index if whole and all(index[key] == value for key, value in described.items()) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _scan(path: Path, size: int) -> dict[str, Any]:
+    """Read a feature file through, and return name, place and number of regions of every line."""
+    display, starts, regions = Display(), array("q"), array("i")
+    names: dict[str, int] = {}
+    first: Header | None = None
+    task = display.add(f"indexing {path.name} (MiB)", size // _MIB)
+    try:
+        with path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
+                header = _checked(path, number, line, first)
+                first = first or header
+                if header.name in names:
+                    raise _unusable(path, number, f"the image '{header.name}' is also in line {names[header.name]}")
+                names[header.name] = number
+                starts.append(start)
+                regions.append(header.regions)
+                start += len(line)
+                display.show(task, start // _MIB)
+    except OSError as error:
+        raise DataError(f"cannot read '{path}' ({one_line(error)}); check the disk") from error
+    finally:
+        display.stop()
+    if first is None:
+        raise DataError(f"'{path}' is empty; get the feature file again")
+    return {"names": list(names), "starts": starts.tolist(), "regions": regions.tolist(), "dim": first.dim}
+
+
+def _checked(path: Path, number: int, line: bytes, first: Header | None) -> Header:
+    try:
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"it has more than {LONGEST_LINE:,} bytes")
+        header = read_header(line)
+    except ValueError as error:
+        raise _unusable(path, number, str(error)) from error
+    if first is not None and header.dim != first.dim:
+        raise _unusable(path, number, f"features are {header.dim} wide, those of line 1 {first.dim}")
+    return header
+
+
+def _unusable(path: Path, number: int, reason: str) -> DataError:
+    return DataError(f"{path}:{number}: not a line of region features: {reason}; get or make the file again")

@@ -1,0 +1,205 @@
+"""Splits of LXMERT's tasks: questions or sentences of annotation files about images of feature files."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from villa.datasets.base import Example, Split
+from villa.datasets.lxmert.features import TsvStore
+from villa.datasets.own.readers import WordPieces
+from villa.datasets.own.records import is_score, text_field
+from villa.datasets.text import CutTexts
+from villa.errors import DataError, about
+from villa.files import read_json
+from villa.progress import track
+
+
+class AnnotatedSplit(Split):
+    """The records of annotation files, kept as flat columns that forked workers share.
+
+    Args:
+        files: JSON lists of records.
+        store: features of the images that they name.
+        words: texts as word-pieces.
+        labels: label of every answer.
+
+    Attributes:
+        id_field: the field with a record's id.
+        image_fields: the fields that name its images.
+        ids: ids of the examples.
+
+    Raises:
+        DataError: a file or a record cannot be used, or an image is missing.
+    """
+
+    id_field: ClassVar[str]
+    image_fields: ClassVar[tuple[str, ...]]
+
+    def __init__(self, files: Sequence[Path], store: TsvStore, words: WordPieces, labels: Mapping[str, int]) -> None:
+        self.store, self.labels = store, labels
+        self.ids: list[str] = []
+        self._words, self._answered = words, False
+        self._texts, self._text_ends = bytearray(), array("q", [0])
+        self._names: dict[str, int] = {}
+        self._images = array("i")
+        self._scored, self._scores, self._score_ends = array("i"), array("f"), array("q", [0])
+        for file in files:
+            self._read(file)
+        self._image_names = list(self._names)
+
+    @abstractmethod
+    def scores(self, label: object, where: str) -> Mapping[int, float]:
+        """Return the scores of the labels that a record's ``label`` gives.
+
+        Raises:
+            DataError: it is of another form; ``where`` is the record's place.
+        """
+
+    @abstractmethod
+    def target(self, scores: Mapping[int, float]) -> int | Tensor:
+        """Make the target of an example from the scores of its labels."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        regions = [self.store[name] for name in self._names_of(index)]
+        features, boxes = zip(*regions, strict=True)
+        single = len(regions) == 1
+        return Example(
+            self.ids[index],
+            self._words(self.text(index), None)[0],
+            features=features[0] if single else features,
+            boxes=boxes[0] if single else boxes,
+            target=self._target(index) if self._answered else None,
+        )
+
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return f"example '{self.ids[index]}'"
+
+    @property
+    def answered(self) -> bool:
+        """Whether the records have a ``label``."""
+        return self._answered
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens and regions of every example; in a row for each image the text is read again."""
+        return self._measured[0]
+
+    def warnings(self) -> list[str]:
+        """Return how many texts are cut."""
+        return self._measured[1].warnings()
+
+    @cached_property
+    def _measured(self) -> tuple[Sequence[int], CutTexts]:
+        lengths, cut = array("i"), CutTexts()
+        for index in track(range(len(self)), "tokenising"):
+            names = self._names_of(index)
+            with about(self.describe(index)):
+                read, whole = self._words.lengths(self.text(index), None)
+            cut.add(read, whole)
+            lengths.append(len(names) * read + sum(map(self.store.count, names)))
+        return lengths, cut
+
+    def text(self, index: int) -> str:
+        """Return the question or sentence of an example."""
+        return self._texts[self._text_ends[index] : self._text_ends[index + 1]].decode()
+
+    def _names_of(self, index: int) -> list[str]:
+        each = len(self.image_fields)
+        return [self._image_names[number] for number in self._images[index * each : (index + 1) * each]]
+
+    def _target(self, index: int) -> int | Tensor:
+        places = slice(self._score_ends[index], self._score_ends[index + 1])
+        return self.target(dict(zip(self._scored[places], self._scores[places], strict=True)))
+
+    def _read(self, file: Path) -> None:
+        records = read_records(file)
+        known, first = set(self.ids), len(self._names)
+        if not self.ids:
+            self._answered = "label" in records[0]
+        for number, record in enumerate(track(records, f"reading {file.name}")):
+            self._add(record, known, f"{file}: record {number}")
+        self.store.check(list(self._names)[first:], file)
+
+    def _add(self, record: Mapping[str, Any], known: set[str], where: str) -> None:
+        id = record.get(self.id_field)
+        if not isinstance(id, str | int) or isinstance(id, bool) or not str(id):
+            raise DataError(f"{where}: {self.id_field} is {id!r:.40}; it must be a number or a text")
+        if str(id) in known:
+            raise DataError(f"{where}: the {self.id_field} '{id}' occurs twice; leave one of the two out")
+        if ("label" in record) != self._answered:
+            has, first = ("a", "none") if "label" in record else ("no", "one")
+            raise DataError(f"{where} has {has} label, but the first record has {first}; give all of a split one")
+        known.add(str(id))
+        self.ids.append(str(id))
+        self._texts += text_field(record, "sent", where).encode()
+        self._text_ends.append(len(self._texts))
+        for field in self.image_fields:
+            name = text_field(record, field, where)
+            self._images.append(self._names.setdefault(name, len(self._names)))
+        scores = self.scores(record["label"], where) if self._answered else {}
+        self._scored.extend(scores)
+        self._scores.extend(scores.values())
+        self._score_ends.append(len(self._scored))
+
+
+class QuestionSplit(AnnotatedSplit):
+    """Questions about an image: ``{"question_id", "img_id", "sent", "label": {answer: score}}`` (VQA, GQA).
+
+    Answers that are no label count for nothing, as in the released code.
+    """
+
+    id_field = "question_id"
+    image_fields = ("img_id",)
+
+    def scores(self, label: object, where: str) -> Mapping[int, float]:
+        """Scores in [0, 1] of the known answers; see the base class."""
+        if not (isinstance(label, dict) and all(map(is_score, label.values()))):
+            raise DataError(f"{where}: the label {label!r:.60} must be {{answer: score in [0, 1]}}")
+        return {self.labels[answer]: float(score) for answer, score in label.items() if answer in self.labels}
+
+    def target(self, scores: Mapping[int, float]) -> Tensor:
+        """The scores of all labels, ``[labels]``."""
+        target = torch.zeros(len(self.labels))
+        target[list(scores)] = torch.tensor(list(scores.values()))
+        return target
+
+
+class ImagePairSplit(AnnotatedSplit):
+    """Sentences about two images: ``{"identifier", "img0", "img1", "sent", "label": 0 | 1}`` (NLVR2)."""
+
+    id_field = "identifier"
+    image_fields = ("img0", "img1")
+
+    def scores(self, label: object, where: str) -> Mapping[int, float]:
+        """The class 1 for a true sentence, else 0; see the base class."""
+        if label not in (0, 1):
+            raise DataError(f"{where}: the label {label!r:.60} must be 0 (false) or 1 (true)")
+        return {int(bool(label)): 1.0}
+
+    def target(self, scores: Mapping[int, float]) -> int:
+        """The class."""
+        return next(iter(scores))
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Read an annotation file: a JSON list of objects, at least one.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    records = read_json(file, "annotations", "mend the path or get it again")
+    if not (isinstance(records, list) and records and all(isinstance(record, dict) for record in records)):
+        raise DataError(f"'{file}' must be a JSON list of records, at least one")
+    return records

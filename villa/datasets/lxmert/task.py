@@ -1,0 +1,279 @@
+"""LXMERT's tasks (VQA, GQA, NLVR2) on the files of its release: annotations as JSON, features as ``*_obj36.tsv``."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.config.variants import Overlay
+from villa.datasets.base import DatasetConfig, best_answers, read_answers
+from villa.datasets.lxmert.features import TsvFile, TsvStore
+from villa.datasets.lxmert.split import AnnotatedSplit, ImagePairSplit, QuestionSplit
+from villa.datasets.own.names import text_facts
+from villa.datasets.own.readers import WordPieces
+from villa.datasets.paths import SPLITS, describe_missing
+from villa.datasets.released import ANSWERS_FILE, ReleasedFilesConfig, ReleasedFilesTask
+from villa.datasets.synthetic import databases
+from villa.datasets.synthetic.lxmert import GENERATED_ANSWERS, SMALL_LXMERT, VOCABULARY_FILE, write_lxmert
+from villa.datasets.text import SHORTEST, load_tokenizer, save_tokenizer, vocabulary_size
+from villa.errors import ConfigError, DataError, MissingDataError
+from villa.facts import DataFacts
+from villa.files import plain_path, sha256, write_json
+from villa.registry import register_dataset
+
+
+@dataclass
+class LxmertDataConfig(ReleasedFilesConfig):
+    """Options that LXMERT's tasks share; relative paths are below ``root``.
+
+    Attributes:
+        train: annotation files to train on.
+        train_features: feature files with their images.
+        val: annotation files to validate on.
+        val_features: feature files with their images.
+        test: annotation files to test on.
+        test_features: feature files with their images.
+        tokenizer: ``vocab.txt`` of bert-base-uncased, or another tokenizer's file or folder.
+        max_text_length: word-pieces of a text with [CLS] and [SEP]; longer ones are cut.
+    """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_LXMERT
+
+    train: list[str] = field(default_factory=list)
+    train_features: list[str] = field(default_factory=list)
+    val: list[str] = field(default_factory=list)
+    val_features: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    test_features: list[str] = field(default_factory=list)
+    tokenizer: str = "pretrained/bert-base-uncased/vocab.txt"
+    max_text_length: int = 20
+
+    def check(self) -> None:
+        """Refuse options that do not go together; see the base class."""
+        super().check()
+        for split in SPLITS:
+            if bool(getattr(self, split)) != bool(getattr(self, f"{split}_features")):
+                raise ConfigError(f"dataset.{split} and dataset.{split}_features go together; list files in both")
+        if self.max_text_length < SHORTEST:
+            raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
+
+
+@dataclass
+class LxmertAnswersConfig(LxmertDataConfig):
+    """Options of LXMERT's question answering, besides those that its tasks share.
+
+    Attributes:
+        answers: JSON file with the label of every answer (the released ``trainval_ans2label.json``), below ``root``.
+    """
+
+    name: str = "lxmert_vqa"
+    answers: str = "lxmert/vqa/trainval_ans2label.json"
+
+
+@dataclass
+class LxmertGqaConfig(LxmertAnswersConfig):
+    """Options of GQA: those of LXMERT's question answering."""
+
+    name: str = "lxmert_gqa"
+    answers: str = "lxmert/gqa/trainval_ans2label.json"
+
+
+@dataclass
+class LxmertNlvr2Config(LxmertDataConfig):
+    """Options of NLVR2: those that LXMERT's tasks share."""
+
+    name: str = "lxmert_nlvr2"
+
+
+class LxmertTask(ReleasedFilesTask):
+    """A task of LXMERT. A subclass names the class of its splits, its answers and its submission.
+
+    Attributes:
+        Examples: makes examples of annotation files.
+        submissions: the format of predictions.
+    """
+
+    Config: ClassVar[type[DatasetConfig]] = LxmertDataConfig
+    config: LxmertDataConfig
+    Examples: ClassVar[type[AnnotatedSplit]]
+    submissions: ClassVar[str]
+
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        super().__init__(config, assets)
+        self._features: dict[Path, TsvFile] = {}
+
+    @property
+    @abstractmethod
+    def answers(self) -> list[str]:
+        """Answers in the order of the logits."""
+
+    def listed(self, split: str) -> Sequence[str]:
+        """The annotation files of a split."""
+        names: Sequence[str] = getattr(self.config, split)
+        return names
+
+    def generated(self) -> Path:
+        """The folder of LXMERT's made-up files."""
+        return databases(self.config.name, self.config.synthetic_examples, write_lxmert)
+
+    def open_split(self, name: str) -> AnnotatedSplit:
+        """Read the annotations of a split; see the base class."""
+        if name not in self.splits():
+            raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
+        self._require(name)
+        labels = {answer: label for label, answer in enumerate(self.answers)}
+        return self.Examples(self._files(name), self._store(name), self.words, labels)
+
+    def facts(self) -> DataFacts:
+        """Sizes of the vocabulary, the answers and a region feature."""
+        if not self.splits():
+            raise DataError(f"dataset '{self.config.name}' lists no file; set dataset.train and train_features")
+        split = next(iter(self._present()), self.splits()[0])
+        self._require(split)
+        dim = self._store(split).dim
+        if self.assets is not None and dim != (trained := self.trained_facts["feature_dim"]):
+            raise DataError(
+                f"the checkpoint was trained on region features {trained} wide, but those of the recipe "
+                f"are {dim} wide; use the features of the training data"
+            )
+        words = vocabulary_size(self.tokenizer)
+        return DataFacts(words, len(self.answers), dim, labels=tuple(self.answers), **text_facts(self.tokenizer))
+
+    def kept_facts(self) -> dict[str, Any]:
+        """The facts without what the tokenizer and the answers say, which are kept beside them."""
+        return {**super().kept_facts(), "tokens": None, "labels": None}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, or that of ``dataset.tokenizer``."""
+        return load_tokenizer(
+            self.assets if self.assets is not None else self._path(self.config.tokenizer, VOCABULARY_FILE)
+        )
+
+    @cached_property
+    def words(self) -> WordPieces:
+        """Texts as word-pieces."""
+        return WordPieces(self.tokenizer, self.config.max_text_length)
+
+    def submission(self, split: str) -> str | None:
+        """The format of the task's leaderboard."""
+        return self.submissions
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return the best answer of every row and its sigmoid score."""
+        return best_answers(logits.float().sigmoid(), self.answers)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write tokenizer, answers and the sizes that the data fixes."""
+        super().save_assets(folder)
+        save_tokenizer(self.tokenizer, folder)
+        write_json(folder / ANSWERS_FILE, self.answers)
+
+    def contents(self) -> Iterator[Any]:
+        """The answers, the tokenizer and the splits that are there; see the base class."""
+        yield self.answers
+        yield hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+        for name in self._present():
+            yield [name, *map(sha256, self._files(name)), *(f.fingerprint() for f in self._store(name).files)]
+
+    def _path(self, name: str, generated: str) -> Path:
+        """Return the path of a file below the root, or that of the generated one."""
+        return self.root / (generated if self.config.synthetic else plain_path(name))
+
+    def _files(self, split: str, kind: str = "") -> list[Path]:
+        """Return the annotation files of a split, or with ``"_features"`` its feature files."""
+        if self.config.synthetic:
+            return [self.root / (f"{split}_obj36.tsv" if kind else f"{split}.json")]
+        return [self.root / plain_path(name) for name in getattr(self.config, split + kind)]
+
+    def _store(self, split: str) -> TsvStore:
+        for path in self._files(split, "_features"):
+            if path not in self._features:
+                self._features[path] = TsvFile(path, allow_empty_boxes=self.config.allow_empty_boxes)
+        return TsvStore([self._features[path] for path in self._files(split, "_features")])
+
+    def _needed(self, split: str) -> Iterator[tuple[Path, str]]:
+        """Yield the files of a split, each with what it should be."""
+        yield from ((path, "annotations: JSON list of records") for path in self._files(split))
+        features = "region features: lines of img_id, img_h, ..., boxes, features"
+        yield from ((path, features) for path in self._files(split, "_features"))
+
+    def _shared(self) -> Iterator[tuple[Path, str]]:
+        """Yield the files that a checkpoint's assets replace, each with what it should be."""
+        yield self._path(self.config.tokenizer, VOCABULARY_FILE), "tokenizer: vocab.txt of bert-base-uncased"
+
+    def _present(self) -> list[str]:
+        return [split for split in self.splits() if not _missing(self._needed(split))]
+
+    def _require(self, split: str) -> None:
+        """Make sure that the files of a split are there; if they are not, all that is missing is named."""
+        shared = [] if self.assets is not None else _missing(self._shared())
+        if shared or _missing(self._needed(split)):
+            missing = shared + [entry for name in self.splits() for entry in _missing(self._needed(name))]
+            raise MissingDataError(describe_missing(self.config.name, self.config.root, missing, "docs/lxmert.md"))
+
+
+def _missing(files: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    return [(path, what) for path, what in files if not path.exists()]
+
+
+@register_dataset("lxmert_vqa")
+class LxmertVqa(LxmertTask):
+    """VQA v2: questions with scores of 3,129 answers."""
+
+    Config: ClassVar[type[DatasetConfig]] = LxmertAnswersConfig
+    config: LxmertAnswersConfig
+    Examples = QuestionSplit
+    submissions = "vqa"
+
+    @property
+    def answers(self) -> list[str]:
+        """Answers in the order of the logits: the checkpoint's, or those of ``dataset.answers``."""
+        return self._listed
+
+    @cached_property
+    def _listed(self) -> list[str]:
+        return read_answers(
+            self.assets / ANSWERS_FILE
+            if self.assets is not None
+            else self._path(self.config.answers, GENERATED_ANSWERS)
+        )
+
+    def _shared(self) -> Iterator[tuple[Path, str]]:
+        yield from super()._shared()
+        yield self._path(self.config.answers, GENERATED_ANSWERS), "answers: {answer: label}"
+
+
+@register_dataset("lxmert_gqa")
+class LxmertGqa(LxmertVqa):
+    """GQA: questions with one of 1,842 answers."""
+
+    Config: ClassVar[type[DatasetConfig]] = LxmertGqaConfig
+    submissions = "gqa"
+
+
+@register_dataset("lxmert_nlvr2")
+class LxmertNlvr2(LxmertTask):
+    """NLVR2: is a sentence true of two images?"""
+
+    Config: ClassVar[type[DatasetConfig]] = LxmertNlvr2Config
+    Examples = ImagePairSplit
+    submissions = "nlvr2"
+
+    @property
+    def answers(self) -> list[str]:
+        """The classes."""
+        return ["False", "True"]
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return ``True`` or ``False`` and its probability."""
+        return best_answers(logits.float().softmax(-1), self.answers)

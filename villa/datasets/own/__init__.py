@@ -1,0 +1,1 @@
+"""Users' own images, texts and answers."""

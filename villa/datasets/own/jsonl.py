@@ -1,0 +1,292 @@
+"""A user's own questions in JSON-lines files, about images, feature files, or text alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from tokenizers import Tokenizer
+
+from villa.config.variants import Overlay
+from villa.datasets.base import DatasetConfig, read_answer_list
+from villa.datasets.own.assets import Assets
+from villa.datasets.own.files import FileStore
+from villa.datasets.own.grid import GridExtractor
+from villa.datasets.own.question_answering import QuestionAnswering, QuestionAnsweringConfig, ranked_answers
+from villa.datasets.own.readers import Kind
+from villa.datasets.own.records import (
+    JsonLines,
+    Regions,
+    answer_scores,
+    guess_regions,
+    record_files,
+    record_texts,
+)
+from villa.datasets.own.split import JsonlSplit
+from villa.datasets.stores import Source, SourceFiles, Sources, files_digest
+from villa.datasets.synthetic import EXAMPLES, databases
+from villa.datasets.synthetic.pictures import SMALL_PICTURES, write_pictures
+from villa.datasets.text import build_tokenizer, load_tokenizer
+from villa.errors import ConfigError, DataError, nearest
+from villa.files import local_path, sha256
+from villa.registry import register_dataset
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+#: Options that the files themselves stand for in the fingerprint.
+_SYNTHETIC = ("synthetic", "synthetic_lines", "synthetic_examples")
+
+
+@dataclass
+class JsonlConfig(QuestionAnsweringConfig):
+    """Options of a user's own data.
+
+    A line is ``{"question": text, "answer": text, "image": path, "id": text}``. Instead of ``image``, ``features``
+    names a ``.npz`` or ``.safetensors`` file, or ``images`` gives several paths; with none, questions are text alone.
+    ``text`` may stand for ``question``; ``text_pair`` is a second text. Instead of ``answer``, ``answers`` gives
+    ``{text: score}`` or a list of human answers. Without ``id`` it is the line's number.
+
+    Attributes:
+        train: file of the training questions; may be left out when only a checkpoint is evaluated.
+        val: file of the validation questions.
+        test: file of the test questions; its answers may be left out.
+        image_root: folder that paths in the files are relative to; None is the folder of each file.
+        answers: file with one answer a line, in the order of the labels, or a ``.json`` file with a list of them or
+            ``{answer: label}``; None takes those of ``train``.
+        max_answers: keep only the most frequent answers of ``train``.
+        min_count: keep only answers of at least this many questions of ``train``.
+        tokenizer: ``tokenizer.json``, ``vocab.txt`` or folder; None builds one from the questions of ``train``.
+        vocabulary_size: largest size of a vocabulary that is built.
+        regions: ``grid`` of ``image``, ``files`` of ``features``, whole images as ``pixels``, or ``none``; ``auto``
+            looks at the first question, and takes images whole where there is a processor.
+        target: ``class``, one answer (the best-scored), or ``soft``, scores of all; ``auto`` is soft when the first
+            question of ``train`` has ``answers``. With a processor also ``text``, an answer that the model writes, or
+            ``pair``, images and texts that belong together.
+        synthetic: draw small pictures with lines about them and run a tiny model on these, to try the recipe.
+        synthetic_lines: what the lines are: ``questions`` about a picture, ``sentences`` about two, or ``captions``;
+            ``auto`` takes captions for the target ``pair`` and questions for others.
+        synthetic_examples: lines that are made to train on; a quarter of them to evaluate on.
+        allow_empty_boxes: accept boxes in feature files that have no width or no height.
+    """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PICTURES
+
+    name: str = "jsonl"
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+    image_root: str | None = None
+    answers: str | None = None
+    max_answers: int | None = None
+    min_count: int = 1
+    tokenizer: str | None = None
+    vocabulary_size: int = 8192
+    regions: Literal["auto", "grid", "files", "pixels", "none"] = "auto"
+    target: Literal["auto", "class", "soft", "text", "pair"] = "auto"
+    synthetic: bool = False
+    synthetic_lines: Literal["auto", "questions", "sentences", "captions"] = "auto"
+    synthetic_examples: int = EXAMPLES
+    allow_empty_boxes: bool = False
+
+    def objectives(self) -> dict[str, float]:
+        """Pairs are for the contrastive objective."""
+        return {"contrastive": 1.0} if self.kind == "pair" else {}
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense; see the base class."""
+        super().check()
+        for name in ("max_answers", "min_count", "vocabulary_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
+        if self.synthetic_examples < 32:
+            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
+        self.check_kind(self.kind)
+        if self.processor is not None and (self.tokenizer is not None or self.regions in ("grid", "files")):
+            other = "tokenizer" if self.tokenizer is not None else f"regions={self.regions}"
+            raise ConfigError(f"dataset.processor reads texts and whole images; leave out dataset.{other}")
+
+    @property
+    def kind(self) -> Kind:
+        """What is asked of the model."""
+        return self.target if self.target in ("text", "pair") else "label"
+
+
+@register_dataset("jsonl")
+class Jsonl(QuestionAnswering):
+    """A user's own questions and answers.
+
+    Training questions without an answer among the labels are left out, and their number is logged. Elsewhere they stay:
+    with soft targets they count as wrong; a class target cannot say so and is refused.
+    """
+
+    Config: ClassVar[type[DatasetConfig]] = JsonlConfig
+    config: JsonlConfig
+
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        super().__init__(config, assets)
+        self._referred: dict[str, SourceFiles] = {}  # by the lines of a split that was read
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that a file is given for."""
+        return tuple(name for name in SPLITS if self._place(name) is not None)
+
+    def split(self, name: str) -> JsonlSplit:
+        """Return a split, after checking every line and extracting features that are not cached yet."""
+        lines = self._train if name == "train" else self._lines(name)
+        split = JsonlSplit(lines, self.vocabulary, self.reader, train=name == "train")
+        files = split.read_index(self._folder(lines.path))
+        split.store = self.open_store(files) if files else None
+        if len(split) == len(lines) or self.vocabulary.regions == "none":
+            self._referred[name] = files
+        return split
+
+    def fingerprint(self) -> str:
+        """Hash of the files, names and sizes of what they refer to, options and extractor."""
+        options = asdict(self.config)
+        for place in (
+            "cache_dir",
+            "image_root",
+            *SPLITS,
+            "answers",
+            "tokenizer",
+            "processor",
+            *_SYNTHETIC,
+            "allow_empty_boxes",
+        ):
+            options.pop(place)
+        parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
+        parts.append(self.vocabulary.reading_fingerprint())
+        for name in SPLITS:
+            if (path := self._place(name)) is not None:
+                files = self._referred.get(name)
+                files = self._files(self._lines(name)) if files is None else files
+                parts.append([name, sha256(local_path(path)), files_digest(files)])
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _build_assets(self) -> Assets:
+        first, kind, processor = self._train[0], self.config.kind, self._processor()
+        regions = self._regions(first)
+        if kind == "pair" and regions == "none":
+            raise DataError(
+                f"{self._train.where(0)}: dataset.target=pair needs an image beside every text; add 'image'"
+            )
+        tokenizer, answers = self._tokenizer_and_answers(tokenizer=processor is None, answers=kind == "label")
+        return Assets(
+            tokenizer,
+            answers,
+            soft="answers" in first if self.config.target == "auto" else self.config.target == "soft",
+            regions=regions,
+            feature_dim=self._feature_dim(regions),
+            extractor=self._extractor(regions, processor),
+            kind=kind,
+            processor=processor,
+        )
+
+    def _regions(self, first: Mapping[str, Any]) -> Regions:
+        """What a model sees of records like the first one."""
+        if self.config.regions != "auto":
+            return self.config.regions
+        guessed = guess_regions(first)
+        if self.config.processor is None:
+            return guessed
+        if guessed == "files":
+            raise DataError(f"{self._train.where(0)}: dataset.processor reads images, not features; give 'image'")
+        return "pixels" if guessed == "grid" else guessed
+
+    def _training_images(self) -> tuple[SourceFiles, range]:
+        files = self._files(self._train)
+        return files, range(len(files))
+
+    @cached_property
+    def _train(self) -> JsonLines:
+        return self._lines("train")
+
+    def _lines(self, name: str) -> JsonLines:
+        if name not in SPLITS:
+            raise DataError(f"jsonl has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
+        path = self._place(name)
+        if path is None:
+            raise DataError(f"jsonl has no file for split '{name}'; set dataset.{name}=path/to/questions.jsonl")
+        return JsonLines(local_path(path))
+
+    def _place(self, split: str) -> str | None:
+        """The file of a split, or None."""
+        place: str | None = getattr(self.config, split)
+        if not self.config.synthetic:
+            return place
+        lines = self.config.synthetic_lines
+        task = ("captions" if self.config.kind == "pair" else "questions") if lines == "auto" else lines
+        made = databases(f"jsonl_{task}", self.config.synthetic_examples, partial(_write_pictures, task))
+        return str(made / f"{split}.jsonl")
+
+    def _feature_files(self, sources: Sequence[Source]) -> FileStore:
+        return FileStore(sources, allow_empty_boxes=self.config.allow_empty_boxes)
+
+    def _folder(self, path: Path) -> Path:
+        return path.parent if self.config.image_root is None else local_path(self.config.image_root)
+
+    def _request_folder(self) -> Path:
+        return Path() if self.config.image_root is None else local_path(self.config.image_root)
+
+    def _files(self, lines: JsonLines) -> SourceFiles:
+        """Return the distinct files that lines refer to."""
+        sources = Sources(self._folder(lines.path), lines.where)
+        for index, record in enumerate(lines):
+            for name in record_files(record, self.vocabulary.regions, lines.where(index)):
+                sources.add(name, index)
+        return sources.build()
+
+    def _tokenizer_and_answers(self, *, tokenizer: bool, answers: bool) -> tuple[Tokenizer | None, list[str]]:
+        """Load them, or make those that are wanted of the training lines, which are read once for both."""
+        place, listed = self.config.tokenizer, self.config.answers
+        loaded = load_tokenizer(local_path(place)) if tokenizer and place is not None else None
+        known = read_answer_list(local_path(listed)) if answers and listed is not None else []
+        build, count = tokenizer and place is None, answers and listed is None
+        counts: Counter[str] = Counter()
+        texts = self._training_texts(counts if count else None)
+        if build:
+            loaded = build_tokenizer(texts, self.config.vocabulary_size)
+        if not count:
+            return loaded, known
+        for _ in texts:  # what the tokenizer has left
+            pass
+        known = ranked_answers(counts, self.config.max_answers, self.config.min_count)
+        if not known:
+            raise DataError(
+                f"'{self._train.path}' gives no answer; add 'answer' to its lines or lower dataset.min_count"
+            )
+        return loaded, known
+
+    def _training_texts(self, counts: Counter[str] | None) -> Iterator[str]:
+        """Yield the texts of the training lines, and count the answers on the way."""
+        lines = self._train
+        for index, record in enumerate(lines):
+            where = lines.where(index)
+            if counts is not None:
+                for answer in answer_scores(record, where) or ():
+                    counts[answer] += 1
+            text, pair = record_texts(record, where)
+            yield text
+            if pair is not None:
+                yield pair
+
+    def _feature_dim(self, regions: Regions) -> int | None:
+        if regions != "files":
+            return GridExtractor.dim if regions == "grid" else None
+        sources = Sources(self._folder(self._train.path), self._train.where)
+        for name in record_files(self._train[0], regions, self._train.where(0)):
+            sources.add(name, 0)
+        return self._feature_files(sources.build()).dim
+
+
+def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:
+    write_pictures(task, examples, root)

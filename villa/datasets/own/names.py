@@ -1,0 +1,76 @@
+"""Names of word-pieces, and how texts and images are read, as a tokenizer or processor says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+#: What pads texts in the vocabularies of BERT and of RoBERTa.
+_PADDING = ("[PAD]", "<pad>")
+
+
+def text_facts(reader: Any) -> dict[str, Any]:
+    """Return the facts of ``DataFacts`` about texts: ``tokens``, ``padding`` and ``reading``.
+
+    Args:
+        reader: a tokenizer, a tokenizer of transformers, or a processor that has one.
+    """
+    reader = getattr(reader, "tokenizer", reader)
+    plain = isinstance(reader, Tokenizer)
+    vocabulary: Mapping[str, int] = reader.get_vocab(with_added_tokens=True) if plain else reader.get_vocab()
+    padding = next((vocabulary[token] for token in _PADDING if token in vocabulary), None)
+    backend = reader if plain else getattr(reader, "backend_tokenizer", None)
+    return {
+        "tokens": _by_id(vocabulary),
+        "padding": padding if plain else reader.pad_token_id,
+        "reading": {} if backend is None else _text_reading(backend),
+    }
+
+
+def image_reading(processor: Any) -> dict[str, str]:
+    """Return how the image processor of a model of transformers reads images."""
+    images = getattr(processor, "image_processor", processor)
+    options: dict[str, Any] = images.to_dict() if hasattr(images, "to_dict") else {}
+    found = {}
+    if options.get("do_resize", True) and options.get("size"):
+        found["image size"] = _size(options["size"])
+    if options.get("do_normalize", True):
+        found |= {
+            f"pixel {what}": _shown(options[f"image_{what}"])
+            for what in ("mean", "std")
+            if options.get(f"image_{what}")
+        }
+    return found
+
+
+def pixel_reading(side: int) -> dict[str, str]:
+    """Return how whole images are read without a processor: squares of ``side`` pixels, scaled to [-1, 1]."""
+    return {"image size": f"{side} x {side}", "pixel mean": _shown([0.5] * 3), "pixel std": _shown([0.5] * 3)}
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> tuple[str | None, ...]:
+    tokens: list[str | None] = [None] * (1 + max(vocabulary.values(), default=-1))
+    for token, number in vocabulary.items():
+        tokens[number] = token
+    return tuple(tokens)
+
+
+def _text_reading(tokenizer: Tokenizer) -> dict[str, str]:
+    reading = {"kind of tokenizer": type(tokenizer.model).__name__}
+    normalizer = tokenizer.normalizer
+    if type(tokenizer.model).__name__ == "WordPiece":
+        lowers = normalizer is not None and normalizer.normalize_str("A") == "a"
+        reading["letters"] = "in lower case" if lowers else "as written"
+    return reading
+
+
+def _size(size: Any) -> str:
+    if isinstance(size, dict) and {*size} == {"height", "width"}:
+        return f"{size['height']} x {size['width']}"
+    return ", ".join(f"{name} {value}" for name, value in size.items()) if isinstance(size, dict) else str(size)
+
+
+def _shown(values: Any) -> str:
+    return ", ".join(f"{value:.4g}" for value in (values if isinstance(values, list | tuple) else [values] * 3))

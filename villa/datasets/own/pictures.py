@@ -1,0 +1,204 @@
+"""Whole images of a list of files, decoded when they are read: the one place where images are opened."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageColor, UnidentifiedImageError
+
+from villa.datasets.stores import Source
+from villa.errors import ConfigError, DataError
+from villa.plugins import one_line
+
+logger = logging.getLogger(__name__)
+
+#: What a file's pixels are depends on this code; raise it with them, so that features cached before are not used.
+READING = 2
+#: Colour that transparent images are put on.
+BACKGROUND = "white"
+
+#: Formats that may hold PostScript, a program that Pillow would give to Ghostscript.
+_PROGRAMS = ("EPS", "IPTC")
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106
+_TRANSPOSE = Image.Transpose
+#: What turns an image upright, by the orientation in its EXIF data.
+_UPRIGHT = {
+    2: _TRANSPOSE.FLIP_LEFT_RIGHT,
+    3: _TRANSPOSE.ROTATE_180,
+    4: _TRANSPOSE.FLIP_TOP_BOTTOM,
+    5: _TRANSPOSE.TRANSPOSE,
+    6: _TRANSPOSE.ROTATE_270,
+    7: _TRANSPOSE.TRANSVERSE,
+    8: _TRANSPOSE.ROTATE_90,
+}
+#: Largest value of a channel of the PNGs whose pixels, but not whose transparent colour, Pillow scales to 8 bits.
+_PNG_WHITE = {"L;2": 3, "L;4": 15, "RGB;16B": 65535}
+#: White of 16 bits, and below what a brightest pixel of 16 bits is suspected to have been made with fewer.
+_WHITE, _DARK = 65535, 4096
+
+#: The image that was warned of; one of a data set is enough.
+_warned: list[str] = []
+
+# A size that Pillow refuses is an error here; it need not warn of those below, nor of damaged EXIF data.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+
+class PictureStore:
+    """Images by index; nothing is kept in memory. Safe to use in forked and spawned workers.
+
+    Args:
+        sources: the files.
+        background: colour that transparent images are put on.
+
+    Raises:
+        DataError: a file does not exist, or is no regular file.
+    """
+
+    def __init__(self, sources: Sequence[Source], background: str = BACKGROUND) -> None:
+        self.sources, self.background = sources, background
+        for source in sources:
+            source.stat()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Return an image; see ``read_picture``."""
+        return read_picture(self.sources[index], self.background)
+
+
+def read_picture(source: Source, background: str = BACKGROUND) -> Image.Image:
+    """Read an image file as people see it: upright, in RGB, transparent parts on a background.
+
+    Args:
+        source: the file.
+        background: colour that transparent images are put on.
+
+    Raises:
+        DataError: it is missing, no regular file, too large, or cannot be decoded.
+    """
+    source.stat()
+    try:
+        with source.path.open("rb") as file, Image.open(file) as image:
+            if image.format in _PROGRAMS:
+                raise ValueError(f"{image.format} files are not read, for PostScript is a program")
+            return upright_rgb(image, background, name=str(source.path))
+    except Exception as error:  # Pillow's decoders raise whatever they come across in a broken file
+        # Pillow names the file by its object.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is in none of the formats that Pillow reads" if unknown else one_line(error)
+        advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "replace the file"
+        raise DataError(
+            f"{source.named_by}: '{source.path}' cannot be read as an image ({reason}); {advice}"
+        ) from error
+
+
+def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "an image") -> Image.Image:
+    """Return an image as people see it: upright, in RGB, transparent parts on a background.
+
+    Args:
+        image: of any mode. Grey values of 16 bits are scaled by their full range, floats from 0 to 1 by that.
+        background: colour that transparent images are put on.
+        name: of the image, for a warning.
+
+    Raises:
+        ValueError: the range of its values is not known, or it has no pixel.
+        Exception: what Pillow raises for a broken file.
+    """
+    tiles: Any = getattr(image, "tile", None)
+    white = _PNG_WHITE.get(str(tiles[0][3])) if tiles else None
+    image.load()
+    if 0 in image.size:
+        raise ValueError("it has no pixel")
+    turn = _turn(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image, name)
+    if image.has_transparency_data:
+        image = _composed(image, background, white)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+    # Without a copy, and without EXIF data, by which a processor would turn it again.
+    return Image.Image()._new(image.im)
+
+
+def check_background(colour: str) -> None:
+    """Refuse what is no colour.
+
+    Raises:
+        ConfigError: it is none, or is transparent itself.
+    """
+    try:
+        channels = ImageColor.getrgb(colour)
+        opaque = len(channels) == 3 and max(channels) <= 255
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise ConfigError(f"dataset.background='{colour}' is no opaque colour; give a name (grey), or rgb(128,128,128)")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image upright, if anything has to."""
+    try:
+        noted: Any = image.getexif().get(_ORIENTATION)
+        return _UPRIGHT.get(noted)
+    except Exception:  # of damaged EXIF data, which say nothing about the pixels
+        return None
+
+
+def _composed(image: Image.Image, background: str, white: int | None) -> Image.Image:
+    """Put a transparent image on a background; ``white`` is that of its transparent colour, if not of 8 bits."""
+    colour = image.info.get("transparency")
+    if white is not None and colour is not None:
+        eight = [value >> 8 if white == _WHITE else value * 255 // white for value in np.atleast_1d(colour).tolist()]
+        image.info["transparency"] = eight[0] if image.mode == "L" else tuple(eight)
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+    opaque = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(opaque, image.convert(straight).convert("RGBA"))
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Scale a grey image of 16 or 32 bits to one of 8, with alpha where one of its values is transparent."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    white = _white(image, values, tags)
+    if white == _WHITE and 0 < values.max() < _DARK:
+        _warn_dark(name, int(values.max()))
+    scaled = np.rint(values.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
+    grey = Image.fromarray(255 - scaled if tags.get(_PHOTOMETRIC) == 0 else scaled)
+    if "transparency" not in image.info:
+        return grey
+    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(alpha)))
+
+
+def _white(image: Image.Image, values: npt.NDArray[Any], tags: Any) -> int:
+    """Return the value that is white in a grey image of 16 or 32 bits."""
+    if image.mode.startswith("I;16"):
+        return int(2 ** tags.get(_BITS, (16,))[0] - 1)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow's mode for 16 bits of these
+        return _WHITE
+    low, high = values.min(), values.max()
+    if image.mode == "F" and low >= 0 and high <= 1:
+        return 1
+    if low >= 0 and high <= 255 and (image.mode == "I" or bool((values == np.rint(values)).all())):
+        return 255
+    allowed = "whole numbers from 0 to 255" + (", or numbers from 0 to 1" if image.mode == "F" else "")
+    raise ValueError(
+        f"its values of 32 bits go from {low:g} to {high:g}, and what white is is not known: they may be {allowed}; "
+        "or store 8 or 16 bits a channel"
+    )
+
+
+def _warn_dark(name: str, brightest: int) -> None:
+    """Say of the first such image that what has 16 bits may have been made with fewer."""
+    if not _warned:
+        _warned.append(name)
+        text = "%s: its brightest value is %d of %d, so that it is nearly black; if white is less, scale the values up"
+        logger.warning(text, name, brightest, _WHITE)

@@ -1,0 +1,284 @@
+"""What question-answering data sets share: assets, requests and answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.datasets.base import DatasetConfig, Example, TaskDataset, best_answers
+from villa.datasets.own.assets import Assets
+from villa.datasets.own.files import FileStore
+from villa.datasets.own.grid import GridExtractor, GridOptions, GridStore
+from villa.datasets.own.pictures import check_background
+from villa.datasets.own.processors import load_processor
+from villa.datasets.own.readers import (
+    SIDE,
+    Kind,
+    PixelReader,
+    ProcessorReader,
+    Reader,
+    Reading,
+    Record,
+    RegionReader,
+    WordPieces,
+)
+from villa.datasets.own.records import Regions, Request, record_files, record_id, record_texts
+from villa.datasets.own.split import TableSplit
+from villa.datasets.stores import (
+    SAMPLE,
+    STATISTICS_FILE,
+    RegionStore,
+    ScaledStore,
+    Scaling,
+    Source,
+    Sources,
+    scaled_reading,
+)
+from villa.datasets.text import SHORTEST
+from villa.errors import ConfigError, DataError
+from villa.facts import DataFacts, Written
+from villa.files import local_path
+
+
+@dataclass
+class QuestionAnsweringConfig(GridOptions, DatasetConfig):
+    """Options that question-answering data sets share, besides those of grid features.
+
+    Attributes:
+        max_text_length: word-pieces of a text (or two) with special tokens; longer ones are cut. Texts that a model
+            continues, or that mark the places of images, are never cut: a processor's tokenizer limits them itself.
+        standardize: centre and scale every dimension of the region features by its statistics over training images.
+        processor: folder, or name on the hub, of a model of transformers whose own tokenizer and image processor
+            read texts and images; None reads them by the data set's own word-pieces.
+        padding: of a processor's texts: to the ``longest`` of a batch, or all to ``max_length``, that is
+            max_text_length (SigLIP was trained so, with 64).
+        prompt: what a model with a processor is told, with ``{question}`` in it, and ``{image}`` where the images are
+            to be (by default in front); None is the question alone. The processor's chat template, if it has one, is
+            put around it.
+    """
+
+    max_text_length: int = 60
+    standardize: bool = False
+    processor: str | None = None
+    padding: Literal["longest", "max_length"] = "longest"
+    prompt: str | None = None
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if self.max_text_length < SHORTEST:
+            raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ConfigError(f"dataset.prompt='{self.prompt}' has no place for the question; write {{question}} in it")
+        if self.image_size is not None and (self.image_size < 1 or self.processor is not None):
+            why = "give at least 1" if self.image_size < 1 else "the processor has a size of its own; leave one out"
+            raise ConfigError(f"dataset.image_size={self.image_size} is not allowed; {why}")
+        check_background(self.background)
+
+    def check_kind(self, kind: Kind) -> None:
+        """Refuse targets that only a processor can make, and options of a processor that have no effect.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if kind != "label" and self.processor is None:
+            raise ConfigError(
+                f"dataset.target={kind} needs a model's own processor; set dataset.processor to its folder, or to its "
+                "name on the hub"
+            )
+        without = "without dataset.processor" if self.processor is None else f"with dataset.target={kind}"
+        if self.padding != "longest" and (self.processor is None or kind == "text"):
+            raise ConfigError(f"dataset.padding={self.padding} has no effect {without}; leave it out")
+        if self.prompt is not None and (self.processor is None or kind == "pair"):
+            raise ConfigError(f"dataset.prompt has no effect {without}; leave it out")
+
+
+class QuestionAnswering(TaskDataset):
+    """Questions about an image (or text alone) with answers from a fixed list.
+
+    A subclass builds the assets and reads its splits.
+    """
+
+    Config: ClassVar[type[DatasetConfig]] = QuestionAnsweringConfig
+
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        super().__init__(config, assets)
+        config.check()
+        self._carried: Scaling | None = None
+
+    @cached_property
+    def vocabulary(self) -> Assets:
+        """Tokenizer, answers and kind of regions: from the checkpoint's assets, or built from the data."""
+        if self.assets is None:
+            return self._build_assets()
+        loaded = Assets.load(self.assets)
+        if not self.config.standardize and (self.assets / STATISTICS_FILE).is_file():
+            raise DataError(
+                "the checkpoint was trained on standardised region features; set dataset.standardize=true, too"
+            )
+        extractor = self._extractor(loaded.regions, loaded.processor)
+        if extractor != loaded.extractor:
+            raise DataError(
+                f"the checkpoint was trained on features of '{loaded.extractor}', but the configuration makes those of "
+                f"'{extractor}'; set dataset.grid and dataset.image_size as in training"
+            )
+        return loaded
+
+    @cached_property
+    def scaling(self) -> Scaling | None:
+        """Statistics of the region features: from the checkpoint's assets, or of training images."""
+        if not self.config.standardize or self.vocabulary.regions in ("none", "pixels"):
+            return None
+        if self.assets is not None:
+            return Scaling.load(self.assets)
+        if self._carried is not None:
+            return self._carried
+        sources, indices = self._training_images()
+        store, sample = self._plain_store(sources), list(islice(indices, SAMPLE))
+        store.prepare(sample)
+        return Scaling.fit(store, sample)
+
+    def carry(self, assets: Path) -> str | None:
+        """Take over the statistics of region features; see the base class."""
+        if not (self.config.standardize and (assets / STATISTICS_FILE).is_file()):
+            return None
+        found = Scaling.load(assets)
+        if len(found.mean) != self.vocabulary.feature_dim:
+            return None
+        self._carried = found
+        return "region features are standardised by the statistics of the checkpoint"
+
+    @abstractmethod
+    def _build_assets(self) -> Assets:
+        """Build the assets from the training data and the configuration."""
+
+    @abstractmethod
+    def _training_images(self) -> tuple[Sequence[Source], Iterable[int]]:
+        """Return files, and the indices of training images among them."""
+
+    def facts(self) -> DataFacts:
+        """Sizes of the vocabulary, the answers and a region feature, and what is asked of the model."""
+        facts = self.vocabulary.facts()
+        if self.vocabulary.regions in ("none", "pixels"):
+            return facts
+        return replace(facts, reading={**facts.reading, **scaled_reading(self.config.standardize)})
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What makes examples of texts and images, and batches of examples."""
+        vocabulary, config = self.vocabulary, self.config
+        if vocabulary.processor is not None:
+            reading = Reading(vocabulary.kind, config.max_text_length, config.padding, config.prompt, config.background)
+            return ProcessorReader(vocabulary.processor, reading)
+        assert vocabulary.tokenizer is not None
+        words = WordPieces(vocabulary.tokenizer, config.max_text_length)
+        if vocabulary.regions == "pixels":
+            return PixelReader(words, self._side(), config.background)
+        return RegionReader(words, self._open_store)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad examples into a batch."""
+        return self.reader.collate(examples)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write tokenizer, answers and a description of the regions."""
+        self.vocabulary.save(folder)
+        if self.scaling is not None:
+            self.scaling.save(folder)
+
+    def requests(self, records: Sequence[Mapping[str, Any]]) -> TableSplit:
+        """Turn records into questions without answers; see the base class."""
+        rows: list[Record] = []
+        places: list[str] = []
+        sources = Sources(self._request_folder(), places.__getitem__)
+        for number, record in enumerate(records, start=1):
+            place = record.where if isinstance(record, Request) else ""
+            where = place or f"record {record.get('id', number)}"
+            places.append(where)
+            images = tuple(
+                sources.add(file, number - 1) for file in record_files(record, self.vocabulary.regions, where)
+            )
+            name, texts = record_id(record, str(number), where), record_texts(record, where)
+            rows.append(Record(name, *texts, images, where=place))
+        store = self.open_store(sources.build())
+        return TableSplit(rows, self.reader, store)
+
+    def open_store(self, sources: Sequence[Source], images: Iterable[int] | None = None) -> Any:
+        """Return the reader's store of files, with those of ``images`` (all by default) ready to be read."""
+        store = self.reader.open(sources)
+        if isinstance(store, RegionStore):
+            store.prepare(range(len(store)) if images is None else images)
+        return store
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return the best answer of every row and its probability (soft targets: its sigmoid score).
+
+        Of pairs, the logit ``[B]`` of the image with its own text.
+        """
+        if self.vocabulary.kind == "pair":
+            return [{"answer": "match", "score": score} for score in logits.float().tolist()]
+        scores = logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
+        return best_answers(scores, self.vocabulary.answers)
+
+    def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
+        """Return the texts that the model wrote, and their probabilities."""
+        tokenizer = getattr(self.vocabulary.processor, "tokenizer", self.vocabulary.processor)
+        rows = [row[row >= 0].tolist() for row in written.tokens]
+        texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return [{"answer": text, "score": score} for text, score in zip(texts, written.scores.tolist(), strict=True)]
+
+    def _request_folder(self) -> Path:
+        """Return the folder that a request's paths are relative to."""
+        return Path()
+
+    def _open_store(self, sources: Sequence[Source]) -> RegionStore | None:
+        """Return the store of region features of these files, or None for text only."""
+        if self.vocabulary.regions == "none" or not sources:
+            return None
+        store = self._plain_store(sources)
+        return store if self.scaling is None else ScaledStore(store, self.scaling)
+
+    def _plain_store(self, sources: Sequence[Source]) -> RegionStore:
+        regions = self.vocabulary.regions
+        store: RegionStore = GridStore(sources, self.config) if regions == "grid" else self._feature_files(sources)
+        if store.dim != self.vocabulary.feature_dim:
+            raise DataError(
+                f"{sources[0].named_by}: features are {store.dim} wide, in training they were "
+                f"{self.vocabulary.feature_dim}: another detector made them"
+            )
+        return store
+
+    def _feature_files(self, sources: Sequence[Source]) -> FileStore:
+        """Return the store of feature files."""
+        return FileStore(sources)
+
+    def _processor(self) -> Any:
+        """Load the processor that the recipe names, or return None."""
+        return None if self.config.processor is None else load_processor(str(local_path(self.config.processor)))
+
+    def _side(self) -> int:
+        size: int | None = self.config.image_size
+        return SIDE if size is None else size
+
+    def _extractor(self, regions: Regions, processor: Any = None) -> str | None:
+        """Return what makes grid features, or images of one size, under the configuration."""
+        if regions == "pixels" and processor is None:
+            return f"whole images of {self._side()} pixels a side"
+        return GridExtractor(self.config).signature if regions == "grid" else None
+
+
+def ranked_answers(counts: Mapping[str, int], most: int | None, least: int) -> list[str]:
+    """Return the answers that occur at least ``least`` times, the ``most`` frequent ones first."""
+    kept: Iterable[str] = (answer for answer, count in counts.items() if count >= least)
+    return sorted(kept, key=lambda answer: (-counts[answer], answer))[:most]

@@ -1,0 +1,399 @@
+"""How texts and images of a record become an example, and examples a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.datasets.base import Example
+from villa.datasets.collation import collate, stack_targets
+from villa.datasets.own.pictures import BACKGROUND, PictureStore
+from villa.datasets.own.processors import QUESTION, Prompts, append
+from villa.datasets.stores import RegionStore, Source
+from villa.datasets.text import KEPT_TEXTS, TokenCounter, encode_texts, nothing_left
+from villa.errors import DataError
+from villa.plugins import one_line
+
+#: Side of images that go to a model whole, where the recipe does not say it.
+SIDE = 224
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question, caption or text, as a user wrote it.
+
+    Attributes:
+        id: unique within the split.
+        text: the question, caption or first text.
+        pair: a second text, or None.
+        images: indices of its images in the store.
+        target: class index or soft targets ``[labels]``; None when there is no answer, or it is to be written.
+        answer: the answer to be written, or None.
+        where: its place in a file, for messages, where it is known.
+    """
+
+    id: str
+    text: str
+    pair: str | None = None
+    images: tuple[int, ...] = ()
+    target: int | Tensor | None = None
+    answer: str | None = None
+    where: str = ""
+
+
+class Reader(ABC):
+    """Makes examples of records, and batches of examples; goes to the loader's workers."""
+
+    @abstractmethod
+    def open(self, sources: Sequence[Source]) -> Any:
+        """Return a store of what the images of these files give; None when there are none to read."""
+
+    @abstractmethod
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Return how many tokens of a text, or of a pair of texts, are read, and how many it has.
+
+        Args:
+            text: the text.
+            pair: a second text, or None.
+            images: whether it is about images.
+
+        Raises:
+            DataError: it cannot be read, or nothing of it is left.
+        """
+
+    @abstractmethod
+    def image_length(self, store: Any, image: int) -> int:
+        """Positions that an image takes in a sequence, as far as they are counted for batches by tokens."""
+
+    @abstractmethod
+    def example(self, record: Record, store: Any) -> Example:
+        """Read one example."""
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Make a batch of examples."""
+        return collate(examples)
+
+
+class WordPieces:
+    """Texts as word-piece ids and, for pairs of texts, types.
+
+    Args:
+        tokenizer: text to ids.
+        max_length: longest text with its special tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._kept: dict[tuple[str, str | None], tuple[Tensor, Tensor | None]] = {}
+        self._count = TokenCounter(tokenizer)
+
+    def lengths(self, text: str, pair: str | None) -> tuple[int, int]:
+        """Return how many word-pieces of a text, or of two, are read, and how many there are.
+
+        Raises:
+            DataError: see ``encode_texts``.
+        """
+        whole = self._count(text, pair)
+        return min(whole, self.max_length), whole
+
+    def __call__(self, text: str, pair: str | None) -> tuple[Tensor, Tensor | None]:
+        """Return ids ``[T]`` and types ``[T]``; no types for one text.
+
+        Raises:
+            DataError: see ``encode_texts``.
+        """
+        found = self._kept.get((text, pair))
+        if found is None:
+            found = encode_texts(self.tokenizer, text, pair, self.max_length)
+            if len(self._kept) < KEPT_TEXTS:
+                self._kept[text, pair] = found
+        return found
+
+
+class RegionReader(Reader):
+    """Word-pieces and region features, or word-pieces alone.
+
+    Args:
+        words: text to ids.
+        open_store: gives the region features of files, or None.
+    """
+
+    def __init__(self, words: WordPieces, open_store: Callable[[Sequence[Source]], RegionStore | None]) -> None:
+        self.words = words
+        self._open_store = open_store
+
+    def open(self, sources: Sequence[Source]) -> RegionStore | None:
+        """Return the store of region features; they are made ready by its ``prepare``."""
+        return self._open_store(sources)
+
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Word-pieces; see the base class."""
+        return self.words.lengths(text, pair)
+
+    def image_length(self, store: RegionStore | None, image: int) -> int:
+        """Regions."""
+        return 0 if store is None else store.regions(image)
+
+    def example(self, record: Record, store: RegionStore | None) -> Example:
+        """Read word-pieces and regions."""
+        ids, types = self.words(record.text, record.pair)
+        if store is None or not record.images:
+            return Example(record.id, ids, types, target=record.target)
+        (image,) = record.images
+        return Example(record.id, ids, types, *store[image], record.target)
+
+
+class PixelReader(Reader):
+    """Word-pieces and whole images of one size, for models without a processor of their own.
+
+    Args:
+        words: text to ids.
+        side: height and width that images are scaled to.
+        background: colour that transparent images are put on.
+    """
+
+    def __init__(self, words: WordPieces, side: int, background: str = BACKGROUND) -> None:
+        self.words, self.side, self.background = words, side, background
+
+    def open(self, sources: Sequence[Source]) -> PictureStore:
+        """Return the images."""
+        return PictureStore(sources, self.background)
+
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Word-pieces; see the base class."""
+        return self.words.lengths(text, pair)
+
+    def image_length(self, store: Any, image: int) -> int:
+        """0: all images take the same number of positions."""
+        return 0
+
+    def example(self, record: Record, store: PictureStore) -> Example:
+        """Read word-pieces, and images as ``[3, side, side]`` bytes."""
+        ids, types = self.words(record.text, record.pair)
+        images = tuple(self._pixels(store, image) for image in record.images)
+        return Example(record.id, ids, types, target=record.target, images=images)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad the texts; scale the images to [-1, 1].
+
+        Raises:
+            DataError: the examples have different numbers of images.
+        """
+        if len({len(example.images) for example in examples}) > 1:
+            raise DataError(f"a batch mixes examples of one and of several images (first: '{examples[0].id}')")
+        stacked = torch.stack([torch.stack(example.images) for example in examples]).float() / 127.5 - 1
+        pixels = stacked[:, 0] if stacked.shape[1] == 1 else stacked
+        return replace(collate(examples), pixel_values=pixels)
+
+    def _pixels(self, store: PictureStore, image: int) -> Tensor:
+        scaled = store[image].resize((self.side, self.side))
+        return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+
+
+#: What is asked of a model: a label, a text that it writes, or whether an image and a text belong together.
+Kind = Literal["label", "text", "pair"]
+
+_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a processor is used.
+
+    Attributes:
+        kind: what is asked of the model.
+        max_length: longest text in tokens; not for texts to be continued or with marks of images, which are never cut.
+        padding: to the ``longest`` text of a batch, or to ``max_length``; prompts always to the longest.
+        prompt: what a model is told in place of the question alone; holds ``{question}``.
+        background: colour that transparent images are put on.
+    """
+
+    kind: Kind
+    max_length: int
+    padding: Literal["longest", "max_length"] = "longest"
+    prompt: str | None = None
+    background: str = BACKGROUND
+
+
+class ProcessorReader(Reader):
+    """Reads texts and images in collation, so that a batch is what the model's own processor makes of them.
+
+    Args:
+        processor: of transformers; a tokenizer for texts alone.
+        reading: how it is used.
+
+    Raises:
+        DataError: its tokenizer has no token that an answer or a padded text needs.
+    """
+
+    def __init__(self, processor: Any, reading: Reading) -> None:
+        self.processor, self.reading = processor, reading
+        self.prompts = Prompts(processor, reading.prompt)
+        self.tokenizer = self.prompts.tokenizer
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        self._end = next((end for end in ends if end is not None), None)
+        if self.tokenizer.pad_token is None or (reading.kind == "text" and self._end is None):
+            lacking = "padding" if self.tokenizer.pad_token is None else "end-of-text"
+            raise DataError(f"the processor's tokenizer has no {lacking} token; use another dataset.processor")
+        self._limit = min(reading.max_length, self.tokenizer.model_max_length)
+        self._lengths: dict[tuple[str, str | None], int] = {}
+
+    def open(self, sources: Sequence[Source]) -> PictureStore | None:
+        """Return the images."""
+        return PictureStore(sources, self.reading.background) if sources else None
+
+    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+        """Tokens of the text, without what stands for images; see the base class."""
+        whole = self._lengths.get((text, pair))
+        if whole is None:
+            told = text if self.reading.kind == "text" else self._told(text)
+            whole = len(self.tokenizer(told, pair, verbose=False)["input_ids"])
+            if len(self._lengths) < KEPT_TEXTS:
+                self._lengths[text, pair] = whole
+        if self.reading.kind == "text" or (self.prompts.marks_images and images):  # which are never cut
+            return whole, whole
+        if not whole:
+            raise nothing_left(text)
+        return min(whole, self._limit), whole
+
+    def image_length(self, store: Any, image: int) -> int:
+        """Tokens that stand for an image in the text: as many as a small square one has."""
+        return self.prompts.image_tokens
+
+    def example(self, record: Record, store: PictureStore | None) -> Example:
+        """Keep the texts, and decode the images."""
+        images = () if store is None else tuple(store[image] for image in record.images)
+        reference = None
+        if self.reading.kind == "pair" and store is not None and record.images:
+            reference = {"image": str(store.sources[record.images[0]].path), "text": record.text}
+        return Example(
+            record.id,
+            target=record.target,
+            reference=reference,
+            text=record.text,
+            pair=record.pair,
+            images=images,
+            answer=record.answer,
+        )
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Let the processor read the examples.
+
+        Raises:
+            DataError: it cannot, or a prompt is longer than the model's limit.
+        """
+        try:
+            return self._written(examples) if self.reading.kind == "text" else self._scored(examples)
+        except DataError:
+            raise
+        except Exception as error:  # whatever the processors of the library raise for what they do not expect
+            raise DataError(f"the processor cannot read {_named(examples)}: {one_line(error)}") from error
+
+    def _scored(self, examples: Sequence[Example]) -> Batch:
+        # Marks of images in a text are never cut.
+        made = self._prompted(examples) if self.prompts.marks_images and examples[0].images else self._read(examples)
+        for example, mask in zip(examples, _mask(made), strict=True):
+            if not mask.any():
+                raise nothing_left(example.text)
+        references = [example.reference for example in examples]
+        targets = stack_targets(examples)
+        objective = None
+        if self.reading.kind == "pair":
+            targets, objective = _matches(references), "contrastive"
+        known = references if any(references) else None
+        return _batch(examples, made, targets=targets, references=known, objective=objective)
+
+    def _written(self, examples: Sequence[Example]) -> Batch:
+        made = self._prompted(examples)
+        answers = [example.answer for example in examples]
+        known = [answer for answer in answers if answer is not None]
+        if len(known) < len(answers):
+            return _batch(examples, made)
+        ids = [[*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self._end] for answer in known]
+        made, mask = append(made, ids, self.tokenizer.pad_token_id, self.prompts.answer_type)
+        self._check_length(made["input_ids"], examples)
+        return _batch(examples, made, answer_mask=mask, targets=made["input_ids"][mask])
+
+    def _prompted(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Read texts that mark where their images are, or that are to be continued."""
+        if any(example.pair is not None for example in examples):
+            raise DataError(
+                f"{_named(examples)} have a text_pair, for which a prompt has no place; put both in one text"
+            )
+        made = self.prompts.read([example.text for example in examples], [example.images for example in examples])
+        self._check_length(made["input_ids"], examples)
+        return made
+
+    def _read(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Read texts, and images beside them."""
+        texts, seconds = [self._told(e.text) for e in examples], [e.pair for e in examples if e.pair is not None]
+        flat = [image for example in examples for image in example.images]
+        options = {"truncation": True, "max_length": self._limit, "padding": self.reading.padding}
+        options |= {"padding_side": "right", "return_tensors": "pt"}
+        if flat and not seconds and len(flat) == len(texts) and hasattr(self.processor, "image_processor"):
+            return dict(self.processor(text=texts, images=flat, **options))
+        made = dict(self.tokenizer(texts, seconds or None, **options))
+        if flat:
+            if len({len(example.images) for example in examples}) > 1:
+                raise DataError(f"{_named(examples)} have different numbers of images; give all of them as many")
+            seen = self._image_processor()(flat, return_tensors="pt")
+            made |= {name: _by_example(value, len(texts), len(flat)) for name, value in seen.items()}
+        return made
+
+    def _told(self, text: str) -> str:
+        template = self.reading.prompt
+        return text if template is None else template.replace(QUESTION, text)
+
+    def _image_processor(self) -> Any:
+        if not hasattr(self.processor, "image_processor"):
+            raise DataError("the processor reads texts alone, but the records have images; set dataset.regions=none")
+        return self.processor.image_processor
+
+    def _check_length(self, ids: Tensor, examples: Sequence[Example]) -> None:
+        limit = self.tokenizer.model_max_length
+        if ids.shape[1] > limit:
+            raise DataError(
+                f"a text among {_named(examples)} has {ids.shape[1]} tokens with its images and answer, but the model "
+                f"reads {limit}, and cutting could take an image apart; shorten it, or use smaller images"
+            )
+
+
+def _named(examples: Sequence[Example]) -> str:
+    return f"examples '{examples[0].id}' to '{examples[-1].id}'"
+
+
+def _batch(examples: Sequence[Example], made: Mapping[str, Tensor], **more: Any) -> Batch:
+    """Sort what a processor made into the fields of a batch."""
+    fields: dict[str, Any] = {name: made[name] for name in _FIELDS if name in made}
+    if "attention_mask" in fields:
+        fields["attention_mask"] = fields["attention_mask"].bool()
+    rest = {k: v for k, v in made.items() if k not in (*_FIELDS, "labels") and isinstance(v, Tensor)}
+    return Batch([example.id for example in examples], **fields, inputs=rest or None, **more)
+
+
+def _mask(made: Mapping[str, Tensor]) -> Tensor:
+    return made["attention_mask"] if "attention_mask" in made else torch.ones_like(made["input_ids"])
+
+
+def _matches(references: Sequence[Mapping[str, str]]) -> Tensor:
+    """``[B, B]``: 1 where text j is about image i: a pair of the data, the same image, or the same text."""
+    rows = [
+        [float(one["image"] == other["image"] or one["text"] == other["text"]) for other in references]
+        for one in references
+    ]
+    return torch.tensor(rows)
+
+
+def _by_example(value: Any, examples: int, images: int) -> Any:
+    """``[B * I, ...]`` as ``[B, I, ...]`` where an example has several images."""
+    if not isinstance(value, Tensor) or images == examples or value.shape[0] != images:
+        return value
+    return value.view(examples, images // examples, *value.shape[1:])

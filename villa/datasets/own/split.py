@@ -1,0 +1,305 @@
+"""A split of a JSON-lines file: an index of small numbers in memory, the lines read when they are needed."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from villa.datasets.base import Example, Split
+from villa.datasets.own.assets import Assets
+from villa.datasets.own.readers import Reader, Record
+from villa.datasets.own.records import JsonLines, answer_scores, record_files, record_id, record_texts
+from villa.datasets.samplers import Lengths
+from villa.datasets.stores import SourceFiles, Sources
+from villa.datasets.text import CutTexts
+from villa.errors import DataError, about
+from villa.progress import track
+
+logger = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.integer]
+
+
+class JsonlSplit(Split):
+    """Questions of a file.
+
+    Args:
+        lines: the file.
+        vocabulary: answers and kind of regions.
+        reader: makes examples of texts and images.
+        train: leave out questions without a known answer, instead of keeping or refusing them.
+
+    Attributes:
+        store: images or region features of the files that ``read_index`` collected; None for text only.
+    """
+
+    def __init__(self, lines: JsonLines, vocabulary: Assets, reader: Reader, *, train: bool) -> None:
+        self.store: Any = None
+        self._lines, self._vocabulary, self._reader, self._train = lines, vocabulary, reader, train
+        self._kept: Sequence[int] = range(len(lines))
+        self._text_lengths, self._images = array("i"), Lists()
+        self._pairs = vocabulary.kind == "pair"
+        self._form: tuple[bool, int] | None = None
+        self._cut = CutTexts()
+        self._has_answers = not self._pairs and (train or _has_answer(lines[0]))
+
+    @property
+    def answered(self) -> bool:
+        """Whether the lines have answers; pairs are answers themselves."""
+        return self._pairs or self._has_answers
+
+    def read_index(self, folder: Path) -> SourceFiles:
+        """Check every line, and return the files that those refer to which are kept.
+
+        Args:
+            folder: that paths are relative to.
+
+        Raises:
+            DataError: naming the file and line of the first bad record.
+        """
+        sources, ids, dropped = Sources(folder, self._lines.where), array("q"), array("q")
+        for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
+            where = self._lines.where(index)
+            texts = record_texts(record, where)
+            files = record_files(record, self._vocabulary.regions, where)
+            self._check_form(texts[1] is not None, len(files), where)
+            ids.append(hash(self._id(index, record, where)))
+            if not self._is_kept(record, where):
+                dropped.append(index)
+                continue
+            try:
+                read, whole = self._reader.text_lengths(*texts, images=bool(files))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            self._cut.add(read, whole)
+            self._text_lengths.append(read)
+            self._images.append([sources.add(name, index) for name in files])
+        self._check_ids(ids)
+        if dropped:
+            self._leave_out(dropped)
+        return sources.build()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Example:
+        line = self._kept[index]
+        record = self._lines[line]
+        where = self._lines.where(line)
+        written = self._vocabulary.kind == "text"
+        scores = answer_scores(record, where, written=written) if self._has_answers else None
+        example = Record(
+            self._id(line, record, where),
+            *record_texts(record, where),
+            images=self.images(index),
+            target=None if scores is None or written else self._target(scores),
+            answer=max(scores, key=lambda answer: scores[answer]) if scores and written else None,
+        )
+        return self._reader.example(example, self.store)
+
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        return f"the example of {self._lines.where(self._kept[index])}"
+
+    def images(self, index: int) -> tuple[int, ...]:
+        """Return the indices of an example's images in the store."""
+        return self._images[index]
+
+    @property
+    def lengths(self) -> Lengths:
+        """Word-pieces plus regions of every question; the headers of feature files are read when asked for."""
+        return _Lengths(self._text_lengths, self._images, self.image_lengths)
+
+    def _id(self, line: int, record: Mapping[str, Any], where: str) -> str:
+        return record_id(record, "", where) if "id" in record else str(self._lines.number(line))
+
+    def warnings(self) -> list[str]:
+        """Return how many texts are cut."""
+        return self._cut.warnings()
+
+    def image_lengths(self, images: Iterable[int]) -> Numbers:
+        """Return the positions that images of the store take, as far as they are counted."""
+        return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
+
+    def _check_ids(self, hashes: array[int]) -> None:
+        """Refuse an id that occurs twice; of most, the hash tells that they do not."""
+        ordered = np.frombuffer(hashes, np.int64)
+        ordered.sort()
+        suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
+        seen: set[str] = set()
+        for index, record in enumerate(self._lines if suspects else ()):
+            where = self._lines.where(index)
+            name = self._id(index, record, where)
+            if name in seen:
+                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
+            if hash(name) in suspects:
+                seen.add(name)
+
+    def _leave_out(self, dropped: array[int]) -> None:
+        lines = len(self._lines)
+        self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
+        share = 100 * len(dropped) / lines
+        text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
+        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        if not self._kept:
+            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+
+    def _check_form(self, paired: bool, images: int, where: str) -> None:
+        """Refuse lines that cannot be in one batch with the others."""
+        kind = self._vocabulary.kind
+        if kind != "label" and paired:
+            raise DataError(f"{where}: 'text_pair' has no place with dataset.target={kind}; put both texts in one")
+        if kind == "pair" and images != 1:
+            raise DataError(f"{where}: the line has {images} images; dataset.target=pair needs one")
+        self._form = self._form or (paired, images)
+        if kind == "label" and (paired, images) != self._form:
+            here, first = (
+                f"{n} image(s) and {'a' if p else 'no'} text_pair" for p, n in ((paired, images), self._form)
+            )
+            raise DataError(f"{where}: the line has {here}, the first {first}; give all lines of a file the same")
+
+    def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
+        if self._pairs:
+            return True
+        if _has_answer(record) != self._has_answers:
+            problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
+            raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
+        scores = answer_scores(record, where)
+        if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
+            return True
+        if not (self._train or self._vocabulary.soft):
+            raise DataError(
+                f"{where}: the answer '{next(iter(scores))}' is none of the {len(self._vocabulary.answers)} labels; "
+                "list it in dataset.answers, or set dataset.target=soft and a loss for it to count it as wrong"
+            )
+        return not self._train
+
+    def _target(self, scores: Mapping[str, float]) -> int | Tensor:
+        labels = self._vocabulary.labels
+        known = {labels[answer]: score for answer, score in scores.items() if answer in labels}
+        if not self._vocabulary.soft:
+            return max(known, key=lambda label: known[label])
+        target = torch.zeros(len(labels))
+        target[list(known)] = torch.tensor(list(known.values()))
+        return target
+
+
+class Lists:
+    """Short lists of numbers by number; where all are equally long, nothing but their numbers is kept."""
+
+    def __init__(self) -> None:
+        self._values, self._ends = array("i"), array("q")
+        self._count, self._size = 0, 0
+
+    def append(self, values: Sequence[int]) -> None:
+        """Add a list."""
+        if not (values or self._values):
+            self._count += 1
+            return
+        self._size = self._size if self._count else len(values)
+        if not self._ends and len(values) != self._size:
+            self._ends.extend(self._size * number for number in range(1, self._count + 1))
+        self._values.extend(values)
+        self._count += 1
+        if self._ends or len(values) != self._size:
+            self._ends.append(len(self._values))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        if self._ends:
+            return tuple(self._values[self._ends[index - 1] if index else 0 : self._ends[index]])
+        return tuple(self._values[self._size * index : self._size * (index + 1)])
+
+    def sums(self, of: Callable[[Iterable[int]], Numbers]) -> Numbers:
+        """Return for every list ``[N]`` the sum of what ``of`` gives for its numbers, which are ascending from 0."""
+        values = np.frombuffer(self._values, np.int32)
+        if not len(values):
+            return np.zeros(self._count, np.int32)
+        found = of(range(int(values.max()) + 1))[values]
+        if not self._ends:
+            summed: Numbers = found.reshape(-1, self._size).sum(1, dtype=np.int32)
+            return summed
+        return np.diff(np.append(0, np.cumsum(found))[self._ends], prepend=0)
+
+
+class _Lengths(Sequence[int]):
+    """Text lengths plus numbers of regions, the latter looked up when an entry is read, or all as an array."""
+
+    def __init__(self, texts: array[int], images: Lists, regions: Callable[[Iterable[int]], Numbers]) -> None:
+        self._texts, self._images, self._regions = texts, images, regions
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return self._texts[place] + int(self._regions(self._images[place]).sum())
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Numbers:
+        texts = np.frombuffer(self._texts, np.int32)
+        return (texts + self._images.sums(self._regions)).astype(dtype or np.int32)
+
+
+def _has_answer(record: Mapping[str, Any]) -> bool:
+    return record.get("answer") is not None or "answers" in record
+
+
+class TableSplit(Split):
+    """Records in memory, over images or region features in a store.
+
+    Args:
+        records: the records.
+        reader: makes examples of them.
+        store: what ``reader.open`` returned.
+        left_out: what the options leave out of the data, a line for each reason.
+    """
+
+    def __init__(self, records: Sequence[Record], reader: Reader, store: Any, left_out: Sequence[str] = ()) -> None:
+        self._records, self._reader, self._store, self._left_out = records, reader, store, left_out
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._reader.example(self._records[index], self._store)
+
+    def describe(self, index: int) -> str:
+        """See the base class."""
+        record = self._records[index]
+        return f"the example of {record.where}" if record.where else f"example '{record.id}'"
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens plus regions of every record."""
+        images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
+        return [read + more for (read, _), more in zip(self._text_lengths, images, strict=True)]
+
+    def warnings(self) -> list[str]:
+        """See the base class."""
+        cut = CutTexts()
+        for read, whole in self._text_lengths:
+            cut.add(read, whole)
+        return [*self._left_out, *cut.warnings()]
+
+    @cached_property
+    def _text_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of every record's text that are read, and all of them."""
+        return list(map(self._measure, range(len(self))))
+
+    def _measure(self, index: int) -> tuple[int, int]:
+        record = self._records[index]
+        with about(record.where or self.describe(index)):
+            return self._reader.text_lengths(record.text, record.pair, images=bool(record.images))

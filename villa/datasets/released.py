@@ -1,0 +1,139 @@
+"""What the tasks on released files share: splits that a recipe lists files for, or small files that are made up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from villa.batch import Batch
+from villa.datasets.base import DatasetConfig, Example, Split, TaskDataset
+from villa.datasets.collation import collate
+from villa.datasets.paths import SPLITS
+from villa.datasets.synthetic import EXAMPLES, databases
+from villa.errors import ConfigError, DataError, reading
+from villa.files import plain_path, write_json
+from villa.json_values import is_count, read_own
+
+#: Names of what a checkpoint keeps about the data that it was trained on.
+FACTS_FILE, ANSWERS_FILE = "dataset.json", "answers.json"
+
+
+@dataclass
+class ReleasedFilesConfig(DatasetConfig):
+    """Options of the tasks on released files; relative paths are below ``root``.
+
+    Attributes:
+        name: the registered name.
+        root: folder that the other paths are relative to.
+        synthetic: generate small files of the same format and run a tiny model on them, to try the recipe.
+        synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
+        allow_empty_boxes: accept boxes of regions that have no width or no height.
+    """
+
+    root: str = "data"
+    synthetic: bool = False
+    synthetic_examples: int = EXAMPLES
+    allow_empty_boxes: bool = False
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if self.synthetic_examples < 32:
+            raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
+
+
+class ReleasedFilesTask(TaskDataset):
+    """A task on released files. A subclass says which files a split has and opens them."""
+
+    Config: ClassVar[type[DatasetConfig]] = ReleasedFilesConfig
+    config: ReleasedFilesConfig
+
+    def __init__(self, config: Any, assets: Path | None = None) -> None:
+        super().__init__(config, assets)
+        config.check()
+        self._splits: dict[str, Split] = {}
+
+    @abstractmethod
+    def listed(self, split: str) -> Sequence[str]:
+        """Return the files that the recipe lists for a split."""
+
+    @abstractmethod
+    def open_split(self, name: str) -> Split:
+        """Open the files of a split; every image that they name is looked up.
+
+        Raises:
+            DataError: the recipe lists none, or they cannot be used.
+        """
+
+    @abstractmethod
+    def contents(self) -> Iterator[Any]:
+        """Yield what identifies the data, as JSON values: of the splits that are there, for not all need be."""
+
+    @cached_property
+    def root(self) -> Path:
+        """Folder of the files, or of those that are made up."""
+        return self.generated() if self.config.synthetic else plain_path(self.config.root)
+
+    def generated(self) -> Path:
+        """Return the folder of the made-up files: by default, the databases of UNITER's tasks."""
+        return databases(self.config.name, self.config.synthetic_examples)
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the recipe lists files for."""
+        return SPLITS if self.config.synthetic else tuple(split for split in SPLITS if self.listed(split))
+
+    def split(self, name: str) -> Split:
+        """Return a split.
+
+        With the training split come all others, so that what is wrong with them is known before training.
+        """
+        for wanted in (name, *(self.splits() if name == "train" else ())):
+            if wanted not in self._splits:
+                self._splits[wanted] = self.open_split(wanted)
+        return self._splits[name]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad examples into a batch."""
+        return collate(examples)
+
+    def kept_facts(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the facts, as a JSON object."""
+        return asdict(self.facts())
+
+    @cached_property
+    def trained_facts(self) -> dict[str, Any]:
+        """What the checkpoint kept of its data, with the sizes ``feature_dim`` and ``vocab_size``.
+
+        They are read once: the checkpoint that a run was resumed from is removed when there are newer ones.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        assert self.assets is not None
+        path, advice = self.assets / FACTS_FILE, "use a checkpoint with its assets"
+        with reading(f"the facts of the training data '{path}' cannot be read", advice):
+            facts = read_own(path)
+        if not isinstance(facts, dict) or not all(is_count(facts.get(name)) for name in ("feature_dim", "vocab_size")):
+            raise DataError(f"'{path}' does not hold the sizes of the training data; {advice}")
+        return facts
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the sizes that the data fixes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FACTS_FILE, self.kept_facts())
+
+    def fingerprint(self) -> str:
+        """Hash of the options and of the contents."""
+        options = asdict(self.config) | {"root": None}
+        del options["allow_empty_boxes"]  # it changes no example
+        parts = [options, *self.contents()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

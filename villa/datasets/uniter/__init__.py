@@ -1,0 +1,1 @@
+"""UNITER's databases and their tasks."""

@@ -1,0 +1,62 @@
+"""NLVR2 on the released databases: is a sentence true of two images?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.datasets.base import DatasetConfig, Example, best_answers
+from villa.datasets.uniter.database_split import DatabaseSplit
+from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.uniter.image_lmdb import check_pair
+from villa.errors import DataError
+from villa.registry import register_dataset
+
+
+class PairOfImagesSplit(DatabaseSplit):
+    """Sentences about a left and a right image: two rows, each with the sentence and one image."""
+
+    text_copies: ClassVar[int] = 2
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example; see the base class."""
+        images: Any = self.pair.images
+        features, boxes = zip(*(images[name] for name in self.image_names(id)), strict=True)
+        target = fields.get("target") if self.training or self.stores_answers else None
+        if target not in (0, 1, None) or (target is None and (self.training or self.stores_answers)):
+            raise self.unusable(id, f"the target {target!r:.40}; it must be 0 or 1")
+        words = self.words(self.field(fields, "input_ids", id), id=id)
+        return Example(id, words, None, features, boxes, None if target is None else int(target))
+
+    def check_images(self) -> None:
+        """Make sure that every sentence has two images, and that they are there."""
+        images = self.pair.text.images
+        if images.rows(self.ids).min() < 0 or self.named().first_list(but=2) is not None:
+            raise DataError(
+                f"text database '{self.pair.text.path}' is not one of NLVR2: a text does not have two images"
+            )
+        check_pair(self.pair.text, self.pair.images, ids=self.ids)
+
+
+@dataclass
+class Nlvr2Config(DatabaseConfig):
+    """Options of NLVR2: those that tasks on databases share."""
+
+    name: str = "nlvr2"
+
+
+@register_dataset("nlvr2")
+class Nlvr2(DatabaseTask):
+    """NLVR2: one sentence, a left and a right image."""
+
+    Config: ClassVar[type[DatasetConfig]] = Nlvr2Config
+    Examples = PairOfImagesSplit
+    labels = ("False", "True")
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return ``True`` or ``False`` and its probability."""
+        return best_answers(logits.float().softmax(-1), self.labels)

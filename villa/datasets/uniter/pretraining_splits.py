@@ -1,0 +1,350 @@
+"""Splits of pre-training: every text with its image, as examples of one objective."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from villa.batch import Batch
+from villa.config.schema import BatchConfig
+from villa.datasets.base import Example, Split
+from villa.datasets.collation import collate
+from villa.datasets.samplers import MixedSampler, Sampler, Share
+from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Pair
+from villa.datasets.uniter.databases import DatabaseTask
+from villa.datasets.uniter.vcr import ANSWER, QUESTION, RATIONALE, Choices
+from villa.errors import DataError
+from villa.rng import derive_seed
+
+
+@dataclass(frozen=True)
+class ObjectiveExample(Example):
+    """An example of one text and one image for an objective.
+
+    Attributes:
+        objective: its name.
+        masked_tokens: ``[T]`` bool, or None.
+        masked_regions: ``[R]`` bool, or None; the features of these are zero.
+        rows: what is asked for, a row for each masked token or region: ``[N]`` int64 or ``[M, ...]``; or None.
+    """
+
+    objective: str = ""
+    masked_tokens: Tensor | None = None
+    masked_regions: Tensor | None = None
+    rows: Tensor | None = None
+
+
+def collate_objective(examples: Sequence[ObjectiveExample]) -> Batch:
+    """Pad examples of one objective into a batch, the rows that they ask for one after another.
+
+    Raises:
+        DataError: they are for several objectives.
+    """
+    names = list(dict.fromkeys(example.objective for example in examples))
+    if len(names) > 1:
+        raise DataError(f"a batch mixes the objectives {' and '.join(names)}; keep them apart")
+    batch = replace(
+        collate(examples),
+        objective=names[0],
+        masked_tokens=_padded([example.masked_tokens for example in examples]),
+        masked_regions=_padded([example.masked_regions for example in examples]),
+    )
+    rows = [example.rows for example in examples if example.rows is not None]
+    if not rows:
+        return batch
+    targets = torch.cat(rows)
+    return replace(batch, targets=targets.float() if targets.is_floating_point() else targets)
+
+
+def _padded(masks: Sequence[Tensor | None]) -> Tensor | None:
+    present = [mask for mask in masks if mask is not None]
+    return pad_sequence(present, batch_first=True) if present else None
+
+
+#: Share of the words, and of the regions, that are masked.
+PROBABILITY = 0.15
+#: Of the masked words, the shares that become [MASK], and that become [MASK] or another word; the others stay.
+_MASK, _CHANGED = 0.8, 0.9
+
+
+def mask_words(
+    words: Sequence[int],
+    mask_id: int,
+    vocabulary: tuple[int, int],
+    draws: random.Random,
+    probability: float = PROBABILITY,
+) -> tuple[list[int], list[bool]]:
+    """Mask each word-piece on its own; where none was drawn, the first one becomes [MASK].
+
+    Args:
+        words: without [CLS] and [SEP], which are never masked.
+        mask_id: id of [MASK].
+        vocabulary: first id and end of those that a random word is drawn from.
+        draws: the generator.
+        probability: share that is masked.
+
+    Returns:
+        The words to read, and for each whether it is asked for (also where it stayed).
+    """
+    read, asked = list(words), [False] * len(words)
+    for place in range(len(words)):
+        drawn = draws.random()
+        if drawn >= probability:
+            continue
+        asked[place] = True
+        if drawn < _MASK * probability:
+            read[place] = mask_id
+        elif drawn < _CHANGED * probability:
+            read[place] = draws.choice(range(*vocabulary))
+    if words and not any(asked):
+        read[0], asked[0] = mask_id, True
+    return read, asked
+
+
+def mask_regions(count: int, draws: random.Random, probability: float = PROBABILITY) -> list[bool]:
+    """Draw which of ``count`` regions are masked, each on its own; where none was drawn, any one."""
+    masked = [draws.random() < probability for _ in range(count)]
+    if count and not any(masked):
+        masked[draws.choice(range(count))] = True
+    return masked
+
+
+def wrong_image(images: Sequence[str], right: str, draws: random.Random) -> str:
+    """Draw an image that is not ``right`` out of different images, at least two."""
+    while (drawn := draws.sample(images, 1)[0]) == right:
+        pass
+    return drawn
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What an objective asks for.
+
+    Attributes:
+        objective: its name.
+        mask_probability: share of the words or regions that are masked.
+        negative_probability: share of the pairs that do not match.
+    """
+
+    objective: str
+    mask_probability: float = 0.15
+    negative_probability: float = 0.5
+
+
+class Words(NamedTuple):
+    """A text before [CLS] and [SEP].
+
+    Attributes:
+        parts: word-pieces of its parts, which [SEP] keeps apart.
+        types: token type of each part, or None where all are 0.
+    """
+
+    parts: Sequence[Sequence[int]]
+    types: tuple[int, ...] | None = None
+
+
+class ObjectiveSplit(DatabaseSplit):
+    """Texts and images for one objective. In training, masks and wrong images are drawn anew in every epoch.
+
+    Several splits may share a pair of databases.
+
+    Args:
+        task: the task.
+        name: the split's name.
+        pair: the databases.
+        lengths: text length of every text by id.
+        settings: the objective.
+
+    Raises:
+        DataError: pairs are to be matched, but there is one image only.
+    """
+
+    def __init__(
+        self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], settings: ObjectiveSettings
+    ) -> None:
+        super().__init__(task, name, pair, lengths)
+        self.settings = settings
+        self.images = self.named().single()
+        self._check()
+
+    def asking(self, settings: ObjectiveSettings) -> ObjectiveSplit:
+        """Return the same texts for another objective; what was read about them is shared.
+
+        Raises:
+            DataError: as for a new split.
+        """
+        other = copy.copy(self)
+        other.settings = settings
+        other._check()
+        return other
+
+    def _check(self) -> None:
+        if self.settings.objective.startswith("itm") and len(self.images) < 2:
+            raise DataError(f"'{self.pair.text.path}' is about {len(self.images)} image; matching needs wrong ones too")
+
+    def __getitem__(self, index: int) -> ObjectiveExample:
+        return self.draw(index, derive_seed("objective", index))
+
+    def draw(self, index: int, seed: int) -> ObjectiveExample:
+        """Return example ``index`` with masks, or a wrong image, that derive from ``seed``."""
+        make = _MAKERS[self.settings.objective]
+        return make(self, self.ids[index], random.Random(seed))  # noqa: S311 - no secret
+
+    @property
+    def answered(self) -> bool:
+        """What is asked for is known."""
+        return True
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> ObjectiveExample:
+        """Make the example of a text, with fixed draws."""
+        return self[self.ids.index(id)]
+
+    def text(self, id: str) -> Words:
+        """Return the text that an example reads."""
+        return Words([self.field(self.pair.text[id], "input_ids", id)])
+
+    def _masked_words(self, id: str, draws: random.Random) -> ObjectiveExample:
+        database, text = self.pair.text, self.text(id)
+        original = self.words(*text.parts, id=id)
+        start, end = database.meta["v_range"]
+        read, asked = [database.cls_id], [False]
+        for part in text.parts:
+            words, masked = mask_words(part, database.mask_id, (start, end), draws, self.settings.mask_probability)
+            read += [*words, database.sep_id]
+            asked += [*masked, False]
+        mask = torch.tensor(asked)
+        if not mask.any():
+            raise self.unusable(id, "an empty text, which has no words to mask; leave it out")
+        features, boxes = self.regions(id)
+        example = self._example(id, torch.tensor(read), features, boxes)
+        return replace(example, masked_tokens=mask, rows=original[mask])
+
+    def _masked_regions(self, id: str, draws: random.Random) -> ObjectiveExample:
+        features, boxes = self.regions(id)
+        mask = torch.tensor(mask_regions(len(features), draws, self.settings.mask_probability))
+        rows = features[mask] if self.settings.objective == "mrfr" else self._soft_labels(id, len(features))[mask]
+        seen = features.masked_fill(mask.unsqueeze(1), 0)
+        text = self.words(*self.text(id).parts, id=id)
+        return replace(self._example(id, text, seen, boxes), masked_regions=mask, rows=rows)
+
+    def _pair(self, id: str, draws: random.Random) -> ObjectiveExample:
+        right: Any = self.image_names(id)
+        match = draws.random() >= self.settings.negative_probability
+        name = right if match else wrong_image(self.images, right, draws)
+        features, boxes = self.pair.images[name]
+        example = self._example(id, self.words(*self.text(id).parts, id=id), features, boxes)
+        return replace(example, target=int(match))
+
+    def _soft_labels(self, id: str, regions: int) -> Tensor:
+        names: Any = self.image_names(id)
+        labels = self.pair.images.soft_labels(names)
+        if len(labels) != regions:
+            raise self.unusable(id, f"{regions} regions, but class distributions of {len(labels)}; make them again")
+        return labels
+
+    def _example(self, id: str, words: Tensor, features: Tensor, boxes: Tensor) -> ObjectiveExample:
+        text = self.text(id)
+        counts = torch.tensor([len(part) + 1 for part in text.parts])
+        counts[0] += 1  # [CLS]; the [SEP] behind a part has the part's type
+        types = None if text.types is None else torch.tensor(text.types).repeat_interleave(counts)
+        return ObjectiveExample(id, words, types, features, boxes, objective=self.settings.objective)
+
+
+_MAKERS: Mapping[str, Callable[[ObjectiveSplit, str, random.Random], ObjectiveExample]] = {
+    "mlm": ObjectiveSplit._masked_words,
+    **dict.fromkeys(("mrfr", "mrc", "mrc_kl"), ObjectiveSplit._masked_regions),
+    **dict.fromkeys(("itm", "itm_wra"), ObjectiveSplit._pair),
+}
+
+
+class VcrObjectiveSplit(ObjectiveSplit):
+    """VCR's own texts: a question with its right answer, or with the right rationale behind it.
+
+    Args:
+        task: the task.
+        name: the split's name.
+        pair: the databases.
+        lengths: text length of every question by id.
+        settings: the objective: masked words or regions.
+        kind: ``qa`` or ``qar``.
+    """
+
+    def __init__(
+        self,
+        task: DatabaseTask,
+        name: str,
+        pair: Pair,
+        lengths: Mapping[str, int],
+        settings: ObjectiveSettings,
+        kind: str,
+    ) -> None:
+        self.kind = kind
+        super().__init__(task, name, pair, lengths, settings)
+
+    def text(self, id: str) -> Words:
+        """Return the question, the right answer and, for ``qar``, the right rationale."""
+        fields = self.pair.text[id]
+        choices = Choices(self, id, fields)
+        answer = fields["input_ids_as"][choices.right_answer()]
+        if self.kind == "qa":
+            return Words([fields["input_ids"], answer], (QUESTION, ANSWER))
+        right = choices.right("qar_target")
+        if right is None:
+            raise self.unusable(id, "no right rationale (-1): it cannot be trained on")
+        return Words([fields["input_ids"], answer, fields["input_ids_rs"][right]], (QUESTION, ANSWER, RATIONALE))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a mixture.
+
+    Attributes:
+        name: unique within the mixture.
+        label: what its updates are logged under: parts may share one.
+        weight: how often an update is of this part, relative to the others.
+        split: its examples.
+    """
+
+    name: str
+    label: str
+    weight: float
+    split: Split
+
+
+class Mixture(ConcatenatedSplit):
+    """Parts whose examples never share a batch; to evaluate, they come one after another.
+
+    Args:
+        mixed: at least one part.
+    """
+
+    def __init__(self, mixed: Sequence[Part]) -> None:
+        super().__init__([part.split for part in mixed])
+        self.mixed = list(mixed)
+
+    def __getitem__(self, index: int) -> Example:
+        """The same example may be in several parts: ids begin with the part's name."""
+        split, within = self._place(index)
+        example = split[within]
+        name = next(part.name for part in self.mixed if part.split is split)
+        return replace(example, id=f"{name}:{example.id}")
+
+    def sampler(self, batch: BatchConfig, seed: int) -> Sampler:
+        """Draw a part for every update, by weight."""
+        shares = [Share(part.name, part.label, part.weight, part.split.lengths) for part in self.mixed]
+        return MixedSampler(shares, batch, seed)
+
+    def cut(self, examples: int) -> list[list[Sequence[int]]]:
+        """Cut every part on its own."""
+        ends = [0, *self._ends.tolist()]
+        return [
+            [range(at, min(at + examples, end)) for at in range(start, end, examples)] for start, end in pairwise(ends)
+        ]

@@ -1,0 +1,233 @@
+"""VCR on the released databases: choose an answer, and the rationale for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.config.variants import Overlay
+from villa.datasets.base import DatasetConfig, Example, Split
+from villa.datasets.paths import SPLITS, DatabasePaths
+from villa.datasets.synthetic.overlay import SMALL_VCR
+from villa.datasets.uniter.box_selection import BoxSelection
+from villa.datasets.uniter.database_split import DatabaseSplit, Images, Pair
+from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.uniter.image_lmdb import PairedImageDatabase
+from villa.errors import ConfigError
+from villa.facts import CHOICES, VcrReference
+from villa.registry import register_dataset
+
+#: Word-pieces beyond the tokenizer's: names for the objects of an image.
+OBJECT_NAMES = 81
+#: Types of the words; 1 is the regions'.
+QUESTION, ANSWER, RATIONALE = 0, 2, 3
+
+
+@dataclass
+class VcrConfig(DatabaseConfig):
+    """Options of VCR, besides those that tasks on databases share.
+
+    Images are ``"ground truth folder;detected folder"``.
+
+    Attributes:
+        ground_truth_boxes: number in the name of the databases of ground-truth boxes; all boxes stored are used.
+        all_rationales: splits (of ``val``, ``test``) where rationales are scored for each of the four answers, as
+            the leaderboard wants them, and not for the right answer alone.
+    """
+
+    OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_VCR
+
+    name: str = "vcr"
+    max_text_length: int = 220
+    ground_truth_boxes: int = 100
+    all_rationales: tuple[str, ...] = ("test",)
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        super().check()
+        for split in SPLITS:
+            for images in getattr(self, f"{split}_images"):
+                if images.count(";") != 1:
+                    raise ConfigError(
+                        f"dataset.{split}_images: '{images}' must name two folders, ground truth and detected boxes, "
+                        "with a semicolon between them"
+                    )
+
+
+class ChoiceSplit(DatabaseSplit):
+    """Training examples: the four answers to a question, or the four rationales for its answer.
+
+    Args:
+        task: the task.
+        name: the split's name.
+        pair: the databases.
+        lengths: text length of every example by id.
+        kind: ``qa`` or ``qar``.
+    """
+
+    def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], kind: str) -> None:
+        self.kind = kind
+        super().__init__(task, name, pair, lengths)
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example of four choices; targets ``[4]`` mark the right one."""
+        choices = Choices(self, id, fields)
+        texts = choices.answers() if self.kind == "qa" else choices.rationales(choices.right_answer())
+        right = choices.right(f"{self.kind}_target")
+        if right is None:
+            raise self.unusable(id, "no right choice (-1): it cannot be trained on")
+        return _example(self, id, f"{id}:{self.kind}", texts, [right])
+
+
+class QuestionSplit(DatabaseSplit):
+    """Questions with their answers and rationales: 8 choices an example, or 20 where each answer's are wanted.
+
+    Args:
+        task: the task.
+        name: the split's name.
+        pair: the databases.
+        lengths: text length of every example by id.
+        all_rationales: whether rationales are given for each of the four answers, not for the right one alone.
+    """
+
+    def __init__(
+        self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], all_rationales: bool
+    ) -> None:
+        self.all_rationales = all_rationales
+        super().__init__(task, name, pair, lengths)
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example; targets mark the right answer and, after it, the right rationale."""
+        choices = Choices(self, id, fields)
+        reference = VcrReference(choices.right("qa_target"), choices.right("qar_target"))
+        explained = range(CHOICES) if self.all_rationales else [choices.right_answer()]
+        texts = choices.answers() + [text for answer in explained for text in choices.rationales(answer)]
+        if reference.answer is None or reference.rationale is None:
+            return _example(self, id, id, texts, None, reference)
+        group = 1 + (reference.answer if self.all_rationales else 0)
+        return _example(self, id, id, texts, [reference.answer, CHOICES * group + reference.rationale], reference)
+
+
+@register_dataset("vcr")
+class Vcr(DatabaseTask):
+    """VCR. Training mixes two kinds of example: four answers to a question, and four rationales for its answer."""
+
+    Config: ClassVar[type[DatasetConfig]] = VcrConfig
+    config: VcrConfig
+    extra_words = OBJECT_NAMES
+
+    def parts(self, name: str, pair: Pair) -> list[Split]:
+        """Training examples of both kinds; or questions with all their answers and rationales."""
+        if name != "train":
+            lengths = self.text_lengths(name, pair, "qar")
+            return [QuestionSplit(self, name, pair, lengths, name in self.config.all_rationales)]
+        return [ChoiceSplit(self, name, pair, self.text_lengths(name, pair, kind), kind) for kind in ("qa", "qar")]
+
+    def open_images(self, paths: DatabasePaths) -> Images:
+        """Ground-truth boxes lie in a database with a fixed number, detected ones in the usual one."""
+        fixed = BoxSelection(fixed=self.config.ground_truth_boxes, compressed=self.config.compressed)
+        detected = self.image_database(paths.images[1], self.config.detected_boxes())
+        return PairedImageDatabase(self.image_database(paths.images[0], fixed), detected)
+
+    def submission(self, split: str) -> str | None:
+        """Only predictions of all rationales can be submitted."""
+        return super().submission(split) if split in self.config.all_rationales else None
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return the best answer and, four by four, the ``probabilities`` of all choices."""
+        groups = logits.float()[:, 1].reshape(len(batch), -1, CHOICES).softmax(-1)
+        scores, answers = groups[:, 0].max(-1)
+        columns = (answers.tolist(), scores.tolist(), groups.flatten(1).tolist())
+        return [
+            {"answer": answer, "score": score, "probabilities": probabilities}
+            for answer, score, probabilities in zip(*columns, strict=True)
+        ]
+
+
+#: Word-pieces ``[T]`` and their types ``[T]``.
+Text = tuple[Tensor, Tensor]
+
+
+class Choices:
+    """The texts of a question.
+
+    An answer's row is [CLS] question [SEP] answer [SEP]; a rationale's goes on with rationale [SEP].
+
+    Args:
+        split: the split, for its special tokens and for messages.
+        id: the question's id.
+        fields: what is stored about it.
+
+    Raises:
+        DataError: it does not have four answers and rationales.
+    """
+
+    def __init__(self, split: DatabaseSplit, id: str, fields: Mapping[str, Any]) -> None:
+        self._split, self._id, self._fields = split, id, fields
+        self._question: Sequence[int] = split.field(fields, "input_ids", id)
+        self._answers = self._four("input_ids_as")
+        self._rationales = self._four("input_ids_rs")
+
+    def answers(self) -> list[Text]:
+        """The four answers."""
+        return [self._text((self._question, answer), (QUESTION, ANSWER)) for answer in self._answers]
+
+    def rationales(self, answer: int) -> list[Text]:
+        """The four rationales after answer number ``answer``."""
+        before = (self._question, self._answers[answer])
+        return [self._text((*before, rationale), (QUESTION, ANSWER, RATIONALE)) for rationale in self._rationales]
+
+    def right(self, name: str) -> int | None:
+        """The number under ``qa_target`` or ``qar_target``; None where it is -1 (test)."""
+        value = self._split.field(self._fields, name, self._id)
+        if type(value) is not int or not -1 <= value < CHOICES:
+            raise self._split.unusable(
+                self._id, f"{name} {value!r:.40}; it must be 0 to 3, or -1 where it is not known"
+            )
+        return None if value < 0 else value
+
+    def right_answer(self) -> int:
+        """The right answer, where it is needed to ask for its rationale."""
+        answer = self.right("qa_target")
+        if answer is None:
+            raise self._split.unusable(
+                self._id, "no right answer to choose the rationales of; name its split in dataset.all_rationales"
+            )
+        return answer
+
+    def _text(self, parts: Sequence[Sequence[int]], types: Sequence[int]) -> Text:
+        """[CLS] or [SEP] and the part, for every part; the last [SEP] has the last part's type."""
+        words = self._split.words(*parts, id=self._id)
+        counts = torch.tensor([len(part) + 1 for part in parts])
+        counts[-1] += 1
+        return words, torch.tensor(types).repeat_interleave(counts)
+
+    def _four(self, name: str) -> Sequence[Sequence[int]]:
+        value: Sequence[Sequence[int]] = self._split.field(self._fields, name, self._id)
+        if not isinstance(value, list):
+            raise self._split.unusable(self._id, f"{name} {value!r:.40}; needed are {CHOICES} texts")
+        if len(value) != CHOICES:
+            raise self._split.unusable(self._id, f"{len(value)} {name}; needed are {CHOICES}")
+        return value
+
+
+def _example(
+    split: DatabaseSplit,
+    id: str,
+    name: str,
+    texts: Sequence[Text],
+    right: Sequence[int] | None,
+    reference: VcrReference | None = None,
+) -> Example:
+    """Make an example called ``name`` of a question's image and texts; ``right`` are the numbers of the right ones."""
+    features, boxes = split.regions(id)
+    words, types = zip(*texts, strict=True)
+    target = None if right is None else torch.zeros(len(texts), dtype=torch.long)
+    if target is not None:
+        target[list(right or ())] = 1
+    return Example(name, words, types, features, boxes, target, reference)

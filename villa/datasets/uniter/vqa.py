@@ -1,0 +1,160 @@
+"""VQA v2 and SNLI-VE on the released databases: soft scores of a fixed list of answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from villa.batch import Batch
+from villa.datasets.base import DatasetConfig, Example, best_answers, read_answers
+from villa.datasets.own.records import is_score
+from villa.datasets.released import ANSWERS_FILE
+from villa.datasets.synthetic.tasks import ANSWERS
+from villa.datasets.uniter.database_split import DatabaseSplit
+from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
+from villa.errors import DataError
+from villa.files import plain_path, write_json
+from villa.registry import register_dataset
+
+_LOG = logging.getLogger(__name__)
+
+
+class SoftAnswerSplit(DatabaseSplit):
+    """Questions whose targets are scores of some answers."""
+
+    task: SoftAnswers
+
+    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+        """Make an example; see the base class."""
+        features, boxes = self.regions(id)
+        words = self.words(self.field(fields, "input_ids", id), id=id)
+        target = self._target(fields, id) if self.training or self.stores_answers else None
+        return Example(id, words, None, features, boxes, target)
+
+    def _target(self, fields: Mapping[str, Any], id: str) -> Tensor:
+        """Return the scores ``[labels]``; all 0 for an example without a known answer."""
+        target, places = torch.zeros(self.task.num_labels() or 0), self.task.places(self.pair.text.path)
+        stored = len(target) if places is None else len(places)
+        given = self.field(fields, "target", id) if self.training else fields.get("target")
+        given = {"labels": [], "scores": []} if given in (None, {}) else given
+        if not _are_scores(given, stored):
+            needed = f"labels below {stored}, as many as answers are known, and a score in [0, 1] for each"
+            raise self.unusable(id, f"the target {given!r:.80}; needed are {needed}")
+        labels = torch.tensor(given["labels"], dtype=torch.long)
+        labels = labels if places is None else places[labels]
+        target[labels[labels >= 0]] = torch.tensor(given["scores"], dtype=torch.float)[labels >= 0]
+        return target
+
+
+def _are_scores(target: object, answers: int) -> bool:
+    """Whether an example's target is ``{"labels": [...], "scores": [...]}`` of a task with so many answers."""
+    match target:
+        case {"labels": list(labels), "scores": list(scores)} if len(labels) == len(scores):
+            return all(type(label) is int and 0 <= label < answers for label in labels) and all(map(is_score, scores))
+    return False
+
+
+class SoftAnswers(DatabaseTask):
+    """A task whose targets are scores of some of its answers."""
+
+    Examples = SoftAnswerSplit
+
+    @property
+    def answers(self) -> list[str]:
+        """Answers in the order of the logits."""
+        assert self.labels is not None
+        return list(self.labels)
+
+    def places(self, database: Path) -> Tensor | None:
+        """Label of the model for every label of a text database, -1 where it has none; None where they are the same."""
+        return None
+
+    def label_names(self) -> tuple[str, ...]:
+        """The answers."""
+        return tuple(self.answers)
+
+    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Return the best answer of every row and its sigmoid score."""
+        return best_answers(logits.float().sigmoid(), self.answers)
+
+
+@dataclass
+class VqaConfig(DatabaseConfig):
+    """Options of VQA, besides those that tasks on databases share.
+
+    Attributes:
+        answers: JSON file of the answers (the released ``ans2label.json``, 3,129 of them), below ``root``.
+    """
+
+    name: str = "vqa"
+    answers: str = "ans2label.json"
+
+
+@register_dataset("vqa")
+class Vqa(SoftAnswers):
+    """VQA v2: an answer's score is what the annotators' agreement gives it."""
+
+    Config: ClassVar[type[DatasetConfig]] = VqaConfig
+    config: VqaConfig
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """Answers in the order of the logits: the checkpoint's, or those of ``dataset.answers``."""
+        if self.assets is not None:
+            return read_answers(self.assets / ANSWERS_FILE)
+        return read_answers(self._listed)
+
+    @cache  # noqa: B019 (a data set lives as long as its run)
+    def places(self, database: Path) -> Tensor | None:
+        """Find the labels by their answers, in what lies beside the examples or is listed; see the base class.
+
+        Raises:
+            DataError: the database's answers are all others than the model's.
+        """
+        file = next((file for file in (database / ANSWERS, self._listed) if file.is_file()), None)
+        stored = self.answers if file is None else read_answers(file)
+        if stored == self.answers:
+            return None
+        labels = {answer: label for label, answer in enumerate(self.answers)}
+        places = torch.tensor([labels.get(answer, -1) for answer in stored])
+        lost = int((places < 0).sum())
+        if lost == len(places):
+            raise DataError(
+                f"none of the {lost} answers of '{file}' is among the {len(labels)} of the model; set dataset.answers "
+                "to the list that the databases were made with"
+            )
+        if lost:
+            _LOG.warning("%d of the %d answers of '%s' are not among the model's", lost, len(places), file)
+        return places
+
+    @property
+    def _listed(self) -> Path:
+        """The file of the answers that the databases' labels count."""
+        return self.root / plain_path(ANSWERS if self.config.synthetic else self.config.answers)
+
+    def save_assets(self, folder: Path) -> None:
+        """Write the answers, and what every task writes."""
+        super().save_assets(folder)
+        write_json(folder / ANSWERS_FILE, self.answers)
+
+
+@dataclass
+class SnliVeConfig(DatabaseConfig):
+    """Options of SNLI-VE: those that tasks on databases share."""
+
+    name: str = "snli_ve"
+
+
+@register_dataset("snli_ve")
+class SnliVe(SoftAnswers):
+    """SNLI-VE: does an image entail a sentence, contradict it, or neither?"""
+
+    Config: ClassVar[type[DatasetConfig]] = SnliVeConfig
+    labels = ("contradiction", "entailment", "neutral")

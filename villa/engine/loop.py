@@ -1,0 +1,202 @@
+"""Training: the loop, and the state that it carries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from villa.datasets.stream import UpdateStream
+from villa.engine.updater import Updater
+from villa.json_values import is_count
+from villa.models.base import Model
+from villa.signals import SIGNALS, Interrupted, urgency
+from villa.trainers.base import Logs
+
+
+class Callback:
+    """Something that happens around updates. ``name`` keys its state in checkpoints."""
+
+    name = "callback"
+
+    def on_start(self, training: Training) -> None:
+        """Called once, after a checkpoint was loaded and before the first update."""
+
+    def on_update_end(self, training: Training, logs: Logs) -> None:
+        """Called after every update, with the update's detached values."""
+
+    def on_interrupt(self, training: Training) -> None:
+        """Called when a signal ends the run between two updates; ``training`` is as it was after the first of them."""
+
+    def on_end(self, training: Training) -> None:
+        """Called once when training ends, also by an error or a signal."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; saved in every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict()``."""
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        update: updates done.
+        total: updates to do.
+        stopped: why training ended early, or None.
+        best: the best value of the monitored metric so far, and the update that it was reached at.
+        best_update: the update of ``best``.
+        pending: the callback that a signal has interrupted at the end of ``update``; a resumed run goes on with it.
+    """
+
+    update: int = 0
+    total: int = 0
+    stopped: str | None = None
+    best: float | None = None
+    best_update: int | None = None
+    pending: str | None = None
+
+    def check(self) -> None:
+        """Refuse values that training never gives, as those of a damaged checkpoint.
+
+        Raises:
+            ValueError: naming one.
+        """
+        counts = [self.update, *([] if self.best_update is None else [self.best_update])]
+        known = isinstance(self.best, int | float) if self.best_update is not None else self.best is None  # NaN, too
+        if not all(map(is_count, counts)) or not known or not isinstance(self.pending, str | None):
+            raise ValueError(f"there is no such state of a run: {self!r:.200}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.update >= self.total or self.stopped is not None
+
+
+@dataclass
+class Training:
+    """A training run: everything that ``fit`` works on.
+
+    Attributes:
+        model: the model.
+        updater: turns micro-batches into an optimiser step.
+        stream: the endless sequence of updates' micro-batches.
+        prepare: moves a micro-batch to the model's device.
+        callbacks: called in order around every update.
+        progress: where training stands.
+        seconds: time spent in updates since this process started.
+        examples: examples seen since this process started, by all processes of the run.
+        interrupt: number of the signal that ends the run, or None; all processes of the run have the same.
+    """
+
+    model: Model
+    updater: Updater
+    stream: UpdateStream
+    prepare: Callable[[Any], Any]
+    callbacks: Sequence[Callback]
+    progress: Progress = field(default_factory=Progress)
+    seconds: float = 0.0
+    examples: int = 0
+    interrupt: int | None = None
+
+    def check(self) -> None:
+        """Look for signals: all processes of the run call it at the same places, and all of them end if one has to.
+
+        Raises:
+            Interrupted: a signal asks the run to end.
+        """
+        if self.interrupt is None:
+            strongest = self.updater.strategy.processes.largest(urgency())
+            self.interrupt = SIGNALS[strongest - 1] if strongest else None
+        if self.interrupt is not None:
+            where = f" after update {self.progress.update}; go on with checkpoint.resume=true"
+            raise Interrupted(self.interrupt, where, agreed=True)
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, of which every process has as many, and look for signals before each."""
+        for item in items:
+            self.check()
+            yield item
+
+    def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
+        """Everything besides the weights that an exact resume needs; see ``Updater.state_dict``."""
+        return {
+            "progress": asdict(self.progress),
+            "updater": self.updater.state_dict(whole=whole),
+            "stream": dict(self.stream.position),
+            "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict()``; the updates to do, and whether to stop before, are this run's own affair.
+
+        Raises:
+            CheckpointError: it is of another recipe.
+            ValueError: it is not what ``state_dict`` returns; what else is raised for that is the caller's to tell.
+        """
+        self.progress = Progress(**{**state["progress"], "total": self.progress.total, "stopped": None})
+        self.progress.check()
+        self.updater.load_state_dict(state["updater"])
+        if self.progress.update:
+            self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # the rate that would be logged
+        self.stream.seek(state["stream"])
+        for callback in self.callbacks:
+            callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+
+
+def fit(training: Training) -> None:
+    """Train until all updates are done or a callback stops the run.
+
+    Raises:
+        Interrupted: a signal has ended the run; its state is saved.
+    """
+    progress = training.progress
+    try:
+        for callback in training.callbacks:
+            callback.on_start(training)
+        training.model.train()
+        if progress.pending is not None:
+            _end_update(training, {}, first=progress.pending)
+        while not progress.finished:
+            logs = _update(training)
+            _end_update(training, logs)
+    finally:
+        for callback in training.callbacks:
+            callback.on_end(training)
+        training.stream.close()
+
+
+def _update(training: Training) -> Logs:
+    """Run the next update and return its values to log; a signal leaves everything as it was before."""
+    progress, stream = training.progress, training.stream
+    position = stream.position
+    try:
+        batches = [training.prepare(batch) for batch in next(stream)]
+        training.check()
+        started = time.perf_counter()
+        logs = training.updater.update(progress.update + 1, batches, stream.turns, training.check)
+    except Interrupted:
+        stream.seek(position)
+        for callback in training.callbacks:
+            callback.on_interrupt(training)
+        raise
+    progress.update += 1
+    training.seconds += time.perf_counter() - started
+    training.examples += stream.examples
+    return logs
+
+
+def _end_update(training: Training, logs: Logs, first: str | None = None) -> None:
+    """Call the callbacks at the end of an update; after an interruption, from the ``first`` one that is not done."""
+    training.progress.pending = None
+    names = [callback.name for callback in training.callbacks]
+    begin = 0 if first is None else names.index(first) if first in names else len(names)
+    for callback in training.callbacks[begin:]:
+        callback.on_update_end(training, logs)

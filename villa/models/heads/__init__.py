@@ -1,1 +1,0 @@
-"""UNITER's task heads: one registered subclass of ``Uniter`` a file."""

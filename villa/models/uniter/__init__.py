@@ -1,0 +1,1 @@
+"""UNITER and its heads."""

@@ -1,0 +1,171 @@
+"""UNITER (arXiv 1909.11740): one transformer over word pieces and image regions, with a task head.
+
+Parameters carry the released names, so that the files of UNITER and VILLA load as they are.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import ConfigError
+from villa.facts import DataFacts
+from villa.models.base import Model, ModelOutput, Point
+from villa.models.rows import Packing, RowLayout, Rows
+from villa.models.two_heads import settle
+from villa.models.uniter.config import HEADS, LAYER_NORM_EPS, UniterConfig, UniterSizes
+from villa.models.uniter.layers import Encoder, ImageEmbeddings, Pooler, TextEmbeddings
+from villa.registry import register_model
+
+
+class Encoded(NamedTuple):
+    """What the transformer made of N rows.
+
+    Attributes:
+        states: embedding output and output of every layer, ``[N, L, hidden]`` each.
+        attentions: maps of every layer, ``[N, heads, L, L]``, on request.
+        rows: what was encoded.
+        packing: where text and regions of each row are in the sequence.
+    """
+
+    states: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+    rows: Rows
+    packing: Packing
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[N, L]`` bool, True on real positions, or None when all are real."""
+        return self.packing.mask
+
+    @property
+    def words(self) -> Tensor:
+        """Last states of the tokens, ``[N, T, hidden]``; arbitrary where ``rows.text_mask`` is False."""
+        return self.packing.words(self.states[-1], self.rows.input_ids.shape[1])
+
+    @property
+    def regions(self) -> Tensor:
+        """Last states of the regions, ``[N, R, hidden]``; arbitrary where ``rows.region_mask`` is False."""
+        return self.packing.regions(self.states[-1], self.rows.features.shape[1])
+
+
+class UniterModel(nn.Module):
+    """The transformer without a head: embeddings, packing, layers; and the pooler, which heads call."""
+
+    def __init__(self, sizes: UniterSizes) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(sizes)
+        self.img_embeddings = ImageEmbeddings(sizes)
+        self.encoder = Encoder(sizes)
+        self.pooler = Pooler(sizes)
+
+    def forward(self, rows: Rows, attentions: bool = False) -> Encoded:
+        """Encode rows into sequences of L = the longest row's tokens and regions."""
+        text = self.embeddings(rows.input_ids, rows.token_types)
+        types = self.embeddings.token_type_embeddings(rows.image_types)
+        masked, features = rows.masked_regions, rows.features
+        if masked is not None:
+            features = features.masked_fill(masked.unsqueeze(-1), 0)
+        image = self.img_embeddings(features, rows.boxes, types, masked)
+        packing = Packing.of(rows)
+        states, maps = self.encoder(packing.pack(text, image), packing.mask, attentions)
+        return Encoded(states, maps, rows, packing)
+
+
+@register_model("uniter")
+class Uniter(Model):
+    """UNITER with a task head; every registered head is a subclass that adds its modules and ``score``.
+
+    Args:
+        sizes: numbers of the modules.
+        num_labels: classes of the head.
+
+    Attributes:
+        images: images that the head reads an example; None for any number.
+        joint: whether these lie in one row.
+        types: rows of the type embedding unless the recipe says otherwise.
+        labels: classes, where the task fixes them.
+        fallback_labels: classes where neither the task nor the data says how many.
+    """
+
+    Config = UniterConfig
+    images: ClassVar[int | None] = 1
+    joint: ClassVar[bool] = False
+    types: ClassVar[int] = 2
+    labels: ClassVar[int | None] = None
+    fallback_labels: ClassVar[int | None] = None
+
+    def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.num_labels = num_labels
+        self.layout = RowLayout(
+            self.images, self.joint, typed_images=(self.images or 1) > 1 and sizes.type_vocab_size > (self.images or 1)
+        )
+        self.uniter = UniterModel(sizes)
+        self.add_head()
+        self.apply(self._initialise)
+
+    @classmethod
+    def from_config(cls, config: UniterConfig, facts: DataFacts) -> Uniter:
+        """Build the model with the configured head and fresh weights.
+
+        Raises:
+            ConfigError: the configuration contradicts the data or itself.
+        """
+        config.check()
+        head: type[Uniter] = HEADS.get(config.head)
+        found = facts.num_labels if facts.num_labels is not None else head.labels
+        if config.num_labels is None and found is None:
+            found = head.fallback_labels
+        num_labels = settle("model.num_labels", config.num_labels, found)
+        if head.labels not in (None, num_labels):
+            raise ConfigError(f"head '{config.head}' has {head.labels} classes, but the data has {num_labels}")
+        return head(config.sizes(facts, head.types), num_labels)
+
+    @abstractmethod
+    def add_head(self) -> None:
+        """Add the head's modules, under their released names."""
+
+    @abstractmethod
+    def score(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
+        """Return the logits, and the pooled output ``[N, hidden]`` where the head uses one."""
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Score a batch of texts and image regions.
+
+        Raises:
+            DataError: the batch lacks text, features or boxes, or they do not suit the head.
+        """
+        encoded = self.uniter(self.layout.rows(batch), attentions)
+        logits, pooled = self.score(encoded)
+        return ModelOutput(logits, pooled, encoded.states if hidden_states else (), encoded.attentions)
+
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """Text: the looked-up word embedding. Image: the region feature before its projection."""
+        return {
+            "text": Point("uniter.embeddings.word_embeddings", "output", self.layout.text_mask),
+            "image": Point("uniter.img_embeddings.img_linear", "input", self.layout.region_mask),
+        }
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Fresh weights of the release; attention in NLVR2's head keeps torch's Xavier start."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.sizes.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(sizes: UniterSizes, activation: nn.Module, num_labels: int) -> nn.Sequential:
+    """The two-layer head of the release: hidden to twice hidden, activation, LayerNorm, to ``num_labels``."""
+    wide = 2 * sizes.hidden_size
+    return nn.Sequential(
+        nn.Linear(sizes.hidden_size, wide),
+        activation,
+        nn.LayerNorm(wide, eps=LAYER_NORM_EPS),
+        nn.Linear(wide, num_labels),
+    )

@@ -1,0 +1,292 @@
+"""All of UNITER's pre-training heads; every batch says which of them it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from villa.batch import Batch
+from villa.errors import DataError
+from villa.models.base import ModelOutput, Point
+from villa.models.rows import given_mask
+from villa.models.uniter.config import LAYER_NORM_EPS, UniterSizes, register_head
+from villa.models.uniter.model import Encoded, Uniter
+
+T = TypeVar("T")
+
+
+class Transform(nn.Module):
+    """Linear map, GELU and LayerNorm before a decoder (BERT)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.LayerNorm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[N, hidden]`` to ``[N, hidden]``."""
+        normalised: Tensor = self.LayerNorm(F.gelu(self.dense(states)))
+        return normalised
+
+
+class WordPrediction(nn.Module):
+    """Scores of all words; the decoder shares the weight of the word embedding."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        words, hidden_size = embedding.weight.shape
+        self.transform = Transform(hidden_size)
+        self.decoder = nn.Linear(hidden_size, words, bias=False)
+        self.decoder.weight = embedding.weight
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[N, hidden]`` to ``[N, vocabulary]``."""
+        return F.linear(self.transform(states), self.decoder.weight, self.bias)
+
+
+class FeatureRegression(nn.Module):
+    """Features of regions; the last map is the transpose of the features' projection, and shares its weight."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.net = region_transform(projection.out_features)
+        self.weight = projection.weight
+        self.bias = nn.Parameter(torch.zeros(projection.in_features))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[M, hidden]`` to ``[M, feature_dim]``."""
+        return F.linear(self.net(states), self.weight.t(), self.bias)
+
+
+class RegionClassifier(nn.Module):
+    """Scores of the detector's classes."""
+
+    def __init__(self, hidden_size: int, classes: int) -> None:
+        super().__init__()
+        self.net = region_transform(hidden_size).append(nn.Linear(hidden_size, classes))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[M, hidden]`` to ``[M, classes]``."""
+        scores: Tensor = self.net(states)
+        return scores
+
+
+def region_transform(hidden_size: int) -> nn.Sequential:
+    """Linear map, GELU and LayerNorm, as ``net.0`` and ``net.2``."""
+    return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS))
+
+
+def head_of(batch: Batch, heads: Mapping[str, T]) -> T:
+    """Return what a model has for the objective of a batch.
+
+    Raises:
+        DataError: nothing.
+    """
+    objective = batch.objective or ""
+    if objective not in heads:
+        given = f"objective '{objective}'" if objective else "no objective"
+        raise DataError(
+            f"the batch is for {given}, but the model has heads for {', '.join(heads)}; use a data set of one of "
+            "these, or the head of the task"
+        )
+    return heads[objective]
+
+
+def required_mask(name: str, batch: Batch) -> Tensor:
+    """Return ``masked_tokens`` or ``masked_regions`` of a batch.
+
+    Raises:
+        DataError: it has none.
+    """
+    mask: Tensor | None = getattr(batch, name)
+    if mask is None:
+        raise DataError(f"the batch is for objective '{batch.objective}' but has no {name} (first: '{batch.ids[0]}')")
+    return mask
+
+
+#: Norms below this count as this in the cosine (released code).
+_SMALLEST_NORM = 1e-5
+
+
+class Transport(NamedTuple):
+    """How the words of B texts are aligned with the regions of their images.
+
+    Attributes:
+        distance: ``[B]`` cost of the plan; gradients flow through the costs, not through the plan.
+        cost: ``[B, T, R]``, 1 - cosine of word and region; 0 where either is padding.
+        plan: ``[B, R, T]`` mass that goes from region to word; 0 where either is padding.
+    """
+
+    distance: Tensor
+    cost: Tensor
+    plan: Tensor
+
+
+def align(
+    words: Tensor,
+    regions: Tensor,
+    word_mask: Tensor,
+    region_mask: Tensor,
+    *,
+    beta: float = 0.5,
+    iterations: int = 50,
+    inner: int = 1,
+) -> Transport:
+    """Align words with regions, in fp32 or wider whatever autocast says.
+
+    Args:
+        words: ``[B, T, hidden]`` states.
+        regions: ``[B, R, hidden]`` states.
+        word_mask: ``[B, T]`` bool, True on real tokens; at least one a row.
+        region_mask: ``[B, R]`` bool, True on real regions; at least one a row.
+        beta: weight of the proximal term: the smaller, the nearer to the exact plan after few iterations.
+        iterations: proximal steps.
+        inner: Sinkhorn iterations within each.
+    """
+    with torch.autocast(words.device.type, enabled=False):
+        wide = torch.promote_types(words.dtype, torch.float32)
+        cost = _cosine_cost(words.to(wide), regions.to(wide))
+        cost = cost.masked_fill(~(word_mask.unsqueeze(2) & region_mask.unsqueeze(1)), 0)
+        plan = transport_plan(cost.detach(), word_mask, region_mask, beta=beta, iterations=iterations, inner=inner)
+        return Transport((cost * plan.transpose(1, 2)).sum((1, 2)), cost, plan)
+
+
+@torch.no_grad()
+def transport_plan(
+    cost: Tensor, word_mask: Tensor, region_mask: Tensor, *, beta: float = 0.5, iterations: int = 50, inner: int = 1
+) -> Tensor:
+    """Find the cheapest plan between uniform weights on words and uniform weights on regions.
+
+    A proximal step solves the problem with the divergence from the last plan as regulariser: scaling the rows and
+    columns of (kernel x plan) to the weights.
+
+    Args:
+        cost: ``[B, T, R]``.
+        word_mask: ``[B, T]`` bool.
+        region_mask: ``[B, R]`` bool.
+        beta: weight of the proximal term.
+        iterations: proximal steps.
+        inner: scalings within each.
+
+    Returns:
+        ``[B, R, T]``; the sum over words is close to 1 / regions, that over regions is 1 / words.
+    """
+    word_weight, region_weight = (_uniform(mask, cost) for mask in (word_mask, region_mask))
+    real = region_mask.unsqueeze(2) & word_mask.unsqueeze(1)
+    kernel = (-cost.transpose(1, 2) / beta).exp() * real
+    plan, word_scale = real.to(cost), word_weight
+    for _ in range(iterations):
+        scaled = kernel * plan
+        for _ in range(inner):
+            region_scale = _divided(region_weight, (scaled @ word_scale.unsqueeze(2)).squeeze(2))
+            word_scale = _divided(word_weight, (region_scale.unsqueeze(1) @ scaled).squeeze(1))
+        plan = region_scale.unsqueeze(2) * scaled * word_scale.unsqueeze(1)
+    return plan
+
+
+def _cosine_cost(words: Tensor, regions: Tensor) -> Tensor:
+    """1 - cosine of every word ``[B, T, hidden]`` and region ``[B, R, hidden]``: ``[B, T, R]``."""
+    unit_words, unit_regions = (F.normalize(states, dim=-1, eps=_SMALLEST_NORM) for states in (words, regions))
+    return 1 - unit_words @ unit_regions.transpose(1, 2)
+
+
+def _uniform(mask: Tensor, like: Tensor) -> Tensor:
+    """The weight of each real position: one by their number, 0 at padding."""
+    return mask.to(like) / mask.sum(1, keepdim=True)
+
+
+def _divided(weight: Tensor, mass: Tensor) -> Tensor:
+    """``weight / mass``, and 0 at padding, where both are 0."""
+    return torch.where(weight > 0, weight / mass, torch.zeros_like(mass))
+
+
+@register_head("pretraining")
+class UniterForPretraining(Uniter):
+    """Logits of what the batch's objective asks for.
+
+    ``mlm``: ``[N, vocabulary]`` of the N masked tokens; ``mrfr``: ``[M, feature_dim]``, and ``mrc`` and ``mrc_kl``:
+    ``[M, labels]``, of the M masked regions; ``itm`` and ``itm_wra``: ``[B, 2]``, the second with
+    ``extras["transport"]``, the distance ``[B]`` between words and regions. The classes of regions are the model's
+    labels (1,601 in the release); where the data has none, there is no head for them.
+    """
+
+    fallback_labels = 0
+
+    def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
+        super().__init__(sizes, num_labels)
+        self._heads: dict[str, Callable[[Encoded, Batch], ModelOutput]] = {
+            "mlm": self._words,
+            "mrfr": self._features,
+            "itm": self._match,
+            "itm_wra": self._aligned_match,
+        }
+        if num_labels:
+            self._heads |= {"mrc": self._classes, "mrc_kl": self._classes}
+        self.register_load_state_dict_post_hook(_clear_unmasked_row)  # type: ignore[no-untyped-call]
+        _clear_unmasked_row(self)
+
+    def add_head(self) -> None:
+        """Add the heads."""
+        embeddings, hidden = self.uniter.embeddings, self.sizes.hidden_size
+        self.cls = nn.ModuleDict({"predictions": WordPrediction(embeddings.word_embeddings)})
+        self.feat_regress = FeatureRegression(self.uniter.img_embeddings.img_linear)
+        if self.num_labels:
+            self.region_classifier = RegionClassifier(hidden, self.num_labels)
+        self.itm_output = nn.Linear(hidden, 2)
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        """Predict what the batch's objective asks for.
+
+        Raises:
+            DataError: the batch lacks text, features, boxes or masks, or its objective has no head here.
+        """
+        head = head_of(batch, self._heads)
+        encoded = self.uniter(self.layout.rows(batch), attentions)
+        states = encoded.states if hidden_states else ()
+        return replace(head(encoded, batch), hidden_states=states, attentions=encoded.attentions)
+
+    def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Score whether each text is about its image: ``[B, 2]``."""
+        pooled = self.uniter.pooler(encoded.states[-1])
+        return self.itm_output(pooled), pooled
+
+    def perturbation_points(self) -> Mapping[str, Point]:
+        """As for the tasks, but masked regions are never perturbed: what they have is not read."""
+        points = super().perturbation_points()
+        return {**points, "image": replace(points["image"], mask=self.layout.visible_regions, confined=True)}
+
+    def _words(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+        masked = required_mask("masked_tokens", batch)
+        return ModelOutput(self.cls["predictions"](encoded.words[masked]))
+
+    def _features(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+        return ModelOutput(self.feat_regress(_masked_regions(encoded, batch)))
+
+    def _classes(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+        return ModelOutput(self.region_classifier(_masked_regions(encoded, batch)))
+
+    def _match(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+        return ModelOutput(*self.score(encoded))
+
+    def _aligned_match(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+        rows, words, regions = encoded.rows, encoded.words, encoded.regions
+        masks = given_mask(rows.text_mask, words[..., 0]), given_mask(rows.region_mask, regions[..., 0])
+        return replace(self._match(encoded, batch), extras={"transport": align(words, regions, *masks).distance})
+
+
+def _masked_regions(encoded: Encoded, batch: Batch) -> Tensor:
+    """States of the masked regions, ``[M, hidden]``."""
+    return encoded.regions[required_mask("masked_regions", batch)]
+
+
+def _clear_unmasked_row(model: nn.Module, _: Any = None) -> None:
+    """Zero what the release adds to regions that are not masked: it does so whenever it masks regions."""
+    assert isinstance(model, UniterForPretraining)
+    with torch.no_grad():
+        model.uniter.img_embeddings.mask_embedding.weight[0] = 0
