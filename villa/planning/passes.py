@@ -185,11 +185,12 @@ class PlannedPasses(ModelPasses):
         *,
         index: int = 0,
         grad: bool = True,
+        train: bool = True,
     ) -> ModelOutput:
         """Run the model, and count it."""
         self.forwards += 1
         self.uses += 1 + grad
-        return super().forward(batch, perturbations, index=index, grad=grad)
+        return super().forward(batch, perturbations, index=index, grad=grad, train=train)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate, and count it."""
