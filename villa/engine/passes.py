@@ -22,7 +22,8 @@ from villa.share import Turn
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: The type that autocast runs matrix products in.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
@@ -35,7 +36,7 @@ class Precision:
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         self.device = device
-        self.dtype = _AUTOCAST.get(name)
+        self.dtype = AUTOCAST.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def run(self, model: Model, batch: Batch) -> ModelOutput:

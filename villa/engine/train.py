@@ -16,7 +16,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
-from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
+from villa.datasets.stream import StandIn, UpdateStream
 from villa.distributed.processes import Processes
 from villa.distributed.strategy import strategy_of
 from villa.engine.callbacks.checkpointing import CheckpointCallback, SignalCallback
@@ -265,17 +265,7 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
             print(f"  note: {warning}", flush=True)
 
         def batches(first: bool = False) -> Iterable[Batch | StandIn]:
-            size, training, share = evaluation.examples, config.training, parts.strategy.share
-            plain = evaluation_batches(
-                split,
-                parts.data.collate,
-                size,
-                training.workers,
-                first=first,
-                share=share,
-                timeout=training.data_timeout,
-            )
-            count = len(share.turns(sum(1 if first else len(p) for p in split.cut(size))))
+            plain, count = parts.evaluation_batches(split, first=first)
             return display.track(plain, str(evaluation.split), count)
 
         validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display)
