@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from villa.datasets.paths import SPLITS, DatabasePaths
 from villa.datasets.synthetic.overlay import SMALL_PRETRAINING, SMALL_VCR_PRETRAINING
 from villa.datasets.uniter.database_split import ConcatenatedSplit, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.uniter.image_lmdb import PairedImageStore
 from villa.datasets.uniter.pretraining_splits import (
     PROBABILITY,
     Mixture,
@@ -286,11 +288,13 @@ class ObjectiveTask(DatabaseTask):
         Raises:
             DataError: the objective needs them, and they do not.
         """
-        text, images = self._first.text, self._first.images
+        pair = self._first
         try:
-            names: Any = next(iter(text.images.values()))
-            return int(images.soft_labels(names).shape[1])
-        except (DataError, StopIteration):
+            pair = replace(pair, text=pair.text.of_kind(next(iter(pair.text.kinds()), "")))
+            rows: Any = pair.images_of(np.arange(1))[0]
+            image = rows if isinstance(pair.images, PairedImageStore) else rows[0]
+            return int(pair.images.soft_labels(image).shape[1])
+        except (DataError, IndexError):
             if any(OBJECTIVES[name].head == "objects" for name in objective_weights(self._options)):
                 raise
             return None
@@ -353,7 +357,7 @@ class Pretraining(ObjectiveTask):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """One split a pair of databases."""
-        return [ObjectiveSplit(self, name, pair, self.text_lengths(name, pair), self.settings())]
+        return [ObjectiveSplit(self, name, pair, self.chosen(name, pair.text), self.settings())]
 
 
 @register_dataset("vcr_pretraining")
@@ -365,8 +369,8 @@ class VcrPretraining(ObjectiveTask, Vcr):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """Both kinds of text, of every pair of databases."""
-        settings = self.settings()
+        pairs = [(kind, replace(pair, text=pair.text.of_kind(kind))) for kind in ("qa", "qar")]
         return [
-            VcrObjectiveSplit(self, name, pair, self.text_lengths(name, pair, kind), settings, kind)
-            for kind in ("qa", "qar")
+            VcrObjectiveSplit(self, name, pair, self.chosen(name, pair.text), self.settings(), kind)
+            for kind, pair in pairs
         ]
