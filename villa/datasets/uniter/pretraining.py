@@ -30,6 +30,7 @@ from villa.datasets.uniter.pretraining_splits import (
 from villa.datasets.uniter.vcr import Vcr, VcrConfig
 from villa.errors import ConfigError, DataError, nearest
 from villa.json_values import is_number
+from villa.objectives import OBJECTIVES
 from villa.registry import register_dataset
 
 _LISTS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("text", "images"))
@@ -102,9 +103,9 @@ def _paths(option: str, given: Any) -> list[str]:
 
 
 #: Objectives that texts with images have examples for.
-OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl", "itm", "itm_wra")
+WITH_IMAGES = tuple(name for name, objective in OBJECTIVES.items() if objective.example)
 #: Those of VCR's second stage.
-VCR_OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl")
+OF_VCR = tuple(name for name in WITH_IMAGES if OBJECTIVES[name].example != "pair")
 #: Databases have features of regions; models that embed texts and images apart read whole images.
 _PAIRS = " here: it is for pairs of a text and a whole image, dataset=jsonl with dataset.target=pair"
 
@@ -156,7 +157,7 @@ class PretrainingDataConfig(DatabaseConfig):
     def check(self) -> None:
         """Refuse options that do not go together."""
         super().check()
-        check_objectives(self, OBJECTIVES)
+        check_options(self, WITH_IMAGES)
         listed = next((f"{split}_text" for split in SPLITS if getattr(self, f"{split}_text")), None)
         if self.corpora and listed is not None:
             raise ConfigError(f"dataset.{listed} lists databases, and dataset.corpora does too; give one of the two")
@@ -204,7 +205,7 @@ class VcrPretrainingConfig(VcrConfig):
     def check(self) -> None:
         """Refuse options that do not go together."""
         super().check()
-        check_objectives(self, VCR_OBJECTIVES)
+        check_options(self, OF_VCR)
 
     def objectives(self) -> dict[str, float]:
         """The objective, or those of the mixture with their shares; corpora have the same ones."""
@@ -235,7 +236,7 @@ def objective_weights(config: ObjectiveOptions) -> dict[str, float]:
     return {name: weight for name, weight in config.mix.items() if weight} or {config.objective: 1.0}
 
 
-def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
+def check_options(config: ObjectiveOptions, known: Sequence[str]) -> None:
     """Refuse objectives that are not known, and shares that are none.
 
     Raises:
@@ -257,9 +258,6 @@ def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
     for name, share in shares.items():
         if not (is_number(share) and 0 <= share <= 1):
             raise ConfigError(f"dataset.{name}={share} is not allowed; give a share in [0, 1]")
-
-
-_CLASS_OBJECTIVES = {"mrc", "mrc_kl"}
 
 
 class ObjectiveTask(DatabaseTask):
@@ -293,7 +291,7 @@ class ObjectiveTask(DatabaseTask):
             names: Any = next(iter(text.images.values()))
             return int(images.soft_labels(names).shape[1])
         except (DataError, StopIteration):
-            if _CLASS_OBJECTIVES & objective_weights(self._options).keys():
+            if any(OBJECTIVES[name].head == "objects" for name in objective_weights(self._options)):
                 raise
             return None
 

@@ -22,6 +22,7 @@ from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSpli
 from villa.datasets.uniter.databases import DatabaseTask
 from villa.datasets.uniter.vcr import ANSWER, QUESTION, RATIONALE, Choices
 from villa.errors import DataError
+from villa.objectives import OBJECTIVES
 from villa.rng import derive_seed
 
 
@@ -195,7 +196,7 @@ class ObjectiveSplit(DatabaseSplit):
 
     def draw(self, index: int, seed: int) -> ObjectiveExample:
         """Return example ``index`` with masks, or a wrong image, that derive from ``seed``."""
-        make = _MAKERS[self.settings.objective]
+        make = _MAKERS[OBJECTIVES[self.settings.objective].example or ""]
         return make(self, self.ids[index], random.Random(seed))  # noqa: S311 - no secret
 
     @property
@@ -230,10 +231,10 @@ class ObjectiveSplit(DatabaseSplit):
     def _masked_regions(self, id: str, draws: random.Random) -> ObjectiveExample:
         features, boxes = self.regions(id)
         mask = torch.tensor(mask_regions(len(features), draws, self.settings.mask_probability))
-        rows = features[mask] if self.settings.objective == "mrfr" else self._soft_labels(id, len(features))[mask]
+        asked = features if OBJECTIVES[self.settings.objective].head == "features" else self._soft_labels(id, len(mask))
         seen = features.masked_fill(mask.unsqueeze(1), 0)
         text = self.words(*self.text(id).parts, id=id)
-        return replace(self._example(id, text, seen, boxes), masked_regions=mask, rows=rows)
+        return replace(self._example(id, text, seen, boxes), masked_regions=mask, rows=asked[mask])
 
     def _pair(self, id: str, draws: random.Random) -> ObjectiveExample:
         right: Any = self.image_names(id)
@@ -259,9 +260,9 @@ class ObjectiveSplit(DatabaseSplit):
 
 
 _MAKERS: Mapping[str, Callable[[ObjectiveSplit, str, random.Random], ObjectiveExample]] = {
-    "mlm": ObjectiveSplit._masked_words,
-    **dict.fromkeys(("mrfr", "mrc", "mrc_kl"), ObjectiveSplit._masked_regions),
-    **dict.fromkeys(("itm", "itm_wra"), ObjectiveSplit._pair),
+    "tokens": ObjectiveSplit._masked_words,
+    "regions": ObjectiveSplit._masked_regions,
+    "pair": ObjectiveSplit._pair,
 }
 
 
