@@ -190,7 +190,7 @@ class UpdateFrame:
         if self.strategy.processes.world_size == 1:
             return logs, losses, ascents
         found = (~losses, ~ascents, *logs.values())
-        bad, overflowed, *sums = self.strategy.processes.total([float(value) for value in _together(found)])
+        bad, overflowed, *sums = self.strategy.processes.total(_numbers(found))
         summed = zip(logs.items(), sums, strict=True)
         logs = {name: torch.full_like(value, total) for (name, value), total in summed}
         return logs, torch.tensor(bad == 0), torch.tensor(overflowed == 0)
@@ -224,7 +224,7 @@ def _all(flags: Iterator[Tensor]) -> Tensor:
     return torch.stack(found).all() if found else torch.tensor(True)
 
 
-def _together(values: Sequence[Tensor]) -> list[float]:
+def _numbers(values: Sequence[Tensor]) -> list[float]:
     """Read numbers from the device at once."""
     device = values[-1].device
     numbers: list[float] = torch.stack([value.to(device).double() for value in values]).tolist()
