@@ -324,3 +324,8 @@ def test_lists_that_are_pipes_are_refused(official_db: Path, tmp_path: Path) -> 
             _ = (TextStore(folder).lengths, TextStore(folder).named_images())
         (folder / name).unlink()
         shutil.copy(official_db / "txt_db" / folder.name / name, folder)
+    images = tmp_path / "coco_train2014"
+    shutil.copytree(official_db / "img_db" / images.name / BoxSelection().folder(), images / BoxSelection().folder())
+    os.mkfifo(images / str(BoxSelection().counts_file()))
+    with pytest.raises(DataError, match=r"cannot read the numbers of boxes .*a pipe, socket or device"):
+        ImageStore(images, BoxSelection()).count(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -38,11 +39,12 @@ from villa.datasets.uniter.json_tables import (
     NotAnObjectError,
     WrongEntryError,
     list_names,
-    read_numbers,
+    parse_numbers,
 )
 from villa.datasets.uniter.lmdb_env import DATA_FILE, LmdbReader
 from villa.datasets.uniter.packed_arrays import Array, read_msgpack, read_npz
 from villa.errors import DataError, reading
+from villa.files import regular_file
 from villa.plugins import one_line
 from villa.progress import track
 
@@ -196,7 +198,8 @@ class ImageStore:
                 f"text database '{asking}' does not fit image database '{self.folder}': {len(missing):,} of "
                 f"{len(wanted):,} images are missing, first '{missing[0]}'; give the images of these texts"
             )
-        self.check(map(int, sampled(in_order(rows, len(self)))))  # type: ignore[arg-type]
+        different = in_order(rows, len(self))
+        self.check(different[sampled(range(len(different)))].tolist())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -224,8 +227,10 @@ class ImageStore:
         size = len(value or b"")
         if counts_file is None:
             return cached(self.files, "names", NAME, lambda: [self._list(value).combine_chunks()], size)
-        files, size = [*self.files, counts_file], size + counts_file.stat().st_size
-        return cached(files, "names and counts", NUMBER, lambda: self._counted_list(value, counts_file), size)
+        files = [*self.files, counts_file]
+        with _reading_counts(counts_file):
+            size += regular_file(counts_file).st_size
+            return cached(files, "names and counts", NUMBER, lambda: self._counted_list(value, counts_file), size)
 
     def _list(self, value: memoryview | None) -> pa.Table:
         try:
@@ -237,7 +242,7 @@ class ImageStore:
             raise DataError(f"image database '{self.folder}': '{NAMES_KEY}' cannot be used: {told}") from error
 
     def _counted_list(self, value: memoryview | None, counts_file: Path) -> Built:
-        names, counted = self._list(value)["name"], _read_counts(counts_file)
+        names, counted = self._list(value)["name"], parse_numbers(counts_file, 1)
         rows, counts = find(names, counted["name"]), numbers_of(counted["number"])
         found = np.where(rows < 0, -1, counts[rows]) if len(counts) else rows
         return [pa.table([names, pa.array(found, pa.int32())], schema=NUMBER).combine_chunks()]
@@ -322,14 +327,11 @@ class ImageStore:
         return DataError(f"image database '{self.folder}': '{name}' cannot be used: {reason}")
 
 
-def _read_counts(path: Path) -> pa.Table:
-    """Read the number of boxes of every image: a table of ``name`` and ``number``.
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
-    """
+@contextmanager
+def _reading_counts(path: Path) -> Iterator[None]:
+    """Turn the errors of reading the number of boxes of every image into one line."""
     try:
-        return read_numbers(path, 1)
+        yield
     except WrongEntryError as wrong:
         raise DataError(
             f"'{path}': '{wrong.name}' has {wrong.value!r:.40} boxes; a number of at least 1 is needed"

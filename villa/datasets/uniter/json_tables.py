@@ -75,6 +75,11 @@ class NamedImages(NamedTuple):
 
 
 def read_numbers(path: Path, least: int) -> pa.Table:
+    """Read an object of whole numbers; see ``parse_numbers``. Of a large file, the table is kept."""
+    return cached([path], f"numbers from {least}", NUMBER, lambda: [parse_numbers(path, least)])
+
+
+def parse_numbers(path: Path, least: int) -> pa.Table:
     """Read an object of whole numbers as a table of the columns of ``NUMBER``.
 
     Args:
@@ -87,13 +92,9 @@ def read_numbers(path: Path, least: int) -> pa.Table:
         NotAnObjectError: it holds another value.
         WrongEntryError: an entry is no such number.
     """
-    return cached([path], f"numbers from {least}", NUMBER, lambda: _build_numbers(path, least))
-
-
-def _build_numbers(path: Path, least: int) -> Built:
     names, numbers = [], []
     for keys, values in _entries(path):
-        found = None if {*map(type, values)} - {int} else np.fromiter(values, np.int64, len(values))
+        found = None if {*map(type, values)} - {int} else np.array(values, np.int64)
         if found is None or found.min() < least or found.max() > _MOST:
             pairs = zip(keys, values, strict=True)
             raise WrongEntryError(*next(p for p in pairs if type(p[1]) is not int or not least <= p[1] <= _MOST))
@@ -101,7 +102,7 @@ def _build_numbers(path: Path, least: int) -> Built:
         numbers.append(pa.array(found, pa.int32()))
     table = pa.table([pa.chunked_array(names, pa.string()), pa.chunked_array(numbers, pa.int32())], schema=NUMBER)
     refuse_twice(table["name"])
-    return [table.combine_chunks()]
+    return table.combine_chunks()
 
 
 def read_images(path: Path) -> NamedImages:
