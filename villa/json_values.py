@@ -129,3 +129,8 @@ def _line_of_repetition(text: str) -> str:
                 return f", again in line {text.count(chr(10), 0, token.start()) + 1}"
             objects[-1].add(name)
     return ""
+
+
+def is_score(value: object) -> bool:
+    """Say whether a value of JSON is a number in [0, 1]."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from villa.batch import Batch
+from villa.datasets.names import pixel_reading
 from villa.datasets.own.easy_vqa import EasyVqa, EasyVqaConfig
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
-from villa.datasets.own.names import pixel_reading
 from villa.datasets.own.pictures import PictureStore
 from villa.datasets.own.records import beside
 from villa.datasets.stores import Source

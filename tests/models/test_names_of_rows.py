@@ -20,8 +20,8 @@ from villa.cli.run import main
 from villa.config import load
 from villa.convert.example import RawExample
 from villa.convert.text_database import TextSource, WordPieces, write_text_database
+from villa.datasets.names import text_facts
 from villa.datasets.own.assets import facts_beside
-from villa.datasets.own.names import text_facts
 from villa.datasets.uniter.text_lmdb import TextStore
 from villa.engine.setup import Parts, build
 from villa.errors import CheckpointError

@@ -1,5 +1,9 @@
 """Names of the files and folders that runs, checkpoints and saved models consist of."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 #: In the folder of a run.
 CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
 FINISHED = "finished.json"
@@ -21,3 +25,8 @@ PROVENANCE = "provenance.json"
 
 #: Names whose presence shows that a folder holds a run.
 TRACES = (CONFIG, LOG, METRICS, CHECKPOINTS)
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether villa has saved a model in a folder."""
+    return (path / SAVED).is_file()

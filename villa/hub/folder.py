@@ -32,11 +32,6 @@ _ADVICE = "use another copy"
 ITSELF = "."
 
 
-def is_saved(path: Path) -> bool:
-    """Say whether villa has saved a model in a folder."""
-    return (path / SAVED).is_file()
-
-
 def open_saved(path: Path) -> SavedFolder:
     """Return the model that villa has saved in a folder, after verifying what it needs of it.
 

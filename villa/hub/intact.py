@@ -8,13 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from villa.checkpoints.files import file_problem, load, read_manifest
-from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, METRICS, SAVED
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, METRICS, SAVED, is_saved
 from villa.checkpoints.store import CheckpointStore
 from villa.checkpoints.transformers_folder import find_config, is_transformers_folder
 from villa.checkpoints.weight_files import SAFETENSORS, read_weights, refuse_not_finite
 from villa.errors import CheckpointError, VillaError
 from villa.evaluation.results import read_metrics
-from villa.hub.folder import is_saved, open_saved
+from villa.hub.folder import open_saved
 
 #: Files of weights by how they are called.
 _WEIGHTS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 from villa.checkpoints.files import load
-from villa.checkpoints.layout import CHECKPOINTS, MANIFEST
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, is_saved
 from villa.checkpoints.store import resolve
 from villa.checkpoints.transformers_folder import is_transformers_folder
 from villa.errors import CheckpointError
 from villa.files import local_path
-from villa.hub.folder import is_saved, open_saved
+from villa.hub.folder import open_saved
 from villa.hub.foreign import TransformersSource
 from villa.hub.source import CheckpointSource, Source
 from villa.plugins import one_line

@@ -15,10 +15,11 @@ from torch import Tensor
 from villa.datasets.base import Example, Split
 from villa.datasets.lxmert.features import TsvStore
 from villa.datasets.own.readers import WordPieces
-from villa.datasets.own.records import is_score, text_field
+from villa.datasets.own.records import text_field
 from villa.datasets.text import CutTexts
 from villa.errors import DataError, about
 from villa.files import read_json
+from villa.json_values import is_score
 from villa.progress import track
 
 

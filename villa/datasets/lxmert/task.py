@@ -18,7 +18,7 @@ from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, best_answers, read_answers
 from villa.datasets.lxmert.features import TsvFile, TsvStore
 from villa.datasets.lxmert.split import AnnotatedSplit, ImagePairSplit, QuestionSplit
-from villa.datasets.own.names import text_facts
+from villa.datasets.names import text_facts
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.paths import SPLITS, describe_missing
 from villa.datasets.released import ANSWERS_FILE, ReleasedFilesConfig, ReleasedFilesTask

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from villa.checkpoints.transformers_folder import is_hub_name, is_transformers_folder, stored_config
 from villa.checkpoints.weight_files import FOLDER_FILES
-from villa.datasets.own.names import image_reading, pixel_reading, text_facts
+from villa.datasets.names import image_reading, pixel_reading, text_facts
 from villa.datasets.own.processors import load_processor, save_processor
 from villa.datasets.own.readers import Kind
 from villa.datasets.own.records import REGION_FIELDS, Regions

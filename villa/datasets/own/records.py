@@ -17,7 +17,7 @@ import numpy as np
 
 from villa.datasets.base import plain_answer
 from villa.errors import DataError
-from villa.json_values import is_number, parse_json
+from villa.json_values import is_number, is_score, parse_json
 
 #: Longest line, in bytes, so that a file without line ends does not fill the memory.
 LONGEST_LINE = 1 << 26
@@ -311,8 +311,3 @@ def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = Fals
             scores[plain(answer)] = max(float(score), scores.get(plain(answer), 0.0))
         return scores
     raise DataError(f"{where}: 'answers' must be {{answer: score in [0, 1]}} or a list of texts, not {answers!r:.60}")
-
-
-def is_score(value: object) -> bool:
-    """Say whether a value of JSON is a number in [0, 1]."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -17,7 +17,7 @@ import numpy as np
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.epochs import check_fraction, share_rows
-from villa.datasets.own.names import text_facts
+from villa.datasets.names import text_facts
 from villa.datasets.paths import SPLITS, DatabasePaths, describe_missing
 from villa.datasets.released import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.synthetic.overlay import SMALL

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.base import DatasetConfig, Example, best_answers, read_answers
-from villa.datasets.own.records import is_score
 from villa.datasets.released import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
 from villa.datasets.uniter.database_split import DatabaseSplit
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
 from villa.errors import DataError
 from villa.files import plain_path, write_json
+from villa.json_values import is_score
 from villa.registry import register_dataset
 
 _LOG = logging.getLogger(__name__)
