@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from villa.checkpoints import files as checkpoint_files
 from villa.checkpoints.layout import CHECKPOINTS
-from villa.checkpoints.shards import Part, Shards, _tile, join_optimizer, part_of, split_optimizer
+from villa.checkpoints.shards import RankPart, Shards, _tile, join_optimizer, part_of, split_optimizer
 from villa.checkpoints.store import CheckpointStore, load
 from villa.checkpoints.tensors import staged
 from villa.checkpoints.weight_files import read_weights
@@ -143,7 +143,7 @@ class Held:
 
     def __init__(self, patch: pytest.MonkeyPatch, sharded: bool) -> None:
         self.started, self.go = threading.Event(), threading.Event()
-        owner: Any = Part if sharded else checkpoint_files
+        owner: Any = RankPart if sharded else checkpoint_files
         name = "write" if sharded else "write_whole"
         original = getattr(owner, name)
 
@@ -216,7 +216,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(checkpoint_files, "write_whole", full)
-    monkeypatch.setattr(Part, "write", full)
+    monkeypatch.setattr(RankPart, "write", full)
     assert run(tmp_path / "run", *EVERY, *options) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("villa_run: error: the checkpoint of update 1 cannot be saved in ")

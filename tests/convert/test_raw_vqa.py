@@ -7,7 +7,7 @@ from raw_files import WriteJson
 
 from villa.convert.annotations import image_set, read_vqa
 from villa.convert.answers import answer_target, build_answers, normalise_answer
-from villa.convert.example import Record
+from villa.convert.example import RawRecord
 from villa.datasets.base import read_answers
 from villa.errors import DataError
 
@@ -145,7 +145,7 @@ def test_the_normal_form_of_an_answer(answer: str, normal: str) -> None:
 def test_an_answer_list_is_built_from_frequent_answers() -> None:
     given = [annotation(n, "Yes") for n in range(9)] + [annotation(n, "no") for n in range(12)]
     given += [annotation(n, "rare") for n in range(8)]
-    records = [Record(values, "a.json") for values in given]
+    records = [RawRecord(values, "a.json") for values in given]
     assert build_answers(records) == {"no": 0, "yes": 1}
     assert list(build_answers(records, min_occurrences=8)) == ["no", "yes", "rare"]
     with pytest.raises(DataError, match="no answer occurs 13 times"):
@@ -161,7 +161,7 @@ def test_an_answer_list_must_number_its_answers(write_json: WriteJson, answers: 
 def test_scores_are_the_accuracy_averaged_over_nine_annotators() -> None:
     """The soft scores are what VQA v2's evaluation gives an answer of so many of the ten annotators."""
     for count in range(1, 11):
-        record = Record(annotation(1, *["dog"] * count, *[f"other{n}" for n in range(10 - count)]), "a.json")
+        record = RawRecord(annotation(1, *["dog"] * count, *[f"other{n}" for n in range(10 - count)]), "a.json")
         left_out = [min((count - (n < count)) / 3, 1) for n in range(10)]
         assert answer_target(record, {"dog": 0}, "soft")["scores"] == pytest.approx([sum(left_out) / 10])
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from villa.datasets.own.files import FileStore
-from villa.datasets.stores import Source, Sources
+from villa.datasets.stores import ImageSource, Sources
 from villa.errors import DataError
 
 
-def write(path: Path, rows: int = 3, **arrays: Any) -> Source:
+def write(path: Path, rows: int = 3, **arrays: Any) -> ImageSource:
     random = np.random.default_rng(rows)
     features = random.random((rows, 5), dtype=np.float32)
     boxes = np.sort(random.random((rows, 2, 2), dtype=np.float32), 1).reshape(rows, 4)
@@ -24,7 +24,7 @@ def write(path: Path, rows: int = 3, **arrays: Any) -> Source:
         np.savez_compressed(path, **content)
     else:
         save_file({name: torch.from_numpy(value) for name, value in content.items()}, path)
-    return Source(path, f"train.jsonl:{rows}")
+    return ImageSource(path, f"train.jsonl:{rows}")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -73,7 +73,7 @@ def test_pickled_arrays_are_not_executed(tmp_path: Path) -> None:
     good = write(tmp_path / "good.npz")
     np.savez(tmp_path / "bad.npz", features=np.array([Bomb()], dtype=object), boxes=np.ones((1, 4)))
     with pytest.raises(DataError, match="cannot read features"):
-        FileStore([good, Source(tmp_path / "bad.npz", "train.jsonl:2")])[1]
+        FileStore([good, ImageSource(tmp_path / "bad.npz", "train.jsonl:2")])[1]
     assert not (tmp_path / "executed").exists()
 
 
@@ -82,15 +82,15 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
     write(tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:30])
     with pytest.raises(DataError, match=rf"train.jsonl:9: cannot read features from '.*{name}'"):
-        FileStore([Source(tmp_path / name, "train.jsonl:9")])
+        FileStore([ImageSource(tmp_path / name, "train.jsonl:9")])
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"")
     with pytest.raises(DataError, match=r"is not a feature file; give .npz or .safetensors"):
-        FileStore([Source(tmp_path / "a.pt", "train.jsonl:1")])
+        FileStore([ImageSource(tmp_path / "a.pt", "train.jsonl:1")])
     with pytest.raises(DataError, match="No such file"):
-        FileStore([write(tmp_path / "a.npz"), Source(tmp_path / "b.npz", "train.jsonl:2")]).prepare([0, 1])
+        FileStore([write(tmp_path / "a.npz"), ImageSource(tmp_path / "b.npz", "train.jsonl:2")]).prepare([0, 1])
 
 
 def test_sources_are_distinct_in_order() -> None:
@@ -101,7 +101,7 @@ def test_sources_are_distinct_in_order() -> None:
     paths = [folder / "a", folder / "b", folder / "sub/c", Path("/elsewhere/a"), folder / "sub/../a"]
     named = [f"train.jsonl:{number}" for number in (0, 1, 5, 6, 7)]
     files = pickle.loads(pickle.dumps(sources.build()))
-    assert list(files) == files[:] == [Source(*each) for each in zip(paths, named, strict=True)]
+    assert list(files) == files[:] == [ImageSource(*each) for each in zip(paths, named, strict=True)]
     assert files[-1].path == paths[-1]
     with pytest.raises(DataError, match=r"train.jsonl:8: .* holds a NUL"):
         sources.add("a\0", 8)

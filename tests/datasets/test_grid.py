@@ -19,14 +19,14 @@ from PIL import Image
 
 from villa.datasets import cache
 from villa.datasets.own.grid import GridExtractor, GridOptions, GridStore
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.errors import ConfigError, DataError
 
 OPTIONS = GridOptions(grid=2)
 
 
-def sources(images: list[Path]) -> list[Source]:
-    return [Source(path, f"questions.jsonl:{line}") for line, path in enumerate(images, start=1)]
+def sources(images: list[Path]) -> list[ImageSource]:
+    return [ImageSource(path, f"questions.jsonl:{line}") for line, path in enumerate(images, start=1)]
 
 
 def opened(images: list[Path], options: GridOptions = OPTIONS) -> GridStore:
@@ -179,9 +179,9 @@ def test_a_killed_extraction_goes_on(
     code = (
         "import sys; from pathlib import Path; from villa.datasets import cache; from villa.datasets.own import grid\n"
         "cache.CHUNK = grid.CHUNK = 1\n"
-        "from villa.datasets.stores import Source; from villa.datasets.own.grid import GridOptions\n"
+        "from villa.datasets.stores import ImageSource; from villa.datasets.own.grid import GridOptions\n"
         "paths = [Path(path) for path in sys.argv[1:]]\n"
-        "grid.GridStore([Source(p, '') for p in paths], GridOptions(grid=2)).prepare(range(len(paths)))\n"
+        "grid.GridStore([ImageSource(p, '') for p in paths], GridOptions(grid=2)).prepare(range(len(paths)))\n"
     )
     many = [tmp_path / f"copy{number}.png" for number in range(40)]
     for path in many:
@@ -208,12 +208,12 @@ def test_a_killed_extraction_goes_on(
 def test_of_several_processes_on_a_cold_cache_one_extracts_and_all_go_on(tmp_path: Path, images: list[Path]) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from villa.datasets.stores import Source; from villa.datasets.own import grid\n"
+        "from villa.datasets.stores import ImageSource; from villa.datasets.own import grid\n"
         "call = grid.GridExtractor.__call__\n"
         "def told(self, network, pixels): print('extracted', len(pixels)); return call(self, network, pixels)\n"
         "grid.GridExtractor.__call__ = told\n"
         "paths = [Path(path) for path in sys.argv[1:]]\n"
-        "store = grid.GridStore([Source(p, '') for p in paths], grid.GridOptions(grid=2))\n"
+        "store = grid.GridStore([ImageSource(p, '') for p in paths], grid.GridOptions(grid=2))\n"
         "store.prepare(range(len(paths)))\n"
         "print(float(sum(store[row][0].abs().sum() for row in range(len(paths)))))\n"
     )

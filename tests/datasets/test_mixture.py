@@ -14,14 +14,18 @@ from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
-from villa.datasets.samplers import MixedSampler, Sampler, Share, UpdateSampler
+from villa.datasets.samplers import MixedSampler, MixtureShare, Sampler, UpdateSampler
 from villa.datasets.stream import UpdateStream, evaluation_batches
-from villa.datasets.uniter.pretraining_splits import Mixture, Part
+from villa.datasets.uniter.pretraining_splits import Mixture, MixturePart
 from villa.errors import CheckpointError, ConfigError, DataError
 from villa.rng import derive_seed
 
 BATCH = BatchConfig(examples=4, per_pass=2)
-SHARES = [Share("a", "first", 2, [1] * 10), Share("b", "second", 1, [1] * 7), Share("c", "first", 1, [1] * 5)]
+SHARES = [
+    MixtureShare("a", "first", 2, [1] * 10),
+    MixtureShare("b", "second", 1, [1] * 7),
+    MixtureShare("c", "first", 1, [1] * 5),
+]
 
 LONGER = [replace(share, lengths=[1] * 30) for share in SHARES]
 
@@ -47,7 +51,7 @@ class Named(Split):
 
 
 def mixture() -> Mixture:
-    return Mixture([Part(s.name, s.label, s.weight, Named(s.name, len(s.lengths))) for s in SHARES])
+    return Mixture([MixturePart(s.name, s.label, s.weight, Named(s.name, len(s.lengths))) for s in SHARES])
 
 
 def stream(workers: int = 0) -> UpdateStream:
@@ -82,7 +86,7 @@ def test_parts_are_drawn_by_their_weights() -> None:
 
 
 def test_a_part_of_weight_0_is_never_drawn() -> None:
-    sampler = MixedSampler([SHARES[0], Share("none", "x", 0, [1])], BATCH, 0)
+    sampler = MixedSampler([SHARES[0], MixtureShare("none", "x", 0, [1])], BATCH, 0)
     assert {sampler.draw(update).name for update in range(500)} == {"a"}
 
 
@@ -135,7 +139,7 @@ def test_the_position_says_where_every_part_is_and_new_parts_start_at_their_begi
         for part, s in zip(position["parts"].values(), SHARES, strict=True)
     )
     assert done == 12
-    more = MixedSampler([*SHARES[:2], Share("new", "first", 1, [1] * 5)], BATCH, 3).settle(position)
+    more = MixedSampler([*SHARES[:2], MixtureShare("new", "first", 1, [1] * 5)], BATCH, 3).settle(position)
     assert more["parts"] == {
         **{name: position["parts"][name] for name in ("a", "b")},
         "new": {"epoch": 0, "update": 0},
@@ -143,14 +147,14 @@ def test_the_position_says_where_every_part_is_and_new_parts_start_at_their_begi
 
 
 def test_the_same_example_is_drawn_differently_in_two_parts_and_epochs() -> None:
-    twice = Mixture([Part(name, name, 1, Named("x", 4)) for name in ("a", "b")])
+    twice = Mixture([MixturePart(name, name, 1, Named("x", 4)) for name in ("a", "b")])
     updates = UpdateStream(twice, collate, twice.sampler(BATCH, 0))
     names = [name for update in itertools.islice(updates, 20) for part in ids(update) for name in part]
     assert len(set(names)) == len(names) == 80
 
 
 def test_by_tokens_every_part_has_its_own_lengths() -> None:
-    shares = [Share("long", "long", 1, [10] * 40), Share("short", "short", 1, [2] * 40)]
+    shares = [MixtureShare("long", "long", 1, [10] * 40), MixtureShare("short", "short", 1, [2] * 40)]
     sampler = MixedSampler(shares, BatchConfig(tokens=40, per_pass=20), 0)
     sizes = {"long": set[int](), "short": set[int]()}
     for number, update in enumerate(walk(sampler, 20)):
@@ -170,11 +174,11 @@ def test_what_is_printed_and_refused() -> None:
     sampler = MixedSampler(SHARES, BATCH, 0)
     assert sampler.describe() == "4 examples an update = 2 x 2 passes (of one of first 75 %, second 25 %)"
     assert sampler.warnings() == []
-    tiny = MixedSampler([*SHARES, Share("tiny", "x", 1, [1] * 3)], BATCH, 0)
+    tiny = MixedSampler([*SHARES, MixtureShare("tiny", "x", 1, [1] * 3)], BATCH, 0)
     assert [line.partition(":")[0] for line in tiny.warnings()] == ["tiny"]
     with pytest.raises(ConfigError, match=r"training\.epochs=2: each part of a mixture has epochs of its own"):
         sampler.total_updates(2)
     with pytest.raises(DataError, match=r"b: example 1 has 9 tokens and regions, more than a pass of 8"):
-        MixedSampler([SHARES[0], Share("b", "b", 1, [1, 9])], BatchConfig(tokens=8), 0)
+        MixedSampler([SHARES[0], MixtureShare("b", "b", 1, [1, 9])], BatchConfig(tokens=8), 0)
     with pytest.raises(CheckpointError, match="does not say where the parts of a mixture"):
         sampler.settle({"epoch": 0, "update": 3})

@@ -19,7 +19,7 @@ from villa.datasets.own.easy_vqa import EasyVqa, EasyVqaConfig
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.own.pictures import PictureStore
 from villa.datasets.own.records import beside
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.datasets.stream import evaluation_batches
 from villa.errors import ConfigError, DataError
 
@@ -161,7 +161,7 @@ def test_pictures_are_rgb_whatever_the_file(tmp_path: Path) -> None:
     for mode in ("L", "RGBA", "P", "1", "CMYK"):
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (5, 7), 1).save(path)
-        sources.append(Source(path, "here"))
+        sources.append(ImageSource(path, "here"))
     store = PictureStore(sources)
     assert [(store[n].mode, store[n].size) for n in range(len(store))] == [("RGB", (5, 7))] * 5
 

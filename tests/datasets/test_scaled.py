@@ -9,7 +9,7 @@ import torch
 from villa.datasets.own.assets import facts_beside
 from villa.datasets.own.files import FileStore
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
-from villa.datasets.stores import SMALLEST_SCALE, ScaledStore, Scaling, Source
+from villa.datasets.stores import SMALLEST_SCALE, ImageSource, ScaledStore, Scaling
 from villa.errors import DataError
 from villa.models.matching import Matching
 
@@ -23,7 +23,7 @@ def feature_file(folder: Path, name: str, seed: int) -> Path:
 
 
 def make(folder: Path) -> FileStore:
-    return FileStore([Source(feature_file(folder, f"{i}.npz", i), "test") for i in range(4)])
+    return FileStore([ImageSource(feature_file(folder, f"{i}.npz", i), "test") for i in range(4)])
 
 
 def test_statistics_are_those_of_all_regions_of_the_sample(tmp_path: Path) -> None:

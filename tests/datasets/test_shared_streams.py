@@ -13,7 +13,7 @@ from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
 from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
-from villa.datasets.uniter.pretraining_splits import Mixture, Part
+from villa.datasets.uniter.pretraining_splits import Mixture, MixturePart
 from villa.share import Share
 
 UPDATES = 30
@@ -51,7 +51,7 @@ def one() -> tuple[Split, list[Drawn]]:
 def mixed() -> tuple[Split, list[Drawn]]:
     parts = [Drawn("a", 90), Drawn("b", 40), Drawn("c", 25)]
     weighted = zip(parts, (2.0, 1.0, 0.5), strict=True)
-    return Mixture([Part(part.name, part.name, weight, part) for part, weight in weighted]), parts
+    return Mixture([MixturePart(part.name, part.name, weight, part) for part, weight in weighted]), parts
 
 
 #: What a rank is given: the number of the update and of the micro-batch in it, whether it is its own, the ids.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from villa.convert.text_database import WordPieces as DatabasePieces
+from villa.convert.text_database import RawWordPieces as DatabasePieces
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.text import (
     TokenCounter,

@@ -19,7 +19,7 @@ from villa.api import from_pretrained
 from villa.cli.run import main
 from villa.config import load
 from villa.convert.example import RawExample
-from villa.convert.text_database import TextSource, WordPieces, write_text_database
+from villa.convert.text_database import RawWordPieces, TextSource, write_text_database
 from villa.datasets.names import text_facts
 from villa.datasets.own.assets import facts_beside
 from villa.datasets.uniter.text_lmdb import TextStore
@@ -334,7 +334,7 @@ def test_a_text_database_keeps_the_names_of_its_word_pieces(tmp_path: Path) -> N
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     for name, order in {"one": [*special, *letters], "two": [*special, *reversed(letters)]}.items():
         (tmp_path / "vocab.txt").write_text("\n".join(order) + "\n")
-        pieces = WordPieces(str(tmp_path / "vocab.txt"), "bert")
+        pieces = RawWordPieces(str(tmp_path / "vocab.txt"), "bert")
         source = TextSource([RawExample("a", {"input_ids": ("a b",)}, "a.npz")])
         write_text_database(tmp_path / name, source, pieces, pieces.meta(), progress="off")
         vocabulary = TextStore(tmp_path / name).vocabulary

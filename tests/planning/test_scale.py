@@ -8,22 +8,22 @@ import pytest
 from villa.planning.__main__ import main
 from villa.planning.dry_run import Sizes, plan_recipe
 from villa.planning.scale import Cluster, Row, row, stored_bytes
-from villa.planning.strategies import Strategy
+from villa.planning.strategies import StrategyName
 
 SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.num_heads=2"]
 
 
 @pytest.fixture(scope="module")
-def rows(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Strategy, int], Row]:
+def rows(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[StrategyName, int], Row]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VILLA_CACHE", str(tmp_path_factory.mktemp("cache")))
         values = [f"config={root / 'projects/villa/pretrain/large.yaml'}", "model.num_layers=1"]
         plan, _ = plan_recipe(values, 1, Sizes(20, 40), device="cuda", processes=1, strategy="single")
-    every: list[tuple[Strategy, int]] = [(s, n) for s in ("ddp", "fsdp") for n in (8, 32, 64, 1024)]
+    every: list[tuple[StrategyName, int]] = [(s, n) for s in ("ddp", "fsdp") for n in (8, 32, 64, 1024)]
     return {(s, n): row(plan, s, n, Cluster(), stored_bytes(40, 2048)) for s, n in every}
 
 
-def test_compute_is_shared_and_communication_is_not(rows: dict[tuple[Strategy, int], Row]) -> None:
+def test_compute_is_shared_and_communication_is_not(rows: dict[tuple[StrategyName, int], Row]) -> None:
     assert rows["ddp", 64].compute == pytest.approx(rows["ddp", 8].compute / 8)
     assert rows["ddp", 1024].compute == pytest.approx(rows["ddp", 64].compute / 16, rel=0.01)
     assert rows["ddp", 1024].sent == pytest.approx(rows["ddp", 8].sent, rel=0.15)
@@ -32,7 +32,7 @@ def test_compute_is_shared_and_communication_is_not(rows: dict[tuple[Strategy, i
     assert rows["ddp", 1024].seconds == rows["ddp", 1024].link
 
 
-def test_sharding_trades_memory_for_communication(rows: dict[tuple[Strategy, int], Row]) -> None:
+def test_sharding_trades_memory_for_communication(rows: dict[tuple[StrategyName, int], Row]) -> None:
     sharded, whole = rows["fsdp", 64].memory, rows["ddp", 64].memory
     assert sharded.parameters == pytest.approx(whole.parameters / 64)
     assert sharded.optimizer == pytest.approx(whole.optimizer / 64)
@@ -41,13 +41,13 @@ def test_sharding_trades_memory_for_communication(rows: dict[tuple[Strategy, int
     assert rows["fsdp", 1024].memory.activations < rows["fsdp", 64].memory.activations / 10
 
 
-def test_micro_batches_are_dealt_out_and_then_cut(rows: dict[tuple[Strategy, int], Row]) -> None:
+def test_micro_batches_are_dealt_out_and_then_cut(rows: dict[tuple[StrategyName, int], Row]) -> None:
     assert [rows["ddp", n].micro_batches for n in (8, 32, 64, 1024)] == [8, 2, 1, 1]
     assert rows["ddp", 64].examples == pytest.approx(6144 // 60)
     assert rows["ddp", 1024].examples == pytest.approx(6144 // 60 / 16)
 
 
-def test_features_are_read_as_fast_as_they_are_used(rows: dict[tuple[Strategy, int], Row]) -> None:
+def test_features_are_read_as_fast_as_they_are_used(rows: dict[tuple[StrategyName, int], Row]) -> None:
     found = rows["ddp", 32]
     examples = 64 * (6144 // 60)
     assert found.features == pytest.approx(examples * 40 * 2048 * 2 / found.seconds)

@@ -16,7 +16,7 @@ from tiny_runs import SHAPES
 from villa.cli.run import main
 from villa.datasets.own.grid import GridExtractor, GridOptions
 from villa.datasets.own.pictures import PictureStore
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.errors import ConfigError, DataError
 from villa.launch.base import Request
 from villa.launch.folder import prepare
@@ -86,7 +86,7 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("grid", [False, True])
 def test_no_picture_starts_ghostscript(grid: bool, ghostscript: Path, tmp_path: Path) -> None:
-    source = Source(ghostscript, "questions.jsonl:1")
+    source = ImageSource(ghostscript, "questions.jsonl:1")
     with pytest.raises(DataError, match=r"picture\.png"):
         GridExtractor(GridOptions()).read(source) if grid else PictureStore([source])[0]
     assert not (tmp_path / "ran").exists()
@@ -96,7 +96,7 @@ def test_formats_that_pillow_decodes_itself_stay(tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8), (255, 0, 0))
     for suffix in ("png", "jpg", "gif", "bmp", "tiff", "webp", "ppm", "jp2", "ico", "tga"):
         picture.save(tmp_path / f"picture.{suffix}")
-        store = PictureStore([Source(tmp_path / f"picture.{suffix}", "here")])
+        store = PictureStore([ImageSource(tmp_path / f"picture.{suffix}", "here")])
         assert store[0].size[0] == 8
 
 

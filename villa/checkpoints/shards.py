@@ -40,7 +40,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPart:
     """What one process writes of a checkpoint's tensors.
 
     Attributes:
@@ -86,7 +86,7 @@ def part_of(
     *,
     copy: bool,
     trainer: Mapping[str, Tensor] | None = None,
-) -> Part:
+) -> RankPart:
     """Collect what this process writes; nothing is sent for it.
 
     Args:
@@ -115,7 +115,7 @@ def part_of(
         "shapes": {name: list(state[name].shape) for name in local},
         "aliases": aliases,
     }
-    return Part(share.rank, SavePlan(items), staged(tensors) if copy else tensors, index)
+    return RankPart(share.rank, SavePlan(items), staged(tensors) if copy else tensors, index)
 
 
 def _owners(tensors: Mapping[str, Tensor], main_only: Collection[str], count: int) -> dict[str, int]:

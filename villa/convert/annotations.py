@@ -11,7 +11,7 @@ from typing import Any
 
 from villa.convert.answers import Scores, answer_target
 from villa.convert.entries import read_entries
-from villa.convert.example import LineRecords, RawExample, Record, as_record, by_number, read_object, read_records
+from villa.convert.example import LineRecords, RawExample, RawRecord, as_record, by_number, read_object, read_records
 from villa.datasets.base import plain_answer
 from villa.errors import DataError, nearest
 from villa.files import regular_file
@@ -134,7 +134,7 @@ def read_nlvr2(annotations: Path) -> Iterator[RawExample]:
         yield RawExample(identifier, {"input_ids": (record.text("sentence"),)}, images, fields, record.where)
 
 
-def _target(record: Record) -> int | None:
+def _target(record: RawRecord) -> int | None:
     label = record.values.get("label")
     if label is None:
         return None
@@ -171,7 +171,7 @@ def read_karpathy(annotations: Path, splits: Collection[str]) -> Iterator[RawExa
         raise DataError(f"'{annotations}' has no image of split {' or '.join(splits)}")
 
 
-def _captions(image: Record) -> Iterator[RawExample]:
+def _captions(image: RawRecord) -> Iterator[RawExample]:
     name = _feature_name(image.text("filename"), image.where)
     for sentence in image.records("sentences"):
         texts = {"input_ids": (sentence.text("raw"),)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from villa.convert.example import Record
+from villa.convert.example import RawRecord
 from villa.errors import DataError
 
 #: How many of the ten annotators' answers make which score.
@@ -64,7 +64,7 @@ def normalise_answer(answer: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in ARTICLES).replace(",", "")
 
 
-def build_answers(annotations: Iterable[Record], min_occurrences: int = MIN_OCCURRENCES) -> dict[str, int]:
+def build_answers(annotations: Iterable[RawRecord], min_occurrences: int = MIN_OCCURRENCES) -> dict[str, int]:
     """Make an answer list from annotations: the answers that are often the most frequent one of a question.
 
     Args:
@@ -87,7 +87,7 @@ def build_answers(annotations: Iterable[Record], min_occurrences: int = MIN_OCCU
     return {answer: label for label, answer in enumerate(sorted(often, key=lambda answer: (-counts[answer], answer)))}
 
 
-def answer_target(annotation: Record, labels: Mapping[str, int], scores: Scores) -> dict[str, list[Any]]:
+def answer_target(annotation: RawRecord, labels: Mapping[str, int], scores: Scores) -> dict[str, list[Any]]:
     """Return the soft target of a question.
 
     Args:
@@ -109,7 +109,7 @@ def answer_target(annotation: Record, labels: Mapping[str, int], scores: Scores)
     return {"labels": list(known), "scores": list(known.values())}
 
 
-def human_answers(annotation: Record) -> list[str]:
+def human_answers(annotation: RawRecord) -> list[str]:
     """Return what the annotators answered, in normal form.
 
     Args:

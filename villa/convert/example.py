@@ -38,7 +38,7 @@ class RawExample:
 
 
 @dataclass(frozen=True)
-class Record:
+class RawRecord:
     """One JSON object of an annotation file, with checked access to its fields.
 
     Attributes:
@@ -85,7 +85,7 @@ class Record:
             raise DataError(f"{self.where}: '{name}' must be {wanted}, not {value!r:.40}")
         return value
 
-    def records(self, name: str) -> Iterator[Record]:
+    def records(self, name: str) -> Iterator[RawRecord]:
         """Yield the objects of a field that must be a list of objects.
 
         Raises:
@@ -102,7 +102,7 @@ class Record:
         raise DataError(f"{self.where}: {_quoted(names)} is missing (present: {present or 'nothing':.200})")
 
 
-def read_object(path: Path) -> Record:
+def read_object(path: Path) -> RawRecord:
     """Read a JSON file that holds one object.
 
     Raises:
@@ -111,7 +111,7 @@ def read_object(path: Path) -> Record:
     return as_record(read_json(path, _WHAT, _ADVICE), str(path))
 
 
-def read_records(path: Path, key: str | None = None) -> list[Record]:
+def read_records(path: Path, key: str | None = None) -> list[RawRecord]:
     """Read the objects of a list: the whole of a JSON file, or its entry ``key``.
 
     Raises:
@@ -139,23 +139,23 @@ class LineRecords:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[RawRecord]:
         """Yield the records.
 
         Raises:
             DataError: a line is not a JSON object.
         """
         for number in range(len(self._lines)):
-            yield Record(self._lines[number], self._lines.where(number))
+            yield RawRecord(self._lines[number], self._lines.where(number))
 
 
-def by_number(records: Iterable[Record], field: str) -> dict[int, Record]:
+def by_number(records: Iterable[RawRecord], field: str) -> dict[int, RawRecord]:
     """Return records by a whole number that each must have for itself; a plain copy of a record may follow it.
 
     Raises:
         DataError: a record has none, or that of another.
     """
-    found: dict[int, Record] = {}
+    found: dict[int, RawRecord] = {}
     for record in records:
         first = found.setdefault(record.integer(field), record)
         if first.values != record.values:
@@ -164,7 +164,7 @@ def by_number(records: Iterable[Record], field: str) -> dict[int, Record]:
     return found
 
 
-def as_record(value: Any, where: str) -> Record:
+def as_record(value: Any, where: str) -> RawRecord:
     """Wrap a JSON object.
 
     Raises:
@@ -172,7 +172,7 @@ def as_record(value: Any, where: str) -> Record:
     """
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON object is needed, not {_kind(value)}")
-    return Record(value, where)
+    return RawRecord(value, where)
 
 
 def _kind(value: Any) -> str:

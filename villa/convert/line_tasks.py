@@ -20,7 +20,7 @@ from villa.convert.annotations import (
     read_vqa,
 )
 from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers, human_answers, human_scores
-from villa.convert.example import LineRecords, RawExample, Record, read_records
+from villa.convert.example import LineRecords, RawExample, RawRecord, read_records
 from villa.convert.tasks import Task, TextOptions, check_options
 from villa.datasets.base import answer_list
 from villa.errors import ConfigError, DataError
@@ -234,7 +234,7 @@ def _vqa(options: TextOptions) -> LineSource:
 
 
 def _vqa_line(example: RawExample, images: str, scores: Scores | None, answered: bool) -> Line:
-    record = Record(example.fields, example.where)
+    record = RawRecord(example.fields, example.where)
     digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # of the image, as the question gives it
     name = f"{int(digits)}.jpg" if images == "vg" else f"COCO_{images}_{digits}.jpg"
     folders = ("VG_100K", "VG_100K_2") if images == "vg" else (images,)
@@ -292,7 +292,7 @@ def _snli_ve(options: TextOptions) -> LineSource:
 
 
 def _snli_ve_line(example: RawExample) -> Line:
-    record = Record(example.fields, example.where)
+    record = RawRecord(example.fields, example.where)
     name = f"{record.text('Flickr30K_ID', 'Flikr30kID').removesuffix('.jpg')}.jpg"
     return Line.of(example, [[name, f"flickr30k-images/{name}"]], answer=record.text("gold_label"))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from villa.convert.example import LineRecords, RawExample, Record, Words, by_number, read_object, read_records
+from villa.convert.example import LineRecords, RawExample, RawRecord, Words, by_number, read_object, read_records
 from villa.errors import DataError, nearest
 from villa.facts import CHOICES
 
@@ -56,7 +56,7 @@ def read_vcr(annotations: Path, split: str | None = None) -> Iterator[RawExample
         yield RawExample(record.text("annot_id"), texts, images, {**record.values, **targets}, record.where)
 
 
-def _words(tokens: Any, objects: Sequence[Any], record: Record) -> Words:
+def _words(tokens: Any, objects: Sequence[Any], record: RawRecord) -> Words:
     """Flatten a list of words and tags."""
     if not isinstance(tokens, list):
         raise DataError(f"{record.where}: a text must be a list of words and tags, not {tokens!r:.40}")
@@ -71,7 +71,7 @@ def _words(tokens: Any, objects: Sequence[Any], record: Record) -> Words:
     return tuple(parts)
 
 
-def _object(index: Any, objects: Sequence[Any], record: Record) -> str | int:
+def _object(index: Any, objects: Sequence[Any], record: RawRecord) -> str | int:
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(objects):
         raise DataError(f"{record.where}: tag {index!r:.40} points at none of the {len(objects)} objects")
     name = objects[index]
@@ -80,7 +80,7 @@ def _object(index: Any, objects: Sequence[Any], record: Record) -> str | int:
     return index if "person" in name and index < PERSONS else name
 
 
-def _label(record: Record, name: str) -> int:
+def _label(record: RawRecord, name: str) -> int:
     if record.values.get(name) is None:
         return -1
     label = record.integer(name)
@@ -152,7 +152,7 @@ class ReferringFiles:
             "images": [self._image(entry) for entry in self._images],
         }
 
-    def _image(self, entry: Record) -> dict[str, Any]:
+    def _image(self, entry: RawRecord) -> dict[str, Any]:
         number = entry.integer("id")
         if number not in self._order:
             raise DataError(f"{entry.where}: image {number} has no list of annotations")
@@ -176,7 +176,7 @@ def _given_order(path: Path) -> dict[int, list[int]]:
     return {int(key): value for key, value in lists.items()}
 
 
-def _picked(entry: Record, names: tuple[str, ...]) -> dict[str, Any]:
+def _picked(entry: RawRecord, names: tuple[str, ...]) -> dict[str, Any]:
     missing = [name for name in names if name not in entry.values]
     if missing:
         raise DataError(f"{entry.where}: '{missing[0]}' is missing")

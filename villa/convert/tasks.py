@@ -11,7 +11,7 @@ from villa.convert.annotations import image_set, read_captions, read_karpathy, r
 from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers
 from villa.convert.example import LineRecords, read_records
 from villa.convert.regions import ReferringFiles, read_vcr, split_of
-from villa.convert.text_database import Outcome, TextSource, WordPieces, finished_text_database, write_text_database
+from villa.convert.text_database import Outcome, RawWordPieces, TextSource, finished_text_database, write_text_database
 from villa.datasets.base import read_answers
 from villa.datasets.uniter.writers import vcr_lengths
 from villa.errors import ConfigError, DataError
@@ -87,7 +87,7 @@ def make_text_database(
     Args:
         task: one of ``TASKS``.
         options: files and settings of the task.
-        tokenizer: vocabulary file, folder or name; see ``WordPieces``.
+        tokenizer: vocabulary file, folder or name; see ``RawWordPieces``.
         output: folder of the database.
         tokenizer_name: what the database calls the tokenizer.
         missing_images: JSON list of feature files that do not exist; examples about them are left out.
@@ -101,7 +101,7 @@ def make_text_database(
         DataError: a file cannot be used, or the database was made or begun with other options.
     """
     check_options(task, TASKS[task], options)
-    pieces = WordPieces(tokenizer, tokenizer_name)
+    pieces = RawWordPieces(tokenizer, tokenizer_name)
     settings = {"task": task, **{name: _recorded(value) for name, value in options.given().items()}}
     if missing_images is not None:
         settings["missing_images"] = _recorded(missing_images)

@@ -26,7 +26,7 @@ _KNOWN = {(28996, 101, 106): "bert-base-cased", (30522, 101, 999): "bert-base-un
 _CACHED_WORDS = 1 << 17
 
 
-class WordPieces:
+class RawWordPieces:
     """A WordPiece tokenizer with the special tokens of BERT.
 
     Args:
@@ -189,7 +189,7 @@ def finished_text_database(path: Path, meta: Mapping[str, Any]) -> bool:
 def write_text_database(
     path: Path,
     source: TextSource,
-    pieces: WordPieces,
+    pieces: RawWordPieces,
     meta: Mapping[str, Any],
     *,
     missing: frozenset[str] = frozenset(),
@@ -225,7 +225,7 @@ def write_text_database(
         return Outcome(len(writer), present, left_out=len(seen) - len(writer))
 
 
-def _add(writer: TextDatabaseWriter, example: RawExample, source: TextSource, pieces: WordPieces) -> None:
+def _add(writer: TextDatabaseWriter, example: RawExample, source: TextSource, pieces: RawWordPieces) -> None:
     ids = {name: _encode(text, pieces) for name, text in example.texts.items()}
     if source.drop_empty and not all(ids.values()):
         return
@@ -236,7 +236,7 @@ def _add(writer: TextDatabaseWriter, example: RawExample, source: TextSource, pi
         raise DataError(f"{example.where}: cannot be stored ({error}); mend its numbers and texts") from error
 
 
-def _encode(text: Words | list[Words], pieces: WordPieces) -> list[Any]:
+def _encode(text: Words | list[Words], pieces: RawWordPieces) -> list[Any]:
     if isinstance(text, tuple):
         return pieces.encode(text)
     return [pieces.encode(words) for words in text]

@@ -199,7 +199,7 @@ class UpdateSampler(Sampler):
 
 
 @dataclass(frozen=True)
-class Share:
+class MixtureShare:
     """What a part of mixed data needs to be sampled.
 
     Attributes:
@@ -231,7 +231,7 @@ class MixedSampler(Sampler):
         DataError: as for ``UpdateSampler``, naming the part.
     """
 
-    def __init__(self, shares: Sequence[Share], batch: BatchConfig, seed: int) -> None:
+    def __init__(self, shares: Sequence[MixtureShare], batch: BatchConfig, seed: int) -> None:
         self.seed, self.shares = seed, list(shares)
         self.samplers: dict[str, UpdateSampler] = {}
         for share in self.shares:
@@ -242,11 +242,11 @@ class MixedSampler(Sampler):
         self._starts = dict(zip(self.samplers, (0, *ends), strict=False))
         self._cached = lru_cache(maxsize=16)(self._draw)
 
-    def draw(self, update: int) -> Share:
+    def draw(self, update: int) -> MixtureShare:
         """Return the part that update number ``update`` (from 0) is of."""
         return self._cached(update)
 
-    def _draw(self, update: int) -> Share:
+    def _draw(self, update: int) -> MixtureShare:
         draws = random.Random(derive_seed("mixture", self.seed, update))  # noqa: S311 - no secret
         (share,) = draws.choices(self.shares, [share.weight for share in self.shares])
         return share

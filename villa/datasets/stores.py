@@ -25,7 +25,7 @@ _PLAIN = re.compile(r"[^/.~:\0][^/:\0]*(?:/[^/.:\0][^/:\0]*)*")
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """A file that regions come from.
 
     Attributes:
@@ -49,7 +49,7 @@ class Source:
             raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
 
 
-class SourceFiles(Sequence[Source]):
+class SourceFiles(Sequence[ImageSource]):
     """Files by number, in some 40 bytes each.
 
     Args:
@@ -68,21 +68,21 @@ class SourceFiles(Sequence[Source]):
         return len(self._names)
 
     @overload
-    def __getitem__(self, index: int) -> Source: ...
+    def __getitem__(self, index: int) -> ImageSource: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Source]: ...
+    def __getitem__(self, index: slice) -> list[ImageSource]: ...
 
-    def __getitem__(self, index: int | slice) -> Source | list[Source]:
+    def __getitem__(self, index: int | slice) -> ImageSource | list[ImageSource]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         return self._source(self._names[index], self._mentions[index])
 
-    def __iter__(self) -> Iterator[Source]:
+    def __iter__(self) -> Iterator[ImageSource]:
         return map(self._source, self._names, self._mentions)
 
-    def _source(self, name: str, mention: int) -> Source:
-        return Source(self.folder / name, self._where(mention))
+    def _source(self, name: str, mention: int) -> ImageSource:
+        return ImageSource(self.folder / name, self._where(mention))
 
 
 class Sources:
@@ -142,7 +142,7 @@ class RegionStore(ABC):
 
     dim: int
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
         self.sources = sources
 
     @abstractmethod
@@ -161,7 +161,7 @@ class RegionStore(ABC):
         return len(self.sources)
 
 
-def files_digest(sources: Iterable[Source]) -> str:
+def files_digest(sources: Iterable[ImageSource]) -> str:
     """Hash the names and sizes of files: the same on every machine that holds the same data."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:

@@ -10,7 +10,7 @@ from villa.datasets.cache import INDEX_FILE, damaged_chunks
 from villa.datasets.checksums import SUFFIX, verify
 from villa.datasets.lxmert.features import TsvFile
 from villa.datasets.own.files import SUFFIXES, FileStore
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.lmdb_env import DATA_FILE
@@ -117,7 +117,7 @@ def _checked(files: int) -> str:
 
 
 def _feature_files(paths: Iterable[Path], allow_empty: bool) -> str:
-    store = FileStore([Source(path, "villa_validate") for path in paths], allow_empty_boxes=allow_empty)
+    store = FileStore([ImageSource(path, "villa_validate") for path in paths], allow_empty_boxes=allow_empty)
     for index in track(range(len(store)), "read features"):
         store[index]
     return f"{len(store):,} images, valid region features"

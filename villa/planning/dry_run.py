@@ -23,7 +23,7 @@ from villa.models.base import Model
 from villa.planning.meta import MetaTensors
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
-from villa.planning.strategies import Strategy
+from villa.planning.strategies import StrategyName
 from villa.plugins import one_line
 from villa.registry import DATASETS, MODELS
 
@@ -72,7 +72,7 @@ def plan_recipe(
     stage: int = 0,
     sizes: Sizes | None = None,
     *,
-    strategy: Strategy | None = None,
+    strategy: StrategyName | None = None,
     processes: int | None = None,
     device: str | None = None,
 ) -> tuple[Plan, list[str]]:
@@ -100,7 +100,7 @@ def _plan_recipe(
     stage: int = 0,
     sizes: Sizes | None = None,
     *,
-    strategy: Strategy | None = None,
+    strategy: StrategyName | None = None,
     processes: int | None = None,
     device: str | None = None,
 ) -> tuple[Plan, list[str], _Source | None]:
@@ -146,13 +146,13 @@ def _plannable(what: str) -> Iterator[None]:
         ) from error
 
 
-def _strategy(config: RunConfig) -> tuple[Strategy, int]:
+def _strategy(config: RunConfig) -> tuple[StrategyName, int]:
     """The recipe's strategy, and how many processes share an update as torchrun and its like tell."""
     return config.distributed.strategy, Place.read(os.environ).world_size
 
 
 def _planned(
-    config: RunConfig, model: Model, found: Sequence[Sample], device: str, strategy: Strategy, processes: int
+    config: RunConfig, model: Model, found: Sequence[Sample], device: str, strategy: StrategyName, processes: int
 ) -> Plan:
     with _plannable(f"model '{config.model.name}' with trainer '{config.trainer.name}'"):
         return make_plan(config, model, found, device=device, strategy=strategy, processes=processes)

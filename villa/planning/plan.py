@@ -12,7 +12,7 @@ from villa.config.schema import RunConfig
 from villa.models.base import Model
 from villa.planning.measure import Counted, count
 from villa.planning.samples import Sample
-from villa.planning.strategies import RankMemory, Strategy, rank_memory
+from villa.planning.strategies import RankMemory, StrategyName, rank_memory
 
 _DECIMAL = ("", "k", "M", "G", "T", "P", "E")
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -37,7 +37,7 @@ def _scaled(value: float, step: int, units: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class PlannedPart:
     """One objective of a run, or its task.
 
     Attributes:
@@ -67,8 +67,8 @@ class Plan:
     """
 
     model: nn.Module
-    parts: Sequence[Part]
-    strategy: Strategy = "single"
+    parts: Sequence[PlannedPart]
+    strategy: StrategyName = "single"
     processes: int = 1
     each_pass: bool = False
 
@@ -106,11 +106,11 @@ class Plan:
             yield "  as if every number that model, loss or trainer look at (.item()) were 1"
 
     @property
-    def _largest(self) -> tuple[Part, RankMemory]:
+    def _largest(self) -> tuple[PlannedPart, RankMemory]:
         found = [(part, self._memory(part)) for part in self.parts]
         return max(found, key=lambda pair: pair[1].peak)
 
-    def _memory(self, part: Part) -> RankMemory:
+    def _memory(self, part: PlannedPart) -> RankMemory:
         several = math.ceil(part.sample.micro_batches / self.processes) > 1
         given = part.counted, self.model, self.strategy, self.processes
         return rank_memory(*given, several=several, each_pass=self.each_pass)
@@ -129,7 +129,7 @@ def make_plan(
     found: Sequence[Sample],
     *,
     device: str = "cpu",
-    strategy: Strategy = "single",
+    strategy: StrategyName = "single",
     processes: int = 1,
 ) -> Plan:
     """Count what the micro-batches take.
@@ -142,5 +142,5 @@ def make_plan(
         strategy: of parallel training.
         processes: how many share an update.
     """
-    parts = [Part(sample, count(config, model, sample.batch, device)) for sample in found]
+    parts = [PlannedPart(sample, count(config, model, sample.batch, device)) for sample in found]
     return Plan(model, parts, strategy, processes, config.distributed.reduce_each_pass)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from villa.evaluation.figures import write_png
 from villa.planning.measure import Counted
-from villa.planning.plan import Part, Plan, in_bytes, in_units
-from villa.planning.strategies import FULLY_SHARDED, RankMemory, Strategy, layer_bytes, rank_memory
+from villa.planning.plan import Plan, PlannedPart, in_bytes, in_units
+from villa.planning.strategies import FULLY_SHARDED, RankMemory, StrategyName, layer_bytes, rank_memory
 
 #: Bytes of a number of a stored region feature: the released databases hold fp16.
 _STORED = 2
@@ -51,7 +51,7 @@ class Row:
     """
 
     gpus: int
-    strategy: Strategy
+    strategy: StrategyName
     memory: RankMemory
     micro_batches: int
     examples: float
@@ -71,7 +71,7 @@ class Row:
         return "link" if self.link > self.compute else "compute"
 
 
-def row(plan: Plan, strategy: Strategy, gpus: int, cluster: Cluster, image_bytes: float) -> Row:
+def row(plan: Plan, strategy: StrategyName, gpus: int, cluster: Cluster, image_bytes: float) -> Row:
     """Return what a recipe needs on so many GPUs.
 
     Where an update has fewer micro-batches than there are GPUs, these are taken to be cut so that each GPU has one
@@ -113,7 +113,7 @@ def _cut(counted: Counted, part: float) -> Counted:
     return replace(counted, **scaled, passes=passes)
 
 
-def _sent(plan: Plan, strategy: Strategy, gpus: int, part: Part, micro_batches: int) -> float:
+def _sent(plan: Plan, strategy: StrategyName, gpus: int, part: PlannedPart, micro_batches: int) -> float:
     """Bytes that a rank sends in an update.
 
     Ring collectives (Patarasuk and Yuan, 2009) send (n - 1) / n of a tensor to gather it or to reduce and scatter it,

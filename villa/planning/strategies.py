@@ -11,10 +11,10 @@ from villa.distributed.blocks import repeated_blocks
 from villa.errors import ConfigError, nearest
 from villa.planning.measure import Counted, bytes_of
 
-Strategy = Literal["single", "ddp", "fsdp", "fairscale_fsdp", "fairscale_sdp"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+StrategyName = Literal["single", "ddp", "fsdp", "fairscale_fsdp", "fairscale_sdp"]
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 #: Strategies that shard parameters and gradients besides the optimiser's state.
-FULLY_SHARDED: tuple[Strategy, ...] = ("fsdp", "fairscale_fsdp")
+FULLY_SHARDED: tuple[StrategyName, ...] = ("fsdp", "fairscale_fsdp")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RankMemory:
 def rank_memory(
     counted: Counted,
     model: nn.Module,
-    strategy: Strategy = "single",
+    strategy: StrategyName = "single",
     processes: int = 1,
     *,
     several: bool = False,

@@ -39,7 +39,7 @@ class Job:
 
 
 @dataclass
-class Processes:
+class RunProcesses:
     """Starts processes, at most so many at once, and ends them when this one is told to end.
 
     Attributes:

@@ -13,7 +13,7 @@ from villa.evaluation.figures import write_png
 from villa.launch.folder import JOBS
 from villa.sweeps.axes import Axis, Point, points
 from villa.sweeps.results import FIGURE, MARKDOWN, RUNS, TABLE, group, read_score, sweep_figure, write_tables
-from villa.sweeps.running import Job, Processes, QueuedRuns, shared_queue
+from villa.sweeps.running import Job, QueuedRuns, RunProcesses, shared_queue
 from villa.sweeps.runs import Run
 
 #: Folder of what the runs print, below that of the sweep.
@@ -89,7 +89,7 @@ class Sweep:
             self._tell(name, "" if code == 0 else f"failed with exit code {code}, see {self._log(name)}")
             failed.extend([name] * (code != 0))
 
-        processes = Processes(at_once)
+        processes = RunProcesses(at_once)
         processes.run([Job(run.name, _in_foreground(run), self._log(run.name)) for run in waiting], ended)
         if processes.told is not None:
             name = signal.Signals(processes.told).name

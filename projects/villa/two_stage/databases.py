@@ -15,7 +15,7 @@ from villa.convert.annotations import image_name
 from villa.convert.features import make_image_database
 from villa.convert.tasks import TextOptions, make_text_database
 from villa.datasets.own.grid import GridOptions, GridStore
-from villa.datasets.stores import ScaledStore, Scaling, Source
+from villa.datasets.stores import ImageSource, ScaledStore, Scaling
 from villa.datasets.text import build_tokenizer
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.files import atomic_write, new_folder, read_text, write_json
@@ -83,9 +83,8 @@ def write_databases(pictures: Pictures, root: Path, options: Options) -> None:
 def _scaled_features(pictures: Pictures, options: Options) -> ScaledStore:
     """Return the features of the pictures in the order of their numbers, centred and scaled by training pictures."""
     numbers = sorted(pictures.files)
-    plain = GridStore(
-        [Source(pictures.files[number], "picture") for number in numbers], GridOptions(options.grid, options.image_size)
-    )
+    sources = [ImageSource(pictures.files[number], "picture") for number in numbers]
+    plain = GridStore(sources, GridOptions(options.grid, options.image_size))
     plain.prepare(range(len(numbers)))
     trained = {row.image for row in pictures.annotations if row.split == "train"}
     return ScaledStore(plain, Scaling.fit(plain, (i for i, number in enumerate(numbers) if number in trained)))

@@ -17,7 +17,7 @@ from tiny_runs import error, seal
 from villa.batch import Batch
 from villa.cli.run import main
 from villa.config.schema import BatchConfig
-from villa.datasets.samplers import MixedSampler, Share
+from villa.datasets.samplers import MixedSampler, MixtureShare
 from villa.datasets.stream import UpdateStream
 from villa.datasets.uniter.pretraining import Pretraining, PretrainingDataConfig
 
@@ -92,7 +92,7 @@ def test_every_process_of_any_number_has_the_same_objective(official_db: Path) -
 @pytest.mark.parametrize("per_pass", [1, 2, 3, 6, None])
 def test_a_position_leads_to_the_same_draws_however_an_update_is_cut(per_pass: int | None) -> None:
     """More processes are given smaller parts; parts, examples and what is drawn of them stay."""
-    shares = [Share("a", "mlm", 2, [1] * 14), Share("b", "mrfr", 1, [1] * 9)]
+    shares = [MixtureShare("a", "mlm", 2, [1] * 14), MixtureShare("b", "mrfr", 1, [1] * 9)]
     one, other = (MixedSampler(shares, BatchConfig(examples=6, per_pass=size), 5) for size in (6, per_pass))
     position, there = one.start(), other.start()
     for _ in range(40):

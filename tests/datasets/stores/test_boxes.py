@@ -12,7 +12,7 @@ from named_stores import read_image
 from villa.datasets.boxes import check_boxes, check_confidences, sampled
 from villa.datasets.lxmert.features import TsvFile, TsvStore, read_regions, write_line
 from villa.datasets.own.files import FileStore
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.writers import ImageDatabaseWriter
@@ -131,7 +131,7 @@ def test_every_store_refuses_them(
             writer.add("a.npz", **regions(given))
         writer.add("b.npz", **regions(sides(corners())))
     np.savez(tmp_path / "a.npz", features=np.zeros((6, 8), np.float32), boxes=boxes.astype(np.float32))
-    store = FileStore([Source(tmp_path / "a.npz", "train.jsonl:7")])
+    store = FileStore([ImageSource(tmp_path / "a.npz", "train.jsonl:7")])
     for read in (lambda: store[0], lambda: store.prepare([0])):
         with pytest.raises(DataError, match=rf"train.jsonl:7: .*a.npz': {message}"):
             read()

@@ -22,7 +22,7 @@ from villa.convert.features import read_features
 from villa.datasets.lxmert import features as tsv
 from villa.datasets.lxmert.features import TsvFile, write_line
 from villa.datasets.own.files import FileStore
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.lmdb_env import DATA_FILE, LmdbReader
@@ -84,8 +84,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_npz_files(tmp_path: Path, changes: list[tuple[float, bytes]], cut: float, compressed: bool) -> None:
     file = tmp_path / "a.npz"
     file.write_bytes(mutated(feature_file(".npz", compressed), changes, cut))
-    answers(lambda: FileStore([Source(file, "train.jsonl:1")])[0])
-    answers(lambda: FileStore([Source(file, "train.jsonl:1")]).prepare([0]))
+    answers(lambda: FileStore([ImageSource(file, "train.jsonl:1")])[0])
+    answers(lambda: FileStore([ImageSource(file, "train.jsonl:1")]).prepare([0]))
     answers(lambda: read_features(file, BoxSelection()))
 
 
@@ -98,7 +98,7 @@ def test_headers_of_arrays(tmp_path: Path, header: bytes) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         for name in ("features", "boxes", "norm_bb", "conf"):
             archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + length + header + bytes(60))
-    answers(lambda: FileStore([Source(file, "train.jsonl:1")]))
+    answers(lambda: FileStore([ImageSource(file, "train.jsonl:1")]))
     answers(lambda: read_features(file, BoxSelection()))
 
 
@@ -107,7 +107,7 @@ def test_headers_of_arrays(tmp_path: Path, header: bytes) -> None:
 def test_safetensors_files(tmp_path: Path, changes: list[tuple[float, bytes]], cut: float) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(mutated(feature_file(".safetensors"), changes, cut))
-    answers(lambda: FileStore([Source(file, "train.jsonl:1")])[0])
+    answers(lambda: FileStore([ImageSource(file, "train.jsonl:1")])[0])
 
 
 @fuzz
@@ -263,7 +263,7 @@ def test_claimed_sizes_are_compared_before_memory_is_taken(tmp_path: Path) -> No
 
     def refused(message: str) -> None:
         for read in (
-            lambda: FileStore([Source(tmp_path / "a.npz", "train.jsonl:1")])[0],
+            lambda: FileStore([ImageSource(tmp_path / "a.npz", "train.jsonl:1")])[0],
             lambda: read_features(tmp_path / "a.npz", BoxSelection()),
         ):
             with pytest.raises(DataError, match=message):
@@ -309,7 +309,7 @@ def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path, name: str) -> N
     else:
         os.mkfifo(path)
         message = "it is a pipe, socket or device, not a file"
-        read = (lambda: TsvFile(path)) if name == "a.tsv" else (lambda: FileStore([Source(path, "train.jsonl:1")]))
+        read = (lambda: TsvFile(path)) if name == "a.tsv" else (lambda: FileStore([ImageSource(path, "train.jsonl:1")]))
     with pytest.raises(DataError, match=message):
         read()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from villa.datasets.own.pictures import read_picture
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.errors import DataError
 
 FUZZ = settings(
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     try:
-        picture = read_picture(Source(path, "lines.jsonl:1"))
+        picture = read_picture(ImageSource(path, "lines.jsonl:1"))
     except DataError as error:
         assert str(error).startswith(f"lines.jsonl:1: '{path}' cannot be read as an image (")  # noqa: PT017
         assert len(str(error).splitlines()) == 1  # noqa: PT017
@@ -110,7 +110,7 @@ def check(path: Path, content: bytes) -> None:
 def test_whole_files(folder: Path, kind: str, mode: str) -> None:
     for compression in COMPRESSIONS.get(kind, (None,)):
         (folder / "whole").write_bytes(whole(kind, mode, compression))
-        assert read_picture(Source(folder / "whole", "here")).size in ((12, 20), (20, 12))
+        assert read_picture(ImageSource(folder / "whole", "here")).size in ((12, 20), (20, 12))
 
 
 @FUZZ

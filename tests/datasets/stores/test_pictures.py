@@ -22,7 +22,7 @@ from PIL import Image
 from villa.datasets.own import pictures
 from villa.datasets.own.grid import GridExtractor, GridOptions
 from villa.datasets.own.pictures import PictureStore, check_background, read_picture
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.errors import ConfigError, DataError
 
 Pixels = npt.NDArray[Any]
@@ -53,7 +53,7 @@ def upright() -> Pixels:
 
 def read(path: Path, background: str = "white") -> Pixels:
     """Read by the store; the grid's reader must see the same, scaled."""
-    source = Source(path, "lines.jsonl:1")
+    source = ImageSource(path, "lines.jsonl:1")
     picture = PictureStore([source], background)[0]
     assert picture.mode == "RGB"
     grid = GridExtractor(GridOptions(grid=1, background=background)).read(source)
@@ -63,7 +63,7 @@ def read(path: Path, background: str = "white") -> Pixels:
 
 def refusal(path: Path) -> str:
     """The line by which both readers refuse a file."""
-    source = Source(path, "lines.jsonl:1")
+    source = ImageSource(path, "lines.jsonl:1")
     lines = []
     for reader in (read_picture, GridExtractor(GridOptions(grid=1)).read):
         with pytest.raises(DataError) as caught:
@@ -117,7 +117,7 @@ def test_an_upright_picture_is_not_turned_again(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(STORED[6](upright())).save(tmp_path / "photo.png", exif=exif)
-    picture = read_picture(Source(tmp_path / "photo.png", "here"))
+    picture = read_picture(ImageSource(tmp_path / "photo.png", "here"))
     assert len(picture.getexif()) == 0
     assert picture.info == {}
 
@@ -336,7 +336,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     for name in ("nul\0.png", "lone\ud800.png"):
         assert "; mend the path" in refusal(tmp_path / name)
     with pytest.raises(DataError, match=pipe):
-        PictureStore([Source(tmp_path / "pipe.png", "here")])
+        PictureStore([ImageSource(tmp_path / "pipe.png", "here")])
 
 
 def iptc(content: bytes) -> bytes:
@@ -387,11 +387,11 @@ def bombs() -> dict[str, bytes]:
 def test_what_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from villa.datasets.stores import Source; from villa.datasets.own.pictures import read_picture\n"
+        "from villa.datasets.stores import ImageSource; from villa.datasets.own.pictures import read_picture\n"
         "from PIL import Image; Image.init()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for path in sys.argv[1:]:\n"
-        "    try: read_picture(Source(Path(path), 'here'))\n"
+        "    try: read_picture(ImageSource(Path(path), 'here'))\n"
         "    except Exception as error: print(type(error).__name__, error)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )
@@ -411,6 +411,6 @@ def test_what_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> None:
 
 def test_a_photo_of_100_megapixels_is_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     Image.new("1", (12000, 8400), 1).save(tmp_path / "photo.png")
-    picture = read_picture(Source(tmp_path / "photo.png", "here"))
+    picture = read_picture(ImageSource(tmp_path / "photo.png", "here"))
     assert picture.size == (12000, 8400)
     assert picture.getpixel((11999, 8399)) == WHITE

@@ -20,7 +20,7 @@ from villa.datasets.own.grid import GridExtractor
 from villa.datasets.own.question_answering import QuestionAnswering, QuestionAnsweringConfig
 from villa.datasets.own.readers import Kind, Record
 from villa.datasets.own.split import TableSplit
-from villa.datasets.stores import Source, files_digest
+from villa.datasets.stores import ImageSource, files_digest
 from villa.datasets.text import build_tokenizer
 from villa.errors import ConfigError, DataError, nearest
 from villa.registry import register_dataset
@@ -101,7 +101,7 @@ class EasyVqa(QuestionAnswering):
             processor=processor,
         )
 
-    def _training_images(self) -> tuple[list[Source], list[int]]:
+    def _training_images(self) -> tuple[list[ImageSource], list[int]]:
         return _images(test=False), list(dict.fromkeys(question.image for question in self._questions("train")))
 
     def split(self, name: str) -> TableSplit:
@@ -200,11 +200,11 @@ def _read(test: bool) -> list[Question]:
 
 
 @cache
-def _images(test: bool) -> list[Source]:
+def _images(test: bool) -> list[ImageSource]:
     """Return the images; image i of the package is entry i."""
     package = _package()
     paths = package.get_test_image_paths() if test else package.get_train_image_paths()
-    return [Source(Path(paths[image]), "easy_vqa") for image in range(len(paths))]
+    return [ImageSource(Path(paths[image]), "easy_vqa") for image in range(len(paths))]
 
 
 def _distinct_texts() -> list[str]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from villa.datasets.boxes import WIDTHS, check_boxes, check_features, sampled
-from villa.datasets.stores import RegionStore, Source
+from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.uniter.packed_arrays import MAX_ARRAY_BYTES
 from villa.errors import DataError, reading
 from villa.files import regular_file
@@ -108,7 +108,7 @@ class FileStore(RegionStore):
         DataError: a file is missing, or the first one cannot be used.
     """
 
-    def __init__(self, sources: Sequence[Source], *, allow_empty_boxes: bool = False) -> None:
+    def __init__(self, sources: Sequence[ImageSource], *, allow_empty_boxes: bool = False) -> None:
         super().__init__(sources)
         self._allow_empty = allow_empty_boxes
         self.dim = _feature_shape(sources[0])[1]
@@ -143,7 +143,7 @@ class FileStore(RegionStore):
             self[index]
 
 
-def _read(source: Source) -> tuple[Tensor, Tensor]:
+def _read(source: ImageSource) -> tuple[Tensor, Tensor]:
     with _reading(source):
         if source.path.suffix == ".npz":
             with NpzFile(source.path) as arrays:
@@ -156,7 +156,7 @@ def _read(source: Source) -> tuple[Tensor, Tensor]:
             return tensors.get_tensor("features"), tensors.get_tensor(name)
 
 
-def _feature_shape(source: Source) -> tuple[int, int]:
+def _feature_shape(source: ImageSource) -> tuple[int, int]:
     """Read the shape of ``features`` from a file's header."""
     with _reading(source):
         shape = _npz_shape(source.path) if source.path.suffix == ".npz" else _safetensors_shape(source.path)
@@ -197,7 +197,7 @@ def _check_shapes(features: Tensor, boxes: Tensor, dim: int) -> None:
         raise ValueError(f"boxes have shape {list(boxes.shape)}; they must be [{len(features)}, 4], 6 or 7 wide")
 
 
-def _check_suffix(source: Source) -> None:
+def _check_suffix(source: ImageSource) -> None:
     source.stat()
     if source.path.suffix not in SUFFIXES:
         raise DataError(f"{source.named_by}: '{source.path}' is not a feature file; give {' or '.join(SUFFIXES)}")
@@ -210,6 +210,6 @@ def _box_name(names: set[str]) -> str:
     raise KeyError(f"no {' or '.join(BOX_NAMES)} among {sorted(names)}")
 
 
-def _reading(source: Source) -> AbstractContextManager[None]:
+def _reading(source: ImageSource) -> AbstractContextManager[None]:
     _check_suffix(source)
     return reading(f"{source.named_by}: cannot read features from '{source.path}'", "extract them again")

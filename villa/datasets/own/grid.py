@@ -24,7 +24,7 @@ from torch import Tensor
 
 from villa.datasets.cache import CHUNK, FeatureCache, cache_root
 from villa.datasets.own.pictures import BACKGROUND, READING, read_picture
-from villa.datasets.stores import RegionStore, Source
+from villa.datasets.stores import ImageSource, RegionStore
 from villa.errors import ConfigError, DataError
 from villa.files import locked, no_space, sha256
 from villa.progress import track
@@ -100,7 +100,7 @@ class GridExtractor:
         corner = torch.stack([x, y], dim=-1).reshape(-1, 2)
         return torch.cat([corner, corner + 1 / self.grid], dim=-1)
 
-    def read(self, source: Source) -> npt.NDArray[np.uint8]:
+    def read(self, source: ImageSource) -> npt.NDArray[np.uint8]:
         """Decode and resize an image: ``[3, S, S]`` RGB.
 
         Raises:
@@ -179,7 +179,7 @@ class GridStore(RegionStore):
 
     dim = GridExtractor.dim
 
-    def __init__(self, sources: Sequence[Source], options: GridOptions) -> None:
+    def __init__(self, sources: Sequence[ImageSource], options: GridOptions) -> None:
         super().__init__(sources)
         self._extractor = GridExtractor(options)
         self._boxes = self._extractor.boxes()

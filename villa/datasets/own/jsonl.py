@@ -30,7 +30,7 @@ from villa.datasets.own.records import (
     record_texts,
 )
 from villa.datasets.own.split import JsonlSplit
-from villa.datasets.stores import Source, SourceFiles, Sources, files_digest
+from villa.datasets.stores import ImageSource, SourceFiles, Sources, files_digest
 from villa.datasets.synthetic import EXAMPLES, databases
 from villa.datasets.synthetic.pictures import SMALL_PICTURES, write_pictures
 from villa.datasets.text import build_tokenizer, load_tokenizer
@@ -228,7 +228,7 @@ class Jsonl(QuestionAnswering):
         made = databases(f"jsonl_{task}", self.config.synthetic_examples, partial(_write_pictures, task))
         return str(made / f"{split}.jsonl")
 
-    def _feature_files(self, sources: Sequence[Source]) -> FileStore:
+    def _feature_files(self, sources: Sequence[ImageSource]) -> FileStore:
         return FileStore(sources, allow_empty_boxes=self.config.allow_empty_boxes)
 
     def _folder(self, path: Path) -> Path:

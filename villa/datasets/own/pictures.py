@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor, UnidentifiedImageError
 
-from villa.datasets.stores import Source
+from villa.datasets.stores import ImageSource
 from villa.errors import ConfigError, DataError
 from villa.plugins import one_line
 
@@ -60,7 +60,7 @@ class PictureStore:
         DataError: a file does not exist, or is no regular file.
     """
 
-    def __init__(self, sources: Sequence[Source], background: str = BACKGROUND) -> None:
+    def __init__(self, sources: Sequence[ImageSource], background: str = BACKGROUND) -> None:
         self.sources, self.background = sources, background
         for source in sources:
             source.stat()
@@ -73,7 +73,7 @@ class PictureStore:
         return read_picture(self.sources[index], self.background)
 
 
-def read_picture(source: Source, background: str = BACKGROUND) -> Image.Image:
+def read_picture(source: ImageSource, background: str = BACKGROUND) -> Image.Image:
     """Read an image file as people see it: upright, in RGB, transparent parts on a background.
 
     Args:

@@ -35,10 +35,10 @@ from villa.datasets.own.split import TableSplit
 from villa.datasets.stores import (
     SAMPLE,
     STATISTICS_FILE,
+    ImageSource,
     RegionStore,
     ScaledStore,
     Scaling,
-    Source,
     Sources,
     scaled_reading,
 )
@@ -164,7 +164,7 @@ class QuestionAnswering(TaskDataset):
         """Build the assets from the training data and the configuration."""
 
     @abstractmethod
-    def _training_images(self) -> tuple[Sequence[Source], Iterable[int]]:
+    def _training_images(self) -> tuple[Sequence[ImageSource], Iterable[int]]:
         """Return files, and the indices of training images among them."""
 
     def facts(self) -> DataFacts:
@@ -214,7 +214,7 @@ class QuestionAnswering(TaskDataset):
         store = self.open_store(sources.build())
         return TableSplit(rows, self.reader, store)
 
-    def open_store(self, sources: Sequence[Source], images: Iterable[int] | None = None) -> Any:
+    def open_store(self, sources: Sequence[ImageSource], images: Iterable[int] | None = None) -> Any:
         """Return the reader's store of files, with those of ``images`` (all by default) ready to be read."""
         store = self.reader.open(sources)
         if isinstance(store, RegionStore):
@@ -242,14 +242,14 @@ class QuestionAnswering(TaskDataset):
         """Return the folder that a request's paths are relative to."""
         return Path()
 
-    def _open_store(self, sources: Sequence[Source]) -> RegionStore | None:
+    def _open_store(self, sources: Sequence[ImageSource]) -> RegionStore | None:
         """Return the store of region features of these files, or None for text only."""
         if self.vocabulary.regions == "none" or not sources:
             return None
         store = self._plain_store(sources)
         return store if self.scaling is None else ScaledStore(store, self.scaling)
 
-    def _plain_store(self, sources: Sequence[Source]) -> RegionStore:
+    def _plain_store(self, sources: Sequence[ImageSource]) -> RegionStore:
         regions = self.vocabulary.regions
         store: RegionStore = GridStore(sources, self.config) if regions == "grid" else self._feature_files(sources)
         if store.dim != self.vocabulary.feature_dim:
@@ -259,7 +259,7 @@ class QuestionAnswering(TaskDataset):
             )
         return store
 
-    def _feature_files(self, sources: Sequence[Source]) -> FileStore:
+    def _feature_files(self, sources: Sequence[ImageSource]) -> FileStore:
         """Return the store of feature files."""
         return FileStore(sources)
 

@@ -17,7 +17,7 @@ from villa.datasets.base import Example
 from villa.datasets.collation import collate, stack_targets
 from villa.datasets.own.pictures import BACKGROUND, PictureStore
 from villa.datasets.own.processors import QUESTION, Prompts, append
-from villa.datasets.stores import RegionStore, Source
+from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.text import KEPT_TEXTS, TokenCounter, encode_texts, nothing_left
 from villa.errors import DataError
 from villa.plugins import one_line
@@ -53,7 +53,7 @@ class Reader(ABC):
     """Makes examples of records, and batches of examples; goes to the loader's workers."""
 
     @abstractmethod
-    def open(self, sources: Sequence[Source]) -> Any:
+    def open(self, sources: Sequence[ImageSource]) -> Any:
         """Return a store of what the images of these files give; None when there are none to read."""
 
     @abstractmethod
@@ -126,11 +126,11 @@ class RegionReader(Reader):
         open_store: gives the region features of files, or None.
     """
 
-    def __init__(self, words: WordPieces, open_store: Callable[[Sequence[Source]], RegionStore | None]) -> None:
+    def __init__(self, words: WordPieces, open_store: Callable[[Sequence[ImageSource]], RegionStore | None]) -> None:
         self.words = words
         self._open_store = open_store
 
-    def open(self, sources: Sequence[Source]) -> RegionStore | None:
+    def open(self, sources: Sequence[ImageSource]) -> RegionStore | None:
         """Return the store of region features; they are made ready by its ``prepare``."""
         return self._open_store(sources)
 
@@ -163,7 +163,7 @@ class PixelReader(Reader):
     def __init__(self, words: WordPieces, side: int, background: str = BACKGROUND) -> None:
         self.words, self.side, self.background = words, side, background
 
-    def open(self, sources: Sequence[Source]) -> PictureStore:
+    def open(self, sources: Sequence[ImageSource]) -> PictureStore:
         """Return the images."""
         return PictureStore(sources, self.background)
 
@@ -246,7 +246,7 @@ class ProcessorReader(Reader):
         self._limit = min(reading.max_length, self.tokenizer.model_max_length)
         self._lengths: dict[tuple[str, str | None], int] = {}
 
-    def open(self, sources: Sequence[Source]) -> PictureStore | None:
+    def open(self, sources: Sequence[ImageSource]) -> PictureStore | None:
         """Return the images."""
         return PictureStore(sources, self.reading.background) if sources else None
 

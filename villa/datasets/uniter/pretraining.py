@@ -22,10 +22,10 @@ from villa.datasets.uniter.image_lmdb import PairedImageStore
 from villa.datasets.uniter.pretraining_splits import (
     PROBABILITY,
     Mixture,
+    MixturePart,
     ObjectiveExample,
     ObjectiveSettings,
     ObjectiveSplit,
-    Part,
     VcrObjectiveSplit,
     collate_objective,
 )
@@ -328,14 +328,14 @@ class ObjectiveTask(DatabaseTask):
     def _options(self) -> ObjectiveOptions:
         return cast("ObjectiveOptions", self.config)
 
-    def _mixed(self, name: str, corpus: Corpus) -> Iterator[Part]:
+    def _mixed(self, name: str, corpus: Corpus) -> Iterator[MixturePart]:
         """Yield a corpus's texts for every objective; they are opened and measured once."""
         splits = [part for paths in self._of(corpus, name) for part in self.parts(name, self._open(paths))]
         for objective, weight in objective_weights(self._options).items() if splits and corpus.weight else ():
             settings = self._options.settings(objective)
             asking: list[Split] = [cast("ObjectiveSplit", split).asking(settings) for split in splits]
             label = f"{objective}/{corpus.name}" if corpus.name else objective
-            yield Part(label, objective, weight * corpus.weight, ConcatenatedSplit(asking))
+            yield MixturePart(label, objective, weight * corpus.weight, ConcatenatedSplit(asking))
 
     def _of(self, corpus: Corpus, name: str) -> Iterator[DatabasePaths]:
         if self.config.synthetic:

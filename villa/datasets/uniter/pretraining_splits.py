@@ -19,7 +19,7 @@ from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
-from villa.datasets.samplers import MixedSampler, Sampler, Share
+from villa.datasets.samplers import MixedSampler, MixtureShare, Sampler
 from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Pair
 from villa.datasets.uniter.databases import DatabaseTask
 from villa.datasets.uniter.image_lmdb import PairedImageStore
@@ -310,7 +310,7 @@ class VcrObjectiveSplit(ObjectiveSplit):
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """A part of a mixture.
 
     Attributes:
@@ -333,7 +333,7 @@ class Mixture(ConcatenatedSplit):
         mixed: at least one part.
     """
 
-    def __init__(self, mixed: Sequence[Part]) -> None:
+    def __init__(self, mixed: Sequence[MixturePart]) -> None:
         super().__init__([part.split for part in mixed])
         self.mixed = list(mixed)
 
@@ -346,7 +346,7 @@ class Mixture(ConcatenatedSplit):
 
     def sampler(self, batch: BatchConfig, seed: int) -> Sampler:
         """Draw a part for every update, by weight."""
-        shares = [Share(part.name, part.label, part.weight, part.split.lengths) for part in self.mixed]
+        shares = [MixtureShare(part.name, part.label, part.weight, part.split.lengths) for part in self.mixed]
         return MixedSampler(shares, batch, seed)
 
     def cut(self, examples: int) -> list[list[Sequence[int]]]:

@@ -85,7 +85,7 @@ class ChoiceSplit(DatabaseSplit):
         return _example(self, index, f"{self.ids[index]}:{self.kind}", texts, [right])
 
 
-class QuestionSplit(DatabaseSplit):
+class VcrQuestionSplit(DatabaseSplit):
     """Questions with their answers and rationales: 8 choices an example, or 20 where each answer's are wanted.
 
     Args:
@@ -125,7 +125,9 @@ class Vcr(DatabaseTask):
         """Training examples of both kinds; or questions with all their answers and rationales."""
         if name != "train":
             asked = replace(pair, text=pair.text.of_kind("qar"))
-            return [QuestionSplit(self, name, asked, self.chosen(name, asked.text), name in self.config.all_rationales)]
+            return [
+                VcrQuestionSplit(self, name, asked, self.chosen(name, asked.text), name in self.config.all_rationales)
+            ]
         pairs = [(kind, replace(pair, text=pair.text.of_kind(kind))) for kind in ("qa", "qar")]
         return [ChoiceSplit(self, name, pair, self.chosen(name, pair.text), kind) for kind, pair in pairs]
 
