@@ -83,7 +83,7 @@ def region_transform(hidden_size: int) -> nn.Sequential:
 
 
 def head_of(batch: Batch, heads: Mapping[str, T]) -> T:
-    """Return the head for the objective of a batch.
+    """Return the entry of ``heads`` for the objective of a batch.
 
     Raises:
         DataError: the model has no such head.
