@@ -107,7 +107,7 @@ class JsonlSplit(Split):
         return self._reader.example(example, self.store)
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Return a name of the example for messages: its place in a file, if known."""
         return f"the example of {self._lines.where(self._kept[index])}"
 
     def images(self, index: int) -> tuple[int, ...]:
@@ -277,7 +277,7 @@ class TableSplit(Split):
         return self._reader.example(self._records[index], self._store)
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Return a name of the example for messages: its place in a file, if known."""
         record = self._records[index]
         return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
@@ -288,7 +288,7 @@ class TableSplit(Split):
         return [read + more for (read, _), more in zip(self._text_lengths, images, strict=True)]
 
     def warnings(self) -> list[str]:
-        """See the base class."""
+        """Return what the options leave out, and how many texts are truncated."""
         cut = CutTexts()
         for read, whole in self._text_lengths:
             cut.add(read, whole)

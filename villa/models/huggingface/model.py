@@ -20,7 +20,7 @@ from villa.facts import DataFacts, Task, Written
 from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
-from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, pool, pooled_size, prompts, write
+from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, generate, pool, pooled_size, prompts
 from villa.models.huggingface.points import find_points, override
 from villa.models.loading import check_shapes
 from villa.models.matching import Matching
@@ -119,7 +119,7 @@ class HuggingFaceModel(TransformersModel):
             return output.logits
         pad = self._pad_token()
         arguments = self._arguments(prompts(batch, pad))
-        return write(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
+        return generate(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
 
     def pretrained(self) -> Any:
         """Return the transformers model, with adapters merged into a copy."""

@@ -151,7 +151,7 @@ def prompts(batch: Batch, pad: int) -> Batch:
     )
 
 
-def write(model: Any, arguments: Mapping[str, Any], *, length: int, pad: int) -> Written:
+def generate(model: Any, arguments: Mapping[str, Any], *, length: int, pad: int) -> Written:
     """Generate continuations of prompts greedily.
 
     Args:
@@ -174,9 +174,9 @@ def write(model: Any, arguments: Mapping[str, Any], *, length: int, pad: int) ->
     tokens = found.sequences[:, -steps.shape[1] :]
     ends = torch.as_tensor(_ends(model), device=tokens.device)
     ended = torch.isin(tokens, ends)
-    written = ended.cumsum(1) - ended.long() == 0  # up to the first end-of-text token, which is included
+    kept = ended.cumsum(1) - ended.long() == 0  # up to the first end-of-text token, which is included
     chances = steps.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
-    return Written(tokens.masked_fill(~written, -1), (chances * written).sum(1).exp())
+    return Written(tokens.masked_fill(~kept, -1), (chances * kept).sum(1).exp())
 
 
 def _ends(model: Any) -> list[int]:
