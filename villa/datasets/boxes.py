@@ -31,17 +31,17 @@ SAMPLE = 16
 
 
 def check_boxes(boxes: Floats, *, allow_empty: bool = False) -> None:
-    """Refuse boxes that are no x1, y1, x2, y2 (and width, height, area) divided by the image's width and height.
+    """Refuse boxes that are not x1, y1, x2, y2 (and width, height, area) divided by the image's width and height.
 
     Args:
         boxes: ``[R, 4 | 6 | 7]`` float32.
         allow_empty: accept boxes without area.
 
     Raises:
-        ValueError: naming the first box that cannot be, and why.
+        ValueError: naming the first invalid box, and why it is invalid.
     """
     projection, least = _conditions(boxes.shape[1], allow_empty)
-    # As few calls of numpy as can be, for this is done whenever an image is read. NaN compares as false.
+    # This runs for every image that is read, hence the few numpy calls. NaN compares as false.
     with np.errstate(invalid="ignore", over="ignore"):
         held = np.dot(boxes if boxes.shape[1] < 7 else boxes[:, :6], projection) >= least
         if boxes.shape[1] == 7:

@@ -1,4 +1,4 @@
-"""Region features from a convolutional network's grid: EfficientNet-Lite0, whose weights are a Python package."""
+"""Grid features of images by EfficientNet-Lite0, whose weights come as a Python package, and their cache."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from villa.errors import ConfigError, DataError, reading
 from villa.files import locked, no_space, open_own, plain_path, sha256, write_json
 from villa.progress import track
 
-#: Pixels of the image that one cell of the network's last feature map covers, a side.
+#: Stride of the network's last feature map in pixels.
 STRIDE = 32
-#: Images that go through the network at once.
+#: Batch size of the network.
 PASS = 32
 
 
@@ -42,11 +42,11 @@ class GridOptions:
     """Options of grid features.
 
     Attributes:
-        grid: cells a side; an image has ``grid`` x ``grid`` regions.
-        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
-            The network's cells that fall into one cell of the grid are averaged. Whole images (``regions: pixels``)
-            may have any size; None takes 224.
-        background: colour that transparent images are put on, for grid features and whole images: a name, or
+        grid: cells per side; an image has ``grid`` x ``grid`` regions.
+        image_size: side in pixels that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
+            Each region averages the network's cells that it covers. Whole images (``regions: pixels``) may have any
+            size; None takes 224.
+        background: background colour of transparent images, for grid features and whole images: a name, or
             ``rgb(128,128,128)``.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
     """
@@ -58,16 +58,16 @@ class GridOptions:
 
 
 class GridExtractor:
-    """EfficientNet-Lite0 up to its last feature map, on the CPU or, where there is one, a CUDA device.
+    """EfficientNet-Lite0 up to its last feature map, on a CUDA device if there is one, else on the CPU.
 
     Args:
         options: grid and image size.
 
     Attributes:
-        dim: width of a region feature.
+        dim: width of the region features.
 
     Raises:
-        ConfigError: the sizes do not go together.
+        ConfigError: grid and image size do not fit each other.
         DataError: the network's packages are not installed.
     """
 
@@ -85,18 +85,18 @@ class GridExtractor:
 
     @property
     def regions(self) -> int:
-        """Regions of an image."""
+        """Number of regions per image."""
         return self.grid * self.grid
 
     @cached_property
     def signature(self) -> str:
-        """What made a feature: network, weights, image size and grid."""
+        """Description of the extractor: network, weights, image size and grid."""
         version = importlib.metadata.version("efficientnet-lite-pytorch")
         weights = sha256(self._weights)[:16]
         return f"efficientnet-lite0 {version} {weights} image {self.image_size} grid {self.grid}"
 
     def boxes(self) -> Tensor:
-        """Return the cells' normalised x1, y1, x2, y2, row by row: ``[grid * grid, 4]``."""
+        """Return the cells' normalised boxes x1, y1, x2, y2, row by row: ``[grid * grid, 4]``."""
         low = torch.arange(self.grid) / self.grid
         y, x = torch.meshgrid(low, low, indexing="ij")
         corner = torch.stack([x, y], dim=-1).reshape(-1, 2)
@@ -126,7 +126,7 @@ class GridExtractor:
         return torch.cat(features).numpy()
 
     def load(self) -> Any:
-        """Load the network; only weights, never code, are read from its file."""
+        """Load the network; its file is read as weights only."""
         network = _network_package().EfficientNet.from_name("efficientnet-lite0", image_size=self.image_size)
         network.load_state_dict(torch.load(self._weights, map_location="cpu", weights_only=True))
         return network.eval()
@@ -151,7 +151,7 @@ def _network_package() -> ModuleType:
 
 @contextmanager
 def _all_threads() -> Iterator[None]:
-    """Use all cores for a while: launchers set one thread a process, but only one process extracts."""
+    """Use all cores: launchers set one thread per process, but only one process extracts."""
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
@@ -162,28 +162,28 @@ def _all_threads() -> Iterator[None]:
 
 logger = logging.getLogger(__name__)
 
-#: Rows written (and, after a kill, lost) at a time.
+#: Rows that are written (and, by a kill, lost) at a time.
 CHUNK = 64
 FEATURES_FILE, INDEX_FILE = "features.npy", "index.json"
 FORMAT = 1
 
 
 def cache_root(folder: str | None) -> Path:
-    """Return the folder of all caches: the one given, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
+    """Return the root of all caches: ``folder``, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
     return plain_path(folder or os.environ.get("VILLA_CACHE") or "~/.cache/villa")
 
 
 class FeatureCache:
     """An array ``[N, R, D]`` of float16 in ``features.npy``, described by ``index.json``.
 
-    A chunk counts as done when the index holds its checksum. The index also holds the array's size and time of
-    change: where they differ (a kill, a copy, damage) every checksum is compared, and chunks that do not match
-    count as missing. Only one process may write at a time: the caller holds a lock.
+    A chunk is complete when the index holds its checksum. The index also holds the array's size and modification time:
+    if they differ (after a kill, a copy or damage), all checksums are compared, and chunks that do not match count as
+    missing. Only one process may write at a time: the caller holds a lock.
 
     Args:
         folder: the cache's own folder.
         shape: N, R, D.
-        description: what the features are; an index that says otherwise is discarded.
+        description: description of the features; an index with another one is discarded.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], description: Mapping[str, Any]) -> None:
@@ -194,13 +194,13 @@ class FeatureCache:
         self._checksums: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # a mapping would travel as a copy
+        return {**self.__dict__, "_array": None}  # a memory map would be pickled as a copy
 
     @property
     def array(self) -> Tensor:
         """The array ``[N, R, D]`` float16, mapped into memory on first use in each process."""
         if self._array is None:
-            # Copy-on-write: torch warns of read-only memory, and the file stays as it is.
+            # Copy-on-write leaves the file unchanged; torch warns about read-only memory.
             self._array = torch.from_numpy(np.load(self._features, mmap_mode="c", allow_pickle=False))
         return self._array
 
@@ -213,11 +213,11 @@ class FeatureCache:
         return self.folder / INDEX_FILE
 
     def rows(self, chunk: int) -> range:
-        """Rows of a chunk."""
+        """Return the rows of a chunk."""
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.shape[0]))
 
     def missing(self, chunks: list[int]) -> list[int]:
-        """Return those chunks that are not in the cache, after checking it."""
+        """Check the cache, and return the chunks that it lacks."""
         index = self._read_index()
         if index is None or not self._features_fit():
             self._start()
@@ -228,10 +228,10 @@ class FeatureCache:
         return [chunk for chunk in chunks if str(chunk) not in self._checksums]
 
     def write(self, chunk: int, features: npt.NDArray[np.float16]) -> None:
-        """Store a chunk: ``[rows, R, D]``; it counts once it is on disk."""
+        """Store a chunk ``[rows, R, D]``, and record it once it is on disk."""
         rows = self.rows(chunk)
         data = np.ascontiguousarray(features).tobytes()
-        # Plain writes, because a full disk kills a process that writes through a mapping.
+        # Plain writes, because a full disk kills a process that writes to a memory map.
         with open_own(self._features, "r+b") as file:
             file.seek(self._offset(file) + rows.start * self._row_bytes)
             file.write(data)
@@ -245,7 +245,7 @@ class FeatureCache:
         return 2 * self.shape[1] * self.shape[2]
 
     def _read_index(self) -> dict[str, Any] | None:
-        """Return the index, or None when there is none that fits."""
+        """Return the index, or None if there is none that fits."""
         try:
             index = json.loads(self._index.read_text(encoding="utf-8"))
             fits = all(index[key] == value for key, value in self._description.items())
@@ -275,7 +275,7 @@ class FeatureCache:
         self._write_index()
 
     def _verify(self) -> None:
-        """Drop the chunks whose data differ from their checksum."""
+        """Discard chunks that differ from their checksum."""
         damaged = self._damaged()
         for chunk in damaged:
             del self._checksums[chunk]
@@ -309,10 +309,10 @@ class FeatureCache:
 
 
 def damaged_chunks(folder: Path) -> tuple[int, int]:
-    """Compare a cache with its checksums, and change nothing.
+    """Compare a cache with its checksums without changing it.
 
     Returns:
-        Number of damaged chunks, and of all that are there.
+        Numbers of damaged chunks and of all chunks.
 
     Raises:
         DataError: its index cannot be read.
@@ -325,11 +325,11 @@ def damaged_chunks(folder: Path) -> tuple[int, int]:
 
 
 class GridStore(RegionStore):
-    """Grid features of images.
+    """Grid features of images, cached on disk.
 
-    The cache's name is a hash of every image's path, size and time of change and of what reads them and extracts the
-    features, so that a changed image or option gives a new one. Extraction goes chunk by chunk, and only
-    over chunks that are asked for and not there yet: after a kill it goes on where it stopped.
+    The cache's name is a hash of every image's path, size and modification time, of the image reader and of the
+    extractor, so that a changed image or option gets a new cache. Features are extracted on demand, chunk by chunk;
+    after a kill, extraction continues where it stopped.
 
     Args:
         sources: the images.
@@ -337,7 +337,7 @@ class GridStore(RegionStore):
 
     Raises:
         DataError: an image does not exist, or the extractor is not installed.
-        ConfigError: grid and image size do not go together.
+        ConfigError: grid and image size do not fit each other.
     """
 
     dim = GridExtractor.dim
@@ -361,7 +361,7 @@ class GridStore(RegionStore):
         return self._cache.array[index], self._boxes
 
     def regions(self, index: int) -> int:
-        """Return the number of cells, the same for every image."""
+        """Return the number of cells, which is the same for every image."""
         return self._extractor.regions
 
     def prepare(self, indices: Iterable[int]) -> None:

@@ -64,7 +64,7 @@ def _generate(task: str, examples: int, folder: Path, write: Callable[[str, int,
     """Write into a temporary folder and rename it; the caller holds the lock."""
     for left in folder.parent.glob(f"{folder.name}.*tmp"):
         shutil.rmtree(left, ignore_errors=True)  # left by a killed process
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")  # unpredictable, so that nobody can plant a link
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")  # unpredictable: nobody can plant a link
     write(task, examples, temporary)
     fsync_tree(temporary)
     temporary.rename(folder)
