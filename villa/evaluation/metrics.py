@@ -13,6 +13,7 @@ from villa.batch import Batch
 from villa.errors import DataError
 from villa.facts import Box, RegionReference
 from villa.models.base import ModelOutput
+from villa.objectives import OBJECTIVES
 from villa.registry import register_metric
 
 
@@ -206,15 +207,12 @@ class ReferringAccuracy(MeanScore):
 class ObjectiveAccuracy(MeanScore):
     """Share of the rows of ``logits [N, classes]`` whose highest one is what was asked for.
 
-    Attributes:
-        objectives: those that it scores; data without them have no such value.
+    ``villa.objectives`` says which objectives a metric scores; data without them have no such value.
     """
-
-    objectives: ClassVar[tuple[str, ...]]
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         """Add the batch's rows, if it is for one of the objectives."""
-        if batch.objective not in self.objectives:
+        if batch.objective is None or OBJECTIVES[batch.objective].metric != self.name:
             return
         if batch.targets is None:
             raise DataError(f"metric '{self.name}': the examples have no targets (first: '{batch.ids[0]}')")
@@ -234,7 +232,6 @@ class MlmAccuracy(ObjectiveAccuracy):
     """Share of the masked words that the model finds."""
 
     name = "mlm_accuracy"
-    objectives = ("mlm",)
 
 
 @register_metric("itm_accuracy")
@@ -242,7 +239,6 @@ class ItmAccuracy(ObjectiveAccuracy):
     """Share of the pairs of which the model knows whether text and image match."""
 
     name = "itm_accuracy"
-    objectives = ("itm", "itm_wra")
 
 
 @register_metric("mrc_accuracy")
@@ -250,7 +246,6 @@ class MrcAccuracy(ObjectiveAccuracy):
     """Share of the masked regions whose likeliest class is the detector's, column 0 (background) left out there."""
 
     name = "mrc_accuracy"
-    objectives = ("mrc", "mrc_kl")
 
     def right(self, targets: Tensor) -> Tensor:
         """Return the detector's likeliest class, as the loss ``mrc`` takes it."""
