@@ -1,4 +1,4 @@
-"""What a data set owes the rest of villa."""
+"""The interface of data sets: splits of examples, collation, decoding and assets."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from villa.files import lines_of, read_json, read_text
 
 @dataclass
 class DatasetConfig:
-    """Options that every data set has: its registered name."""
+    """Options shared by all data sets: the registered name."""
 
     name: str = "jsonl"
 
     def objectives(self) -> dict[str, float]:
-        """Objectives that batches name, with how often an update is of each, relative to others; none for a task."""
+        """Return the objectives that batches name, with their relative frequencies among updates; none for a task."""
         return {}
 
 
-#: One tensor, or a tuple with one for each choice or image of an example; their lengths may differ.
+#: One tensor, or a tuple with one per choice or image of an example; their lengths may differ.
 Ragged = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example before collation; unpadded tensors with the meaning of the fields of ``Batch``.
+    """One example before collation: unpadded tensors with the meaning of the fields of ``Batch``.
 
     Attributes:
         id: unique within the split.
-        input_ids: ``[T]`` with [CLS] and [SEP] in place, or a tuple of these, one a choice; None where a model's own
-            processor reads ``text`` in collation.
+        input_ids: ``[T]`` with [CLS] and [SEP], or a tuple of these, one per choice; None if a model's own processor
+            reads ``text`` in collation.
         token_type_ids: like ``input_ids``, or None.
-        features: ``[R, D]`` float16 or float32, or a tuple of these, one an image, or None.
+        features: ``[R, D]`` float16 or float32, or a tuple of these, one per image, or None.
         boxes: ``[R, 4 | 6 | 7]``, or a tuple like ``features``, or None.
-        target: class index (int), indices ``[C]``, soft targets ``[labels]``, or None when there is no answer.
+        target: class index (int), indices ``[C]``, soft targets ``[labels]``, or None without an answer.
         reference: see ``Batch.references``.
         images: whole images, for models that read pixels: ``[3, H, W]`` bytes, or as a processor takes them.
         text: the text, for a processor.
         pair: a second text, or None.
-        answer: the text that a model is to write, or None.
+        answer: the text to be generated, or None.
     """
 
     id: str
@@ -70,7 +70,7 @@ class Example:
 
 
 class Split(Dataset[Example], ABC):
-    """One split: examples by index, with their lengths known without reading them."""
+    """One split: examples by index, with lengths that are known without reading them."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -80,36 +80,36 @@ class Split(Dataset[Example], ABC):
 
     @property
     def answered(self) -> bool:
-        """Whether the examples can be scored: the first one's answer is known, so all are."""
+        """Whether the examples have targets and can be scored; the first one decides."""
         first = self[0]
         return first.target is not None or first.answer is not None
 
     def draw(self, index: int, seed: int) -> Example:
-        """Return example ``index`` for training; its random parts, if it has any, derive from ``seed`` alone.
+        """Return example ``index`` for training, with all randomness derived from ``seed``.
 
-        Every epoch serves an example with another seed.
+        Every epoch uses another seed.
         """
         return self[index]
 
     def describe(self, index: int) -> str:
-        """Name example ``index`` in a message, so that a user finds it; it is not read for that."""
+        """Return a name of example ``index`` for messages, without reading it."""
         return f"example {index}"
 
     @property
     @abstractmethod
     def lengths(self) -> Lengths:
-        """Text tokens plus regions of every example, for token-bucket batches."""
+        """Tokens plus regions of every example, for batches by tokens."""
 
     def warnings(self) -> list[str]:
-        """Return what a user should know about the examples before they are used, a line each."""
+        """Return what the user should know about the examples before a run, one line each."""
         return []
 
     def sampler(self, batch: BatchConfig, seed: int) -> Sampler:
-        """Return what says which examples make an update of training."""
+        """Return the sampler that composes training updates."""
         return UpdateSampler(self.lengths, batch, seed)
 
     def cut(self, examples: int) -> list[list[Sequence[int]]]:
-        """Cut the split, in order, into batches of at most ``examples``; parts that cannot share one are apart."""
+        """Cut the split, in order, into batches of at most ``examples``; parts that cannot be mixed are cut apart."""
         count = len(self)
         return [[range(start, min(start + examples, count)) for start in range(0, count, examples)]]
 
@@ -119,8 +119,8 @@ class TaskDataset(ABC):
 
     Args:
         config: an instance of ``Config``.
-        assets: folder with what ``save_assets`` wrote beside a checkpoint; the vocabulary and labels are then
-            read from there instead of being built from the training split.
+        assets: folder that ``save_assets`` wrote beside a checkpoint, from which vocabulary and labels are read
+            instead of being built from the training split.
     """
 
     Config: ClassVar[type[DatasetConfig]] = DatasetConfig
@@ -130,7 +130,7 @@ class TaskDataset(ABC):
         self.assets = assets
 
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that this data set has."""
+        """Return the names of the splits."""
         return ("train", "val", "test")
 
     @abstractmethod
@@ -143,16 +143,16 @@ class TaskDataset(ABC):
 
     @abstractmethod
     def facts(self) -> DataFacts:
-        """What the data fixes about a model."""
+        """Return the sizes and names that the data fixes for a model."""
 
     def carry(self, assets: Path) -> str | None:
-        """Take over from the weights that a new run starts from what they cannot do without; by default nothing.
+        """Adopt what the weights that a new run starts from depend on; by default nothing.
 
         Args:
-            assets: folder with what ``save_assets`` wrote beside the weights.
+            assets: folder that ``save_assets`` wrote beside the weights.
 
         Returns:
-            What was taken over, for people, or None.
+            A readable note on what was adopted, or None.
         """
         return None
 
@@ -161,13 +161,13 @@ class TaskDataset(ABC):
         """Pad examples into a batch."""
 
     def refine(self, batch: Batch, score: Callable[[Batch], Tensor]) -> Batch:
-        """Replace a training micro-batch by the one to train on; by default it stays as it is.
+        """Return the micro-batch to train on, by default ``batch``.
 
-        Data sets that choose among candidates by the model's own opinion (hard negatives) do it here.
+        Data sets that select candidates by the model's scores (hard negatives) override it.
 
         Args:
-            batch: on the model's device.
-            score: logits of a batch by the model as it is now, in evaluation mode and without gradients.
+            batch: the micro-batch, on the model's device.
+            score: returns the current model's logits of a batch, in evaluation mode and without gradients.
         """
         return batch
 
@@ -177,10 +177,10 @@ class TaskDataset(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the data and of every option that changes an example, for provenance."""
+        """Return a hash of the data and of every option that changes an example, for provenance."""
 
     def requests(self, records: Sequence[Mapping[str, Any]]) -> Split:
-        """Turn a user's records (``{"image": path, "question": text, "id": ...}``) into examples to predict.
+        """Return a user's records (``{"image": path, "question": text, "id": ...}``) as examples to predict.
 
         Raises:
             DataError: a record lacks a field or names a file that cannot be read.
@@ -188,31 +188,31 @@ class TaskDataset(ABC):
         raise DataError(f"dataset '{self.config.name}' cannot predict on free records; predict on a split instead")
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Turn the predictions of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
+        """Decode the predictions of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
 
-        They are the logits, or what ``Model.predictions`` makes of them. By default they are ``[B, labels]`` and the
-        answer is the number of the best class.
+        The predictions are what ``Model.predictions`` returns, usually the logits. By default they are ``[B, labels]``,
+        and the answer is the index of the best class.
         """
         scores, classes = logits.softmax(-1).max(-1)
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]
 
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
-        """Turn the texts that a generative model wrote into B records ``{"answer": text, "score": probability}``.
+        """Decode generated texts into B records ``{"answer": text, "score": probability}``.
 
         Raises:
-            DataError: the data set has no use for texts.
+            DataError: the data set does not support generation.
         """
         raise DataError(
             f"dataset '{self.config.name}' does not read texts that a model writes; set dataset.target=text"
         )
 
     def submission(self, split: str) -> str | None:
-        """Name of the registered submission format that predictions on a split are also written in."""
+        """Return the name of the submission format in which predictions on a split are also written, if any."""
         return None
 
     def reference_scores(self, split: str) -> dict[str, float]:
-        """Scores of trivial baselines on a split (majority, question only), in [0, 1], computed from the data."""
+        """Return scores in [0, 1] of trivial baselines on a split (majority, question only)."""
         return {}
 
 
@@ -220,10 +220,7 @@ logger = logging.getLogger(__name__)
 
 
 def plain_answer(answer: str) -> str:
-    """Return an answer as labels know it: without the white space around it.
-
-    Nothing else of it is changed: case, punctuation and white space within are the user's.
-    """
+    """Return an answer in the form of labels: without surrounding white space, otherwise unchanged."""
     return answer.strip()
 
 
@@ -244,13 +241,13 @@ def read_answers(path: Path) -> list[str]:
 
 
 def read_answer_list(path: Path) -> list[str]:
-    """Read the answers that are the labels of a user's own data: ``.json`` as ``read_answers``, else one a line.
+    """Read the labels of a user's own data: ``.json`` files as in ``read_answers``, others with one answer per line.
 
-    An empty line between two answers, or before the first, is the empty answer, as in VQA v2's list; where there are
-    several, which cannot all be it, and at the end of the file, empty lines are passed over.
+    A single empty line before or between answers is the empty answer, as in VQA v2's list. Empty lines are skipped if
+    there are several, and at the end of the file.
 
     Raises:
-        DataError: the file cannot be read, holds none, or lists an answer twice.
+        DataError: the file cannot be read, is empty, or lists an answer twice.
     """
     if path.suffix == ".json":
         return _unique([plain_answer(answer) for answer in read_answers(path)], path)
@@ -269,14 +266,14 @@ def read_answer_list(path: Path) -> list[str]:
 
 
 def answer_list(path: Path, answers: Sequence[str]) -> str:
-    """Return the contents of a file from which ``read_answer_list`` reads these answers.
+    """Return the contents of a file that ``read_answer_list`` reads as these answers.
 
     Args:
-        path: its name; one that ends in ``.json`` is for a JSON list, others are for one answer a line.
-        answers: without white space around them.
+        path: the file's name; ``.json`` selects a JSON list, anything else one answer per line.
+        answers: answers without surrounding white space.
 
     Raises:
-        DataError: lines cannot hold them: one has a line break in it, or the empty answer is the last one.
+        DataError: an answer has a line break, or the last one is empty, which lines cannot express.
     """
     if path.suffix == ".json":
         return json.dumps(list(answers), ensure_ascii=False, indent=0) + "\n"
@@ -287,14 +284,14 @@ def answer_list(path: Path, answers: Sequence[str]) -> str:
 
 
 def best_answers(scores: Tensor, answers: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the best of the ``answers`` in every row of ``scores [rows, answers]``, with its score."""
+    """Return the best of the ``answers``, with its score, for each row of ``scores [rows, answers]``."""
     best, labels = scores.max(-1)
     pairs = zip(labels.tolist(), best.tolist(), strict=True)
     return [{"answer": answers[label], "score": score} for label, score in pairs]
 
 
 def _listed(text: str) -> list[str]:
-    """Return the lines of an answers file up to the last that is not empty."""
+    """Return the lines of an answers file up to the last non-empty one."""
     answers = [plain_answer(line) for line in lines_of(text)]
     while answers and not answers[-1]:
         answers.pop()

@@ -1,4 +1,4 @@
-"""What the regions of an image must be, wherever they come from: boxes in [0, 1], finite features, sane confidences."""
+"""Checks of regions from any source: normalised boxes, finite features, confidences in [0, 1]."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 Floats = npt.NDArray[np.floating[Any]]
 
-#: Widths of a box: x1, y1, x2, y2; then width and height; then the area.
+#: Allowed numbers of columns: x1, y1, x2, y2; with width and height; with the area.
 WIDTHS = (4, 6, 7)
-#: Share of the image's size by which a box may stick out, for rounding and clipping by one pixel.
+#: Share of the image size by which a box may stick out, for rounding and clipping by one pixel.
 SLACK = 0.01
-#: How far x2 may be below x1: steps of float16 are 2^-11 near 1, and both corners are rounded.
+#: Tolerance of x2 below x1: float16 has steps of 2^-11 near 1, and both corners are rounded.
 _ROUNDING = 2**-10
-#: How far the stored width may be from x2 - x1: rounding, and a pixel where it counts both edges' pixels.
+#: Tolerance of the stored width against x2 - x1: rounding, and one pixel if the width includes both edges.
 _SIZE_SLACK = 0.02
-#: Smallest side: below the smallest float16 above 0, so that a side that float16 can hold is none of 0.
+#: Smallest side, below the smallest positive float16, so that no side that float16 can represent counts as 0.
 _SMALLEST = 2**-25
-#: Images that are read when a split is opened.
+#: Number of images that are read when a split is opened.
 SAMPLE = 16
 
 
 def check_boxes(boxes: Floats, *, allow_empty: bool = False) -> None:
-    """Refuse boxes that are no x1, y1, x2, y2 (and width, height, area) divided by the image's width and height.
+    """Refuse boxes that are not x1, y1, x2, y2 (and width, height, area) divided by the image's width and height.
 
     Args:
         boxes: ``[R, 4 | 6 | 7]`` float32.
         allow_empty: accept boxes without area.
 
     Raises:
-        ValueError: naming the first box that cannot be, and why.
+        ValueError: naming the first invalid box, and why it is invalid.
     """
     projection, least = _conditions(boxes.shape[1], allow_empty)
-    # As few calls of numpy as can be, for this is done whenever an image is read. NaN compares as false.
+    # This runs for every image that is read, hence the few numpy calls. NaN compares as false.
     with np.errstate(invalid="ignore", over="ignore"):
         held = np.dot(boxes if boxes.shape[1] < 7 else boxes[:, :6], projection) >= least
         if boxes.shape[1] == 7:
@@ -52,10 +52,10 @@ def check_boxes(boxes: Floats, *, allow_empty: bool = False) -> None:
 
 
 def check_features(features: Floats | Tensor) -> None:
-    """Refuse region features ``[R, D]`` that are not finite.
+    """Refuse region features ``[R, D]`` with NaN or infinite values.
 
     Raises:
-        ValueError: naming the first region that has NaN or infinite values.
+        ValueError: naming the first such region.
     """
     finite = np.isfinite(features) if isinstance(features, np.ndarray) else features.isfinite().numpy()
     if not finite.all():
@@ -66,7 +66,7 @@ def check_confidences(confidences: Floats) -> None:
     """Refuse confidences ``[R]`` outside of [0, 1].
 
     Raises:
-        ValueError: naming the first box that has such a one.
+        ValueError: naming the first such box.
     """
     held = (confidences >= -SLACK) & (confidences <= 1 + SLACK)
     if not held.all():
@@ -75,14 +75,14 @@ def check_confidences(confidences: Floats) -> None:
 
 
 def sampled(items: Sequence[_Item]) -> list[_Item]:
-    """Return a few items, the same in every run: what is looked at when data are opened."""
+    """Return a random sample of items, the same in every run, to check when data are opened."""
     chosen = random.Random(0).sample(range(len(items)), min(SAMPLE, len(items)))  # noqa: S311
     return [items[place] for place in sorted(chosen)]
 
 
 @cache
 def _conditions(width: int, allow_empty: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return linear functions of a box ``[4 | 6, N]`` and the least value ``[N]`` of each."""
+    """Return linear functions of a box ``[4 | 6, N]`` and the minimum ``[N]`` of each."""
     x1, y1, x2, y2, w, h = np.eye(6, dtype=np.float32)
     smallest = -_ROUNDING if allow_empty else _SMALLEST
     conditions = [(x1, -SLACK), (y1, -SLACK), (-x2, -1 - SLACK), (-y2, -1 - SLACK)]
@@ -101,7 +101,7 @@ def _shown(box: Floats) -> str:
 
 
 def _fault(box: Floats) -> str:
-    """Say what is wrong with a box of which something is."""
+    """Describe what is wrong with an invalid box."""
     x1, y1, x2, y2, *sides = box.tolist()
     w, h = sides[:2] or (x2 - x1, y2 - y1)
     if not np.isfinite(box).all():

@@ -21,28 +21,28 @@ from villa.files import open_own, plain_path, write_json
 
 logger = logging.getLogger(__name__)
 
-#: Rows written (and, after a kill, lost) at a time.
+#: Rows that are written (and, by a kill, lost) at a time.
 CHUNK = 64
 FEATURES_FILE, INDEX_FILE = "features.npy", "index.json"
 FORMAT = 1
 
 
 def cache_root(folder: str | None) -> Path:
-    """Return the folder of all caches: the one given, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
+    """Return the root of all caches: ``folder``, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
     return plain_path(folder or os.environ.get("VILLA_CACHE") or "~/.cache/villa")
 
 
 class FeatureCache:
     """An array ``[N, R, D]`` of float16 in ``features.npy``, described by ``index.json``.
 
-    A chunk counts as done when the index holds its checksum. The index also holds the array's size and time of
-    change: where they differ (a kill, a copy, damage) every checksum is compared, and chunks that do not match
-    count as missing. Only one process may write at a time: the caller holds a lock.
+    A chunk is complete when the index holds its checksum. The index also holds the array's size and modification time:
+    if they differ (after a kill, a copy or damage), all checksums are compared, and chunks that do not match count as
+    missing. Only one process may write at a time: the caller holds a lock.
 
     Args:
         folder: the cache's own folder.
         shape: N, R, D.
-        description: what the features are; an index that says otherwise is discarded.
+        description: description of the features; an index with another one is discarded.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], description: Mapping[str, Any]) -> None:
@@ -53,13 +53,13 @@ class FeatureCache:
         self._checksums: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # a mapping would travel as a copy
+        return {**self.__dict__, "_array": None}  # a memory map would be pickled as a copy
 
     @property
     def array(self) -> Tensor:
         """The array ``[N, R, D]`` float16, mapped into memory on first use in each process."""
         if self._array is None:
-            # Copy-on-write: torch warns of read-only memory, and the file stays as it is.
+            # Copy-on-write leaves the file unchanged; torch warns about read-only memory.
             self._array = torch.from_numpy(np.load(self._features, mmap_mode="c", allow_pickle=False))
         return self._array
 
@@ -72,11 +72,11 @@ class FeatureCache:
         return self.folder / INDEX_FILE
 
     def rows(self, chunk: int) -> range:
-        """Rows of a chunk."""
+        """Return the rows of a chunk."""
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.shape[0]))
 
     def missing(self, chunks: list[int]) -> list[int]:
-        """Return those chunks that are not in the cache, after checking it."""
+        """Check the cache, and return the chunks that it lacks."""
         index = self._read_index()
         if index is None or not self._features_fit():
             self._start()
@@ -87,10 +87,10 @@ class FeatureCache:
         return [chunk for chunk in chunks if str(chunk) not in self._checksums]
 
     def write(self, chunk: int, features: npt.NDArray[np.float16]) -> None:
-        """Store a chunk: ``[rows, R, D]``; it counts once it is on disk."""
+        """Store a chunk ``[rows, R, D]``, and record it once it is on disk."""
         rows = self.rows(chunk)
         data = np.ascontiguousarray(features).tobytes()
-        # Plain writes, because a full disk kills a process that writes through a mapping.
+        # Plain writes, because a full disk kills a process that writes to a memory map.
         with open_own(self._features, "r+b") as file:
             file.seek(self._offset(file) + rows.start * self._row_bytes)
             file.write(data)
@@ -104,7 +104,7 @@ class FeatureCache:
         return 2 * self.shape[1] * self.shape[2]
 
     def _read_index(self) -> dict[str, Any] | None:
-        """Return the index, or None when there is none that fits."""
+        """Return the index, or None if there is none that fits."""
         try:
             index = json.loads(self._index.read_text(encoding="utf-8"))
             fits = all(index[key] == value for key, value in self._description.items())
@@ -134,7 +134,7 @@ class FeatureCache:
         self._write_index()
 
     def _verify(self) -> None:
-        """Drop the chunks whose data differ from their checksum."""
+        """Discard chunks that differ from their checksum."""
         damaged = self._damaged()
         for chunk in damaged:
             del self._checksums[chunk]
@@ -168,10 +168,10 @@ class FeatureCache:
 
 
 def damaged_chunks(folder: Path) -> tuple[int, int]:
-    """Compare a cache with its checksums, and change nothing.
+    """Compare a cache with its checksums without changing it.
 
     Returns:
-        Number of damaged chunks, and of all that are there.
+        Numbers of damaged chunks and of all chunks.
 
     Raises:
         DataError: its index cannot be read.

@@ -1,4 +1,4 @@
-"""Checksums of the databases that the package writes: sizes are compared at every start, contents when asked."""
+"""Checksums of databases that villa writes: sizes are compared at every start, contents on request."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ADVICE = f"copy it again, or make it again; if it was changed on purpose, remov
 
 
 def write_checksums(file: Path, paths: Iterable[Path]) -> None:
-    """Write size and SHA-256 of files beside or below ``file``.
+    """Write the sizes and SHA-256 of files beside or below ``file``.
 
     Raises:
         DataError: the disk is full, or a file cannot be read.
     """
-    from villa.checkpoints.files import listed  # takes long to import
+    from villa.checkpoints.files import listed  # slow to import
 
     try:
         write_json(file, {"files": listed(file.parent, paths)})
@@ -30,10 +30,10 @@ def write_checksums(file: Path, paths: Iterable[Path]) -> None:
 
 
 def check_sizes(file: Path) -> None:
-    """Compare the sizes of files with those in ``file``, if there is one: others' databases have none.
+    """Compare the sizes of files with those in ``file``; databases made by others have none.
 
     Raises:
-        DataError: naming the first that differs.
+        DataError: naming the first file that differs.
     """
     for name, expected in _read(file).items():
         path = file.parent / name
@@ -47,10 +47,10 @@ def verify(file: Path) -> int:
     """Compare the contents of files with those in ``file``.
 
     Returns:
-        Number of files compared; 0 where there is no ``file``.
+        Number of files compared; 0 without ``file``.
 
     Raises:
-        DataError: naming the first that differs.
+        DataError: naming the first file that differs.
     """
     from villa.checkpoints.files import file_problem
 

@@ -1,4 +1,4 @@
-"""From examples to a right-padded batch."""
+"""Collation of examples into a right-padded batch, with reuse of large buffers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from villa.batch import Batch
 from villa.datasets.base import Example, Ragged
 from villa.errors import DataError
 
-#: Bytes from which on a tensor gets memory from here; smaller ones are recycled by the allocator itself.
+#: Smallest size in bytes of a reused buffer; the allocator recycles smaller ones itself.
 LARGE = 1 << 22
-#: Buffers without a tensor that are kept for the next batch.
+#: Number of free buffers to keep.
 KEPT = 2
 
 _free: deque[mmap.mmap] = deque(maxlen=KEPT)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of arbitrary contents, as ``torch.empty`` does.
+    """Return an uninitialised tensor, like ``torch.empty``.
 
-    A batch of region features has tens of megabytes. The allocator gives memory of that size back to the system
-    after every batch, and getting it anew, page by page, takes several times as long as filling it. Here it lies on
-    huge pages where there are any, and is kept for the next batch when the last tensor that uses it is gone.
+    A batch of region features takes tens of megabytes. The allocator returns memory of that size to the system after
+    every batch, and allocating it again, page by page, takes several times as long as filling it. Here it is kept for
+    the next batch once no tensor uses it, and lies on huge pages if available.
 
     Args:
         shape: sizes of the dimensions.
@@ -46,16 +46,16 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _take(size: int) -> mmap.mmap:
-    """Return a kept buffer that is large enough and not twice as large as needed, or a new one."""
+    """Return a free buffer that is large enough, but not twice as large as needed, or a new one."""
     for _ in range(KEPT):
         try:
-            memory = _free.popleft()  # atomic: tensors may die in other threads
+            memory = _free.popleft()  # atomic: tensors may be freed in other threads
         except IndexError:
             break
         if size <= len(memory) <= 2 * size:
             return memory
         _free.append(memory)
-    # A little more than needed: the next batch has another size.
+    # A little more than needed, as the next batch may be larger.
     memory = mmap.mmap(-1, -(-size * 5 // 4 // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -69,8 +69,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples into a batch.
 
     Args:
-        examples: at least one; all of the same form (all or none with several rows and as many of them, all or
-            none with types, regions, targets).
+        examples: at least one, all of the same form: the same number of rows; all or none with types, regions, targets.
 
     Returns:
         A batch with ``input_ids [B, (C,) T]`` int64, ``features [B, (I,) R, D]`` float32, bool masks, and
@@ -105,7 +104,7 @@ def _pad(values: Sequence[Ragged], dtype: torch.dtype, ids: list[str]) -> Tensor
     if len(widths) > 1:
         raise DataError(f"a batch mixes rows of width {' and '.join(str(list(w)) for w in widths)} (first: '{ids[0]}')")
     lengths = [len(row) for row in rows]
-    # Only what lies behind a row is zeroed: the rest is written once.
+    # Only the padding is zeroed: everything else is written anyway.
     padded = empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype)
     for target, row, length in zip(padded.unbind(), rows, lengths, strict=True):
         target[:length] = row
@@ -121,7 +120,7 @@ def _mask(values: Sequence[Ragged], ids: list[str]) -> Tensor:
 
 
 def _rows(values: Sequence[Ragged], ids: list[str]) -> tuple[list[Tensor], int | None]:
-    """Return the rows of all examples one after another, and their number an example (None: a plain tensor each)."""
+    """Return the rows of all examples, and their number per example (None if each is a plain tensor)."""
     counts = {len(value) if isinstance(value, tuple) else None for value in values}
     if len(counts) > 1:
         named = " and ".join("one" if count is None else str(count) for count in counts)
@@ -142,7 +141,7 @@ def stack_targets(examples: Sequence[Example]) -> Tensor | None:
     """Return the targets of examples: int64 ``[B]`` or ``[B, C]``, float32 ``[B, labels]``, or None.
 
     Raises:
-        DataError: they are of different forms, or only some have one.
+        DataError: they have different forms, or only some examples have one.
     """
     targets, ids = [example.target for example in examples], [example.id for example in examples]
     if all(isinstance(target, int) for target in targets):

@@ -1,4 +1,4 @@
-"""Names of word-pieces, and how texts and images are read, as a tokenizer or processor says."""
+"""Token names, and descriptions of how tokenizers and processors read texts and images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-#: What pads texts in the vocabularies of BERT and of RoBERTa.
+#: Padding tokens of BERT and RoBERTa.
 _PADDING = ("[PAD]", "<pad>")
 
 
 def text_facts(reader: Any) -> dict[str, Any]:
-    """Return the facts of ``DataFacts`` about texts: ``tokens``, ``padding`` and ``reading``.
+    """Return the text fields of ``DataFacts``: ``tokens``, ``padding`` and ``reading``.
 
     Args:
-        reader: a tokenizer, a tokenizer of transformers, or a processor that has one.
+        reader: a tokenizer, a transformers tokenizer, or a processor that has one.
     """
     reader = getattr(reader, "tokenizer", reader)
     plain = isinstance(reader, Tokenizer)
@@ -30,7 +30,7 @@ def text_facts(reader: Any) -> dict[str, Any]:
 
 
 def image_reading(processor: Any) -> dict[str, str]:
-    """Return how the image processor of a model of transformers reads images."""
+    """Return how a transformers image processor reads images."""
     images = getattr(processor, "image_processor", processor)
     options: dict[str, Any] = images.to_dict() if hasattr(images, "to_dict") else {}
     found = {}

@@ -1,4 +1,4 @@
-"""What the tasks on released files share: splits that a recipe lists files for, or small files that are made up."""
+"""The base of tasks on released files, which a recipe lists or which are generated for a trial run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from villa.errors import ConfigError, DataError, reading
 from villa.files import plain_path, write_json
 from villa.json_values import is_count, read_own
 
-#: Names of what a checkpoint keeps about the data that it was trained on.
+#: Files in which a checkpoint keeps facts about its training data.
 FACTS_FILE, ANSWERS_FILE = "dataset.json", "answers.json"
 
 
@@ -31,9 +31,9 @@ class ReleasedFilesConfig(DatasetConfig):
     Attributes:
         name: the registered name.
         root: folder that the other paths are relative to.
-        synthetic: generate small files of the same format and run a tiny model on them, to try the recipe.
-        synthetic_examples: examples that are generated to train on; a quarter of them to evaluate on.
-        allow_empty_boxes: accept boxes of regions that have no width or no height.
+        synthetic: try the recipe with a tiny model on small generated files of the same format.
+        synthetic_examples: training examples to generate; evaluation splits get a quarter of them.
+        allow_empty_boxes: accept boxes without width or height.
     """
 
     root: str = "data"
@@ -42,7 +42,7 @@ class ReleasedFilesConfig(DatasetConfig):
     allow_empty_boxes: bool = False
 
     def check(self) -> None:
-        """Refuse options that do not go together.
+        """Refuse options that cannot be combined.
 
         Raises:
             ConfigError: naming the option.
@@ -52,7 +52,7 @@ class ReleasedFilesConfig(DatasetConfig):
 
 
 class ReleasedFilesTask(TaskDataset):
-    """A task on released files. A subclass says which files a split has and opens them."""
+    """A task on released files. Subclasses list the files of a split and open them."""
 
     Config: ClassVar[type[DatasetConfig]] = ReleasedFilesConfig
     config: ReleasedFilesConfig
@@ -68,7 +68,7 @@ class ReleasedFilesTask(TaskDataset):
 
     @abstractmethod
     def open_split(self, name: str) -> Split:
-        """Open the files of a split; every image that they name is looked up.
+        """Open the files of a split, and check that every image that they name exists.
 
         Raises:
             DataError: the recipe lists none, or they cannot be used.
@@ -76,25 +76,25 @@ class ReleasedFilesTask(TaskDataset):
 
     @abstractmethod
     def contents(self) -> Iterator[Any]:
-        """Yield what identifies the data, as JSON values: of the splits that are there, for not all need be."""
+        """Yield JSON values that identify the data of the splits that are present."""
 
     @cached_property
     def root(self) -> Path:
-        """Folder of the files, or of those that are made up."""
+        """Folder of the files, or of the generated ones."""
         return self.generated() if self.config.synthetic else plain_path(self.config.root)
 
     def generated(self) -> Path:
-        """Return the folder of the made-up files: by default, the databases of UNITER's tasks."""
+        """Return the folder of the generated files: by default, the databases of UNITER's tasks."""
         return databases(self.config.name, self.config.synthetic_examples)
 
     def splits(self) -> tuple[str, ...]:
-        """The splits that the recipe lists files for."""
+        """Return the splits that the recipe lists files for."""
         return SPLITS if self.config.synthetic else tuple(split for split in SPLITS if self.listed(split))
 
     def split(self, name: str) -> Split:
         """Return a split.
 
-        With the training split come all others, so that what is wrong with them is known before training.
+        The training split opens all others too, so that their faults are found before training.
         """
         for wanted in (name, *(self.splits() if name == "train" else ())):
             if wanted not in self._splits:
@@ -106,14 +106,14 @@ class ReleasedFilesTask(TaskDataset):
         return collate(examples)
 
     def kept_facts(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the facts, as a JSON object."""
+        """Return the facts that a checkpoint keeps, as a JSON object."""
         return asdict(self.facts())
 
     @cached_property
     def trained_facts(self) -> dict[str, Any]:
-        """What the checkpoint kept of its data, with the sizes ``feature_dim`` and ``vocab_size``.
+        """Facts that the checkpoint kept about its data, with the sizes ``feature_dim`` and ``vocab_size``.
 
-        They are read once: the checkpoint that a run was resumed from is removed when there are newer ones.
+        They are cached, since a resumed run may later remove the checkpoint.
 
         Raises:
             DataError: the file is missing or damaged.
@@ -132,7 +132,7 @@ class ReleasedFilesTask(TaskDataset):
         write_json(folder / FACTS_FILE, self.kept_facts())
 
     def fingerprint(self) -> str:
-        """Hash of the options and of the contents."""
+        """Return a hash of the options and the contents."""
         options = asdict(self.config) | {"root": None}
         del options["allow_empty_boxes"]  # it changes no example
         parts = [options, *self.contents()]

@@ -1,6 +1,6 @@
-"""Which examples make an update, and how an update is cut into micro-batches.
+"""Samplers: composition of updates from examples, and their division into micro-batches.
 
-The plan depends on the data, the options, the seed and the epoch alone, never on the number of processes.
+Both depend only on the data, the options, the seed and the epoch, never on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from villa.errors import CheckpointError, ConfigError, DataError, about
 from villa.json_values import is_count
 from villa.rng import derive_seed
 
-#: A number for every example: a list, an array or something that reads like one.
+#: Length of every example, as a list, an array or another sequence.
 Lengths = Sequence[int] | npt.NDArray[np.integer]
-#: Which update is the next one, as JSON values: it is saved in checkpoints.
+#: Position of an update in the sequence, as JSON values; checkpoints store it.
 Position = Mapping[str, Any]
 
 _RESUME = "resume with the recipe that it was trained with, or start another run with model.checkpoint"
 
 
 class Sampler(ABC):
-    """An endless sequence of updates, in which every position leads to the same updates."""
+    """An endless, deterministic sequence of updates."""
 
     def start(self) -> Position:
         """Return the position of the first update."""
@@ -40,10 +40,10 @@ class Sampler(ABC):
 
     @abstractmethod
     def settle(self, saved: Position) -> Position:
-        """Return the position that a saved one means now; an empty one is the start.
+        """Return the current equivalent of a saved position; an empty one means the start.
 
         Raises:
-            CheckpointError: it is one of another kind of sampler.
+            CheckpointError: it belongs to another kind of sampler.
         """
 
     @abstractmethod
@@ -56,11 +56,11 @@ class Sampler(ABC):
 
     @abstractmethod
     def example_seed(self, position: Position, index: int) -> int:
-        """Return what the random parts of an example derive from at a position."""
+        """Return the seed of an example's random parts at a position."""
 
     @abstractmethod
     def label(self, position: Position) -> str | None:
-        """Return what the update at a position is logged under besides, or None."""
+        """Return a further name under which the update at a position is logged, or None."""
 
     @abstractmethod
     def total_updates(self, epochs: int) -> int:
@@ -68,26 +68,25 @@ class Sampler(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
 
     @abstractmethod
     def warnings(self) -> list[str]:
-        """What an update cannot be as the recipe asks, and what an epoch leaves out, one line each."""
+        """Return how updates deviate from the recipe, and what an epoch leaves out, one line each."""
 
 
 class UpdateSampler(Sampler):
-    """Cuts every epoch into updates made of micro-batches.
+    """Cuts every shuffled epoch into updates made of micro-batches.
 
-    By examples: the shuffled epoch is cut into updates of ``examples``, each into even micro-batches of at most
-    ``per_pass``. By tokens: the shuffled epoch is cut into buckets sorted by length, and micro-batches are filled while
-    longest x count stays within the budget; what a bucket leaves over joins the next bucket, so nothing is
-    dropped unless ``drop_last`` asks for it. ``batch.sampler=released`` cuts buckets as the released
-    ``TokenBucketSampler`` does instead.
+    By examples: into updates of ``examples``, each split into even micro-batches of at most ``per_pass``. By tokens:
+    into buckets sorted by length, from which micro-batches are filled while longest x count stays within the budget;
+    the rest of a bucket joins the next one, so that nothing is dropped without ``drop_last``.
+    ``batch.sampler=released`` cuts buckets like the released ``TokenBucketSampler`` instead.
 
     Args:
-        lengths: text tokens plus regions of every example; only its length matters when cutting by examples.
+        lengths: tokens plus regions of every example; only their number matters when cutting by examples.
         batch: the size of an update.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
 
     Raises:
         ConfigError: ``batch`` gives both or neither of ``examples`` and ``tokens``, or a number below 1.
@@ -108,15 +107,15 @@ class UpdateSampler(Sampler):
                 f"example {worst} has {self._lengths[worst]} tokens and regions, more than a pass of {self.per_pass}; "
                 "raise batch.tokens or batch.per_pass, or lower dataset.max_text_length"
             )
-        # Two epochs: the one that is trained on and the one that is prefetched.
+        # Two epochs: the current one and the one that is prefetched.
         self._cached = lru_cache(maxsize=2)(self._cut)
 
     def epoch(self, epoch: int) -> Epoch:
-        """Return the updates of an epoch (counted from 0); no example is in two micro-batches of an epoch."""
+        """Return the updates of an epoch (counted from 0), in which every example occurs at most once."""
         return self._cached(epoch)
 
     def settle(self, saved: Position) -> Position:
-        """See the base class; one past the last update of an epoch is the start of the next epoch."""
+        """Return the current equivalent of a saved position; the end of an epoch is the start of the next."""
         if "parts" in saved:
             raise CheckpointError(
                 "it was trained on a mixture (dataset.mix, dataset.corpora), and the data of this recipe is none; "
@@ -128,36 +127,36 @@ class UpdateSampler(Sampler):
         return {"epoch": epoch, "update": update}
 
     def update(self, position: Position) -> Update:
-        """See the base class."""
+        """Return the update at a position."""
         return self.epoch(position["epoch"])[position["update"]]
 
     def after(self, position: Position) -> Position:
-        """See the base class."""
+        """Return the next position."""
         return self.settle({"epoch": position["epoch"], "update": position["update"] + 1})
 
     def example_seed(self, position: Position, index: int) -> int:
-        """See the base class; every epoch draws anew."""
+        """Return the seed of an example, another one in every epoch."""
         return derive_seed("example", self.seed, position["epoch"], index)
 
     def label(self, position: Position) -> str | None:
-        """None: all updates are of one kind."""
+        """Return None: all updates are of one kind."""
         return None
 
     def total_updates(self, epochs: int) -> int:
-        """Updates of the first ``epochs`` epochs."""
-        if self._lengths is None:  # all epochs are alike
+        """Return the number of updates of the first ``epochs`` epochs."""
+        if self._lengths is None:  # all epochs have the same size
             return epochs * len(self.epoch(0))
         return sum(len(self.epoch(epoch)) for epoch in range(epochs))
 
     def describe(self) -> str:
-        """One line for the log: ``64 examples an update = 16 x 4 passes``."""
+        """Return one line for the log: ``64 examples an update = 16 x 4 passes``."""
         unit = "examples" if self._lengths is None else "tokens"
         most = "" if self._lengths is None and self.size % self.passes == 0 else "at most "
         passes = "pass" if self.passes == 1 else "passes"
         return f"{self.size} {unit} an update = {most}{self.per_pass} x {self.passes} {passes}"
 
     def warnings(self) -> list[str]:
-        """What an update cannot be as the recipe asks, and what an epoch leaves out, one line each."""
+        """Return how updates deviate from the recipe, and what an epoch leaves out, one line each."""
         found = []
         unit, available = "examples", self.count
         if self._lengths is not None:
@@ -180,7 +179,7 @@ class UpdateSampler(Sampler):
     def _cut(self, epoch: int) -> Epoch:
         random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
         cut = self._cut_once(random)
-        # The released loop of pre-training goes on into the next epoch where an update is longer than one.
+        # As in the released pre-training loop, an update that is longer than an epoch continues into the next.
         while self.batch.sampler == "released" and len(cut.parts) - 1 < self.passes:
             cut = cut.followed_by(self._cut_once(random), self.passes)
         return cut
@@ -200,13 +199,13 @@ class UpdateSampler(Sampler):
 
 @dataclass(frozen=True)
 class MixtureShare:
-    """What a part of mixed data needs to be sampled.
+    """One part of a mixture.
 
     Attributes:
         name: unique among the parts.
-        label: what its updates are logged under.
-        weight: how often it is drawn, relative to the others.
-        lengths: text tokens plus regions of its examples.
+        label: name under which its updates are logged.
+        weight: relative frequency of its updates.
+        lengths: tokens plus regions of its examples.
     """
 
     name: str
@@ -216,15 +215,14 @@ class MixtureShare:
 
 
 class MixedSampler(Sampler):
-    """Draws for every update one of several parts, whose own sampler goes on where the part was left.
+    """Draws one of several parts for every update; each part has its own sampler and position.
 
-    The draw of update ``n`` derives from the seed and ``n`` alone; the position says besides where each part is.
-    Indices of examples count through all parts.
+    The draw of update ``n`` derives from the seed and ``n`` alone. Example indices run through all parts.
 
     Args:
         shares: the parts in order.
         batch: the size of an update.
-        seed: of the draws and of the shuffling.
+        seed: seed of the draws and the shuffling.
 
     Raises:
         ConfigError: as for ``UpdateSampler``.
@@ -243,7 +241,7 @@ class MixedSampler(Sampler):
         self._cached = lru_cache(maxsize=16)(self._draw)
 
     def draw(self, update: int) -> MixtureShare:
-        """Return the part that update number ``update`` (from 0) is of."""
+        """Return the part of update number ``update`` (from 0)."""
         return self._cached(update)
 
     def _draw(self, update: int) -> MixtureShare:
@@ -252,7 +250,7 @@ class MixedSampler(Sampler):
         return share
 
     def settle(self, saved: Position) -> Position:
-        """See the base class; parts that are new start at their beginning."""
+        """Return the current equivalent of a saved position; new parts start at their beginning."""
         if saved and "parts" not in saved:
             raise CheckpointError(
                 "it does not say where the parts of a mixture (dataset.mix, dataset.corpora) are, because it was not "
@@ -265,27 +263,27 @@ class MixedSampler(Sampler):
         }
 
     def update(self, position: Position) -> Update:
-        """See the base class."""
+        """Return the update at a position."""
         name, sampler, within = self._drawn(position)
         start = self._starts[name]
         return [[start + index for index in part] for part in sampler.update(within)]
 
     def after(self, position: Position) -> Position:
-        """See the base class."""
+        """Return the next position."""
         name, sampler, within = self._drawn(position)
         return {"update": position["update"] + 1, "parts": {**position["parts"], name: sampler.after(within)}}
 
     def example_seed(self, position: Position, index: int) -> int:
-        """See the base class; the parts draw apart from each other."""
+        """Return the seed of an example, which also depends on its part."""
         name, sampler, within = self._drawn(position)
         return sampler.example_seed(within, index - self._starts[name])
 
     def label(self, position: Position) -> str | None:
-        """The label of the part that is drawn."""
+        """Return the label of the drawn part."""
         return self.draw(position["update"]).label
 
     def total_updates(self, epochs: int) -> int:
-        """Refuse: parts have epochs of their own.
+        """Refuse, as each part has its own epochs.
 
         Raises:
             ConfigError: always.
@@ -295,7 +293,7 @@ class MixedSampler(Sampler):
         )
 
     def describe(self) -> str:
-        """The size of an update, and how likely each label is."""
+        """Return the size of an update and the probability of each label."""
         total = sum(share.weight for share in self.shares)
         likely: dict[str, float] = {}
         for share in self.shares:
@@ -304,7 +302,7 @@ class MixedSampler(Sampler):
         return f"{next(iter(self.samplers.values())).describe()} (of one of {mix})"
 
     def warnings(self) -> list[str]:
-        """Those of every part, each once."""
+        """Return the distinct warnings of all parts."""
         found = {line: name for name, sampler in self.samplers.items() for line in sampler.warnings()}
         return [f"{name}: {line}" for line, name in found.items()]
 

@@ -1,4 +1,4 @@
-"""What a store of region features owes the data sets that read from it."""
+"""The interface of stores of region features, their source files, and feature scaling."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PLAIN = re.compile(r"[^/.~:\0][^/:\0]*(?:/[^/.:\0][^/:\0]*)*")
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A file that regions come from.
+    """An image or feature file.
 
     Attributes:
-        path: the image or feature file.
+        path: the file.
         named_by: where the user named it (``train.jsonl:3``), for messages.
     """
 
@@ -40,23 +40,23 @@ class ImageSource:
         """Return the file's size and times.
 
         Raises:
-            DataError: there is no such file, or it is a folder, a pipe or a device, which might never end.
+            DataError: there is no such file, or it is a folder, a pipe or a device.
         """
         try:
             return regular_file(self.path)
-        except (OSError, ValueError) as error:  # the latter for what can be no name, as one with a NUL
+        except (OSError, ValueError) as error:  # ValueError: no possible path, such as one with a NUL
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
 
 
 class SourceFiles(Sequence[ImageSource]):
-    """Files by number, in some 40 bytes each.
+    """A sequence of source files, at some 40 bytes each.
 
     Args:
-        folder: that their names are relative to.
-        names: of the files.
-        mentions: for each, the number of what mentions it.
-        where: gives the place (``train.jsonl:3``) of what mentions a file.
+        folder: folder that the names are relative to.
+        names: names of the files.
+        mentions: number of the record that first names each file.
+        where: returns the place (``train.jsonl:3``) of a record.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Sources:
     """Collects distinct files in the order of their first mention.
 
     Args:
-        folder: that their names are relative to.
-        where: gives the place (``train.jsonl:3``) of what mentions a file, by its number.
+        folder: folder that their names are relative to.
+        where: returns the place (``train.jsonl:3``) of a record.
     """
 
     def __init__(self, folder: Path, where: Callable[[int], str]) -> None:
@@ -99,14 +99,14 @@ class Sources:
         self._mentions = array("q")
 
     def add(self, name: str, mention: int) -> int:
-        """Return the index of a file, after adding it if it is new.
+        """Return the index of a file, adding it if it is new.
 
         Args:
-            name: the file, as it was written.
-            mention: the number of what mentions it.
+            name: the file as the record names it.
+            mention: number of the record.
 
         Raises:
-            DataError: the name can be no path.
+            DataError: the name is no possible path.
         """
         place = None if name.startswith("~") else self._places.get(name)
         if place is None:
@@ -116,14 +116,14 @@ class Sources:
         return place
 
     def build(self) -> SourceFiles:
-        """Return the files that were added."""
-        from villa.datasets.uniter.index import Names  # takes long to import
+        """Return the collected files."""
+        from villa.datasets.uniter.index import Names  # slow to import
 
         return SourceFiles(self.folder, Names.of(self._places), self._mentions[:], self._where)
 
     def _plain(self, name: str, mention: int) -> str:
-        """Return the one name of a file that has several, as ``a`` and ``./a``."""
-        if _PLAIN.fullmatch(name):  # much faster than making a path of it
+        """Normalise a name: ``./a`` to ``a``."""
+        if _PLAIN.fullmatch(name):  # much faster than constructing a path
             return name
         with about(self._where(mention)):
             path = self.folder / plain_path(name)
@@ -134,10 +134,10 @@ class RegionStore(ABC):
     """Region features of a list of files, read by index; safe to use in forked and spawned workers.
 
     Args:
-        sources: one file an entry.
+        sources: the files.
 
     Attributes:
-        dim: width D of a region feature.
+        dim: width D of the region features.
     """
 
     dim: int
@@ -155,14 +155,14 @@ class RegionStore(ABC):
 
     @abstractmethod
     def prepare(self, indices: Iterable[int]) -> None:
-        """Make sure that these entries can be read: may extract and cache features, with a progress bar."""
+        """Make entries readable: check them, or extract and cache their features with a progress bar."""
 
     def __len__(self) -> int:
         return len(self.sources)
 
 
 def files_digest(sources: Iterable[ImageSource]) -> str:
-    """Hash the names and sizes of files: the same on every machine that holds the same data."""
+    """Return a hash of the names and sizes of files, the same on every machine with the same data."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:
         digest.update(f"{source.path.name}\0{source.stat().st_size}\n".encode())
@@ -170,27 +170,27 @@ def files_digest(sources: Iterable[ImageSource]) -> str:
 
 
 STATISTICS_FILE = "features.safetensors"
-#: Training images that the statistics are taken over, at most.
+#: Maximum number of training images that the statistics are computed from.
 SAMPLE = 512
-#: Smallest scale, as a share of the mean one: a feature that hardly varies in the sample is not blown up.
+#: Smallest scale relative to the mean scale, so that features that hardly vary in the sample are not amplified.
 SMALLEST_SCALE = 0.05
 
 
 def scaled_reading(scaled: bool) -> dict[str, str]:
-    """Return the fact of reading that region features are scaled, or are not."""
+    """Return, for ``DataFacts.reading``, whether region features are scaled."""
     return {"region features": "standardised" if scaled else "as they are"}
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Mean and standard deviation of every dimension of a region feature, ``[D]`` float32."""
+    """Mean and standard deviation of every feature dimension, ``[D]`` float32."""
 
     mean: Tensor
     scale: Tensor
 
     @classmethod
     def fit(cls, store: RegionStore, indices: Iterable[int]) -> Scaling:
-        """Take the statistics over the regions of the first images of ``indices``; they must be prepared."""
+        """Compute the statistics over the regions of the first images of ``indices``, which must be prepared."""
         features = torch.cat([store[index][0].float() for index in islice(indices, SAMPLE)])
         deviation = features.std(0, correction=0)
         return cls(features.mean(0), deviation.clamp_min(SMALLEST_SCALE * float(deviation.mean())).clamp_min(1e-6))
@@ -219,14 +219,14 @@ class Scaling:
 
 
 class ScaledStore(RegionStore):
-    """A store whose features are scaled as they are read.
+    """A store that standardises the features of another as they are read.
 
     Args:
-        store: the features as they are.
+        store: the original features.
         scaling: their statistics.
 
     Raises:
-        DataError: the statistics are those of features of another width.
+        DataError: the statistics are of features of another width.
     """
 
     def __init__(self, store: RegionStore, scaling: Scaling) -> None:
@@ -247,5 +247,5 @@ class ScaledStore(RegionStore):
         return self.store.regions(index)
 
     def prepare(self, indices: Iterable[int]) -> None:
-        """Make sure that these entries can be read."""
+        """Prepare entries of the original store."""
         self.store.prepare(indices)

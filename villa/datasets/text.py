@@ -21,14 +21,14 @@ from villa.errors import DataError, reading
 from villa.files import lines_of, read_json, read_text
 from villa.plugins import one_line
 
-#: Special tokens of a tokenizer built here, in the order of their ids ([PAD] is 0).
+#: Special tokens of tokenizers that villa builds, in the order of their ids ([PAD] is 0).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILE = "tokenizer.json"
-#: Ids that a vocabulary may leave out.
+#: Maximum number of unused ids in a vocabulary.
 _GAPS = 100_000
-#: Texts that are remembered; many data sets ask few different questions.
+#: Size of the cache of texts; many data sets have few distinct questions.
 KEPT_TEXTS = 4096
-#: Parts of texts that are remembered, and texts that are cut into parts together.
+#: Size of the cache of parts of texts, and number of texts that are split together.
 KEPT_PARTS, _TOGETHER = 1 << 15, 256
 #: Smallest length that holds [CLS], one word-piece and [SEP].
 SHORTEST = 3
@@ -38,15 +38,15 @@ def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
     """Build a lower-casing WordPiece tokenizer from texts; the same texts give the same ids.
 
     The vocabulary holds the special tokens, every character (alone and as a continuation, so that few words are
-    unknown), then whole words by frequency. The package's own WordPiece trainer is not used because its ids
-    depend on the iteration order of a hash table, and all processes must agree on them.
+    unknown), then whole words by frequency. The package's own WordPiece trainer is not used because its ids depend on
+    the iteration order of a hash table, and all processes must agree on them.
 
     Args:
         texts: training texts; read once.
-        max_size: largest number of entries; the rarest words are left out first, then the rarest characters.
+        max_size: maximum vocabulary size; the rarest words are dropped first, then the rarest characters.
 
     Raises:
-        DataError: ``max_size`` leaves no room, or there is no text.
+        DataError: ``max_size`` is too small, or there is no text.
     """
     if max_size <= len(SPECIAL_TOKENS):
         raise DataError(f"a vocabulary of {max_size} is too small; it needs more than {len(SPECIAL_TOKENS)} entries")
@@ -70,8 +70,8 @@ def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer from a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
 
-    How a ``vocab.txt`` is read is said by the ``tokenizer_config.json`` beside it; where it is silent about case, texts
-    are lower-cased unless an entry of the vocabulary has an upper-case letter (those of special tokens aside).
+    A ``tokenizer_config.json`` beside a ``vocab.txt`` sets how texts are normalised; if it does not mention case, texts
+    are lower-cased unless an entry other than a special token has an upper-case letter.
 
     Raises:
         DataError: there is no such file, or it is not a tokenizer.
@@ -94,14 +94,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _check_ids(tokenizer: Tokenizer) -> None:
-    """Refuse ids that no embedding has rows for: the library takes them as they are written."""
+    """Refuse ids that the library accepts, but that are far beyond the entries or outside the vocabulary."""
     entries, size = tokenizer.get_vocab_size(with_added_tokens=True), vocabulary_size(tokenizer)
     if size > 16 * entries + _GAPS:
         raise ValueError(f"its {entries} entries have ids up to {size - 1}")
-    for texts in (("",), ("", "")):  # what is put around texts has ids of its own
+    for texts in (("",), ("", "")):  # special tokens may have ids beyond the vocabulary
         try:
             ids = tokenizer.encode(*texts).ids
-        except Exception:  # noqa: S112 - it may read words, or single texts, alone
+        except Exception:  # noqa: S112 - it may read only words, or only single texts
             continue
         if ids and max(ids) >= size:
             raise ValueError(f"it puts the id {max(ids)} around texts, where the vocabulary has {size}")
@@ -113,14 +113,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding of this tokenizer's ids needs (the largest id plus one)."""
+    """Return the number of embedding rows that the tokenizer's ids need (the largest id plus one)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _encode(
     tokenizer: Tokenizer, text: str, pair: str | None, max_length: int | None, *, around: bool = True
 ) -> Encoding:
-    """Return the tokens of a text or of two, with special ones ``around`` them; see ``encode_texts``."""
+    """Encode one or two texts, with special tokens if ``around``; see ``encode_texts``."""
     truncation = tokenizer.truncation
     if max_length is None and truncation is not None:
         tokenizer.no_truncation()
@@ -138,16 +138,16 @@ def _encode(
 def encode_texts(
     tokenizer: Tokenizer, text: str, pair: str | None, max_length: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the word-piece ids ``[T]`` of a text or of two, and with two their types ``[T]`` (0 and 1), else None.
+    """Return the token ids ``[T]`` of one or two texts, and for two their types ``[T]`` (0 and 1), else None.
 
     Args:
-        tokenizer: text to ids.
+        tokenizer: the tokenizer.
         text: the text.
         pair: a second text, or None.
-        max_length: longer ones are cut to it; None cuts nothing.
+        max_length: length to truncate to; None for no truncation.
 
     Raises:
-        DataError: the tokenizer cannot read a text, or makes nothing of it.
+        DataError: the tokenizer cannot read a text, or returns no token.
     """
     found = _encode(tokenizer, text, pair, max_length)
     types = None if pair is None else torch.tensor(found.type_ids, dtype=torch.int64)
@@ -155,10 +155,10 @@ def encode_texts(
 
 
 class TokenCounter:
-    """Counts the tokens of texts; much faster than they are made, where words are cut into tokens one by one.
+    """Counts the tokens of texts, much faster than by encoding them if words are tokenized one by one.
 
     Args:
-        tokenizer: text to ids.
+        tokenizer: the tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -170,7 +170,7 @@ class TokenCounter:
         return {**self.__dict__, "_counts": {}}
 
     def __call__(self, text: str, pair: str | None) -> int:
-        """Return the number of tokens of a text or of two, with those around them.
+        """Return the number of tokens of one or two texts, special tokens included.
 
         Raises:
             DataError: as for ``encode_texts``.
@@ -179,7 +179,7 @@ class TokenCounter:
             return self._remembered((text, pair), text, pair)
         try:
             inside = self._inside(text) if pair is None else self._inside(text) + self._inside(pair)
-        except DataError:  # it is about a part of the text
+        except DataError:  # its message names only a part of the text
             inside = 0
         return inside + self._around[pair is not None] if inside else self._remembered((text, pair), text, pair)
 
@@ -191,7 +191,7 @@ class TokenCounter:
             return sum(self._remembered(part, part) for part in parts)
 
     def _remembered(self, key: object, text: str, pair: str | None = None) -> int:
-        """Return the number of tokens of a part (whose ``key`` is the part), or of texts."""
+        """Return the number of tokens of a part (cached under itself as ``key``), or of texts."""
         count = self._counts.get(key)
         if count is None:
             count = len(_encode(self.tokenizer, text, pair, None, around=key != text).ids)
@@ -201,10 +201,10 @@ class TokenCounter:
 
 
 def _tokens_around(tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """Return how many tokens are put around a text, and around two.
+    """Return the number of special tokens added to one text and to two.
 
-    None where the tokens of a text are not those of its parts between spaces, one after another, or where that is not
-    known: only the kinds that BERT's tokenizers are made of are told apart here.
+    None if the tokens of a text are not those of its space-separated parts, one after another, or if that is not
+    known: only the components of BERT's tokenizers are recognised.
     """
     parts = (
         (tokenizer.normalizer or normalizers.Lowercase(), (normalizers.BertNormalizer, normalizers.Lowercase)),
@@ -229,25 +229,25 @@ def _tokens_around(tokenizer: Tokenizer) -> tuple[int, int] | None:
 
 
 def nothing_left(text: str) -> DataError:
-    """Return the error that a tokenizer, which adds no special tokens, makes nothing of a text."""
+    """Return the error for a text of which a tokenizer without special tokens leaves nothing."""
     return DataError(f"the tokenizer makes nothing of the text {text!r:.60}; mend it, or leave it out")
 
 
 class CutTexts:
-    """Counts texts, and those of which only the beginning is read."""
+    """Counts texts, and those that are truncated."""
 
     def __init__(self) -> None:
         self._texts = self._cut = self._read = self._longest = 0
 
     def add(self, read: int, whole: int) -> None:
-        """Count a text of which so many tokens are read, of so many that it has."""
+        """Count a text with ``whole`` tokens, of which the first ``read`` are read."""
         self._texts += 1
         if read < whole:
             self._cut += 1
             self._read, self._longest = read, max(self._longest, whole)
 
     def warnings(self) -> list[str]:
-        """Return a line about the texts that are cut, if there are any."""
+        """Return a line about truncated texts, if there are any."""
         if not self._cut:
             return []
         return [
@@ -257,7 +257,7 @@ class CutTexts:
 
 
 def _parts(texts: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Yield the parts of texts between spaces, which no word goes across, and how often there are; few come twice."""
+    """Yield the space-separated parts of texts with their counts; few parts are yielded twice."""
     counts: Counter[str] = Counter()
     source = iter(texts)
     while some := list(islice(source, _TOGETHER)):
@@ -291,7 +291,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _normalizer(folder: Path, vocabulary: Iterable[str]) -> Normalizer:
-    """Return what prepares texts for a ``vocab.txt``, as the ``tokenizer_config.json`` beside it says."""
+    """Return the normalizer for a ``vocab.txt``, from the ``tokenizer_config.json`` beside it."""
     path = folder / "tokenizer_config.json"
     config = read_json(path, "tokenizer's configuration") if path.is_file() else {}
     if not isinstance(config, dict):
@@ -306,9 +306,10 @@ def _normalizer(folder: Path, vocabulary: Iterable[str]) -> Normalizer:
 
 
 def _is_cased(vocabulary: Iterable[str]) -> bool:
-    """Say whether a vocabulary tells upper case from lower: special tokens, [PAD] and the like, say nothing.
+    """Return whether a vocabulary is cased, ignoring special tokens like [PAD].
 
-    Nor do single letters beyond ASCII: some of a lower-cased vocabulary have got a lower case in Unicode since then.
+    Single non-ASCII letters are ignored, too: some in lower-cased vocabularies have since been given a lower case in
+    Unicode.
     """
     ordinary = (entry for entry in vocabulary if not (len(entry) > 2 and entry[0] in "[<" and entry[-1] in "]>"))
     words = (entry.removeprefix("##") for entry in ordinary)

@@ -1,4 +1,4 @@
-"""Reading data through, as ``villa_validate`` does: every value that a run would read, and the checksums if any."""
+"""Validation of data for ``villa_validate``: every value that a run would read, and checksums if there are any."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _CHOICE = re.compile(
 
 
 def validate(path: Path, *, allow_empty_boxes: bool = False) -> str:
-    """Read a database, feature file or folder, or feature cache through.
+    """Check all values of a database, feature file, folder of feature files, or feature cache.
 
     Args:
         path: the file or folder.
         allow_empty_boxes: accept boxes without area.
 
     Returns:
-        What it is, in words.
+        A description of the data.
 
     Raises:
-        DataError: naming the first value that cannot be, or the first file that is not as it was written.
-        ConfigError: it is something else.
+        DataError: naming the first invalid value, or the first file that differs from its checksum.
+        ConfigError: the path holds something else.
     """
     if path.is_dir():
         return _folder(path, allow_empty_boxes)
@@ -52,7 +52,7 @@ def validate(path: Path, *, allow_empty_boxes: bool = False) -> str:
 
 
 def holds_features(path: Path) -> bool:
-    """Say whether a file is one of region features, which may be called like a file of weights."""
+    """Return whether a file holds region features; its name may be that of a weights file."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     from safetensors import SafetensorError, safe_open
@@ -102,7 +102,7 @@ def _images(path: Path, allow_empty: bool) -> str:
 
 
 def _choice(folder: str) -> BoxSelection:
-    """Return the choice of boxes that an environment's folder is named after."""
+    """Return the box selection that an environment's folder is named after."""
     compressed = folder.endswith("_compressed")
     found = _CHOICE.fullmatch(folder)
     if found is None:

@@ -1,4 +1,4 @@
-"""What a loss owes the rest of villa."""
+"""The interface of losses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Reduction = Literal["batchmean", "mean"]
 
 
 def symmetric_kl(logits: Tensor, clean_logits: Tensor, reduction: Reduction = "batchmean") -> Tensor:
-    """KL(p||q) + KL(q||p) of the two softmax distributions (VILLA, the L_kl of R_kl).
+    """Return KL(p||q) + KL(q||p) of the two softmax distributions (VILLA, the L_kl of R_kl).
 
     Args:
         logits: ``[rows, labels]`` on perturbed inputs.
         clean_logits: ``[rows, labels]`` on clean inputs; gradients flow into both.
-        reduction: ``batchmean`` sums over labels and averages over rows; ``mean`` averages over both (what the
-            released code does for VCR: half of ``batchmean`` with two labels).
+        reduction: ``batchmean`` sums over labels and averages over rows; ``mean`` averages over both, as the released
+            code does for VCR (half of ``batchmean`` with two labels).
     """
     log_p, log_q = F.log_softmax(logits, -1), F.log_softmax(clean_logits, -1)
     terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
@@ -33,7 +33,7 @@ def symmetric_kl(logits: Tensor, clean_logits: Tensor, reduction: Reduction = "b
 
 @dataclass
 class LossConfig:
-    """Options that every loss has: its registered name."""
+    """Options shared by all losses: the registered name."""
 
     name: str = "cross_entropy"
 
@@ -53,32 +53,32 @@ class Loss(nn.Module, ABC):
         """Return the scalar mean loss in float32 or wider.
 
         Raises:
-            DataError: the batch has no targets, or targets of the wrong form.
+            DataError: the batch has no targets, or targets of another form.
         """
 
     def consistency(
         self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
     ) -> Tensor:
-        """Return how far the predictions are from those on clean inputs: the L_kl of VILLA.
+        """Return the divergence of predictions from those on clean inputs (VILLA's L_kl).
 
         Args:
-            output: on perturbed inputs.
-            clean: on clean inputs; its logits and extras may be read, and gradients flow into both outputs.
-            batch: what both were computed from.
+            output: output on perturbed inputs.
+            clean: output on clean inputs; only its logits and extras may be read, and gradients flow into both.
+            batch: the batch that both were computed from.
             reduction: see ``symmetric_kl``.
         """
         return symmetric_kl(output.logits, clean.logits, reduction)
 
     def compares_examples(self, objectives: Collection[str]) -> bool:
-        """Whether an example's loss depends on which others share its micro-batch.
+        """Return whether an example's loss depends on the others of its micro-batch.
 
-        How updates are cut into micro-batches is then a part of the method.
+        If so, the cut of updates into micro-batches is part of the method.
 
         Args:
-            objectives: those that batches name.
+            objectives: objectives that batches name.
         """
         return False
 
     def count(self, batch: Batch) -> int:
-        """Number of elements that ``forward`` averages over: weights micro-batches within an update."""
+        """Return the number of elements that ``forward`` averages over, the weight of a micro-batch in its update."""
         return len(batch)

@@ -15,10 +15,10 @@ from villa.registry import register_loss
 
 @register_loss("cross_entropy")
 class CrossEntropy(Loss):
-    """Cross-entropy on class indices, mean over rows (VCR, NLVR2; one of two classes for each choice).
+    """Cross-entropy on class indices, averaged over rows (VCR, NLVR2; one of two classes per choice).
 
-    Soft targets ``t [rows, labels]`` (VQA's scores) give ``-sum_a t_a log p_a``: with one right answer the same as its
-    index, and nothing for a row without an answer.
+    For soft targets ``t [rows, labels]`` (VQA's scores) the terms are ``-sum_a t_a log p_a``: the same as with an index
+    if one answer is right, and 0 for a row without an answer.
     """
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
@@ -31,13 +31,13 @@ class CrossEntropy(Loss):
 
 @register_loss("binary_cross_entropy")
 class BinaryCrossEntropy(Loss):
-    """Per-answer sigmoid cross-entropy, summed over answers and averaged over examples (VQA, SNLI-VE, GQA).
+    """Sigmoid cross-entropy, summed over labels and averaged over examples (VQA, SNLI-VE, GQA).
 
-    Class indices are taken as one-hot targets.
+    Class indices are converted to one-hot targets.
     """
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Return the mean over examples of the sum over ``[B, labels]`` (released: mean x number of answers)."""
+        """Return the mean over examples of the sum over ``labels`` (released: mean x number of answers)."""
         logits = widened(output.logits)
         targets = _targets(batch)
         if not targets.is_floating_point():
@@ -47,7 +47,7 @@ class BinaryCrossEntropy(Loss):
 
 
 def class_indices(batch: Batch, logits: Tensor) -> Tensor:
-    """Return the target class of each row of ``logits [rows, labels]``: int64 ``[rows]``.
+    """Return the target class, int64 ``[rows]``, of each row of ``logits [rows, labels]``.
 
     Raises:
         DataError: the batch has no targets, or targets of another form.
@@ -85,11 +85,11 @@ def _indices(targets: Tensor, logits: Tensor) -> Tensor:
 
 @register_loss("language_model")
 class LanguageModel(CrossEntropy):
-    """Cross-entropy of the answers' tokens, each given those before it; mean over tokens. The prompt has no part in it.
+    """Next-token cross-entropy on the answers, averaged over tokens; prompts are not trained on.
 
     Logits are ``[N, vocabulary]`` and targets ``[N]``, for the N tokens of ``Batch.answer_mask``.
     """
 
     def count(self, batch: Batch) -> int:
-        """Number of answer tokens."""
+        """Return the number of answer tokens."""
         return len(batch) if batch.targets is None else batch.targets.numel()

@@ -1,4 +1,4 @@
-"""The sum of losses that LXMERT was pre-trained with: all of its objectives on one batch."""
+"""LXMERT's pre-training loss: the sum of all of its objectives on one batch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from villa.losses.classification import widened
 from villa.models.base import ModelOutput
 from villa.objectives import asked_parts
 
-#: What an answer, or a class of a region, that is not known is called.
+#: Target of an unknown answer or region class.
 UNKNOWN = -1
 
 
 def joint_loss(output: ModelOutput, batch: Batch, region_weight: float) -> Tensor:
     """Sum the losses of the parts that ``batch.part_targets`` has targets for.
 
-    ``words`` (the masked ones), ``matched`` (1: the text is about the image) and ``answers`` (-1: not known) are means
-    over what they ask for. ``objects``, ``attributes`` and ``features`` are summed over the masked regions (each of
-    the classes times the detector's confidence in it, ``object_confidence`` and ``attribute_confidence``), divided by
-    all regions, and weighted.
+    ``words`` (masked tokens), ``matched`` (1 if the text matches the image) and ``answers`` (-1 if unknown) are means
+    over their targets. ``objects``, ``attributes`` and ``features`` are summed over the masked regions, divided by the
+    number of all regions, and weighted; classes are also weighted by the detector's confidence
+    (``object_confidence``, ``attribute_confidence``).
 
     Args:
         output: its extras are the logits by part.
         batch: the targets.
-        region_weight: weight of the parts about regions.
+        region_weight: weight of the parts on regions.
 
     Raises:
         DataError: the batch or the model lacks a part.
@@ -48,7 +48,7 @@ def joint_consistency(
 ) -> Tensor:
     """Sum the divergences of the parts, weighted like their losses.
 
-    That of features is the squared difference, mean over the width; answers count where they are known.
+    Features use the squared difference, averaged over the width; only known answers count.
     """
     regions, terms = _region_count(batch), []
     for name in _asked(batch, output):
@@ -64,7 +64,7 @@ def joint_consistency(
 
 
 def _classes(name: str) -> Callable[[Tensor, Batch], Tensor]:
-    """Cross-entropy of rows ``[n, labels]`` whose target is known, mean over these; 0 without any."""
+    """Return the cross-entropy of logits ``[n, labels]``, averaged over known targets; 0 if none is known."""
 
     def term(logits: Tensor, batch: Batch) -> Tensor:
         targets = _targets(batch, name)
@@ -75,7 +75,7 @@ def _classes(name: str) -> Callable[[Tensor, Batch], Tensor]:
 
 
 def _confident_classes(name: str, confidence: str) -> Callable[[Tensor, Batch], Tensor]:
-    """Cross-entropy of masked regions ``[M, classes]`` times the detector's confidence, summed."""
+    """Return the cross-entropy of logits ``[M, classes]`` weighted by the detector's confidence, summed."""
 
     def term(logits: Tensor, batch: Batch) -> Tensor:
         terms = F.cross_entropy(widened(logits), _targets(batch, name), ignore_index=UNKNOWN, reduction="none")
@@ -85,12 +85,12 @@ def _confident_classes(name: str, confidence: str) -> Callable[[Tensor, Batch], 
 
 
 def _features(logits: Tensor, batch: Batch) -> Tensor:
-    """Smooth L1 distance of masked regions' features ``[M, D]``, mean over the width, summed over regions."""
+    """Return the smooth L1 loss of region features ``[M, D]``, averaged over the width and summed over regions."""
     wide = widened(logits)
     return F.smooth_l1_loss(wide, _targets(batch, "features").to(wide.dtype), reduction="none").mean(1).sum()
 
 
-#: The parts: what computes the loss of each of its logits.
+#: Loss function of each part.
 PARTS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "words": _classes("words"),
     "matched": _classes("matched"),
@@ -118,7 +118,7 @@ def _targets(batch: Batch, name: str) -> Tensor:
 
 
 def _region_count(batch: Batch) -> Tensor | int:
-    """All regions of a batch, masked or not."""
+    """Return the number of regions of a batch, masked or not."""
     if batch.region_mask is not None:
         return batch.region_mask.sum()
     return 1 if batch.features is None else batch.features.shape[:-1].numel()

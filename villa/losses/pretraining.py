@@ -1,4 +1,4 @@
-"""The loss of pre-training: every batch says which objective it is for."""
+"""Losses of pre-training, chosen by the objective that each batch names."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from villa.registry import register_loss
 
 
 def masked_features(output: ModelOutput, batch: Batch) -> Tensor:
-    """MRFR: squared error of the masked regions' features, mean over rows and columns of ``logits [M, D]``."""
+    """Return the MRFR loss: squared error of masked region features, averaged over ``logits [M, D]``."""
     logits = widened(output.logits)
     return F.mse_loss(logits, _rows(batch, logits, "features"))
 
 
 def masked_classes(output: ModelOutput, batch: Batch) -> Tensor:
-    """MRC: cross-entropy to the detector's class of each masked region, mean over rows of ``logits [M, classes]``.
+    """Return the MRC loss: cross-entropy with the detector's classes, averaged over rows of ``logits [M, classes]``.
 
-    Of a distribution the likeliest class counts, column 0 (background) left out as in the release; class indices are
-    taken as they are.
+    The target of a distribution is its most likely class except column 0 (background), as in the release.
     """
     logits = widened(output.logits)
     if batch.targets is not None and batch.targets.is_floating_point():
@@ -39,21 +38,21 @@ def masked_classes(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def masked_distributions(output: ModelOutput, batch: Batch) -> Tensor:
-    """MRC-kl: KL(detector || model), mean over rows and columns of ``logits [M, classes]`` as in the release."""
+    """Return the MRC-kl loss: KL(detector || model), averaged over ``logits [M, classes]`` as in the release."""
     logits = widened(output.logits)
     return F.kl_div(logits.log_softmax(1), _rows(batch, logits, "class distributions"), reduction="none").mean()
 
 
 def mean_squared_difference(output: ModelOutput, clean: ModelOutput) -> Tensor:
-    """How far two predictions of features are apart: the squared difference, mean over rows and columns."""
+    """Return the mean squared difference of two predictions of region features."""
     return F.mse_loss(output.logits, clean.logits)
 
 
 def _rows(batch: Batch, logits: Tensor, what: str) -> Tensor:
-    """Floating targets, a row for each row of the logits.
+    """Return the floating-point targets, of the shape of the logits.
 
     Raises:
-        DataError: there are none, or of another form.
+        DataError: there are none, or they have another form.
     """
     targets = batch.targets
     if targets is None or not targets.is_floating_point() or targets.shape != logits.shape:
@@ -66,10 +65,10 @@ def _rows(batch: Batch, logits: Tensor, what: str) -> Tensor:
 
 
 def alignment(output: ModelOutput, batch: Batch) -> Tensor:
-    """WRA: transport distances of right pairs less those of wrong ones, divided by all B pairs.
+    """Return the WRA loss: transport distances of matching pairs minus those of others, divided by all B pairs.
 
     Raises:
-        DataError: the model gives no distance.
+        DataError: the model computes no distance.
     """
     distance = output.extras.get("transport")
     if distance is None:
@@ -83,8 +82,8 @@ class ContrastiveConfig(LossConfig):
     """Options of the contrastive loss.
 
     Attributes:
-        form: ``softmax`` over the texts for every image and over the images for every text (CLIP, arXiv 2103.00020),
-            or ``sigmoid`` of every pair on its own (SigLIP, arXiv 2303.15343).
+        form: ``softmax`` over the texts of each image and the images of each text (CLIP, arXiv 2103.00020), or
+            ``sigmoid`` of each pair (SigLIP, arXiv 2303.15343).
     """
 
     name: str = "contrastive"
@@ -93,7 +92,7 @@ class ContrastiveConfig(LossConfig):
 
 @register_loss("contrastive")
 class Contrastive(Loss):
-    """Contrastive loss over all pairs of a micro-batch; several texts may be about one image."""
+    """Contrastive loss over all pairs of a micro-batch; several texts may match one image."""
 
     Config: ClassVar[type[LossConfig]] = ContrastiveConfig
     config: ContrastiveConfig
@@ -102,12 +101,12 @@ class Contrastive(Loss):
         """Return the mean over examples.
 
         Args:
-            output: with logits ``[B, B]``, images by texts.
-            batch: with targets ``[B, B]``, 1 where the text is about the image. Where several are, the softmax is
-                compared with the uniform distribution over them.
+            output: has logits ``[B, B]``, images by texts.
+            batch: has targets ``[B, B]``, 1 where the text matches the image; the target of a softmax with several
+                matches is uniform over them.
 
         Raises:
-            DataError: there are no targets, or they do not say which pairs match.
+            DataError: there are no targets, or they have another form.
         """
         logits, matches = widened(output.logits), self._matches(output.logits, batch)
         if self.config.form == "sigmoid":
@@ -117,7 +116,7 @@ class Contrastive(Loss):
     def consistency(
         self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
     ) -> Tensor:
-        """Return the divergence of the distributions that the loss compares: over texts and images, or of each pair."""
+        """Return the divergence of the loss's distributions: over texts and over images, or of each pair."""
         ours, theirs = output.logits, clean.logits
         if self.config.form == "sigmoid":
             divergence = symmetric_kl(_match_or_not(ours), _match_or_not(theirs), reduction)
@@ -125,7 +124,7 @@ class Contrastive(Loss):
         return (symmetric_kl(ours, theirs, reduction) + symmetric_kl(ours.T, theirs.T, reduction)) / 2
 
     def compares_examples(self, objectives: Collection[str]) -> bool:
-        """True: the texts and images of the others are those that do not match."""
+        """Return True: the other examples are the negatives."""
         return True
 
     def _matches(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -140,7 +139,7 @@ class Contrastive(Loss):
 
 
 def _match_or_not(logits: Tensor) -> Tensor:
-    """Logits ``[pairs, 2]`` whose softmax is the sigmoid of each, and its rest."""
+    """Return logits ``[pairs, 2]`` whose softmax is (sigmoid, 1 - sigmoid) of each logit."""
     return torch.stack((logits, torch.zeros_like(logits)), dim=-1).flatten(0, 1)
 
 
@@ -154,9 +153,9 @@ class PretrainingConfig(LossConfig):
     """Options of the pre-training loss.
 
     Attributes:
-        weights: factor on the whole loss of single objectives by name, the KL term of VILLA included; 1 for others.
-        transport_weight: weight of the alignment of words and regions in ``itm_wra``.
-        region_weight: weight of LXMERT's losses about regions.
+        weights: factors on the whole loss of objectives by name, VILLA's KL term included; 1 for others.
+        transport_weight: weight of the word-region alignment in ``itm_wra``.
+        region_weight: weight of LXMERT's losses on regions.
         contrastive_form: ``softmax`` or ``sigmoid``, the ``form`` of the loss ``contrastive``.
     """
 
@@ -167,7 +166,7 @@ class PretrainingConfig(LossConfig):
     contrastive_form: Literal["softmax", "sigmoid"] = "softmax"
 
     def check(self) -> None:
-        """Refuse unknown objectives and weights that make no sense."""
+        """Refuse unknown objectives and weights out of range."""
         check_objectives("loss.weights", self.weights)
         weights = {f"weights.{name}": weight for name, weight in self.weights.items()}
         weights |= {name: getattr(self, name) for name in ("transport_weight", "region_weight")}
@@ -178,7 +177,7 @@ class PretrainingConfig(LossConfig):
 
 @register_loss("pretraining")
 class Pretraining(Loss):
-    """The objective that each batch names, and what takes the place of the KL term where it has no distribution."""
+    """The loss and the consistency term of the objective that each batch names."""
 
     Config: ClassVar[type[LossConfig]] = PretrainingConfig
     config: PretrainingConfig
@@ -198,7 +197,7 @@ class Pretraining(Loss):
         }
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Return the mean loss of the batch's objective, weighted.
+        """Return the weighted mean loss of the batch's objective.
 
         Raises:
             DataError: the batch names no objective, or lacks its targets.
@@ -211,9 +210,9 @@ class Pretraining(Loss):
     def consistency(
         self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
     ) -> Tensor:
-        """Return the divergence of the masked words' distributions, of the match or of the class distributions.
+        """Return the divergence for the batch's objective, weighted.
 
-        That of regressed features is the mean squared difference, whatever the reduction.
+        It is the symmetric KL, except for regressed features: their mean squared difference, whatever the reduction.
         """
         objective = named_objective(batch)
         weight = self.config.weights.get(objective, 1.0)
@@ -227,11 +226,11 @@ class Pretraining(Loss):
         return weight * symmetric_kl(output.logits, clean.logits, reduction)
 
     def compares_examples(self, objectives: Collection[str]) -> bool:
-        """Whether one of the objectives does."""
+        """Return whether ``contrastive`` is one of the objectives."""
         return "contrastive" in objectives and self._contrastive.compares_examples(objectives)
 
     def count(self, batch: Batch) -> int:
-        """Masked tokens or regions, or else pairs: the elements that the mean runs over."""
+        """Return the number of masked tokens, masked regions or pairs."""
         return len(batch) if batch.targets is None else len(batch.targets)
 
     def _aligned(self, output: ModelOutput, batch: Batch) -> Tensor:
@@ -243,10 +242,10 @@ class Pretraining(Loss):
 
 
 def named_objective(batch: Batch) -> str:
-    """The objective that a batch is for.
+    """Return the objective of a batch.
 
     Raises:
-        DataError: it names none, or one that is not known.
+        DataError: it names none, or an unknown one.
     """
     if batch.objective is None or batch.objective not in OBJECTIVES:
         given = "no objective" if batch.objective is None else f"objective '{batch.objective}'"

@@ -21,14 +21,14 @@ class MarginConfig(LossConfig):
     """Options of the margin losses.
 
     Attributes:
-        margin: by how much the right score must exceed a wrong one; both are sigmoids, in (0, 1).
+        margin: margin between the sigmoid scores of right and wrong pairs, in (0, 1].
     """
 
     name: str = "margin_ranking"
     margin: float = 0.2
 
     def check(self) -> None:
-        """Refuse a margin that no two sigmoids can have between them."""
+        """Refuse a margin outside (0, 1]."""
         if not 0 < self.margin <= 1:
             raise ConfigError(f"loss.margin={self.margin} is not allowed; give a number in (0, 1]")
 
@@ -38,14 +38,14 @@ class RegionRankingConfig(MarginConfig):
     """Options of the margin loss on regions.
 
     Attributes:
-        hard_ratio: share of examples whose wrong region is the one with the highest score; the others draw any.
+        hard_ratio: share of examples whose negative is the wrong region with the highest score; others draw any.
     """
 
     name: str = "region_ranking"
     hard_ratio: float = 0.3
 
     def check(self) -> None:
-        """Refuse values that make no sense."""
+        """Check the ranges of the options."""
         super().check()
         if not 0 <= self.hard_ratio <= 1:
             raise ConfigError(f"loss.hard_ratio={self.hard_ratio} is not allowed; give a share in [0, 1]")
@@ -53,13 +53,13 @@ class RegionRankingConfig(MarginConfig):
 
 @register_loss("margin_ranking")
 class MarginRanking(Loss):
-    """max(margin + s(wrong) - s(right), 0), mean over all wrong pairs of all examples (retrieval)."""
+    """max(margin + s(wrong) - s(right), 0), averaged over all wrong pairs of all examples (retrieval)."""
 
     Config: ClassVar[type[LossConfig]] = MarginConfig
     config: MarginConfig
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Return the mean over the S - 1 wrong pairs of ``logits [B, S]``; targets say which pair is right."""
+        """Return the mean over the S - 1 wrong pairs of ``logits [B, S]``; targets are the indices of right pairs."""
         scores = widened(output.logits).sigmoid()
         targets = class_indices(batch, scores).unsqueeze(1)
         right = scores.gather(1, targets)
@@ -70,25 +70,25 @@ class MarginRanking(Loss):
 
 @register_loss("region_ranking")
 class RegionRanking(Loss):
-    """max(margin + s(wrong) - s(right), 0) with one wrong region an example, mean over examples."""
+    """max(margin + s(wrong) - s(right), 0) with one negative region per example, averaged over examples."""
 
     Config: ClassVar[type[LossConfig]] = RegionRankingConfig
     config: RegionRankingConfig
 
     def forward(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Draw a wrong region for each row of ``logits [B, R]`` from torch's generator, and return the mean."""
+        """Return the mean over rows of ``logits [B, R]``, with negatives drawn from torch's generator."""
         logits = widened(output.logits)
         targets = class_indices(batch, logits)
         return self.terms(logits, targets, self.negatives(logits.detach(), targets, batch)).mean()
 
     def terms(self, logits: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-        """Return the loss ``[B]`` for right and wrong regions ``[B]``; 0 for a row whose only region is right."""
+        """Return the loss ``[B]`` of right and negative regions ``[B]``; 0 for a row whose only region is right."""
         scores = logits.sigmoid()
         right, wrong = (scores.gather(1, index.unsqueeze(1)).squeeze(1) for index in (targets, negatives))
         return (self.config.margin + wrong - right).clamp(min=0) * (negatives != targets)
 
     def negatives(self, logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
-        """Draw a wrong region for each row: the best one with probability ``hard_ratio``, else any; ``[B]``."""
+        """Draw a negative region ``[B]`` per row: the best-scored with probability ``hard_ratio``, else any."""
         allowed = torch.ones_like(logits, dtype=torch.bool) if batch.region_mask is None else batch.region_mask.clone()
         allowed.scatter_(1, targets.unsqueeze(1), False)
         hardest = logits.masked_fill(~allowed, -torch.inf).argmax(1)

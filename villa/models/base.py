@@ -1,4 +1,4 @@
-"""What a model owes the rest of villa: a forward pass on a batch, and the points where it may be perturbed."""
+"""The interface of models: a forward pass on a batch, and the points where perturbations are added."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward pass returns.
+    """The output of a forward pass.
 
     Attributes:
-        logits: ``[rows, labels]`` scores that the loss and the KL term read. A generative model has a row for each
-            token of ``Batch.answer_mask``, a dual encoder one for each image, with the texts of the batch as labels;
-            masked modelling has a row for each masked token or region.
-        pooled: ``[rows, hidden]`` pooled output, where the model has one.
-        hidden_states: embedding output and the output of every layer, ``[rows, L, hidden]``, on request.
-        attentions: every layer's attention maps, ``[rows, heads, L, L]``, on request.
-        embeddings: of a dual encoder: images and texts, ``[B, D]`` each, of unit length.
-        extras: what else a loss reads, by name, floating: the logits of the parts of an objective, a distance ``[B]``.
+        logits: ``[rows, labels]``, for the loss and the KL term. A generative model has a row per token of
+            ``Batch.answer_mask``, masked modelling a row per masked token or region, and a dual encoder a row per
+            image, with the texts of the batch as labels.
+        pooled: ``[rows, hidden]`` pooled output, if the model has one.
+        hidden_states: embedding output and the output of every layer, ``[rows, L, hidden]`` each, on request.
+        attentions: attention maps of every layer, ``[rows, heads, L, L]`` each, on request.
+        embeddings: unit-length embeddings of images and texts, ``[B, D]`` each, of a dual encoder.
+        extras: other floating-point tensors that a loss reads, by name, such as the logits of an objective's parts.
     """
 
     logits: Tensor
@@ -52,24 +52,25 @@ class ModelOutput:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map_scores(self, function: Callable[[Tensor], Tensor]) -> ModelOutput:
-        """Return the output with ``function`` applied to the logits and to every one of ``extras``."""
+        """Return a copy with ``function`` applied to the logits and to all ``extras``."""
         extras = {name: function(value) for name, value in self.extras.items()}
         return replace(self, logits=function(self.logits), extras=extras)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place where a perturbation is added.
+    """A tensor inside a model to which a perturbation is added.
 
     Attributes:
         module: dotted path below the model, as in ``named_modules()``.
-        side: ``"output"`` of the module, or its first ``"input"``; a ``[rows, tokens, width]`` tensor.
-        mask: gives ``[rows, tokens]`` bool for a batch, True where the perturbation may move; None for all.
-        argument: keyword that the input is given by, instead of being the first one.
-        layout: ``channels_first`` for ``[rows, width, height, width]`` maps (patch embeddings); several dimensions
-            of ``tokens`` are taken as one.
-        confined: what the mask leaves out is not just padding (it belongs to another modality, or is masked), and is
-            never perturbed.
+        side: whether to perturb the module's ``"output"`` or its first ``"input"``; a ``[rows, tokens, width]`` tensor.
+        mask: maps a batch to ``[rows, tokens]`` bool, True where the perturbation may be non-zero; None means
+            everywhere.
+        argument: keyword argument to perturb instead of the first input.
+        layout: ``channels_first`` for ``[rows, width, height, width]`` maps (patch embeddings), whose spatial
+            dimensions are flattened into ``tokens``.
+        confined: never perturb positions outside the mask, even with ``mask_padding=false``: they are not padding but
+            belong to another modality, or are masked.
     """
 
     module: str
@@ -82,11 +83,11 @@ class Point:
 
 @dataclass
 class ModelConfig:
-    """Options that every model has.
+    """Options shared by all models.
 
     Attributes:
         name: the registered name.
-        checkpoint: weights to start from: a file, a run folder, or a folder of transformers.
+        checkpoint: weights to start from: a file, a run folder, or a transformers folder.
     """
 
     name: str = "uniter"
@@ -97,8 +98,8 @@ class Model(nn.Module, ABC):
     """Base of all models. A subclass knows nothing about adversaries, parallelism or the training loop.
 
     Attributes:
-        Config: the class of its options.
-        initial_rows: parameters that start from rows of others when a file of weights lacks them.
+        Config: the options class.
+        initial_rows: parameters that are initialised from rows of others when the weights lack them.
     """
 
     Config: type[ModelConfig] = ModelConfig
@@ -111,7 +112,7 @@ class Model(nn.Module, ABC):
 
         Args:
             config: an instance of ``cls.Config``.
-            facts: what the data fixes; a number that the configuration gives must agree with it.
+            facts: sizes and names fixed by the data; the configuration must agree with them.
 
         Raises:
             ConfigError: the configuration contradicts the data or itself.
@@ -123,19 +124,19 @@ class Model(nn.Module, ABC):
 
         Args:
             config: an instance of ``cls.Config``.
-            facts: what the data fixes.
-            assets: folder with what ``save_assets`` wrote beside the checkpoint.
+            facts: sizes and names fixed by the data.
+            assets: folder that ``save_assets`` wrote beside the checkpoint.
         """
         return cls.from_config(config, facts)
 
     def save_assets(self, folder: Path) -> None:
-        """Write what ``restore`` needs besides the configuration into ``folder``; by default nothing."""
+        """Write the files that ``restore`` needs besides the configuration into ``folder``; none by default."""
 
     def named_rows(self) -> Mapping[str, RowKind]:
-        """Parameters with a row for every word-piece or label, and which.
+        """Return the parameters whose rows stand for word-pieces or labels, with the kind of row.
 
-        By default they are found from the structure: the embedding that text is perturbed at, with the decoder that
-        shares its weight, and the last linear map of the head.
+        By default they are found from the structure: the embedding at which text is perturbed, the decoder tied to
+        it, and the last linear layer of the head.
         """
         point = self.perturbation_points().get("text")
         modules = dict(self.named_modules())
@@ -147,35 +148,35 @@ class Model(nn.Module, ABC):
 
         Args:
             source: a file or folder.
-            matching: the names of rows beside the weights, against those of the data; None takes rows as they are.
+            matching: matches the rows of the weights to those of the data by name; None keeps their order.
 
         Returns:
-            What was loaded and what stays fresh, for people.
+            A readable report of what was loaded and what stays fresh.
 
         Raises:
-            CheckpointError: there are no weights, or they are of another model.
+            CheckpointError: there are no weights, or they belong to another model.
         """
         return load_weights(self, source, matching, rows=self.named_rows(), initial=self.initial_rows)
 
     def pretrained(self) -> Any:
-        """The model, or all of it but a head of its own, as a model of transformers that shares its parameters.
+        """Return a transformers model that shares the parameters, perhaps all but those of the head.
 
-        That is how it is saved for others, and how it is read again. None (the default) where transformers has none.
+        Saved folders hold this model. None (the default) if transformers has no such model.
         """
         return None
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
-        """What the data set decodes for a batch: the logits, unless the model has to do more for an answer."""
+        """Return what the data set decodes: the logits, unless the model has to generate its answer."""
         return output.logits
 
     @abstractmethod
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
-        """Score a batch; return the hidden states of all layers or attention maps on request."""
+        """Run the model on a batch; return hidden states and attention maps on request."""
 
     @abstractmethod
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Where each modality may be perturbed: ``{"text": ..., "image": ...}`` (either may be absent)."""
+        """Return the perturbation point of each modality: ``{"text": ..., "image": ...}``; either may be absent."""
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of the parameter names of the task head, for its own learning rate."""
+        """Return the parameter-name prefixes of the task head, which may have its own learning rate."""
         return ()

@@ -1,4 +1,4 @@
-"""Loading weights into a model, from the files of UNITER and VILLA, of transformers, and our own checkpoints."""
+"""Loading weights into a model: files of UNITER and VILLA, of transformers, and villa's own checkpoints."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from villa.errors import CheckpointError
 from villa.facts import RowKind
 from villa.models.matching import Matching
 
-#: Rows of an enlarged type embedding that the release copies: rows of the model to source of each row.
+#: Source rows of an enlarged type embedding, by its number of rows, as in the release.
 #: Three: NLVR2's right image from the left. Four: VCR's answer and rationale from the question.
 TYPE_ROWS = {3: (0, 1, 1), 4: (0, 1, 0, 0)}
 
-#: What has one row a word: the word embedding, the decoder tied to it, and the decoder's bias.
+#: Parameters with a row per token: the word embedding, the decoder tied to it, and the decoder's bias.
 _WORDS = re.compile(r"(^|\.)(word_embeddings\.weight|cls\.predictions\.(bias|decoder\.weight|decoder\.bias))$")
 _TYPES = re.compile(r"(^|\.)token_type_embeddings\.weight$")
 
 
 def enlarged(name: str, given: Tensor, fresh: Tensor) -> tuple[Tensor, str] | None:
-    """Give a tensor the rows that the model has more than the file.
+    """Add the rows that a tensor of the file lacks.
 
     Args:
-        name: parameter.
-        given: ``[rows, ...]`` of the file.
-        fresh: ``[more rows, ...]`` of the model.
+        name: parameter name.
+        given: ``[rows, ...]``, from the file.
+        fresh: ``[more rows, ...]``, of the model.
 
     Returns:
-        The enlarged tensor and what was done, for the report; None when this is not to be done.
+        The enlarged tensor and a note for the report; None if the tensor must not be enlarged.
     """
     if not given.dim() or given.shape[1:] != fresh.shape[1:] or not 0 < len(given) < len(fresh):
         return None
@@ -56,14 +56,14 @@ def enlarged(name: str, given: Tensor, fresh: Tensor) -> tuple[Tensor, str] | No
 
 
 def derived(initial: InitialRows, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Make the parameters that a file lacks out of rows of those that it has.
+    """Initialise parameters that a file lacks from rows of others.
 
     Args:
-        initial: what each starts from.
-        weights: what the file holds, under the model's names.
+        initial: the source rows of each parameter.
+        weights: tensors of the file under the model's names.
 
     Returns:
-        The tensors by name, and what was done, for the report.
+        The tensors by name, and notes for the report.
     """
     made: dict[str, Tensor] = {}
     notes = []
@@ -79,7 +79,7 @@ def derived(initial: InitialRows, weights: Mapping[str, Tensor]) -> tuple[dict[s
 __all__ = ["LoadReport", "load_weights"]
 
 Weights = dict[str, Tensor]
-#: Parameters that a file of weights may lack, and the tensor and its rows of the file that each starts from instead:
+#: Parameters that a file may lack, with the tensor and rows that initialise them instead:
 #: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.
 InitialRows = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -92,27 +92,27 @@ def load_weights(
     rows: Mapping[str, RowKind] | None = None,
     initial: InitialRows | None = None,
 ) -> LoadReport:
-    """Load weights into a model; the model is unchanged when that fails.
+    """Load weights into a model; leave the model unchanged if that fails.
 
-    Prefixes of the names (``module.``, ``bert.``, ``uniter.``, none) are matched to the model's, and ``gamma`` and
-    ``beta`` are read as ``weight`` and ``bias``. Type embeddings with fewer rows than the model's are enlarged
-    as in the release (NLVR2, VCR); the other rows of a larger vocabulary stay fresh; what ``initial`` names starts from
-    other tensors. Rows that have names on both sides are matched by them. Heads may be
-    fresh; so may the image side as a whole (the weights of a text model), the pooler, and nothing else.
+    Name prefixes (``module.``, ``bert.``, ``uniter.``, none) are matched to the model's, and ``gamma`` and ``beta``
+    are read as ``weight`` and ``bias``. Rows that have names on both sides are matched by name. Type embeddings with
+    fewer rows than the model's are enlarged as in the release (NLVR2, VCR), and the additional rows of a larger
+    vocabulary stay fresh. Heads and the pooler may be missing, and so may the image side as a whole (the weights of a
+    text model), but nothing else.
 
     Args:
         model: the model to load into.
-        path: a file of weights or a folder that has one (see ``read_weights``).
-        matching: the names beside the weights and of the data; None takes every row as it is.
+        path: a file of weights or a folder that holds one (see ``read_weights``).
+        matching: matches rows by name; None keeps their order.
         rows: what the rows of parameters stand for (``Model.named_rows``).
         initial: parameters that the file may lack (``Model.initial_rows``).
 
     Returns:
-        What was loaded and what was not; its text is for people.
+        A readable report of what was loaded and what was not.
 
     Raises:
         CheckpointError: the file cannot be used, lacks weights of the backbone, or has tensors of another shape or
-            with numbers that are not finite.
+            with non-finite values.
     """
     expected = model.state_dict()
     weights = without_wrapper(plain_names(read_weights(path)))
@@ -143,13 +143,13 @@ def load_weights(
 
 
 def _missing(expected: Mapping[str, Tensor], given: set[str]) -> tuple[str, ...]:
-    """Names that are not given, and whose tensor is not that of a name that is (tied weights)."""
+    """Return the names that are not given, neither directly nor through a tied weight."""
     there = {_identity(value) for name, value in expected.items() if name in given}
     return tuple(name for name, value in expected.items() if name not in given and _identity(value) not in there)
 
 
 def _identity(value: Tensor) -> object:
-    """The same for two names of one tensor."""
+    """Return a key that is equal for two names of one tensor."""
     return (value.data_ptr(), value.shape, value.stride()) if value.data_ptr() else id(value)
 
 
@@ -157,10 +157,10 @@ def _check_complete(report: LoadReport, expected: Mapping[str, Tensor]) -> None:
     """Refuse weights that would leave a part of the backbone fresh."""
     absent = [name for name in report.missing if is_backbone(name)]
     image = [name for name in report.missing if is_image_side(name)]
-    if len(image) < sum(map(is_image_side, expected)):  # otherwise the weights of a text model
+    if len(image) < sum(map(is_image_side, expected)):  # else these are the weights of a text model
         absent += image
     if not any(map(is_backbone, expected)) and 2 * len(report.loaded) < len(expected):
-        absent = list(report.missing)  # a model of unknown build
+        absent = list(report.missing)  # a model of unknown structure
     if absent:
         lacking, unused = (listed(grouped(names, report.loaded)) for names in (absent, report.unexpected))
         raise CheckpointError(
@@ -171,7 +171,7 @@ def _check_complete(report: LoadReport, expected: Mapping[str, Tensor]) -> None:
 
 
 def check_shapes(path: str | Path, weights: Weights, expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of another shape than the model's.
+    """Refuse tensors whose shape differs from the model's.
 
     Raises:
         CheckpointError: naming them.

@@ -1,4 +1,4 @@
-"""LXMERT (arXiv 1908.07490) on the modules of transformers: text and regions apart, then reading each other."""
+"""LXMERT (arXiv 1908.07490) on transformers' modules: a text and a region stream, then cross-attention."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from villa.registry import register_model
 
 @dataclass
 class LxmertConfig(TwoHeadConfig):
-    """Options of LXMERT, besides those that it shares with others.
+    """Options of LXMERT.
 
     Attributes:
         language_layers: layers over the text.
         vision_layers: layers over the regions.
-        cross_layers: layers in which both read each other.
-        feature_dim: width of a region feature; None takes the data's.
-        box_dim: numbers of a box that are read: x1, y1, x2, y2 for 4.
-        released: compute as the released code does: the embeddings of position 0 and of type 0 are never trained,
-            and masked attention scores are lowered by 10,000 instead of the largest number.
+        cross_layers: cross-attention layers.
+        feature_dim: width of the region features; None takes the data's.
+        box_dim: columns of a box that are read: x1, y1, x2, y2 for 4.
+        released: compute as the released code does: never train the embeddings of position 0 and type 0, and lower
+            masked attention scores by 10,000 instead of the largest number of the dtype.
     """
 
     name: str = "lxmert"
@@ -49,11 +49,11 @@ class LxmertConfig(TwoHeadConfig):
     released: bool = False
 
     def check(self, *sizes: str) -> None:
-        """Check the numbers against each other; see the base class."""
+        """Check that the options are consistent."""
         super().check("language_layers", "vision_layers", "cross_layers", "feature_dim", "box_dim", *sizes)
 
     def transformer(self, facts: DataFacts) -> Any:
-        """Return the configuration object of transformers.
+        """Return the transformers configuration.
 
         Raises:
             ConfigError: a number contradicts the data or is not known.
@@ -77,14 +77,14 @@ _LAYER_NORM_EPS = 1e-12
 
 
 class LxmertEncoded(NamedTuple):
-    """What the transformer made of N rows.
+    """The transformer's output for N rows.
 
     Attributes:
-        text: states of the text, embedding and after every language and cross layer, ``[N, T, hidden]`` each.
-        regions: last states of the regions, ``[N, R, hidden]``.
+        text: text states after the embedding and every language and cross layer, ``[N, T, hidden]`` each.
+        regions: last region states, ``[N, R, hidden]``.
         pooled: ``[N, hidden]``.
         attentions: see ``Lxmert.forward``.
-        examples: B, examples that the rows are of.
+        examples: number of examples B.
     """
 
     text: tuple[Tensor, ...]
@@ -96,14 +96,14 @@ class LxmertEncoded(NamedTuple):
 
 @register_model("lxmert")
 class Lxmert(Model):
-    """LXMERT with the head that scores answers, or the one for two images (NLVR2).
+    """LXMERT with an answer head, or the head for two images (NLVR2).
 
-    The head's parameters carry the released names ``logit_fc.{0,2,3}``, those of the transformer the names of
-    ``LxmertModel`` below ``lxmert``.
+    The head's parameters have the released names ``logit_fc.{0,2,3}``, the transformer's those of ``LxmertModel``
+    below ``lxmert``.
 
     Args:
-        config: configuration object of transformers.
-        images: images an example; the pooled outputs of all lie side by side in the head.
+        config: transformers configuration.
+        images: images per example; the head reads their concatenated pooled outputs.
         num_labels: classes of the head.
         released: see ``LxmertConfig``.
     """
@@ -124,11 +124,11 @@ class Lxmert(Model):
             nn.LayerNorm(wide, eps=_LAYER_NORM_EPS),
             nn.Linear(wide, num_labels),
         )
-        if config.pad_token_id is not None:  # transformers takes row 0 whatever its configuration says
+        if config.pad_token_id is not None:  # transformers uses row 0 whatever its configuration says
             self.lxmert.embeddings.word_embeddings.padding_idx = config.pad_token_id
         if not released:
             for embedding in (self.lxmert.embeddings.position_embeddings, self.lxmert.embeddings.token_type_embeddings):
-                embedding.padding_idx = None  # row 0 is a position, or a type, like the others
+                embedding.padding_idx = None  # train position 0 and type 0 like the others
         self.apply(self._initialise)
 
     @classmethod
@@ -147,7 +147,7 @@ class Lxmert(Model):
         )
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
-        """Load the weights that ``model.checkpoint`` names; see the base class."""
+        """Load the weights that ``model.checkpoint`` names."""
         try:
             if self._is_whole(source, matching):
                 whole = self.pretrained()
@@ -169,13 +169,13 @@ class Lxmert(Model):
         """Score a batch of texts and image regions.
 
         Returns:
-            Logits ``[B, labels]``; the pooled output ``[B * images, hidden]``; on request the states of the text
-            (embedding, then every language and cross layer), and the attention of the language layers
-            ``[rows, heads, T, T]``, the vision layers ``[..., R, R]`` and, from text to regions, the cross layers
+            Logits ``[B, labels]``; the pooled output ``[B * images, hidden]``; on request the text states (embedding,
+            then every language and cross layer), and the attention maps of the language layers
+            ``[rows, heads, T, T]``, the vision layers ``[..., R, R]`` and the cross layers from text to regions
             ``[..., T, R]``, in this order.
 
         Raises:
-            DataError: the batch lacks text, features or boxes, or they do not suit the model.
+            DataError: the batch lacks text, features or boxes, or they do not fit the model.
         """
         encoded = self.encode(batch, attentions)
         logits = self.logit_fc(encoded.pooled.reshape(encoded.examples, -1))
@@ -206,7 +206,7 @@ class Lxmert(Model):
         )
 
     def pretrained(self) -> Any:
-        """With a head for answers, the question answering model of transformers; else the transformer alone."""
+        """Return transformers' question-answering model, or for NLVR2 the transformer without its head."""
         from transformers import LxmertForQuestionAnswering
 
         if (self.layout.images or 1) > 1:
@@ -219,18 +219,18 @@ class Lxmert(Model):
         return whole
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the looked-up word embedding. Image: the region feature before its projection."""
+        """Return the looked-up word embedding (text) and the region features before their projection (image)."""
         return {
             "text": Point("lxmert.embeddings.word_embeddings", "output", self.layout.text_mask),
             "image": Point("lxmert.encoder.visn_fc.visn_fc", "input", self.layout.region_mask),
         }
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The answer head."""
+        """Return the prefix of the answer head."""
         return ("logit_fc",)
 
     def _is_whole(self, source: str, matching: Matching | None) -> bool:
-        """Whether a folder of transformers has the head for answers too, with as many labels or named ones."""
+        """Return whether a transformers folder holds a usable answer head: the same number of labels, or named ones."""
         file = os.path.join(source, CONFIG_FILE)  # noqa: PTH118 (as below)
         if (self.layout.images or 1) > 1 or not os.path.isfile(file):  # noqa: PTH113 (as below)
             return False
@@ -248,18 +248,18 @@ class Lxmert(Model):
         return embedded
 
     def _boxes(self, rows: Rows) -> Tensor:
-        """The first numbers of every box, ``[N, R, box_dim]``."""
+        """Return the first columns of every box, ``[N, R, box_dim]``."""
         wanted, given = self.lxmert.config.visual_pos_dim, rows.boxes.shape[-1]
         if given < wanted:
             raise DataError(f"the model reads boxes of {wanted} numbers, but those of the data have {given}")
         return rows.boxes[..., :wanted]
 
     def _score_mask(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """What is added to attention scores; see ``score_mask``."""
+        """Return the additive attention mask; see ``score_mask``."""
         return score_mask(mask, like, RELEASED_MASK if self.released else None)
 
     def _initialise(self, module: nn.Module) -> None:
-        """Fresh weights of the release."""
+        """Initialise a module as the release does."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.lxmert.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:

@@ -1,4 +1,4 @@
-"""LXMERT with the heads that it was pre-trained with; every batch says which of them it is for."""
+"""LXMERT with its pre-training heads; every batch names the objective that selects one."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from villa.models.uniter.pretraining import Transform, WordPrediction, head_of, 
 from villa.objectives import LXMERT_PARTS, asked_parts
 from villa.registry import register_model
 
-#: A head for every part; objective ``lxmert`` asks for all those that a batch has targets for.
+#: Part of each head; objective ``lxmert`` has all parts that a batch has targets for.
 _HEADS: dict[str, str | None] = {**{part: part for part in LXMERT_PARTS}, "lxmert": None}
-#: The released names of the decoders of regions.
+#: Released names of the region decoders.
 _DECODERS = {"objects": "obj", "attributes": "attr", "features": "feat"}
 
 
 @dataclass
 class LxmertPretrainingConfig(LxmertConfig):
-    """Options of LXMERT in pre-training, besides those of the model for tasks.
+    """Options of LXMERT in pre-training.
 
     Attributes:
-        num_labels: classes of regions (1,600 in the release); None takes the data's.
-        num_attributes: attributes of regions.
+        num_labels: object classes of regions (1,600 in the release); None takes the data's.
+        num_attributes: attribute classes of regions.
         num_answers: answers to questions.
     """
 
@@ -39,7 +39,7 @@ class LxmertPretrainingConfig(LxmertConfig):
     num_answers: int = 9500
 
     def check(self, *sizes: str) -> None:
-        """Check the numbers against each other; see the base class."""
+        """Check that the options are consistent."""
         super().check("num_attributes", "num_answers", *sizes)
         if self.head != "answers":
             raise ConfigError(f"model.head='{self.head}' does not exist in pre-training; leave it out")
@@ -47,16 +47,17 @@ class LxmertPretrainingConfig(LxmertConfig):
 
 @register_model("lxmert_pretraining")
 class LxmertForPretraining(Lxmert):
-    """Logits of what the batch's objective asks for, or, for ``lxmert``, of every part of it in ``extras``.
+    """LXMERT that predicts the targets of the batch's objective.
 
+    The logits are those of a single part, or, for ``lxmert``, those of all parts, in ``extras``:
     ``words [N, vocabulary]`` of the N masked tokens; ``objects [M, labels]``, ``attributes [M, attributes]`` and
-    ``features [M, feature_dim]`` of the M masked regions; ``matched [B, 2]``; ``answers [B, answers]``. The heads carry
+    ``features [M, feature_dim]`` of the M masked regions; ``matched [B, 2]``; ``answers [B, answers]``. The heads have
     the released names ``cls``, ``obj_predict_head`` and ``answer_head``.
 
     Args:
-        config: configuration object of transformers.
-        num_labels: classes of regions.
-        num_attributes: attributes of regions.
+        config: transformers configuration.
+        num_labels: object classes.
+        num_attributes: attribute classes.
         num_answers: answers.
         released: see ``LxmertConfig``.
     """
@@ -99,10 +100,10 @@ class LxmertForPretraining(Lxmert):
         )
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
-        """Predict what the batch's objective asks for; states and attention as in ``Lxmert.forward``.
+        """Predict the targets of the batch's objective; states and attention maps as in ``Lxmert.forward``.
 
         Raises:
-            DataError: the batch lacks text, features, boxes or masks, or its objective has no head here.
+            DataError: the batch lacks text, features, boxes or masks, or the model has no head for its objective.
         """
         part = head_of(batch, _HEADS)
         encoded = self.encode(batch, attentions)
@@ -113,16 +114,16 @@ class LxmertForPretraining(Lxmert):
         return replace(output, hidden_states=encoded.text if hidden_states else (), attentions=encoded.attentions)
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """As for the tasks, but masked regions are never perturbed."""
+        """Return the points of ``Lxmert``, with masked regions excluded."""
         points = super().perturbation_points()
         return {**points, "image": replace(points["image"], mask=self.layout.visible_regions, confined=True)}
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """None: the release gives the heads no learning rate of their own."""
+        """Return none: the heads have no learning rate of their own in the release."""
         return ()
 
     def _score(self, part: str, encoded: LxmertEncoded, batch: Batch) -> Tensor:
-        """Logits of a part."""
+        """Return the logits of a part."""
         if part == "words":
             words: Tensor = self.cls["predictions"](encoded.text[-1][required_mask("masked_tokens", batch)])
             return words

@@ -1,4 +1,4 @@
-"""Rows of weights that stand for word-pieces and labels, brought by name from a checkpoint's order into the data's."""
+"""Matching of weight rows by name: word-pieces and labels, from a checkpoint's order to the data's."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from villa.checkpoints.load_report import listed
 from villa.errors import CheckpointError
 from villa.facts import DataFacts, RowKind
 
-#: What transformers calls labels that nobody has named, and numbers, which data without names have.
+#: Label names that transformers generates, and numbers, the labels of data without names.
 _GENERIC, _NUMBER = re.compile(r"LABEL_(\d+)"), re.compile(r"(?:LABEL_)?(\d+)")
-#: Facts of reading that no weights can be used without.
+#: Facts of reading that must agree for the weights to be usable.
 _DECISIVE = ("feature extractor", "kind of tokenizer")
 _SPECIAL = ("[CLS]", "[SEP]", "[MASK]")
 _WORDS: dict[RowKind, str] = {"tokens": "word-pieces", "labels": "labels"}
 _FRESH = -1
-#: Vocabularies are brought to a multiple of one of these.
+#: Vocabularies are padded to a multiple of one of these.
 _PADDED = (8, 16, 32, 64, 128, 256, 512)
 
 Name = str | None
 
 
 class Matching:
-    """What is named beside weights, against what the data name.
+    """Matches the word-pieces and labels of weights to those of the data.
 
     Args:
         source: where the weights come from, for messages.
-        given: what is known beside them; with ``vocab_size``, its tokens are only those of as many rows.
-        wanted: the facts of the data.
+        given: facts stored beside the weights; with ``vocab_size``, its tokens only name that many rows.
+        wanted: facts of the data.
 
     Raises:
-        CheckpointError: the data are read in a way that these weights are certainly of no use for.
+        CheckpointError: the data are read in a way that makes the weights useless.
     """
 
     def __init__(self, source: str, given: DataFacts, wanted: DataFacts) -> None:
@@ -51,19 +51,19 @@ class Matching:
         self._check()
 
     def names(self, kind: RowKind) -> bool:
-        """Whether both sides name their rows."""
+        """Return whether both sides name their rows."""
         return None not in self._names[kind]
 
     def moves(self, kind: RowKind) -> bool:
-        """Whether both sides name their rows, and not alike."""
+        """Return whether both sides name their rows, but differently."""
         given, wanted = self._names[kind]
         return given is not None and wanted is not None and tuple(given) != tuple(wanted)
 
     def rows(self, kind: RowKind, given: int, wanted: int) -> Tensor | None:
-        """For each of ``wanted`` rows of the model the row among ``given`` of the file, -1 for a fresh one: int64.
+        """Return the file's row for each row of the model, int64 ``[wanted]``; -1 for a fresh one.
 
-        Rows that neither side names (of a vocabulary that is padded) are matched by their place. None where the rows
-        stay as they are.
+        Rows that neither side names (of a padded vocabulary) are matched by position. None if the order does not
+        change.
         """
         theirs, ours = self._names[kind]
         if theirs is None or ours is None or (given == wanted and not self.moves(kind)):
@@ -86,17 +86,17 @@ class Matching:
     def place(
         self, weights: MutableMapping[str, Tensor], fresh: Mapping[str, Tensor], rows: Mapping[str, RowKind]
     ) -> None:
-        """Put the rows of weights into the order of the model's names, in place.
+        """Reorder the rows of the weights to the model's order, in place.
 
-        A tensor without a row of a known label is left out, and so stays fresh.
+        A tensor with no row for any of the model's labels is removed, so that the parameter stays fresh.
 
         Args:
-            weights: what the file holds, under the model's names.
+            weights: tensors of the file under the model's names.
             fresh: the model's own values, which new rows keep.
             rows: what the rows of parameters stand for (``Model.named_rows``).
 
         Raises:
-            CheckpointError: no word-piece is known on both sides.
+            CheckpointError: the two sides have no word-piece in common.
         """
         for name, kind in rows.items():
             if name not in weights or name not in fresh or not weights[name].dim():
@@ -120,10 +120,10 @@ class Matching:
     def notes(
         self, loaded: Mapping[str, Tensor], fresh: Mapping[str, Tensor], rows: Mapping[str, RowKind]
     ) -> tuple[str, ...]:
-        """Say what became of the rows that were named, or what was assumed of those that were not.
+        """Describe how named rows were matched, and what was assumed about the others.
 
         Args:
-            loaded: tensors of the file under the model's names, before they were put in order.
+            loaded: tensors of the file under the model's names, before reordering.
             fresh: the model's own values.
             rows: see ``place``.
         """
@@ -136,7 +136,7 @@ class Matching:
         return (*notes, *self._assumed([kind for kind in kinds if kind not in moved]))
 
     def reading(self) -> tuple[str, ...]:
-        """Say what is read otherwise than it was when the weights were trained."""
+        """Describe what is read differently from when the weights were trained."""
         both = ((fact, self.given.reading.get(fact), value) for fact, value in self.wanted.reading.items())
         return tuple(
             f"{fact} {before} in training, {now} in the data" for fact, before, now in both if before not in (None, now)
@@ -190,7 +190,7 @@ class Matching:
         return "; ".join(parts)
 
     def _assumed(self, kinds: Sequence[RowKind]) -> list[str]:
-        """What is taken for granted about rows that are not named on both sides."""
+        """Describe the assumptions about rows that are not named on both sides."""
         lacking: dict[str, list[str]] = {}
         for kind in kinds:
             theirs, ours = self._names[kind]
@@ -205,7 +205,7 @@ class Matching:
         ]
 
     def _known_alike(self, kind: RowKind) -> bool:
-        """Whether there is nothing to assume: no labels at all, or tokenizers of the same name."""
+        """Return whether there is nothing to assume: no labels at all, or tokenizers of the same name."""
         if kind == "labels":
             return self.wanted.labels is None and self.given.labels is None
         named = self.given.reading.get("tokenizer")
@@ -213,10 +213,10 @@ class Matching:
 
 
 def _usable(labels: Sequence[str] | None, others: Sequence[str] | None) -> Sequence[str] | None:
-    """Labels that can be told from each other by their names; None where they have none, or not each its own.
+    """Return the labels if their names identify them; None if they have no names or share some.
 
-    ``LABEL_0``, ... are names where the other side has such, too, or numbers among theirs: a number may mean another
-    row where counting starts with 1.
+    ``LABEL_0``, ... count as names if the other side has such names too, or if one side's numbers include the other's:
+    a number may mean another row where counting starts at 1.
     """
     if not labels or len(set(labels)) < len(labels):
         return None
@@ -227,7 +227,7 @@ def _usable(labels: Sequence[str] | None, others: Sequence[str] | None) -> Seque
 
 
 def _counted(given: Sequence[str] | None, wanted: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names that labels of the data mean which are the numbers 0, 1, ... of those of the file; else None."""
+    """Return the names that the data's labels stand for if they are the numbers 0, 1, ... of the file's, else None."""
     if not given or not wanted or len(given) != len(wanted) or {*wanted} != {str(row) for row in range(len(given))}:
         return None
     named = not any(map(_NUMBER.fullmatch, given)) and len({*given}) == len(given)
@@ -235,23 +235,23 @@ def _counted(given: Sequence[str] | None, wanted: Sequence[str] | None) -> tuple
 
 
 def _numbers(labels: Sequence[str]) -> set[int]:
-    """The numbers that labels are; none if one is another word."""
+    """Return the labels as numbers; an empty set if one of them is not a number."""
     found = [_NUMBER.fullmatch(label) for label in labels]
     return {int(match[1]) for match in found if match} if all(found) else set()
 
 
 def _is_padded(rows: int, given: int) -> bool:
-    """Whether a table of ``rows`` was brought to a size that is fast to compute with."""
+    """Return whether ``given`` is ``rows`` padded to a size that is fast to compute with."""
     return any(given == -(-rows // size) * size for size in _PADDED)
 
 
 def _filled(names: Sequence[Name], rows: int) -> list[Name]:
-    """One name a row."""
+    """Return one name per row, None for rows beyond the names."""
     return [*names[:rows], *[None] * (rows - len(names))]
 
 
 def _match_spelling(found: list[int], theirs: Sequence[Name], ours: Sequence[Name]) -> None:
-    """Find labels that differ in case, white space around them or ``LABEL_``, where it is clear which is meant."""
+    """Match labels that differ only in case, surrounding white space or ``LABEL_``, where this is unambiguous."""
     used, alike = set(found), Counter(map(_folded, ours))
     left: dict[str, list[int]] = {}
     for row, name in enumerate(theirs):
@@ -274,13 +274,13 @@ def _is_renamed(theirs: Sequence[Name], row: int, name: Name) -> bool:
 
 
 def _special(facts: DataFacts) -> dict[str, int]:
-    """Ids of the special word-pieces of BERT, as far as they are known."""
+    """Return the ids of BERT's special tokens, as far as they are known."""
     if facts.tokens is not None:
         return {token: facts.tokens.index(token) for token in _SPECIAL if token in facts.tokens}
     return {token: int(facts.reading[token]) for token in _SPECIAL if token in facts.reading}
 
 
-#: What LoRA puts around a linear map; the rows of the first are not those of the map.
+#: LoRA's parts of a linear layer; the rows of the first are not those of the layer.
 _ADAPTERS = ("lora_A", "lora_B")
 
 
@@ -288,9 +288,9 @@ def rows_of(module: nn.Module, words: Iterable[nn.Module], heads: Iterable[str])
     """Return what the rows of parameters stand for.
 
     Args:
-        module: what the names are below.
+        module: the module that the parameter names start from.
         words: embeddings and decoders of word-pieces.
-        heads: prefixes of the names of the head.
+        heads: parameter-name prefixes of the head.
     """
     found: dict[str, RowKind] = dict.fromkeys(_of_words(module, words), "tokens")
     heads = tuple(heads)
@@ -307,7 +307,7 @@ def rows_of(module: nn.Module, words: Iterable[nn.Module], heads: Iterable[str])
 
 
 def _of_words(module: nn.Module, words: Iterable[nn.Module]) -> Iterator[str]:
-    """Names of the weights of word embeddings and decoders, also where they are shared, and of the decoders' biases."""
+    """Yield the parameter names of word embeddings and decoders, tied or not, and of the decoders' biases."""
     inner = {id(value): value for part in words for value in part.parameters(recurse=False)}
     named = dict(module.named_parameters(remove_duplicate=False))
     for name, value in named.items():
@@ -321,7 +321,7 @@ def _of_words(module: nn.Module, words: Iterable[nn.Module]) -> Iterator[str]:
 
 
 def _of_layer(module: nn.Module, path: str) -> Iterator[str]:
-    """Names of the parameters of a linear layer, and of what LoRA has put around it."""
+    """Yield the parameter names of a linear layer, those of its LoRA adapter included."""
     whole = path.removesuffix(".base_layer")
     size = module.get_parameter(f"{path}.weight").shape[0]
     for name, value in module.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""From a batch to the rows that UNITER reads: one text and one image a row, packed without padding between them."""
+"""Arranging a batch as the rows that UNITER reads: one text and one image each, packed without padding between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from villa.errors import DataError
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows of one text and one image each.
+    """N rows, each with one text and one image.
 
     Attributes:
         input_ids: ``[N, T]``.
@@ -24,8 +24,8 @@ class Rows:
         boxes: ``[N, R, 4 | 6 | 7]``.
         region_mask: ``[N, R]`` bool, or None when every region is real.
         image_types: ``[N | 1, R | 1]`` type of each region.
-        examples: B, examples that the rows are of.
-        masked_regions: ``[N, R]`` bool, True where masked region modelling hides a region; None for nowhere.
+        examples: number of examples B.
+        masked_regions: ``[N, R]`` bool, True where masked region modelling hides a region; None if it hides none.
     """
 
     input_ids: Tensor
@@ -41,16 +41,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the examples of a batch become rows.
+    """How examples are arranged as rows.
 
-    An example with C texts and I images makes max(C, I) rows: text i with image i, and where there is only one
-    text or one image, it is repeated (VCR: one image for four texts; NLVR2: one text for two images; retrieval:
-    any of these). Joint images lie side by side in one row instead.
+    An example with C texts and I images becomes max(C, I) rows: text i with image i. A single text or image is
+    repeated (VCR: one image for four texts; NLVR2: one text for two images; retrieval: any of these). Joint images
+    are concatenated in one row instead.
 
     Attributes:
-        images: images an example; None takes any number.
-        joint: all images of an example lie in one row.
-        typed_images: image i has type 1 + i; otherwise every region has type 1.
+        images: images per example; None for any number.
+        joint: put all images of an example into one row.
+        typed_images: give image i the type 1 + i; otherwise every region has type 1.
     """
 
     images: int | None = 1
@@ -58,15 +58,15 @@ class RowLayout:
     typed_images: bool = False
 
     def text_mask(self, batch: Batch) -> Tensor | None:
-        """``[N, T]`` bool of the rows of ``batch``, or None when every token is real."""
+        """Return the rows' text mask, ``[N, T]`` bool, or None when every token is real."""
         return None if batch.attention_mask is None else self._text_rows(batch.attention_mask, batch)
 
     def region_mask(self, batch: Batch) -> Tensor | None:
-        """``[N, R]`` bool of the rows of ``batch``, or None when every region is real."""
+        """Return the rows' region mask, ``[N, R]`` bool, or None when every region is real."""
         return None if batch.region_mask is None else self._image_rows(batch.region_mask, batch)
 
     def visible_regions(self, batch: Batch) -> Tensor | None:
-        """As ``region_mask``, without the regions that masked region modelling asks for."""
+        """Return ``region_mask`` without the regions that masked region modelling hides."""
         real = self.region_mask(batch)
         if batch.masked_regions is None:
             return real
@@ -74,10 +74,10 @@ class RowLayout:
         return seen if real is None else real & seen
 
     def rows(self, batch: Batch) -> Rows:
-        """Make the rows of a batch.
+        """Arrange a batch as rows.
 
         Raises:
-            DataError: the batch lacks text, features or boxes, or its texts and images do not go together.
+            DataError: the batch lacks text, features or boxes, or its texts and images cannot be paired.
         """
         if batch.input_ids is None or batch.features is None or batch.boxes is None:
             missing = next(n for n in ("input_ids", "features", "boxes") if getattr(batch, n) is None)
@@ -101,19 +101,19 @@ class RowLayout:
         )
 
     def _counts(self, batch: Batch) -> tuple[int, int]:
-        """Texts and images of an example."""
+        """Return the numbers of texts and images per example."""
         ids, features = batch.input_ids, batch.features
         texts = ids.shape[1] if ids is not None and ids.dim() == 3 else 1
         return texts, features.shape[1] if features is not None and features.dim() == 4 else 1
 
     def _text_rows(self, tensor: Tensor, batch: Batch) -> Tensor:
-        """``[B, T]`` or ``[B, C, T]`` to ``[N, T]``."""
+        """Map ``[B, T]`` or ``[B, C, T]`` to ``[N, T]``."""
         texts, images = self._counts(batch)
         flat = tensor.flatten(0, -2)
         return flat if self.joint or images in (texts, 1) else flat.repeat_interleave(images, dim=0)
 
     def _image_rows(self, tensor: Tensor, batch: Batch) -> Tensor:
-        """``[B, R, ...]`` or ``[B, I, R, ...]`` to ``[N, R, ...]`` or, joint, ``[N, I * R, ...]``."""
+        """Map ``[B, R, ...]`` or ``[B, I, R, ...]`` to ``[N, R, ...]``, or ``[N, I * R, ...]`` for joint images."""
         texts, images = self._counts(batch)
         if batch.features is not None and batch.features.dim() == 4:
             tensor = tensor.flatten(1, 2) if self.joint else tensor.flatten(0, 1)
@@ -132,12 +132,12 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the text and the regions of each row are packed into one sequence, real positions first.
+    """The packing of each row's tokens and regions into one sequence, real positions first.
 
     Attributes:
-        length: L, positions of the longest row.
-        text_lengths: ``[N]`` real tokens of each row, or their common number.
-        order: ``[N, L]`` positions in text followed by regions, or None when these need no reordering.
+        length: length L of the longest row.
+        text_lengths: ``[N]`` real tokens per row, or their common number.
+        order: ``[N, L]`` indices into text followed by regions, or None when no reordering is needed.
         mask: ``[N, L]`` bool, True on real positions, or None when all are real.
     """
 
@@ -155,12 +155,12 @@ class Packing:
         text = given_mask(rows.text_mask, rows.input_ids)
         valid = torch.cat((text, given_mask(rows.region_mask, rows.features[..., 0])), dim=1)
         lengths, text_lengths = valid.sum(dim=1), text.sum(dim=1)
-        # The shapes that follow depend on these three numbers: the only host synchronisation of a pass.
+        # The following shapes depend on these three numbers: the only host synchronisation of a pass.
         facts = torch.stack((lengths.amax(), lengths.amin(), text_lengths.amin()))
         longest, shortest, shortest_text = facts.tolist()
         order = None
         if shortest_text < text.shape[1]:
-            # A stable sort keeps the order of words and regions, and no position occurs twice.
+            # A stable sort keeps the order of tokens and regions.
             order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
         if shortest == longest:
             return cls(longest, text_lengths, order)
@@ -175,17 +175,17 @@ class Packing:
         return both.gather(1, self.order.unsqueeze(-1).expand(-1, -1, both.shape[-1]))
 
     def words(self, states: Tensor, count: int) -> Tensor:
-        """Take the states of ``count`` tokens out of packed ``[N, L, hidden]``: ``[N, count, hidden]``.
+        """Return the states ``[N, count, hidden]`` of the first ``count`` tokens of packed ``[N, L, hidden]``.
 
-        What stands where a row has fewer tokens is arbitrary.
+        Values beyond a row's tokens are arbitrary.
         """
         missing = count - states.shape[1]
         return states[:, :count] if missing <= 0 else F.pad(states, (0, 0, 0, missing))
 
     def regions(self, states: Tensor, count: int) -> Tensor:
-        """Take the states of ``count`` regions out of packed ``[N, L, hidden]``: ``[N, count, hidden]``.
+        """Return the states ``[N, count, hidden]`` of the first ``count`` regions of packed ``[N, L, hidden]``.
 
-        What stands where a row has fewer regions is arbitrary.
+        Values beyond a row's regions are arbitrary.
         """
         places = torch.arange(count, device=states.device)
         if isinstance(self.text_lengths, int):
@@ -195,5 +195,5 @@ class Packing:
 
 
 def given_mask(mask: Tensor | None, like: Tensor) -> Tensor:
-    """Return the mask, or one that is True everywhere, shaped ``like``."""
+    """Return the mask, or an all-True mask of the shape of ``like`` if there is none."""
     return torch.ones(like.shape, dtype=torch.bool, device=like.device) if mask is None else mask

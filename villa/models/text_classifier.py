@@ -1,4 +1,4 @@
-"""Any text classifier of the transformers library, so that adversarial methods run on text alone."""
+"""Text classifiers of the transformers library, for adversarial training on text alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from villa.models.two_heads import settle
 from villa.plugins import one_line
 from villa.registry import register_model
 
-#: Special tokens of a vocabulary that the data set builds (``villa.datasets.text.SPECIAL_TOKENS``), for fresh models,
-#: and what they are called, where another vocabulary is known.
+#: Special-token ids of the vocabularies that data sets build (``villa.datasets.text.SPECIAL_TOKENS``), for fresh
+#: models, and the tokens' names, for finding them in other vocabularies.
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 _NAMES = {0: "[PAD]", 2: "[CLS]", 3: "[SEP]"}
-#: What models call their embedding of learned positions.
+#: Module names of learned position embeddings.
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-#: Models whose word vectors lie otherwise than a batch's words: time first (XLNet), or padded further inside.
+#: Models whose word embeddings are not ``[B, T, width]``: time first (XLNet), or padded further inside.
 _OTHERWISE = ("xlnet", "longformer", "big_bird")
 
 
@@ -35,10 +35,10 @@ class TextClassifierConfig(ModelConfig):
     """Options of a text classifier.
 
     Attributes:
-        architecture: model type of transformers (``bert``, ``roberta``, ``deberta-v2``, ...), a folder with its
-            ``config.json``, or a name on the hub. None is the checkpoint's where that is a model of transformers, and
-            otherwise ``bert``.
-        options: options of the architecture, by their names in transformers (``hidden_size``, ...).
+        architecture: transformers model type (``bert``, ``roberta``, ``deberta-v2``, ...), a folder with a
+            ``config.json``, or a name on the hub. None takes the checkpoint's if that is a transformers model, else
+            ``bert``.
+        options: options of the architecture under their names in transformers (``hidden_size``, ...).
         vocab_size: rows of the word embedding; None takes the data's, or the architecture's.
         num_labels: classes; None takes the data's.
     """
@@ -52,10 +52,10 @@ class TextClassifierConfig(ModelConfig):
 
 @register_model("text_classifier")
 class TextClassifier(TransformersModel):
-    """A sequence classifier of transformers, with its word embedding as the only perturbation point.
+    """A transformers sequence classifier, perturbed at its word embedding.
 
     Args:
-        config: configuration object of transformers.
+        config: transformers configuration.
     """
 
     Config = TextClassifierConfig
@@ -77,14 +77,14 @@ class TextClassifier(TransformersModel):
         described = _described(config, facts)
         try:
             return cls(described)
-        except Exception as error:  # the library takes most values of a configuration as they are
+        except Exception as error:  # the library hardly validates configurations
             raise ConfigError(
                 f"model.architecture='{described.model_type}' cannot be built: {one_line(error)}"
             ) from error
 
     @classmethod
     def restore(cls, config: TextClassifierConfig, facts: DataFacts, assets: Path) -> TextClassifier:
-        """Build the classifier by the configuration that ``save_assets`` wrote, where there is one."""
+        """Build the classifier from the configuration that ``save_assets`` wrote, if there is one."""
         if is_transformers_folder(assets / ASSETS):
             config = replace(config, architecture=str(assets / ASSETS))
         return cls.from_config(config, facts)
@@ -93,7 +93,7 @@ class TextClassifier(TransformersModel):
         """Score ``[B, T]`` texts; return logits ``[B, labels]``.
 
         Raises:
-            DataError: the batch has no text, several texts an example, or one that is longer than the model reads.
+            DataError: the batch has no text, several texts per example, or a text that is too long for the model.
         """
         if batch.input_ids is None or batch.input_ids.dim() != 2:
             raise DataError("a text classifier reads one text an example; use another model for this data")
@@ -111,11 +111,11 @@ class TextClassifier(TransformersModel):
         )
 
     def pretrained(self) -> Any:
-        """The classifier of transformers."""
+        """Return the transformers model."""
         return self.transformer
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the output of the word embedding; none where words are looked up twice, or lie otherwise."""
+        """Return the output of the word embedding; nothing if it is called twice per pass or has another layout."""
         embedding, config = self.transformer.get_input_embeddings(), self.transformer.config
         module = next((name for name, child in self.named_modules() if child is embedding), None)
         if module is None or config.is_encoder_decoder or config.model_type in _OTHERWISE:
@@ -123,7 +123,7 @@ class TextClassifier(TransformersModel):
         return {"text": Point(module, "output", _text_mask)}
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """All but the encoder: pooler of its own, classifier."""
+        """Return the prefixes of everything but the encoder: the classifier and, in some models, a pooler."""
         encoder = self.transformer.base_model_prefix
         return tuple(f"transformer.{name}" for name, _ in self.transformer.named_children() if name != encoder)
 
@@ -134,22 +134,22 @@ class TextClassifier(TransformersModel):
             )
 
     def _arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What of a batch the architecture has a name and a use for."""
+        """Return the fields of a batch that the architecture reads, under its argument names."""
         assert batch.input_ids is not None
         known, config = inspect.signature(self.transformer.forward).parameters, self.transformer.config
         arguments = {"input_ids": batch.input_ids}
         if batch.attention_mask is not None:
             arguments["attention_mask"] = batch.attention_mask.long()  # XLNet subtracts it
-            # Batches are padded with 0; some architectures tell padding by its id, and count positions so.
+            # Batches are padded with 0, but some architectures recognise padding by its id and count positions by it.
             if getattr(config, "pad_token_id", None) is not None:
                 arguments["input_ids"] = batch.input_ids.masked_fill(~batch.attention_mask, config.pad_token_id)
-        # A single type is no type: RoBERTa has one, and reads pairs without.
+        # RoBERTa has a single type, and reads pairs without types.
         if batch.token_type_ids is not None and "token_type_ids" in known and getattr(config, "type_vocab_size", 2) > 1:
             arguments["token_type_ids"] = batch.token_type_ids
         return arguments
 
     def _limit(self) -> int | None:
-        """The longest text that a table of positions has rows for; some rows are those of padding and before."""
+        """Return the longest text that the position embedding allows; rows up to that of padding are not usable."""
         for name, module in self.transformer.named_modules():
             table = getattr(module, "weight", None)
             if name.rpartition(".")[2] in _POSITIONS and isinstance(table, Tensor):
@@ -160,7 +160,7 @@ class TextClassifier(TransformersModel):
 
 
 def _layers(output: Any, what: str) -> tuple[Tensor, ...]:
-    """Hidden states or attentions; of a model with an encoder and a decoder, the encoder's."""
+    """Return the hidden states or attention maps; the encoder's if the model has an encoder and a decoder."""
     found = getattr(output, what, None) or getattr(output, f"encoder_{what}", None)
     return tuple(found or ())
 
@@ -170,7 +170,7 @@ def _text_mask(batch: Batch) -> Tensor | None:
 
 
 def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
-    """The configuration of transformers, with the sizes and names that the data fix.
+    """Return the transformers configuration with the sizes and names that the data fix.
 
     Raises:
         ConfigError: an architecture without a vocabulary, or numbers that contradict the data.
@@ -184,14 +184,14 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
         )
     written_for: int = described.vocab_size
     stored: int | None = written_for
-    # A fresh one, with the defaults of transformers; a folder may be called like a model type.
+    # A fresh configuration with transformers' defaults; a folder may be named like a model type.
     if architecture == described.model_type and not is_transformers_folder(architecture):
         stored = config.options.get("vocab_size")
         if facts.vocab_size is not None:
             for name in (_TOKENS.keys() & described.to_dict().keys()) - config.options.keys():
                 setattr(described, name, _place(_TOKENS[name], facts))
     elif config.checkpoint is not None and facts.vocab_size is not None:
-        stored = None  # its rows are matched to the data's as they are loaded
+        stored = None  # its rows are matched to the data's on loading
     vocab_size = config.vocab_size if config.vocab_size is not None else stored
     described.vocab_size = settle("model.vocab_size", vocab_size, facts.vocab_size)
     _settle_tokens(described, facts, written_for)
@@ -200,28 +200,28 @@ def _described(config: TextClassifierConfig, facts: DataFacts) -> Any:
 
 
 def _place(usual: int, facts: DataFacts) -> int:
-    """The id of a special token in the vocabulary of the data."""
+    """Return the id of a special token in the data's vocabulary."""
     tokens = facts.tokens or ()
     return tokens.index(_NAMES[usual]) if _NAMES[usual] in tokens else usual
 
 
 def _settle_tokens(described: Any, facts: DataFacts, stored: int) -> None:
-    """Name the padding and the decoder's first token of architectures that need them and do not say.
+    """Set the ids of padding and of the decoder's first token where the configuration lacks usable ones.
 
     Args:
         described: the configuration, with the size of the data's vocabulary.
-        facts: what the data fixes; where its vocabulary is smaller, its padding takes the place of one beyond it.
-        stored: rows of the vocabulary that the configuration was written for.
+        facts: facts of the data; its padding id replaces one beyond its vocabulary.
+        stored: vocabulary size that the configuration was written for.
 
     Raises:
-        ConfigError: the id of padding has no row in the word embedding.
+        ConfigError: the padding id has no row in the word embedding.
     """
     padding = getattr(described, "pad_token_id", None)
     if padding is not None and facts.padding is not None and described.vocab_size <= padding < stored:
         described.pad_token_id = facts.padding
-    if getattr(described, "pad_token_id", None) is None:  # GPT-2 and its like find the last word by it
+    if getattr(described, "pad_token_id", None) is None:  # GPT-2 and the like find the last token by it
         ends = getattr(described, "eos_token_id", None)
-        # What the reader of texts pads with where the tokenizer has no padding.
+        # The data set pads with this token, too, if the tokenizer has no padding token.
         described.pad_token_id = ends[0] if isinstance(ends, list) else ends
     padding = described.pad_token_id
     if padding is not None and not 0 <= padding < described.vocab_size:
@@ -234,7 +234,7 @@ def _settle_tokens(described: Any, facts: DataFacts, stored: int) -> None:
 
 
 def _architecture(config: TextClassifierConfig) -> str:
-    """The architecture that the recipe names, that of its checkpoint, or BERT."""
+    """Return the architecture that the recipe names, that of its checkpoint, or BERT."""
     if config.architecture is not None:
         return describing(config.architecture)
     if config.checkpoint is None:

@@ -1,4 +1,4 @@
-"""What models around one model of transformers share: their files, label names and attention maps."""
+"""The base of models that wrap one transformers model: loading and saving, label names and attention maps."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from villa.models.base import Model
 from villa.models.matching import Matching, rows_of
 from villa.models.two_heads import settle
 
-#: Options of a configuration that are the id of a word-piece end so.
+#: Suffixes of configuration options that are token ids.
 _IDS = ("_token_id", "_token_index")
 
 
 def load_matched(
     transformer: Any, source: str, matching: Matching | None, rows: Callable[[Any], Mapping[str, RowKind]]
 ) -> tuple[Any, LoadReport]:
-    """Load a model that transformers has saved, with its rows in the order of the data's names.
+    """Load a model that transformers has saved, with its rows in the data's order.
 
     Args:
-        transformer: the model as it was built for the data.
+        transformer: the model as built for the data.
         source: a folder, or a name on the hub.
-        matching: the names beside the weights, against those of the data; None takes rows as they are.
-        rows: says of a model of this kind which parameters have a row for every word-piece or label.
+        matching: matches rows by name; None keeps their order.
+        rows: returns the parameters of a model whose rows stand for word-pieces or labels.
 
     Returns:
         The model in training mode, and what was loaded.
 
     Raises:
-        CheckpointError: see ``load_pretrained``; or positions are counted from another padding than the data's.
+        CheckpointError: see ``load_pretrained``; or the model counts positions from another padding id than the data's.
     """
     kind, config = type(transformer), transformer.config
-    moved = set() if matching is None else _moved(config, source, matching)
+    moved = set() if matching is None else _mismatched_rows(config, source, matching)
     if matching is None or not moved:
         loaded, report = load_pretrained(kind, source, config)
-        return loaded, _told(loaded, loaded, report, matching, rows)
+        return loaded, _with_row_notes(loaded, loaded, report, matching, rows)
     loaded, report = load_pretrained(kind, source, _as_saved(config, source, moved))
     config = copy.deepcopy(config)
     if "tokens" in moved:
         _settle_ids(config, loaded, matching)
     made = kind._from_config(config, dtype=torch.float32)
-    report = _told(loaded, made, report, matching, rows)
+    report = _with_row_notes(loaded, made, report, matching, rows)
     weights = {name: value for name, value in loaded.state_dict().items() if name not in report.missing}
     matching.place(weights, made.state_dict(), rows(made))
     made.load_state_dict(weights, strict=False)
@@ -63,21 +63,21 @@ def load_matched(
 
 
 def word_modules(transformer: Any) -> list[nn.Module]:
-    """Return the embeddings and decoders of word-pieces of a model of transformers, and of the models inside it."""
-    found = _words_of(transformer)
+    """Return the word embeddings and decoders of a transformers model and of the models inside it."""
+    found = _reported_words(transformer)
     if not any(isinstance(module, nn.Embedding) for module in found):
         size = getattr(transformer.config.get_text_config(), "vocab_size", None)
         tables = (module for module in transformer.modules() if isinstance(module, nn.Embedding))
         found += [table for table in tables if table.num_embeddings == size][:1]
     sizes = {module.num_embeddings for module in found if isinstance(module, nn.Embedding)}
     inner = (module for module in transformer.modules() if hasattr(module, "get_input_embeddings"))
-    more = (module for model in inner for module in _words_of(model))
+    more = (module for model in inner for module in _reported_words(model))
     found += [module for module in more if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) in sizes]
     return list({id(module): module for module in found}.values())
 
 
-def _words_of(model: Any) -> list[nn.Module]:
-    """What a model of transformers says are its embedding of words and their decoder, as far as it does."""
+def _reported_words(model: Any) -> list[nn.Module]:
+    """Return the word embedding and the decoder that a transformers model reports, if any."""
     found = []
     for method in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -87,8 +87,8 @@ def _words_of(model: Any) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
-def _moved(config: Any, source: str, matching: Matching) -> set[RowKind]:
-    """What is to be matched: rows that are named otherwise than the data's, or as many more."""
+def _mismatched_rows(config: Any, source: str, matching: Matching) -> set[RowKind]:
+    """Return the kinds of rows to match: those whose names or number differ from the data's."""
     moved: set[RowKind] = {kind for kind in ("tokens", "labels") if matching.moves(kind)}
     if matching.names("tokens"):
         theirs, ours = (getattr(one.get_text_config(), "vocab_size", None) for one in (stored_config(source), config))
@@ -96,14 +96,14 @@ def _moved(config: Any, source: str, matching: Matching) -> set[RowKind]:
     return moved
 
 
-def _told(
+def _with_row_notes(
     loaded: Any,
     made: Any,
     report: LoadReport,
     matching: Matching | None,
     rows: Callable[[Any], Mapping[str, RowKind]],
 ) -> LoadReport:
-    """Add what becomes of the rows of a loaded model in the one that is made for the data to a report."""
+    """Add to a report how the rows of a loaded model are matched to those of the model built for the data."""
     if matching is None:
         return report
     values = loaded.state_dict()
@@ -112,11 +112,11 @@ def _told(
 
 
 def _as_saved(config: Any, source: str, moved: set[RowKind]) -> Any:
-    """The configuration with the numbers of word-pieces and labels, and the special word-pieces, of the files."""
+    """Return the configuration with the saved numbers of word-pieces and labels, and the saved special tokens."""
     saved, own = stored_config(source), copy.deepcopy(config)
     if "labels" in moved:
         own.id2label, own.label2id = saved.id2label, saved.label2id
-        if hasattr(own, "num_qa_labels"):  # LXMERT's own
+        if hasattr(own, "num_qa_labels"):  # LXMERT
             own.num_qa_labels = saved.num_qa_labels
     if "tokens" in moved:
         for ours, theirs in zip(_parts(own), _parts(saved), strict=False):
@@ -127,7 +127,7 @@ def _as_saved(config: Any, source: str, moved: set[RowKind]) -> Any:
 
 
 def _settle_ids(config: Any, loaded: Any, matching: Matching) -> None:
-    """Give the data's ids to the special word-pieces that a configuration names, and rows to all word-pieces."""
+    """Set a configuration's special-token ids and vocabulary size to those of the data."""
     theirs, ours = matching.given.tokens or (), matching.wanted.tokens or ()
     places = {token: place for place, token in enumerate(ours) if token is not None}
 
@@ -149,7 +149,7 @@ def _settle_ids(config: Any, loaded: Any, matching: Matching) -> None:
 
 
 def _check_positions(loaded: Any, padding: int | None, matching: Matching) -> None:
-    """Refuse to change the id of padding where positions are counted from it (RoBERTa)."""
+    """Refuse a change of the padding id if positions are counted from it (RoBERTa)."""
     before = getattr(loaded.config.get_text_config(), "pad_token_id", None)
     tables = (m for name, m in loaded.named_modules() if name.endswith("position_embeddings"))
     if before != padding and any(getattr(table, "padding_idx", None) is not None for table in tables):
@@ -160,7 +160,7 @@ def _check_positions(loaded: Any, padding: int | None, matching: Matching) -> No
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A configuration, and that of its text if it is nested."""
+    """Yield a configuration and, if nested, its text configuration."""
     yield config
     text = config.get_text_config()
     if text is not config:
@@ -168,27 +168,27 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 class TransformersModel(Model):
-    """Base of models that are one model of transformers, perhaps with a head beside it.
+    """Base of models that wrap one transformers model, perhaps with an additional head.
 
     Attributes:
-        transformer: the model of transformers.
+        transformer: the transformers model.
     """
 
     transformer: Any
 
     def save_assets(self, folder: Path) -> None:
-        """Write the configuration of transformers, which may come from a folder that is gone later."""
+        """Write the transformers configuration, since the folder that it came from may not last."""
         self.transformer.config.save_pretrained(folder / ASSETS)
 
     def named_rows(self) -> Mapping[str, RowKind]:
-        """Word-pieces: what the transformer says are its embeddings of words. Labels: the last layer of the head."""
+        """Return the word embeddings and decoders that the transformer reports, and the last layer of the head."""
         return rows_of(self, word_modules(self.transformer), self.head_prefixes())
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
-        """Load weights that transformers saved (a folder, or a name on its hub), or those of a file or run.
+        """Load weights that transformers saved (a folder, or a name on the hub), or those of a file or run.
 
         Raises:
-            CheckpointError: they cannot be read or are of another model.
+            CheckpointError: they cannot be read or belong to another model.
         """
         path = Path(source).expanduser()
         if path.exists() and not is_transformers_folder(path):
@@ -201,7 +201,7 @@ class TransformersModel(Model):
 
     @contextmanager
     def _maps(self, wanted: bool) -> Iterator[None]:
-        """Within the context attention maps are at hand: the fused kernels return none."""
+        """Switch to an attention implementation that returns maps, which the fused kernels do not."""
         usual = self.transformer.config._attn_implementation
         if wanted:
             self.transformer.set_attn_implementation("eager")
@@ -213,15 +213,15 @@ class TransformersModel(Model):
 
 
 def name_labels(described: Any, num_labels: int | None, facts: DataFacts) -> None:
-    """Give a configuration of transformers the number of classes, and their names where they have some.
+    """Set the number of classes of a transformers configuration, and their names if they have any.
 
     Args:
         described: the configuration object.
-        num_labels: classes that the recipe gives, or None.
-        facts: of the data.
+        num_labels: number of classes that the recipe gives, or None.
+        facts: facts of the data.
 
     Raises:
-        ConfigError: recipe and data contradict each other, or neither says.
+        ConfigError: recipe and data contradict each other, or neither gives the number.
     """
     described.num_labels = settle("model.num_labels", num_labels, facts.num_labels)
     if facts.labels is not None:

@@ -1,4 +1,4 @@
-"""Options of transformers with one head for answers and one for NLVR2, and the masks of their attention."""
+"""Options of models with an answer head and an NLVR2 head, and their attention masks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def settle(option: str, given: int | None, found: int | None) -> int:
 
     Args:
         option: dotted name of the option, for messages: ``"model.num_labels"``.
-        given: what the recipe says, or None.
-        found: what the data says, or None.
+        given: the recipe's number, or None.
+        found: the data's number, or None.
 
     Raises:
         ConfigError: they contradict each other, or neither is known.
@@ -43,7 +43,7 @@ def require_positive(**options: int | None) -> None:
             raise ConfigError(f"model.{name}={value}, but it has to be at least 1")
 
 
-#: Images that each head reads an example.
+#: Images per example that each head reads.
 HEAD_IMAGES = {"answers": 1, "nlvr2": 2}
 #: Classes of NLVR2: false, true.
 NLVR2_LABELS = 2
@@ -51,10 +51,10 @@ NLVR2_LABELS = 2
 
 @dataclass
 class TwoHeadConfig(ModelConfig):
-    """Options of a transformer over text and an image; the numbers left alone are those of the released base model.
+    """Options of a transformer over text and images; the defaults are those of the released base model.
 
     Attributes:
-        head: ``answers`` scores the answers to a question about an image (VQA, GQA); ``nlvr2`` says whether a
+        head: ``answers`` scores the answers to a question about an image (VQA, GQA); ``nlvr2`` decides whether a
             sentence is true of two images.
         hidden_size: width of the transformer.
         num_heads: attention heads.
@@ -81,10 +81,10 @@ class TwoHeadConfig(ModelConfig):
     initializer_range: float = 0.02
 
     def check(self, *sizes: str) -> None:
-        """Check the numbers against each other.
+        """Check that the options are consistent.
 
         Args:
-            sizes: names of the model's own options that have to be positive.
+            sizes: names of the model's own options that must be positive.
 
         Raises:
             ConfigError: a head that does not exist, or a number that no model can have.
@@ -107,14 +107,14 @@ class TwoHeadConfig(ModelConfig):
 
     @property
     def images(self) -> int:
-        """Images that the head reads an example."""
+        """Images per example that the head reads."""
         return HEAD_IMAGES[self.head]
 
     def labels(self, facts: DataFacts) -> int:
-        """Classes of the head.
+        """Return the number of classes of the head.
 
         Raises:
-            ConfigError: they are not known, or not those of the head.
+            ConfigError: it is not known, or does not fit the head.
         """
         pair = self.head == "nlvr2"
         found = NLVR2_LABELS if pair and facts.num_labels is None else facts.num_labels
@@ -124,7 +124,7 @@ class TwoHeadConfig(ModelConfig):
         return labels
 
     def shared_options(self, facts: DataFacts) -> dict[str, Any]:
-        """The options under their names in transformers.
+        """Return the options under their names in transformers.
 
         Raises:
             ConfigError: a number contradicts the data or is not known.
@@ -144,20 +144,20 @@ class TwoHeadConfig(ModelConfig):
 
 @dataclass
 class OneStreamConfig(TwoHeadConfig):
-    """Options of a transformer whose layers read text and image together.
+    """Options of a single-stream transformer, whose layers read text and image together.
 
     Attributes:
-        num_layers: its layers.
+        num_layers: transformer layers.
     """
 
     num_layers: int = 12
 
     def check(self, *sizes: str) -> None:
-        """Check the numbers against each other; see the base class."""
+        """Check that the options are consistent."""
         super().check("num_layers", *sizes)
 
     def shared_options(self, facts: DataFacts) -> dict[str, Any]:
-        """The options under their names in transformers; see the base class."""
+        """Return the options under their names in transformers, with the labels, layers and padding id."""
         return super().shared_options(facts) | {
             "num_labels": self.labels(facts),
             "num_hidden_layers": self.num_layers,
@@ -166,12 +166,12 @@ class OneStreamConfig(TwoHeadConfig):
 
 
 def score_mask(mask: Tensor | None, like: Tensor, lowest: float | None = None) -> Tensor | None:
-    """What is added to attention scores, ``[N, 1, 1, L]``: 0 on real positions, very little on others.
+    """Return the additive attention mask ``[N, 1, 1, L]``: 0 on real positions, ``lowest`` on others.
 
     Args:
-        mask: ``[N, L]`` bool, True on real positions; None when all are.
+        mask: ``[N, L]`` bool, True on real positions; None when all are real.
         like: a tensor of the dtype of the scores.
-        lowest: what others get; None is the lowest number of that type.
+        lowest: value on masked positions; None for the lowest number of the dtype.
     """
     if mask is None:
         return None

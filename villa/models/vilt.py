@@ -1,4 +1,4 @@
-"""ViLT (arXiv 2102.03334) on the modules of transformers: words and patches of pixels in one transformer."""
+"""ViLT (arXiv 2102.03334) on transformers' modules: tokens and image patches in one transformer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from villa.registry import register_model
 
 @dataclass
 class ViltConfig(OneStreamConfig):
-    """Options of ViLT, besides those that it shares with others.
+    """Options of ViLT.
 
     Attributes:
-        image_size: side in pixels that the position embedding of the patches is made for; images of other sizes are
-            read too, with positions interpolated.
+        image_size: image side in pixels that the position embedding is made for; for images of other sizes it is
+            interpolated.
         patch_size: side of a patch in pixels.
         max_positions: longest text in tokens.
         hidden_dropout: dropout after embeddings and linear maps; the release has none.
@@ -41,7 +41,7 @@ class ViltConfig(OneStreamConfig):
     attention_dropout: float = 0.0
 
     def check(self, *sizes: str) -> None:
-        """Check the numbers against each other; see the base class."""
+        """Check that the options are consistent."""
         super().check("image_size", "patch_size", *sizes)
         if self.image_size % self.patch_size:
             raise ConfigError(
@@ -50,7 +50,7 @@ class ViltConfig(OneStreamConfig):
             )
 
     def transformer(self, facts: DataFacts) -> Any:
-        """Return the configuration object of transformers.
+        """Return the transformers configuration.
 
         Raises:
             ConfigError: a number contradicts the data or is not known.
@@ -68,7 +68,7 @@ class ViltConfig(OneStreamConfig):
 
 @dataclass(frozen=True)
 class Patches:
-    """N maps of patches.
+    """The patch maps of N images.
 
     Attributes:
         values: ``[N, width, h, w]``.
@@ -80,27 +80,27 @@ class Patches:
 
     @classmethod
     def of(cls, values: Tensor, pixel_mask: Tensor | None) -> Patches:
-        """Take patches ``[N, width, h, w]``, and the mask ``[N, H, W]`` of their images' pixels or None."""
+        """Build from patches ``[N, width, h, w]`` and the pixel mask ``[N, H, W]`` or None."""
         if pixel_mask is None:
             return cls(values, None)
         return cls(values, cls.real(pixel_mask, (values.shape[2], values.shape[3])))
 
     @staticmethod
     def real(pixel_mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``[N, h, w]`` bool: a patch is real where its first pixel is.
+        """Return the patch mask, ``[N, h, w]`` bool: a patch is real if its first pixel is.
 
         Args:
-            pixel_mask: ``[N, H, W]``, not 0 on real pixels.
+            pixel_mask: ``[N, H, W]``, non-zero on real pixels.
             grid: h and w.
         """
         return F.interpolate(pixel_mask[:, None].float(), size=grid)[:, 0] > 0
 
     def placed(self, positions: Tensor, side: int) -> Tensor:
-        """Add positions, stretched over the real part of each map.
+        """Add the position embedding, interpolated to the real part of each map.
 
         Args:
             positions: ``[1, side * side, width]``.
-            side: patches a side that they are made for.
+            side: patches per side that they are made for.
 
         Returns:
             ``[N, h * w, width]``.
@@ -116,7 +116,7 @@ class Patches:
         return (self.values + added).flatten(2).transpose(1, 2)
 
     def packed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Bring the real patches of each map to the front, and cut off what is padding in all of them.
+        """Move the real patches of each map to the front, and cut off positions that are padding in all maps.
 
         Args:
             tokens: ``[N, h * w, width]``.
@@ -138,21 +138,21 @@ class Patches:
 
 
 def _stretched(square: Tensor, size: tuple[int, int], whole: tuple[int, int]) -> Tensor:
-    """Positions ``[1, width, side, side]`` stretched to ``size``, with zeros up to the ``whole`` size."""
+    """Return positions ``[1, width, side, side]`` interpolated to ``size`` and zero-padded to ``whole``."""
     stretched = F.interpolate(square, size=size, mode="bilinear", align_corners=True)
     return F.pad(stretched, (0, whole[1] - size[1], 0, whole[0] - size[0]))
 
 
 @register_model("vilt")
 class Vilt(Model):
-    """ViLT with the head that scores answers, or the one for two images (NLVR2).
+    """ViLT with an answer head, or the head for two images (NLVR2).
 
-    Parameters carry the names that transformers gives them: those of ``ViltModel`` below ``vilt``, and the head's
-    ``classifier.{0,1,3}``. Patches keep the order that they have in the image, where transformers shuffles them, and
-    padding is whichever patches come next, where transformers draws them; neither changes the logits.
+    Parameters have their names in transformers: those of ``ViltModel`` below ``vilt``, and the head's
+    ``classifier.{0,1,3}``. Unlike in transformers, patches are not shuffled and padding is not drawn at random;
+    neither changes the logits.
 
     Args:
-        config: configuration object of transformers; ``num_images`` and ``num_labels`` choose the head.
+        config: transformers configuration; ``num_images`` and ``num_labels`` determine the head.
     """
 
     Config = ViltConfig
@@ -186,17 +186,17 @@ class Vilt(Model):
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score a batch of texts and images.
 
-        Reads ``pixel_values`` ``[B, 3, H, W]``, or ``[B, 2, 3, H, W]`` with the head for two images, and the
-        ``pixel_mask`` of ``Batch.inputs``, ``[B, H, W]`` or ``[B, 2, H, W]``, which is 1 on real pixels, the upper left
-        part; without one, all pixels are real.
+        Images are ``pixel_values`` ``[B, 3, H, W]``, or ``[B, 2, 3, H, W]`` for two images. ``pixel_mask`` of
+        ``Batch.inputs``, ``[B, H, W]`` or ``[B, 2, H, W]``, is 1 on the real pixels, the upper left part; without it
+        all pixels are real.
 
         Returns:
             Logits ``[B, labels]``; the pooled output ``[B * images, hidden]``; on request the states after the
-            embedding and every layer, ``[B * images, T + 1 + P, hidden]`` of tokens, image as a whole and patches, and
-            the attention maps of every layer.
+            embedding and every layer, ``[B * images, T + 1 + P, hidden]`` (tokens, image [CLS], patches), and the
+            attention maps of every layer.
 
         Raises:
-            DataError: the batch lacks text or pixels, or they do not suit the model.
+            DataError: the batch lacks text or pixels, or they do not fit the model.
         """
         pixels = self._pixels(batch)
         texts, text_mask = self._texts(batch)
@@ -214,7 +214,7 @@ class Vilt(Model):
         return ModelOutput(logits, pooled, encoded.hidden_states or (), encoded.attentions or ())
 
     def pretrained(self) -> Any:
-        """The model of transformers with the same head."""
+        """Return the transformers model with the same head, sharing the parameters."""
         from transformers import ViltForImagesAndTextClassification, ViltForQuestionAnswering
 
         kind: Any = ViltForQuestionAnswering if self.images == 1 else ViltForImagesAndTextClassification
@@ -224,7 +224,7 @@ class Vilt(Model):
         return whole
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the looked-up word embedding. Image: the patches after their projection, before their positions."""
+        """Return the looked-up word embedding (text) and the projected patches before positions are added (image)."""
         words, patches = "vilt.embeddings.text_embeddings.word_embeddings", "vilt.embeddings.patch_embeddings"
         return {
             "text": Point(words, "output", self._text_mask),
@@ -232,11 +232,11 @@ class Vilt(Model):
         }
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The classifier."""
+        """Return the prefix of the classifier."""
         return ("classifier",)
 
     def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Embed the texts, each as often as an example has images: ``[B * images, T, hidden]``, and their mask."""
+        """Embed the texts, repeated for each image: ``[B * images, T, hidden]``, and their mask."""
         if batch.input_ids is None or batch.input_ids.dim() != 2:
             raise DataError("ViLT reads one text an example; use another model for this data")
         longest, length = self.vilt.config.max_position_embeddings, batch.input_ids.shape[1]
@@ -248,7 +248,7 @@ class Vilt(Model):
         return words + embeddings.token_type_embeddings.weight[0], self._text_mask(batch)
 
     def _embed_patches(self, patches: Patches) -> tuple[Tensor, Tensor | None]:
-        """Embed image as a whole and patches: ``[B * images, 1 + P, hidden]``, and their mask."""
+        """Embed the image [CLS] and the patches: ``[B * images, 1 + P, hidden]``, and their mask."""
         embeddings = self.vilt.embeddings
         placed = patches.placed(embeddings.position_embeddings[:, 1:], self._grid())
         values, mask = patches.packed(placed)
@@ -260,12 +260,12 @@ class Vilt(Model):
         return both + embeddings.token_type_embeddings(kinds)[:, None], mask
 
     def _grid(self) -> int:
-        """Patches a side that the position embedding is made for."""
+        """Return the patches per side that the position embedding is made for."""
         side: int = self.vilt.config.image_size // self.patch_size
         return side
 
     def _pixels(self, batch: Batch) -> Tensor:
-        """``[B * images, 3, H, W]``."""
+        """Return the images as ``[B * images, 3, H, W]``."""
         pixels = batch.pixel_values
         if pixels is None:
             raise DataError(
@@ -283,7 +283,7 @@ class Vilt(Model):
         return pixels.flatten(0, -4)
 
     def _patch_mask(self, batch: Batch) -> Tensor | None:
-        """``[B * images, h * w]`` bool, or None when all patches are real."""
+        """Return ``[B * images, h * w]`` bool, or None when all patches are real."""
         mask = self._pixel_mask(batch)
         if mask is None:
             return None
@@ -291,20 +291,20 @@ class Vilt(Model):
         return Patches.real(mask, grid).flatten(1)
 
     def _pixel_mask(self, batch: Batch) -> Tensor | None:
-        """``[B * images, H, W]``."""
+        """Return the pixel mask as ``[B * images, H, W]``, or None."""
         mask = (batch.inputs or {}).get("pixel_mask")
         return None if mask is None else mask.flatten(0, -3)
 
     def _text_mask(self, batch: Batch) -> Tensor | None:
-        """``[B * images, T]`` bool."""
+        """Return the text mask as ``[B * images, T]`` bool, or None."""
         return None if batch.attention_mask is None else self._repeated(batch.attention_mask)
 
     def _repeated(self, texts: Tensor) -> Tensor:
-        """``[B, T]`` to ``[B * images, T]``."""
+        """Repeat ``[B, T]`` to ``[B * images, T]``."""
         return texts if self.images == 1 else texts.repeat_interleave(self.images, dim=0)
 
     def _initialise(self, module: nn.Module) -> None:
-        """Fresh weights of the head, as the release makes them."""
+        """Initialise the head as the release does."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.vilt.config.initializer_range)
             nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""VisualBERT (arXiv 1908.03557) on the modules of transformers: words and regions in one BERT."""
+"""VisualBERT (arXiv 1908.03557) on transformers' modules: tokens and regions in one BERT."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from villa.registry import register_model
 
 @dataclass
 class VisualBertConfig(OneStreamConfig):
-    """Options of VisualBERT, besides those that it shares with others.
+    """Options of VisualBERT.
 
     Attributes:
-        feature_dim: width of a region feature; None takes the data's.
+        feature_dim: width of the region features; None takes the data's.
     """
 
     name: str = "visual_bert"
     feature_dim: int | None = None
 
     def check(self, *sizes: str) -> None:
-        """Check the numbers against each other; see the base class."""
+        """Check that the options are consistent."""
         super().check("feature_dim", *sizes)
 
     def transformer(self, facts: DataFacts) -> Any:
-        """Return the configuration object of transformers.
+        """Return the transformers configuration.
 
         Raises:
             ConfigError: a number contradicts the data or is not known.
@@ -55,16 +55,15 @@ _TABLES = ("token_type_embeddings", "position_embeddings")
 
 @register_model("visual_bert")
 class VisualBert(Model):
-    """VisualBERT with the head that scores answers, or the one for two images (NLVR2).
+    """VisualBERT with an answer head, or the head for two images (NLVR2).
 
-    Parameters carry the names that transformers gives them: those of ``VisualBertModel`` below ``visual_bert``, and the
-    head's ``cls``. The head for answers reads the last token before the one that ends the text; the one for two images,
-    whose regions lie side by side and have the types 0 and 1 (``nlvr_dataset.py`` of uclanlp/visualbert@e49b619), reads
-    the pooled first token.
+    Parameters have their names in transformers: those of ``VisualBertModel`` below ``visual_bert``, and the head's
+    ``cls``. The answer head reads the last token before the final [SEP]. The head for two images, whose regions are
+    concatenated with types 0 and 1 (``nlvr_dataset.py`` of uclanlp/visualbert@e49b619), reads the pooled output.
 
     Args:
-        config: configuration object of transformers, with ``num_labels``.
-        images: images an example.
+        config: transformers configuration, with ``num_labels``.
+        images: images per example.
     """
 
     Config = VisualBertConfig
@@ -92,9 +91,9 @@ class VisualBert(Model):
         return cls(config.transformer(facts), images=config.images)
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
-        """Load the weights that ``model.checkpoint`` names; see the base class.
+        """Load the weights that ``model.checkpoint`` names.
 
-        The types and positions of regions start from those of text where a BERT's file has none, as in the release.
+        Region types and positions start from those of text if a BERT's file has none, as in the release.
         """
         report = super().load_weights(source, matching)
         notes = {}
@@ -112,10 +111,10 @@ class VisualBert(Model):
 
         Returns:
             Logits ``[B, labels]``; the pooled output ``[B, hidden]``; on request the states after the embedding and
-            every layer, ``[B, T + R, hidden]`` of tokens and regions, and the attention maps of every layer.
+            every layer, ``[B, T + R, hidden]``, and the attention maps of every layer.
 
         Raises:
-            DataError: the batch lacks text or features, or they do not suit the model.
+            DataError: the batch lacks text or features, or they do not fit the model.
         """
         rows = self._rows(batch)
         embedded = self.visual_bert.embeddings(
@@ -137,7 +136,7 @@ class VisualBert(Model):
         return ModelOutput(logits, pooled, encoded.hidden_states or (), encoded.attentions or ())
 
     def pretrained(self) -> Any:
-        """The model of transformers with the same head."""
+        """Return the transformers model with the same head, sharing the parameters."""
         from transformers import VisualBertForQuestionAnswering, VisualBertForVisualReasoning
 
         kind: Any = VisualBertForQuestionAnswering if self.images == 1 else VisualBertForVisualReasoning
@@ -147,7 +146,7 @@ class VisualBert(Model):
         return whole
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the looked-up word embedding. Image: the region feature before its projection."""
+        """Return the looked-up word embedding (text) and the region features before their projection (image)."""
         embeddings = "visual_bert.embeddings"
         return {
             "text": Point(f"{embeddings}.word_embeddings", "output", self.layout.text_mask),
@@ -155,7 +154,7 @@ class VisualBert(Model):
         }
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The classifier."""
+        """Return the prefix of the classifier."""
         return ("cls",)
 
     def _rows(self, batch: Batch) -> Rows:
@@ -168,13 +167,13 @@ class VisualBert(Model):
         return rows
 
     def _types(self, rows: Rows) -> Tensor:
-        """``[B, R]`` types of the regions: 1 for one image, 0 and 1 for two."""
+        """Return the region types ``[B, R]``: 1 for one image, 0 and 1 for two."""
         types = rows.image_types if self.images == 1 else rows.image_types - 1
         return types.expand(rows.features.shape[:2])
 
 
 def _both_masks(rows: Rows) -> Tensor | None:
-    """``[B, T + R]`` bool, or None when all positions are real."""
+    """Return ``[B, T + R]`` bool, or None when all positions are real."""
     if rows.text_mask is None and rows.region_mask is None:
         return None
     text = given_mask(rows.text_mask, rows.input_ids)
@@ -182,5 +181,5 @@ def _both_masks(rows: Rows) -> Tensor | None:
 
 
 def _last(rows: Rows) -> Tensor:
-    """``[B]`` place of the last token before the one that ends the text."""
+    """Return the index ``[B]`` of the last token before the final one."""
     return (given_mask(rows.text_mask, rows.input_ids).sum(dim=1) - 2).clamp(min=0)

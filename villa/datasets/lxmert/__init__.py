@@ -1,1 +1,1 @@
-"""LXMERT's files."""
+"""Data sets on LXMERT's files."""

@@ -1,4 +1,4 @@
-"""LXMERT's feature files (``*_obj36.tsv``): indexed once, then read at random with flat memory."""
+"""LXMERT's feature files (``*_obj36.tsv``): indexed once, then read by random access in constant memory."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ FIELDS = (
 )
 #: Bytes of a float32.
 _FLOAT = 4
-#: Numbers of a box.
+#: Columns of a box.
 BOX = 4
 
 
 class Header(NamedTuple):
-    """What a line says without decoding its arrays.
+    """The fields of a line that need no decoding of its arrays.
 
     Attributes:
         name: the image.
@@ -55,10 +55,10 @@ class Header(NamedTuple):
 
 
 def read_header(line: bytes) -> Header:
-    """Check the form of a line, and return the image's name and the shape of its features.
+    """Check the form of a line, and return its header.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: saying what is wrong with the line.
     """
     fields = _fields(line)
     name = fields[0].decode("utf-8", "strict")
@@ -84,7 +84,7 @@ def read_regions(line: bytes, *, allow_empty: bool = False) -> tuple[str, Floats
         Name of the image, features ``[R, D]``, and boxes ``[R, 4]`` divided by the image's width and height.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: saying what is wrong with the line.
     """
     header, fields = read_header(line), _fields(line)
     height, width = _whole(fields, "img_h"), _whole(fields, "img_w")
@@ -98,14 +98,14 @@ def read_regions(line: bytes, *, allow_empty: bool = False) -> tuple[str, Floats
 
 
 def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats, confidence: Floats) -> bytes:
-    """Write an image; all of its objects and attributes get the number 0.
+    """Return the line of an image, with class 0 for all objects and attributes.
 
     Args:
         name: the image.
         size: its height and width in pixels.
         features: ``[R, D]``.
         boxes: ``[R, 4]`` in pixels.
-        confidence: ``[R]`` of the detector.
+        confidence: ``[R]``, of the detector.
     """
     numbers = _encoded(np.zeros(len(features), dtype=np.int64))
     scores = _encoded(confidence.astype("<f4"))
@@ -122,13 +122,13 @@ def _fields(line: bytes) -> list[bytes]:
 
 
 def _check_pixels(boxes: Floats, width: int, height: int) -> None:
-    """Refuse boxes that are not in pixels of an image of this size."""
+    """Refuse boxes that are not pixel coordinates in an image of this size."""
     right, bottom = boxes[:, 2:].max(0)
     if right > width * (1 + SLACK) or bottom > height * (1 + SLACK):
         fits = right <= height * (1 + SLACK) and bottom <= width * (1 + SLACK)
         hint = "; img_h and img_w are swapped" if fits else ""
         raise ValueError(f"boxes are outside of the image of {width} x {height} pixels{hint}")
-    if 0 < boxes.max() <= 1 + SLACK and min(width, height) > 2:  # else all of them were within the image's first pixel
+    if 0 < boxes.max() <= 1 + SLACK and min(width, height) > 2:  # else all boxes would lie in the first pixel
         raise ValueError("boxes are divided by the image's size already; they must be in pixels")
 
 
@@ -140,7 +140,7 @@ def _whole(fields: list[bytes], name: str) -> int:
 
 
 def _decoded_size(text: bytes) -> int:
-    """Bytes that base64 text stands for."""
+    """Return the number of bytes that base64 text encodes."""
     if len(text) % 4:
         raise ValueError("an array is cut off: its base64 text is no multiple of 4 long")
     return len(text) // 4 * 3 - text[-2:].count(b"=")
@@ -151,7 +151,7 @@ def _floats(fields: list[bytes], name: str) -> Floats:
         data = base64.b64decode(fields[FIELDS.index(name)], validate=True)
     except binascii.Error as error:
         raise ValueError(f"{name} are not base64 ({error})") from error
-    return np.frombuffer(bytearray(data), dtype="<f4")  # writable, as torch wants it
+    return np.frombuffer(bytearray(data), dtype="<f4")  # writable, as torch requires
 
 
 def _encoded(array: npt.NDArray[Any]) -> bytes:
@@ -160,9 +160,9 @@ def _encoded(array: npt.NDArray[Any]) -> bytes:
 
 logger = logging.getLogger(__name__)
 
-#: To be raised when the index file changes.
+#: Version of the index file; raise it with every change.
 FORMAT = 2
-#: Longest line, in bytes, so that a file without line ends does not fill the memory.
+#: Maximum length of a line in bytes, so that a file without line ends does not exhaust memory.
 LONGEST_LINE = 1 << 29
 _MIB = 1 << 20
 
@@ -170,16 +170,16 @@ _MIB = 1 << 20
 class TsvFile:
     """The images of a feature file by name.
 
-    The places of the lines are kept in a small file in villa's cache folder (``$VILLA_CACHE``), so that the feature
-    file itself is read through once, and its own folder may be read-only. A feature file that has changed since is
-    indexed again. The object may travel to forked and spawned workers.
+    Line offsets are stored in villa's cache folder (``$VILLA_CACHE``), so that the feature file is scanned once and
+    its folder may be read-only. A changed feature file is indexed again. The object can be sent to forked and spawned
+    workers.
 
     Args:
         path: the file.
         allow_empty_boxes: accept boxes without area.
 
     Attributes:
-        dim: width D of a region feature.
+        dim: width D of the region features.
 
     Raises:
         DataError: the file is missing, empty or damaged; the message names file and line.
@@ -196,10 +196,10 @@ class TsvFile:
         self._places = {name: place for place, name in enumerate(self._names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # an open file cannot travel to another process
+        return {**self.__dict__, "_file": None}  # an open file cannot be pickled
 
     def __del__(self) -> None:
-        file: BinaryIO | None = getattr(self, "_file", None)  # missing where there was no index
+        file: BinaryIO | None = getattr(self, "_file", None)  # missing if indexing failed
         if file is not None:
             file.close()
 
@@ -213,12 +213,12 @@ class TsvFile:
         return iter(self._names)
 
     def count(self, name: str) -> int:
-        """Return the number of regions R of an image, without reading its features."""
+        """Return the number of regions of an image without reading its features."""
         regions: int = self._regions[self._places[name]]
         return regions
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        """Read features ``[R, D]`` float32 and normalised boxes ``[R, 4]`` float32 of an image.
+        """Return the features ``[R, D]`` and normalised boxes ``[R, 4]`` of an image, both float32.
 
         Raises:
             DataError: the line is damaged, or the file has changed since it was indexed.
@@ -233,7 +233,7 @@ class TsvFile:
         return torch.from_numpy(features), torch.from_numpy(boxes)
 
     def _line(self, place: int) -> bytes:
-        """Read a line. It is not mapped into memory: a file cut short meanwhile would kill the process."""
+        """Read a line, without memory-mapping: truncation of a mapped file would kill the process."""
         start, end = self._bounds[place : place + 2]
         try:
             if self._file is None:
@@ -243,12 +243,12 @@ class TsvFile:
             raise DataError(f"cannot read '{self.path}' ({one_line(error)}); check the disk") from error
 
     def fingerprint(self) -> str:
-        """Hash the names, places and numbers of regions: equal on all machines that hold the same data."""
+        """Return a hash of names, offsets and numbers of regions, equal on all machines with the same data."""
         rows = [self._names, self._bounds[:-1].tolist(), self._regions.tolist(), self.dim]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
     def _index(self) -> dict[str, Any]:
-        """Read the index file, or make it."""
+        """Read the index file, or create it."""
         try:
             stat = regular_file(self.path)
         except OSError as error:
@@ -275,10 +275,10 @@ class TsvStore:
     """The images of several feature files by name.
 
     Args:
-        files: the files; where two hold an image, the first one counts.
+        files: the files; the first one that holds an image is used.
 
     Raises:
-        DataError: there is none, or their features have different widths.
+        DataError: there is no file, or the features have different widths.
     """
 
     def __init__(self, files: Sequence[TsvFile]) -> None:
@@ -297,22 +297,22 @@ class TsvStore:
         return any(name in file for file in self.files)
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        """Read features ``[R, D]`` and normalised boxes ``[R, 4]``, both float32, of an image."""
+        """Return the features ``[R, D]`` and normalised boxes ``[R, 4]`` of an image, both float32."""
         return self._holder(name)[name]
 
     def count(self, name: str) -> int:
-        """Return the number of regions R of an image."""
+        """Return the number of regions of an image."""
         return self._holder(name).count(name)
 
     def check(self, names: Iterable[str], source: Path) -> None:
-        """Make sure that images are there, and read some of them.
+        """Check that images exist, and read a sample of them.
 
         Args:
-            names: the images wanted.
-            source: the file that names them, for the message.
+            names: names of the images.
+            source: the file that names them, for messages.
 
         Raises:
-            DataError: how many are missing, and the first; or what is wrong with one that was read.
+            DataError: images are missing, or one of the sample is invalid.
         """
         wanted = dict.fromkeys(names)
         missing = [name for name in wanted if name not in self]
@@ -330,12 +330,12 @@ class TsvStore:
 
 
 def _stored(file: Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the stored index, or None when there is none of this state of the feature file."""
+    """Return the stored index, or None if there is none for the current feature file."""
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         names, starts, regions = index["names"], array("q", index["starts"]), array("i", index["regions"])
         whole = len(names) == len(starts) == len(regions) > 0 and type(index["dim"]) is int
-        whole = whole and not names[0].startswith("\ufeff")  # of the time when the mark was taken for a letter
+        whole = whole and not names[0].startswith("\ufeff")  # an older index took a byte-order mark for a letter
         whole = whole and all(start < end for start, end in pairwise([-1, *starts, index["size"]]))
         return index if whole and all(index[key] == value for key, value in described.items()) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -343,7 +343,7 @@ def _stored(file: Path, described: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _scan(path: Path, size: int) -> dict[str, Any]:
-    """Read a feature file through, and return name, place and number of regions of every line."""
+    """Scan a feature file; return the name, offset and number of regions of every line."""
     display, starts, regions = Display(), array("q"), array("i")
     names: dict[str, int] = {}
     first: Header | None = None

@@ -1,4 +1,4 @@
-"""Splits of LXMERT's tasks: questions or sentences of annotation files about images of feature files."""
+"""Splits of LXMERT's tasks: annotated questions or sentences about images in feature files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from villa.progress import track
 
 
 class AnnotatedSplit(Split):
-    """The records of annotation files, kept as flat columns that forked workers share.
+    """The records of annotation files, in flat columns that forked workers share.
 
     Args:
         files: JSON lists of records.
-        store: features of the images that they name.
-        words: texts as word-pieces.
+        store: features of their images.
+        words: encodes texts.
         labels: label of every answer.
 
     Attributes:
-        id_field: the field with a record's id.
-        image_fields: the fields that name its images.
+        id_field: field with a record's id.
+        image_fields: fields that name its images.
         ids: ids of the examples.
 
     Raises:
@@ -58,15 +58,15 @@ class AnnotatedSplit(Split):
 
     @abstractmethod
     def scores(self, label: object, where: str) -> Mapping[int, float]:
-        """Return the scores of the labels that a record's ``label`` gives.
+        """Return the scores by label that a record's ``label`` gives.
 
         Raises:
-            DataError: it is of another form; ``where`` is the record's place.
+            DataError: ``label`` has another form; ``where`` is the record's place.
         """
 
     @abstractmethod
     def target(self, scores: Mapping[int, float]) -> int | Tensor:
-        """Make the target of an example from the scores of its labels."""
+        """Return the target of an example, given its scores by label."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,21 +84,21 @@ class AnnotatedSplit(Split):
         )
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Return a name of the example for messages."""
         return f"example '{self.ids[index]}'"
 
     @property
     def answered(self) -> bool:
-        """Whether the records have a ``label``."""
+        """Whether the records have labels."""
         return self._answered
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens and regions of every example; in a row for each image the text is read again."""
+        """Tokens plus regions of every example; the text counts once per image."""
         return self._measured[0]
 
     def warnings(self) -> list[str]:
-        """Return how many texts are cut."""
+        """Return how many texts are truncated."""
         return self._measured[1].warnings()
 
     @cached_property
@@ -158,20 +158,20 @@ class AnnotatedSplit(Split):
 class QuestionSplit(AnnotatedSplit):
     """Questions about an image: ``{"question_id", "img_id", "sent", "label": {answer: score}}`` (VQA, GQA).
 
-    Answers that are no label count for nothing, as in the released code.
+    Answers that are not labels are ignored, as in the released code.
     """
 
     id_field = "question_id"
     image_fields = ("img_id",)
 
     def scores(self, label: object, where: str) -> Mapping[int, float]:
-        """Scores in [0, 1] of the known answers; see the base class."""
+        """Return the scores, in [0, 1], of known answers by label."""
         if not (isinstance(label, dict) and all(map(is_score, label.values()))):
             raise DataError(f"{where}: the label {label!r:.60} must be {{answer: score in [0, 1]}}")
         return {self.labels[answer]: float(score) for answer, score in label.items() if answer in self.labels}
 
     def target(self, scores: Mapping[int, float]) -> Tensor:
-        """The scores of all labels, ``[labels]``."""
+        """Return the scores of all labels, ``[labels]``."""
         target = torch.zeros(len(self.labels))
         target[list(scores)] = torch.tensor(list(scores.values()))
         return target
@@ -184,13 +184,13 @@ class ImagePairSplit(AnnotatedSplit):
     image_fields = ("img0", "img1")
 
     def scores(self, label: object, where: str) -> Mapping[int, float]:
-        """The class 1 for a true sentence, else 0; see the base class."""
+        """Return the score of class 1 (true) or 0 (false)."""
         if label not in (0, 1):
             raise DataError(f"{where}: the label {label!r:.60} must be 0 (false) or 1 (true)")
         return {int(bool(label)): 1.0}
 
     def target(self, scores: Mapping[int, float]) -> int:
-        """The class."""
+        """Return the class index."""
         return next(iter(scores))
 
 

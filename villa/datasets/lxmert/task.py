@@ -1,4 +1,4 @@
-"""LXMERT's tasks (VQA, GQA, NLVR2) on the files of its release: annotations as JSON, features as ``*_obj36.tsv``."""
+"""LXMERT's tasks (VQA, GQA, NLVR2) on its released files: annotations in JSON, features in ``*_obj36.tsv``."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from villa.registry import register_dataset
 
 @dataclass
 class LxmertDataConfig(ReleasedFilesConfig):
-    """Options that LXMERT's tasks share; relative paths are below ``root``.
+    """Options shared by LXMERT's tasks; relative paths are below ``root``.
 
     Attributes:
-        train: annotation files to train on.
-        train_features: feature files with their images.
-        val: annotation files to validate on.
-        val_features: feature files with their images.
-        test: annotation files to test on.
-        test_features: feature files with their images.
+        train: annotation files of the training split.
+        train_features: feature files with its images.
+        val: annotation files of the validation split.
+        val_features: feature files with its images.
+        test: annotation files of the test split.
+        test_features: feature files with its images.
         tokenizer: ``vocab.txt`` of bert-base-uncased, or another tokenizer's file or folder.
-        max_text_length: word-pieces of a text with [CLS] and [SEP]; longer ones are cut.
+        max_text_length: tokens that texts are truncated to, [CLS] and [SEP] included.
     """
 
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_LXMERT
@@ -58,7 +58,7 @@ class LxmertDataConfig(ReleasedFilesConfig):
     max_text_length: int = 20
 
     def check(self) -> None:
-        """Refuse options that do not go together; see the base class."""
+        """Refuse options that cannot be combined."""
         super().check()
         for split in SPLITS:
             if bool(getattr(self, split)) != bool(getattr(self, f"{split}_features")):
@@ -69,7 +69,7 @@ class LxmertDataConfig(ReleasedFilesConfig):
 
 @dataclass
 class LxmertAnswersConfig(LxmertDataConfig):
-    """Options of LXMERT's question answering, besides those that its tasks share.
+    """Options of VQA and GQA.
 
     Attributes:
         answers: JSON file with the label of every answer (the released ``trainval_ans2label.json``), below ``root``.
@@ -81,7 +81,7 @@ class LxmertAnswersConfig(LxmertDataConfig):
 
 @dataclass
 class LxmertGqaConfig(LxmertAnswersConfig):
-    """Options of GQA: those of LXMERT's question answering."""
+    """Options of GQA."""
 
     name: str = "lxmert_gqa"
     answers: str = "lxmert/gqa/trainval_ans2label.json"
@@ -89,17 +89,17 @@ class LxmertGqaConfig(LxmertAnswersConfig):
 
 @dataclass
 class LxmertNlvr2Config(LxmertDataConfig):
-    """Options of NLVR2: those that LXMERT's tasks share."""
+    """Options of NLVR2."""
 
     name: str = "lxmert_nlvr2"
 
 
 class LxmertTask(ReleasedFilesTask):
-    """A task of LXMERT. A subclass names the class of its splits, its answers and its submission.
+    """A task of LXMERT. Subclasses name the class of their splits, their answers and their submission format.
 
     Attributes:
-        Examples: makes examples of annotation files.
-        submissions: the format of predictions.
+        Examples: class of the splits.
+        submissions: submission format of predictions.
     """
 
     Config: ClassVar[type[DatasetConfig]] = LxmertDataConfig
@@ -117,16 +117,16 @@ class LxmertTask(ReleasedFilesTask):
         """Answers in the order of the logits."""
 
     def listed(self, split: str) -> Sequence[str]:
-        """The annotation files of a split."""
+        """Return the annotation files of a split."""
         names: Sequence[str] = getattr(self.config, split)
         return names
 
     def generated(self) -> Path:
-        """The folder of LXMERT's made-up files."""
+        """Return the folder of LXMERT's generated files."""
         return databases(self.config.name, self.config.synthetic_examples, write_lxmert)
 
     def open_split(self, name: str) -> AnnotatedSplit:
-        """Read the annotations of a split; see the base class."""
+        """Read the annotations of a split, and check that their images exist."""
         if name not in self.splits():
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
         self._require(name)
@@ -134,7 +134,7 @@ class LxmertTask(ReleasedFilesTask):
         return self.Examples(self._files(name), self._store(name), self.words, labels)
 
     def facts(self) -> DataFacts:
-        """Sizes of the vocabulary, the answers and a region feature."""
+        """Return the vocabulary, the answers and the feature width."""
         if not self.splits():
             raise DataError(f"dataset '{self.config.name}' lists no file; set dataset.train and train_features")
         split = next(iter(self._present()), self.splits()[0])
@@ -149,23 +149,23 @@ class LxmertTask(ReleasedFilesTask):
         return DataFacts(words, len(self.answers), dim, labels=tuple(self.answers), **text_facts(self.tokenizer))
 
     def kept_facts(self) -> dict[str, Any]:
-        """The facts without what the tokenizer and the answers say, which are kept beside them."""
+        """Return the facts without tokenizer and answers, which have their own files."""
         return {**super().kept_facts(), "tokens": None, "labels": None}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, or that of ``dataset.tokenizer``."""
+        """The checkpoint's tokenizer, or else that of ``dataset.tokenizer``."""
         return load_tokenizer(
             self.assets if self.assets is not None else self._path(self.config.tokenizer, VOCABULARY_FILE)
         )
 
     @cached_property
     def words(self) -> WordPieces:
-        """Texts as word-pieces."""
+        """The encoder of texts as word-pieces."""
         return WordPieces(self.tokenizer, self.config.max_text_length)
 
     def submission(self, split: str) -> str | None:
-        """The format of the task's leaderboard."""
+        """Return the format of the task's leaderboard."""
         return self.submissions
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
@@ -173,24 +173,24 @@ class LxmertTask(ReleasedFilesTask):
         return best_answers(logits.float().sigmoid(), self.answers)
 
     def save_assets(self, folder: Path) -> None:
-        """Write tokenizer, answers and the sizes that the data fixes."""
+        """Write tokenizer, answers and facts."""
         super().save_assets(folder)
         save_tokenizer(self.tokenizer, folder)
         write_json(folder / ANSWERS_FILE, self.answers)
 
     def contents(self) -> Iterator[Any]:
-        """The answers, the tokenizer and the splits that are there; see the base class."""
+        """Yield the answers, the tokenizer, and the files of the splits that are present."""
         yield self.answers
         yield hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
         for name in self._present():
             yield [name, *map(sha256, self._files(name)), *(f.fingerprint() for f in self._store(name).files)]
 
     def _path(self, name: str, generated: str) -> Path:
-        """Return the path of a file below the root, or that of the generated one."""
+        """Return the path of a file below the root, or of the generated one."""
         return self.root / (generated if self.config.synthetic else plain_path(name))
 
     def _files(self, split: str, kind: str = "") -> list[Path]:
-        """Return the annotation files of a split, or with ``"_features"`` its feature files."""
+        """Return the annotation files of a split, or its feature files with kind ``"_features"``."""
         if self.config.synthetic:
             return [self.root / (f"{split}_obj36.tsv" if kind else f"{split}.json")]
         return [self.root / plain_path(name) for name in getattr(self.config, split + kind)]
@@ -202,20 +202,20 @@ class LxmertTask(ReleasedFilesTask):
         return TsvStore([self._features[path] for path in self._files(split, "_features")])
 
     def _needed(self, split: str) -> Iterator[tuple[Path, str]]:
-        """Yield the files of a split, each with what it should be."""
+        """Yield the files of a split, each with a description."""
         yield from ((path, "annotations: JSON list of records") for path in self._files(split))
         features = "region features: lines of img_id, img_h, ..., boxes, features"
         yield from ((path, features) for path in self._files(split, "_features"))
 
     def _shared(self) -> Iterator[tuple[Path, str]]:
-        """Yield the files that a checkpoint's assets replace, each with what it should be."""
+        """Yield the files that a checkpoint's assets replace, each with a description."""
         yield self._path(self.config.tokenizer, VOCABULARY_FILE), "tokenizer: vocab.txt of bert-base-uncased"
 
     def _present(self) -> list[str]:
         return [split for split in self.splits() if not _missing(self._needed(split))]
 
     def _require(self, split: str) -> None:
-        """Make sure that the files of a split are there; if they are not, all that is missing is named."""
+        """Check that the files of a split exist; name all that are missing."""
         shared = [] if self.assets is not None else _missing(self._shared())
         if shared or _missing(self._needed(split)):
             missing = shared + [entry for name in self.splits() for entry in _missing(self._needed(name))]
@@ -263,7 +263,7 @@ class LxmertGqa(LxmertVqa):
 
 @register_dataset("lxmert_nlvr2")
 class LxmertNlvr2(LxmertTask):
-    """NLVR2: is a sentence true of two images?"""
+    """NLVR2: whether a sentence is true of two images."""
 
     Config: ClassVar[type[DatasetConfig]] = LxmertNlvr2Config
     Examples = ImagePairSplit

@@ -1,4 +1,4 @@
-"""What a question-answering checkpoint needs besides its weights: tokenizer, answers and how regions are made."""
+"""Assets of a question-answering checkpoint: tokenizer or processor, answers, and the kind of regions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from villa.json_values import is_count, read_own
 
 ANSWERS_FILE, META_FILE, PROCESSOR = "answers.json", "dataset.json", "processor"
 
-#: How grid features say what made them: network, version of its package, its weights, and sizes.
+#: Format of the extractor's description: network, version of its package, its weights, and sizes.
 _EXTRACTOR = r"(?P<network>\S+) \S+ (?P<weights>[0-9a-f]{16}) (?P<sizes>.+)"
 
-#: What a model is asked for, as its ``task``.
+#: Task of the model by kind of target.
 _TASKS: dict[Any, Task] = {"label": "classification", "text": "generation", "pair": "contrastive"}
 
 
@@ -39,14 +39,14 @@ class Assets:
     """Vocabulary and labels of a data set.
 
     Attributes:
-        tokenizer: text to ids; None where a model's own processor reads the text.
-        answers: label names in the order of the logits; none where there are no labels.
-        soft: targets are scores of every answer, not one class.
-        regions: where region features come from.
-        feature_dim: width of a region feature; None for text only.
-        extractor: what makes grid features (network, weights, sizes); None for other regions.
-        kind: what is asked of a model: a ``label``, a ``text``, or whether a ``pair`` belongs together.
-        processor: the model's own processor of transformers, or None.
+        tokenizer: the tokenizer; None if a model's own processor reads the text.
+        answers: label names in the order of the logits; empty without labels.
+        soft: whether targets are scores of all answers instead of one class.
+        regions: source of the region features.
+        feature_dim: width of the region features; None for text only.
+        extractor: description of the grid features' extractor (network, weights, sizes); None for other regions.
+        kind: kind of target: a ``label``, a ``text`` to generate, or a matching ``pair`` of image and text.
+        processor: the model's own transformers processor, or None.
     """
 
     tokenizer: Tokenizer | None
@@ -60,11 +60,11 @@ class Assets:
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        """Answer to its label."""
+        """Label of every answer."""
         return {answer: label for label, answer in enumerate(self.answers)}
 
     def facts(self) -> DataFacts:
-        """What the data fixes about a model."""
+        """Return the sizes and names that the data fixes for a model."""
         words = None if self.tokenizer is None else vocabulary_size(self.tokenizer)
         labels = tuple(self.answers) if self.kind == "label" else None
         texts = self._texts
@@ -84,7 +84,7 @@ class Assets:
         return text_facts(self.tokenizer if self.tokenizer is not None else self.processor)
 
     def _images(self) -> dict[str, str]:
-        """How images are read, as far as weights depend on it."""
+        """Return how images are read, as far as weights depend on it."""
         if self.regions == "none":
             return {}
         found: dict[str, str] = {"regions": self.regions}
@@ -97,10 +97,10 @@ class Assets:
         return found if side is None else found | pixel_reading(int(side[1]))
 
     def reading_fingerprint(self) -> str:
-        """Hash of what reads texts and images."""
+        """Hash of the readers of texts and images."""
         if self.tokenizer is not None:
             plain = Tokenizer.from_str(self.tokenizer.to_str())
-            plain.no_truncation()  # remembered from the last text, and an option of the data set
+            plain.no_truncation()  # set by the last text read; truncation is an option of the data set
             return str(plain.to_str())
         with tempfile.TemporaryDirectory() as folder:
             save_processor(self.processor, Path(folder))
@@ -127,7 +127,7 @@ class Assets:
         """
         answers, meta = (_read_own(folder / name) for name in (ANSWERS_FILE, META_FILE))
         kind: Any = meta.get("kind", "label") if _is_meta(meta) else None
-        if kind not in (*_TASKS,):  # which may be anything
+        if kind not in (*_TASKS,):  # the file may hold anything
             raise DataError(f"'{folder / META_FILE}' does not describe a data set; use an undamaged checkpoint")
         named = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
         if not named or (kind == "label" and not answers):
@@ -151,7 +151,7 @@ def _read_own(path: Path) -> Any:
 
 
 def _is_meta(meta: Any) -> bool:
-    """Whether a value may be what ``save`` writes about a data set, apart from its kind."""
+    """Return whether a value has the form that ``save`` writes, apart from its kind."""
     if not isinstance(meta, dict) or meta.get("regions") not in (*REGION_FIELDS, "none"):
         return False
     width, extractor, soft = meta.get("feature_dim"), meta.get("extractor"), meta.get("soft", False)
@@ -160,15 +160,15 @@ def _is_meta(meta: Any) -> bool:
 
 
 def facts_beside(source: str) -> DataFacts:
-    """Return what is known about the rows of weights, and how texts and images were read for them.
+    """Return the names of the rows of weights, and how texts and images were read for them.
 
     Args:
-        source: what ``model.checkpoint`` names: a checkpoint's folder, a folder that was saved, a folder of
-            transformers or its name on the hub, or a file. A file inside such a folder has the folder's names; beside
-            another, ``vocab.txt`` names as many word-pieces as it lists.
+        source: what ``model.checkpoint`` names: the folder of a checkpoint, a saved folder, a transformers folder or
+            hub name, or a file. A file in such a folder has the folder's names; beside others, ``vocab.txt`` names the
+            word-pieces that it lists.
 
     Returns:
-        The facts; none where there are no names, or they cannot be read.
+        The facts; empty if there are no names, or they cannot be read.
     """
     path, assets = Path(source).expanduser(), assets_beside(source)
     if assets is not None:
@@ -183,7 +183,7 @@ def facts_beside(source: str) -> DataFacts:
 
 
 def assets_beside(source: str) -> Path | None:
-    """Return the folder of what a data set saved beside a checkpoint or in a saved folder, if there is one."""
+    """Return the assets folder of a checkpoint or saved folder, if there is one."""
     path = Path(source).expanduser()
     folder = path.parent if path.name in FOLDER_FILES else path
     places = (folder / "villa" / "assets", folder / "assets")
@@ -191,7 +191,7 @@ def assets_beside(source: str) -> Path | None:
 
 
 def _of_assets(assets: Path) -> DataFacts:
-    """What a data set has saved beside a checkpoint."""
+    """Return the facts that a data set saved beside a checkpoint."""
     kept = _json(assets / "dataset.json")
     kept = kept if isinstance(kept, dict) else {}
     if "regions" in kept:
@@ -213,13 +213,13 @@ def _of_assets(assets: Path) -> DataFacts:
 
 
 def _of_transformers(folder: Path, name: str | None) -> DataFacts:
-    """What is beside the weights in a folder of transformers, or under a name in the cache of the hub."""
+    """Return the facts in a transformers folder, or under a name in the hub's cache."""
     place: Any = folder if name is None else name
     facts = DataFacts()
     try:
-        processor = load_processor(place, local=name is None)  # the rest of a name is downloaded later, too
+        processor = load_processor(place, local=name is None)  # the weights of a hub name are downloaded later, too
         tokenizer = getattr(processor, "tokenizer", processor)
-        if len(tokenizer) > len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # else transformers made it up without files
             texts = text_facts(processor)
             images = image_reading(processor) if hasattr(processor, "image_processor") else {}
             facts = DataFacts(tokens=texts["tokens"], padding=texts["padding"], reading={**texts["reading"], **images})
@@ -227,7 +227,7 @@ def _of_transformers(folder: Path, name: str | None) -> DataFacts:
         facts = _of_tokenizer(folder)
     try:
         labels = stored_config(str(place)).id2label
-    except Exception:  # whatever transformers raises for a folder that holds weights alone
+    except Exception:  # transformers raises all kinds for folders that hold only weights
         return facts
     numbers = sorted(labels) if labels else []
     return replace(facts, labels=tuple(str(labels[n]) for n in numbers) if numbers == [*range(len(numbers))] else None)

@@ -1,4 +1,4 @@
-"""easy-VQA: 5,000 small images of shapes and 48,248 questions, all in the Python package ``easy-vqa``."""
+"""easy-VQA: 5,000 small images of shapes and 48,248 questions, from the Python package ``easy-vqa``."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from villa.errors import ConfigError, DataError, nearest
 from villa.registry import register_dataset
 
 SPLITS = ("train", "val", "test")
-#: More than the words and characters of all questions.
+#: Upper bound on the words and characters of all questions.
 VOCABULARY_SIZE = 512
 
 
 @dataclass
 class EasyVqaConfig(QuestionAnsweringConfig):
-    """Options of easy-VQA, besides those that question answering shares.
+    """Options of easy-VQA.
 
     Attributes:
-        regions: ``grid`` features, whole images as ``pixels``, or ``none`` for questions without their images. With a
-            processor, images are taken whole.
-        target: ``class``, one of the 13 answers, or ``text``, an answer that a model with a processor writes.
-        val_images: training images (the last ones) that are held out, with their questions, as split ``val``.
-        fraction: share of the other training questions to train on; a smaller share is part of a larger one.
-        fraction_seed: of the choice of that share.
-        limit: at most this many questions a split (the first ones), for quick runs.
+        regions: ``grid`` features, whole images as ``pixels``, or ``none`` for questions without images. With a
+            processor, images are read whole.
+        target: ``class``, one of the 13 answers, or ``text``, an answer that a model with a processor generates.
+        val_images: number of training images (the last ones) held out, with their questions, as split ``val``.
+        fraction: share of the other training questions to train on; smaller shares are subsets of larger ones.
+        fraction_seed: seed of the choice of that share.
+        limit: maximum number of questions per split (the first ones), for quick runs.
     """
 
     name: str = "easy_vqa"
@@ -54,7 +54,7 @@ class EasyVqaConfig(QuestionAnsweringConfig):
     limit: int | None = None
 
     def check(self) -> None:
-        """Refuse numbers that make no sense; see the base class."""
+        """Check the ranges of the options."""
         super().check()
         check_fraction(self.fraction)
         if self.limit is not None and self.limit < 1:
@@ -65,13 +65,13 @@ class EasyVqaConfig(QuestionAnsweringConfig):
 
     @property
     def kind(self) -> Kind:
-        """What is asked of the model."""
+        """Kind of target."""
         return "text" if self.target == "text" else "label"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of the package: its place in the package's list, its text, answer and image."""
+    """A question: its index in the package's list, text, answer and image."""
 
     number: int
     text: str
@@ -81,7 +81,7 @@ class Question:
 
 @register_dataset("easy_vqa")
 class EasyVqa(QuestionAnswering):
-    """easy-VQA with its official test split; ``val`` is held out from the training images."""
+    """easy-VQA with its official test split, and a ``val`` split held out from the training images."""
 
     Config: ClassVar[type[DatasetConfig]] = EasyVqaConfig
     config: EasyVqaConfig
@@ -105,7 +105,7 @@ class EasyVqa(QuestionAnswering):
         return _images(test=False), list(dict.fromkeys(question.image for question in self._questions("train")))
 
     def split(self, name: str) -> TableSplit:
-        """Return a split; features that are not cached yet are extracted first (see the base class)."""
+        """Return a split, after extracting features that are not cached yet."""
         questions = self._questions(name)
         seen = self.vocabulary.regions != "none"
         store = self.open_store(_images(name == "test"), (q.image for q in questions)) if seen else None
@@ -130,9 +130,9 @@ class EasyVqa(QuestionAnswering):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def reference_scores(self, split: str) -> dict[str, float]:
-        """Accuracy on a split of the most frequent answer of all official training questions.
+        """Return the accuracy on a split of the most frequent answer of the official training questions.
 
-        Overall (``majority``) and for each question's text (``question_only``).
+        ``majority`` takes it over all questions, ``question_only`` over those with the same text.
         """
         train, questions = _read(test=False), self._questions(split)
         by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -146,7 +146,7 @@ class EasyVqa(QuestionAnswering):
         }
 
     def _left_out(self, name: str, kept: int) -> list[str]:
-        """Say, in a line, how many questions of a split ``fraction`` and ``limit`` leave out."""
+        """Return a line on how many questions of a split ``fraction`` and ``limit`` leave out, if any."""
         count, fraction, limit = len(self._whole(name)), self.config.fraction, self.config.limit
         shared = [f"dataset.fraction={fraction}"] if name == "train" and fraction < 1 else []
         options = shared if limit is None else [*shared, f"dataset.limit={limit}"]
@@ -159,7 +159,7 @@ class EasyVqa(QuestionAnswering):
         return questions[: self.config.limit]
 
     def _whole(self, name: str) -> list[Question]:
-        """All questions of a split, whatever ``fraction`` and ``limit`` are."""
+        """Return all questions of a split, regardless of ``fraction`` and ``limit``."""
         if name not in SPLITS:
             raise DataError(f"easy_vqa has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
         questions = _read(test=name == "test")
@@ -201,7 +201,7 @@ def _read(test: bool) -> list[Question]:
 
 @cache
 def _images(test: bool) -> list[ImageSource]:
-    """Return the images; image i of the package is entry i."""
+    """Return the images, ordered as in the package."""
     package = _package()
     paths = package.get_test_image_paths() if test else package.get_train_image_paths()
     return [ImageSource(Path(paths[image]), "easy_vqa") for image in range(len(paths))]
@@ -212,4 +212,4 @@ def _distinct_texts() -> list[str]:
 
 
 def _most_common(answers: Counter[str]) -> str:
-    return answers.most_common(1)[0][0]  # of equals the one seen first
+    return answers.most_common(1)[0][0]  # ties: the one seen first

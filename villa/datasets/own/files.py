@@ -1,4 +1,4 @@
-"""A user's own region features: one ``.npz`` or ``.safetensors`` file an image."""
+"""A user's own region features: one ``.npz`` or ``.safetensors`` file per image."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 class NpzFile:
     """An ``.npz`` file opened for reading, as a context manager.
 
-    Reading a damaged file raises whatever zipfile, zlib and numpy's parser come across; callers turn that into a
-    message (``villa.datasets.stores.reading``).
+    A damaged file raises exceptions of zipfile, zlib and numpy, which callers turn into a message
+    (``villa.datasets.stores.reading``).
 
     Args:
         path: the file.
@@ -56,7 +56,7 @@ class NpzFile:
         """Read the shape of an array from its header.
 
         Raises:
-            ValueError: the array is not one of numbers, or claims another size than it has.
+            ValueError: the array is not numeric, or its header contradicts its size.
         """
         with self._open(name) as file:
             return self._header(name, file)[0]
@@ -65,7 +65,7 @@ class NpzFile:
         """Read an array.
 
         Raises:
-            ValueError: see ``shape``; or it is cut off.
+            ValueError: see ``shape``; or the array is truncated.
         """
         with self._open(name) as file:
             shape, columns_first, dtype = self._header(name, file)
@@ -92,7 +92,7 @@ class NpzFile:
         return shape, columns_first, dtype
 
 
-#: Names of the boxes in a file; the second is that of the released feature files.
+#: Array names of the boxes; the second is that of the released feature files.
 BOX_NAMES = ("boxes", "norm_bb")
 SUFFIXES = (".npz", ".safetensors")
 
@@ -101,7 +101,7 @@ class FileStore(RegionStore):
     """Feature files with ``features [R, D]`` and ``boxes`` (or ``norm_bb``) ``[R, 4 | 6 | 7]``, normalised.
 
     Args:
-        sources: the files; at least one.
+        sources: at least one file.
         allow_empty_boxes: accept boxes without area.
 
     Raises:
@@ -114,10 +114,10 @@ class FileStore(RegionStore):
         self.dim = _feature_shape(sources[0])[1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read a file.
+        """Return the features and boxes of a file.
 
         Raises:
-            DataError: it cannot be read, or its arrays have wrong shapes or values.
+            DataError: the file cannot be read, or its arrays have wrong shapes or values.
         """
         source = self.sources[index]
         features, boxes = _read(source)
@@ -131,11 +131,11 @@ class FileStore(RegionStore):
         return features, boxes
 
     def regions(self, index: int) -> int:
-        """Return the number of rows of a file's features, from its header."""
+        """Return the number of regions of a file, from its header."""
         return _feature_shape(self.sources[index])[0]
 
     def prepare(self, indices: Iterable[int]) -> None:
-        """Check that the files exist, and read some of them."""
+        """Check that the files exist, and read a sample of them."""
         wanted = list(indices)
         for index in wanted:
             self.sources[index].stat()
@@ -176,13 +176,13 @@ def _safetensors_shape(path: Path) -> tuple[int, ...]:
 
 
 def _check_size(shape: Sequence[int]) -> None:
-    """Refuse an array that would take all memory: the file may be a sparse one."""
+    """Refuse an array that would exhaust memory, as a sparse file may claim one."""
     if math.prod(shape) > MAX_ARRAY_BYTES // 2:
         raise ValueError(f"an array of shape {list(shape)} is larger than an image's can be")
 
 
 def _check_shapes(features: Tensor, boxes: Tensor, dim: int) -> None:
-    """Refuse features and boxes of other forms than the other files'.
+    """Refuse features and boxes whose shapes do not fit each other or the other files.
 
     Raises:
         ValueError: saying what is wrong.

@@ -1,4 +1,4 @@
-"""Region features from a convolutional network's grid: EfficientNet-Lite0, whose weights are a Python package."""
+"""Grid features of images by EfficientNet-Lite0, whose weights come as a Python package, and their cache."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from villa.errors import ConfigError, DataError
 from villa.files import locked, no_space, sha256
 from villa.progress import track
 
-#: Pixels of the image that one cell of the network's last feature map covers, a side.
+#: Stride of the network's last feature map in pixels.
 STRIDE = 32
-#: Images that go through the network at once.
+#: Batch size of the network.
 PASS = 32
 
 
@@ -40,11 +40,11 @@ class GridOptions:
     """Options of grid features.
 
     Attributes:
-        grid: cells a side; an image has ``grid`` x ``grid`` regions.
-        image_size: pixels a side that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
-            The network's cells that fall into one cell of the grid are averaged. Whole images (``regions: pixels``)
-            may have any size; None takes 224.
-        background: colour that transparent images are put on, for grid features and whole images: a name, or
+        grid: cells per side; an image has ``grid`` x ``grid`` regions.
+        image_size: side in pixels that images are resized to, a multiple of 32 x ``grid``; None takes 32 x ``grid``.
+            Each region averages the network's cells that it covers. Whole images (``regions: pixels``) may have any
+            size; None takes 224.
+        background: background colour of transparent images, for grid features and whole images: a name, or
             ``rgb(128,128,128)``.
         cache_dir: folder of extracted features; None takes ``$VILLA_CACHE`` or ``~/.cache/villa``.
     """
@@ -56,16 +56,16 @@ class GridOptions:
 
 
 class GridExtractor:
-    """EfficientNet-Lite0 up to its last feature map, on the CPU or, where there is one, a CUDA device.
+    """EfficientNet-Lite0 up to its last feature map, on a CUDA device if there is one, else on the CPU.
 
     Args:
         options: grid and image size.
 
     Attributes:
-        dim: width of a region feature.
+        dim: width of the region features.
 
     Raises:
-        ConfigError: the sizes do not go together.
+        ConfigError: grid and image size do not fit each other.
         DataError: the network's packages are not installed.
     """
 
@@ -83,18 +83,18 @@ class GridExtractor:
 
     @property
     def regions(self) -> int:
-        """Regions of an image."""
+        """Number of regions per image."""
         return self.grid * self.grid
 
     @cached_property
     def signature(self) -> str:
-        """What made a feature: network, weights, image size and grid."""
+        """Description of the extractor: network, weights, image size and grid."""
         version = importlib.metadata.version("efficientnet-lite-pytorch")
         weights = sha256(self._weights)[:16]
         return f"efficientnet-lite0 {version} {weights} image {self.image_size} grid {self.grid}"
 
     def boxes(self) -> Tensor:
-        """Return the cells' normalised x1, y1, x2, y2, row by row: ``[grid * grid, 4]``."""
+        """Return the cells' normalised boxes x1, y1, x2, y2, row by row: ``[grid * grid, 4]``."""
         low = torch.arange(self.grid) / self.grid
         y, x = torch.meshgrid(low, low, indexing="ij")
         corner = torch.stack([x, y], dim=-1).reshape(-1, 2)
@@ -124,7 +124,7 @@ class GridExtractor:
         return torch.cat(features).numpy()
 
     def load(self) -> Any:
-        """Load the network; only weights, never code, are read from its file."""
+        """Load the network; its file is read as weights only."""
         network = _network_package().EfficientNet.from_name("efficientnet-lite0", image_size=self.image_size)
         network.load_state_dict(torch.load(self._weights, map_location="cpu", weights_only=True))
         return network.eval()
@@ -149,7 +149,7 @@ def _network_package() -> ModuleType:
 
 @contextmanager
 def _all_threads() -> Iterator[None]:
-    """Use all cores for a while: launchers set one thread a process, but only one process extracts."""
+    """Use all cores: launchers set one thread per process, but only one process extracts."""
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
@@ -162,11 +162,11 @@ logger = logging.getLogger(__name__)
 
 
 class GridStore(RegionStore):
-    """Grid features of images.
+    """Grid features of images, cached on disk.
 
-    The cache's name is a hash of every image's path, size and time of change and of what reads them and extracts the
-    features, so that a changed image or option gives a new one. Extraction goes chunk by chunk, and only
-    over chunks that are asked for and not there yet: after a kill it goes on where it stopped.
+    The cache's name is a hash of every image's path, size and modification time, of the image reader and of the
+    extractor, so that a changed image or option gets a new cache. Features are extracted on demand, chunk by chunk;
+    after a kill, extraction continues where it stopped.
 
     Args:
         sources: the images.
@@ -174,7 +174,7 @@ class GridStore(RegionStore):
 
     Raises:
         DataError: an image does not exist, or the extractor is not installed.
-        ConfigError: grid and image size do not go together.
+        ConfigError: grid and image size do not fit each other.
     """
 
     dim = GridExtractor.dim
@@ -198,7 +198,7 @@ class GridStore(RegionStore):
         return self._cache.array[index], self._boxes
 
     def regions(self, index: int) -> int:
-        """Return the number of cells, the same for every image."""
+        """Return the number of cells, which is the same for every image."""
         return self._extractor.regions
 
     def prepare(self, indices: Iterable[int]) -> None:

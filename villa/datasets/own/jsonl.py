@@ -1,4 +1,4 @@
-"""A user's own questions in JSON-lines files, about images, feature files, or text alone."""
+"""A user's own questions in JSON-lines files, on images, feature files, or text alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from villa.registry import register_dataset
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-#: Options that the files themselves stand for in the fingerprint.
+#: Options left out of the fingerprint, which covers the generated files.
 _SYNTHETIC = ("synthetic", "synthetic_lines", "synthetic_examples")
 
 
@@ -50,31 +50,31 @@ class JsonlConfig(QuestionAnsweringConfig):
     """Options of a user's own data.
 
     A line is ``{"question": text, "answer": text, "image": path, "id": text}``. Instead of ``image``, ``features``
-    names a ``.npz`` or ``.safetensors`` file, or ``images`` gives several paths; with none, questions are text alone.
-    ``text`` may stand for ``question``; ``text_pair`` is a second text. Instead of ``answer``, ``answers`` gives
-    ``{text: score}`` or a list of human answers. Without ``id`` it is the line's number.
+    names a ``.npz`` or ``.safetensors`` file, or ``images`` lists several paths; without any, questions are text only.
+    ``text`` is another name for ``question``; ``text_pair`` is a second text. Instead of ``answer``, ``answers`` is
+    ``{text: score}`` or a list of human answers. The default ``id`` is the line number.
 
     Attributes:
-        train: file of the training questions; may be left out when only a checkpoint is evaluated.
-        val: file of the validation questions.
-        test: file of the test questions; its answers may be left out.
-        image_root: folder that paths in the files are relative to; None is the folder of each file.
-        answers: file with one answer a line, in the order of the labels, or a ``.json`` file with a list of them or
-            ``{answer: label}``; None takes those of ``train``.
-        max_answers: keep only the most frequent answers of ``train``.
-        min_count: keep only answers of at least this many questions of ``train``.
+        train: file of training questions; optional if a checkpoint is only evaluated.
+        val: file of validation questions.
+        test: file of test questions, with or without answers.
+        image_root: folder that paths in the files are relative to; None for the folder of each file.
+        answers: file with one answer per line, in the order of the labels, or a ``.json`` file with a list or
+            ``{answer: label}``; None takes the answers of ``train``.
+        max_answers: number of the most frequent answers of ``train`` to keep.
+        min_count: minimum number of questions of ``train`` with an answer for it to be kept.
         tokenizer: ``tokenizer.json``, ``vocab.txt`` or folder; None builds one from the questions of ``train``.
-        vocabulary_size: largest size of a vocabulary that is built.
-        regions: ``grid`` of ``image``, ``files`` of ``features``, whole images as ``pixels``, or ``none``; ``auto``
-            looks at the first question, and takes images whole where there is a processor.
-        target: ``class``, one answer (the best-scored), or ``soft``, scores of all; ``auto`` is soft when the first
-            question of ``train`` has ``answers``. With a processor also ``text``, an answer that the model writes, or
-            ``pair``, images and texts that belong together.
-        synthetic: draw small pictures with lines about them and run a tiny model on these, to try the recipe.
-        synthetic_lines: what the lines are: ``questions`` about a picture, ``sentences`` about two, or ``captions``;
-            ``auto`` takes captions for the target ``pair`` and questions for others.
-        synthetic_examples: lines that are made to train on; a quarter of them to evaluate on.
-        allow_empty_boxes: accept boxes in feature files that have no width or no height.
+        vocabulary_size: maximum size of a vocabulary that is built.
+        regions: ``grid`` of ``image``, ``files`` named by ``features``, whole images as ``pixels``, or ``none``;
+            ``auto`` decides by the first question, and reads images whole if there is a processor.
+        target: ``class``, one answer (the best-scored), or ``soft``, scores of all answers; ``auto`` is soft if the
+            first question of ``train`` has ``answers``. With a processor also ``text``, an answer to generate, or
+            ``pair``, matching images and texts.
+        synthetic: try the recipe with a tiny model on generated pictures.
+        synthetic_lines: generated lines: ``questions`` about a picture, ``sentences`` about two, or ``captions``;
+            ``auto`` takes captions for the target ``pair``, else questions.
+        synthetic_examples: training lines to generate; evaluation splits get a quarter of them.
+        allow_empty_boxes: accept boxes without width or height in feature files.
     """
 
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PICTURES
@@ -97,11 +97,11 @@ class JsonlConfig(QuestionAnsweringConfig):
     allow_empty_boxes: bool = False
 
     def objectives(self) -> dict[str, float]:
-        """Pairs are for the contrastive objective."""
+        """Return the contrastive objective for pairs, else none."""
         return {"contrastive": 1.0} if self.kind == "pair" else {}
 
     def check(self) -> None:
-        """Refuse numbers that make no sense; see the base class."""
+        """Check the ranges and combinations of the options."""
         super().check()
         for name in ("max_answers", "min_count", "vocabulary_size"):
             value = getattr(self, name)
@@ -116,7 +116,7 @@ class JsonlConfig(QuestionAnsweringConfig):
 
     @property
     def kind(self) -> Kind:
-        """What is asked of the model."""
+        """Kind of target."""
         return self.target if self.target in ("text", "pair") else "label"
 
 
@@ -124,8 +124,8 @@ class JsonlConfig(QuestionAnsweringConfig):
 class Jsonl(QuestionAnswering):
     """A user's own questions and answers.
 
-    Training questions without an answer among the labels are left out, and their number is logged. Elsewhere they stay:
-    with soft targets they count as wrong; a class target cannot say so and is refused.
+    Training questions without an answer among the labels are left out, and their number is logged. In other splits
+    they count as wrong with soft targets, and are refused with class targets.
     """
 
     Config: ClassVar[type[DatasetConfig]] = JsonlConfig
@@ -133,10 +133,10 @@ class Jsonl(QuestionAnswering):
 
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
-        self._referred: dict[str, SourceFiles] = {}  # by the lines of a split that was read
+        self._referred: dict[str, SourceFiles] = {}  # files referred to by the lines of each split read so far
 
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that a file is given for."""
+        """Return the splits that a file is given for."""
         return tuple(name for name in SPLITS if self._place(name) is not None)
 
     def split(self, name: str) -> JsonlSplit:
@@ -150,7 +150,7 @@ class Jsonl(QuestionAnswering):
         return split
 
     def fingerprint(self) -> str:
-        """Hash of the files, names and sizes of what they refer to, options and extractor."""
+        """Hash of the files, the names and sizes of files they refer to, the options and the extractor."""
         options = asdict(self.config)
         for place in (
             "cache_dir",
@@ -192,7 +192,7 @@ class Jsonl(QuestionAnswering):
         )
 
     def _regions(self, first: Mapping[str, Any]) -> Regions:
-        """What a model sees of records like the first one."""
+        """Return the source of regions for records like the first one."""
         if self.config.regions != "auto":
             return self.config.regions
         guessed = guess_regions(first)
@@ -219,7 +219,7 @@ class Jsonl(QuestionAnswering):
         return JsonLines(local_path(path))
 
     def _place(self, split: str) -> str | None:
-        """The file of a split, or None."""
+        """Return the file of a split, or None."""
         place: str | None = getattr(self.config, split)
         if not self.config.synthetic:
             return place
@@ -246,7 +246,7 @@ class Jsonl(QuestionAnswering):
         return sources.build()
 
     def _tokenizer_and_answers(self, *, tokenizer: bool, answers: bool) -> tuple[Tokenizer | None, list[str]]:
-        """Load them, or make those that are wanted of the training lines, which are read once for both."""
+        """Load them, or build those that are wanted from a single pass over the training lines."""
         place, listed = self.config.tokenizer, self.config.answers
         loaded = load_tokenizer(local_path(place)) if tokenizer and place is not None else None
         known = read_answer_list(local_path(listed)) if answers and listed is not None else []
@@ -257,7 +257,7 @@ class Jsonl(QuestionAnswering):
             loaded = build_tokenizer(texts, self.config.vocabulary_size)
         if not count:
             return loaded, known
-        for _ in texts:  # what the tokenizer has left
+        for _ in texts:  # count the answers of lines that the tokenizer did not read
             pass
         known = ranked_answers(counts, self.config.max_answers, self.config.min_count)
         if not known:

@@ -1,4 +1,4 @@
-"""Whole images of a list of files, decoded when they are read: the one place where images are opened."""
+"""Reading of images; all image files are opened here."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from villa.plugins import one_line
 
 logger = logging.getLogger(__name__)
 
-#: What a file's pixels are depends on this code; raise it with them, so that features cached before are not used.
+#: Version of the pixels that this code reads; raise it when they change, so that older cached features are not used.
 READING = 2
-#: Colour that transparent images are put on.
+#: Default background colour of transparent images.
 BACKGROUND = "white"
 
-#: Formats that may hold PostScript, a program that Pillow would give to Ghostscript.
+#: Formats that may hold PostScript, which Pillow would run with Ghostscript.
 _PROGRAMS = ("EPS", "IPTC")
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106
 _TRANSPOSE = Image.Transpose
-#: What turns an image upright, by the orientation in its EXIF data.
+#: Transposition that turns an image upright, by its EXIF orientation.
 _UPRIGHT = {
     2: _TRANSPOSE.FLIP_LEFT_RIGHT,
     3: _TRANSPOSE.ROTATE_180,
@@ -36,25 +36,25 @@ _UPRIGHT = {
     7: _TRANSPOSE.TRANSVERSE,
     8: _TRANSPOSE.ROTATE_90,
 }
-#: Largest value of a channel of the PNGs whose pixels, but not whose transparent colour, Pillow scales to 8 bits.
+#: Largest channel value of PNGs of which Pillow scales the pixels to 8 bits, but not the transparent colour.
 _PNG_WHITE = {"L;2": 3, "L;4": 15, "RGB;16B": 65535}
-#: White of 16 bits, and below what a brightest pixel of 16 bits is suspected to have been made with fewer.
+#: White in 16 bits, and the brightest pixel below which a 16-bit image is suspected to use fewer bits.
 _WHITE, _DARK = 65535, 4096
 
-#: The image that was warned of; one of a data set is enough.
+#: Images already warned about; one per data set is enough.
 _warned: list[str] = []
 
-# A size that Pillow refuses is an error here; it need not warn of those below, nor of damaged EXIF data.
+# Sizes that Pillow refuses are errors here; warnings about smaller ones and about damaged EXIF data are noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class PictureStore:
-    """Images by index; nothing is kept in memory. Safe to use in forked and spawned workers.
+    """Images by index, decoded when read. Safe to use in forked and spawned workers.
 
     Args:
         sources: the files.
-        background: colour that transparent images are put on.
+        background: background colour of transparent images.
 
     Raises:
         DataError: a file does not exist, or is no regular file.
@@ -69,19 +69,19 @@ class PictureStore:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> Image.Image:
-        """Return an image; see ``read_picture``."""
+        """Read an image; see ``read_picture``."""
         return read_picture(self.sources[index], self.background)
 
 
 def read_picture(source: ImageSource, background: str = BACKGROUND) -> Image.Image:
-    """Read an image file as people see it: upright, in RGB, transparent parts on a background.
+    """Read an image file as it is displayed: upright, in RGB, transparent parts on a background.
 
     Args:
         source: the file.
-        background: colour that transparent images are put on.
+        background: background colour of transparent images.
 
     Raises:
-        DataError: it is missing, no regular file, too large, or cannot be decoded.
+        DataError: the file is missing, not a regular file, too large, or cannot be decoded.
     """
     source.stat()
     try:
@@ -89,7 +89,7 @@ def read_picture(source: ImageSource, background: str = BACKGROUND) -> Image.Ima
             if image.format in _PROGRAMS:
                 raise ValueError(f"{image.format} files are not read, for PostScript is a program")
             return upright_rgb(image, background, name=str(source.path))
-    except Exception as error:  # Pillow's decoders raise whatever they come across in a broken file
+    except Exception as error:  # Pillow's decoders raise all kinds for broken files
         # Pillow names the file by its object.
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is in none of the formats that Pillow reads" if unknown else one_line(error)
@@ -100,15 +100,15 @@ def read_picture(source: ImageSource, background: str = BACKGROUND) -> Image.Ima
 
 
 def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "an image") -> Image.Image:
-    """Return an image as people see it: upright, in RGB, transparent parts on a background.
+    """Return an image as it is displayed: upright, in RGB, transparent parts on a background.
 
     Args:
-        image: of any mode. Grey values of 16 bits are scaled by their full range, floats from 0 to 1 by that.
-        background: colour that transparent images are put on.
-        name: of the image, for a warning.
+        image: an image of any mode. 16-bit grey values are scaled by their full range, floats must be in [0, 1].
+        background: background colour of transparent images.
+        name: name of the image, for a warning.
 
     Raises:
-        ValueError: the range of its values is not known, or it has no pixel.
+        ValueError: the range of its values is not known, or it has no pixels.
         Exception: what Pillow raises for a broken file.
     """
     tiles: Any = getattr(image, "tile", None)
@@ -125,15 +125,15 @@ def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "a
         image = image.convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
-    # Without a copy, and without EXIF data, by which a processor would turn it again.
+    # Shares the pixels, but drops the EXIF data, by which a processor would turn the image again.
     return Image.Image()._new(image.im)
 
 
 def check_background(colour: str) -> None:
-    """Refuse what is no colour.
+    """Refuse an invalid background colour.
 
     Raises:
-        ConfigError: it is none, or is transparent itself.
+        ConfigError: it is not a colour, or is transparent itself.
     """
     try:
         channels = ImageColor.getrgb(colour)
@@ -145,16 +145,16 @@ def check_background(colour: str) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return what turns an image upright, if anything has to."""
+    """Return the transposition that turns an image upright, or None."""
     try:
         noted: Any = image.getexif().get(_ORIENTATION)
         return _UPRIGHT.get(noted)
-    except Exception:  # of damaged EXIF data, which say nothing about the pixels
+    except Exception:  # damaged EXIF data do not affect the pixels
         return None
 
 
 def _composed(image: Image.Image, background: str, white: int | None) -> Image.Image:
-    """Put a transparent image on a background; ``white`` is that of its transparent colour, if not of 8 bits."""
+    """Put a transparent image on a background; ``white`` is the range of its transparent colour if not 8 bits."""
     colour = image.info.get("transparency")
     if white is not None and colour is not None:
         eight = [value >> 8 if white == _WHITE else value * 255 // white for value in np.atleast_1d(colour).tolist()]
@@ -165,7 +165,7 @@ def _composed(image: Image.Image, background: str, white: int | None) -> Image.I
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scale a grey image of 16 or 32 bits to one of 8, with alpha where one of its values is transparent."""
+    """Scale a 16- or 32-bit grey image to 8 bits, with alpha if one of its values is transparent."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     white = _white(image, values, tags)
     if white == _WHITE and 0 < values.max() < _DARK:
@@ -179,10 +179,10 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _white(image: Image.Image, values: npt.NDArray[Any], tags: Any) -> int:
-    """Return the value that is white in a grey image of 16 or 32 bits."""
+    """Return the value of white in a 16- or 32-bit grey image."""
     if image.mode.startswith("I;16"):
         return int(2 ** tags.get(_BITS, (16,))[0] - 1)
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow's mode for 16 bits of these
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow's mode for 16 bits in these formats
         return _WHITE
     low, high = values.min(), values.max()
     if image.mode == "F" and low >= 0 and high <= 1:
@@ -197,7 +197,7 @@ def _white(image: Image.Image, values: npt.NDArray[Any], tags: Any) -> int:
 
 
 def _warn_dark(name: str, brightest: int) -> None:
-    """Say of the first such image that what has 16 bits may have been made with fewer."""
+    """Warn, for the first such image, that a 16-bit image may use fewer bits."""
     if not _warned:
         _warned.append(name)
         text = "%s: its brightest value is %d of %d, so that it is nearly black; if white is less, scale the values up"

@@ -1,4 +1,4 @@
-"""Loading the processor of a model of transformers, also where torchvision, which videos need, is not installed."""
+"""Loading of transformers processors, without torchvision if need be, and prompts for them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torch import Tensor
 from villa.errors import DataError, reading
 from villa.vetting import OF_PROCESSORS, PROCESSOR_FILES, vetted_source
 
-#: File of an image processor.
+#: Configuration file of an image processor.
 _IMAGES = "preprocessor_config.json"
 
 
 def load_processor(source: str | Path, *, local: bool = False) -> Any:
-    """Load the processor of a model: its tokenizer and image processor in one, or its tokenizer; it pads on the right.
+    """Load a model's processor (tokenizer and image processor) or, if it has none, its tokenizer; it pads on the right.
 
     Args:
-        source: a folder, or a name on the hub of models.
+        source: a folder, or a name on the hub.
         local: read folders only.
 
     Raises:
@@ -42,9 +42,9 @@ def load_processor(source: str | Path, *, local: bool = False) -> Any:
 
 
 def save_processor(processor: Any, folder: Path) -> None:
-    """Write the files of a processor, the same whatever it has read so far."""
+    """Write the files of a processor, independent of what it has read so far."""
     backend = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
-    if backend is not None:  # which keeps how the last texts were cut and padded
+    if backend is not None:  # which keeps the truncation and padding of the last texts
         backend.no_truncation()
         backend.no_padding()
     processor.save_pretrained(folder)
@@ -60,29 +60,29 @@ def _load(folder: Path) -> Any:
     if not hasattr(processor, "tokenizer") and _read_json(folder / _IMAGES):
         images = transformers.AutoImageProcessor.from_pretrained(folder, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        processor = transformers.VisionTextDualEncoderProcessor(images, tokenizer)  # the library's plain pair of both
+        processor = transformers.VisionTextDualEncoderProcessor(images, tokenizer)  # the library's generic pair of both
     tokenizer = getattr(processor, "tokenizer", processor)
-    for place in ("is_local", "local_files_only"):  # would be saved, but are about the place alone
+    for place in ("is_local", "local_files_only"):  # would be saved, but only describe the source
         tokenizer.init_kwargs.pop(place, None)
-    tokenizer.padding_side = "right"  # as all batches are
+    tokenizer.padding_side = "right"  # like all batches
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 
 def _names_hub(source: str | Path) -> bool:
-    """Whether a place may be a name on the hub of models: ``name`` or ``owner/name``."""
+    """Return whether a source may be a name on the hub: ``name`` or ``owner/name``."""
     return isinstance(source, str) and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
 
 
 def without_videos(kind: Any) -> Any:
-    """Return a processor class that does without its processor of videos.
+    """Return a processor class that needs no video processor.
 
     Args:
-        kind: a processor class of transformers.
+        kind: a transformers processor class.
 
     Returns:
-        A class of the same name; its ``video_processor`` may be None.
+        A class of the same name whose ``video_processor`` may be None.
     """
 
     def check(self: Any, name: str, argument: Any) -> Any:
@@ -91,21 +91,21 @@ def without_videos(kind: Any) -> Any:
     def attributes(_: Any) -> list[str]:
         return [name for name in kind.get_attributes() if name != "video_processor"]
 
-    # By the same name: the library writes it into the files, and other installations load it by that.
+    # The same name, because the library writes it into the files, from which other installations load the class.
     methods = {
         "__init__": _optional_videos(kind.__init__),
         "check_argument_for_proper_class": check,
         "get_attributes": classmethod(attributes),
-        "video_processor": types.SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's chats ask for both
+        "video_processor": types.SimpleNamespace(num_frames=None, fps=None),  # SmolVLM's chat template reads both
         "__reduce__": _reduce,
     }
     return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
 
 
 def _optional_videos(start: Any) -> Any:
-    """Return a constructor with None for the processor of videos, if it asks for one.
+    """Return a constructor whose video processor defaults to None, if it takes one.
 
-    It is the same code: the library reads the names of its arguments there.
+    The code object is shared, because the library reads argument names from it.
     """
     parameters = [p for p in inspect.signature(start).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [parameter.name for parameter in parameters]
@@ -122,7 +122,7 @@ def _optional_videos(start: Any) -> Any:
 
 
 def _reduce(processor: Any) -> Any:
-    """Pickle a processor without videos for another process by its original class."""
+    """Pickle a processor without videos by its original class."""
     return _rebuild, (type(processor).__mro__[1], processor.__dict__)
 
 
@@ -138,7 +138,7 @@ def _has_torchvision() -> bool:
 
 
 def _processor_class(folder: Path) -> Any:
-    """The class that the processor's files name; None leaves the choice to transformers."""
+    """Return the class that the processor's files name; None leaves the choice to transformers."""
     import transformers
 
     for name in PROCESSOR_FILES:
@@ -149,7 +149,7 @@ def _processor_class(folder: Path) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file of a model; nothing if it has none, or one that transformers will say is damaged."""
+    """Read a JSON file of a model; return {} if it is missing, or damaged, which transformers reports."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -158,20 +158,20 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 QUESTION, IMAGE = "{question}", "{image}"
-#: Side of the picture that a processor is tried on.
+#: Side of the image that processors are probed with.
 _TRIAL = 224
 
 
 class Prompts:
-    """Makes the texts that a processor of transformers is given.
+    """Builds the input texts of a transformers processor.
 
-    Its chat template is used where it has one; otherwise the text is what is asked, behind a token for each image if
-    the processor wants that.
+    They follow its chat template if it has one; otherwise they are the filled template, after a token for each image
+    if the processor expects that.
 
     Args:
-        processor: of transformers; a tokenizer for texts alone.
-        template: what is asked, with ``{question}`` for the question, and perhaps ``{image}`` where the images are
-            to be (in front by default); None asks the question alone.
+        processor: a transformers processor, or a tokenizer for text only.
+        template: prompt with ``{question}``, and optionally ``{image}`` where the images go (by default in front);
+            None is the question alone.
     """
 
     def __init__(self, processor: Any, template: str | None) -> None:
@@ -181,24 +181,24 @@ class Prompts:
 
     @property
     def marks_images(self) -> bool:
-        """Whether texts hold tokens in place of images."""
+        """Whether texts contain placeholder tokens for images."""
         return bool(getattr(self.processor, "image_token", None))
 
     @property
     def answer_type(self) -> int:
-        """``token_type_ids`` of an answer: 1 where the processor itself can add one (PaliGemma's suffix)."""
+        """``token_type_ids`` of an answer: 1 if the processor itself can add one (PaliGemma's suffix)."""
         return int("suffix" in inspect.signature(self.processor.__call__).parameters)
 
     @cached_property
     def image_tokens(self) -> int:
-        """Tokens that a small square image adds to a text; those of others may be more."""
+        """Number of tokens that a small square image adds to a text; other images may add more."""
         found = self._try(self.text("a", 1)) if self.marks_images else None
         return 0 if found is None else len(found) - len(self.tokenizer("a")["input_ids"])
 
     def read(self, questions: Sequence[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Let the processor read questions, each with its images: right-padded tensors by name, none of them cut."""
+        """Process questions, each with its images, into right-padded tensors by name, without truncation."""
         texts = [self.text(question, len(seen)) for question, seen in zip(questions, images, strict=True)]
-        # Said here too, for some processors (InternVL) pad on the left whatever their tokenizer does.
+        # Set here too, because some processors (InternVL) ignore the padding side of their tokenizer.
         given: dict[str, Any] = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         if self._chat is not None and self._holds_special_tokens(texts[0]):
             given["add_special_tokens"] = False
@@ -208,7 +208,7 @@ class Prompts:
         return dict(reads(text=texts, **given))
 
     def text(self, question: str, images: int) -> str:
-        """Return the text that the processor is given for a question about several images."""
+        """Return the processor's input text for a question about ``images`` images."""
         front, marked, back = self.template.partition(IMAGE)
         parts = [part.replace(QUESTION, question) for part in ((front, back) if marked else ("", front))]
         if self._chat is not None and self._chat is self.processor:
@@ -223,34 +223,34 @@ class Prompts:
         return said
 
     def _holds_special_tokens(self, text: str) -> bool:
-        """Whether a chat template has written the special tokens, as transformers decides it."""
+        """Return whether a chat template has added the special tokens, as transformers decides it."""
         first = self.tokenizer.bos_token
         return self._chat is not self.processor or (first is not None and text.startswith(first))
 
     def _leading(self, images: int) -> str:
-        """Marks of images in front of a text: on a line of their own, unless the processor puts them itself."""
+        """Return the image placeholders in front of a text, on their own line unless the processor adds them itself."""
         return self._mark * images + ("\n" if images and self._mark and not self._puts_marks else "")
 
     @cached_property
     def _mark(self) -> str:
-        """What stands for an image in a text; nothing where the processor wants none."""
+        """Placeholder of an image in a text; empty if the processor expects none."""
         token = str(getattr(self.processor, "image_token", None) or "")
         # Some (BLIP-2) put their tokens in front of any text, and take one in the text for another image.
         return "" if self._puts_marks and self._try(token + "a") != self._try("a") else token
 
     @cached_property
     def _puts_marks(self) -> bool:
-        """Whether the processor marks images itself in a text without marks."""
+        """Whether the processor itself adds image placeholders to a text without them."""
         found = self._try("a") if self.marks_images else None
         return found is not None and self.tokenizer.convert_tokens_to_ids(str(self.processor.image_token)) in found
 
     def _try(self, text: str) -> list[int] | None:
         picture, logger = Image.new("RGB", (_TRIAL, _TRIAL)), logging.getLogger("transformers")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # some warn of a text without marks
+        logger.setLevel(logging.ERROR)  # some warn about a text without placeholders
         try:
             made = self.processor(text=[text], images=[[picture]], return_tensors="pt")
-        except Exception:  # whatever a processor raises for it
+        except Exception:  # processors raise all kinds
             return None
         finally:
             logger.setLevel(level)
@@ -261,17 +261,17 @@ class Prompts:
 def append(
     made: Mapping[str, Any], answers: Sequence[Sequence[int]], pad: int, answer_type: int = 0
 ) -> tuple[dict[str, Any], Tensor]:
-    """Append answers to the prompts that a processor made, token by token, so that prompts are as in prediction.
+    """Append the tokens of answers to processed prompts, which stay the same as in prediction.
 
     Args:
-        made: ``input_ids [B, T]``, right-padded, and other values; tensors with a value for each token are extended,
-            and masks ``[B, T, ...]`` of what a token sees: an answer sees what the end of its prompt does.
+        made: right-padded ``input_ids [B, T]`` and other values. Tensors with a value per token are extended, and so
+            are attention masks ``[B, T, ...]``: an answer attends to what the end of its prompt does.
         answers: token ids of every answer.
         pad: id of the padding token.
         answer_type: ``token_type_ids`` of answers.
 
     Returns:
-        The extended values, and a mask ``[B, T']`` of the answers' tokens.
+        The extended values, and the mask ``[B, T']`` of the answers' tokens.
     """
     ids = made["input_ids"]
     real = made["attention_mask"].bool() if "attention_mask" in made else ids != pad
@@ -298,7 +298,7 @@ def append(
 
 
 def _extended_rows(value: Tensor, real: Tensor, marks: Tensor) -> Tensor:
-    """Extend ``[B, T, ...]`` by the row of each prompt's last token."""
+    """Extend ``[B, T, ...]`` with copies of the row of each prompt's last token."""
     longer = value.new_zeros((*marks.shape, *value.shape[2:]))
     width = min(value.shape[1], marks.shape[1])
     longer[:, :width] = value[:, :width]

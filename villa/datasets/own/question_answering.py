@@ -1,4 +1,4 @@
-"""What question-answering data sets share: assets, requests and answers."""
+"""The base of question-answering data sets: assets, requests and decoding of answers."""
 
 from __future__ import annotations
 
@@ -50,19 +50,18 @@ from villa.files import local_path
 
 @dataclass
 class QuestionAnsweringConfig(GridOptions, DatasetConfig):
-    """Options that question-answering data sets share, besides those of grid features.
+    """Options shared by question-answering data sets.
 
     Attributes:
-        max_text_length: word-pieces of a text (or two) with special tokens; longer ones are cut. Texts that a model
-            continues, or that mark the places of images, are never cut: a processor's tokenizer limits them itself.
+        max_text_length: number of tokens that a text (or pair) is truncated to, special tokens included. Prompts for
+            generation and texts with image placeholders are never truncated: the processor's tokenizer limits them.
         standardize: centre and scale every dimension of the region features by its statistics over training images.
-        processor: folder, or name on the hub, of a model of transformers whose own tokenizer and image processor
-            read texts and images; None reads them by the data set's own word-pieces.
-        padding: of a processor's texts: to the ``longest`` of a batch, or all to ``max_length``, that is
-            max_text_length (SigLIP was trained so, with 64).
-        prompt: what a model with a processor is told, with ``{question}`` in it, and ``{image}`` where the images are
-            to be (by default in front); None is the question alone. The processor's chat template, if it has one, is
-            put around it.
+        processor: folder, or name on the hub, of a transformers model whose tokenizer and image processor read texts
+            and images; None builds or loads a tokenizer of the data set's own.
+        padding: padding of a processor's texts: to the ``longest`` of a batch, or always to ``max_length``, that is
+            max_text_length (as SigLIP was trained, with 64).
+        prompt: prompt for a model with a processor, with ``{question}``, and optionally ``{image}`` where the images go
+            (by default in front); None is the question alone. The processor's chat template is applied to it.
     """
 
     max_text_length: int = 60
@@ -72,7 +71,7 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
     prompt: str | None = None
 
     def check(self) -> None:
-        """Refuse numbers that make no sense.
+        """Check the ranges of the options.
 
         Raises:
             ConfigError: naming the option.
@@ -87,7 +86,7 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
         check_background(self.background)
 
     def check_kind(self, kind: Kind) -> None:
-        """Refuse targets that only a processor can make, and options of a processor that have no effect.
+        """Refuse targets that need a processor, and processor options that have no effect.
 
         Raises:
             ConfigError: naming the option.
@@ -105,10 +104,7 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
 
 
 class QuestionAnswering(TaskDataset):
-    """Questions about an image (or text alone) with answers from a fixed list.
-
-    A subclass builds the assets and reads its splits.
-    """
+    """Questions on images, or text only, with their answers. Subclasses build the assets and read the splits."""
 
     Config: ClassVar[type[DatasetConfig]] = QuestionAnsweringConfig
 
@@ -150,7 +146,7 @@ class QuestionAnswering(TaskDataset):
         return Scaling.fit(store, sample)
 
     def carry(self, assets: Path) -> str | None:
-        """Take over the statistics of region features; see the base class."""
+        """Adopt the statistics of region features that the weights were trained with."""
         if not (self.config.standardize and (assets / STATISTICS_FILE).is_file()):
             return None
         found = Scaling.load(assets)
@@ -165,10 +161,10 @@ class QuestionAnswering(TaskDataset):
 
     @abstractmethod
     def _training_images(self) -> tuple[Sequence[ImageSource], Iterable[int]]:
-        """Return files, and the indices of training images among them."""
+        """Return image files, and the indices of training images among them."""
 
     def facts(self) -> DataFacts:
-        """Sizes of the vocabulary, the answers and a region feature, and what is asked of the model."""
+        """Return the vocabulary, the answers, the feature width and the task."""
         facts = self.vocabulary.facts()
         if self.vocabulary.regions in ("none", "pixels"):
             return facts
@@ -176,7 +172,7 @@ class QuestionAnswering(TaskDataset):
 
     @cached_property
     def reader(self) -> Reader:
-        """What makes examples of texts and images, and batches of examples."""
+        """The reader that makes examples of texts and images, and batches of examples."""
         vocabulary, config = self.vocabulary, self.config
         if vocabulary.processor is not None:
             reading = Reading(vocabulary.kind, config.max_text_length, config.padding, config.prompt, config.background)
@@ -192,13 +188,13 @@ class QuestionAnswering(TaskDataset):
         return self.reader.collate(examples)
 
     def save_assets(self, folder: Path) -> None:
-        """Write tokenizer, answers and a description of the regions."""
+        """Write tokenizer, answers, a description of the regions, and their statistics."""
         self.vocabulary.save(folder)
         if self.scaling is not None:
             self.scaling.save(folder)
 
     def requests(self, records: Sequence[Mapping[str, Any]]) -> TableSplit:
-        """Turn records into questions without answers; see the base class."""
+        """Return records as examples to predict."""
         rows: list[Record] = []
         places: list[str] = []
         sources = Sources(self._request_folder(), places.__getitem__)
@@ -215,16 +211,16 @@ class QuestionAnswering(TaskDataset):
         return TableSplit(rows, self.reader, store)
 
     def open_store(self, sources: Sequence[ImageSource], images: Iterable[int] | None = None) -> Any:
-        """Return the reader's store of files, with those of ``images`` (all by default) ready to be read."""
+        """Return the reader's store of files, with ``images`` (by default all) prepared."""
         store = self.reader.open(sources)
         if isinstance(store, RegionStore):
             store.prepare(range(len(store)) if images is None else images)
         return store
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best answer of every row and its probability (soft targets: its sigmoid score).
+        """Return the best answer of every row and its probability (for soft targets, its sigmoid score).
 
-        Of pairs, the logit ``[B]`` of the image with its own text.
+        For pairs, ``logits [B]`` are those of each image with its own text, and are returned as scores.
         """
         if self.vocabulary.kind == "pair":
             return [{"answer": "match", "score": score} for score in logits.float().tolist()]
@@ -232,7 +228,7 @@ class QuestionAnswering(TaskDataset):
         return best_answers(scores, self.vocabulary.answers)
 
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
-        """Return the texts that the model wrote, and their probabilities."""
+        """Return the generated texts and their probabilities."""
         tokenizer = getattr(self.vocabulary.processor, "tokenizer", self.vocabulary.processor)
         rows = [row[row >= 0].tolist() for row in written.tokens]
         texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
@@ -243,7 +239,7 @@ class QuestionAnswering(TaskDataset):
         return Path()
 
     def _open_store(self, sources: Sequence[ImageSource]) -> RegionStore | None:
-        """Return the store of region features of these files, or None for text only."""
+        """Return the region features of these files, or None for text only."""
         if self.vocabulary.regions == "none" or not sources:
             return None
         store = self._plain_store(sources)
@@ -264,7 +260,7 @@ class QuestionAnswering(TaskDataset):
         return FileStore(sources)
 
     def _processor(self) -> Any:
-        """Load the processor that the recipe names, or return None."""
+        """Load the recipe's processor, or return None if it names none."""
         return None if self.config.processor is None else load_processor(str(local_path(self.config.processor)))
 
     def _side(self) -> int:
@@ -272,13 +268,13 @@ class QuestionAnswering(TaskDataset):
         return SIDE if size is None else size
 
     def _extractor(self, regions: Regions, processor: Any = None) -> str | None:
-        """Return what makes grid features, or images of one size, under the configuration."""
+        """Return the description of the configured extractor of grid features, or of images of one size."""
         if regions == "pixels" and processor is None:
             return f"whole images of {self._side()} pixels a side"
         return GridExtractor(self.config).signature if regions == "grid" else None
 
 
 def ranked_answers(counts: Mapping[str, int], most: int | None, least: int) -> list[str]:
-    """Return the answers that occur at least ``least`` times, the ``most`` frequent ones first."""
+    """Return the ``most`` frequent answers among those that occur at least ``least`` times, most frequent first."""
     kept: Iterable[str] = (answer for answer, count in counts.items() if count >= least)
     return sorted(kept, key=lambda answer: (-counts[answer], answer))[:most]

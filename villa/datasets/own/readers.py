@@ -1,4 +1,4 @@
-"""How texts and images of a record become an example, and examples a batch."""
+"""Readers, which make examples of records and batches of examples."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from villa.datasets.text import KEPT_TEXTS, TokenCounter, encode_texts, nothing_
 from villa.errors import DataError
 from villa.plugins import one_line
 
-#: Side of images that go to a model whole, where the recipe does not say it.
+#: Default side of whole images in pixels.
 SIDE = 224
 
 
 @dataclass(frozen=True)
 class Record:
-    """One question, caption or text, as a user wrote it.
+    """One question, caption or text of the user's data.
 
     Attributes:
         id: unique within the split.
         text: the question, caption or first text.
         pair: a second text, or None.
         images: indices of its images in the store.
-        target: class index or soft targets ``[labels]``; None when there is no answer, or it is to be written.
-        answer: the answer to be written, or None.
-        where: its place in a file, for messages, where it is known.
+        target: class index or soft targets ``[labels]``; None without an answer, or if it is to be generated.
+        answer: the answer to be generated, or None.
+        where: its place in a file, for messages, if known.
     """
 
     id: str
@@ -50,44 +50,44 @@ class Record:
 
 
 class Reader(ABC):
-    """Makes examples of records, and batches of examples; goes to the loader's workers."""
+    """Makes examples of records, and batches of examples; must be picklable for the loader's workers."""
 
     @abstractmethod
     def open(self, sources: Sequence[ImageSource]) -> Any:
-        """Return a store of what the images of these files give; None when there are none to read."""
+        """Return a store of images or region features of these files; None if no images are read."""
 
     @abstractmethod
     def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
-        """Return how many tokens of a text, or of a pair of texts, are read, and how many it has.
+        """Return the numbers of tokens of one or two texts after and before truncation.
 
         Args:
             text: the text.
             pair: a second text, or None.
-            images: whether it is about images.
+            images: whether the record has images.
 
         Raises:
-            DataError: it cannot be read, or nothing of it is left.
+            DataError: the text cannot be read, or has no tokens.
         """
 
     @abstractmethod
     def image_length(self, store: Any, image: int) -> int:
-        """Positions that an image takes in a sequence, as far as they are counted for batches by tokens."""
+        """Return the sequence length that an image adds, for batches by tokens."""
 
     @abstractmethod
     def example(self, record: Record, store: Any) -> Example:
         """Read one example."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Make a batch of examples."""
+        """Collate examples into a batch."""
         return collate(examples)
 
 
 class WordPieces:
-    """Texts as word-piece ids and, for pairs of texts, types.
+    """Encodes texts as token ids and, for pairs of texts, types.
 
     Args:
-        tokenizer: text to ids.
-        max_length: longest text with its special tokens.
+        tokenizer: the tokenizer.
+        max_length: length to truncate to, special tokens included.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
@@ -96,7 +96,7 @@ class WordPieces:
         self._count = TokenCounter(tokenizer)
 
     def lengths(self, text: str, pair: str | None) -> tuple[int, int]:
-        """Return how many word-pieces of a text, or of two, are read, and how many there are.
+        """Return the numbers of tokens of one or two texts after and before truncation.
 
         Raises:
             DataError: see ``encode_texts``.
@@ -105,7 +105,7 @@ class WordPieces:
         return min(whole, self.max_length), whole
 
     def __call__(self, text: str, pair: str | None) -> tuple[Tensor, Tensor | None]:
-        """Return ids ``[T]`` and types ``[T]``; no types for one text.
+        """Return ids ``[T]`` and, for two texts, types ``[T]``.
 
         Raises:
             DataError: see ``encode_texts``.
@@ -119,11 +119,11 @@ class WordPieces:
 
 
 class RegionReader(Reader):
-    """Word-pieces and region features, or word-pieces alone.
+    """Reads tokens and region features, or tokens alone.
 
     Args:
-        words: text to ids.
-        open_store: gives the region features of files, or None.
+        words: encodes texts.
+        open_store: returns the region features of files, or None.
     """
 
     def __init__(self, words: WordPieces, open_store: Callable[[Sequence[ImageSource]], RegionStore | None]) -> None:
@@ -131,19 +131,19 @@ class RegionReader(Reader):
         self._open_store = open_store
 
     def open(self, sources: Sequence[ImageSource]) -> RegionStore | None:
-        """Return the store of region features; they are made ready by its ``prepare``."""
+        """Return the store of region features, which its ``prepare`` makes readable."""
         return self._open_store(sources)
 
     def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
-        """Word-pieces; see the base class."""
+        """Return the numbers of tokens after and before truncation."""
         return self.words.lengths(text, pair)
 
     def image_length(self, store: RegionStore | None, image: int) -> int:
-        """Regions."""
+        """Return the number of regions."""
         return 0 if store is None else store.regions(image)
 
     def example(self, record: Record, store: RegionStore | None) -> Example:
-        """Read word-pieces and regions."""
+        """Read tokens and regions."""
         ids, types = self.words(record.text, record.pair)
         if store is None or not record.images:
             return Example(record.id, ids, types, target=record.target)
@@ -152,12 +152,12 @@ class RegionReader(Reader):
 
 
 class PixelReader(Reader):
-    """Word-pieces and whole images of one size, for models without a processor of their own.
+    """Reads tokens and whole images of one size, for models without a processor.
 
     Args:
-        words: text to ids.
+        words: encodes texts.
         side: height and width that images are scaled to.
-        background: colour that transparent images are put on.
+        background: background colour of transparent images.
     """
 
     def __init__(self, words: WordPieces, side: int, background: str = BACKGROUND) -> None:
@@ -168,15 +168,15 @@ class PixelReader(Reader):
         return PictureStore(sources, self.background)
 
     def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
-        """Word-pieces; see the base class."""
+        """Return the numbers of tokens after and before truncation."""
         return self.words.lengths(text, pair)
 
     def image_length(self, store: Any, image: int) -> int:
-        """0: all images take the same number of positions."""
+        """Return 0: all images add the same length."""
         return 0
 
     def example(self, record: Record, store: PictureStore) -> Example:
-        """Read word-pieces, and images as ``[3, side, side]`` bytes."""
+        """Read tokens, and images as ``[3, side, side]`` bytes."""
         ids, types = self.words(record.text, record.pair)
         images = tuple(self._pixels(store, image) for image in record.images)
         return Example(record.id, ids, types, target=record.target, images=images)
@@ -198,7 +198,7 @@ class PixelReader(Reader):
         return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
 
 
-#: What is asked of a model: a label, a text that it writes, or whether an image and a text belong together.
+#: Kind of target: a label, a text to generate, or a matching pair of image and text.
 Kind = Literal["label", "text", "pair"]
 
 _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -206,14 +206,14 @@ _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 @dataclass(frozen=True)
 class Reading:
-    """How a processor is used.
+    """Settings of a processor.
 
     Attributes:
-        kind: what is asked of the model.
-        max_length: longest text in tokens; not for texts to be continued or with marks of images, which are never cut.
-        padding: to the ``longest`` text of a batch, or to ``max_length``; prompts always to the longest.
-        prompt: what a model is told in place of the question alone; holds ``{question}``.
-        background: colour that transparent images are put on.
+        kind: kind of target.
+        max_length: length to truncate to, in tokens; prompts and texts with image placeholders are never truncated.
+        padding: pad to the ``longest`` text of a batch, or to ``max_length``; prompts always to the longest.
+        prompt: prompt with ``{question}``, or None for the question alone.
+        background: background colour of transparent images.
     """
 
     kind: Kind
@@ -224,14 +224,14 @@ class Reading:
 
 
 class ProcessorReader(Reader):
-    """Reads texts and images in collation, so that a batch is what the model's own processor makes of them.
+    """Reads texts and images in collation with the model's own processor.
 
     Args:
-        processor: of transformers; a tokenizer for texts alone.
-        reading: how it is used.
+        processor: a transformers processor, or a tokenizer for text only.
+        reading: its settings.
 
     Raises:
-        DataError: its tokenizer has no token that an answer or a padded text needs.
+        DataError: its tokenizer lacks a token needed for padding or answers.
     """
 
     def __init__(self, processor: Any, reading: Reading) -> None:
@@ -251,21 +251,21 @@ class ProcessorReader(Reader):
         return PictureStore(sources, self.reading.background) if sources else None
 
     def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
-        """Tokens of the text, without what stands for images; see the base class."""
+        """Return the numbers of tokens after and before truncation, image placeholders excluded."""
         whole = self._lengths.get((text, pair))
         if whole is None:
-            told = text if self.reading.kind == "text" else self._told(text)
-            whole = len(self.tokenizer(told, pair, verbose=False)["input_ids"])
+            filled = text if self.reading.kind == "text" else self._fill_prompt(text)
+            whole = len(self.tokenizer(filled, pair, verbose=False)["input_ids"])
             if len(self._lengths) < KEPT_TEXTS:
                 self._lengths[text, pair] = whole
-        if self.reading.kind == "text" or (self.prompts.marks_images and images):  # which are never cut
+        if self.reading.kind == "text" or (self.prompts.marks_images and images):  # never truncated
             return whole, whole
         if not whole:
             raise nothing_left(text)
         return min(whole, self._limit), whole
 
     def image_length(self, store: Any, image: int) -> int:
-        """Tokens that stand for an image in the text: as many as a small square one has."""
+        """Return the number of tokens of an image in the text, taken from a small square one."""
         return self.prompts.image_tokens
 
     def example(self, record: Record, store: PictureStore | None) -> Example:
@@ -285,20 +285,20 @@ class ProcessorReader(Reader):
         )
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Let the processor read the examples.
+        """Process the examples into a batch.
 
         Raises:
-            DataError: it cannot, or a prompt is longer than the model's limit.
+            DataError: the processor fails, or a prompt is longer than the model's limit.
         """
         try:
-            return self._written(examples) if self.reading.kind == "text" else self._scored(examples)
+            return self._collate_prompts(examples) if self.reading.kind == "text" else self._collate_labels(examples)
         except DataError:
             raise
-        except Exception as error:  # whatever the processors of the library raise for what they do not expect
+        except Exception as error:  # the library's processors raise all kinds
             raise DataError(f"the processor cannot read {_named(examples)}: {one_line(error)}") from error
 
-    def _scored(self, examples: Sequence[Example]) -> Batch:
-        # Marks of images in a text are never cut.
+    def _collate_labels(self, examples: Sequence[Example]) -> Batch:
+        # Texts with image placeholders are never truncated.
         made = self._prompted(examples) if self.prompts.marks_images and examples[0].images else self._read(examples)
         for example, mask in zip(examples, _mask(made), strict=True):
             if not mask.any():
@@ -311,7 +311,7 @@ class ProcessorReader(Reader):
         known = references if any(references) else None
         return _batch(examples, made, targets=targets, references=known, objective=objective)
 
-    def _written(self, examples: Sequence[Example]) -> Batch:
+    def _collate_prompts(self, examples: Sequence[Example]) -> Batch:
         made = self._prompted(examples)
         answers = [example.answer for example in examples]
         known = [answer for answer in answers if answer is not None]
@@ -323,7 +323,7 @@ class ProcessorReader(Reader):
         return _batch(examples, made, answer_mask=mask, targets=made["input_ids"][mask])
 
     def _prompted(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Read texts that mark where their images are, or that are to be continued."""
+        """Process prompts: texts with image placeholders, or for generation."""
         if any(example.pair is not None for example in examples):
             raise DataError(
                 f"{_named(examples)} have a text_pair, for which a prompt has no place; put both in one text"
@@ -333,8 +333,8 @@ class ProcessorReader(Reader):
         return made
 
     def _read(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Read texts, and images beside them."""
-        texts, seconds = [self._told(e.text) for e in examples], [e.pair for e in examples if e.pair is not None]
+        """Process texts and, separately, their images."""
+        texts, seconds = [self._fill_prompt(e.text) for e in examples], [e.pair for e in examples if e.pair is not None]
         flat = [image for example in examples for image in example.images]
         options = {"truncation": True, "max_length": self._limit, "padding": self.reading.padding}
         options |= {"padding_side": "right", "return_tensors": "pt"}
@@ -348,7 +348,7 @@ class ProcessorReader(Reader):
             made |= {name: _by_example(value, len(texts), len(flat)) for name, value in seen.items()}
         return made
 
-    def _told(self, text: str) -> str:
+    def _fill_prompt(self, text: str) -> str:
         template = self.reading.prompt
         return text if template is None else template.replace(QUESTION, text)
 
@@ -371,7 +371,7 @@ def _named(examples: Sequence[Example]) -> str:
 
 
 def _batch(examples: Sequence[Example], made: Mapping[str, Tensor], **more: Any) -> Batch:
-    """Sort what a processor made into the fields of a batch."""
+    """Assign a processor's outputs to the fields of a batch."""
     fields: dict[str, Any] = {name: made[name] for name in _FIELDS if name in made}
     if "attention_mask" in fields:
         fields["attention_mask"] = fields["attention_mask"].bool()
@@ -384,7 +384,7 @@ def _mask(made: Mapping[str, Tensor]) -> Tensor:
 
 
 def _matches(references: Sequence[Mapping[str, str]]) -> Tensor:
-    """``[B, B]``: 1 where text j is about image i: a pair of the data, the same image, or the same text."""
+    """Return ``[B, B]``, 1 where text j matches image i: the same pair, the same image, or the same text."""
     rows = [
         [float(one["image"] == other["image"] or one["text"] == other["text"]) for other in references]
         for one in references
@@ -393,7 +393,7 @@ def _matches(references: Sequence[Mapping[str, str]]) -> Tensor:
 
 
 def _by_example(value: Any, examples: int, images: int) -> Any:
-    """``[B * I, ...]`` as ``[B, I, ...]`` where an example has several images."""
+    """Reshape ``[B * I, ...]`` to ``[B, I, ...]`` if examples have several images."""
     if not isinstance(value, Tensor) or images == examples or value.shape[0] != images:
         return value
     return value.view(examples, images // examples, *value.shape[1:])

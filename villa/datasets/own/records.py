@@ -1,4 +1,4 @@
-"""Records (JSON objects of a user's questions): their fields, and lines of a file read by number."""
+"""Records (JSON objects of a user's questions): their fields, and files of lines read by index."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from villa.datasets.base import plain_answer
 from villa.errors import DataError
 from villa.json_values import is_number, is_score, parse_json
 
-#: Longest line, in bytes, so that a file without line ends does not fill the memory.
+#: Maximum length of a line in bytes, so that a file without line ends does not exhaust memory.
 LONGEST_LINE = 1 << 26
-#: Bytes that are read at a time in search of lines, and lines that are read together.
+#: Bytes per read when scanning for lines, and lines that are read together.
 _BLOCK, _TOGETHER = 1 << 20, 256
-#: Whether a byte is white space, as ``bytes.strip`` takes it.
+#: Whether a byte is white space for ``bytes.strip``.
 _WHITE = np.array([not bytes([code]).strip() for code in range(256)])
 
 
 class LineFile:
-    """The lines of a file that are not blank.
+    """The non-blank lines of a file.
 
-    Lines are read when they are asked for, by offset: a file that is cut meanwhile is an error, not a crash. The object
-    may travel to forked and spawned workers.
+    Lines are read on demand by offset, so that a file truncated meanwhile is an error, not a crash. The object can be
+    sent to forked and spawned workers.
 
     Args:
         path: the file; UTF-8, with or without a byte-order mark.
@@ -44,12 +44,12 @@ class LineFile:
         self.path, self._name = path, str(path)
         self._file: int | None = None
         self._starts, self._end = array("q"), 0
-        # Where blank lines were left out: the first record behind them, and their number so far.
+        # For each gap of blank lines: the first record after it, and the number of blank lines so far.
         self._behind, self._blank = array("q", [0]), array("q", [0])
         try:
             if path.exists() and not (
                 path.is_file() or path.is_dir()
-            ):  # a pipe has no offsets, a device perhaps no end
+            ):  # a pipe has no offsets, a device may have no end
                 raise DataError(f"'{path}' is no regular file; write the lines to one")
             with path.open("rb", buffering=0) as file:
                 self._scan(file)
@@ -58,19 +58,19 @@ class LineFile:
             raise DataError(f"cannot read '{path}' ({reason}); mend the path") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # an opened file cannot travel to another process
+        return {**self.__dict__, "_file": None}  # an open file cannot be pickled
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def line(self, index: int) -> bytes:
-        """Read a line, without its end."""
+        """Read a line without its line end."""
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self) else self._end
         return self._read(index, start, min(end, start + LONGEST_LINE + 1)).partition(b"\n")[0]
 
     def lines(self) -> Iterator[bytes]:
-        """Yield all lines in order, without their ends; several are read at a time."""
+        """Yield all lines in order without their line ends, reading several at a time."""
         for first in range(0, len(self), _TOGETHER):
             bounds = self._starts[first : first + _TOGETHER + 1]
             if len(bounds) <= _TOGETHER:
@@ -87,7 +87,7 @@ class LineFile:
                 yield data[start:end].partition(b"\n")[0]
 
     def number(self, index: int) -> int:
-        """Return the number of a line in the file, from 1, blank ones counted."""
+        """Return the line number in the file, from 1, blank lines included."""
         if len(self._behind) == 1:  # the usual case
             return index + 1
         return index + 1 + self._blank[bisect_right(self._behind, index) - 1]
@@ -106,7 +106,7 @@ class LineFile:
             raise DataError(f"{self.where(index)}: cannot be read ({error.strerror}); mend the path") from error
 
     def _scan(self, file: BinaryIO) -> None:
-        """Find the lines."""
+        """Scan the file for lines."""
         self._end = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
         file.seek(self._end)
         rest, number = b"", 0
@@ -122,7 +122,7 @@ class LineFile:
         self._add(rest, number)
 
     def _add(self, data: bytes, number: int) -> int:
-        """Add the lines of ``data``, ``number`` lines from the start of the file; return how many they are."""
+        """Add the lines of ``data``, which follow ``number`` others; return how many there are."""
         codes = np.frombuffer(data, np.uint8)
         begins = np.append(0, np.flatnonzero(codes == ord("\n")) + 1)
         ends = begins[1:] if data.endswith(b"\n") or not data else np.append(begins[1:], len(data))
@@ -141,21 +141,21 @@ class LineFile:
         return len(begins)
 
 
-#: What a model sees of a record: the grid of its image, a feature file, whole images, or nothing (text only).
+#: Source of the regions: the grid of the image, a feature file, whole images, or none (text only).
 Regions = Literal["grid", "files", "pixels", "none"]
 
-#: The field of a record that names what a model sees.
+#: Field of a record that names the file of its regions.
 REGION_FIELDS = {"grid": "image", "files": "features", "pixels": "image"}
 
-#: Names of the field with the text of a record.
+#: Alternative names of the text field.
 TEXT_FIELDS = ("question", "text")
 
-#: An answer that this many of the human annotators gave is fully right (the VQA score).
+#: Number of human annotators whose agreement makes an answer fully right (the VQA score).
 FULL_AGREEMENT = 3
 
 
 class JsonLines(LineFile):
-    """The objects of a JSON-lines file by number; blank lines are skipped.
+    """The objects of a JSON-lines file by index; blank lines are skipped.
 
     Args:
         path: the file; UTF-8, with or without a byte-order mark.
@@ -194,7 +194,7 @@ class JsonLines(LineFile):
 
 
 class Request(dict[str, Any]):
-    """A record to predict on that was read from a file.
+    """A record to predict on, read from a file.
 
     Attributes:
         where: its place, ``file:line``, for messages.
@@ -206,10 +206,10 @@ class Request(dict[str, Any]):
 
 
 def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
-    """Return a field that must be a text with something in it.
+    """Return a field that must be a non-empty text.
 
     Raises:
-        DataError: it is missing, empty or no text.
+        DataError: it is missing, empty or not a text.
     """
     value = record.get(name)
     if isinstance(value, str) and value.strip():
@@ -220,10 +220,10 @@ def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def record_id(record: Mapping[str, Any], default: str, where: str) -> str:
-    """Return the id of a record, or the ``default`` where it has none.
+    """Return the id of a record, or ``default`` if it has none.
 
     Raises:
-        DataError: it is neither a text with something in it nor a number; ``null`` is neither.
+        DataError: it is neither a non-empty text nor a number.
     """
     value = record.get("id", default)
     if (isinstance(value, str) and value) or is_number(value):
@@ -235,7 +235,7 @@ def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None
     """Return the text of a record (``question`` or ``text``), and its second text (``text_pair``) or None.
 
     Raises:
-        DataError: one is no text, or is empty.
+        DataError: one is empty or not a text.
     """
     first, other = TEXT_FIELDS
     name = other if other in record and first not in record else first
@@ -244,7 +244,7 @@ def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None
 
 
 def record_files(record: Mapping[str, Any], regions: Regions, where: str) -> list[str]:
-    """Return the files that a record refers to, as it names them: one, several ``images``, or none for text only.
+    """Return the files that a record names: one, several ``images``, or none for text only.
 
     Raises:
         DataError: the record does not name them.
@@ -260,7 +260,7 @@ def record_files(record: Mapping[str, Any], regions: Regions, where: str) -> lis
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the image or feature file of a record by field, if its relative path leads to one from ``folder``."""
+    """Return the image or feature file of a record by field, if its relative path exists below ``folder``."""
     named = {field: folder / record[field] for field in {*REGION_FIELDS.values()} if isinstance(record.get(field), str)}
     found: dict[str, Any] = {field: str(path) for field, path in named.items() if _exists(path)}
     images = record.get("images")
@@ -272,12 +272,12 @@ def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # no possible name, for example one that is too long
+    except (OSError, ValueError):  # no possible path, such as one that is too long
         return False
 
 
 def guess_regions(record: Mapping[str, Any]) -> Regions:
-    """Say where the regions of records like this one come from, by its fields."""
+    """Return the source of regions for records with the fields of this one."""
     if "features" in record:
         return "files"
     if "images" in record:
@@ -286,15 +286,15 @@ def guess_regions(record: Mapping[str, Any]) -> Regions:
 
 
 def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = False) -> dict[str, float] | None:
-    """Return the scores in [0, 1] of a record's answers, or None when it has none.
+    """Return the scores in [0, 1] of a record's answers, or None if it has none.
 
-    ``"answer": text`` scores 1; ``"answers": {text: score}`` is taken as it is; in ``"answers": [texts]`` of human
+    ``"answer": text`` scores 1, ``"answers": {text: score}`` gives the scores, and in ``"answers": [texts]`` of human
     annotators an answer scores min(count / 3, 1) (the VQA score).
 
     Args:
         record: the record.
         where: its place, for messages.
-        written: the answers are texts to be written, to the letter; otherwise they are those of ``plain_answer``.
+        written: keep answers to the letter, as texts to generate; otherwise apply ``plain_answer``.
 
     Raises:
         DataError: a value of another form.

@@ -1,4 +1,4 @@
-"""A split of a JSON-lines file: an index of small numbers in memory, the lines read when they are needed."""
+"""Splits of JSON-lines files, with a compact index in memory and lines read on demand, and of records in memory."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ Numbers = npt.NDArray[np.integer]
 
 
 class JsonlSplit(Split):
-    """Questions of a file.
+    """The questions of a JSON-lines file.
 
     Args:
         lines: the file.
         vocabulary: answers and kind of regions.
         reader: makes examples of texts and images.
-        train: leave out questions without a known answer, instead of keeping or refusing them.
+        train: leave out questions without a known answer instead of keeping or refusing them.
 
     Attributes:
-        store: images or region features of the files that ``read_index`` collected; None for text only.
+        store: images or region features of the files that ``read_index`` returned; None for text only.
     """
 
     def __init__(self, lines: JsonLines, vocabulary: Assets, reader: Reader, *, train: bool) -> None:
@@ -54,14 +54,14 @@ class JsonlSplit(Split):
 
     @property
     def answered(self) -> bool:
-        """Whether the lines have answers; pairs are answers themselves."""
+        """Whether the lines have answers; pairs need none."""
         return self._pairs or self._has_answers
 
     def read_index(self, folder: Path) -> SourceFiles:
-        """Check every line, and return the files that those refer to which are kept.
+        """Check every line, and return the files that the kept lines refer to.
 
         Args:
-            folder: that paths are relative to.
+            folder: folder that paths are relative to.
 
         Raises:
             DataError: naming the file and line of the first bad record.
@@ -107,7 +107,7 @@ class JsonlSplit(Split):
         return self._reader.example(example, self.store)
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Return a name of the example for messages: its place in a file, if known."""
         return f"the example of {self._lines.where(self._kept[index])}"
 
     def images(self, index: int) -> tuple[int, ...]:
@@ -116,22 +116,22 @@ class JsonlSplit(Split):
 
     @property
     def lengths(self) -> Lengths:
-        """Word-pieces plus regions of every question; the headers of feature files are read when asked for."""
+        """Tokens plus regions of every question; headers of feature files are read on access."""
         return _Lengths(self._text_lengths, self._images, self.image_lengths)
 
     def _id(self, line: int, record: Mapping[str, Any], where: str) -> str:
         return record_id(record, "", where) if "id" in record else str(self._lines.number(line))
 
     def warnings(self) -> list[str]:
-        """Return how many texts are cut."""
+        """Return how many texts are truncated."""
         return self._cut.warnings()
 
     def image_lengths(self, images: Iterable[int]) -> Numbers:
-        """Return the positions that images of the store take, as far as they are counted."""
+        """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
     def _check_ids(self, hashes: array[int]) -> None:
-        """Refuse an id that occurs twice; of most, the hash tells that they do not."""
+        """Refuse an id that occurs twice, comparing only ids with equal hashes."""
         ordered = np.frombuffer(hashes, np.int64)
         ordered.sort()
         suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
@@ -154,7 +154,7 @@ class JsonlSplit(Split):
             raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int, where: str) -> None:
-        """Refuse lines that cannot be in one batch with the others."""
+        """Refuse a line that cannot share a batch with the others."""
         kind = self._vocabulary.kind
         if kind != "label" and paired:
             raise DataError(f"{where}: 'text_pair' has no place with dataset.target={kind}; put both texts in one")
@@ -194,7 +194,7 @@ class JsonlSplit(Split):
 
 
 class Lists:
-    """Short lists of numbers by number; where all are equally long, nothing but their numbers is kept."""
+    """A compact sequence of short lists of numbers; without bounds while all are equally long."""
 
     def __init__(self) -> None:
         self._values, self._ends = array("i"), array("q")
@@ -222,7 +222,7 @@ class Lists:
         return tuple(self._values[self._size * index : self._size * (index + 1)])
 
     def sums(self, of: Callable[[Iterable[int]], Numbers]) -> Numbers:
-        """Return for every list ``[N]`` the sum of what ``of`` gives for its numbers, which are ascending from 0."""
+        """Return for each list the sum of its numbers' values, ``[N]``; ``of`` maps 0, 1, ... to values."""
         values = np.frombuffer(self._values, np.int32)
         if not len(values):
             return np.zeros(self._count, np.int32)
@@ -234,7 +234,7 @@ class Lists:
 
 
 class _Lengths(Sequence[int]):
-    """Text lengths plus numbers of regions, the latter looked up when an entry is read, or all as an array."""
+    """Text lengths plus numbers of regions, which are looked up on access, or all at once as an array."""
 
     def __init__(self, texts: array[int], images: Lists, regions: Callable[[Iterable[int]], Numbers]) -> None:
         self._texts, self._images, self._regions = texts, images, regions
@@ -263,8 +263,8 @@ class TableSplit(Split):
     Args:
         records: the records.
         reader: makes examples of them.
-        store: what ``reader.open`` returned.
-        left_out: what the options leave out of the data, a line for each reason.
+        store: the store that ``reader.open`` returned.
+        left_out: lines on what the options leave out of the data.
     """
 
     def __init__(self, records: Sequence[Record], reader: Reader, store: Any, left_out: Sequence[str] = ()) -> None:
@@ -277,7 +277,7 @@ class TableSplit(Split):
         return self._reader.example(self._records[index], self._store)
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Return a name of the example for messages: its place in a file, if known."""
         record = self._records[index]
         return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
@@ -288,7 +288,7 @@ class TableSplit(Split):
         return [read + more for (read, _), more in zip(self._text_lengths, images, strict=True)]
 
     def warnings(self) -> list[str]:
-        """See the base class."""
+        """Return what the options leave out, and how many texts are truncated."""
         cut = CutTexts()
         for read, whole in self._text_lengths:
             cut.add(read, whole)
@@ -296,7 +296,7 @@ class TableSplit(Split):
 
     @cached_property
     def _text_lengths(self) -> list[tuple[int, int]]:
-        """Tokens of every record's text that are read, and all of them."""
+        """Numbers of tokens of every record's text after and before truncation."""
         return list(map(self._measure, range(len(self))))
 
     def _measure(self, index: int) -> tuple[int, int]:

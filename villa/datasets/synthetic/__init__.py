@@ -1,4 +1,4 @@
-"""Small made-up databases in the released formats, to try a recipe without its data (``dataset.synthetic=true``)."""
+"""Small generated databases in the released formats, to try a recipe without its data (``dataset.synthetic=true``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from villa.datasets.synthetic.tasks import TASKS, write_databases
 from villa.errors import DataError, nearest
 from villa.files import fsync_tree, locked, no_space
 
-#: To be raised when what is generated changes, so that older caches are not used.
+#: Version of the generated data; raise it with every change, so that older caches are not used.
 VERSION = 1
 #: Training examples; validation and test get a quarter of them each.
 EXAMPLES = 512
@@ -23,14 +23,14 @@ EXAMPLES = 512
 def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Path], None] | None = None) -> Path:
     """Return a folder with the databases of all splits, generating them if they are not in the cache.
 
-    They hold a rule that a small model learns in seconds; see ``villa.datasets.synthetic.tasks``. The same task and
-    size give the same databases on every machine. Several processes may ask at once: one of them generates.
+    They follow a rule that a small model learns in seconds; see ``villa.datasets.synthetic.tasks``. The same task and
+    size give the same databases on every machine. Of several processes that call this at once, one generates.
 
     Args:
         task: registered name of the data set.
-        examples: examples to train on.
-        write: writes the files of a task, with so many examples, into a folder that does not exist yet; by default
-            the databases of UNITER's tasks.
+        examples: training examples.
+        write: writes the files of a task, given the number of examples, into a folder that does not exist yet; by
+            default the databases of UNITER's tasks.
 
     Returns:
         The folder, by default laid out as ``DatabasePaths.synthetic`` says.
@@ -61,10 +61,10 @@ def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Pa
 
 
 def _generate(task: str, examples: int, folder: Path, write: Callable[[str, int, Path], None]) -> None:
-    """Write everything into a temporary folder and rename it; the caller holds the lock."""
+    """Write into a temporary folder and rename it; the caller holds the lock."""
     for left in folder.parent.glob(f"{folder.name}.*tmp"):
-        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")  # nobody can put a link there
+        shutil.rmtree(left, ignore_errors=True)  # left by a killed process
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")  # unpredictable: nobody can plant a link
     write(task, examples, temporary)
     fsync_tree(temporary)
     temporary.rename(folder)

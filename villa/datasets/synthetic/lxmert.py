@@ -1,4 +1,4 @@
-"""Made-up files of LXMERT's tasks: annotations, features, vocabulary and answers (``dataset.synthetic=true``)."""
+"""Generated files of LXMERT's tasks: annotations, features, vocabulary and answers (``dataset.synthetic=true``)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Record = dict[str, Any]
 
 
 def write_lxmert(task: str, examples: int, root: Path) -> None:
-    """Write the files of all splits of a task into ``root``; a quarter of ``examples`` to evaluate on."""
+    """Write the files of all splits of a task into ``root``; evaluation splits get a quarter of ``examples``."""
     root.mkdir(parents=True)
     entries = [*WORDS, *(f"[unused{number}]" for number in range(len(WORDS), VOCABULARY))]
     (root / VOCABULARY_FILE).write_text("\n".join(entries) + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def write_lxmert(task: str, examples: int, root: Path) -> None:
 
 
 def _question(world: World, split: str, number: int, features: BinaryIO) -> Record:
-    """Ask for the kind or the colour of the thing that an image shows, or whether it is of some kind."""
+    """Return a question for the kind or colour of an image's object, or whether it is of some kind."""
     thing = world.thing()
     shown = thing.kind if world.below(2) else world.other_kind(thing.kind)
     question, answer = [
@@ -83,13 +83,13 @@ def _question(world: World, split: str, number: int, features: BinaryIO) -> Reco
 
 
 def _gqa_question(world: World, split: str, number: int, features: BinaryIO) -> Record:
-    """The same; question ids of GQA are texts."""
+    """Return a question of GQA, whose ids are texts."""
     record = _question(world, split, number, features)
     return record | {"question_id": str(record["question_id"])}
 
 
 def _sentence(world: World, split: str, number: int, features: BinaryIO) -> Record:
-    """Claim that both images show one of two kinds; both do, or both show the other one."""
+    """Return a claim that both images show one of two kinds; both show it, or both show the other."""
     label, kinds = world.below(2), world.random.permutation(2).tolist()
     thing, claimed = Thing(kinds[0], world.below(len(COLOURS))), kinds[1 - label]
     identifier = f"{split}-{number}-0-0"

@@ -1,4 +1,4 @@
-"""What ``dataset.synthetic=true`` makes of a recipe: a tiny model and a run of less than a minute on one core."""
+"""Changes of ``dataset.synthetic=true`` to a recipe: a tiny model and a run of less than a minute on one core."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from villa.config.variants import Overlay
 
 _ON = {"synthetic": True}
 
-#: What all tasks share.
+#: Changes for all tasks.
 SMALL = (
     Overlay(
         _ON,
@@ -33,7 +33,7 @@ SMALL = (
             "training.updates": 160,
             "training.epochs": None,
             "training.precision": "fp32",
-            "training.threads": 1,  # so small a model gains nothing by more, and loses much where cores are busy
+            "training.threads": 1,  # more do not help so small a model, and hurt on busy cores
             "training.workers": 0,
             "evaluation.every": 40,
             "evaluation.examples": 32,
@@ -41,7 +41,7 @@ SMALL = (
             "checkpoint.every": None,
         },
     ),
-    # Of UNITER; another model keeps its options.
+    # For UNITER; other models keep their options.
     Overlay(
         _ON,
         {
@@ -57,7 +57,7 @@ SMALL = (
     ),
 )
 
-#: An example of VCR is four rows, and its length counts 100 ground-truth boxes, however few there are.
+#: An example of VCR has four rows, and its length always counts 100 ground-truth boxes.
 SMALL_VCR = (*SMALL, Overlay(_ON, {"batch.tokens": 1700, "dataset.ground_truth_boxes": 100}))
 
 SMALL_REFERRING = (
@@ -86,8 +86,8 @@ SMALL_RETRIEVAL = (
             "dataset.negative_size": 1,
         },
     ),
-    # Examples go through the model one after another, so that they are few. Most candidates are kept: the hardest ones
-    # alone teach an untrained model little.
+    # Few examples, because they pass through the model one by one. Most candidates are kept, because an untrained model
+    # learns little from the hardest alone.
     Overlay(
         {**_ON, "negatives": "hard"},
         {
@@ -100,7 +100,7 @@ SMALL_RETRIEVAL = (
     ),
 )
 
-#: The metrics of other objectives than those of the recipe pass over its batches.
+#: Metrics ignore batches of objectives other than their own.
 _OBJECTIVES = Overlay(
     _ON,
     {

@@ -1,7 +1,7 @@
 """Small pictures of coloured shapes with JSON lines about them (``dataset.synthetic=true`` of the data set ``jsonl``).
 
-- ``questions``: the shape or the colour in a picture, or whether it is of some shape.
-- ``sentences``: that each of two pictures shows a shape; both do, or neither.
+- ``questions``: which shape or colour a picture shows, or whether it shows some shape.
+- ``sentences``: a claim that both of two pictures show a shape; both do, or neither.
 - ``captions``: colour and shape.
 """
 
@@ -26,7 +26,7 @@ SHAPES = ("circle", "square", "triangle")
 SIDE = 64
 
 _ON = {"synthetic": True}
-#: What ``dataset.synthetic=true`` makes of a recipe on JSON lines.
+#: Changes of ``dataset.synthetic=true`` to a recipe on JSON lines.
 SMALL_PICTURES = (
     *SMALL,
     Overlay(
@@ -54,7 +54,7 @@ SMALL_PICTURES = (
         },
     ),
     Overlay({**_ON, "regions": "pixels"}, {"dataset.image_size": SIDE}),
-    # Of ViLT; another model keeps its options.
+    # For ViLT; other models keep their options.
     Overlay(
         _ON,
         {
@@ -72,12 +72,12 @@ Random = np.random.Generator
 
 
 def write_pictures(task: str, examples: int, root: Path) -> None:
-    """Write pictures and ``train.jsonl``, ``val.jsonl``, ``test.jsonl``; a quarter of ``examples`` to evaluate on.
+    """Write pictures and ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``.
 
     Args:
         task: one of ``PICTURES``.
-        examples: lines to train on.
-        root: folder to write, which does not exist yet.
+        examples: training lines; validation and test get a quarter of them each.
+        root: folder to create.
     """
     (root / "images").mkdir(parents=True)
     for split in SPLITS:
@@ -87,12 +87,12 @@ def write_pictures(task: str, examples: int, root: Path) -> None:
 
 
 def draw_shape(colour: str, shape: str, random: Random) -> Image.Image:
-    """Draw one shape of a random size at a random place.
+    """Draw a shape of random size at a random position.
 
     Args:
         colour: one of ``COLOURS``.
         shape: one of ``SHAPES``.
-        random: draws size and place.
+        random: draws size and position.
     """
     image = Image.new("RGB", (SIDE, SIDE), "white")
     radius = int(random.integers(14, 22))
@@ -148,7 +148,7 @@ def _save(root: Path, name: str, colour: str, shape: str, random: Random) -> str
     return path
 
 
-#: What lines may be about, and what draws their pictures.
+#: Generators of lines and their pictures, by kind of line.
 PICTURES: dict[str, Callable[[Path, str, int, Random], Iterator[Line]]] = {
     "questions": _questions,
     "sentences": _sentences,

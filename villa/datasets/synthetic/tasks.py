@@ -1,6 +1,6 @@
-"""A rule for every task, and the databases of its examples.
+"""Databases of every task, whose examples follow a simple rule.
 
-An image shows one thing, of some kind and colour; a text names a kind or a colour and is right or wrong about it:
+An image shows one thing of some kind and colour; a text names a kind or colour and is right or wrong about it:
 
 - VQA asks for the kind or the colour, or whether it is of some kind; SNLI-VE claims a kind, or nothing about it.
 - NLVR2 claims that both images show a kind; both do, or neither.
@@ -37,14 +37,14 @@ from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWrite
 from villa.facts import CHOICES
 from villa.files import write_json
 
-#: Numbers of a split's images, annotations and sentences start at multiples of it.
+#: Ids of a split's images, annotations and sentences start at multiples of this.
 _FIRST = 100_000
 
 
 def write_referring(
     world: World, split: str, count: int, text: TextDatabaseWriter, images: Mapping[str, ImageDatabaseWriter]
 ) -> None:
-    """Add a split of ``count`` expressions, one an image: annotated (``gt``) and detected (``det``) regions."""
+    """Add a split of ``count`` expressions, one per image, with annotated (``gt``) and detected (``det``) regions."""
     tables: dict[str, list[dict[str, Any]]] = {"refs": [], "annotations": [], "images": []}
     for number in range((1 + SPLITS.index(split)) * _FIRST, (1 + SPLITS.index(split)) * _FIRST + count):
         things = world.things(world.number_of_regions())
@@ -73,7 +73,7 @@ def write_referring(
 
 
 def _annotations(image: int, regions: Regions, things: list[Thing]) -> list[dict[str, Any]]:
-    """Describe the regions of an image; an annotation's number is the image's times 100 and that of the region."""
+    """Return the annotations of an image's regions; their ids are 100 x image id + region index."""
     return [
         {
             "id": 100 * image + number,
@@ -87,7 +87,7 @@ def _annotations(image: int, regions: Regions, things: list[Thing]) -> list[dict
     ]
 
 
-#: File of VQA's answers.
+#: VQA's answer file.
 ANSWERS = "ans2label.json"
 _ANSWERS = (*KINDS, *COLOURS, "yes", "no")
 _LABELS = {answer: label for label, answer in enumerate(_ANSWERS)}
@@ -98,11 +98,11 @@ Images = Mapping[str, ImageDatabaseWriter]
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """How the databases of a task are generated.
+    """The generator of a task's databases.
 
     Attributes:
-        write: draws a split of so many examples and adds it to the text and image databases.
-        images: folder and choice of boxes of every image database, by the name that ``write`` uses.
+        write: draws a split of the given size and adds it to the text and image databases.
+        images: folder and box selection of every image database, by the name that ``write`` uses.
         files: JSON files beside the databases.
         texts_of_images: whether the text databases have ``img2txts.json``.
     """
@@ -114,7 +114,7 @@ class SyntheticTask:
 
 
 def write_databases(task: str, examples: int, root: Path) -> None:
-    """Generate the databases of all splits of a task below ``root``; a quarter of ``examples`` to evaluate on."""
+    """Generate the databases of a task below ``root``; evaluation splits get a quarter of ``examples``."""
     kind = TASKS[task]
     with ExitStack() as stack:
         images = {
@@ -139,7 +139,7 @@ def _write_vqa(world: World, split: str, count: int, text: TextDatabaseWriter, i
             (f"is it a {KINDS[shown]} ?", "yes" if shown == thing.kind else "no"),
         ][world.below(3)]
         target = {"labels": [_LABELS[answer]], "scores": [1.0]}
-        # Question ids of VQA are numbers, different in all splits.
+        # Question ids of VQA are numbers, unique across splits.
         id = str(1_000_000 * (1 + SPLITS.index(split)) + number)
         _add_pair(text, images, id, question, f"{split}_{number}.npz", world.image(thing), target=target)
 
@@ -186,7 +186,7 @@ def _write_vcr(
 
 
 def _write_retrieval(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
-    """Two captions an image. Images to evaluate on show different things, so that a text fits one image alone."""
+    """Write two captions per image; evaluation images show different things, so that a text fits only one image."""
     most = min(count // 2, len(KINDS) * len(COLOURS))
     things = [world.thing() for _ in range(count // 2)] if split == "train" else world.things(most)
     for number, thing in enumerate(things):
@@ -196,7 +196,7 @@ def _write_retrieval(world: World, split: str, count: int, text: TextDatabaseWri
 
 
 def _write_pretraining(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
-    """Captions that name colour and kind, of images whose detector knows the kinds."""
+    """Write captions that name colour and kind, and images with detector classes."""
     for number in range(count):
         thing, name = world.thing(), f"coco_{split}_{number}.npz"
         regions = world.image(thing)
@@ -205,14 +205,14 @@ def _write_pretraining(world: World, split: str, count: int, text: TextDatabaseW
 
 
 def _write_vcr_pretraining(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
-    """VCR, with the classes of a detector."""
+    """Write VCR with detector classes."""
     _write_vcr(world, split, count, text, images, classes=True)
 
 
 def _add_pair(
     text: TextDatabaseWriter, images: Images, id: str, words: str, name: str, regions: Regions | None, **fields: Any
 ) -> None:
-    """Add an example of one text and one image, and the image unless it is there already."""
+    """Add an example of one text and one image, and the image unless it exists already."""
     if regions is not None:
         _add_image(images["images"], name, regions)
     pieces = ids(words)

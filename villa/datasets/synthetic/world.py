@@ -1,4 +1,4 @@
-"""The made-up world: things of some kind and colour, the words for them, and what a detector sees of them."""
+"""The synthetic world: things of some kind and colour, the words for them, and a detector's view of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from villa.rng import derive_seed
 
 KINDS = ("ball", "book", "bird", "boat", "cup", "dog", "key", "tree")
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
-#: Words that say what something does, one a kind: the rationales of VCR.
+#: Verbs, one per kind, for the rationales of VCR.
 DEEDS = ("rolls", "opens", "sings", "sails", "pours", "barks", "locks", "grows")
 _TEXT = "what which colour is it a the this here each image shows because looks like another ?"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = {word: id for id, word in enumerate((*_SPECIAL, *KINDS, *COLOURS, *DEEDS, *_TEXT.split()))}
-#: The vocabulary has ids that no text uses, like any other.
+#: Vocabulary size, unused ids included.
 VOCABULARY = 300
 #: Contents of ``meta.json``.
 META: dict[str, Any] = {
@@ -30,7 +30,7 @@ META: dict[str, Any] = {
 }
 
 FEATURE_DIM = 64
-#: Regions of an image: smallest and largest number.
+#: Minimum and maximum number of regions per image.
 REGIONS = (5, 12)
 #: Size of every image in pixels.
 WIDTH, HEIGHT = 640, 480
@@ -40,13 +40,13 @@ Array = npt.NDArray[Any]
 
 
 def ids(text: str) -> list[int]:
-    """Return the word-pieces of a text whose words are separated by blanks."""
+    """Return the token ids of a text of space-separated words."""
     return [WORDS[word] for word in text.split()]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What a region shows: the numbers of a kind and of a colour."""
+    """The content of a region: indices of a kind and a colour."""
 
     kind: int
     colour: int
@@ -57,12 +57,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Regions:
-    """The regions of an image as a detector gives them.
+    """The detected regions of an image.
 
     Attributes:
         features: ``[R, D]``.
         boxes: ``[R, 4]`` x, y, width, height in whole pixels.
-        conf: confidences ``[R]``, falling.
+        conf: confidences ``[R]``, in descending order.
     """
 
     features: Array
@@ -70,7 +70,7 @@ class Regions:
     conf: Array
 
     def norm_bb(self) -> Array:
-        """Return x1, y1, x2, y2, width, height, each divided by the image's: ``[R, 6]``."""
+        """Return x1, y1, x2, y2, width, height, divided by the image size: ``[R, 6]``."""
         x, y, w, h = self.boxes.T
         return np.stack([x / WIDTH, y / HEIGHT, (x + w) / WIDTH, (y + h) / HEIGHT, w / WIDTH, h / HEIGHT], axis=1)
 
@@ -79,7 +79,7 @@ class World:
     """Draws things and regions; the same seed gives the same draws.
 
     Args:
-        seed: words or numbers that the draws derive from. What kinds and colours look like does not depend on it.
+        seed: strings or numbers to seed the draws. The appearance of kinds and colours does not depend on it.
     """
 
     def __init__(self, *seed: str | int) -> None:
@@ -93,7 +93,7 @@ class World:
         return Thing(self.below(len(KINDS)), self.below(len(COLOURS)))
 
     def things(self, count: int) -> list[Thing]:
-        """Draw different things."""
+        """Draw distinct things."""
         numbers = self.random.choice(len(KINDS) * len(COLOURS), count, replace=False)
         return [Thing(*divmod(int(number), len(COLOURS))) for number in numbers]
 
@@ -102,7 +102,7 @@ class World:
         return int(self.random.integers(count))
 
     def kinds(self, first: int, count: int) -> list[int]:
-        """Draw ``count`` different kinds, ``first`` among them, in any order."""
+        """Draw ``count`` distinct kinds, ``first`` among them, in random order."""
         others = [kind for kind in self.random.permutation(len(KINDS)).tolist() if kind != first]
         drawn = [first, *others[: count - 1]]
         return [drawn[place] for place in self.random.permutation(count)]
@@ -112,15 +112,15 @@ class World:
         return (kind + 1 + self.below(len(KINDS) - 1)) % len(KINDS)
 
     def number_of_regions(self) -> int:
-        """Draw the number of an image's regions."""
+        """Draw the number of regions of an image."""
         return int(self.random.integers(REGIONS[0], REGIONS[1] + 1))
 
     def image(self, thing: Thing) -> Regions:
-        """Draw an image of one thing: every region shows some of it."""
+        """Draw an image of one thing, part of which every region shows."""
         return self.regions([thing] * self.number_of_regions())
 
     def soft_labels(self, thing: Thing, count: int) -> Array:
-        """Draw what a detector thinks of ``count`` regions of a thing: ``[count, 1 + kinds]``, background first."""
+        """Draw class distributions ``[count, 1 + kinds]`` of ``count`` regions of a thing, background first."""
         scores = np.exp(self.random.normal(size=(count, 1 + len(KINDS))))
         scores[:, 1 + thing.kind] *= 20
         labels: Array = scores / scores.sum(1, keepdims=True)
@@ -133,7 +133,7 @@ class World:
         return Regions(self._features(things), np.concatenate([corners, sizes], 1), self._confidences(len(things)))
 
     def detected(self, regions: Regions, things: list[Thing]) -> Regions:
-        """Draw what a detector sees of annotated regions: all of them, a little moved, in another order."""
+        """Draw the detected version of annotated regions: all of them, slightly moved, in another order."""
         order = self.random.permutation(len(things))
         boxes = regions.boxes[order] + self.random.integers(-2, 3, (len(things), 4))
         boxes[:, :2] = boxes[:, :2].clip(0)

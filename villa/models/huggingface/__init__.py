@@ -1,1 +1,1 @@
-"""Models of the transformers library through one adapter."""
+"""An adapter for models of the transformers library."""

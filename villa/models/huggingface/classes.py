@@ -1,4 +1,4 @@
-"""Which class of transformers is built for a configuration and a task."""
+"""Choice of the transformers class for a configuration and a task."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def choose_task(config: Any, asked: str, of_data: Task | None) -> Task:
     """Return the task of a model.
 
     Args:
-        config: configuration object of transformers.
+        config: transformers configuration.
         asked: the recipe's ``model.task``.
-        of_data: what the targets of the data ask for, or None.
+        of_data: task that the data's targets imply, or None.
 
     Raises:
         ConfigError: the recipe contradicts the data.
@@ -32,20 +32,20 @@ def choose_task(config: Any, asked: str, of_data: Task | None) -> Task:
         return of_data
     if config.model_type in _names("MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES"):
         return "contrastive"
-    writes = config.model_type in _names("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
-    return "generation" if writes else "classification"
+    generates = config.model_type in _names("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    return "generation" if generates else "classification"
 
 
 def model_class(config: Any, task: Task, asked: str | None) -> Any:
-    """Return the class of transformers to build.
+    """Return the transformers class to build.
 
     Args:
-        config: its configuration object.
-        task: what the model is to do.
+        config: transformers configuration.
+        task: task of the model.
         asked: the recipe's ``model.model_class``, or None.
 
     Raises:
-        ConfigError: no such class, or the architecture cannot do the task.
+        ConfigError: there is no such class, or the architecture does not support the task.
     """
     import transformers
 
@@ -65,7 +65,7 @@ def model_class(config: Any, task: Task, asked: str | None) -> Any:
 
 
 def _own_classifier(config: Any) -> Any:
-    """A class with a classification head of its own, if there is one or the configuration was saved with one."""
+    """Return a class with its own classification head, if the architecture or the saved configuration has one."""
     import transformers
 
     named = (getattr(config, "architectures", None) or [""])[0]

@@ -1,4 +1,4 @@
-"""Options of the adapter for models of transformers."""
+"""Options of the transformers adapter; freezing and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from villa.models.base import ModelConfig
 
 @dataclass
 class HuggingFaceConfig(ModelConfig):
-    """Options of a model of transformers.
+    """Options of a transformers model.
 
     Attributes:
-        architecture: model type (``clip``, ``llava``, ...), or a folder or hub name with its ``config.json``; None
-            takes that of ``checkpoint``.
-        options: change the architecture, by the names in its ``config.json``; those of a nested configuration in a
-            mapping: ``{text_config: {hidden_size: 64}}``.
-        task: ``classification`` of labels, ``contrastive`` matching of images and texts, or ``generation`` of an
-            answer; ``auto`` takes what the targets of the data ask for.
-        model_class: class of transformers to build; None chooses it by the task.
+        architecture: model type (``clip``, ``llava``, ...), or a folder or hub name with a ``config.json``; None takes
+            that of ``checkpoint``.
+        options: changes to the architecture, under the names in its ``config.json``; nested configurations are
+            mappings: ``{text_config: {hidden_size: 64}}``.
+        task: ``classification``, ``contrastive`` matching of images and texts, or ``generation`` of an answer; ``auto``
+            follows from the targets of the data.
+        model_class: transformers class to build; None chooses it by the task.
         num_labels: classes; None takes the data's.
-        points: perturbation points to use instead of those found, by modality: ``path.to.module`` is perturbed at its
-            output, ``path.to.module:input`` at its first input, ``path.to.module:name`` at its keyword argument
-            ``name``.
+        points: perturbation points by modality, instead of those found: the output of ``path.to.module``, its first
+            input with ``path.to.module:input``, or its keyword argument with ``path.to.module:name``.
         freeze: dotted names of modules or parameters that are not trained.
-        lora_rank: rank of low-rank adapters (LoRA), the only part of the transformer that is then trained; 0 for none.
+        lora_rank: rank of low-rank adapters (LoRA), then the only trained part of the transformer; 0 for none.
         lora_alpha: scale of the adapters, relative to the rank.
         lora_dropout: dropout before the adapters.
-        lora_targets: last parts of the names of linear layers that get one; None for all.
-        max_new_tokens: longest answer that is written, in tokens.
+        lora_targets: last name components of the linear layers to adapt; None for all.
+        max_new_tokens: maximum length of a generated answer in tokens.
     """
 
     name: str = "huggingface"
@@ -52,7 +51,7 @@ class HuggingFaceConfig(ModelConfig):
     max_new_tokens: int = 16
 
     def check(self) -> None:
-        """Refuse values that make no sense.
+        """Check the ranges of the options.
 
         Raises:
             ConfigError: naming the option.
@@ -72,9 +71,9 @@ class HuggingFaceConfig(ModelConfig):
 
 
 def adapt(transformer: nn.Module, config: HuggingFaceConfig) -> None:
-    """Freeze what is not to be trained, and add low-rank adapters, in place.
+    """Add low-rank adapters and freeze parameters, in place.
 
-    Paths of modules stay as they are, so that perturbation points do.
+    Module paths do not change, so that perturbation points stay valid.
 
     Raises:
         ConfigError: a name matches nothing, or ``peft`` is not installed.
@@ -85,7 +84,7 @@ def adapt(transformer: nn.Module, config: HuggingFaceConfig) -> None:
 
 
 def freeze(module: nn.Module, names: Sequence[str]) -> None:
-    """Take parameters out of training, by their dotted names or those of modules above them.
+    """Freeze parameters, by their dotted names or those of modules that contain them.
 
     Raises:
         ConfigError: a name matches nothing.
@@ -100,7 +99,7 @@ def freeze(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def merged(transformer: nn.Module) -> nn.Module:
-    """Return a copy whose adapters are added into the weights, or the transformer itself when it has none."""
+    """Return a copy with the adapters merged into the weights, or the transformer itself if it has none."""
     if not any(hasattr(module, "lora_A") for module in transformer.modules()):
         return transformer
     whole = copy.deepcopy(transformer)
@@ -131,7 +130,7 @@ def _add_adapters(transformer: nn.Module, config: HuggingFaceConfig) -> None:
 
 
 def _linear_layers(transformer: Any) -> list[str]:
-    """All linear layers but the one that scores words."""
+    """Return the names of all linear layers except the output layer over the vocabulary."""
     scores = transformer.get_output_embeddings() if hasattr(transformer, "get_output_embeddings") else None
     layers = transformer.named_modules()
     return [name for name, module in layers if isinstance(module, nn.Linear) and module is not scores]

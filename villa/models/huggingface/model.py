@@ -1,4 +1,4 @@
-"""Any vision-and-language model of the transformers library."""
+"""Vision-and-language models of the transformers library."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from villa.facts import DataFacts, Task, Written
 from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
-from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, pool, pooled_size, prompts, write
+from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, generate, pool, pooled_size, prompts
 from villa.models.huggingface.points import find_points, override
 from villa.models.loading import check_shapes
 from villa.models.matching import Matching
 from villa.models.transformers_model import TransformersModel, name_labels
 from villa.registry import register_model
 
-#: What models of transformers call their head for labels, or for whether an image and a text belong together.
+#: Names of classification and image-text matching heads in transformers.
 _HEADS = ("classifier", "itm_head", "itm_score", "rank_output")
-#: Fields of a batch that models of transformers know by the same names.
+#: Fields of a batch that transformers models take under the same names.
 _FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
 @register_model("huggingface")
 class HuggingFaceModel(TransformersModel):
-    """A model of transformers that reads images and texts, with its perturbation points found from its structure.
+    """A transformers model over images and texts, whose perturbation points are found from its structure.
 
-    For ``classification`` a model without a head of its own gets one (``head``) on its pooled output.
+    For ``classification``, a model without its own head gets one (``head``) on its pooled output.
 
     Args:
-        transformer: the model of transformers.
-        task: what it is asked for.
-        config: points, adapters and frozen parts.
+        transformer: the transformers model.
+        task: task of the model.
+        config: perturbation points, adapters and frozen parameters.
     """
 
     Config = HuggingFaceConfig
@@ -73,11 +73,11 @@ class HuggingFaceModel(TransformersModel):
 
     @classmethod
     def restore(cls, config: HuggingFaceConfig, facts: DataFacts, assets: Path) -> HuggingFaceModel:
-        """Build the model by the configuration that ``save_assets`` wrote."""
+        """Build the model from the configuration that ``save_assets`` wrote."""
         return cls._build(config, facts, find_config(str(assets / ASSETS), config.options))
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
-        """Load weights; see the base class. A head of our own is beside those of transformers, or stays fresh."""
+        """Load weights, and those of ``head`` from the file beside them; without it the head stays fresh."""
         before = self.transformer
         report = super().load_weights(source, matching)
         if self.transformer is before:
@@ -102,36 +102,36 @@ class HuggingFaceModel(TransformersModel):
 
         Returns:
             Logits ``[B, labels]`` (classification), ``[B, B]``, images by texts (contrastive), or ``[N, vocabulary]``,
-            one row for each token of ``Batch.answer_mask`` (generation; without answers, the next token of each row).
+            a row per token of ``Batch.answer_mask`` (generation; without answers, those of each row's next token).
 
         Raises:
-            DataError: the batch lacks what the model reads.
+            DataError: the batch lacks an input of the model.
         """
         asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
         with self._maps(attentions):
             return self._score(batch, {name: True for name, wanted in asked.items() if wanted})
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
-        """Logits of labels, the logit ``[B]`` of every image with its own text, or the answers that are written."""
+        """Return the logits of labels, the logit ``[B]`` of every image with its own text, or the generated answers."""
         if self.task == "contrastive":
             return output.logits.diagonal()
         if self.task == "classification":
             return output.logits
         pad = self._pad_token()
         arguments = self._arguments(prompts(batch, pad))
-        return write(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
+        return generate(self.transformer, arguments, length=self.options.max_new_tokens, pad=pad)
 
     def pretrained(self) -> Any:
-        """The model of transformers; with adapters a copy that they are merged into."""
+        """Return the transformers model, with adapters merged into a copy."""
         return merged(self.transformer)
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the word embedding. Image: its tokens as they enter the language model, or the patch embedding."""
+        """Return the word embedding (text), and the image tokens entering the language model or the patch embedding."""
         found = find_points(self.transformer, "transformer", generative=self._looks_back())
         return override(found, self.options.points, self)
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The classification head."""
+        """Return the prefix of the classification head."""
         if self.head is not None:
             return ("head",)
         own = next((name for name in _HEADS if hasattr(self.transformer, name)), "classifier")
@@ -145,13 +145,13 @@ class HuggingFaceModel(TransformersModel):
         kind = model_class(described, task, config.model_class)
         try:
             transformer = kind._from_config(described) if hasattr(kind, "_from_config") else kind(described)
-        except Exception as error:  # the library takes most values of a configuration as they are
+        except Exception as error:  # the library hardly validates configurations
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigError(f"model.architecture: {kind.__name__} cannot be built: {reason.strip()}") from error
         return cls(transformer, task, config)
 
     def _prepare(self) -> None:
-        """Set what training needs, and add what the recipe asks for."""
+        """Prepare the transformer for training: no cache, adapters, frozen parameters."""
         self.transformer.config.use_cache = False
         adapt(self.transformer, self.options)
 
@@ -159,7 +159,7 @@ class HuggingFaceModel(TransformersModel):
         return hasattr(self.transformer, "classifier") or type(self.transformer).__name__.endswith("Retrieval")
 
     def _looks_back(self) -> bool:
-        """Whether a language model, of which every position sees those before it, reads the images."""
+        """Return whether a causal language model reads the images."""
         return "past_key_values" in self._known
 
     def _score(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
@@ -203,7 +203,7 @@ class HuggingFaceModel(TransformersModel):
         return ModelOutput(logits, hidden_states=tuple(states), attentions=tuple(maps))
 
     def _score_decoded(self, batch: Batch, answers: Tensor, asked: dict[str, bool]) -> ModelOutput:
-        """Score the answers by a decoder; the encoder reads the rest of the texts, at unchanged positions."""
+        """Score the answers with the decoder; the encoder reads the rest of the texts, at unchanged positions."""
         read, predicted = decoder_inputs(batch, self._decoder_start())
         arguments = self._arguments(batch)
         arguments["input_ids"] = arguments["input_ids"].masked_fill(answers, self._pad_token())
@@ -213,7 +213,7 @@ class HuggingFaceModel(TransformersModel):
         return ModelOutput(output.logits[predicted])
 
     def _has_encoder(self) -> bool:
-        """Whether an encoder reads the text and a decoder writes the answer."""
+        """Return whether the model is an encoder-decoder."""
         config = self.transformer.config
         if not getattr(config, "use_decoder_only_language_model", True):
             return True
@@ -226,7 +226,7 @@ class HuggingFaceModel(TransformersModel):
         return next((int(start) for start in starts if start is not None), self._pad_token())
 
     def _arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What of a batch the model's ``forward`` has a name for."""
+        """Return the fields of a batch that the model's ``forward`` takes, under its argument names."""
         if batch.input_ids is None or batch.pixel_values is None:
             lacking = "texts" if batch.input_ids is None else "images"
             if lacking == "texts" or "pixel_values" in self._known:
@@ -234,7 +234,7 @@ class HuggingFaceModel(TransformersModel):
         given = {name: getattr(batch, name) for name in _FIELDS if getattr(batch, name) is not None}
         named = {name: value for name, value in {**given, **(batch.inputs or {})}.items() if name in self._known}
         if "attention_mask" in named:
-            named["attention_mask"] = named["attention_mask"].long()  # some models count it up
+            named["attention_mask"] = named["attention_mask"].long()  # some models compute cumulative sums of it
         return named
 
     def _pad_token(self) -> int:
@@ -244,7 +244,7 @@ class HuggingFaceModel(TransformersModel):
 
 
 def _architecture(config: HuggingFaceConfig) -> str:
-    """The architecture that the recipe names, or that of its checkpoint: one of ours, or a model of transformers."""
+    """Return the architecture that the recipe names, or that of its checkpoint."""
     return describing(config.architecture if config.architecture is not None else str(config.checkpoint))
 
 

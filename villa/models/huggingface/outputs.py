@@ -1,4 +1,4 @@
-"""One vector an example, from whatever a model of transformers returns."""
+"""Pooled outputs, answer logits and generation for transformers models."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.facts import Written
 
-#: Tokens and side of the made-up example that tells the width of a pooled output.
+#: Tokens and image side of the dummy example that probes the width of a pooled output.
 _TOKENS, _SIDE = 4, 224
 
 
 def pool(output: Any, attention_mask: Tensor | None, *, last: bool) -> Tensor:
     """Return the pooled output ``[B, width]``.
 
-    It is the model's own where it has one; of a dual encoder, both embeddings and their product side by side; else
-    the state of the first position, or of the last real one.
+    It is the model's own if it has one; for a dual encoder, both embeddings and their product, concatenated; else the
+    state of the first position, or of the last real one.
 
     Args:
-        output: what a model of transformers returned.
-        attention_mask: ``[B, T]``, for the last real position; None when all are.
-        last: states look back only (language models), so that the last one has seen all.
+        output: output of a transformers model.
+        attention_mask: ``[B, T]``; None when all positions are real.
+        last: take the last position, which has seen all others in a causal language model.
     """
     if getattr(output, "image_embeds", None) is not None and getattr(output, "text_embeds", None) is not None:
         image, text = output.image_embeds, output.text_embeds
@@ -39,10 +39,10 @@ def pool(output: Any, attention_mask: Tensor | None, *, last: bool) -> Tensor:
 
 
 def at_end(values: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return what ``values [B, T, ...]`` hold at the last real position of each row: ``[B, ...]``.
+    """Return ``values [B, T, ...]`` at the last real position of each row: ``[B, ...]``.
 
     Args:
-        values: of right- or left-padded texts.
+        values: values of right- or left-padded texts.
         attention_mask: ``[B, T]``; None when all positions are real.
     """
     if attention_mask is None:
@@ -53,7 +53,7 @@ def at_end(values: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def pooled_size(model: nn.Module, *, last: bool) -> int:
-    """Return the width of the pooled output, found by a pass over a made-up example or else from the configuration."""
+    """Return the width of the pooled output, from a pass over a dummy example or else from the configuration."""
     config = cast("Any", model).config
     text = config.get_text_config()
     if not last:
@@ -84,8 +84,8 @@ def answer_logits(score: Callable[[Tensor], Tensor], answer_mask: Tensor) -> Ten
     """Return the logits that predict the answers' tokens.
 
     Args:
-        score: gives the logits ``[B, len(positions), vocabulary]`` of the positions that it is given.
-        answer_mask: ``[B, T]``; True on tokens to be predicted, each from the position before it.
+        score: maps positions to their logits ``[B, len(positions), vocabulary]``.
+        answer_mask: ``[B, T]``, True on tokens to predict, each from the position before it.
 
     Returns:
         ``[N, vocabulary]``, row by row.
@@ -96,14 +96,14 @@ def answer_logits(score: Callable[[Tensor], Tensor], answer_mask: Tensor) -> Ten
 
 
 def decoder_inputs(batch: Batch, start: int) -> tuple[Tensor, Tensor]:
-    """Return what the decoder of an encoder-decoder model reads to write the answers.
+    """Return the decoder inputs of an encoder-decoder model for teacher forcing.
 
     Args:
         batch: right-padded texts with their answers.
-        start: id of the token that a decoder starts with.
+        start: id of the decoder's start token.
 
     Returns:
-        Token ids ``[B, A]``, the answers moved by one position, and which of the ``[B, A]`` outputs predict a token.
+        Token ids ``[B, A]``, the answers shifted by one position, and the mask ``[B, A]`` of outputs to be scored.
     """
     ids, marks = batch.input_ids, batch.answer_mask
     assert ids is not None
@@ -116,9 +116,9 @@ def decoder_inputs(batch: Batch, start: int) -> tuple[Tensor, Tensor]:
 
 
 def prompts(batch: Batch, pad: int) -> Batch:
-    """Return the batch without its answers, left-padded, as a model continues it.
+    """Return the batch without its answers, left-padded for generation.
 
-    Everything that has a value for each token of the text is moved along.
+    All inputs that have a value per token are moved along.
 
     Args:
         batch: right-padded texts.
@@ -129,7 +129,7 @@ def prompts(batch: Batch, pad: int) -> Batch:
     real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask.bool()
     kept = real if batch.answer_mask is None else real & ~batch.answer_mask
     length = int(kept.sum(1).max())
-    # A stable sort by "is kept" brings the prompt to the end, in its order.
+    # A stable sort by ``kept`` moves the prompt to the end, in its order.
     order = kept.long().sort(dim=1, stable=True).indices[:, ids.shape[1] - length :]
     mask = kept.gather(1, order)
 
@@ -151,13 +151,13 @@ def prompts(batch: Batch, pad: int) -> Batch:
     )
 
 
-def write(model: Any, arguments: Mapping[str, Any], *, length: int, pad: int) -> Written:
-    """Let a model of transformers continue prompts greedily.
+def generate(model: Any, arguments: Mapping[str, Any], *, length: int, pad: int) -> Written:
+    """Generate continuations of prompts greedily.
 
     Args:
-        model: the model.
-        arguments: of its call; left-padded ``input_ids`` among them.
-        length: most tokens to write.
+        model: a transformers model.
+        arguments: inputs, left-padded ``input_ids`` among them.
+        length: maximum number of tokens to generate.
         pad: id of the padding token.
     """
     found = model.generate(
@@ -174,9 +174,9 @@ def write(model: Any, arguments: Mapping[str, Any], *, length: int, pad: int) ->
     tokens = found.sequences[:, -steps.shape[1] :]
     ends = torch.as_tensor(_ends(model), device=tokens.device)
     ended = torch.isin(tokens, ends)
-    written = ended.cumsum(1) - ended.long() == 0  # up to the first end, which is a token like others
+    kept = ended.cumsum(1) - ended.long() == 0  # up to the first end-of-text token, which is included
     chances = steps.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
-    return Written(tokens.masked_fill(~written, -1), (chances * written).sum(1).exp())
+    return Written(tokens.masked_fill(~kept, -1), (chances * kept).sum(1).exp())
 
 
 def _ends(model: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Where a model of transformers may be perturbed, found from its structure."""
+"""Finding the perturbation points of a transformers model from its structure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from villa.batch import Batch
 from villa.errors import ConfigError, nearest
 from villa.models.base import Point
 
-#: Names of the module that turns patches of pixels into vectors, where it is no convolution.
+#: Names of patch embeddings that are not convolutions.
 _PATCH_NAMES = ("patch_embedding", "patch_embed", "patch_embeddings", "patch_embedder", "img_projection")
 _CHANNELS = 3
-#: Argument of language models that read images by cross-attention.
+#: Argument of language models that attend to images by cross-attention.
 _BESIDE = "cross_attention_states"
 _SIDES = ("input", "output")
 
@@ -26,12 +26,12 @@ def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str,
     """Find the perturbation points of a model.
 
     Text is perturbed at the output of the word embedding. Images are perturbed where their tokens enter the language
-    model of a generative model (the output of its projector), and at the embedding of the patches otherwise.
+    model of a generative model (the output of its projector), otherwise at the patch embedding.
 
     Args:
-        model: a model of transformers.
-        prefix: dotted path of ``model`` below the module that the points' paths start from.
-        generative: whether the model writes text.
+        model: a transformers model.
+        prefix: dotted path of ``model`` in the module that the points' paths start from.
+        generative: whether the model generates text.
     """
     points: dict[str, Point] = {}
     words = word_embedding(model)
@@ -47,13 +47,13 @@ def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str,
 
 
 def override(points: Mapping[str, Point], given: Mapping[str, str], model: nn.Module) -> dict[str, Point]:
-    """Replace points by those that a user names.
+    """Replace points by those of the recipe.
 
     Args:
-        points: found from the structure.
-        given: by modality: ``path.to.module``, perturbed at its output, or ``path.to.module:input``, or
-            ``path.to.module:name`` for the keyword argument ``name`` of its call.
-        model: what the paths start from.
+        points: points found from the structure.
+        given: by modality, ``path.to.module`` for its output, ``path.to.module:input`` for its first input, or
+            ``path.to.module:name`` for its keyword argument ``name``.
+        model: the module that the paths start from.
 
     Raises:
         ConfigError: no such module.
@@ -70,13 +70,13 @@ def override(points: Mapping[str, Point], given: Mapping[str, str], model: nn.Mo
             continue
         point = _named_point(modules[path], path, side or "output")
         if usual is not None and (isinstance(modules[path], nn.Embedding) or point.argument == "inputs_embeds"):
-            point = replace(point, mask=usual.mask, confined=usual.confined)  # it has the tokens of the text
+            point = replace(point, mask=usual.mask, confined=usual.confined)  # it has a position per text token
         chosen[modality] = point
     return chosen
 
 
 def word_embedding(model: nn.Module) -> str | None:
-    """Dotted path of the word embedding, or None where a model has none."""
+    """Return the dotted path of the word embedding, or None if the model has none."""
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     try:
         embedding = cast("Any", model).get_input_embeddings()
@@ -107,7 +107,7 @@ def _pad_token(model: nn.Module) -> int | None:
 
 
 def _image_token(model: nn.Module) -> int | None:
-    """Id of the text token that stands for a token of the image."""
+    """Return the id of the placeholder token for image tokens in a text."""
     config = cast("Any", model).config
     for name in ("image_token_id", "image_token_index"):
         if isinstance(getattr(config, name, None), int):
@@ -116,34 +116,34 @@ def _image_token(model: nn.Module) -> int | None:
 
 
 def _language_model(model: nn.Module, words: str) -> str | None:
-    """Path of the module that holds the word embedding and is given ``inputs_embeds`` with the images in place."""
+    """Return the path of the module that holds the word embedding and takes ``inputs_embeds`` with images in place."""
     path = words
     while path:
         path = path.rpartition(".")[0]
         names = inspect.signature(model.get_submodule(path).forward).parameters
         if "pixel_values" in names:
-            return None  # it puts the images in place itself
+            return None  # it inserts the images itself
         if "inputs_embeds" in names:
             return _encoder(model, path) if path else None
     return None
 
 
 def _encoder(model: nn.Module, path: str) -> str:
-    """Of a language model with an encoder and a decoder the encoder, which reads the images; else the model itself."""
+    """Return the path of the encoder, which reads the images, if the language model has one; else its own path."""
     encoder = getattr(model.get_submodule(path), "encoder", None)
     reads = isinstance(encoder, nn.Module) and "inputs_embeds" in inspect.signature(encoder.forward).parameters
     return f"{path}.encoder" if reads else path
 
 
 def _image_point(reader: nn.Module, path: str, image_token: int) -> Point:
-    """Where a language model is given the images: among its texts, or beside them for cross-attention."""
+    """Return the point where images enter a language model: among its inputs, or as cross-attention states."""
     if _BESIDE in inspect.signature(reader.forward).parameters:
         return Point(path, "input", argument=_BESIDE)
     return Point(path, "input", _image_token_mask(image_token), argument="inputs_embeds", confined=True)
 
 
 def _patch_embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first convolution over colours, or the module that is called like one."""
+    """Return the first convolution over RGB channels, or a module with the name of a patch embedding."""
     for name, module in model.named_modules():
         if _is_convolution(module) and cast("Any", module).in_channels == _CHANNELS:
             return name, module
@@ -163,7 +163,7 @@ def _patch_point(module: nn.Module, path: str) -> Point:
 
 
 def _patch_mask(batch: Batch, stride: tuple[int, int]) -> Tensor | None:
-    """True on patches of real pixels: ``pixel_mask [B, H, W]`` as ``[B, patches]``."""
+    """Reduce ``pixel_mask [B, H, W]`` to ``[B, patches]``, True on patches of real pixels."""
     mask = (batch.inputs or {}).get("pixel_mask")
     if mask is None or mask.dim() != 3:
         return None
@@ -172,13 +172,13 @@ def _patch_mask(batch: Batch, stride: tuple[int, int]) -> Tensor | None:
 
 
 def _flat_patch_mask(batch: Batch) -> Tensor | None:
-    """True on real patches, where the processor cuts images into ``[B, patches, pixels]`` itself."""
+    """Return the mask of real patches if the processor cuts images into ``[B, patches, pixels]`` itself."""
     mask = (batch.inputs or {}).get("pixel_attention_mask")
     return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
 def _text_mask(pad: int | None, image: int | None) -> Callable[[Batch], Tensor | None]:
-    """True on the words that a model is given: neither padding, nor places of images, nor the answer to be written."""
+    """Return a mask of prompt tokens: True except on padding, image placeholders and the answer to be generated."""
 
     def mask(batch: Batch) -> Tensor | None:
         if batch.input_ids is None:

@@ -17,21 +17,21 @@ LAYER_NORM_EPS = 1e-12
 
 @dataclass(frozen=True)
 class UniterSizes:
-    """Numbers that fix a UNITER's modules; the names in brackets are the released configuration's.
+    """Sizes of UNITER's modules, with the released configuration's names in brackets.
 
     Attributes:
         vocab_size: rows of the word embedding.
-        feature_dim: width of a region feature (``img_dim``).
+        feature_dim: width of the region features (``img_dim``).
         hidden_size: width of the transformer.
         num_layers: transformer layers (``num_hidden_layers``).
         num_heads: attention heads (``num_attention_heads``).
-        intermediate_size: width between the two linear maps of a layer.
+        intermediate_size: width of the feed-forward layers.
         max_positions: longest text in tokens (``max_position_embeddings``).
         type_vocab_size: rows of the type embedding.
-        hidden_dropout: dropout after embeddings and linear maps (``hidden_dropout_prob``).
+        hidden_dropout: dropout after embeddings and linear layers (``hidden_dropout_prob``).
         attention_dropout: dropout of attention weights (``attention_probs_dropout_prob``).
         initializer_range: standard deviation of fresh weights.
-        padding: row of the word embedding that is not trained: that of the word-piece that texts are padded with.
+        padding: id of the padding token, whose row of the word embedding is not trained.
     """
 
     vocab_size: int
@@ -78,17 +78,17 @@ class UniterConfig(ModelConfig):
 
     Attributes:
         head: registered task head.
-        size: ``base`` (12 layers of 768) or ``large`` (24 of 1024); a number below overrides its own.
+        size: ``base`` (12 layers of 768) or ``large`` (24 of 1024), unless overridden below.
         hidden_size: width of the transformer.
         num_layers: transformer layers.
         num_heads: attention heads.
-        intermediate_size: width inside a layer; None is four times ``hidden_size``.
+        intermediate_size: width of the feed-forward layers; None means four times ``hidden_size``.
         vocab_size: rows of the word embedding; None takes the data's.
-        num_labels: classes of the head; None takes the data's, or the head's own.
-        feature_dim: width of a region feature; None takes the data's.
-        type_vocab_size: rows of the type embedding; None is the head's own (2; 4 for VCR; 3 for NLVR2).
+        num_labels: classes of the head; None takes the data's, or the head's default.
+        feature_dim: width of the region features; None takes the data's.
+        type_vocab_size: rows of the type embedding; None takes the head's default (2; 4 for VCR; 3 for NLVR2).
         max_positions: longest text in tokens.
-        hidden_dropout: dropout after embeddings and linear maps.
+        hidden_dropout: dropout after embeddings and linear layers.
         attention_dropout: dropout of attention weights.
         initializer_range: standard deviation of fresh weights.
     """
@@ -109,10 +109,10 @@ class UniterConfig(ModelConfig):
     initializer_range: float = 0.02
 
     def check(self) -> None:
-        """Check the numbers against each other.
+        """Check that the options are consistent.
 
         Raises:
-            ConfigError: an unknown head or size, or a number that no model can have.
+            ConfigError: a head or size is unknown, or a number is out of range.
         """
         HEADS.get(self.head)
         shape = self.shape()
@@ -137,7 +137,7 @@ class UniterConfig(ModelConfig):
             raise ConfigError(f"model.initializer_range={self.initializer_range} is negative")
 
     def shape(self) -> dict[str, int]:
-        """Numbers of the transformer, with those left open taken from the named size.
+        """Return the sizes of the transformer, with defaults from ``size``.
 
         Raises:
             ConfigError: unknown size.
@@ -150,11 +150,11 @@ class UniterConfig(ModelConfig):
         return {**shape, "intermediate_size": 4 * shape["hidden_size"] if inner is None else inner}
 
     def sizes(self, facts: DataFacts, types: int) -> UniterSizes:
-        """All numbers of the model's modules.
+        """Return the sizes of all modules.
 
         Args:
-            facts: what the data fixes.
-            types: rows of the type embedding when the recipe leaves them open.
+            facts: facts of the data.
+            types: rows of the type embedding if the recipe does not give them.
 
         Raises:
             ConfigError: a number contradicts the data or is not known.

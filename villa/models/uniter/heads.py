@@ -1,4 +1,4 @@
-"""Scores for each of a fixed set of answers: VQA, SNLI-VE, GQA."""
+"""UNITER's task heads, under their released names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from villa.models.uniter.model import Encoded, Uniter, mlp
 
 @register_head("classification")
 class UniterForClassification(Uniter):
-    """Logits ``[B, labels]`` from the pooled output."""
+    """Classification (VQA, SNLI-VE, GQA): logits ``[B, labels]`` from the pooled output."""
 
     def add_head(self) -> None:
         """Add ``vqa_output``."""
@@ -26,15 +26,15 @@ class UniterForClassification(Uniter):
         return self.vqa_output(pooled), pooled
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The released group with its own learning rate."""
+        """Return the prefix of the head, which has its own learning rate in the release."""
         return ("vqa_output",)
 
 
 @register_head("multiple_choice")
 class UniterForMultipleChoice(Uniter):
-    """Logits ``[B * C, 2]``: one row a choice; a choice's score is its column 1.
+    """Multiple choice (VCR): logits ``[B * C, 2]``, a row per choice, whose score is column 1.
 
-    Text types are 0 question, 2 answer, 3 rationale; 1 is the image.
+    Types are 0 for the question, 1 for the image, 2 for the answer and 3 for the rationale.
     """
 
     types = 4
@@ -50,13 +50,13 @@ class UniterForMultipleChoice(Uniter):
         return self.vcr_output(pooled), pooled
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The released group with its own learning rate."""
+        """Return the prefix of the head, which has its own learning rate in the release."""
         return ("vcr_output",)
 
 
 @register_head("nlvr2_paired")
 class UniterForNlvr2Paired(Uniter):
-    """The sentence is read with each image; logits ``[B, 2]`` from both pooled outputs side by side."""
+    """NLVR2 with a row per image: logits ``[B, 2]`` from the concatenated pooled outputs."""
 
     images = 2
     types = 3
@@ -74,7 +74,7 @@ class UniterForNlvr2Paired(Uniter):
 
 @register_head("nlvr2_triplet")
 class UniterForNlvr2Triplet(Uniter):
-    """The sentence and both images in one row; logits ``[B, 2]`` from its pooled output."""
+    """NLVR2 with both images in one row: logits ``[B, 2]`` from its pooled output."""
 
     images = 2
     joint = True
@@ -93,7 +93,7 @@ class UniterForNlvr2Triplet(Uniter):
 
 @register_head("nlvr2_paired_attn")
 class UniterForNlvr2PairedAttention(Uniter):
-    """Each image's sequence attends to the other's; logits ``[B, 2]`` from both attention-pooled results."""
+    """NLVR2 with cross-attention between the rows of both images: logits ``[B, 2]`` from their attention pools."""
 
     images = 2
     types = 3
@@ -122,7 +122,7 @@ class UniterForNlvr2PairedAttention(Uniter):
 
 
 class AttentionPool(nn.Module):
-    """Mean over positions, weighted by a softmax of learned scores.
+    """Average over positions, weighted by a softmax of learned scores.
 
     Args:
         hidden: width of a position.
@@ -135,7 +135,7 @@ class AttentionPool(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, sequence: Tensor, padding: Tensor | None) -> Tensor:
-        """Pool ``[B, L, hidden]`` to ``[B, hidden]``, leaving out where ``padding [B, L]`` is True."""
+        """Pool ``[B, L, hidden]`` to ``[B, hidden]``, ignoring positions where ``padding [B, L]`` is True."""
         scores = self.fc(sequence).squeeze(-1)
         if padding is not None:
             scores = scores.masked_fill(padding, -torch.inf)
@@ -146,10 +146,10 @@ class AttentionPool(nn.Module):
 
 @register_head("ranking")
 class UniterForRanking(Uniter):
-    """Logits ``[B, S]``: a score for each of an example's S pairs of a text and an image.
+    """Ranking (retrieval): logits ``[B, S]``, a score for each of an example's S text-image pairs.
 
-    ``rank_output`` scores; ``itm_output``, the pre-training head that it starts from, is kept beside it and not used,
-    as in the released files.
+    ``rank_output`` computes them. ``itm_output``, the pre-training head that initialises it, is kept but not used, as
+    in the released files.
     """
 
     images = None
@@ -166,22 +166,22 @@ class UniterForRanking(Uniter):
         self.rank_output = nn.Linear(self.sizes.hidden_size, 1)
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Score each row, the rows of an example side by side."""
+        """Score each row, grouped by example."""
         pooled = self.uniter.pooler(encoded.states[-1])
         return self.rank_output(pooled).view(encoded.rows.examples, -1), pooled
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The head; the release gives it no learning rate of its own."""
+        """Return the prefix of the head, which has no learning rate of its own in the release."""
         return ("rank_output",)
 
 
-#: Score of a region that is padding, in the release too: finite, so that 0 x score is 0 in the KL term.
+#: Score of padding regions, as in the release; finite, so that 0 x score is 0 in the KL term.
 PADDED_SCORE = -1e4
 
 
 @register_head("regions")
 class UniterForRegions(Uniter):
-    """Logits ``[B, R]``, a score for each region, from its last state by one linear map (``mlp: 1`` in the release)."""
+    """Referring expressions: logits ``[B, R]`` from the last region states by a linear layer (released: ``mlp: 1``)."""
 
     labels = 1
 
@@ -196,13 +196,13 @@ class UniterForRegions(Uniter):
         return scores if mask is None else scores.masked_fill(~mask, PADDED_SCORE), None
 
     def head_prefixes(self) -> tuple[str, ...]:
-        """The released group with its own learning rate."""
+        """Return the prefix of the head, which has its own learning rate in the release."""
         return ("re_output",)
 
 
 @register_head("regions_mlp")
 class UniterForRegionsMlp(UniterForRegions):
-    """The same with two layers, GELU and LayerNorm between them (``mlp: 2`` in the release)."""
+    """Referring expressions, scored by two linear layers with GELU and LayerNorm between (released: ``mlp: 2``)."""
 
     def add_head(self) -> None:
         """Add ``re_output``."""

@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
         Args:
             hidden: ``[N, L, hidden]``.
             mask: ``[N, 1, 1, L]`` bool, True on positions that may be attended to; None for all.
-            attentions: compute the maps explicitly and return them; the output stays the same.
+            attentions: compute the attention maps explicitly and return them; the context is the same.
 
         Returns:
             The context ``[N, L, hidden]``, and the maps ``[N, heads, L, L]`` before dropout, or None.
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         return context.transpose(1, 2).flatten(2), maps
 
     def _split(self, projected: Tensor) -> Tensor:
-        """``[N, L, hidden]`` to ``[N, heads, L, hidden / heads]``."""
+        """Reshape ``[N, L, hidden]`` to ``[N, heads, L, hidden / heads]``."""
         rows, length, width = projected.shape
         return projected.view(rows, length, self.num_heads, width // self.num_heads).transpose(1, 2)
 
@@ -57,7 +57,7 @@ def _attention_maps(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class ResidualOutput(nn.Module):
-    """Linear map, dropout, residual sum and LayerNorm: the end of both halves of a layer."""
+    """Linear layer, dropout, residual sum and LayerNorm: the end of both sublayers."""
 
     def __init__(self, width: int, sizes: UniterSizes) -> None:
         super().__init__()
@@ -80,20 +80,20 @@ class Attention(nn.Module):
         self.output = ResidualOutput(sizes.hidden_size, sizes)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """As ``SelfAttention.forward``, with the residual added."""
+        """Run self-attention, its projection and the residual; see ``SelfAttention.forward``."""
         context, maps = self.self(hidden, mask, attentions)
         return self.output(context, hidden), maps
 
 
 class Intermediate(nn.Module):
-    """The widening linear map of a layer, with the exact (erf) GELU."""
+    """The first linear layer of the feed-forward sublayer, with the exact (erf) GELU."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
         self.dense = nn.Linear(sizes.hidden_size, sizes.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[N, L, hidden]`` to ``[N, L, intermediate]``."""
+        """Map ``[N, L, hidden]`` to ``[N, L, intermediate]``."""
         return F.gelu(self.dense(hidden))
 
 
@@ -107,7 +107,7 @@ class Layer(nn.Module):
         self.output = ResidualOutput(sizes.intermediate_size, sizes)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """As ``SelfAttention.forward``, for the whole layer."""
+        """Run the whole layer; see ``SelfAttention.forward``."""
         attended, maps = self.attention(hidden, mask, attentions)
         return self.output(self.intermediate(attended), attended), maps
 
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
             attentions: return the attention maps too.
 
         Returns:
-            The embedding output and the output of every layer; the maps of every layer, or nothing.
+            The embedding output followed by the output of every layer; the maps of every layer, or nothing.
         """
         states, maps = [hidden], []
         keys = None if mask is None else mask[:, None, None, :]
@@ -143,14 +143,14 @@ class Encoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Linear map and tanh of the first position."""
+    """Linear layer and tanh on the first position."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
         self.dense = nn.Linear(sizes.hidden_size, sizes.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[N, L, hidden]`` to ``[N, hidden]``."""
+        """Pool ``[N, L, hidden]`` to ``[N, hidden]``."""
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
@@ -161,10 +161,10 @@ BOX_COLUMNS = 7
 def box_geometry(boxes: Tensor) -> Tensor:
     """Complete normalised boxes to the columns x1, y1, x2, y2, w, h, area.
 
-    Widths and heights that are present are kept: the released files round each column to fp16 on its own.
+    Given widths and heights are kept, because the released files round each column to fp16 separately.
 
     Args:
-        boxes: ``[..., 4]``, ``[..., 6]`` (with w, h) or ``[..., 7]``, as fractions of the image's sides.
+        boxes: ``[..., 4]``, ``[..., 6]`` (with w, h) or ``[..., 7]``, as fractions of the image size.
 
     Returns:
         ``[..., 7]``.
@@ -185,7 +185,7 @@ def box_geometry(boxes: Tensor) -> Tensor:
 
 
 class TextEmbeddings(nn.Module):
-    """Word, position and type embeddings, summed, normalised and dropped out."""
+    """Sum of word, position and type embeddings, with LayerNorm and dropout."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
@@ -196,10 +196,10 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """Embed ``[N, T]`` word pieces of types ``[N, T]`` or ``[1, 1]``; return ``[N, T, hidden]``.
+        """Embed ``[N, T]`` tokens with types ``[N, T]`` or ``[1, 1]``; return ``[N, T, hidden]``.
 
         Raises:
-            DataError: the text is longer than the model has positions.
+            DataError: the text is longer than ``max_positions``.
         """
         length, positions = input_ids.shape[1], self.position_embeddings.num_embeddings
         if length > positions:
@@ -212,7 +212,7 @@ class TextEmbeddings(nn.Module):
 
 
 class ImageEmbeddings(nn.Module):
-    """Projected region features, box geometry and type embedding, summed, normalised and dropped out."""
+    """Sum of projected region features, projected box geometry and type embedding, with LayerNorm and dropout."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
@@ -230,9 +230,9 @@ class ImageEmbeddings(nn.Module):
         Args:
             features: ``[N, R, feature_dim]``, zero where a region is masked.
             boxes: ``[N, R, 4 | 6 | 7]`` normalised.
-            types: type embeddings, ``[N, R, hidden]`` or any shape that broadcasts to it.
-            masked_regions: ``[N, R]`` bool; True where row 1 of the mask embedding is added (masked region
-                modelling). Row 0 acts as zero whatever it holds.
+            types: type embeddings, ``[N, R, hidden]`` or a shape that broadcasts to it.
+            masked_regions: ``[N, R]`` bool, True where row 1 of the mask embedding is added (masked region
+                modelling). Row 0 is treated as zero whatever it holds.
 
         Returns:
             ``[N, R, hidden]``.

@@ -1,6 +1,6 @@
-"""UNITER (arXiv 1909.11740): one transformer over word pieces and image regions, with a task head.
+"""UNITER (arXiv 1909.11740): one transformer over tokens and image regions, with a task head.
 
-Parameters carry the released names, so that the files of UNITER and VILLA load as they are.
+Parameters have their released names, so that the files of UNITER and VILLA load as they are.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from villa.registry import register_model
 
 
 class Encoded(NamedTuple):
-    """What the transformer made of N rows.
+    """The transformer's output for N rows.
 
     Attributes:
         states: embedding output and output of every layer, ``[N, L, hidden]`` each.
-        attentions: maps of every layer, ``[N, heads, L, L]``, on request.
-        rows: what was encoded.
-        packing: where text and regions of each row are in the sequence.
+        attentions: maps of every layer, ``[N, heads, L, L]`` each, on request.
+        rows: the encoded rows.
+        packing: positions of each row's tokens and regions in the sequence.
     """
 
     states: tuple[Tensor, ...]
@@ -44,17 +44,17 @@ class Encoded(NamedTuple):
 
     @property
     def words(self) -> Tensor:
-        """Last states of the tokens, ``[N, T, hidden]``; arbitrary where ``rows.text_mask`` is False."""
+        """Last token states, ``[N, T, hidden]``; arbitrary where ``rows.text_mask`` is False."""
         return self.packing.words(self.states[-1], self.rows.input_ids.shape[1])
 
     @property
     def regions(self) -> Tensor:
-        """Last states of the regions, ``[N, R, hidden]``; arbitrary where ``rows.region_mask`` is False."""
+        """Last region states, ``[N, R, hidden]``; arbitrary where ``rows.region_mask`` is False."""
         return self.packing.regions(self.states[-1], self.rows.features.shape[1])
 
 
 class UniterModel(nn.Module):
-    """The transformer without a head: embeddings, packing, layers; and the pooler, which heads call."""
+    """The transformer without a head: embeddings, packing and layers, and the pooler for the heads to call."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class UniterModel(nn.Module):
         self.pooler = Pooler(sizes)
 
     def forward(self, rows: Rows, attentions: bool = False) -> Encoded:
-        """Encode rows into sequences of L = the longest row's tokens and regions."""
+        """Encode rows as sequences of the length L of the longest."""
         text = self.embeddings(rows.input_ids, rows.token_types)
         types = self.embeddings.token_type_embeddings(rows.image_types)
         masked, features = rows.masked_regions, rows.features
@@ -78,18 +78,18 @@ class UniterModel(nn.Module):
 
 @register_model("uniter")
 class Uniter(Model):
-    """UNITER with a task head; every registered head is a subclass that adds its modules and ``score``.
+    """UNITER with a task head; registered heads are subclasses that add modules and define ``score``.
 
     Args:
-        sizes: numbers of the modules.
+        sizes: sizes of the modules.
         num_labels: classes of the head.
 
     Attributes:
-        images: images that the head reads an example; None for any number.
-        joint: whether these lie in one row.
-        types: rows of the type embedding unless the recipe says otherwise.
-        labels: classes, where the task fixes them.
-        fallback_labels: classes where neither the task nor the data says how many.
+        images: images per example that the head reads; None for any number.
+        joint: whether the images of an example share one row.
+        types: default number of rows of the type embedding.
+        labels: number of classes, if the task fixes it.
+        fallback_labels: number of classes if neither the task nor the data gives one.
     """
 
     Config = UniterConfig
@@ -133,27 +133,27 @@ class Uniter(Model):
 
     @abstractmethod
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
-        """Return the logits, and the pooled output ``[N, hidden]`` where the head uses one."""
+        """Return the logits, and the pooled output ``[N, hidden]`` if the head uses it."""
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score a batch of texts and image regions.
 
         Raises:
-            DataError: the batch lacks text, features or boxes, or they do not suit the head.
+            DataError: the batch lacks text, features or boxes, or they do not fit the head.
         """
         encoded = self.uniter(self.layout.rows(batch), attentions)
         logits, pooled = self.score(encoded)
         return ModelOutput(logits, pooled, encoded.states if hidden_states else (), encoded.attentions)
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """Text: the looked-up word embedding. Image: the region feature before its projection."""
+        """Return the looked-up word embedding (text) and the region features before their projection (image)."""
         return {
             "text": Point("uniter.embeddings.word_embeddings", "output", self.layout.text_mask),
             "image": Point("uniter.img_embeddings.img_linear", "input", self.layout.region_mask),
         }
 
     def _initialise(self, module: nn.Module) -> None:
-        """Fresh weights of the release; attention in NLVR2's head keeps torch's Xavier start."""
+        """Initialise a module as the release does; attention in NLVR2's head keeps torch's Xavier initialisation."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.sizes.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -161,7 +161,7 @@ class Uniter(Model):
 
 
 def mlp(sizes: UniterSizes, activation: nn.Module, num_labels: int) -> nn.Sequential:
-    """The two-layer head of the release: hidden to twice hidden, activation, LayerNorm, to ``num_labels``."""
+    """Return the release's two-layer head: hidden to twice hidden, activation, LayerNorm, to ``num_labels``."""
     wide = 2 * sizes.hidden_size
     return nn.Sequential(
         nn.Linear(sizes.hidden_size, wide),

@@ -1,4 +1,4 @@
-"""All of UNITER's pre-training heads; every batch says which of them it is for."""
+"""UNITER's pre-training heads; every batch names the objective that selects one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Transform(nn.Module):
-    """Linear map, GELU and LayerNorm before a decoder (BERT)."""
+    """Linear layer, GELU and LayerNorm before a decoder (BERT)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class Transform(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[N, hidden]`` to ``[N, hidden]``."""
+        """Transform ``[N, hidden]``."""
         normalised: Tensor = self.LayerNorm(F.gelu(self.dense(states)))
         return normalised
 
 
 class WordPrediction(nn.Module):
-    """Scores of all words; the decoder shares the weight of the word embedding."""
+    """Logits of masked tokens; the decoder is tied to the word embedding."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class WordPrediction(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[N, hidden]`` to ``[N, vocabulary]``."""
+        """Map ``[N, hidden]`` to ``[N, vocabulary]``."""
         return F.linear(self.transform(states), self.decoder.weight, self.bias)
 
 
 class FeatureRegression(nn.Module):
-    """Features of regions; the last map is the transpose of the features' projection, and shares its weight."""
+    """Regression of region features; the decoder is the transposed feature projection, with a tied weight."""
 
     def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
@@ -61,37 +61,37 @@ class FeatureRegression(nn.Module):
         self.bias = nn.Parameter(torch.zeros(projection.in_features))
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[M, hidden]`` to ``[M, feature_dim]``."""
+        """Map ``[M, hidden]`` to ``[M, feature_dim]``."""
         return F.linear(self.net(states), self.weight.t(), self.bias)
 
 
 class RegionClassifier(nn.Module):
-    """Scores of the detector's classes."""
+    """Logits of the detector's classes."""
 
     def __init__(self, hidden_size: int, classes: int) -> None:
         super().__init__()
         self.net = region_transform(hidden_size).append(nn.Linear(hidden_size, classes))
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[M, hidden]`` to ``[M, classes]``."""
+        """Map ``[M, hidden]`` to ``[M, classes]``."""
         scores: Tensor = self.net(states)
         return scores
 
 
 def region_transform(hidden_size: int) -> nn.Sequential:
-    """Linear map, GELU and LayerNorm, as ``net.0`` and ``net.2``."""
+    """Return a linear layer, GELU and LayerNorm."""
     return nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS))
 
 
 def head_of(batch: Batch, heads: Mapping[str, T]) -> T:
-    """Return the head of a model that predicts what the objective of a batch reads.
+    """Return the head for the objective of a batch.
 
     Args:
         batch: names the objective.
-        heads: by what they predict (``Objective.head``).
+        heads: heads by what they predict (``Objective.head``).
 
     Raises:
-        DataError: the model has none.
+        DataError: the model has no such head.
     """
     known = {name: heads[objective.head] for name, objective in OBJECTIVES.items() if objective.head in heads}
     objective = batch.objective or ""
@@ -108,7 +108,7 @@ def required_mask(name: str, batch: Batch) -> Tensor:
     """Return ``masked_tokens`` or ``masked_regions`` of a batch.
 
     Raises:
-        DataError: it has none.
+        DataError: the batch lacks it.
     """
     mask: Tensor | None = getattr(batch, name)
     if mask is None:
@@ -116,17 +116,17 @@ def required_mask(name: str, batch: Batch) -> Tensor:
     return mask
 
 
-#: Norms below this count as this in the cosine (released code).
+#: Lower bound on the norms in the cosine (released code).
 _SMALLEST_NORM = 1e-5
 
 
 class Transport(NamedTuple):
-    """How the words of B texts are aligned with the regions of their images.
+    """Optimal-transport alignment of tokens and regions (word-region alignment).
 
     Attributes:
         distance: ``[B]`` cost of the plan; gradients flow through the costs, not through the plan.
-        cost: ``[B, T, R]``, 1 - cosine of word and region; 0 where either is padding.
-        plan: ``[B, R, T]`` mass that goes from region to word; 0 where either is padding.
+        cost: ``[B, T, R]``, 1 - cosine of token and region; 0 where either is padding.
+        plan: ``[B, R, T]`` mass moved from region to token; 0 where either is padding.
     """
 
     distance: Tensor
@@ -144,16 +144,16 @@ def align(
     iterations: int = 50,
     inner: int = 1,
 ) -> Transport:
-    """Align words with regions, in fp32 or wider whatever autocast says.
+    """Align tokens with regions, in fp32 or wider regardless of autocast.
 
     Args:
         words: ``[B, T, hidden]`` states.
         regions: ``[B, R, hidden]`` states.
         word_mask: ``[B, T]`` bool, True on real tokens; at least one a row.
         region_mask: ``[B, R]`` bool, True on real regions; at least one a row.
-        beta: weight of the proximal term: the smaller, the nearer to the exact plan after few iterations.
+        beta: weight of the proximal term; smaller values approach the exact plan in fewer iterations.
         iterations: proximal steps.
-        inner: Sinkhorn iterations within each.
+        inner: Sinkhorn iterations per step.
     """
     with torch.autocast(words.device.type, enabled=False):
         wide = torch.promote_types(words.dtype, torch.float32)
@@ -167,10 +167,10 @@ def align(
 def transport_plan(
     cost: Tensor, word_mask: Tensor, region_mask: Tensor, *, beta: float = 0.5, iterations: int = 50, inner: int = 1
 ) -> Tensor:
-    """Find the cheapest plan between uniform weights on words and uniform weights on regions.
+    """Find the cheapest transport plan between uniform distributions over tokens and over regions (IPOT).
 
-    A proximal step solves the problem with the divergence from the last plan as regulariser: scaling the rows and
-    columns of (kernel x plan) to the weights.
+    Each proximal step regularises by the divergence from the last plan, and solves the problem by scaling the rows
+    and columns of (kernel x plan) to the marginals.
 
     Args:
         cost: ``[B, T, R]``.
@@ -178,10 +178,10 @@ def transport_plan(
         region_mask: ``[B, R]`` bool.
         beta: weight of the proximal term.
         iterations: proximal steps.
-        inner: scalings within each.
+        inner: scalings per step.
 
     Returns:
-        ``[B, R, T]``; the sum over words is close to 1 / regions, that over regions is 1 / words.
+        ``[B, R, T]``; sums over tokens are close to 1 / regions, sums over regions are 1 / tokens.
     """
     word_weight, region_weight = (_uniform(mask, cost) for mask in (word_mask, region_mask))
     real = region_mask.unsqueeze(2) & word_mask.unsqueeze(1)
@@ -197,29 +197,29 @@ def transport_plan(
 
 
 def _cosine_cost(words: Tensor, regions: Tensor) -> Tensor:
-    """1 - cosine of every word ``[B, T, hidden]`` and region ``[B, R, hidden]``: ``[B, T, R]``."""
+    """Return 1 - cosine of every token ``[B, T, hidden]`` and region ``[B, R, hidden]``: ``[B, T, R]``."""
     unit_words, unit_regions = (F.normalize(states, dim=-1, eps=_SMALLEST_NORM) for states in (words, regions))
     return 1 - unit_words @ unit_regions.transpose(1, 2)
 
 
 def _uniform(mask: Tensor, like: Tensor) -> Tensor:
-    """The weight of each real position: one by their number, 0 at padding."""
+    """Return the uniform distribution over real positions, 0 at padding."""
     return mask.to(like) / mask.sum(1, keepdim=True)
 
 
 def _divided(weight: Tensor, mass: Tensor) -> Tensor:
-    """``weight / mass``, and 0 at padding, where both are 0."""
+    """Return ``weight / mass``, or 0 at padding, where both are 0."""
     return torch.where(weight > 0, weight / mass, torch.zeros_like(mass))
 
 
 @register_head("pretraining")
 class UniterForPretraining(Uniter):
-    """Logits of what the batch's objective asks for.
+    """UNITER that predicts the targets of the batch's objective.
 
-    ``mlm``: ``[N, vocabulary]`` of the N masked tokens; ``mrfr``: ``[M, feature_dim]``, and ``mrc`` and ``mrc_kl``:
-    ``[M, labels]``, of the M masked regions; ``itm`` and ``itm_wra``: ``[B, 2]``, the second with
-    ``extras["transport"]``, the distance ``[B]`` between words and regions. The classes of regions are the model's
-    labels (1,601 in the release); where the data has none, there is no head for them.
+    Logits are ``[N, vocabulary]`` of the N masked tokens (``mlm``), ``[M, feature_dim]`` (``mrfr``) or ``[M, labels]``
+    (``mrc``, ``mrc_kl``) of the M masked regions, or ``[B, 2]`` (``itm``, ``itm_wra``); ``itm_wra`` adds
+    ``extras["transport"]``, the transport distance ``[B]``. The labels are the detector's classes (1,601 in the
+    release); if the data has none, there is no head for them.
     """
 
     fallback_labels = 0
@@ -247,10 +247,10 @@ class UniterForPretraining(Uniter):
         self.itm_output = nn.Linear(hidden, 2)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
-        """Predict what the batch's objective asks for.
+        """Predict the targets of the batch's objective.
 
         Raises:
-            DataError: the batch lacks text, features, boxes or masks, or its objective has no head here.
+            DataError: the batch lacks text, features, boxes or masks, or the model has no head for its objective.
         """
         head = head_of(batch, self._heads)
         encoded = self.uniter(self.layout.rows(batch), attentions)
@@ -258,12 +258,12 @@ class UniterForPretraining(Uniter):
         return replace(head(encoded, batch), hidden_states=states, attentions=encoded.attentions)
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """Score whether each text is about its image: ``[B, 2]``."""
+        """Score whether each text matches its image: ``[B, 2]``."""
         pooled = self.uniter.pooler(encoded.states[-1])
         return self.itm_output(pooled), pooled
 
     def perturbation_points(self) -> Mapping[str, Point]:
-        """As for the tasks, but masked regions are never perturbed: what they have is not read."""
+        """Return the points of ``Uniter``, with masked regions excluded, whose features are not read."""
         points = super().perturbation_points()
         return {**points, "image": replace(points["image"], mask=self.layout.visible_regions, confined=True)}
 
@@ -287,12 +287,12 @@ class UniterForPretraining(Uniter):
 
 
 def _masked_regions(encoded: Encoded, batch: Batch) -> Tensor:
-    """States of the masked regions, ``[M, hidden]``."""
+    """Return the states of the masked regions, ``[M, hidden]``."""
     return encoded.regions[required_mask("masked_regions", batch)]
 
 
 def _clear_unmasked_row(model: nn.Module, _: Any = None) -> None:
-    """Zero what the release adds to regions that are not masked: it does so whenever it masks regions."""
+    """Zero the row of the mask embedding that is added to unmasked regions, as the release does on use."""
     assert isinstance(model, UniterForPretraining)
     with torch.no_grad():
         model.uniter.img_embeddings.mask_embedding.weight[0] = 0
