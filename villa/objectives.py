@@ -1,4 +1,4 @@
-"""The pre-training objectives: names that recipes and batches give them."""
+"""The pre-training objectives by the names that recipes and batches use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError, nearest
 
-#: Every objective with what it asks of a model.
+#: Every objective with what a model predicts for it.
 OBJECTIVES: Mapping[str, str] = {
     "mlm": "the words that are masked",
     "mrfr": "the features of masked regions",
@@ -20,19 +20,19 @@ OBJECTIVES: Mapping[str, str] = {
     "lxmert": "all that LXMERT was pre-trained for, at once",
 }
 
-#: What LXMERT was pre-trained for, by the names of the targets.
+#: The parts of LXMERT's pre-training objective, by the names of their targets.
 LXMERT_PARTS = ("words", "matched", "objects", "attributes", "features", "answers")
 
 
 def check_objectives(option: str, names: Iterable[str]) -> None:
-    """Refuse names that are not those of objectives.
+    """Refuse unknown objectives.
 
     Args:
-        option: the option that gives them, for the message.
-        names: what it gives.
+        option: the option that names them, for the message.
+        names: the objectives.
 
     Raises:
-        ConfigError: a name is not known.
+        ConfigError: a name is unknown.
     """
     wrong = next((name for name in names if name not in OBJECTIVES), None)
     if wrong is not None:
@@ -43,10 +43,10 @@ def check_objectives(option: str, names: Iterable[str]) -> None:
 
 
 def asked_parts(batch: Batch) -> list[str]:
-    """The parts that a batch has targets for.
+    """Return the parts of the ``lxmert`` objective that a batch has targets for.
 
     Raises:
-        DataError: none.
+        DataError: it has targets for none.
     """
     given: Iterable[str] = batch.part_targets or ()
     asked = [name for name in LXMERT_PARTS if name in given]
