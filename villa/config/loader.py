@@ -79,8 +79,8 @@ def load(args: Iterable[str]) -> Loaded:
 
     The order of precedence, lowest first: defaults, the presets of a section's ``reference``, included files, the
     recipe, the command line; overlays lie between (see ``lay_over``). A relative ``user_dir`` is relative to the
-    working directory, also in a recipe.
-    Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` takes the one saved with the checkpoint.
+    working directory, even in a recipe.
+    Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` uses the one saved with the checkpoint.
 
     Args:
         args: the arguments; see ``parse_overrides``.
