@@ -162,10 +162,10 @@ class Shards:
     """The tensors of a sharded checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
-        CheckpointError: they cannot be read, or a part is missing.
+        CheckpointError: the shards cannot be read, or a part of a tensor is missing.
     """
 
     def __init__(self, folder: Path) -> None:

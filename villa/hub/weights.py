@@ -1,4 +1,4 @@
-"""The weights of a saved folder: under the names of transformers' own classes where it has the model."""
+"""The weights of a saved folder, under transformers' names if it has the model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
         model: the model.
         config: its options in the recipe.
         labels: names of the classes, or None.
-        folder: where to.
+        folder: existing folder to write to.
 
     Raises:
         CheckpointError: the disk is full.
-        OSError: the same, by transformers.
+        OSError: transformers' error for the same.
     """
     inner = model.pretrained()
     if inner is None:
@@ -41,7 +41,7 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
     with quiet():
         inner.save_pretrained(folder)
     described = read_json(folder / CONFIG_FILE, "configuration")
-    if described.get("use_cache") is False:  # as in training; whoever lets the model write wants the default
+    if described.get("use_cache") is False:  # set for training; generation wants the default
         del described["use_cache"]
     write_json(folder / CONFIG_FILE, {**described, **_label_maps(labels)})
     rest = _plain(_beside(model, inner))
@@ -50,7 +50,7 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
 
 
 def read_into(model: Model, folder: Path) -> None:
-    """Load what ``write`` wrote, or what transformers saved, into a model of the same kind and size.
+    """Load weights saved by ``write`` or transformers into a model of the same class and size.
 
     Raises:
         CheckpointError: the weights are missing, damaged or of another model.
@@ -77,8 +77,8 @@ def read_into(model: Model, folder: Path) -> None:
 
 
 def _beside(model: Model, inner: Any) -> dict[str, Tensor]:
-    """The parameters of a model that its part of transformers does not have."""
-    shared: Any = getattr(model, "transformer", inner)  # where adapters were merged, the part is a copy
+    """Return the parameters and buffers of a model that are not in its transformers model ``inner``."""
+    shared: Any = getattr(model, "transformer", inner)  # with merged adapters, inner is a copy
     inside = {id(value) for value in (*shared.parameters(), *shared.buffers())}
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {name for name, value in own if id(value) not in inside}
