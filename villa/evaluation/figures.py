@@ -82,8 +82,8 @@ def curves_figure(log: Path, references: Mapping[str, float] | None = None, *, t
 
     Args:
         log: the run's ``log.jsonl``.
-        references: scores in [0, 1] by name, as ``TaskDataset.reference_scores`` gives them.
-        title: above the figure.
+        references: scores in [0, 1] by name, as returned by ``TaskDataset.reference_scores``.
+        title: title of the figure.
 
     Raises:
         DataError: the log is missing, damaged, or has nothing to draw.

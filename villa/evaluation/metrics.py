@@ -77,7 +77,7 @@ class MeanScore(Metric):
         return {self.name: self._sum.item() / self._count}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset sum and count."""
         self._sum = torch.zeros((), dtype=torch.float64)
         self._count = 0
 

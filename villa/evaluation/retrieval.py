@@ -151,7 +151,7 @@ class PairRetrieval(Metric):
         return {"pair_retrieval": sum(values.values()) / len(values), **values}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard all embeddings."""
         self._images: list[Tensor] = []
         self._texts: list[Tensor] = []
         self._keys: list[tuple[int, int]] = []
