@@ -19,7 +19,7 @@ class Batch:
 
     Attributes:
         ids: B example ids, for predictions and messages.
-        input_ids: ``[B, T]`` or ``[B, C, T]`` int64 word-piece ids.
+        input_ids: ``[B, T]`` or ``[B, C, T]`` int64 token ids.
         attention_mask: like ``input_ids``, bool; True on real tokens.
         token_type_ids: like ``input_ids``, int64, or None for all zero.
         features: ``[B, R, D]`` or ``[B, I, R, D]`` float region features.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor  # takes long to import
+    from torch import Tensor  # slow to import
 
 #: The kind of a task: choose a label, match images and texts, or generate an answer.
 Task = Literal["classification", "contrastive", "generation"]

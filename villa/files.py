@@ -30,7 +30,7 @@ _refused: set[str] = set()
 #: Full disk, quota used up, file at the process's size limit (``ulimit -f``).
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: The messages of libraries with errors of their own: safetensors, LMDB and torch; and NumPy, which gives no number.
-_FULL_TEXT = {
+_FULL_MESSAGES = {
     **{rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL},
     r"\d+ requested and \d+ written": errno.ENOSPC,
 }
@@ -129,7 +129,7 @@ def no_space(error: BaseException | None) -> str | None:
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and not isinstance(error, VillaError):
-            number = next((code for text, code in _FULL_TEXT.items() if re.search(text, str(error))), None)
+            number = next((code for text, code in _FULL_MESSAGES.items() if re.search(text, str(error))), None)
         if number in _FULL:
             return "no space left" if number == errno.ENOSPC else f"no space left ({os.strerror(number)})"
         error = error.__cause__ or error.__context__

@@ -9,15 +9,15 @@ from villa.errors import ConfigError, DataError, nearest
 
 #: Every objective with what a model predicts for it.
 OBJECTIVES: Mapping[str, str] = {
-    "mlm": "the words that are masked",
+    "mlm": "masked tokens",
     "mrfr": "the features of masked regions",
     "mrc": "the detector's classes of masked regions",
     "mrc_kl": "the detector's class distributions of masked regions",
     "itm": "whether text and image match",
-    "itm_wra": "whether they match, with words and regions aligned by optimal transport",
+    "itm_wra": "whether they match, with tokens and regions aligned by optimal transport",
     "qa": "the answer to a question",
-    "contrastive": "which texts of a micro-batch are about which of its images, each embedded on its own",
-    "lxmert": "all that LXMERT was pre-trained for, at once",
+    "contrastive": "which texts and images of a micro-batch match, each embedded separately",
+    "lxmert": "all parts of LXMERT's pre-training objective",
 }
 
 #: The parts of LXMERT's pre-training objective, by the names of their targets.

@@ -89,7 +89,7 @@ def interruptible() -> Iterator[None]:
         return
     _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
     try:
-        with handled(SIGNALS, _handle), _none_lost():
+        with handled(SIGNALS, _handle), _resend_lost():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the parent process may have blocked them
             yield
     finally:
@@ -97,7 +97,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _none_lost() -> Iterator[None]:
+def _resend_lost() -> Iterator[None]:
     """Resend a signal whose exception was raised in a destructor or callback, where Python only prints it."""
     before = sys.unraisablehook
 
@@ -145,10 +145,10 @@ def shield_worker(worker: int = 0) -> None:
         worker: the worker's number, passed by the loader.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_request, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
+def _exit_on_request(parent: int) -> None:
     while signal.sigwaitinfo(SIGNALS).si_pid != parent:
         pass
     os._exit(0)

@@ -39,13 +39,13 @@ class Lasting(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write, or do nothing after a failure."""
         encoding = self.stream.encoding or "utf-8"
-        with self._kept_going():
+        with self._ignoring_failures():
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
         """Flush, or do nothing after a failure."""
-        with self._kept_going():
+        with self._ignoring_failures():
             self.stream.flush()
 
     def isatty(self) -> bool:
@@ -64,7 +64,7 @@ class Lasting(io.TextIOBase):
         return getattr(self.stream, name)
 
     @contextmanager
-    def _kept_going(self) -> Iterator[None]:
+    def _ignoring_failures(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -102,7 +102,7 @@ def lasting() -> Iterator[None]:
     if isinstance(sys.stdout, Shown):
         yield
         return
-    _hold_descriptors()
+    _open_closed_descriptors()
     before = sys.stdout, sys.stderr, sys.__stderr__
     sys.stdout, sys.stderr = (
         cast(TextIO, Shown(stream or open(number, "w", closefd=False)))  # noqa: SIM115 (a descriptor)
@@ -129,7 +129,7 @@ def is_broken_pipe(problem: OSError) -> bool:
     return problem.errno == errno.EPIPE
 
 
-def _hold_descriptors() -> None:
+def _open_closed_descriptors() -> None:
     """Open those of descriptors 0 to 2 that are closed: the next file opened would get one and be printed into."""
     while True:
         descriptor = os.open(os.devnull, os.O_RDWR)

@@ -106,13 +106,13 @@ def vetted(folder: Path) -> Path:
             transformers would wait for.
     """
     changed: dict[str, Values] = {}
-    _refuse_endless(folder)
+    _refuse_pipes(folder)
     for name, vet in _READERS.items():
         values = _read(folder / name)
         kept, left_out = ({}, []) if values is None else vet(values, folder)
         if left_out:
             changed[name] = kept
-            _tell(f"note: left out of '{folder / name}': {', '.join(left_out)[:300]}")
+            _print_once(f"note: left out of '{folder / name}': {', '.join(left_out)[:300]}")
     if not changed:
         return folder
     place = _temporary()
@@ -198,7 +198,9 @@ def _declared(kind: Any) -> frozenset[str] | None:
         return None
     parameters = (inspect.signature(one.__init__).parameters for one in kind.__mro__)
     nested = getattr(kind, "sub_configs", None) or {}
-    return _of_writing().union(*parameters, _defaults(kind), nested, *kind.attribute_map.items(), _UNDECLARED.split())
+    return _generation_options().union(
+        *parameters, _defaults(kind), nested, *kind.attribute_map.items(), _UNDECLARED.split()
+    )
 
 
 @cache
@@ -211,7 +213,7 @@ def _defaults(kind: Any) -> Values:
 
 
 @cache
-def _of_writing() -> frozenset[str]:
+def _generation_options() -> frozenset[str]:
     """Return the options of generation that do not choose code."""
     from transformers import GenerationConfig
 
@@ -235,7 +237,7 @@ def _vet_model(values: Values, folder: Path) -> tuple[Values, list[str]]:
 
 
 def _vet_generation(values: Values, folder: Path) -> tuple[Values, list[str]]:
-    known = _of_writing().union(_UNDECLARED.split())
+    known = _generation_options().union(_UNDECLARED.split())
     left_out = [name for name, value in values.items() if name not in known and value is not None]
     return {name: value for name, value in values.items() if name not in left_out}, left_out
 
@@ -277,7 +279,7 @@ _READERS: dict[str, Callable[[Values, Path], tuple[Values, list[str]]]] = {
 }
 
 
-def _refuse_endless(folder: Path) -> None:
+def _refuse_pipes(folder: Path) -> None:
     found = (path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
     if (path := next(found, None)) is not None:
         raise CheckpointError(f"'{path}' is a pipe, socket or device, not a file; remove it, or copy the folder again")
@@ -293,7 +295,7 @@ def _read(file: Path) -> Values | None:
 
 
 @cache
-def _tell(line: str) -> None:
+def _print_once(line: str) -> None:
     """Print a line on stderr, once."""
     print("".join(one if one.isprintable() else "?" for one in line), file=sys.stderr, flush=True)
 

@@ -200,7 +200,7 @@ class Shards:
             CheckpointError: a file was damaged after the checkpoint was verified.
         """
         with self.broken():
-            made = {name: self._room(name, (like or {}).get(name.removeprefix(prefix))) for name in self.names(prefix)}
+            made = {name: self._empty(name, (like or {}).get(name.removeprefix(prefix))) for name in self.names(prefix)}
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             planner.set_up_planner(dict(made), self._metadata, is_coordinator=True)
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -208,7 +208,7 @@ class Shards:
             made |= {alias: made[name] for alias, name in self.aliases.items() if alias.startswith(prefix)}
         return {name.removeprefix(prefix): value for name, value in made.items()}
 
-    def _room(self, name: str, like: Tensor | None) -> Tensor:
+    def _empty(self, name: str, like: Tensor | None) -> Tensor:
         dtype = self._stored[name].properties.dtype
         if isinstance(like, DTensor) and like.shape == self.shapes[name]:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)

@@ -23,7 +23,7 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 #: Suffix of transformers' index of a file of weights that was split.
 INDEX = ".index.json"
 
-_CUT = "it may be cut off, or of another kind: use another copy"
+_ADVICE = "it may be cut off, or of another kind: use another copy"
 #: Keys under which other programs wrap a model's weights; the others only if exactly one of them is there.
 _WRAPPERS = ("state_dict", "model")
 _OTHER_WRAPPERS = ("module", "model_state_dict", "net")
@@ -102,7 +102,7 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 def _read_file(file: Path) -> dict[str, Tensor]:
     """Read one file of weights; see ``read_weights``."""
     if file.suffix == SAFETENSORS:
-        with reading(f"'{file}' cannot be read as safetensors", _CUT, CheckpointError):
+        with reading(f"'{file}' cannot be read as safetensors", _ADVICE, CheckpointError):
             content: Any = read_safetensors(file)
     else:
         content = _read_torch(file)
@@ -176,7 +176,7 @@ def _is(what: Callable[[Path], bool], path: Path) -> bool:
 
 
 def _read_torch(file: Path) -> Any:
-    with reading(f"'{file}' cannot be read", _CUT, CheckpointError):
+    with reading(f"'{file}' cannot be read", _ADVICE, CheckpointError):
         check_archive(file)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -39,11 +39,11 @@ def _main(argv: Sequence[str]) -> int:
         return _list(options.list, options.values)
     from villa.distributed.joining import run_joined
 
-    _take_place(options)
+    _join_started(options)
     return run_joined(lambda: _run(options) if options.sweep is None else _sweep(options))
 
 
-def _take_place(options: argparse.Namespace) -> None:
+def _join_started(options: argparse.Namespace) -> None:
     """Join processes started by srun or mpirun into one run if its strategy is for several processes.
 
     Otherwise each process may be a run of its own, with its own arguments, unless they are known to be the same.

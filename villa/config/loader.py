@@ -47,14 +47,14 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
             f"checkpoint.path='{path.text}' is to be trained on: give output_dir=..., where the new run goes"
         )
     source = open_source(path.text)
-    layers = [_usable(layer) for layer in source.recipe()]
+    layers = [_without_places(layer) for layer in source.recipe()]
     if not reads:
         return layers
     results = str(source.results(str(run_type.text)))
     return [*layers, {"output_dir": Value(results, Origin("for the results"), results)}]
 
 
-def _usable(layer: Layer) -> Layer:
+def _without_places(layer: Layer) -> Layer:
     """Leave out the launcher and the output file, which a folder from elsewhere must not choose."""
     return {key: value for key, value in layer.items() if not key.startswith(("launcher", "predict.output"))}
 
@@ -108,7 +108,7 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
     options = recipe_options({section: variant.config for section, variant in variants.items()})
     layers = [take_text(layer, options) for layer in layers]
     given, notices = drop_foreign(lay_over(layers, variants), variants)
-    values = _below(variants, given) | given
+    values = _preset_values(variants, given) | given
     config = build({section: variant.config for section, variant in variants.items()}, values)
     origins = {key: _origin(key, values) for key in leaves(config)}
     validate(config, origins)
@@ -175,7 +175,7 @@ def _refuse_stored_addresses(config: RunConfig, origins: Mapping[str, Origin]) -
     refuse_addresses(stored=written[True], given=written[False])
 
 
-def _below(variants: dict[str, Variant], given: Layer) -> Layer:
+def _preset_values(variants: dict[str, Variant], given: Layer) -> Layer:
     """Return the values that override the defaults and yield to the user's: variant names and presets."""
     values: Layer = {}
     for section, variant in variants.items():
@@ -192,7 +192,7 @@ def _origin(key: str, values: Layer) -> Origin:
 
 _PREFIX = re.compile(r"stage(\d+)\.(.+)")
 #: Keys of the whole recipe that every stage has its own value of.
-_OWN = ("stages", "name", "output_dir")
+_PER_STAGE = ("stages", "name", "output_dir")
 _STAGES = Origin("stages")
 
 
@@ -224,7 +224,7 @@ class _Stage:
         return [*self.recipe, *given]
 
     def _shared(self, layer: Layer, own: bool) -> Layer:
-        left_out = ("stages",) if own else _OWN
+        left_out = ("stages",) if own else _PER_STAGE
         return {key: value for key, value in layer.items() if key not in left_out and not _PREFIX.fullmatch(key)}
 
     def _only(self, layer: Layer) -> Layer:

@@ -72,7 +72,7 @@ Locate = Callable[[int], Origin]
 #: YAML's words for null and booleans.
 WORDS = {None: "null", True: "true", False: "false"}
 
-_SHOWN = 80
+_LONGEST_SHOWN = 80
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -93,4 +93,4 @@ def texts(data: object) -> Iterator[str]:
 def show(data: object) -> str:
     """Return a value as one short printable line, for messages."""
     text = WORDS[data] if isinstance(data, bool | None) else repr(data)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."

@@ -30,7 +30,7 @@ PREFIXES: dict[str, str] = {"uniter": "uniter.", "villa": "bert."}
 _BACKBONE = ("embeddings", "img_embeddings", "encoder", "pooler")
 
 #: Parameters of every UNITER and every BERT.
-_WORDS, _LAYER = "embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"
+_EMBEDDING, _LAYER = "embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"
 
 #: Parameters of other models: image and cross-modality layers (LXMERT), embeddings of regions (VisualBERT).
 _FOREIGN = re.compile(r"encoder\.(?!layer\.)|embeddings\.visual_")
@@ -88,10 +88,10 @@ def released_layout(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, 
     """
     plain = plain_names(weights)
     known = ("", *PREFIXES.values())
-    found = [prefix for prefix in known if {prefix + _WORDS, prefix + _LAYER} <= plain.keys()]
+    found = [prefix for prefix in known if {prefix + _EMBEDDING, prefix + _LAYER} <= plain.keys()]
     if len(found) != 1:
         raise CheckpointError(
-            f"these weights are not of one UNITER: exactly one of {', '.join(p + _WORDS for p in known)}, and the "
+            f"these weights are not of one UNITER: exactly one of {', '.join(p + _EMBEDDING for p in known)}, and the "
             "layers beside it, should be there; only models of the kind 'uniter' have a released layout"
         )
     foreign = next((name for name in plain if _FOREIGN.match(name.removeprefix(found[0]))), None)

@@ -94,7 +94,7 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
         "evaluation": {"metrics": [metric], "monitor": metric, "every": given("valid_steps", None)},
     }
     if task == "pretrain":
-        _settle_pretraining(recipe, given)
+        _complete_pretraining(recipe, given)
     if task == "re" and given("train_loss", "cls") == "rank":
         recipe["loss"] = {
             "name": "region_ranking",
@@ -208,7 +208,7 @@ def _data(task: str, given: _Given) -> Recipe:
     return data
 
 
-def _settle_pretraining(recipe: Recipe, given: _Given) -> None:
+def _complete_pretraining(recipe: Recipe, given: _Given) -> None:
     """Add corpora, objectives, metrics and masking probabilities to a pre-training recipe."""
     corpora = {name: _Given(fields) for name, fields in _named(given, "train_datasets").items()}
     mixes = {name: _mix(corpus, given) for name, corpus in corpora.items()}

@@ -251,7 +251,7 @@ def _gqa(options: TextOptions) -> LineSource:
     assert options.questions is not None
     questions = options.questions
     files = options.answers_from or (questions,)
-    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _some(gqa_answers(files), files))
+    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _required(gqa_answers(files), files))
 
 
 def _gqa_lines(questions: Path) -> Iterator[Line]:
@@ -261,7 +261,7 @@ def _gqa_lines(questions: Path) -> Iterator[Line]:
         yield Line.of(example, [[name, f"images/{name}"]], **answer)
 
 
-def _some(answers: list[str], files: tuple[Path, ...]) -> list[str]:
+def _required(answers: list[str], files: tuple[Path, ...]) -> list[str]:
     if not answers:
         raise DataError(f"'{files[0]}' gives no answer; list files with answers in --answers-from")
     return answers

@@ -49,7 +49,7 @@ class TransformersSource(Source):
         Raises:
             CheckpointError: villa cannot tell what the model predicts, or has no data set for it.
         """
-        with self._understood():
+        with self._one_line_errors():
             return self._recipe()
 
     def _recipe(self) -> list[Layer]:
@@ -57,11 +57,11 @@ class TransformersSource(Source):
         place = str(self.path)
         options: dict[str, Any] = {
             "name": place_name(self.path),
-            "model.name": "huggingface" if self._sees else "text_classifier",
+            "model.name": "huggingface" if self._reads_images else "text_classifier",
             "model.architecture": place,
             "dataset.name": "jsonl",
             "dataset.processor": place,
-            "dataset.regions": "pixels" if self._sees else "none",
+            "dataset.regions": "pixels" if self._reads_images else "none",
             "dataset.target": self._target,
             "dataset.max_text_length": self._length(),
             "loss.name": loss,
@@ -77,18 +77,18 @@ class TransformersSource(Source):
     def assets(self) -> Iterator[Path]:
         """Yield a temporary folder with the processor and the labels."""
         with tempfile.TemporaryDirectory() as name:
-            with self._understood():
+            with self._one_line_errors():
                 self._save_assets(Path(name))
             yield Path(name)
 
     def _save_assets(self, folder: Path) -> None:
         kind, soft = _TARGETS[self._target][0], self._target == "soft"
-        regions: Any = "pixels" if self._sees else "none"
+        regions: Any = "pixels" if self._reads_images else "none"
         made = Assets(None, self._labels(kind), soft=soft, regions=regions, kind=kind, processor=self._processor)
         made.save(folder)
         self._config.save_pretrained(folder / MODEL_ASSETS)
 
-    def _understood(self) -> AbstractContextManager[None]:
+    def _one_line_errors(self) -> AbstractContextManager[None]:
         """Return a context that turns errors caused by values of unexpected types into one line."""
         return reading(f"the files of '{self.path}' cannot be used", "save the model there again", CheckpointError)
 
@@ -121,7 +121,7 @@ class TransformersSource(Source):
         return processor
 
     @cached_property
-    def _sees(self) -> bool:
+    def _reads_images(self) -> bool:
         """Whether the model reads images."""
         return hasattr(self._processor, "image_processor")
 
@@ -152,7 +152,7 @@ class TransformersSource(Source):
                 f"'{self.path}' is a {self._class}, which has no trained head to predict with: train one, with "
                 f"model.checkpoint={self.path} in a recipe"
             )
-        if not self._sees and not self._class.endswith(_TEXT_CLASSIFIER):
+        if not self._reads_images and not self._class.endswith(_TEXT_CLASSIFIER):
             raise CheckpointError(
                 f"'{self.path}' is a {self._class}, but has no image processor: give model.checkpoint={self.path} to a "
                 "recipe with data that it reads"

@@ -34,7 +34,7 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
     """
     inner = model.pretrained()
     if inner is None:
-        write_weights(_plain(model.state_dict()), folder / WEIGHTS)
+        write_weights(_on_cpu(model.state_dict()), folder / WEIGHTS)
         options = {name: value for name, value in asdict(config).items() if name != "checkpoint"}
         write_json(folder / CONFIG_FILE, {"model_type": "villa", "model": options, **_label_maps(labels)})
         return
@@ -44,7 +44,7 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
     if described.get("use_cache") is False:  # set for training; generation wants the default
         del described["use_cache"]
     write_json(folder / CONFIG_FILE, {**described, **_label_maps(labels)})
-    rest = _plain(_beside(model, inner))
+    rest = _on_cpu(_own_parameters(model, inner))
     if rest:
         write_weights(rest, folder / HEAD)
 
@@ -71,12 +71,12 @@ def read_into(model: Model, folder: Path) -> None:
     if report.unexpected:
         print(report, flush=True)
     _load(inner, loaded.state_dict(), folder)
-    names = _beside(model, inner)
+    names = _own_parameters(model, inner)
     if names:
         _load(model, read_weights(folder / HEAD), folder, names)
 
 
-def _beside(model: Model, inner: Any) -> dict[str, Tensor]:
+def _own_parameters(model: Model, inner: Any) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model that are not in its transformers model ``inner``."""
     shared: Any = getattr(model, "transformer", inner)  # with merged adapters, inner is a copy
     inside = {id(value) for value in (*shared.parameters(), *shared.buffers())}
@@ -99,7 +99,7 @@ def _load(module: Any, weights: Mapping[str, Tensor], folder: Path, names: Mappi
     module.load_state_dict(weights, strict=names is None)
 
 
-def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 

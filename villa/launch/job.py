@@ -44,7 +44,7 @@ class RunJob:
 
         from villa.signals import PREEMPTED
 
-        _export_place()
+        _export_rank()
         if os.environ.get("SLURM_JOB_ID"):
             from villa.distributed.watch import ON_LOST
 
@@ -71,7 +71,7 @@ class RunJob:
         return DelayedSubmission(self)
 
 
-def _export_place() -> None:
+def _export_rank() -> None:
     """Set the environment variables by which torchrun identifies a process."""
     from submitit.helpers import TorchDistributedEnvironment
 

@@ -67,7 +67,7 @@ class Local(Launcher):
         jobs = prepare(request)
         executor = LocalExecutor(job_folders(jobs), python=_python())
         executor.update_parameters(tasks_per_node=self.config.processes, timeout_min=_YEAR, stderr_to_stdout=True)
-        with _out_of_reach(), _safe_path():
+        with _ignoring_sigint(), _safe_path():
             job = executor.submit(RunJob(request.inner))
         return see_off(job, jobs, "started process group", follow=self.config.follow, local=True)
 
@@ -93,7 +93,7 @@ def _python() -> str:
 
 
 @contextmanager
-def _out_of_reach() -> Iterator[None]:
+def _ignoring_sigint() -> Iterator[None]:
     """Make processes started within ignore SIGINT.
 
     A terminal sends it to all processes at once, and submitit's would kill the run's a second later; this process asks

@@ -126,7 +126,7 @@ class MetaTensors(TorchDispatchMode):
         if any(tensor.is_meta for tensor in given):
             return self._results.run(*_all_on_meta(func, args, named))
         if _on_meta(named) and not any(tensor.is_floating_point() for tensor in given):
-            return _whole_numbers(func, args, named, made=not given)
+            return _integers(func, args, named, made=not given)
         return func(*args, **named)
 
 
@@ -165,7 +165,7 @@ def _on_meta(named: dict[str, Any]) -> bool:
     return named.get("device") is not None and torch.device(named["device"]).type == "meta"
 
 
-def _whole_numbers(func: Callable[..., Any], args: Any, named: dict[str, Any], *, made: bool) -> Any:
+def _integers(func: Callable[..., Any], args: Any, named: dict[str, Any], *, made: bool) -> Any:
     """Create integer tensors for real if they are requested on the meta device."""
     if made:
         result = func(*args, **named)

@@ -89,11 +89,11 @@ def row(plan: Plan, strategy: Strategy, gpus: int, cluster: Cluster, image_bytes
     memories = []
     compute = sent = examples = 0.0
     for part, count in zip(plan.parts, turns, strict=True):
-        counted, weight = _cut(part.counted, cut), part.sample.weight
+        counted, weight = _scaled(part.counted, cut), part.sample.weight
         memory = rank_memory(counted, plan.model, strategy, gpus, several=count > 1, each_pass=plan.each_pass)
         memories.append(memory)
         compute += weight * count * counted.flops / cluster.flops
-        sent += weight * _sent(plan, strategy, gpus, part, count)
+        sent += weight * _bytes_sent(plan, strategy, gpus, part, count)
         examples += weight * len(part.sample.batch) * cut
     link = sent / (cluster.inside if gpus <= cluster.per_node else cluster.between)
     largest = max(memories, key=lambda memory: memory.peak)
@@ -106,14 +106,14 @@ def stored_bytes(regions: int, width: int) -> float:
     return float(regions * width * _STORED)
 
 
-def _cut(counted: Counted, part: float) -> Counted:
+def _scaled(counted: Counted, part: float) -> Counted:
     """Return the costs of a part of the micro-batch, scaling those that grow with it in proportion."""
     scaled = {name: round(part * getattr(counted, name)) for name in ("activations", "batch", "flops")}
     passes = max(counted.passes - counted.activations, 0) + scaled["activations"]
     return replace(counted, **scaled, passes=passes)
 
 
-def _sent(plan: Plan, strategy: Strategy, gpus: int, part: Part, micro_batches: int) -> float:
+def _bytes_sent(plan: Plan, strategy: Strategy, gpus: int, part: Part, micro_batches: int) -> float:
     """Return the bytes that a rank sends per update.
 
     Ring collectives (Patarasuk and Yuan, 2009) send (n - 1) / n of a tensor for an all-gather or a reduce-scatter, and

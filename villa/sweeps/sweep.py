@@ -84,7 +84,7 @@ class Sweep:
         failed = []
 
         def ended(name: str, code: int) -> None:
-            self._tell(name, "" if code == 0 else f"failed with exit code {code}, see {self._log(name)}")
+            self._announce(name, "" if code == 0 else f"failed with exit code {code}, see {self._log(name)}")
             failed.extend([name] * (code != 0))
 
         processes = Processes(at_once)
@@ -99,7 +99,7 @@ class Sweep:
         failed = []
 
         def ended(name: str, done: bool) -> None:
-            self._tell(name, "" if done else f"failed, see {self.folder / name / JOBS}")
+            self._announce(name, "" if done else f"failed, see {self.folder / name / JOBS}")
             failed.extend([name] * (not done))
 
         try:
@@ -108,7 +108,7 @@ class Sweep:
             print("\nthe jobs go on; the same command collects what they reach", flush=True)
         return int(bool(failed))
 
-    def _tell(self, name: str, problem: str) -> None:
+    def _announce(self, name: str, problem: str) -> None:
         self._ended += 1
         print(f"{self._ended} of {len(self.runs)} {name}: {problem or 'done'}", flush=True)
 

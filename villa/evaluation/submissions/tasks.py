@@ -38,7 +38,7 @@ class VqaSubmission(JsonSubmission):
         return {"question_id": whole_id(record, where), "answer": text_answer(record, where)}
 
     def check(self, entry: dict[str, Any], where: str) -> str:
-        """Check both fields; return the number as text."""
+        """Check both fields; return the question's number as text."""
         question = checked_field(entry, "question_id", is_whole, "a whole number", where)
         checked_field(entry, "answer", is_text, "a text", where)
         return str(question)
