@@ -90,7 +90,7 @@ def plain_path(text: str) -> Path:
             folder of an unknown user.
     """
     if "\0" in text:
-        raise DataError(f"the path {text!r:.60} holds a NUL, which no name of a file does; mend it")
+        raise DataError(f"the path {text!r:.60} holds a NUL, which no file name can have; mend it")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
@@ -338,7 +338,7 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
         code = "import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), open(sys.argv[2], 'w'))"
         command = shlex.join(["python", "-c", code, path.name, path.with_suffix(".json").name])
         raise DataError(
-            f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
+            f"'{path}' is a pickle and is not read, because that would run any code in it; if you trust its source, "
             f"convert it (with {command}) and give the .json file"
         )
     data = _contents(path, what, advice)

@@ -175,7 +175,7 @@ def check_provenance(value: Any) -> None:
     """
     known = isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("packages", "git"))
     if not known:
-        raise ValueError(f"{value!r:.60} is no provenance")
+        raise ValueError(f"{value!r:.60} is not a provenance")
 
 
 def _version(package: str) -> str | None:

@@ -109,7 +109,7 @@ class Checkpoint:
                     "villa did not write it: use another checkpoint"
                 ) from error
             if not isinstance(state, dict):
-                raise ValueError("it holds no training state")
+                raise ValueError("it is not a training state")
             check_provenance(state.get("provenance", {}))
         return state
 

@@ -82,7 +82,7 @@ def check_claims(folder: Path) -> None:
     numbers = list(_numbers(values))
     for name, value in numbers:
         if value > (_MOST_LABELS if "label" in name else _MOST_LAYERS) and _REPEATED.search(name):
-            raise ConfigError(f"'{folder / CONFIG_FILE}' asks for {name}={value}, as no model has; mend it")
+            raise ConfigError(f"'{folder / CONFIG_FILE}' asks for {name}={value}, more than any model has; mend it")
     held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (SAFETENSORS, ".bin"))
     largest = max((value for _, value in numbers), default=0)
     if held and largest**2 > 16 * held + _SMALL:  # else no matrix can be too large, and nothing need be built

@@ -83,7 +83,7 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "output_dir", "give a folder"
     for key in ("output_dir", "predict.output"):
         if is_url(str(values[key])):
-            yield key, "is a URL; give a path of this machine, for nothing is written elsewhere"
+            yield key, "is a URL; give a path on this machine"
 
 
 def _batch(config: RunConfig) -> Iterator[tuple[str, str]]:

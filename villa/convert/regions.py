@@ -1,9 +1,9 @@
 """Readers of VCR (questions, four answers and four rationales, with tags of objects) and referring expressions.
 
 A tag of VCR is a list of indices into the record's ``objects``. A person becomes a token of its own, numbered by its
-index, which is why the word embedding grows by 81 rows; any other object becomes the name of its class. This is our
-reading of how the released databases were made, whose script was not released: a later preprocessing script of the same
-authors does so, and a published example of ``vcr_val.db`` agrees.
+index, which is why the word embedding grows by 81 rows; any other object becomes the name of its class. Persons get no
+made-up names. This is our reading of the released databases, whose script was not published: a later preprocessing
+script of the same authors does so, and a published example of ``vcr_val.db`` agrees.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def write_metrics(path: Path, splits: Mapping[str, Mapping[str, float]], protoco
         OSError: the file cannot be written; an older one is intact.
     """
     if "protocol" in splits:
-        raise ConfigError("a split is called 'protocol', which metrics.json keeps for itself; rename the split")
+        raise ConfigError("a split is called 'protocol', which metrics.json reserves; rename the split")
     results = {name: {k: json_number(v) for k, v in values.items()} for name, values in splits.items()}
     write_json(path, {**results, "protocol": asdict(protocol)})
 

@@ -106,7 +106,7 @@ def _requeue_if_a_node_failed(end: End) -> None:
         print(error, flush=True)
         return
     if asked.returncode:
-        print(f"SLURM does not put it back ({reason(asked.stderr)})", flush=True)
+        print(f"SLURM does not requeue it ({reason(asked.stderr)})", flush=True)
 
 
 def _answers(node: str) -> bool:

@@ -49,7 +49,7 @@ def jobs_alive() -> frozenset[str]:
     """
     found = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"])
     if found.returncode:
-        raise ConfigError(f"squeue does not tell which jobs there are ({reason(found.stderr)}); try again")
+        raise ConfigError(f"squeue does not list the jobs ({reason(found.stderr)}); try again")
     jobs = (line.split() for line in found.stdout.splitlines())
     return frozenset(number for number, state, *_ in jobs if state not in _ENDED)
 
@@ -87,4 +87,4 @@ def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def reason(said: str) -> str:
     """Return the last line of a SLURM command's output, without its prefix."""
     lines = said.strip().splitlines()
-    return re.sub(r"^(s\w+: error: |allocation failure: )+", "", lines[-1] if lines else "it does not say why")
+    return re.sub(r"^(s\w+: error: |allocation failure: )+", "", lines[-1] if lines else "no reason given")

@@ -197,8 +197,8 @@ def _made_up(config: RunConfig, values: Sequence[str], stage: int, sizes: Sizes)
     """
     if not hasattr(config.dataset, "synthetic"):
         raise ConfigError(
-            f"dataset '{config.dataset.name}' makes no examples up (it has no option 'synthetic'); plan with its data: "
-            "villa_run --dry-run"
+            f"dataset '{config.dataset.name}' cannot make up examples (it has no option 'synthetic'); plan with its "
+            "data: villa_run --dry-run"
         )
     source = _from_data(load_stages([*values, "dataset.synthetic=true"])[stage].config)
     known, found = source.facts, source.samples

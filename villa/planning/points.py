@@ -61,7 +61,7 @@ def _facts(config: RunConfig) -> DataFacts:
         facts: DataFacts = DATASETS.get(config.dataset.name)(config.dataset).facts()
     except DataError as error:
         reason = str(error).splitlines()[0].rstrip(":")
-        print(f"villa_run: the sizes of the data are made up, for it cannot be read: {reason}", file=sys.stderr)
+        print(f"villa_run: the sizes of the data are made up, because it cannot be read: {reason}", file=sys.stderr)
         target = {"text": "generation", "pair": "contrastive"}.get(getattr(config.dataset, "target", ""))
         return _ANY_DATA if target is None else replace(_ANY_DATA, num_labels=None, task=target)  # type: ignore[arg-type]
     return facts
