@@ -217,7 +217,7 @@ def _complete_pretraining(recipe: Recipe, given: _Given) -> None:
     odd = next((name for name, weight in weights.items() if weight is None), None)
     if odd is not None:
         raise ConfigError(
-            f"the released configuration mixes the tasks of '{odd}' differently from those of '{next(iter(mixes))}': "
+            f"the released configuration mixes the tasks of '{odd}' otherwise than those of '{next(iter(mixes))}': "
             "villa has one dataset.mix for all corpora, each with a weight; make the mix_ratio of one a multiple of "
             "the other's"
         )
