@@ -1,4 +1,4 @@
-"""The frame of commands and tools: a mistake in their input becomes one line on stderr and an exit code."""
+"""Parsing and running of commands and tools: a mistake in the input becomes one line on stderr and an exit code."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Written:
-    """The texts that a generative model generated for a batch.
+    """The texts generated for a batch.
 
     Attributes:
         tokens: ``[B, L]`` int64 token ids, -1 after the end of a text.

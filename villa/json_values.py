@@ -113,7 +113,7 @@ def _check_depth(value: Any, text: str) -> None:
 
 
 def _line_of_repetition(text: str) -> str:
-    """Name the line in which a name occurs for the second time, if the text has several lines."""
+    """Return the words that give the line of a name's second occurrence, if the text has several lines."""
     if "\n" not in text.strip():
         return ""
     objects: list[set[str]] = []

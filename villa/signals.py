@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: What SLURM sends before it takes the nodes away and when the time is up.
+#: The signal that SLURM is told to send before it takes the nodes away and when the time is up.
 PREEMPTED = signal.SIGUSR2
 #: From the weakest to the strongest: SLURM may also send SIGTERM before it takes the nodes away. A closed terminal
 #: sends SIGHUP.

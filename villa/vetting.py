@@ -94,7 +94,7 @@ Values = dict[str, Any]
 
 
 def vetted(folder: Path) -> Path:
-    """Return a transformers folder in which nothing chooses code: the folder itself, or a vetted copy of links.
+    """Return a transformers folder in which nothing chooses code: the folder itself, or links to it with vetted JSON.
 
     Options that are left out are listed on stderr.
 

@@ -36,10 +36,10 @@ class BatchConfig:
         bucket: examples that are sorted by length together when batches are cut by tokens.
         multiple: with tokens, micro-batches of more examples than this are cut to a multiple of it.
         drop_last: leave out the last, smaller micro-batch (by tokens) or update (by examples) of every epoch.
-        sampler: how batches are cut by tokens: ``tight`` pads each batch to its own longest example, and carries the
-            rest of a bucket over into the next; ``released`` is UNITER's sampler: all batches of a bucket count as
-            padded to the bucket's longest example, and every bucket ends with a smaller batch (or, with ``drop_last``,
-            without it).
+        sampler: how batches are cut by tokens: ``tight`` counts each batch as padded to its own longest example, and
+            carries the rest of a bucket over into the next; ``released``, as in UNITER, counts all batches of a bucket
+            as padded to the bucket's longest example, and ends every bucket with a smaller batch (or, with
+            ``drop_last``, without it).
     """
 
     examples: int | None = None
@@ -116,7 +116,7 @@ class CheckpointConfig:
         resume: resume from the newest intact checkpoint in ``output_dir``.
         path: trained model to evaluate, predict with or train further with a fresh optimiser: a run, a checkpoint, a
             saved folder (villa's or transformers') or its name on the hub. Its vocabulary and labels are used too.
-        sharded: every process writes its shard of the weights and optimiser states, instead of the main process all.
+        sharded: every process writes its shard of weights and optimiser states; otherwise the main process writes all.
         asynchronous: write checkpoints in the background while training continues.
     """
 

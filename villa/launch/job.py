@@ -50,7 +50,7 @@ class RunJob:
 
             ON_LOST.append(_requeue_if_a_node_failed)
         code = self._run()
-        if JobEnvironment().global_rank == 0 and (code == 128 + PREEMPTED or _ended_for_others(code)):
+        if JobEnvironment().global_rank == 0 and (code == 128 + PREEMPTED or _was_preempted(code)):
             os.kill(os.getpid(), PREEMPTED)  # submitit's handler saves this object and requeues the job
         if code:
             raise JobFailed(f"villa_run ended with exit code {code}")
@@ -78,7 +78,7 @@ def _export_rank() -> None:
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _ended_for_others(code: int) -> bool:
+def _was_preempted(code: int) -> bool:
     """Return whether a run was ended by the SIGTERM with which SLURM pre-empts a job.
 
     SLURM sends nothing else unless its administrator has set ``preempt_send_user_signal``, and does not requeue a job

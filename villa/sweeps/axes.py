@@ -94,7 +94,7 @@ def points(axes: Sequence[Axis]) -> list[Point]:
         )
         for chosen in itertools.product(*(axis.values.items() for axis in axes))
     ]
-    if len({point.name for point in found}) < len(found):  # names have no sections: a.size=1,2 and b.size=2,1 collide
+    if len({point.name for point in found}) < len(found):  # names omit sections: a.size and b.size differ by order only
         raise ConfigError("two runs of the sweep would write to one folder; give its options or values other names")
     return found
 

@@ -147,7 +147,7 @@ def _is_box(value: Any) -> bool:
 #: The answers, then the rationales given each answer.
 GROUPS = ("answer", *(f"rationale_conditioned_on_a{answer}" for answer in range(CHOICES)))
 PROBABILITIES = tuple(f"{group}_{choice}" for group in GROUPS for choice in range(CHOICES))
-#: How far the sum of a group may be from 1.
+#: Largest difference of a group's sum from 1.
 TOLERANCE = 1e-3
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
