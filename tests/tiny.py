@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 from shapes.dataset import Shapes, ShapesConfig
 from shapes.model import AverageConfig, AverageModel
@@ -12,6 +13,7 @@ from villa.engine.passes import ModelPasses, Precision
 from villa.losses.base import Loss
 from villa.losses.classification import CrossEntropy
 from villa.models.base import Model, ModelOutput
+from villa.trainers.base import Frame, Logs, Trainer
 
 CPU = torch.device("cpu")
 
@@ -52,8 +54,9 @@ class RecordingPasses(ModelPasses):
         *,
         index: int = 0,
         grad: bool = True,
+        train: bool = True,
     ) -> ModelOutput:
-        output = super().forward(batch, perturbations, index=index, grad=grad)
+        output = super().forward(batch, perturbations, index=index, grad=grad, train=train)
         self.used.append({m: p.delta.detach().clone() for m, p in (perturbations or {}).items() if p.delta is not None})
         self.outputs.append(output)
         return output
@@ -65,3 +68,17 @@ class RecordingPasses(ModelPasses):
 
 def gradients(model: Model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def recorded(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Gradients by name as an update leaves them for the optimiser's step, before they are clipped."""
+    taken: dict[str, torch.Tensor] = {}
+
+    def update(frame: Frame) -> Logs:
+        logs = frame.accumulate()
+        taken.update({name: gradient.clone() for name, gradient in frame.gradients.items()})
+        frame.step()
+        return logs
+
+    monkeypatch.setattr(trainer, "update", update)
+    return taken

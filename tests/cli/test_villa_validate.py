@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from villa.cli.validate import main
+from villa.datasets.cache import FeatureCache
 from villa.datasets.lxmert.features import write_line
-from villa.datasets.own.grid import FeatureCache
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 

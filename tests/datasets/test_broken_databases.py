@@ -14,7 +14,7 @@ from database_tasks import DATABASES, arguments, write_answers
 
 from villa.cli.run import main
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.writers import ImageDatabaseWriter
 
 
@@ -109,10 +109,10 @@ def test_all_splits_are_looked_at_before_training(databases: Path, capsys: pytes
 @pytest.fixture
 def narrow(databases: Path, tmp_path: Path) -> Path:
     """An image database with the images of ``flickr30k`` by a detector with features 8 wide."""
-    whole = ImageDatabase(databases / "img_db" / "flickr30k", BoxSelection())
+    whole = ImageStore(databases / "img_db" / "flickr30k", BoxSelection())
     with ImageDatabaseWriter(tmp_path / "narrow", BoxSelection()) as writer:
-        for name in whole.names():
-            features, boxes = (tensor.float().numpy() for tensor in whole[name])
+        for row, name in enumerate(whole.names):
+            features, boxes = (tensor.float().numpy() for tensor in whole[row])
             writer.add(name, features[:, :8], boxes, features[:, 0] * 0 + 0.9)
     return tmp_path / "narrow"
 

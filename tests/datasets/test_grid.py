@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from villa.datasets.own import grid as cache
+from villa.datasets import cache
 from villa.datasets.own.grid import GridExtractor, GridOptions, GridStore
 from villa.datasets.stores import Source
 from villa.errors import ConfigError, DataError
@@ -177,11 +177,11 @@ def test_a_killed_extraction_goes_on(
     tmp_path: Path, images: list[Path], extracted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; from villa.datasets.stores import cache, grid_store\n"
-        "cache.CHUNK = grid_store.CHUNK = 1\n"
+        "import sys; from pathlib import Path; from villa.datasets import cache; from villa.datasets.own import grid\n"
+        "cache.CHUNK = grid.CHUNK = 1\n"
         "from villa.datasets.stores import Source; from villa.datasets.own.grid import GridOptions\n"
         "paths = [Path(path) for path in sys.argv[1:]]\n"
-        "grid_store.GridStore([Source(p, '') for p in paths], GridOptions(grid=2)).prepare(range(len(paths)))\n"
+        "grid.GridStore([Source(p, '') for p in paths], GridOptions(grid=2)).prepare(range(len(paths)))\n"
     )
     many = [tmp_path / f"copy{number}.png" for number in range(40)]
     for path in many:
@@ -208,12 +208,12 @@ def test_a_killed_extraction_goes_on(
 def test_of_several_processes_on_a_cold_cache_one_extracts_and_all_go_on(tmp_path: Path, images: list[Path]) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from villa.datasets.stores import Source; from villa.datasets.stores import grid, grid_store\n"
+        "from villa.datasets.stores import Source; from villa.datasets.own import grid\n"
         "call = grid.GridExtractor.__call__\n"
         "def told(self, network, pixels): print('extracted', len(pixels)); return call(self, network, pixels)\n"
         "grid.GridExtractor.__call__ = told\n"
         "paths = [Path(path) for path in sys.argv[1:]]\n"
-        "store = grid_store.GridStore([Source(p, '') for p in paths], grid.GridOptions(grid=2))\n"
+        "store = grid.GridStore([Source(p, '') for p in paths], grid.GridOptions(grid=2))\n"
         "store.prepare(range(len(paths)))\n"
         "print(float(sum(store[row][0].abs().sum() for row in range(len(paths)))))\n"
     )

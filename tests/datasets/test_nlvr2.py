@@ -39,7 +39,7 @@ def test_lengths_count_both_rows(nlvr2: Any) -> None:
 def test_a_target_that_is_not_0_or_1_is_refused(nlvr2: Any, target: Any) -> None:
     split = nlvr2.split("train")
     with pytest.raises(DataError, match=r"the target .*; it must be 0 or 1"):
-        split.example(split.ids[0], {"input_ids": [300], "target": target})
+        split.example(0, {"input_ids": [300], "target": target})
 
 
 def test_texts_about_one_image_are_refused(official_db: Path) -> None:

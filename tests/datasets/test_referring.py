@@ -55,12 +55,12 @@ def test_evaluation_may_be_on_ground_truth_boxes(official_db: Path) -> None:
 
 def test_the_target_is_the_annotation_meant(referring: Any) -> None:
     split = referring.split("train")
-    fields = split.pair.text[split.ids[0]]
+    fields = split.fields(0)
     annotations = split._images[fields["image_id"]]["ann_ids"]
     for number, annotation in enumerate(annotations):
-        assert split.example(split.ids[0], fields | {"ann_id": annotation}).target == number
+        assert split.example(0, fields | {"ann_id": annotation}).target == number
     with pytest.raises(DataError, match="example '0' has the annotation 99999999, which is none of its image's"):
-        split.example(split.ids[0], fields | {"ann_id": 99999999})
+        split.example(0, fields | {"ann_id": 99999999})
 
 
 def test_training_on_other_boxes_than_the_annotated_ones_is_refused(referring: Any) -> None:
@@ -81,13 +81,13 @@ def test_training_on_detected_boxes_is_refused(official_db: Path) -> None:
 def test_a_box_of_another_form_is_refused(referring: Any, bbox: Any) -> None:
     split = referring.split("val")
     with pytest.raises(DataError, match="it must be x, y, width, height in pixels"):
-        split.example(split.ids[0], {"input_ids": [300], "bbox": bbox})
+        split.example(0, {"input_ids": [300], "bbox": bbox})
 
 
 def test_a_split_without_boxes_meant_has_no_answers(referring: Any) -> None:
     split = referring.split("val")
     assert split.answered
-    assert split.example(split.ids[0], {"input_ids": [300]}).reference.target is None
+    assert split.example(0, {"input_ids": [300]}).reference.target is None
 
 
 @pytest.mark.parametrize(

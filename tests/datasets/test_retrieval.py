@@ -21,22 +21,18 @@ from villa.models.rows import Packing, RowLayout
 LAYOUT = RowLayout(images=None)
 
 
-def find_text(split: Any, ids: Tensor) -> str:
-    """The id of the text with these padded word-pieces."""
-    return next(id for id in split.ids if split.text(id).tolist() == ids[ids != 0].tolist())
+def find_text(split: Any, ids: Tensor) -> int:
+    """The text with these padded word-pieces."""
+    return next(text for text in range(len(split.ids)) if split.text(text).tolist() == ids[ids != 0].tolist())
 
 
-def find_image(split: Any, features: Tensor) -> str:
-    """The name of the image with these padded features."""
-    real = features[features.any(1)]
-    return next(
-        name
-        for name in split.images
-        if len(split.image(name)[0]) == len(real) and split.image(name)[0].equal(real.half())
-    )
+def find_image(split: Any, features: Tensor) -> int:
+    """The row of the image with these padded features."""
+    real, images = features[features.any(1)], split.pair.images
+    return next(row for row in split.distinct if len(images[row][0]) == len(real) and images[row][0].equal(real.half()))
 
 
-def given(split: Any, texts: list[str], images: list[str]) -> Any:
+def given(split: Any, texts: list[int], images: list[int]) -> Any:
     """The split with these negatives instead of drawn ones."""
     split.wrong_texts = lambda image, draws: texts
     split.wrong_images = lambda image, draws: images
@@ -65,7 +61,7 @@ def test_pairs_with_random_negatives_are_those_of_the_release(official_db: Path)
     for row in range(0, len(golden["input_ids"]), size):
         texts = [find_text(split, ids) for ids in golden["input_ids"][row : row + size]]
         images = [find_image(split, features) for features in golden["img_feat"][row : row + size]]
-        examples.append(given(split, texts[3:], images[1:3]).draw(split.ids.index(texts[0]), 0))
+        examples.append(given(split, texts[3:], images[1:3]).draw(texts[0], 0))
     batch = task.collate(examples)
     flat = to_batch(golden | {"targets": None}, "vqa")
     assert torch.equal(batch.input_ids.flatten(0, 1), flat.input_ids)
@@ -77,8 +73,8 @@ def test_candidate_images_are_those_of_the_release(official_db: Path) -> None:
     task = open_task("retrieval", official_db, negatives="hard", negative_size=15, hard_negatives=7)
     split, golden = task.split("train"), load("itm", "hardneg_t")["batch"]
     images = [find_image(split, features) for features in golden["img_feat"]]
-    example = given(split, [], images[1:]).draw(2 * split.ids.index(find_text(split, golden["input_ids"][0])), 0)
-    assert split.image_of[example.id.removesuffix(":images")] == images[0]
+    example = given(split, [], images[1:]).draw(2 * find_text(split, golden["input_ids"][0]), 0)
+    assert split.image_of[split.ids.index(example.id.removesuffix(":images"))] == images[0]
     assert split.describe(3) == f"example '{split.ids[1]}' of '{split.pair.text.path}'"
     assert_rows(task.collate([example]), golden)
 
@@ -86,7 +82,7 @@ def test_candidate_images_are_those_of_the_release(official_db: Path) -> None:
 def test_evaluation_scores_the_images_in_the_released_order(official_db: Path) -> None:
     task = open_task("retrieval", official_db, eval_images=5)
     split, golden = task.split("val"), load("itm", "eval_batches")
-    assert split.images == golden["all_img_ids"]
+    assert [split.pair.images.names[row] for row in split.distinct] == golden["all_img_ids"]
     for number, part in enumerate(golden["eval_0"]):
         example = split[number * len(split.ids)]
         assert_rows(task.collate([example]), part)
@@ -98,7 +94,7 @@ def test_negatives_derive_from_the_seed_and_are_wrong(official_db: Path) -> None
     split = open_task("retrieval", official_db, negative_size=3).split("train")
     for index in range(0, len(split), 17):
         for seed in range(5):
-            image, draws = split.image_of[split.ids[index]], random.Random(seed)
+            image, draws = split.image_of[index], random.Random(seed)
             texts, images = split.wrong_texts(image, draws), split.wrong_images(image, draws)
             assert len(set(texts)) == len(set(images)) == 3
             assert image not in images
@@ -110,9 +106,9 @@ def test_negatives_derive_from_the_seed_and_are_wrong(official_db: Path) -> None
 
 def test_every_wrong_image_and_text_is_drawn_about_as_often(official_db: Path) -> None:
     split = open_task("retrieval", official_db).split("train")
-    image = split.images[0]
+    image = split.distinct[0]
     draws = random.Random(0)
-    counts = dict.fromkeys(split.images[1:], 0)
+    counts = dict.fromkeys(split.distinct[1:], 0)
     for _ in range(3900):
         counts[split.wrong_images(image, draws)[0]] += 1
     assert min(counts.values()) > 50  # of 100 expected
@@ -195,7 +191,7 @@ def test_batches_of_any_size_fill_the_matrix_of_all_pairs(official_db: Path, siz
         scores = rows[:, None] * 100.0 + columns
         metric.update(ModelOutput(scores), batch)
         decoded += task.decode(scores / 1e4, batch)
-    texts, images = len(split.ids), len(split.images)
+    texts, images = len(split.ids), len(split.distinct)
     expected = torch.arange(texts)[:, None] * 100.0 + torch.arange(images)
     assert torch.equal(metric._scores, expected)
     assert sum(len(record["images"]) for record in decoded) == texts * images

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from named_stores import lengths_of, read_image, read_text
 
 from villa.datasets.paths import SPLITS, DatabasePaths
 from villa.datasets.synthetic import databases
 from villa.datasets.synthetic.tasks import ANSWERS, TASKS
 from villa.datasets.synthetic.world import COLOURS, FEATURE_DIM, KINDS, REGIONS, VOCABULARY, WORDS
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.referring import ReferringConfig
 from villa.datasets.uniter.retrieval import RetrievalConfig
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import ConfigError, DataError
 from villa.registry import DATASETS
 
@@ -52,20 +53,20 @@ def test_every_split_has_answered_examples_within_the_bounds(task: str) -> None:
 def test_splits_share_no_text_id_and_no_image(task: str) -> None:
     root = databases(task, EXAMPLES)
     kinds = ("qa", "qar") if task.startswith("vcr") else ("",)
-    ids = [id for name in SPLITS for id in text(root, task, name).lengths(kinds[0])]
+    ids = [id for name in SPLITS for id in lengths_of(text(root, task, name), kinds[0])]
     assert len(ids) == len(set(ids)) >= EXAMPLES
     for name, images in image_databases(root, task).items():
-        names = images.names()
+        names = list(images.names)
         assert len(names) == len(set(names)), name
-        assert all(REGIONS[0] <= len(images[image][0]) <= REGIONS[1] for image in names[:20])
+        assert all(REGIONS[0] <= len(images[row][0]) <= REGIONS[1] for row in range(20))
 
 
-def text(root: Path, task: str, split: str) -> TextDatabase:
-    return TextDatabase(DatabasePaths.synthetic(root, task, split).text)
+def text(root: Path, task: str, split: str) -> TextStore:
+    return TextStore(DatabasePaths.synthetic(root, task, split).text)
 
 
-def image_databases(root: Path, task: str) -> dict[str, ImageDatabase]:
-    return {key: ImageDatabase(root / "img_db" / folder, boxes) for key, (folder, boxes) in TASKS[task].images.items()}
+def image_databases(root: Path, task: str) -> dict[str, ImageStore]:
+    return {key: ImageStore(root / "img_db" / folder, boxes) for key, (folder, boxes) in TASKS[task].images.items()}
 
 
 def test_the_same_databases_come_out_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_processes_that_ask_at_once_get_one_complete_folder(tmp_path: Path, monk
     printed = {process.communicate(timeout=60)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert len(printed) == 1
-    assert len(text(Path(printed.pop()), "snli_ve", "train").lengths()) == 64
+    assert len(lengths_of(text(Path(printed.pop()), "snli_ve", "train"))) == 64
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -98,7 +99,7 @@ def test_what_a_killed_process_left_is_made_anew(tmp_path: Path, monkeypatch: py
     unfinished = folder.with_suffix(".tmp")
     folder.rename(unfinished)
     (unfinished / "txt_db" / "train.db" / "meta.json").unlink()
-    assert len(text(databases("nlvr2", 32), "nlvr2", "train").lengths()) == 32
+    assert len(lengths_of(text(databases("nlvr2", 32), "nlvr2", "train"))) == 32
     assert not unfinished.exists()
 
 
@@ -149,7 +150,7 @@ def test_images_of_a_retrieval_split_to_evaluate_on_show_different_things() -> N
     for image, ids in database.texts_of_images.items():
         assert len(ids) == 2
         for id in ids:
-            captions[image] |= {tuple(database[id]["input_ids"][-2:])}  # colour and kind
+            captions[image] |= {tuple(read_text(database, id)["input_ids"][-2:])}  # colour and kind
     assert all(len(things) == 1 for things in captions.values())
     assert len(set.union(*captions.values())) == len(captions)
 
@@ -174,10 +175,10 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 def test_training_regions_are_the_annotations_in_their_order() -> None:
     root = databases("referring", EXAMPLES)
     database = text(root, "referring", "train")
-    images = ImageDatabase(root / "img_db" / "images", BoxSelection(fixed=100))
+    images = ImageStore(root / "img_db" / "images", BoxSelection(fixed=100))
     annotations = {row["id"]: row["bbox"] for row in database.read_json("annotations.json")}
     image = database.read_json("images.json")[0]
-    _, boxes = images[f"visual_grounding_coco_gt_{image['id']:012}.npz"]
+    _, boxes = read_image(images, f"visual_grounding_coco_gt_{image['id']:012}.npz")
     sides = torch.tensor([image["width"], image["height"]] * 2)
     given = torch.tensor([annotations[id] for id in image["ann_ids"]], dtype=torch.float)
     torch.testing.assert_close(boxes[:, [0, 1, 4, 5]] * sides, given, atol=0.5, rtol=0)

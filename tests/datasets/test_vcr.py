@@ -7,8 +7,9 @@ import pytest
 import torch
 from database_tasks import assert_same_batch, open_task
 from golden_utils import load, to_batch
+from named_stores import lengths_of
 
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.datasets.uniter.vcr import VcrConfig
 from villa.errors import ConfigError, DataError
 from villa.facts import VcrReference
@@ -43,9 +44,9 @@ def test_a_batch_and_its_rows_are_those_of_the_release(vcr: Any) -> None:
 
 
 def test_training_has_every_question_twice_with_its_lengths(vcr: Any, official_db: Path) -> None:
-    database = TextDatabase(official_db / "txt_db" / "vcr_train.db")
+    database = TextStore(official_db / "txt_db" / "vcr_train.db")
     split = vcr.split("train")
-    answers, rationales = database.lengths("qa"), database.lengths("qar")
+    answers, rationales = lengths_of(database, "qa"), lengths_of(database, "qar")
     assert len(split) == len(answers) + len(rationales)
     # As in the release, each of the 100 ground-truth boxes that the name of the database speaks of counts.
     detected = [split[index].features.shape[0] for index in range(3)]
@@ -58,7 +59,7 @@ def test_training_has_every_question_twice_with_its_lengths(vcr: Any, official_d
 def test_evaluation_has_the_answers_and_then_the_rationales(official_db: Path, all_rationales: bool) -> None:
     task = open_task("vcr", official_db, all_rationales=("val",) if all_rationales else ())
     split = task.split("val")
-    example = split.example(split.ids[0], FIELDS)
+    example = split.example(0, FIELDS)
     cls, sep = split.pair.text.cls_id, split.pair.text.sep_id
     expected = [[cls, *TEXT, sep, answer, sep] for answer in range(310, 314)]
     types = [[0, 0, 0, 2, 2, 2]] * 4
@@ -74,9 +75,9 @@ def test_evaluation_has_the_answers_and_then_the_rationales(official_db: Path, a
 
 def test_the_training_rows_of_a_question_mark_the_right_choice(vcr: Any) -> None:
     for split, right in zip(vcr.split("train").parts, (2, 1), strict=True):
-        example = split.example(split.ids[0], FIELDS)
+        example = split.example(0, FIELDS)
         assert example.target.tolist() == [int(i == right) for i in range(4)]
-    rationales = vcr.split("train").parts[1].example(split.ids[0], FIELDS)
+    rationales = vcr.split("train").parts[1].example(0, FIELDS)
     assert all(312 in ids.tolist() for ids in rationales.input_ids)  # given the right answer
 
 
@@ -84,7 +85,7 @@ def test_a_test_split_has_no_targets_and_20_choices(official_db: Path) -> None:
     train = "vcr_gt_train;img_db/vcr_train"
     task = open_task("vcr", official_db, test_text=["txt_db/vcr_val.db"], test_images=[f"img_db/{train}"])
     split = task.split("test")
-    example = split.example(split.ids[0], FIELDS | {"qa_target": -1, "qar_target": -1})
+    example = split.example(0, FIELDS | {"qa_target": -1, "qar_target": -1})
     assert example.target is None
     assert len(example.input_ids) == 20
     assert example.reference == VcrReference(None, None)
@@ -107,13 +108,13 @@ def test_a_test_split_has_no_targets_and_20_choices(official_db: Path) -> None:
 def test_questions_of_another_form_are_refused(vcr: Any, change: dict[str, Any], message: str) -> None:
     split = vcr.split("train").parts[0]
     with pytest.raises(DataError, match=message) as raised:
-        split.example(split.ids[0], FIELDS | change)
+        split.example(0, FIELDS | change)
     assert f"example '{split.ids[0]}'" in str(raised.value)
 
 
 def test_the_names_of_objects_are_words_beyond_the_tokenizers(vcr: Any) -> None:
     split = vcr.split("train").parts[0]
-    assert 580 in split.example(split.ids[0], FIELDS | {"input_ids": [580]}).input_ids[0]
+    assert 580 in split.example(0, FIELDS | {"input_ids": [580]}).input_ids[0]
     assert vcr.facts().vocab_size == split.pair.text.vocab_size + 81
 
 
@@ -121,7 +122,7 @@ def test_a_rationale_without_a_right_answer_names_the_option(official_db: Path) 
     task = open_task("vcr", official_db, all_rationales=())
     split = task.split("val")
     with pytest.raises(DataError, match=r"name its split in dataset.all_rationales"):
-        split.example(split.ids[0], FIELDS | {"qa_target": -1})
+        split.example(0, FIELDS | {"qa_target": -1})
 
 
 @pytest.mark.parametrize("images", ["img_db/vcr_train", "a;b;c"])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from database_tasks import assert_same_batch, open_task, write_answers
 from golden_utils import load, to_batch
+from named_stores import lengths_of
 
 from villa.batch import Batch
 from villa.datasets.base import read_answers
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import DataError
 from villa.models.rows import RowLayout
 
@@ -75,11 +76,11 @@ def assert_rows(batch: Batch, golden: dict[str, Any]) -> None:
 
 
 def test_long_texts_are_left_out_of_training_alone(vqa: Any, official_db: Path) -> None:
-    lengths = TextDatabase(official_db / "txt_db" / "vqa_tiny40.db").lengths()
+    lengths = lengths_of(TextStore(official_db / "txt_db" / "vqa_tiny40.db"))
     limit = sorted(lengths.values())[len(lengths) // 2]
     short = open_task("vqa", official_db, max_text_length=limit, answers=vqa.config.answers)
     left_out = sum(length > limit for length in lengths.values())
-    assert short.split("train").ids == [id for id, length in lengths.items() if length <= limit]
+    assert list(short.split("train").ids) == [id for id, length in lengths.items() if length <= limit]
     told = f"{left_out} of {len(lengths)} texts are longer than dataset.max_text_length={limit} and are left out; "
     (line,) = short.split("train").warnings()
     assert line.endswith(f"{told}the longest has {max(lengths.values())}")
@@ -116,19 +117,19 @@ def test_lengths_count_words_and_regions_as_the_release_does(vqa: Any) -> None:
 def test_targets_of_another_form_are_refused(vqa: Any, target: Any) -> None:
     split = vqa.split("train")
     with pytest.raises(DataError, match=r"vqa_tiny40.db': example '1000' has the target .* labels below 40") as raised:
-        split.example("1000", {"input_ids": [300], "target": target})
+        split.example(0, {"input_ids": [300], "target": target})
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("target", [None, {}, {"labels": [], "scores": []}])
 def test_an_example_may_have_no_answer_that_the_task_has(vqa: Any, target: Any) -> None:
-    example = vqa.split("train").example("1000", {"input_ids": [300], "target": target})
+    example = vqa.split("train").example(0, {"input_ids": [300], "target": target})
     assert example.target.tolist() == [0.0] * 40
 
 
 def test_an_example_to_train_on_has_a_target(vqa: Any) -> None:
     with pytest.raises(DataError, match=r"no target .only input_ids.; it is not one of 'vqa'"):
-        vqa.split("train").example("1000", {"input_ids": [300]})
+        vqa.split("train").example(0, {"input_ids": [300]})
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_an_example_to_train_on_has_a_target(vqa: Any) -> None:
 )
 def test_words_of_another_form_are_refused(vqa: Any, words: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        vqa.split("train").example("1000", {"input_ids": words, "target": None})
+        vqa.split("train").example(0, {"input_ids": words, "target": None})
 
 
 def test_decoding_gives_the_best_answer_and_its_score(vqa: Any) -> None:

@@ -15,7 +15,7 @@ from villa.distributed.strategy import Strategy
 from villa.errors import ConfigError
 
 #: Like plain descent with momentum: nothing blows up rounding, and nothing hides a wrong scale of gradients.
-_PLAIN = {"lr": 0.5, "eps": 1.0}
+PLAIN = {"lr": 0.5, "eps": 1.0}
 
 #: Which cases of ``updates`` are run under a strategy with its options, and in which precision.
 TRIED: dict[str, tuple[dict[str, Any], list[str], torch.dtype]] = {
@@ -39,7 +39,7 @@ TRIED: dict[str, tuple[dict[str, Any], list[str], torch.dtype]] = {
 def run_case(used: Strategy, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """What comes out of three updates."""
     settings = {"dtype": dtype, **updates.CASES[case]}
-    return updates.run(used, **(settings if "optimizer" in settings else settings | _PLAIN))
+    return updates.run(used, **(settings if "optimizer" in settings else settings | PLAIN))
 
 
 def work(output: str) -> None:

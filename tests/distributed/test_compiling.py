@@ -28,6 +28,9 @@ def test_parameters_after_three_updates_are_those_of_one_process_without_compili
     alone = compiled_updates.run(Strategy(), strategy)
     tolerance = 1e-10 if compiled_updates.DTYPES[strategy] == torch.float64 else 1e-6
     updates.assert_same(found[strategy], alone, tolerance, strategy)
+    for modality, ours, theirs in found[strategy]["deltas"]:
+        assert (ours - theirs).abs().max() <= tolerance, f"{strategy} {modality}"
+    assert len(found[strategy]["deltas"]) == 12  # two modalities of two micro-batches of three updates
 
 
 def test_one_process_computes_what_layers_do_also_a_second_time() -> None:

@@ -88,6 +88,23 @@ def test_a_run_moves_between_strategies_by_shards(context: Any, whole: Path, tmp
     assert "not the same updates" not in said  # batch.per_pass is given
 
 
+def test_what_a_method_keeps_of_weights_moves_with_the_run(context: Any, tmp_path: Path) -> None:
+    """Each process has its parts of an average of weights, and the next run other parts."""
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    places = (("fsdp", 2, SHARDED), ("single", 1, SHARDED), ("fairscale_fsdp", 2, BACKGROUND), ("fsdp", 2, BACKGROUND))
+    for update, (strategy, count, option) in enumerate(places, 1):
+        go(context, folder, update, strategy, count, "trainer=averaging", option)
+    go(context, straight, 4, "single", 1, "trainer=averaging")
+    ours, theirs = (
+        load(CheckpointStore(run / CHECKPOINTS, keep=1).path(4)).training_state()["updater"]["trainer"]
+        for run in (folder, straight)
+    )
+    assert ours["state"] == theirs["state"] == {"seen": 4}
+    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=1e-4)
+    weights = load(CheckpointStore(folder / CHECKPOINTS, keep=1).path(4)).model_state()
+    assert any((value - weights[name]).abs().max() > 1e-3 for name, value in ours["weights"]["average"].items())
+
+
 def die(folder: str, rank: int, operation: int, *options: str) -> None:
     """Run the recipe; one of the processes dies just before a file operation on an unfinished checkpoint."""
     operations = itertools.count()

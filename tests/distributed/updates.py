@@ -13,9 +13,10 @@ from updaters import cut
 
 from villa.batch import Batch
 from villa.config.schema import DistributedConfig, TrainingConfig
+from villa.distributed.blocks import modes
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
-from villa.engine.passes import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
 from villa.facts import DataFacts
@@ -25,6 +26,7 @@ from villa.models.base import Model
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
 from villa.registry import OPTIMIZERS, TRAINERS
+from villa.trainers.base import Trainer
 
 CPU = torch.device("cpu")
 EXAMPLES, TOKENS, REGIONS, WORDS, WIDTH, LABELS = 10, 5, 4, 30, 6, 3
@@ -121,7 +123,7 @@ def connected(name: str, **options: Any) -> Strategy:
 
 def make(
     used: Strategy,
-    trainer: str,
+    trainer: str | Trainer,
     *,
     objective: str | None = None,
     dtype: torch.dtype = torch.float64,
@@ -136,19 +138,18 @@ def make(
     """An updater of the tiny model under a strategy."""
     model = uniter(objective, dtype, seed)
     used.apply(model)
-    method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
+    if isinstance(trainer, str):
+        method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
+        trainer = method(method.Config(**TRAINERS_TRIED[trainer]))
     factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=lr, eps=eps))
+    loss = CrossEntropy() if objective is None else Pretraining()
     return Updater(
-        model,
-        CrossEntropy() if objective is None else Pretraining(),
-        method(method.Config(**TRAINERS_TRIED[trainer])),
+        ModelPasses(model, loss, Precision(precision, CPU), 0, used),
+        trainer,
         used.optimizer(lambda: factory.build(model)),
         ConstantSchedule(ScheduleConfig(), 10),
         TrainingConfig(**training),
-        precision=Precision(precision, CPU),
-        accumulation=accumulation,
-        seed=0,
-        strategy=used,
+        accumulation,
     )
 
 
@@ -167,17 +168,34 @@ def update(updater: Updater, number: int, count: int, objective: str | None = No
     return updater.update(number, [parts[turn.number] for turn in turns], turns)
 
 
-def run(used: Strategy, trainer: str, count: int, *, spoilt: bool = False, **options: Any) -> dict[str, Any]:
-    """Three updates; return all parameters, and the values logged."""
+def run(
+    used: Strategy,
+    trainer: str | Trainer,
+    count: int,
+    *,
+    spoilt: bool = False,
+    updates: int = 3,
+    evaluate: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Some updates; return all parameters, the values logged, and what the trainer keeps of weights."""
     updater = make(used, trainer, **options)
     updater.model.train()
     objective, logs = options.get("objective"), {}
-    for number in (1, 2, 3):
+    for number in range(1, updates + 1):
+        if evaluate:
+            with used.without_gradients(), modes([(module, False) for module in updater.model.modules()]):
+                updater.precision.run(updater.model, examples(objective, next(updater.model.parameters()).dtype))
         logs = update(updater, number, count, objective, spoilt)
     return {
         "parameters": {name: value.clone() for name, value in used.state_dict(updater.model).items()},
         "logs": {name: float(value) for name, value in logs.items()},
         "scale": updater.precision.loss_scale,
+        "kept": {
+            f"{word}.{name}": value.clone()
+            for word, of in updater.state_dict()["trainer"]["weights"].items()
+            for name, value in of.items()
+        },
     }
 
 

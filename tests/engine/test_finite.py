@@ -14,7 +14,8 @@ from torch import Tensor
 from updaters import adamw, cut, make, set_scale
 
 from villa.batch import Batch
-from villa.engine.updater import Updater, describe_nonfinite
+from villa.engine.frame import describe_nonfinite
+from villa.engine.updater import Updater
 from villa.errors import NonFiniteError
 from villa.losses.base import Loss, LossConfig
 from villa.losses.classification import CrossEntropy

@@ -10,7 +10,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
 from villa.engine.parameter_groups import parameter_groups
-from villa.engine.passes import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
 from villa.engine.updater import Updater
 from villa.losses.base import Loss
@@ -46,15 +46,12 @@ def make(
 ) -> Updater:
     """An updater: by default gradient descent on the cross-entropy of clean inputs."""
     return Updater(
-        model,
-        loss or CrossEntropy(),
+        ModelPasses(model, loss or CrossEntropy(), Precision(precision, CPU), 0),
         trainer or StandardTrainer(),
         optimizer or descent(model),
         schedule or ConstantSchedule(ScheduleConfig(), 10),
         TrainingConfig(**training),
-        precision=Precision(precision, CPU),
-        accumulation=accumulation,
-        seed=0,
+        accumulation,
     )
 
 

@@ -22,7 +22,7 @@ from villa.convert.example import RawExample
 from villa.convert.text_database import TextSource, WordPieces, write_text_database
 from villa.datasets.own.assets import facts_beside
 from villa.datasets.own.names import text_facts
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.engine.setup import Parts, build
 from villa.errors import CheckpointError
 from villa.facts import DataFacts
@@ -337,7 +337,7 @@ def test_a_text_database_keeps_the_names_of_its_word_pieces(tmp_path: Path) -> N
         pieces = WordPieces(str(tmp_path / "vocab.txt"), "bert")
         source = TextSource([RawExample("a", {"input_ids": ("a b",)}, "a.npz")])
         write_text_database(tmp_path / name, source, pieces, pieces.meta(), progress="off")
-        vocabulary = TextDatabase(tmp_path / name).vocabulary
+        vocabulary = TextStore(tmp_path / name).vocabulary
         assert vocabulary is not None
         assert text_facts(vocabulary)["tokens"] == tuple(order)
 

@@ -85,9 +85,9 @@ def test_candidate_texts_score_as_each_pair_alone(official_db: Any) -> None:
         if len(example.input_ids[-1]) < max(map(len, example.input_ids))
     )
     together = model(task.collate([example])).logits[0]
-    image = split.image_of[split.ids[index // 2]]
-    texts = [next(t for t in split.ids if split.text(t).equal(ids)) for ids in example.input_ids]
-    alone = [model(task.collate([split.pairs(text, [text], [image])])).logits[0, 0] for text in texts]
+    image = split.image_of[index // 2]
+    texts = [next(t for t in range(len(split.ids)) if split.text(t).equal(ids)) for ids in example.input_ids]
+    alone = [model(task.collate([split.pairs(str(text), [text], [image])])).logits[0, 0] for text in texts]
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from named_stores import images_of, read_image
 from PIL import Image
 
 from villa.datasets.text import load_tokenizer
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import DataError
 
 FOLDER = Path(__file__).parents[2] / "projects" / "villa" / "two_stage"
@@ -128,8 +129,9 @@ def test_databases_hold_what_was_said_about_each_picture(
     tokenizer = load_tokenizer(root / "raw" / "vocab.txt")
 
     def texts(name: str) -> list[tuple[str, str]]:
-        database = TextDatabase(root / "txt_db" / f"{name}.db")
-        return [(tokenizer.decode(database[id]["input_ids"]), str(database.images[id])) for id in database.lengths()]
+        database = TextStore(root / "txt_db" / f"{name}.db")
+        images = images_of(database)
+        return [(tokenizer.decode(database[row]["input_ids"]), str(images[id])) for row, id in enumerate(database.ids)]
 
     assert texts("captions_train") == [
         ("garbage bin is on the desk", "vg_000000000001.npz"),
@@ -137,13 +139,13 @@ def test_databases_hold_what_was_said_about_each_picture(
     ]
     assert [image for _, image in texts("questions_test")] == ["vg_000000000002.npz", "vg_000000000005.npz"]
     boxes = BoxSelection(fixed=4)
-    features = ImageDatabase(root / "img_db", boxes)
-    trained = np.stack([features[f"vg_{number:012}.npz"][0].numpy() for number in (1, 3)]).reshape(-1, 1280)
+    features = ImageStore(root / "img_db", boxes)
+    trained = np.stack([read_image(features, f"vg_{number:012}.npz")[0].numpy() for number in (1, 3)]).reshape(-1, 1280)
     np.testing.assert_allclose(trained.mean(0), 0, atol=5e-3)
     deviation = trained.std(0)
     assert ((deviation > 0.995) & (deviation < 1.005)).sum() > 100  # the others hardly vary: they are not blown up
     assert deviation.max() < 1.005
-    blank, _ = ImageDatabase(root / databases.BLANK, boxes)["vg_000000000002.npz"]
+    blank, _ = read_image(ImageStore(root / databases.BLANK, boxes), "vg_000000000002.npz")
     assert blank.shape == (4, 1280)
     assert not blank.any()
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.*")}

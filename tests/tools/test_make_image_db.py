@@ -9,7 +9,7 @@ from tool_runs import load_tool, run_and_kill
 
 from villa.convert.features import make_image_database
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.writers import JOURNAL
 from villa.errors import DataError
 
@@ -44,15 +44,15 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write(tmp_path / "features", 8)
 
 
-def check(database: ImageDatabase, count: int, rows: int | None = None) -> None:
-    assert database.names() == [f"coco_{number:04}.npz" for number in range(count)]
+def check(database: ImageStore, count: int, rows: int | None = None) -> None:
+    assert list(database.names) == [f"coco_{number:04}.npz" for number in range(count)]
     for number in range(count):
         given = arrays(number)
         kept = rows or min(max(number % 8, 2), 5)
-        features, boxes = database[f"coco_{number:04}.npz"]
+        features, boxes = database[number]
         assert torch.equal(features, torch.from_numpy(given["features"][:kept].astype(np.float16)))
         assert torch.equal(boxes.half(), torch.from_numpy(given["norm_bb"][:kept].astype(np.float16)))
-        assert len(database.soft_labels(f"coco_{number:04}.npz")) == kept
+        assert len(database.soft_labels(number)) == kept
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -60,7 +60,7 @@ def test_boxes_are_chosen_by_confidence(source: Path, compressed: bool, capsys: 
     arguments = [str(source), "img_db/coco", "--max-boxes", "5", "--min-boxes", "2", "--progress", "off"]
     assert main([*arguments, *(["--compressed"] if compressed else [])]) == 0
     boxes = BoxSelection(0.2, 5, 2, compressed=compressed)
-    check(ImageDatabase(Path("img_db/coco"), boxes), 8)
+    check(ImageStore(Path("img_db/coco"), boxes), 8)
     counts = json.loads(Path("img_db/coco/nbb_th0.2_max5_min2.json").read_text())
     assert list(counts.values()) == [2, 2, 2, 3, 4, 5, 5, 5]
     assert capsys.readouterr().out == f"img_db/coco/{boxes.folder()}: 8 images\n"
@@ -69,7 +69,7 @@ def test_boxes_are_chosen_by_confidence(source: Path, compressed: bool, capsys: 
 def test_a_fixed_number_of_boxes_read_by_other_processes(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(source), "img_db/coco", "--fixed", "4", "--workers", "1", "--progress", "off"]
     assert main(arguments) == 0
-    check(ImageDatabase(Path("img_db/coco"), BoxSelection(fixed=4)), 8, rows=4)
+    check(ImageStore(Path("img_db/coco"), BoxSelection(fixed=4)), 8, rows=4)
     capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().out == "img_db/coco/feat_numbb4 is finished already\n"
@@ -93,7 +93,7 @@ def test_a_killed_conversion_is_gone_on_with(tmp_path: Path, capsys: pytest.Capt
     assert not (output / "nbb_th0.2_max5_min2.json").exists()
     assert main([str(source), str(output), "--max-boxes", "5", "--min-boxes", "2", "--progress", "off"]) == 0
     assert " of them before)" in capsys.readouterr().out
-    check(ImageDatabase(output, boxes), 400)
+    check(ImageStore(output, boxes), 400)
 
 
 def damaged(**changes: Any) -> dict[str, Any]:
@@ -161,8 +161,8 @@ def test_boxes_of_no_area_are_kept_if_asked_for(source: Path, capsys: pytest.Cap
     assert "box 1 of 8" in (told := capsys.readouterr().err)
     assert "is empty" in told
     assert main([*arguments, "--allow-empty-boxes"]) == 0
-    database = ImageDatabase(Path("img_db/coco"), BoxSelection(), allow_empty_boxes=True)
-    assert database["coco_0003.npz"][1][0, 4] == 0
+    database = ImageStore(Path("img_db/coco"), BoxSelection(), allow_empty_boxes=True)
+    assert database[3][1][0, 4] == 0
 
 
 def test_the_database_is_compared_with_its_checksums(source: Path) -> None:
@@ -171,4 +171,4 @@ def test_the_database_is_compared_with_its_checksums(source: Path) -> None:
     counts = folder / str(BoxSelection().counts_file())
     counts.write_text(counts.read_text().replace(" ", ""))
     with pytest.raises(DataError, match=r"nbb_.*json' has .* bytes, not .* as when it was made"):
-        ImageDatabase(folder, BoxSelection())
+        ImageStore(folder, BoxSelection())

@@ -3,10 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from named_stores import images_of, lengths_of, read_text
 from tool_runs import load_tool, run_and_kill
 from transformers import BertTokenizer
 
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.datasets.uniter.writers import JOURNAL
 
 main = load_tool("make_text_db").main
@@ -30,11 +31,11 @@ def write(name: str, value: Any) -> str:
     return name
 
 
-def convert(task: str, *arguments: str, code: int = 0) -> TextDatabase:
+def convert(task: str, *arguments: str, code: int = 0) -> TextStore:
     output = f"txt_db/{task}.db"
     common = ["--tokenizer", "vocab.txt", "--output", output, "--progress", "off"]
     assert main(["--task", task, *arguments, *common]) == code
-    return TextDatabase(Path(output))
+    return TextStore(Path(output))
 
 
 def tokenised(text: str) -> list[int]:
@@ -49,13 +50,13 @@ VQA_ANSWERS = {"annotations": [{"question_id": 10, "image_id": 1, "answers": [{"
 def test_vqa(folder: Path) -> None:
     files = ["--questions", write("q.json", VQA), "--annotations", write("a.json", VQA_ANSWERS)]
     database = convert("vqa", *files, "--answers", write("ans2label.json", {"no": 0, "yes": 1}))
-    assert database["10"] == {
+    assert read_text(database, "10") == {
         "question_id": 10, "image_id": 1, "question": "Two dogs?", "answers": [{"answer": "yes"}] * 10,
         "img_fname": "coco_train2014_000000000001.npz", "input_ids": tokenised("Two dogs?"),
         "target": {"labels": [1], "scores": [1.0]},
     }  # fmt: skip
-    assert database.lengths() == {"10": len(tokenised("Two dogs?"))}
-    assert database.images == {"10": "coco_train2014_000000000001.npz"}
+    assert lengths_of(database) == {"10": len(tokenised("Two dogs?"))}
+    assert images_of(database) == {"10": "coco_train2014_000000000001.npz"}
     assert database.read_json("ans2label.json") == {"no": 0, "yes": 1}
     assert (database.cls_id, database.sep_id, database.mask_id) == (2, 3, 4)
     assert database.meta["v_range"] == [5, len(VOCABULARY)]
@@ -68,7 +69,7 @@ def test_vqa_with_an_answer_list_of_its_own(folder: Path) -> None:
     files = ["--questions", write("q.json", VQA), "--annotations", write("a.json", answers)]
     database = convert("vqa", *files, "--answers-from", "a.json", other, "--min-occurrences", "2")
     assert database.read_json("ans2label.json") == {"no": 0, "yes": 1}
-    assert database["10"]["target"] == {"labels": [1], "scores": [1.0]}
+    assert read_text(database, "10")["target"] == {"labels": [1], "scores": [1.0]}
 
 
 def test_vcr(folder: Path) -> None:
@@ -78,15 +79,15 @@ def test_vcr(folder: Path) -> None:
         "answer_label": 1, "rationale_choices": [["a"], ["b"], ["c"], ["d", "e", "f"]], "rationale_label": 3,
     }  # fmt: skip
     database = convert("vcr", "--annotations", write("train.jsonl", [record]))
-    example = database["train-0"]
+    example = read_text(database, "train-0", "qa")
     size = len(VOCABULARY)
     assert example["input_ids"] == [*tokenised("Is"), size + 2, *tokenised("a dog ?")]
     assert example["input_ids_as"] == [tokenised("yes"), tokenised("no no"), [size], tokenised("x")]
     assert (example["qa_target"], example["qar_target"]) == (1, 3)
     qa = 4 * (len(example["input_ids"]) + len(tokenised("no no")))
-    assert database.lengths("qa") == {"train-0": qa}
-    assert database.lengths("qar") == {"train-0": qa + 3}
-    assert database.images == {"train-0": ["vcr_gt_train_frame@0.npz", "vcr_train_frame@0.npz"]}
+    assert lengths_of(database, "qa") == {"train-0": qa}
+    assert lengths_of(database, "qar") == {"train-0": qa + 3}
+    assert images_of(database) == {"train-0": ["vcr_gt_train_frame@0.npz", "vcr_train_frame@0.npz"]}
     assert database.vocab_size == size
 
 
@@ -94,16 +95,16 @@ def test_nlvr2_without_missing_images(folder: Path, capsys: pytest.CaptureFixtur
     records = [{"identifier": f"dev-{n}-0-0", "sentence": "a dog", "label": "False"} for n in range(3)]
     missing = write("missing.json", ["nlvr2_dev-1-0-img1.npz"])
     database = convert("nlvr2", "--annotations", write("dev.json", tuple(records)), "--missing-images", missing)
-    assert list(database.lengths()) == ["dev-0-0-0", "dev-2-0-0"]
-    assert database["dev-0-0-0"]["img_fname"] == ["nlvr2_dev-0-0-img0.npz", "nlvr2_dev-0-0-img1.npz"]
+    assert list(lengths_of(database)) == ["dev-0-0-0", "dev-2-0-0"]
+    assert read_text(database, "dev-0-0-0")["img_fname"] == ["nlvr2_dev-0-0-img0.npz", "nlvr2_dev-0-0-img1.npz"]
     assert capsys.readouterr().out == "txt_db/nlvr2.db: 2 examples (1 left out)\n"
 
 
 def test_snli_ve(folder: Path) -> None:
     record = {"gold_label": "neutral", "pairID": "7.jpg#0r1n", "sentence2": "A man.", "Flickr30K_ID": "7"}
     database = convert("ve", "--annotations", write("ve.jsonl", [record]))
-    assert database["7.jpg#0r1n"]["target"] == {"labels": [2], "scores": [1.0]}
-    assert database["7.jpg#0r1n"]["input_ids"] == tokenised("A man.")
+    assert read_text(database, "7.jpg#0r1n")["target"] == {"labels": [2], "scores": [1.0]}
+    assert read_text(database, "7.jpg#0r1n")["input_ids"] == tokenised("A man.")
 
 
 def test_retrieval_has_the_texts_of_images(folder: Path) -> None:
@@ -116,7 +117,7 @@ def test_retrieval_has_the_texts_of_images(folder: Path) -> None:
 def test_captions_without_words_are_left_out(folder: Path) -> None:
     records = [{"id": 1, "image": "a.jpg", "caption": "a dog"}, {"id": 2, "image": "b.jpg", "caption": "\u200b"}]
     database = convert("caption", "--annotations", write("captions.jsonl", records))
-    assert database.lengths() == {"1": 2}
+    assert lengths_of(database) == {"1": 2}
     assert database.texts_of_images == {"a.npz": ["1"]}
 
 
@@ -127,8 +128,8 @@ def test_referring_expressions(folder: Path) -> None:
     instances = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "dog"}]}
     files = ["--refs", write("refs.json", refs), "--instances", write("instances.json", instances)]
     database = convert("re", *files, "--split", "val")
-    assert database["8"]["bbox"] == [0, 0, 2, 2]
-    assert database["8"]["input_ids"] == tokenised("dog")
+    assert read_text(database, "8")["bbox"] == [0, 0, 2, 2]
+    assert read_text(database, "8")["input_ids"] == tokenised("dog")
     assert database.read_json("refs.json") == refs
     assert database.read_json("annotations.json") == [box]
     assert database.read_json("images.json") == [{**images[0], "ann_ids": [3]}]
@@ -162,10 +163,10 @@ def test_a_killed_conversion_is_gone_on_with(folder: Path, capsys: pytest.Captur
     assert main([*arguments, "--output", str(killed)]) == 0
     assert " of them before)" in capsys.readouterr().out
     assert main([*arguments, "--output", "whole.db"]) == 0
-    resumed, whole = TextDatabase(killed), TextDatabase(Path("whole.db"))
+    resumed, whole = TextStore(killed), TextStore(Path("whole.db"))
     for name in ("id2len.json", "txt2img.json", "img2txts.json", "meta.json"):
         assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
-    assert all(resumed[str(record["id"])] == whole[str(record["id"])] for record in records[::7])
+    assert all(read_text(resumed, str(record["id"])) == read_text(whole, str(record["id"])) for record in records[::7])
 
 
 def test_a_finished_database_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,11 @@ import torch
 from golden_cases import cases, load_bert, load_task
 from golden_compare import close, compare_parameters
 from golden_utils import load
-from tiny import RecordingPasses
+from tiny import RecordingPasses, recorded
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
-from villa.engine.passes import Precision
 from villa.engine.updater import Updater
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
 from villa.models.base import Model
@@ -65,15 +64,12 @@ def make_updater(model: Model, trainer: Trainer, loss: Any, case: dict[str, Any]
     schedule = SCHEDULERS.get("linear")
     clip = opts["grad_norm"] if opts["grad_norm"] > 0 else None
     return Updater(
-        model,
-        loss,
+        RecordingPasses(model, loss),
         trainer,
         optimizer(config).build(model),
         schedule(schedule.Config(name="linear", warmup=opts["warmup_steps"]), opts["num_train_steps"]),
         TrainingConfig(clip_norm=clip),
-        precision=Precision("fp32", torch.device("cpu")),
-        accumulation="sum",
-        seed=0,
+        "sum",
     )
 
 
@@ -97,9 +93,9 @@ def test_villa_update_equals_the_released_one(folder: str, name: str, monkeypatc
     trainer: Trainer = VillaTrainer(config) if adversarial else StandardTrainer()
     loss = BinaryCrossEntropy() if task in ("vqa", "ve") else CrossEntropy()
     updater = make_updater(model, trainer, loss, case)
-    passes = updater.passes = RecordingPasses(model, loss)
-    taken: dict[str, Tensor] = {}
-    monkeypatch.setattr(updater, "_step", _recording(updater, model, taken))
+    passes = updater.passes
+    assert isinstance(passes, RecordingPasses)
+    taken = recorded(trainer, monkeypatch)
 
     batches = micro_batches(batch, opts["gradient_accumulation_steps"])
     logs = updater.update(1, batches)
@@ -114,16 +110,6 @@ def test_villa_update_equals_the_released_one(folder: str, name: str, monkeypatc
     assert updater.optimizer.param_groups[-1]["lr"] == pytest.approx(case["lr_this_step"], rel=1e-12)
     if "params_after_step" in case:
         compare_parameters(dict(model.named_parameters()), case["params_after_step"], tolerance, "new value")
-
-
-def _recording(updater: Updater, model: Model, taken: dict[str, Tensor]) -> Any:
-    step = updater._step
-
-    def recording(norm: Tensor) -> None:
-        taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        step(norm)
-
-    return recording
 
 
 def compare_passes(

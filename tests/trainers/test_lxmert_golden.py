@@ -10,12 +10,11 @@ import torch
 from golden_cases import cases
 from golden_compare import close, compare_parameters
 from golden_utils import load
-from tiny import CPU, RecordingPasses
+from tiny import RecordingPasses, recorded
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
-from villa.engine.passes import Precision
 from villa.engine.updater import Updater
 from villa.facts import DataFacts
 from villa.losses.base import Loss
@@ -107,15 +106,11 @@ def make_trainer(args: dict[str, Any], task: str) -> Trainer:
 def make_updater(model: Lxmert, trainer: Trainer, loss: Loss, case: dict[str, Any]) -> Updater:
     optimizer, schedule = OPTIMIZERS.get("bert_adam"), SCHEDULERS.get("warmup_linear")
     return Updater(
-        model,
-        loss,
+        RecordingPasses(model, loss),
         trainer,
         optimizer(optimizer.Config(lr=case["lr"])).build(model),
         schedule(schedule.Config(warmup=case["warmup"]), case["t_total"]),
         TrainingConfig(clip_norm=case["clip"]),
-        precision=Precision("fp32", CPU),
-        accumulation="mean",
-        seed=0,
     )
 
 
@@ -132,15 +127,9 @@ def test_updates_equal_the_released_ones(folder: str, name: str, monkeypatch: py
     args, first = case["args"], case["update1"]
     loss: Loss = CrossEntropy() if task == "nlvr2" else BinaryCrossEntropy()
     updater = make_updater(model, make_trainer(args, task), loss, case)
-    passes = updater.passes = RecordingPasses(model, loss)
-    taken: dict[str, Tensor] = {}
-    step = updater._step
-
-    def recording(norm: Tensor) -> None:
-        taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        step(norm)
-
-    monkeypatch.setattr(updater, "_step", recording)
+    passes = updater.passes
+    assert isinstance(passes, RecordingPasses)
+    taken = recorded(updater.trainer, monkeypatch)
 
     logs = updater.update(1, [batch])
 

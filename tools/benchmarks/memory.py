@@ -39,7 +39,7 @@ from villa.config import load_stages
 from villa.config.schema import RunConfig
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy, strategy_of
-from villa.engine.passes import Precision
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.updater import Updater
 from villa.facts import DataFacts
 from villa.models.base import Model
@@ -97,13 +97,13 @@ def train(config: RunConfig, batch: Batch, updates: int, strategy: Strategy) -> 
     strategy.apply(model)
     factory = OPTIMIZERS.get(config.optimizer.name)(config.optimizer)
     optimizer = strategy.optimizer(lambda: factory.build(model))
+    precision = Precision(config.training.precision, torch.device("cpu"))
     updater = Updater(
-        *(model, LOSSES.get(config.loss.name)(config.loss), TRAINERS.get(config.trainer.name)(config.trainer)),
-        *(optimizer, SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates), config.training),
-        precision=Precision(config.training.precision, torch.device("cpu")),
-        accumulation="mean",
-        seed=0,
-        strategy=strategy,
+        ModelPasses(model, LOSSES.get(config.loss.name)(config.loss), precision, 0, strategy),
+        TRAINERS.get(config.trainer.name)(config.trainer),
+        optimizer,
+        SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates),
+        config.training,
     )
     held: dict[str, int] = {}
     optimizer.register_step_pre_hook(lambda *_: held.update(_held(model, optimizer)))

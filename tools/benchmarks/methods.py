@@ -28,7 +28,7 @@ from villa.losses.classification import CrossEntropy
 from villa.models.base import Model
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
-from villa.trainers.base import Logs, Passes, Trainer
+from villa.trainers.base import Logs, Passes, Trainer, forward_equivalents
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
@@ -138,9 +138,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, trainer in trainers.items():
         ratio = statistics.median(a / b for a, b in zip(times[name], times["standard"], strict=True))
-        forwards, backwards = trainer.cost()
+        cost = trainer.cost()
         print(
-            f"| {name} | {forwards} | {backwards} | {forwards + 2 * backwards} | {counted[name] / 1e9:.1f} | "
+            f"| {name} | {cost[0]} | {cost[1]} | {forward_equivalents(cost)} | {counted[name] / 1e9:.1f} | "
             f"{counted[name] / counted['standard']:.2f} | {ratio:.2f} | {1e3 * statistics.median(times[name]):.0f} |"
         )
     difference = (gradients["villa text"] - gradients["released loop"]).norm() / gradients["released loop"].norm()

@@ -32,8 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from villa.datasets.base import Example
 from villa.datasets.collation import collate
-from villa.datasets.uniter.image_lmdb import BoxSelection, ImageDatabase
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.database_split import Pair
+from villa.datasets.uniter.image_lmdb import BoxSelection, ImageStore
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 
 META = {"CLS": 101, "SEP": 102, "MASK": 103, "v_range": [106, 28996]}
@@ -68,11 +69,13 @@ def write(folder: Path, examples: int, dim: int, classes: int) -> None:
 
 def villa_reader(folder: Path, boxes: BoxSelection) -> Read:
     """The readers and the collation of villa. The model makes the area column."""
-    texts, images = TextDatabase(folder / "text.db"), ImageDatabase(folder / "images", boxes)
+    pair = Pair(TextStore(folder / "text.db"), ImageStore(folder / "images", boxes))
+    texts, images, image_rows = pair.text, pair.images, pair.image_rows
 
     def example(id: str) -> Example:
-        text = texts[id]
-        features, norm_bb = images[text["img_fname"]]
+        row = int(id)  # as they were written
+        text = texts[row]
+        features, norm_bb = images[image_rows[row][0]]
         return Example(id, torch.tensor([texts.cls_id, *text["input_ids"], texts.sep_id]), None, features, norm_bb)
 
     def read(ids: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:

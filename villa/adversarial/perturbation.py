@@ -47,6 +47,17 @@ class Perturbation:
         self._measure(embedding.detach())
         return (embedding + self.delta).to(embedding.dtype)
 
+    def trained(self) -> Tensor:
+        """Return the value that the last pass has added, with respect to which a loss can be differentiated.
+
+        Raises:
+            RuntimeError: no pass has added it, or it is frozen.
+        """
+        if self.delta is None or not self.delta.requires_grad:
+            reason = "it is frozen" if self.frozen else "no forward pass has added it since it last moved"
+            raise RuntimeError(f"a perturbation has no gradient: {reason}")
+        return self.delta
+
     def ascend(self, gradient_scale: float = 1.0) -> None:
         """Move along the gradient that the backward passes left on ``delta``.
 

@@ -91,9 +91,11 @@ class Checkpoint:
         """
         state = self.plain_state()
         if self.sharded:
-            from villa.checkpoints.shards import Shards, join_optimizer
+            from villa.checkpoints.shards import Shards, join_optimizer, join_trainer
 
-            join_optimizer(state, Shards(self.path), like)
+            shards = Shards(self.path)
+            join_optimizer(state, shards, like)
+            join_trainer(state, shards, like)
         return state
 
     def plain_state(self) -> dict[str, Any]:

@@ -33,8 +33,8 @@ except ImportError as _error:  # torch before 2.9
         "or set checkpoint.sharded=false"
     ) from _error
 
-#: Prefixes of the names of weights and of optimiser states.
-MODEL_STATE, OPTIMIZER_STATE = "model.", "optimizer."
+#: Prefixes of the names of weights, and of the states of an optimiser and a trainer.
+MODEL_STATE, OPTIMIZER_STATE, TRAINER_STATE = "model.", "optimizer.", "trainer."
 
 _FORMAT = 1
 
@@ -79,7 +79,14 @@ class _Prepared(DefaultSavePlanner):
         return self._tensors[write_item.index.fqn]
 
 
-def part_of(model: nn.Module, optimizer: Mapping[str, Tensor], share: Share, *, copy: bool) -> Part:
+def part_of(
+    model: nn.Module,
+    optimizer: Mapping[str, Tensor],
+    share: Share,
+    *,
+    copy: bool,
+    trainer: Mapping[str, Tensor] | None = None,
+) -> Part:
     """Collect the tensors that this process writes, without communication.
 
     Args:
@@ -87,10 +94,12 @@ def part_of(model: nn.Module, optimizer: Mapping[str, Tensor], share: Share, *, 
         optimizer: tensors of its optimiser by name.
         share: rank and number of processes.
         copy: copy the tensors into main memory, so that training may continue.
+        trainer: tensors of the trainer's state by name.
     """
     state = {MODEL_STATE + name: value for name, value in model.state_dict().items()}
     buffers = state.keys() - {MODEL_STATE + name for name, _ in model.named_parameters(remove_duplicate=False)}
     state |= {OPTIMIZER_STATE + name: value for name, value in optimizer.items()}
+    state |= {TRAINER_STATE + name: value for name, value in (trainer or {}).items()}
     local, aliases = unshared({name: _local(value) for name, value in state.items()})
     whole = {name: value for name, value in local.items() if not isinstance(state[name], DTensor)}
     owners = _owners(whole, buffers, share.world_size)
@@ -158,6 +167,28 @@ def join_optimizer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, 
             optimizer["state"][indices[name]][key] = tensors[f"{name}.{key}"]
 
 
+def split_trainer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split a trainer's state into what is small, and tensors called ``<word>.<parameter>``."""
+    kept = state["weights"].items()
+    tensors = {f"{word}.{name}": value for word, of in kept for name, value in of.items()}
+    return {**state, "weights": {word: {} for word in state["weights"]}}, tensors
+
+
+def join_trainer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, Tensor] | None) -> None:
+    """Put the tensors of a trainer back into the state that ``split_trainer`` has left; see ``join_optimizer``.
+
+    Raises:
+        CheckpointError: they do not belong together.
+    """
+    stored = [name.removeprefix(TRAINER_STATE) for name in shards.names(TRAINER_STATE)]
+    parameters = {name: (like or {}).get(name.partition(".")[2]) for name in stored}
+    tensors = shards.read(TRAINER_STATE, {name: p for name, p in parameters.items() if p is not None})
+    with shards.broken():
+        for key, value in tensors.items():
+            word, _, name = key.partition(".")
+            state["updater"]["trainer"]["weights"][word][name] = value
+
+
 class Shards:
     """The tensors of a sharded checkpoint.
 
@@ -192,7 +223,7 @@ class Shards:
         """Read the tensors whose names begin with ``prefix`` to the CPU, by the rest of their names.
 
         Args:
-            prefix: ``MODEL_STATE`` or ``OPTIMIZER_STATE``.
+            prefix: ``MODEL_STATE``, ``OPTIMIZER_STATE`` or ``TRAINER_STATE``.
             like: tensors by the rest of their names. For one that is sharded, only this process's part is read, to the
                 same device.
 

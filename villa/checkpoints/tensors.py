@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 _Identity = tuple[Any, ...]
 
@@ -63,6 +65,11 @@ def _identity(tensor: Tensor) -> _Identity:
 def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Map the name of each parameter in an optimiser's state to its index."""
     return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}
+
+
+def named_parameters(optimizer: Optimizer) -> dict[str, Parameter]:
+    """Name to parameter of an optimiser's groups: this process's parts, whatever a strategy has put together by now."""
+    return {n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)}
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ Scores = Literal["soft", "thirds"]
 MIN_OCCURRENCES = 9
 
 _SOFT = (0.0, 0.3, 0.6, 0.9, 1.0)
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
-_ARTICLES = frozenset({"a", "an", "the"})
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
+ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _THOUSANDS = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -61,7 +61,7 @@ def normalise_answer(answer: str) -> str:
         drop = f"{mark} " in text or f" {mark}" in text or _THOUSANDS.search(text) is not None
         kept = kept.replace(mark, "" if drop else " ")
     words = (_DIGITS.get(word, word) for word in _FULL_STOP.sub("", kept).split())
-    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES).replace(",", "")
+    return " ".join(_RESTORED.get(word, word) for word in words if word not in ARTICLES).replace(",", "")
 
 
 def build_answers(annotations: Iterable[Record], min_occurrences: int = MIN_OCCURRENCES) -> dict[str, int]:

@@ -16,6 +16,7 @@ from villa.checkpoints.publishing import published
 from villa.checkpoints.store import resolve
 from villa.checkpoints.weight_files import FOLDER_FILES, INDEX, SAFETENSORS, read_weights, write_weights
 from villa.checkpoints.weight_names import is_image_side, plain_names
+from villa.convert.answers import ARTICLES, NUMBER_WORDS
 from villa.errors import CheckpointError, DataError
 from villa.files import local_path, read_json
 from villa.plugins import one_line
@@ -179,9 +180,7 @@ def consolidate(source: Path, output: Path, *, force: bool = False) -> str:
 _HEAD = "answer_head."
 #: Parameters with a row for every answer.
 _ROWS = ("logit_fc.3.weight", "logit_fc.3.bias")
-_ARTICLES = ("a ", "an ", "the ")
-_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_SPELLINGS = {word: str(number) for number, word in enumerate(_NUMBERS, start=1)} | {"grey": "gray"}
+_SPELLINGS = {word: str(number) for number, word in enumerate(NUMBER_WORDS) if number} | {"grey": "gray"}
 
 
 def pretraining_answer(answer: str) -> str:
@@ -189,9 +188,9 @@ def pretraining_answer(answer: str) -> str:
     answer = answer.lower()
     if answer.endswith("."):
         answer = answer[:-1].strip()
-    for article in _ARTICLES:
-        if answer.startswith(article):
-            answer = answer.removeprefix(article).strip()
+    for article in ARTICLES:
+        if answer.startswith(f"{article} "):
+            answer = answer.removeprefix(f"{article} ").strip()
     return _SPELLINGS.get(answer, answer)
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from villa.convert.text_database import Outcome
 from villa.datasets.own.files import NpzFile
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.lmdb_env import DATA_FILE
 from villa.datasets.uniter.writers import JOURNAL, PUTS, ImageDatabaseWriter
 from villa.errors import ConfigError, DataError, reading
@@ -118,7 +118,7 @@ def _is_finished(output: Path, boxes: BoxSelection, names: Sequence[str]) -> boo
     folder = output / boxes.folder()
     if not (folder / DATA_FILE).exists() or (folder / JOURNAL).exists():
         return False
-    present = set(ImageDatabase(output, boxes).names())
+    present = set(ImageStore(output, boxes).names)
     if present != set(names):
         raise DataError(
             f"'{folder}' holds a finished database of {len(present):,} other files than the {len(names):,} given; "

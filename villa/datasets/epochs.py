@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from villa.config.schema import BatchConfig
-from villa.datasets.uniter.strings import narrow
 from villa.errors import ConfigError
 from villa.rng import derive_seed
 
@@ -65,7 +64,7 @@ class Epoch(Sequence[Update]):
 
 def shuffled(random: np.random.Generator, count: int) -> Indices:
     """Return ``0 .. count - 1`` shuffled, in 32 bits where they suffice."""
-    order = np.arange(count, dtype=narrow(count))
+    order: Indices = np.arange(count, dtype=np.int32 if count <= np.iinfo(np.int32).max else np.int64)
     random.shuffle(order)
     return order
 
@@ -163,9 +162,9 @@ def share(items: Sequence[T], fraction: float, seed: int) -> Sequence[T]:
     return items if fraction == 1 else [items[row] for row in share_rows(len(items), fraction, seed).tolist()]
 
 
-def share_rows(count: int, fraction: float, seed: int) -> npt.NDArray[np.int64]:
+def share_rows(count: int, fraction: float, seed: int) -> npt.NDArray[np.integer[Any]]:
     """Return the places of such a share of ``count`` items, ascending; see ``share``."""
     if fraction == 1:
-        return np.arange(count)
+        return np.arange(count, dtype=np.int32)
     order = np.random.default_rng(derive_seed("fraction", seed)).permutation(count)
     return np.sort(order[: max(1, round(fraction * count))])

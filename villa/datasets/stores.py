@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from villa.datasets.uniter.strings import Strings
 from villa.errors import DataError, about, reading
 from villa.files import plain_path, regular_file
 
@@ -60,7 +59,9 @@ class SourceFiles(Sequence[Source]):
         where: gives the place (``train.jsonl:3``) of what mentions a file.
     """
 
-    def __init__(self, folder: Path, names: Strings, mentions: Sequence[int], where: Callable[[int], str]) -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], mentions: Sequence[int], where: Callable[[int], str]
+    ) -> None:
         self.folder, self._names, self._mentions, self._where = folder, names, mentions, where
 
     def __len__(self) -> int:
@@ -116,7 +117,9 @@ class Sources:
 
     def build(self) -> SourceFiles:
         """Return the files that were added."""
-        return SourceFiles(self.folder, Strings.of(self._places), self._mentions[:], self._where)
+        from villa.datasets.uniter.index import Names  # takes long to import
+
+        return SourceFiles(self.folder, Names.of(self._places), self._mentions[:], self._where)
 
     def _plain(self, name: str, mention: int) -> str:
         """Return the one name of a file that has several, as ``a`` and ``./a``."""

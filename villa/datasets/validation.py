@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from villa.datasets.cache import INDEX_FILE, damaged_chunks
 from villa.datasets.checksums import SUFFIX, verify
 from villa.datasets.lxmert.features import TsvFile
 from villa.datasets.own.files import SUFFIXES, FileStore
-from villa.datasets.own.grid import INDEX_FILE, damaged_chunks
 from villa.datasets.stores import Source
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.lmdb_env import DATA_FILE
-from villa.datasets.uniter.text_lmdb import CHECKSUMS, TextDatabase
+from villa.datasets.uniter.text_lmdb import CHECKSUMS, TextStore
 from villa.errors import ConfigError, DataError
 from villa.progress import track
 
@@ -83,23 +83,22 @@ def _folder(path: Path, allow_empty: bool) -> str:
 
 def _text(path: Path) -> str:
     files = verify(path / CHECKSUMS)
-    database = TextDatabase(path)
-    ids: dict[str, None] = {}
-    for kind in ("", "qa", "qar"):
-        if (path / database.lengths_file(kind)).exists():
-            ids |= dict.fromkeys(database.lengths(kind))
-    for id in track(list(ids), f"read {path.name}"):
-        database.check(id)
-    return f"{len(ids):,} examples, valid text database{_checked(files)}"
+    database = TextStore(path)
+    rows: dict[str, tuple[TextStore, int]] = {}
+    for kind in database.kinds():
+        store = database.of_kind(kind)
+        rows |= {id: (store, row) for row, id in enumerate(store.ids)}
+    for store, row in track(list(rows.values()), f"read {path.name}"):
+        store.check(row)
+    return f"{len(rows):,} examples, valid text database{_checked(files)}"
 
 
 def _images(path: Path, allow_empty: bool) -> str:
     files = verify(path.parent / f"{path.name}{SUFFIX}")
-    database = ImageDatabase(path.parent, _choice(path.name), allow_empty_boxes=allow_empty)
-    names = list(database.names())
-    for name in track(names, f"read {path.name}"):
-        database.check([name])
-    return f"{len(names):,} images, valid image database{_checked(files)}"
+    database = ImageStore(path.parent, _choice(path.name), allow_empty_boxes=allow_empty)
+    for row in track(range(len(database)), f"read {path.name}"):
+        database.check([row])
+    return f"{len(database):,} images, valid image database{_checked(files)}"
 
 
 def _choice(folder: str) -> BoxSelection:

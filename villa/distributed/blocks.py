@@ -5,8 +5,8 @@ Perturbations are added in front of the blocks, so that they are added once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,39 @@ def checkpoint_activations(model: Model, contexts: _Contexts = noop_context_fn) 
                 "layers"
             )
     for block in blocks.values():
-        recomputed = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        both = partial(_in_equal_modes, block, contexts)
+        recomputed = partial(checkpoint, block.forward, use_reentrant=False, context_fn=both)
         setattr(block, "forward", recomputed)  # noqa: B010 - a method to mypy
+
+
+@contextmanager
+def modes(given: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Context in which modules are in training mode (True) or evaluation mode, and then in their own again."""
+    before = [(module, module.training) for module, _ in given]
+    _set_modes(given)
+    try:
+        yield
+    finally:
+        _set_modes(before)
+
+
+def _set_modes(given: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, training in given:
+        module.training = training
+
+
+def _in_equal_modes(
+    block: nn.Module, contexts: _Contexts
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return contexts such that the second time, modules are in the modes (dropout or not) of the first."""
+    first, second = contexts()
+    return first, _both(modes([(module, module.training) for module in block.modules()]), second)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _is_stack(module: nn.Module) -> bool:

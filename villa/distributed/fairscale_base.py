@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from villa.distributed.strategy import SharedStrategy
+from villa.distributed.strategy import SharedStrategy, overflows
 
 
 class FairscaleStrategy(SharedStrategy):
@@ -22,11 +22,15 @@ class FairscaleStrategy(SharedStrategy):
         dist.all_reduce(squared)
         return squared.sqrt().to(own.dtype)
 
+    def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """See the base class."""
+        dist.all_reduce(sums)
+        return sums
+
     def unscale(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """See the base class; an overflow in one process's part counts for all, also for one without any part."""
         super().unscale(scaler, optimizer)
         if scaler.is_enabled():
-            found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
             device = optimizer.param_groups[0]["params"][0].device
-            overflow = found.setdefault(device, torch.zeros((), device=device))
+            overflow = overflows(scaler, optimizer).setdefault(device, torch.zeros((), device=device))
             dist.all_reduce(overflow, dist.ReduceOp.MAX)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from fairscale.internal.parallel import ProcessGroupName
 from fairscale.nn.data_parallel import FullyShardedDataParallel
+from fairscale.nn.data_parallel.fully_sharded_data_parallel import TrainingState, get_fsdp_instances
 from torch import Tensor, nn
 
 from villa.distributed.blocks import separate_blocks
@@ -51,6 +52,7 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         )
         self.set_gradient_divide_factors(1.0, 1.0, recursive=False)  # sums, not means over processes
         self.reduced: set[nn.Parameter] = set()
+        self._partial = False
         self._each_pass = each_pass
         for parameter in self.params:
             if parameter.requires_grad:
@@ -62,6 +64,22 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         self._lazy_init()
         self._free_full_params()
         self._use_fp32_param_shard()
+
+    @contextmanager
+    def without_parameters(self) -> Iterator[None]:
+        """Context, of the model's unit, of a backward pass that does not reach the parameters.
+
+        fairscale takes a pass for ended when gradients of parameters have arrived, and readies those that are there for
+        more; here neither must happen.
+        """
+        units = get_fsdp_instances(self)
+        for unit in units:
+            unit._partial = True
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit._partial = False
 
     def own_part(self, whole: Tensor) -> Tensor:
         """Return this process's part of a parameter, or of something of its shape."""
@@ -87,8 +105,16 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         super()._register_pre_backward_hooks(entrances)
         return gated
 
+    def _wait_for_post_backward(self) -> None:
+        for unit in get_fsdp_instances(self) if self._partial else ():
+            trained = any(p.requires_grad for p in unit.params)
+            unit.training_state = TrainingState.BACKWARD_POST if trained else TrainingState.BACKWARD_PRE
+        super()._wait_for_post_backward()
+
     def _prep_grads_for_backward(self) -> None:
         """Set sums of earlier passes aside; fairscale takes those of a single element for gradients of this process."""
+        if self._partial:
+            return
         if not self._each_pass or self.world_size == 1:
             super()._prep_grads_for_backward()
             return
@@ -216,6 +242,20 @@ class FairscaleFullySharded(FairscaleStrategy):
             yield
             self._settle()
 
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """See the base class; fairscale does not know of backward passes that end before the parameters."""
+        if not self._units:
+            return super().gradient(loss, inputs)
+        with self._units[-1].no_sync(), self._units[-1].without_parameters():
+            found = super().gradient(loss, inputs)
+        self.put_away()
+        return found
+
+    def put_away(self) -> None:
+        """See the base class."""
+        for unit in self._units:
+            unit.put_away()
+
     def shape(self, parameter: Tensor) -> torch.Size:
         """See the base class."""
         whole: torch.Size = getattr(parameter, "_orig_size", parameter.shape)
@@ -245,8 +285,7 @@ class FairscaleFullySharded(FairscaleStrategy):
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """See the base class; every process reads the whole weights and keeps its part."""
-        for unit in self._units:
-            unit.put_away()
+        self.put_away()
         with torch.no_grad():
             for name, tensor in model.state_dict(keep_vars=True).items():
                 tensor.copy_(self._part(state[name].to(tensor.device), tensor))
@@ -260,6 +299,16 @@ class FairscaleFullySharded(FairscaleStrategy):
             for number, kept in sorted(state["state"].items())
         }
         return state
+
+    def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        whole: Tensor = self._whole(part, parameter)
+        return whole
+
+    def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        part: Tensor = self._part(whole, parameter).to(parameter.device)
+        return part
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """See the base class; the count of steps may have the shape of a parameter that is a single number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,16 @@ class FairscaleShardedData(FairscaleStrategy):
                 yield
             if reduce or self.config.reduce_each_pass:
                 self._reduce(self._reducer)
+
+    def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """See the base class; each parameter counts at its owner, which alone has its gradient."""
+        own = torch.tensor([self._owners[p] == self.processes.rank for p in parameters], device=sums.device)
+        return super().total(sums.where(own, 0.0), parameters)
+
+    def spread(self, parameters: Sequence[nn.Parameter]) -> None:
+        """See the base class."""
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), src=self._owners[parameter])
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """See the base class; the owners send what they keep to the main process."""

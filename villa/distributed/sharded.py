@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -51,9 +52,33 @@ class Sharded(SharedStrategy):
             self._model.set_is_last_backward(summed)
         yield
 
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """See the base class."""
+        if self._model is not None:
+            self._model.set_requires_gradient_sync(False)
+            self._model.set_is_last_backward(False)
+        return super().gradient(loss, inputs)
+
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """See the base class."""
         return _whole(super().gradient_norm(parameters))
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """See the base class."""
+        local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach()
+
+    def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """See the base class."""
+        dist.all_reduce(sums)
+        return sums
+
+    def put_away(self) -> None:
+        """See the base class."""
+        root: Any = self._model
+        for module in root.modules() if root is not None else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def without_gradients(self) -> AbstractContextManager[Any]:
         """See the base class; tensors made in inference mode could not be trained on later."""
@@ -83,6 +108,22 @@ class Sharded(SharedStrategy):
             return state
         whole = _whole(state.detach())
         return whole.cpu() if self.processes.is_main else whole.new_empty(0)
+
+    def shared(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        if not isinstance(parameter, DTensor):
+            return part
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+    def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        whole: Tensor = self.whole(self.shared(part, parameter))
+        return whole
+
+    def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """See the base class."""
+        return self.local(_part(whole, parameter)).to(parameter.device)
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """See the base class."""

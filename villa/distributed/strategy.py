@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -77,10 +77,31 @@ class Strategy:
         """
         return nullcontext()
 
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of a loss with respect to ``inputs`` alone, None for one that it does not depend on.
+
+        No gradient of a parameter is computed, changed or sent; processes send each other parameters at most.
+        """
+        return torch.autograd.grad(loss, inputs, allow_unused=True)
+
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Return the norm of all gradients together, after they were reduced."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).detach()
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return this process's part of a parameter or its gradient, as a plain tensor that shares its memory."""
+        return tensor.detach()
+
+    def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return what ``sums [n]``, of this process's parts of n parameters, add up to; all processes call it."""
+        return sums
+
+    def spread(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give all processes the parameters that some have changed in place: those that have the gradients."""
+
+    def put_away(self) -> None:
+        """Forget parameters that were put together: the parts that they were made of have changed."""
 
     def shape(self, parameter: Tensor) -> torch.Size:
         """Return the whole shape of a parameter that processes may share."""
@@ -110,6 +131,18 @@ class Strategy:
         """Return nested containers of an optimiser's state with every tensor whole; all processes call it."""
         return state
 
+    def shared(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """Return this process's part of something of a parameter's shape, in the form that parameters have."""
+        return part
+
+    def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """Put something of a parameter's shape together; all processes call it, and the main one gets it."""
+        return part
+
+    def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """Return this process's part of something of a parameter's shape, as a plain tensor; see ``whole_like``."""
+        return whole.to(parameter.device)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimiser's state dict with every tensor whole; all processes call it, and the main one gets it."""
         state: dict[str, Any] = self.whole(optimizer.state_dict())
@@ -118,6 +151,12 @@ class Strategy:
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """Return this process's part of what an optimiser keeps about a parameter; the opposite of ``whole``."""
         return dict(state)
+
+
+def overflows(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[torch.device, Tensor]:
+    """Return what a loss scaler has found by device, since the last update: above 0 where a gradient overflowed."""
+    found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return found
 
 
 class SharedStrategy(Strategy):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from villa.datasets.base import Split, TaskDataset
-from villa.datasets.stream import evaluation_batches
 from villa.engine.evaluator import Ran
 from villa.engine.setup import Parts
 from villa.evaluation.predictions import PredictionWriter
@@ -18,14 +17,8 @@ from villa.registry import SUBMISSIONS
 
 def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
     """Yield the ids and decoded answers of the examples, in order; the main process alone gets them all."""
-    size = parts.config.evaluation.examples
-    share = parts.strategy.share
-    training = parts.config.training
-    batches = evaluation_batches(
-        examples, parts.data.collate, size, training.workers, share=share, timeout=training.data_timeout
-    )
-    total = -(-len(examples) // (size * share.world_size))
-    for ran in parts.evaluator.predict(track(batches, "predict", total, mode=parts.config.logging.progress)):
+    batches, count = parts.evaluation_batches(examples)
+    for ran in parts.evaluator.predict(track(batches, "predict", count, mode=parts.config.logging.progress)):
         yield from collected(parts, ran)
 
 

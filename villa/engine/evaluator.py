@@ -11,7 +11,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.datasets.stream import StandIn
 from villa.distributed.strategy import Strategy
-from villa.engine.passes import Precision
+from villa.engine.passes import Precision, evaluating
 from villa.evaluation.metrics import Metric
 from villa.facts import Written
 from villa.losses.base import Loss
@@ -56,17 +56,13 @@ class Evaluator:
 
     def predict(self, batches: Iterable[Batch | StandIn]) -> Iterator[Ran]:
         """Yield every batch with the model's output."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for item in batches:
                 own = isinstance(item, Batch)
                 moved = (item if isinstance(item, Batch) else item.batch).to(self.precision.device)
                 with self.strategy.without_gradients():
                     output = self.precision.run(self.model, moved)
                 yield Ran(moved, output, own)
-        finally:
-            self.model.train(training)
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
         """What the data set decodes for a batch that ``predict`` has yielded: its logits, or a generated text."""

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from villa.adversarial.injection import inject
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
+from villa.distributed.blocks import modes
 from villa.distributed.strategy import Strategy
 from villa.losses.base import Loss, Reduction
 from villa.losses.classification import widened
@@ -21,7 +22,8 @@ from villa.share import Turn
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: The type that autocast runs matrix products in.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
@@ -34,7 +36,7 @@ class Precision:
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         self.device = device
-        self.dtype = _AUTOCAST.get(name)
+        self.dtype = AUTOCAST.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def run(self, model: Model, batch: Batch) -> ModelOutput:
@@ -53,6 +55,11 @@ class Precision:
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
 
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Context in which a model is in evaluation mode; afterwards every module is in the mode that it was in."""
+    return modes([(module, False) for module in model.modules()])
+
+
 class ModelPasses:
     """``villa.trainers.base.Passes`` of a process's micro-batches.
 
@@ -67,7 +74,8 @@ class ModelPasses:
     Attributes:
         losses: place (among those of this process) and detached value of every loss of a micro-batch of its own that
             was back-propagated in this update.
-        check: called before every pass; what it raises abandons the update.
+        ascents: place, modality, and whether it was finite, of every gradient of a perturbation of a micro-batch of its
+            own that ``gradient`` has computed in this update.
     """
 
     def __init__(
@@ -78,15 +86,25 @@ class ModelPasses:
         self.precision = precision
         self.points: Mapping[str, Point] = model.perturbation_points()
         self.losses: list[tuple[int, Tensor]] = []
+        self.ascents: list[tuple[int, str, Tensor]] = []
         self.strategy = strategy or Strategy()
-        self.check: Callable[[], None] = lambda: None
+        self._check = _go_on
         self._seed = seed
         self._update = self._place = 0
         self._turn = Turn(0)
         self._weight = 1.0
         self._last = True
 
-    def begin(self, update: int, place: int, weight: float, *, turn: Turn | None = None, last: bool = True) -> None:
+    def begin(
+        self,
+        update: int,
+        place: int,
+        weight: float,
+        *,
+        turn: Turn | None = None,
+        last: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Turn to a micro-batch; every loss of it is multiplied by ``weight``.
 
         Args:
@@ -95,9 +113,12 @@ class ModelPasses:
             weight: of the micro-batch in the update; 0 where another process answers for it.
             turn: its number in the update; by default ``place``.
             last: whether it is the last one that this process runs.
+            check: called before every pass; what it raises abandons the update.
         """
         if place == 0:
             self.losses.clear()
+            self.ascents.clear()
+        self._check = check or _go_on
         self._update, self._place, self._weight = update, place, weight
         self._turn, self._last = turn or Turn(place), last
 
@@ -117,12 +138,14 @@ class ModelPasses:
         *,
         index: int = 0,
         grad: bool = True,
+        train: bool = True,
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; logits come in fp32 or wider."""
-        self.check()
+        self._check()
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
-        with torch.set_grad_enabled(grad), injected:
+        mode = nullcontext() if train else evaluating(self.model)
+        with torch.set_grad_enabled(grad), mode, injected:
             return self.precision.run(self.model, batch)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
@@ -134,9 +157,25 @@ class ModelPasses:
         """Return the divergence of the predictions from those on clean inputs, as the loss defines it."""
         return self.loss_function.consistency(output, clean, batch, reduction)
 
+    def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
+        """Give perturbations, and nothing else, the gradient of ``loss``; see ``villa.trainers.base.Passes``."""
+        deltas = [perturbation.trained() for perturbation in perturbations.values()]
+        scale = self.precision.loss_scale
+        gradients = self.strategy.gradient(loss * scale if scale != 1.0 else loss, deltas)
+        if self._turn.own:
+            self.losses.append((self._place, loss.detach()))
+        for modality, delta, gradient in zip(perturbations, deltas, gradients, strict=True):
+            if gradient is not None and self._turn.own:
+                self.ascents.append((self._place, modality, gradient.isfinite().all()))
+            delta.grad = gradient if gradient is None or scale == 1.0 else gradient / scale
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate the scaled, weighted loss; with the ``last`` one of the update, processes sum up gradients."""
         if self._turn.own:
             self.losses.append((self._place, loss.detach()))
         with self.strategy.backward(reduce=last and self._last):
             torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))
+
+
+def _go_on() -> None:
+    """Look for no signal."""

@@ -10,7 +10,6 @@ from villa.checkpoints.store import CheckpointStore
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split
 from villa.datasets.samplers import Sampler
-from villa.datasets.stream import evaluation_batches
 from villa.engine.answers import answer_file, collected, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
 from villa.engine.loop import Training
@@ -66,13 +65,7 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     Raises:
         DataError: the split has no targets.
     """
-    size = parts.config.evaluation.examples
-    share = parts.strategy.share
-    training = parts.config.training
-    batches = evaluation_batches(
-        examples, parts.data.collate, size, training.workers, share=share, timeout=training.data_timeout
-    )
-    count = len(share.turns(sum(map(len, examples.cut(size)))))
+    batches, count = parts.evaluation_batches(examples)
     shown = track(batches, split, count, mode=parts.config.logging.progress)
     with answer_file(parts, _predictions(folder, split)) as write:
 

@@ -21,6 +21,7 @@ from villa.checkpoints.store import resolve
 from villa.config.schema import BatchConfig, RunConfig
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.own.assets import assets_beside, facts_beside
+from villa.datasets.stream import StandIn, evaluation_batches
 from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.evaluator import Evaluator
@@ -70,6 +71,20 @@ class Parts:
         """
         self.strategy.connect()
         self.strategy.apply(self.model)
+
+    def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
+        """Return this process's batches of a split, in order, and how many there are.
+
+        Args:
+            split: the examples.
+            first: only the first batch, or the first one of every part.
+        """
+        config, share = self.config, self.strategy.share
+        size, training = config.evaluation.examples, config.training
+        batches = evaluation_batches(
+            split, self.data.collate, size, training.workers, first=first, share=share, timeout=training.data_timeout
+        )
+        return batches, len(share.turns(sum(1 if first else len(part) for part in split.cut(size))))
 
     def prepare(self, batch: Batch) -> Batch:
         """Move a training micro-batch to the device, and let the data set choose among its candidates."""

@@ -16,7 +16,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
-from villa.datasets.stream import StandIn, UpdateStream, evaluation_batches
+from villa.datasets.stream import StandIn, UpdateStream
 from villa.distributed.processes import Processes
 from villa.distributed.strategy import strategy_of
 from villa.engine.callbacks.checkpointing import CheckpointCallback, SignalCallback
@@ -24,6 +24,7 @@ from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.inference import restore_parts
 from villa.engine.loop import Callback, Progress, Training, fit
+from villa.engine.passes import ModelPasses
 from villa.engine.report import about_split, report, warnings_of_run
 from villa.engine.run_folder import claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts, batch_of_processes, build, build_trainer, idle_note
@@ -36,7 +37,7 @@ from villa.provenance import provenance
 from villa.registry import OPTIMIZERS, SCHEDULERS
 from villa.signals import Interrupted, check, interruptible
 from villa.tracking import Trackers, run_trackers
-from villa.trainers.base import Trainer
+from villa.trainers.base import Cost, Trainer
 
 
 def train(config: RunConfig) -> int:
@@ -165,15 +166,19 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
 
 def _cost(trainer: Trainer, objectives: Mapping[str, float]) -> str:
     """The passes of a micro-batch, of each objective where they differ, and what they cost on average."""
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[Cost, list[str]] = {}
     for name in objectives:
         groups.setdefault(trainer.cost_of(name), []).append(name)
     relative = f"{trainer.relative_cost(objectives):.1f}x standard training"
-    (forwards, backwards), *others = groups or [trainer.cost()]
+    cost, *others = groups or [trainer.cost()]
     if not others:
-        return f"{forwards} forward + {backwards} backward a micro-batch, {relative}"
-    passes = (f"{f} forward + {b} backward of {', '.join(names)}" for (f, b), names in groups.items())
+        return f"{_passes(cost)} a micro-batch, {relative}"
+    passes = (f"{_passes(cost)} of {', '.join(names)}" for cost, names in groups.items())
     return f"a micro-batch is {' and '.join(passes)}; on average {relative}"
+
+
+def _passes(cost: Cost) -> str:
+    return " + ".join(f"{n} {what}" for n, what in zip(cost, ("forward", "backward", "ascent"), strict=False))
 
 
 def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -194,6 +199,8 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     state = checkpoint.training_state(dict(training.model.named_parameters()))
     unfit = f"checkpoint '{checkpoint.path}' does not fit this recipe"
     with reading(unfit, "use another one, or the recipe that it was trained with", CheckpointError), about(unfit):
+        if "trainer.name" in changed:
+            state["updater"].pop("trainer", None)  # another method's
         training.load_state_dict(state)
         if training.progress.update != checkpoint.update:
             raise CheckpointError(f"its state is that of update {training.progress.update}")
@@ -243,18 +250,9 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
     config = parts.config
     factory = OPTIMIZERS.get(config.optimizer.name)(config.optimizer)
     optimizer = parts.strategy.optimizer(lambda: factory.build(parts.model))
-    return Updater(
-        parts.model,
-        parts.loss,
-        trainer,
-        optimizer,
-        SCHEDULERS.get(config.scheduler.name)(config.scheduler, total),
-        config.training,
-        precision=parts.precision,
-        accumulation=config.batch.accumulation,
-        seed=config.seed,
-        strategy=parts.strategy,
-    )
+    passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
+    schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, total)
+    return Updater(passes, trainer, optimizer, schedule, config.training, config.batch.accumulation)
 
 
 def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress) -> list[Callback]:
@@ -267,17 +265,7 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
             print(f"  note: {warning}", flush=True)
 
         def batches(first: bool = False) -> Iterable[Batch | StandIn]:
-            size, training, share = evaluation.examples, config.training, parts.strategy.share
-            plain = evaluation_batches(
-                split,
-                parts.data.collate,
-                size,
-                training.workers,
-                first=first,
-                share=share,
-                timeout=training.data_timeout,
-            )
-            count = len(share.turns(sum(1 if first else len(p) for p in split.cut(size))))
+            plain, count = parts.evaluation_batches(split, first=first)
             return display.track(plain, str(evaluation.split), count)
 
         validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display)

@@ -1,71 +1,27 @@
-"""One update: all passes of all its micro-batches, clipping, and the optimiser step."""
+"""Turning micro-batches into optimiser steps: what an update does to the state of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.checkpoints.tensors import parameter_indices
+from villa.checkpoints.tensors import named_parameters, parameter_indices
 from villa.config.schema import TrainingConfig
 from villa.distributed.strategy import Strategy
+from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame, put_back
 from villa.engine.optimizers import BertAdamW
-from villa.engine.passes import ModelPasses, Precision
+from villa.engine.passes import ModelPasses
 from villa.engine.schedules import Schedule
 from villa.errors import NonFiniteError
 from villa.json_values import is_count, is_number
-from villa.losses.base import Loss
-from villa.models.base import Model
 from villa.share import Turn
 from villa.signals import Interrupted
 from villa.trainers.base import Logs, Trainer
-
-
-def describe_nonfinite(
-    losses: Sequence[tuple[int, Tensor]],
-    logs: Mapping[str, Tensor],
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    batches: Sequence[Batch],
-) -> str:
-    """Name the first loss or gradient of an update that is not finite, with the examples concerned.
-
-    Args:
-        losses: micro-batch number and value of every loss of the update, in order.
-        logs: the update's values by name, which tell the parts of a loss apart.
-        parameters: named parameters with their gradients.
-        batches: the update's micro-batches.
-
-    Returns:
-        One line.
-    """
-    backward = dict.fromkeys(range(len(batches)), 0)
-    for micro_batch, loss in losses:
-        backward[micro_batch] += 1
-        if not torch.isfinite(loss):
-            named = ", ".join(name for name, value in logs.items() if not torch.isfinite(value))
-            parts = f" (not finite: {named})" if named else ""
-            what = f"the loss of backward pass {backward[micro_batch]} is {loss.item()}{parts}"
-            return f"{what}; examples: {_ids(batches[micro_batch : micro_batch + 1])}"
-    for name, parameter in parameters:
-        if parameter.grad is not None and not _here(parameter.grad).isfinite().all():
-            return f"the gradient of {name} is not finite; examples: {_ids(batches)}"
-    return f"the norm of all gradients together is too large for a float; examples: {_ids(batches)}"
-
-
-def _here(gradient: Tensor) -> Tensor:
-    """This process's part of a gradient that several have."""
-    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return part
-
-
-def _ids(batches: Sequence[Batch]) -> str:
-    return ", ".join(i for batch in batches for i in batch.ids)
-
-
-Accumulation = Literal["mean", "sum", "total"]
 
 #: What optimisers keep of every parameter, of its shape.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
@@ -78,38 +34,27 @@ class Updater:
     """Turns the micro-batches of an update into one optimiser step.
 
     Args:
-        model: the model to train.
-        loss: the task loss.
+        passes: the model with its loss, precision and strategy, as a trainer runs it.
         trainer: the adversarial method.
         optimizer: with ``initial_lr`` in its groups.
         schedule: learning rate by update.
-        config: clipping, precision and the policy for NaN and infinity.
-        precision: autocast and loss scaling.
+        config: clipping, and the policy for NaN and infinity.
         accumulation: ``mean`` over the update's examples, the ``sum`` of micro-batch means, or the ``total`` over
             examples.
-        seed: the run's seed.
-        strategy: how processes share the update; by default there is one process.
     """
 
     def __init__(
         self,
-        model: Model,
-        loss: Loss,
+        passes: ModelPasses,
         trainer: Trainer,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         config: TrainingConfig,
-        *,
-        precision: Precision,
-        accumulation: Accumulation,
-        seed: int,
-        strategy: Strategy | None = None,
+        accumulation: Accumulation = "mean",
     ) -> None:
-        self.model, self.loss, self.trainer = model, loss, trainer
+        self.passes, self.trainer, self.accumulation = passes, trainer, accumulation
         self.optimizer, self.schedule, self.config = optimizer, schedule, config
-        self.precision, self.accumulation = precision, accumulation
-        self.strategy = strategy or Strategy()
-        self.passes = ModelPasses(model, loss, precision, seed, self.strategy)
+        self.model, self.precision, self.strategy = passes.model, passes.precision, passes.strategy
         self.skipped = 0
 
     def update(
@@ -125,8 +70,7 @@ class Updater:
             number: of the update.
             batches: the micro-batches that this process runs.
             turns: which of the update's micro-batches they are; by default all of them.
-            check: looks for signals: called between micro-batches, which all processes have as many of, and by a
-                process that is alone before every pass, too.
+            check: looks for signals; see ``MicroBatches``.
 
         Raises:
             Interrupted: by ``check``; the update has changed nothing then.
@@ -134,22 +78,30 @@ class Updater:
         """
         self.schedule.apply(self.optimizer, number)
         turns = turns or [Turn(place) for place in range(len(batches))]
+        work = MicroBatches(number, batches, turns, self.accumulation, check)
+        frame = UpdateFrame(self.passes, self.trainer, self.optimizer, work, self.config.clip_norm)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        state = copy.deepcopy(self.trainer.state_dict())
         try:
-            logs = self._run(number, batches, turns, check)
+            logs = self.trainer.update(frame)
+            if not frame.stepped:
+                raise RuntimeError(f"{type(self.trainer).__name__}.update has not called frame.step()")
+            self.skipped = 0
+        except SkippedUpdateError as skipped:
+            logs = frame.logs
+            self._undo(buffers, state)
+            self._skip_or_stop(number, skipped.cause)
         except Interrupted:
-            self._abandon(number, buffers)
+            self._undo(buffers, state)
+            if number > 1:
+                self.schedule.apply(self.optimizer, number - 1)
             raise
-        norm = self._gradient_norm()
-        logs, finite_losses = self._of_all(logs)
-        if self._acceptable(number, batches, norm, logs, finite_losses):
-            self._step(norm)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return logs | {"gradient_norm": norm}
+        return logs | {"gradient_norm": frame.gradient_norm}
 
     def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
-        """What a resumed run needs: optimiser, loss scale, skipped updates in a row.
+        """What a resumed run needs: optimiser, loss scale, skipped updates in a row, and what the method keeps.
 
         Args:
             whole: put tensors together that processes have parts of; all of them call it then.
@@ -159,6 +111,7 @@ class Updater:
             "optimizer": strategy.optimizer_state(optimizer) if whole else optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "skipped": self.skipped,
+            "trainer": self._trainer_state(whole=whole),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -172,72 +125,20 @@ class Updater:
         if not is_count(self.skipped) or not all(map(is_number, scaler.values())):
             raise ValueError("the loss scale, or the updates that were skipped, are no numbers")
         self.precision.scaler.load_state_dict(scaler)
+        if "trainer" in state:  # earlier checkpoints have none
+            self._load_trainer(state["trainer"])
 
-    def _run(self, number: int, batches: Sequence[Batch], turns: Sequence[Turn], check: Callable[[], None]) -> Logs:
-        """Run all passes of the micro-batches; their gradients add up."""
-        counts = [self.loss.count(batch) if turn.own else 0 for batch, turn in zip(batches, turns, strict=True)]
-        (total,) = self.strategy.processes.total([sum(counts)])
-        self.passes.check = check if self.strategy.processes.world_size == 1 else _go_on
-        logs: Logs = {}
-        for place, (batch, turn, count) in enumerate(zip(batches, turns, counts, strict=True)):
-            if place:
-                check()
-            share = count / total
-            weight = {"mean": share, "sum": float(turn.own), "total": float(count)}[self.accumulation]
-            self.passes.begin(number, place, weight, turn=turn, last=place + 1 == len(batches))
-            _add(logs, self.trainer.step(batch, self.passes), share)
-        return logs
-
-    def _abandon(self, number: int, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Put back what the passes of an update have changed: gradients, running means and the like."""
+    def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], state: Mapping[str, Any]) -> None:
+        """Put back what an update has changed before its step: gradients, running means, the trainer's state."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        if number > 1:
-            self.schedule.apply(self.optimizer, number - 1)
+        put_back(buffers)
+        self.trainer.load_state_dict(state)
 
-    def _gradient_norm(self) -> Tensor:
-        """Unscale the gradients and return their global norm."""
-        self.strategy.unscale(self.precision.scaler, self.optimizer)
-        return self.strategy.gradient_norm(self.model.parameters())
-
-    def _step(self, norm: Tensor) -> None:
-        if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
-        self.precision.scaler.step(self.optimizer)
-
-    def _of_all(self, logs: Logs) -> tuple[Logs, Tensor]:
-        """The values to log of all processes together, and whether all their losses are finite."""
-        losses = [loss.float() for _, loss in self.passes.losses]
-        finite = torch.isfinite(torch.stack(losses)).all() if losses else torch.tensor(True)
-        if self.strategy.processes.world_size == 1:
-            return logs, finite
-        values = torch.stack([value.to(finite.device).double() for value in (~finite, *logs.values())])
-        bad, *sums = self.strategy.processes.total(values.tolist())
-        summed = zip(logs.items(), sums, strict=True)
-        return {name: torch.full_like(value, total) for (name, value), total in summed}, torch.tensor(bad == 0)
-
-    def _acceptable(
-        self, number: int, batches: Sequence[Batch], norm: Tensor, logs: Logs, finite_losses: Tensor
-    ) -> bool:
-        """Whether to take the step; a value that is not finite is named, and skips or stops the run."""
-        finite = bool(torch.isfinite(norm.float()) & finite_losses.to(norm.device))
-        if finite or not self._is_trouble(finite_losses):
+    def _skip_or_stop(self, number: int, cause: str | None) -> None:
+        if cause is None:  # the loss scaler's affair
             self.skipped = 0
-            return True
-        self._skip_or_stop(number, batches, logs)
-        return False
-
-    def _is_trouble(self, finite_losses: Tensor) -> bool:
-        """Whether a non-finite value is more than an fp16 overflow, which the scaler mends by itself."""
-        if not self.precision.scaler.is_enabled() or self.precision.loss_scale <= 1.0:
-            return True
-        return not finite_losses
-
-    def _skip_or_stop(self, number: int, batches: Sequence[Batch], logs: Logs) -> None:
-        found = describe_nonfinite(self.passes.losses, logs, self.model.named_parameters(), batches)
-        message = f"update {number}: {_first_cause(self.strategy.processes.gather(found))}"
+            return
+        message = f"update {number}: {cause}"
         if self.config.nonfinite == "stop":
             raise NonFiniteError(f"{message}; lower the learning rate or step sizes, or set training.nonfinite=skip")
         if self.skipped == self.config.max_skips:
@@ -248,15 +149,33 @@ class Updater:
         self.skipped += 1
         print(f"skipped {message}", flush=True)
 
+    def _trainer_state(self, *, whole: bool) -> dict[str, Any]:
+        """What the method keeps, and what it keeps of weights: put together, or this process's parts."""
+        form = self.strategy.whole_like if whole else self.strategy.shared
+        kept = self.trainer.weight_state.items()
+        parameters = named_parameters(self.optimizer) if kept else {}
+        weights = {word: {name: form(part, parameters[name]) for name, part in of.items()} for word, of in kept}
+        return {"state": self.trainer.state_dict(), "weights": weights}
 
-def _go_on() -> None:
-    """Look for no signal: other processes may be at another pass."""
+    def _load_trainer(self, saved: Mapping[str, Any]) -> None:
+        parameters = named_parameters(self.optimizer) if saved["weights"] else {}
+        self.trainer.load_state_dict(saved["state"])
+        self.trainer.weight_state = {
+            word: {name: self._part_of_weight(word, name, value, parameters) for name, value in of.items()}
+            for word, of in saved["weights"].items()
+        }
 
+    def _part_of_weight(self, word: str, name: str, whole: Any, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """This process's part of what the method keeps of a weight.
 
-def _first_cause(found: Sequence[str]) -> str:
-    """Of what the processes found, a loss before a gradient, and that before the norm that all of them see."""
-    causes = (text for start in ("the loss", "the gradient") for text in found if text.startswith(start))
-    return next(causes, found[0])
+        Raises:
+            ValueError: there is no such weight, or it has another shape.
+        """
+        # parts that shards were read for have the whole's shape, too
+        shape = self.strategy.shape(parameters[name]) if name in parameters else None
+        if not isinstance(whole, Tensor) or whole.shape != shape:
+            raise ValueError(f"the trainer's '{word}' of '{name}' is not that of a parameter of this model")
+        return self.strategy.part_like(whole, parameters[name])
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], strategy: Strategy) -> None:
@@ -266,9 +185,7 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], st
     if own.keys() != theirs.keys():
         differing = sorted(own.keys() ^ theirs.keys())
         raise ValueError(f"the trained parameters differ: '{differing[0]}' ({len(differing)} in all)")
-    parameters = {
-        n: p for group in optimizer.param_groups for n, p in zip(group["names"], group["params"], strict=True)
-    }
+    parameters = named_parameters(optimizer)
     state = {}
     for name, index in theirs.items():
         if index in saved["state"]:
@@ -292,8 +209,3 @@ def _check_moments(name: str, kept: Mapping[str, Any], shape: torch.Size, optimi
 def _is_moment(value: Any, shape: torch.Size) -> bool:
     dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
     return dense and value.shape == shape
-
-
-def _add(total: Logs, values: Logs, weight: float) -> None:
-    for name, value in values.items():
-        total[name] = total.get(name, torch.zeros_like(value)) + value * weight

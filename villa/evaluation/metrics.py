@@ -13,6 +13,7 @@ from villa.batch import Batch
 from villa.errors import DataError
 from villa.facts import Box, RegionReference
 from villa.models.base import ModelOutput
+from villa.objectives import OBJECTIVES
 from villa.registry import register_metric
 
 
@@ -206,15 +207,12 @@ class ReferringAccuracy(MeanScore):
 class ObjectiveAccuracy(MeanScore):
     """Share of the rows of logits ``[N, classes]`` whose argmax is the target.
 
-    Attributes:
-        objectives: the objectives that it scores; data without them have no such value.
+    ``villa.objectives`` names the metric of each objective; data without its objectives have no such value.
     """
-
-    objectives: ClassVar[tuple[str, ...]]
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         """Add the batch's rows, if it is for one of the objectives."""
-        if batch.objective not in self.objectives:
+        if batch.objective is None or OBJECTIVES[batch.objective].metric != self.name:
             return
         if batch.targets is None:
             raise DataError(f"metric '{self.name}': the examples have no targets (first: '{batch.ids[0]}')")
@@ -234,7 +232,6 @@ class MlmAccuracy(ObjectiveAccuracy):
     """Share of masked tokens predicted correctly."""
 
     name = "mlm_accuracy"
-    objectives = ("mlm",)
 
 
 @register_metric("itm_accuracy")
@@ -242,7 +239,6 @@ class ItmAccuracy(ObjectiveAccuracy):
     """Share of text-image pairs correctly classified as matching or not."""
 
     name = "itm_accuracy"
-    objectives = ("itm", "itm_wra")
 
 
 @register_metric("mrc_accuracy")
@@ -250,7 +246,6 @@ class MrcAccuracy(ObjectiveAccuracy):
     """Share of masked regions whose predicted class is the detector's likeliest, not counting column 0 (background)."""
 
     name = "mrc_accuracy"
-    objectives = ("mrc", "mrc_kl")
 
     def right(self, targets: Tensor) -> Tensor:
         """Return the detector's likeliest class, as in the loss ``mrc``."""

@@ -188,11 +188,11 @@ class Pretraining(Loss):
         self._classes = CrossEntropy()
         self._contrastive = Contrastive(ContrastiveConfig(form=self.config.contrastive_form))
         self._terms: dict[str, Callable[[ModelOutput, Batch], Tensor]] = {
-            **dict.fromkeys(("mlm", "itm", "qa"), self._classes),
-            "mrfr": masked_features,
-            "mrc": masked_classes,
-            "mrc_kl": masked_distributions,
-            "itm_wra": self._itm_wra,
+            "classes": self._classes,
+            "features": masked_features,
+            "top_class": masked_classes,
+            "distribution": masked_distributions,
+            "aligned": self._aligned,
             "lxmert": self._lxmert,
             "contrastive": self._contrastive,
         }
@@ -206,7 +206,7 @@ class Pretraining(Loss):
         objective = named_objective(batch)
         if not self.count(batch):
             raise DataError(f"a batch of objective '{objective}' asks for nothing (first: '{batch.ids[0]}')")
-        return self.config.weights.get(objective, 1.0) * self._terms[objective](output, batch)
+        return self.config.weights.get(objective, 1.0) * self._terms[OBJECTIVES[objective].loss](output, batch)
 
     def consistency(
         self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
@@ -217,11 +217,12 @@ class Pretraining(Loss):
         """
         objective = named_objective(batch)
         weight = self.config.weights.get(objective, 1.0)
-        if objective == "lxmert":
+        term = OBJECTIVES[objective].loss
+        if term == "lxmert":
             return weight * joint_consistency(output, clean, batch, reduction, self.config.region_weight)
-        if objective == "mrfr":
+        if term == "features":
             return weight * mean_squared_difference(output, clean)
-        if objective == "contrastive":
+        if term == "contrastive":
             return weight * self._contrastive.consistency(output, clean, batch, reduction)
         return weight * symmetric_kl(output.logits, clean.logits, reduction)
 
@@ -233,7 +234,7 @@ class Pretraining(Loss):
         """Masked tokens or regions, or else pairs: the elements that the mean runs over."""
         return len(batch) if batch.targets is None else len(batch.targets)
 
-    def _itm_wra(self, output: ModelOutput, batch: Batch) -> Tensor:
+    def _aligned(self, output: ModelOutput, batch: Batch) -> Tensor:
         value: Tensor = self._classes(output, batch) + self.config.transport_weight * alignment(output, batch)
         return value
 

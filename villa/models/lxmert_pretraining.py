@@ -15,18 +15,11 @@ from villa.models.base import ModelOutput, Point
 from villa.models.lxmert import Lxmert, LxmertConfig, LxmertEncoded
 from villa.models.two_heads import settle
 from villa.models.uniter.pretraining import Transform, WordPrediction, head_of, required_mask
-from villa.objectives import asked_parts
+from villa.objectives import LXMERT_PARTS, asked_parts
 from villa.registry import register_model
 
-#: Objectives of a single part, and the part; ``lxmert`` asks for all parts that a batch has targets for.
-PARTS = {
-    "mlm": "words",
-    "mrfr": "features",
-    "mrc": "objects",
-    "mrc_kl": "objects",
-    "itm": "matched",
-    "qa": "answers",
-}
+#: A head for every part; objective ``lxmert`` asks for all those that a batch has targets for.
+_HEADS: dict[str, str | None] = {**{part: part for part in LXMERT_PARTS}, "lxmert": None}
 #: The released names of the decoders of regions.
 _DECODERS = {"objects": "obj", "attributes": "attr", "features": "feat"}
 
@@ -111,7 +104,7 @@ class LxmertForPretraining(Lxmert):
         Raises:
             DataError: the batch lacks text, features, boxes or masks, or its objective has no head here.
         """
-        part = head_of(batch, {**PARTS, "lxmert": None})
+        part = head_of(batch, _HEADS)
         encoded = self.encode(batch, attentions)
         asked = asked_parts(batch) if part is None else [part]
         scores = {name: self._score(name, encoded, batch) for name in asked}

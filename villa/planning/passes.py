@@ -16,7 +16,7 @@ from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.config.schema import DistributedConfig
 from villa.distributed.blocks import checkpoint_activations, repeated_blocks
-from villa.engine.passes import ModelPasses, Precision, PrecisionName
+from villa.engine.passes import AUTOCAST, ModelPasses, Precision, PrecisionName
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
 
@@ -152,10 +152,6 @@ def _dropout(given: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return torch.native_dropout(given, p, True)[0]
 
 
-#: The type in which autocast runs matrix products.
-_AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 class PlannedPasses(ModelPasses):
     """The passes of one micro-batch on the meta device, counted.
 
@@ -185,11 +181,12 @@ class PlannedPasses(ModelPasses):
         *,
         index: int = 0,
         grad: bool = True,
+        train: bool = True,
     ) -> ModelOutput:
         """Run the model, and count the pass."""
         self.forwards += 1
         self.uses += 1 + grad
-        return super().forward(batch, perturbations, index=index, grad=grad)
+        return super().forward(batch, perturbations, index=index, grad=grad, train=train)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate, and count the pass."""
@@ -224,7 +221,7 @@ class _PlannedPrecision(Precision):
 
     def __init__(self, name: PrecisionName, kernels: Kernels) -> None:
         super().__init__("fp32", torch.device("cpu"))
-        self.dtype = _AUTOCAST[name]
+        self.dtype = AUTOCAST.get(name)
         self._kernels = kernels
 
     @contextmanager

@@ -13,7 +13,7 @@ from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.objectives import check_objectives
-from villa.trainers.base import Logs, Passes, Trainer, TrainerConfig
+from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 from villa.trainers.standard import CLEAN_COST
 
 #: Passes of an update that could still end.
@@ -110,7 +110,7 @@ class AdversarialTrainer(Trainer):
         """Whether an objective of pre-training is trained adversarially."""
         return self.config.objectives is None or objective in self.config.objectives
 
-    def cost_of(self, objective: str) -> tuple[int, int]:
+    def cost_of(self, objective: str) -> Cost:
         """One clean pass where the objective is not trained adversarially."""
         return self.cost() if self.asks_for(objective) else CLEAN_COST
 

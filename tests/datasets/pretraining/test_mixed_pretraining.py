@@ -9,9 +9,9 @@ import pytest
 
 from villa.cli.run import main
 from villa.datasets.uniter.database_split import ConcatenatedSplit
+from villa.datasets.uniter.index import Names
 from villa.datasets.uniter.pretraining import Pretraining, PretrainingDataConfig, VcrPretraining, VcrPretrainingConfig
 from villa.datasets.uniter.pretraining_splits import Mixture
-from villa.datasets.uniter.strings import Strings
 from villa.errors import ConfigError, DataError
 from villa.losses.pretraining import Pretraining as PretrainingLoss
 
@@ -42,7 +42,7 @@ def test_a_part_for_every_objective_of_every_corpus_with_the_product_of_their_we
         for objective, weight in MIX.items()
         if objective != "mrc_kl"
     }
-    assert {type(part.split.parts[0].ids) for part in split.mixed} == {Strings}
+    assert {type(part.split.parts[0].ids) for part in split.mixed} == {Names}
     assert len({id(part.split.parts[0].ids) for part in split.mixed}) == 2  # read once a corpus
 
 

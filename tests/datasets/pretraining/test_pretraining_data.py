@@ -80,7 +80,7 @@ def test_masked_regions_are_zero_and_asked_for(official_db: Path, objective: str
     else:
         assert targets.shape == (int(masked.sum()), 17)
         assert data.facts().num_labels == 17
-        stored = data.split("train").pair.images.soft_labels(data.split("train").image_names(batch.ids[0]))
+        stored = data.split("train").pair.images.soft_labels(data.split("train").image(0))
         first = masked[0].nonzero().squeeze(1)
         assert torch.equal(targets[: len(first)], stored[first])
 
@@ -99,7 +99,7 @@ def test_half_of_the_pairs_do_not_match(official_db: Path, objective: str) -> No
         matches.append(same)
         wrong.add(tuple(example.features.flatten()[:4].tolist()))
     assert sum(matches) / 1500 == pytest.approx(0.5, abs=0.052)
-    assert len(wrong) == len(split.images)
+    assert len(wrong) == len(split.distinct)
 
 
 def test_draws_derive_from_the_seed_and_evaluation_is_the_same_every_time(official_db: Path) -> None:
@@ -113,7 +113,7 @@ def test_draws_derive_from_the_seed_and_evaluation_is_the_same_every_time(offici
         drawn = [split.draw(0, seed) for seed in range(8)]
         assert len({str((d.input_ids.tolist(), d.features.sum().item(), d.target)) for d in drawn}) > 1
         assert split.answered
-        assert split.example(split.ids[0], {}).id == split.ids[0]
+        assert split.example(0, {}).id == split.ids[0]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mrfr", "mrc", "mrc_kl"])
@@ -121,8 +121,7 @@ def test_vcr_reads_the_right_answer_and_rationale(official_db: Path, objective: 
     data = vcr(official_db, objective)
     split: Any = data.split("train")
     for part, kind in zip(split.parts, ("qa", "qar"), strict=True):
-        id = part.ids[0]
-        stored = part.pair.text[id]
+        stored = part.fields(0)
         answer = stored["input_ids_as"][stored["qa_target"]]
         texts = [stored["input_ids"], answer]
         types = [0] * (2 + len(texts[0])) + [2] * (1 + len(answer))
@@ -221,7 +220,7 @@ def test_class_distributions_must_be_as_many_as_regions(tmp_path: Path, monkeypa
     write(tmp_path, labels=True)
     split: Any = own(tmp_path, "mrc").split("train")
     images = split.pair.images
-    monkeypatch.setattr(images, "soft_labels", lambda name: torch.rand(2, 4))
+    monkeypatch.setattr(images, "soft_labels", lambda row: torch.rand(2, 4))
     with pytest.raises(DataError, match="3 regions, but class distributions of 2"):
         split.draw(0, 0)
 

@@ -23,7 +23,7 @@ def test_every_part_has_masked_words_of_its_own(official_db: Path, kind: str, co
     cls_id, sep_id, mask_id, words = meta["CLS"], meta["SEP"], meta["MASK"], range(*meta["v_range"])
     found, drawn, forced, fates = 0, 0.0, 0.0, Counter[str]()
     for index in range(len(part)):
-        stored = part.pair.text[part.ids[index]]
+        stored = part.fields(index)
         texts = [stored["input_ids"], stored["input_ids_as"][stored["qa_target"]]]
         texts += [stored["input_ids_rs"][stored["qar_target"]]] if kind == "qar" else []
         assert len(texts) == count

@@ -24,10 +24,10 @@ from villa.datasets.lxmert.features import TsvFile, write_line
 from villa.datasets.own.files import FileStore
 from villa.datasets.stores import Source
 from villa.datasets.uniter.box_selection import BoxSelection
-from villa.datasets.uniter.image_lmdb import ImageDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.datasets.uniter.lmdb_env import DATA_FILE, LmdbReader
 from villa.datasets.uniter.packed_arrays import MAX_ARRAY_BYTES
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import DataError
 
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))
@@ -128,17 +128,17 @@ def test_tsv_files(tmp_path: Path, changes: list[tuple[float, bytes]], cut: floa
 
 
 def read_text(folder: Path) -> None:
-    database = TextDatabase(folder)
-    for id in database.lengths():
-        answers(lambda id=id: database.check(id))  # type: ignore[misc]
+    database = TextStore(folder)
+    for row in range(len(database)):
+        answers(lambda row=row: database.check(row))  # type: ignore[misc]
     database.fingerprint()
 
 
 def read_images(folder: Path, choice: BoxSelection) -> None:
-    database = ImageDatabase(folder, choice)
-    for name in database.names():
-        answers(lambda name=name: database.check([name]))  # type: ignore[misc]
-        answers(lambda name=name: database.soft_labels(name))  # type: ignore[misc]
+    database = ImageStore(folder, choice)
+    for row in range(len(database)):
+        answers(lambda row=row: database.check([row]))  # type: ignore[misc]
+        answers(lambda row=row: database.soft_labels(row))  # type: ignore[misc]
     database.fingerprint()
 
 
@@ -215,12 +215,11 @@ def test_a_file_emptied_while_it_is_mapped_is_named(official_db: Path, tmp_path:
     shutil.copytree(official_db / "txt_db" / folder.name, folder)
 
     def read() -> None:
-        database = TextDatabase(folder)
-        ids = list(database.lengths())
-        assert database[ids[0]]
+        database = TextStore(folder)
+        assert database[0]
         os.truncate(folder / DATA_FILE, 0)
-        for id in ids:
-            database[id]
+        for row in range(len(database)):
+            database[row]
         os._exit(3)
 
     assert in_a_child(read, folder) == 2
@@ -305,7 +304,7 @@ def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path, name: str) -> N
         (folder / "meta.json").write_text('{"CLS": 1, "SEP": 2, "MASK": 3, "v_range": [4, 9]}')
         message = r"is not an LMDB database|has no feat_th"
         read: Callable[[], object] = (
-            (lambda: TextDatabase(path)["1"]) if name == "texts" else (lambda: ImageDatabase(path, choice))
+            (lambda: TextStore(path)._reader.get("1")) if name == "texts" else (lambda: ImageStore(path, choice))
         )
     else:
         os.mkfifo(path)
@@ -322,6 +321,11 @@ def test_lists_that_are_pipes_are_refused(official_db: Path, tmp_path: Path) -> 
         (folder / name).unlink()
         os.mkfifo(folder / name)
         with pytest.raises(DataError, match="a pipe, socket or device"):
-            _ = (TextDatabase(folder).lengths(), TextDatabase(folder).images)
+            _ = (TextStore(folder).lengths, TextStore(folder).named_images())
         (folder / name).unlink()
         shutil.copy(official_db / "txt_db" / folder.name / name, folder)
+    images = tmp_path / "coco_train2014"
+    shutil.copytree(official_db / "img_db" / images.name / BoxSelection().folder(), images / BoxSelection().folder())
+    os.mkfifo(images / str(BoxSelection().counts_file()))
+    with pytest.raises(DataError, match=r"cannot read the numbers of boxes .*a pipe, socket or device"):
+        ImageStore(images, BoxSelection()).count(0)

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from golden_utils import load
+from named_stores import images_of, read_image, row_of, rows_of
 from torch.utils.data import DataLoader, Dataset
 
+from villa.datasets.uniter.database_split import Pair
 from villa.datasets.uniter.image_lmdb import (
     BoxSelection,
-    ImageDatabase,
-    PairedImageDatabase,
-    check_names,
-    check_pair,
+    ImageStore,
+    PairedImageStore,
 )
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.index import Names
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import ConfigError, DataError
 
 #: The image that the released readers were asked for, and the choices of boxes by name.
@@ -46,6 +47,12 @@ def copy(images: Path, tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(images / name, tmp_path / name))
 
 
+@pytest.fixture
+def copy_text(official_db: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Copy a text database to a place where it may be changed."""
+    return lambda name: Path(shutil.copytree(official_db / "txt_db" / name, tmp_path / name))
+
+
 def put(folder: Path, key: str, value: bytes | dict[str, Any]) -> None:
     """Overwrite a value of an environment."""
     if isinstance(value, dict):
@@ -57,73 +64,76 @@ def put(folder: Path, key: str, value: bytes | dict[str, Any]) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_reads_what_the_released_reader_reads(images: Path, choice: str) -> None:
     released = load("misc", "readers")[choice]
-    database = ImageDatabase(images / "coco_train2014", CHOICES[choice])
-    features, boxes = database[IMAGE]
+    database = ImageStore(images / "coco_train2014", CHOICES[choice])
+    features, boxes = read_image(database, IMAGE)
     assert features.dtype == torch.float16
     assert boxes.dtype == torch.float32
     assert torch.equal(features.float(), released["feat"])
     assert torch.equal(boxes, released["bb"])
-    assert database.count(IMAGE) == released["nbb"]
-    assert database.soft_labels(IMAGE).shape == released["dump"]["soft_labels"][1]
+    assert database.count(row_of(database, IMAGE)) == released["nbb"]
+    assert database.soft_labels(row_of(database, IMAGE)).shape == released["dump"]["soft_labels"][1]
 
 
 def test_choices_of_boxes_agree(images: Path) -> None:
-    databases = [ImageDatabase(images / "coco_train2014", choice) for choice in CHOICES.values()]
+    databases = [ImageStore(images / "coco_train2014", choice) for choice in CHOICES.values()]
     plain, compressed, fixed = databases
-    for name in plain.names():
-        rows = plain.count(name)
+    for row in range(len(plain)):
+        rows = plain.count(row)
         for other in (compressed, fixed):
-            assert torch.equal(other[name][0][:rows], plain[name][0])
-            assert torch.equal(other[name][1][:rows], plain[name][1])
-            assert torch.equal(other.soft_labels(name)[:rows], plain.soft_labels(name))
-        assert len(plain[name][0]) == rows
-        assert fixed.count(name) == 36  # as released: even where fewer are stored
+            assert other.names[row] == plain.names[row]
+            assert torch.equal(other[row][0][:rows], plain[row][0])
+            assert torch.equal(other[row][1][:rows], plain[row][1])
+            assert torch.equal(other.soft_labels(row)[:rows], plain.soft_labels(row))
+        assert len(plain[row][0]) == rows
+        assert fixed.count(row) == 36  # as released: even where fewer are stored
     assert len({database.fingerprint() for database in databases}) == 3
 
 
 def test_names_and_membership(images: Path) -> None:
-    database = ImageDatabase(images / "coco_train2014", BoxSelection())
+    database = ImageStore(images / "coco_train2014", BoxSelection())
     assert database.dim == 32
-    assert len(database) == len(database.names()) == 40
-    assert IMAGE in database
-    assert all(name in database for name in database.names())
-    assert "coco_train2014_000000000999.npz" not in database
-    assert "__keys__" not in database
-    old = ImageDatabase(images / "old_numpy", BoxSelection(compressed=True))  # has no list of names
-    assert old.names() == [IMAGE]
+    assert len(database) == len(database.names) == 40
+    assert IMAGE in database.names
+    assert database.find(Names.of([IMAGE, "coco_train2014_000000000999.npz"]).column).tolist() == [
+        row_of(database, IMAGE),
+        -1,
+    ]
+    assert "__keys__" not in database.names
+    old = ImageStore(images / "old_numpy", BoxSelection(compressed=True))  # has no list of names
+    assert list(old.names) == [IMAGE]
     assert len(old) == 1
 
 
 def test_a_stray_array_of_old_numpy_is_no_problem(images: Path) -> None:
-    old = ImageDatabase(images / "old_numpy", BoxSelection(compressed=True))
-    now = ImageDatabase(images / "coco_train2014", BoxSelection(compressed=True))
-    assert torch.equal(old[IMAGE][0], now[IMAGE][0])
-    assert torch.equal(old.soft_labels(IMAGE), now.soft_labels(IMAGE))
+    old = ImageStore(images / "old_numpy", BoxSelection(compressed=True))
+    now = ImageStore(images / "coco_train2014", BoxSelection(compressed=True))
+    assert torch.equal(old[0][0], read_image(now, IMAGE)[0])
+    assert torch.equal(old.soft_labels(0), now.soft_labels(row_of(now, IMAGE)))
 
 
 def test_counts_are_computed_where_their_file_is_missing(copy: Callable[[str], Path]) -> None:
     folder = copy("coco_train2014")
     counts_file = folder / str(BoxSelection().counts_file())
     counts = json.loads(counts_file.read_text())
-    expected = ImageDatabase(folder, BoxSelection())[IMAGE][0]
+    expected = read_image(ImageStore(folder, BoxSelection()), IMAGE)[0]
     counts_file.unlink()
-    database = ImageDatabase(folder, BoxSelection())
+    database = ImageStore(folder, BoxSelection())
     assert database.folder.name == "all"
-    assert {name: database.count(name) for name in database.names()} == counts
-    assert torch.equal(database[IMAGE][0], expected)
+    assert {name: database.count(row) for row, name in enumerate(database.names)} == counts
+    assert torch.equal(read_image(database, IMAGE)[0], expected)
     # other bounds than those that a file of counts exists for
-    few = ImageDatabase(folder, BoxSelection(threshold=0.99, min_boxes=2, max_boxes=3))
-    assert {few.count(name) for name in few.names()} <= {2, 3}
-    assert len(few[IMAGE][0]) == few.count(IMAGE)
-    many = ImageDatabase(folder, BoxSelection(threshold=0.99, min_boxes=90))
-    assert many.count(IMAGE) == len(many[IMAGE][0]) == 18  # never more than there are
+    few = ImageStore(folder, BoxSelection(threshold=0.99, min_boxes=2, max_boxes=3))
+    assert {few.count(row) for row in range(len(few))} <= {2, 3}
+    assert len(read_image(few, IMAGE)[0]) == few.count(row_of(few, IMAGE))
+    many = ImageStore(folder, BoxSelection(threshold=0.99, min_boxes=90))
+    assert many.count(row_of(many, IMAGE)) == len(read_image(many, IMAGE)[0]) == 18  # never more than there are
 
 
 def test_counts_are_computed_from_the_chosen_boxes_without_all(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images / "flickr30k" / DB, tmp_path / DB)
     counts = json.loads((images / "flickr30k" / str(BoxSelection().counts_file())).read_text())
-    database = ImageDatabase(tmp_path, BoxSelection())
-    assert {name: database.count(name) for name in database.names()} == counts
+    database = ImageStore(tmp_path, BoxSelection())
+    assert {name: database.count(row) for row, name in enumerate(database.names)} == counts
 
 
 def test_fewer_boxes_than_counted_are_all_read(copy: Callable[[str], Path]) -> None:
@@ -132,42 +142,42 @@ def test_fewer_boxes_than_counted_are_all_read(copy: Callable[[str], Path]) -> N
     stored = counts[IMAGE]
     counts[IMAGE] = 99
     (folder / str(BoxSelection().counts_file())).write_text(json.dumps(counts))
-    features, boxes = ImageDatabase(folder, BoxSelection())[IMAGE]
-    assert len(features) == len(boxes) == len(ImageDatabase(folder, BoxSelection()).soft_labels(IMAGE)) == stored
+    database = ImageStore(folder, BoxSelection())
+    features, boxes = read_image(database, IMAGE)
+    assert len(features) == len(boxes) == len(database.soft_labels(row_of(database, IMAGE))) == stored
 
 
 def test_what_is_read_may_be_written_to(images: Path) -> None:
     for choice in CHOICES.values():
-        database = ImageDatabase(images / "coco_train2014", choice)
-        features, boxes = database[IMAGE]
+        database = ImageStore(images / "coco_train2014", choice)
+        features, boxes = read_image(database, IMAGE)
         features.zero_()
         boxes.zero_()
-        assert database[IMAGE][0].any()
+        assert read_image(database, IMAGE)[0].any()
 
 
 class _Regions(Dataset[Any]):
-    def __init__(self, database: ImageDatabase) -> None:
+    def __init__(self, database: ImageStore) -> None:
         self.database = database
-        self.names = database.names()
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.database)
 
     def __getitem__(self, index: int) -> Any:
-        return self.database[self.names[index]][0]
+        return self.database[index][0]
 
 
 def test_forked_workers_read_the_same(images: Path) -> None:
-    regions = _Regions(ImageDatabase(images / "coco_train2014", BoxSelection()))
+    regions = _Regions(ImageStore(images / "coco_train2014", BoxSelection()))
     alone = [regions[index] for index in range(len(regions))]
     loader = DataLoader(regions, batch_size=None, num_workers=1, multiprocessing_context="fork")
     assert all(torch.equal(a, b) for a, b in zip(alone, loader, strict=True))
 
 
 def test_travels_by_pickle(images: Path) -> None:
-    database = ImageDatabase(images / "coco_train2014", BoxSelection())
+    database = ImageStore(images / "coco_train2014", BoxSelection())
     other = pickle.loads(pickle.dumps(database))
-    assert torch.equal(other[IMAGE][0], database[IMAGE][0])
+    assert torch.equal(other[3][0], database[3][0])
     assert other.fingerprint() == database.fingerprint()
 
 
@@ -198,9 +208,9 @@ def good() -> dict[str, Any]:
 def test_refuses_arrays_that_do_not_fit(copy: Callable[[str], Path], change: dict[str, Any], problem: str) -> None:
     folder = copy("coco_train2014")
     put(folder / DB, IMAGE, {name: array for name, array in {**good(), **change}.items() if array is not None})
-    database = ImageDatabase(folder, BoxSelection())
+    database = ImageStore(folder, BoxSelection())
     with pytest.raises(DataError, match=problem) as error:
-        _ = database[IMAGE]
+        read_image(database, IMAGE)
     assert IMAGE in str(error.value)
     assert str(folder / DB) in str(error.value)
     assert "\n" not in str(error.value)
@@ -211,10 +221,10 @@ def test_refuses_soft_labels_that_do_not_fit_only_when_asked(copy: Callable[[str
     folder = copy("coco_train2014")
     arrays = {name: array for name, array in {**good(), "soft_labels": labels}.items() if array is not None}
     put(folder / DB, IMAGE, arrays)
-    database = ImageDatabase(folder, BoxSelection())
-    assert len(database[IMAGE][0]) == 12
+    database = ImageStore(folder, BoxSelection())
+    assert len(read_image(database, IMAGE)[0]) == 12
     with pytest.raises(DataError, match=r"soft_labels|int64|<i8"):
-        database.soft_labels(IMAGE)
+        database.soft_labels(row_of(database, IMAGE))
 
 
 @pytest.mark.parametrize("value", [b"", b"\xc1", b"\x84\xa8features", bytes(100)])
@@ -223,7 +233,7 @@ def test_refuses_damaged_values(copy: Callable[[str], Path], value: bytes, compr
     folder, choice = copy("coco_train2014"), BoxSelection(compressed=compressed)
     put(folder / choice.folder(), IMAGE, value)
     with pytest.raises(DataError, match=f"{IMAGE}' cannot be used") as error:
-        _ = ImageDatabase(folder, choice)[IMAGE]
+        read_image(ImageStore(folder, choice), IMAGE)
     assert "\n" not in str(error.value)
 
 
@@ -233,14 +243,17 @@ def test_values_of_the_other_kind_are_refused(copy: Callable[[str], Path]) -> No
     np.savez_compressed(compressed, **good())
     put(folder / DB, IMAGE, compressed.getvalue())
     with pytest.raises(DataError, match=r"not a msgpack map of arrays|instead of a map"):
-        _ = ImageDatabase(folder, BoxSelection())[IMAGE]
+        read_image(ImageStore(folder, BoxSelection()), IMAGE)
 
 
-def test_names_a_missing_image(images: Path) -> None:
-    database = ImageDatabase(images / "coco_train2014", BoxSelection())
+def test_names_a_missing_image(copy: Callable[[str], Path]) -> None:
+    folder = copy("coco_train2014")
+    put(folder / DB, "__keys__", json.dumps([IMAGE, "x.npz"]).encode())
+    database = ImageStore(folder, BoxSelection())
+    assert len(database[0][0]) == database.count(0)
     for read in (database.__getitem__, database.soft_labels, database.count):
         with pytest.raises(DataError, match=r"'x\.npz'"):
-            read("x.npz")
+            read(1)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,7 @@ def test_refuses_a_wrong_file_of_counts(copy: Callable[[str], Path], content: st
     folder = copy("coco_train2014")
     (folder / str(BoxSelection().counts_file())).write_text(content)
     with pytest.raises(DataError, match=problem):
-        ImageDatabase(folder, BoxSelection()).count(IMAGE)
+        ImageStore(folder, BoxSelection()).count(0)
 
 
 def test_refuses_a_wrong_list_of_names(copy: Callable[[str], Path]) -> None:
@@ -265,23 +278,23 @@ def test_refuses_a_wrong_list_of_names(copy: Callable[[str], Path]) -> None:
     for content in (b"{", b"{}", b"[1]"):
         put(folder / DB, "__keys__", content)
         with pytest.raises(DataError, match="not a JSON list of names"):
-            ImageDatabase(folder, BoxSelection()).names()
+            _ = ImageStore(folder, BoxSelection()).names
 
 
 def test_names_the_choices_that_a_folder_has(images: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no feat_numbb7 \(present: all, feat_numbb36, feat_th0.2_max100_min10, "):
-        ImageDatabase(images / "coco_train2014", BoxSelection(fixed=7))
+        ImageStore(images / "coco_train2014", BoxSelection(fixed=7))
     with pytest.raises(DataError, match="is not a folder"):
-        ImageDatabase(tmp_path / "nothing", BoxSelection())
+        ImageStore(tmp_path / "nothing", BoxSelection())
     with pytest.raises(DataError, match="present: no database"):
-        ImageDatabase(tmp_path, BoxSelection())
+        ImageStore(tmp_path, BoxSelection())
 
 
 def test_an_empty_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / DB).mkdir()
     put(tmp_path / DB, "__keys__", b"[]")
     with pytest.raises(DataError, match="is empty"):
-        _ = ImageDatabase(tmp_path, BoxSelection()).dim
+        _ = ImageStore(tmp_path, BoxSelection()).dim
 
 
 def test_box_selections_have_the_released_names() -> None:
@@ -305,22 +318,24 @@ def test_boxes_above_the_threshold_count_within_bounds(confidences: list[float],
 
 
 @pytest.fixture
-def pair(images: Path) -> PairedImageDatabase:
-    ground_truth = ImageDatabase(images / "vcr_gt_train", BoxSelection(fixed=100))
-    return PairedImageDatabase(ground_truth, ImageDatabase(images / "vcr_train", BoxSelection()))
+def pair(images: Path) -> PairedImageStore:
+    ground_truth = ImageStore(images / "vcr_gt_train", BoxSelection(fixed=100))
+    return PairedImageStore(ground_truth, ImageStore(images / "vcr_train", BoxSelection()))
 
 
-def test_a_pair_reads_ground_truth_first(official_db: Path, pair: PairedImageDatabase) -> None:
-    text = TextDatabase(official_db / "txt_db" / "vcr_train.db")
-    names = text.images["train-0"]
-    ground_truth, detected = pair.ground_truth[names[0]], pair.detected[names[1]]
-    features, boxes = pair[names]
-    rows = len(ground_truth[0])
-    assert torch.equal(features[:rows], ground_truth[0])
-    assert torch.equal(features[rows:], detected[0])
+def test_a_pair_reads_ground_truth_first(official_db: Path, pair: PairedImageStore) -> None:
+    text = TextStore(official_db / "txt_db" / "vcr_train.db")
+    rows = rows_of(pair, images_of(text)["train-0"])
+    ground_truth, detected = pair.ground_truth[rows[0]], pair.detected[rows[1]]
+    features, boxes = pair[rows]
+    count = len(ground_truth[0])
+    assert torch.equal(features[:count], ground_truth[0])
+    assert torch.equal(features[count:], detected[0])
     assert torch.equal(boxes, torch.cat([ground_truth[1], detected[1]]))
-    assert pair.count(names) == 100 + pair.detected.count(names[1])
-    assert len(pair.soft_labels(names)) == len(features)
+    found = Pair(text.of_kind("qa"), pair)
+    assert found.image_rows[0] == list(rows)
+    assert found.counts(found.image_rows)[0] == 100 + pair.detected.count(rows[1])
+    assert len(pair.soft_labels(rows)) == len(features)
     assert pair.dim == 32
     assert pair.fingerprint() not in (pair.ground_truth.fingerprint(), pair.detected.fingerprint())
 
@@ -328,9 +343,9 @@ def test_a_pair_reads_ground_truth_first(official_db: Path, pair: PairedImageDat
 def test_a_pair_of_different_networks_is_refused(images: Path, tmp_path: Path) -> None:
     (tmp_path / DB).mkdir()
     put(tmp_path / DB, IMAGE, {"features": np.zeros((3, 8), np.float16)})
-    ground_truth = ImageDatabase(images / "vcr_gt_train", BoxSelection(fixed=100))
+    ground_truth = ImageStore(images / "vcr_gt_train", BoxSelection(fixed=100))
     with pytest.raises(DataError, match=r"32 wide, those of .* 8; use features of one network"):
-        PairedImageDatabase(ground_truth, ImageDatabase(tmp_path, BoxSelection()))
+        PairedImageStore(ground_truth, ImageStore(tmp_path, BoxSelection()))
 
 
 @pytest.mark.parametrize(
@@ -338,28 +353,40 @@ def test_a_pair_of_different_networks_is_refused(images: Path, tmp_path: Path) -
     [("vqa_train.db", "coco_train2014"), ("ve_dev.db", "flickr30k"), ("nlvr2_dev.db", "nlvr2_train")],
 )
 def test_databases_that_fit_pass(official_db: Path, images: Path, texts: str, folder: str) -> None:
-    check_pair(TextDatabase(official_db / "txt_db" / texts), ImageDatabase(images / folder, BoxSelection()))
+    Pair(TextStore(official_db / "txt_db" / texts), ImageStore(images / folder, BoxSelection())).images_of()
 
 
-def test_databases_that_do_not_fit_are_named(official_db: Path, images: Path, pair: PairedImageDatabase) -> None:
-    text = TextDatabase(official_db / "txt_db" / "vqa_train.db")
-    other = ImageDatabase(images / "flickr30k", BoxSelection())
+def test_databases_that_do_not_fit_are_named(official_db: Path, images: Path, pair: PairedImageStore) -> None:
+    text = TextStore(official_db / "txt_db" / "vqa_train.db")
+    other = ImageStore(images / "flickr30k", BoxSelection())
     with pytest.raises(DataError, match=r"vqa_train.db' does not fit .*flickr30k.* of .* missing, first '") as error:
-        check_pair(text, other)
-    assert text.images["1000"] in str(error.value)
+        Pair(text, other).images_of()
+    assert images_of(text)["1000"] in str(error.value)
     with pytest.raises(DataError, match="1 of 1 images are missing"):
-        check_pair(text, other, ids=["1000"])
-    with pytest.raises(DataError, match="two image databases were given"):
-        check_pair(text, pair)
+        Pair(text, other).images_of(np.array([0]))
+    with pytest.raises(DataError, match=r"names 'coco_train2014_\d+.npz', but two image databases were given"):
+        Pair(text, pair).images_of()
+
+
+def test_an_example_without_an_image_is_named(copy_text: Callable[[str], Path], images: Path) -> None:
+    path = copy_text("vqa_train.db")
+    lengths = json.loads((path / "id2len.json").read_text())
+    shuffled = dict(sorted(lengths.items(), key=lambda item: (item[1], item[0])))
+    (path / "id2len.json").write_text(json.dumps({**shuffled, "x": 3}))
+    pair = Pair(TextStore(path), ImageStore(images / "coco_train2014", BoxSelection()))
     with pytest.raises(DataError, match=r"txt2img.json lacks the example 'x'"):
-        check_pair(text, other, ids=["x"])
-    check_names(text, other, other.names())
+        pair.images_of()
+    rows = np.arange(len(shuffled))[::-1]  # in another order than in txt2img.json
+    found, named = pair.images_of(rows), images_of(pair.text)
+    for index, id in enumerate(pair.text.ids.take(rows)):
+        assert isinstance(pair.images, ImageStore)
+        assert [pair.images.names[row] for row in found[index]] == [named[id]]
 
 
-def test_pairs_are_checked_by_place(official_db: Path, pair: PairedImageDatabase) -> None:
-    text = TextDatabase(official_db / "txt_db" / "vcr_train.db")
-    check_pair(text, pair)
-    check_pair(text, pair, ids=["train-0"])
-    swapped = PairedImageDatabase(pair.detected, pair.ground_truth)
+def test_pairs_are_checked_by_place(official_db: Path, pair: PairedImageStore) -> None:
+    text = TextStore(official_db / "txt_db" / "vcr_train.db").of_kind("qa")
+    Pair(text, pair).images_of()
+    Pair(text, pair).images_of(np.array([0]))
+    swapped = PairedImageStore(pair.detected, pair.ground_truth)
     with pytest.raises(DataError, match="images are missing, first 'vcr_gt_train"):
-        check_pair(text, swapped)
+        Pair(text, swapped).images_of()

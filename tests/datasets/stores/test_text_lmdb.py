@@ -3,14 +3,14 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import lz4.frame
 import msgpack
 import pytest
+from named_stores import images_of, lengths_of, read_text
 
-from villa.datasets.uniter.text_lmdb import MAX_EXAMPLE_BYTES, TextDatabase
+from villa.datasets.uniter.text_lmdb import MAX_EXAMPLE_BYTES, TextStore
 from villa.errors import DataError
 
 
@@ -25,18 +25,18 @@ def copy(official_db: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_reads_an_example_and_the_facts(official_db: Path) -> None:
-    database = TextDatabase(official_db / "txt_db" / "vqa_train.db")
-    lengths = database.lengths()
+    database = TextStore(official_db / "txt_db" / "vqa_train.db")
+    lengths = lengths_of(database)
     assert len(lengths) == 96
     assert list(lengths)[:3] == ["1000", "1001", "1002"]  # the order of the data set
-    assert database["1000"] == {
+    assert read_text(database, "1000") == {
         "input_ids": [352, 122, 215, 449, 117, 309, 290, 209, 371, 114, 315],
         "img_fname": "coco_train2014_000000000029.npz",
         "target": {"labels": [1022], "scores": [0.3]},
         "question": "synthetic",
         "qid": "1000",
     }
-    assert database.images["1000"] == "coco_train2014_000000000029.npz"
+    assert images_of(database)["1000"] == "coco_train2014_000000000029.npz"
     assert (database.cls_id, database.sep_id, database.mask_id, database.vocab_size) == (101, 102, 103, 500)
     assert database.tokenizer == "bert-base-cased"
 
@@ -45,51 +45,51 @@ def test_reads_an_example_and_the_facts(official_db: Path) -> None:
     "name", ["vqa_train.db", "ve_dev.db", "nlvr2_dev.db", "itm_flickr30k_val.db", "refcoco_val.db"]
 )
 def test_lengths_and_images_agree_with_the_examples(official_db: Path, name: str) -> None:
-    database = TextDatabase(official_db / "txt_db" / name)
-    for id, length in database.lengths().items():
-        assert len(database[id]["input_ids"]) == length
+    database = TextStore(official_db / "txt_db" / name)
+    for id, length in lengths_of(database).items():
+        assert len(read_text(database, id)["input_ids"]) == length
         if name != "refcoco_val.db":
-            assert database[id]["img_fname"] == database.images[id]
+            assert read_text(database, id)["img_fname"] == images_of(database)[id]
 
 
 def test_vcr_has_two_lists_of_lengths(official_db: Path) -> None:
-    database = TextDatabase(official_db / "txt_db" / "vcr_train.db")
-    assert (database.lengths("qa")["train-0"], database.lengths("qar")["train-0"]) == (16, 26)
-    assert list(database.lengths("qa")) == list(database.lengths("qar"))
-    assert database.images["train-0"] == ["vcr_gt_train_000018.npz", "vcr_train_000018.npz"]
+    database = TextStore(official_db / "txt_db" / "vcr_train.db")
+    assert (lengths_of(database, "qa")["train-0"], lengths_of(database, "qar")["train-0"]) == (16, 26)
+    assert list(lengths_of(database, "qa")) == list(lengths_of(database, "qar"))
+    assert images_of(database)["train-0"] == ["vcr_gt_train_000018.npz", "vcr_train_000018.npz"]
     with pytest.raises(DataError, match=r"lacks id2len.json .*id2len_qa.json"):
-        database.lengths()
+        lengths_of(database)
 
 
 def test_retrieval_has_the_texts_of_images(official_db: Path) -> None:
-    database = TextDatabase(official_db / "txt_db" / "itm_flickr30k_val.db")
+    database = TextStore(official_db / "txt_db" / "itm_flickr30k_val.db")
     for image, texts in database.texts_of_images.items():
-        assert all(database.images[text] == image for text in texts)
+        assert all(images_of(database)[text] == image for text in texts)
 
 
 def test_a_subset_has_its_own_list(copy: Callable[[str], Path]) -> None:
     path = copy("vqa_train.db")
     (path / "id2len.few.json").write_text('{"1003": 9, "1001": 7}')
-    database = TextDatabase(path, subset="few")
-    assert database.lengths() == {"1003": 9, "1001": 7}
-    assert list(database.lengths()) == ["1003", "1001"]
-    assert database.fingerprint() != TextDatabase(path).fingerprint()
+    database = TextStore(path, subset="few")
+    assert lengths_of(database) == {"1003": 9, "1001": 7}
+    assert list(lengths_of(database)) == ["1003", "1001"]
+    assert database.fingerprint() != TextStore(path).fingerprint()
     with pytest.raises(DataError, match=r"lacks id2len.many.json .*id2len.few.json"):
-        TextDatabase(path, subset="many").lengths()
+        lengths_of(TextStore(path, subset="many"))
 
 
 def test_travels_by_pickle(official_db: Path) -> None:
-    database = TextDatabase(official_db / "txt_db" / "vqa_train.db")
-    assert pickle.loads(pickle.dumps(database))["1000"] == database["1000"]
+    database = TextStore(official_db / "txt_db" / "vqa_train.db")
+    assert pickle.loads(pickle.dumps(database))[0] == database[0]
 
 
 def test_fingerprint_is_that_of_the_data(official_db: Path, copy: Callable[[str], Path]) -> None:
     path = copy("vqa_train.db")
-    original = TextDatabase(official_db / "txt_db" / "vqa_train.db").fingerprint()
-    assert TextDatabase(path).fingerprint() == original
-    assert TextDatabase(official_db / "txt_db" / "vqa_devval.db").fingerprint() != original
+    original = TextStore(official_db / "txt_db" / "vqa_train.db").fingerprint()
+    assert TextStore(path).fingerprint() == original
+    assert TextStore(official_db / "txt_db" / "vqa_devval.db").fingerprint() != original
     (path / "id2len.json").write_text(json.dumps({"1000": 11}))
-    assert TextDatabase(path).fingerprint() != original
+    assert TextStore(path).fingerprint() != original
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_refuses_wrong_json(copy: Callable[[str], Path], file: str, content: str
         (path / file).write_text(content, encoding="latin-1")
 
     def read() -> None:
-        database = TextDatabase(path)
-        _ = database.lengths(), database.images, database.texts_of_images
+        database = TextStore(path)
+        _ = lengths_of(database), images_of(database), database.texts_of_images
 
     with pytest.raises(DataError, match=problem) as error:
         read()
@@ -130,10 +130,10 @@ def test_refuses_wrong_json(copy: Callable[[str], Path], file: str, content: str
     assert str(path) in str(error.value)
 
 
-def _damage(path: Path, value: bytes) -> TextDatabase:
+def _damage(path: Path, value: bytes) -> TextStore:
     with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"1000", value)
-    return TextDatabase(path)
+    return TextStore(path)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +153,21 @@ def _damage(path: Path, value: bytes) -> TextDatabase:
 def test_refuses_a_damaged_example(copy: Callable[[str], Path], value: bytes, problem: str) -> None:
     database = _damage(copy("vqa_train.db"), value)
     with pytest.raises(DataError, match=problem) as error:
-        _ = database["1000"]
+        _ = database[0]
     assert "'1000'" in str(error.value)
     assert str(database.path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_names_a_missing_example(official_db: Path) -> None:
-    database: Any = TextDatabase(official_db / "txt_db" / "vqa_train.db")
-    with pytest.raises(DataError, match=r"vqa_train.db' has no example '7'"):
-        _ = database["7"]
+def test_names_a_missing_example(copy: Callable[[str], Path]) -> None:
+    path = copy("vqa_train.db")
+    (path / "id2len.json").write_text('{"1000": 11, "7": 3}')
+    with pytest.raises(DataError, match=r"vqa_train.db' has no example '7', but a list of ids names it"):
+        _ = TextStore(path)[1]
 
 
 def test_refuses_a_missing_folder_and_one_of_another_kind(official_db: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
-        TextDatabase(tmp_path / "nothing.db")
+        TextStore(tmp_path / "nothing.db")
     with pytest.raises(DataError, match=r"lacks meta.json"):
-        TextDatabase(official_db / "img_db" / "coco_train2014")
+        TextStore(official_db / "img_db" / "coco_train2014")

@@ -10,12 +10,13 @@ import msgpack
 import msgpack_numpy
 import numpy as np
 import pytest
+from named_stores import images_of, lengths_of, read_image, read_text, row_of
 
 from villa.datasets.uniter import writers as lmdb_filling
-from villa.datasets.uniter.image_lmdb import BoxSelection, ImageDatabase
+from villa.datasets.uniter.image_lmdb import BoxSelection, ImageStore
 from villa.datasets.uniter.lmdb_env import LmdbReader
 from villa.datasets.uniter.packed_arrays import read_msgpack
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.datasets.uniter.writers import ImageDatabaseWriter, TextDatabaseWriter
 from villa.errors import DataError
 
@@ -43,35 +44,35 @@ def regions(rows: int = 12, dim: int = 32, seed: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize("compressed", [False, True])
 def test_image_databases_equal_the_released_ones(official_db: Path, tmp_path: Path, compressed: bool) -> None:
     folder, boxes = official_db / "img_db" / "coco_train2014", BoxSelection(compressed=compressed)
-    released = ImageDatabase(folder, boxes)
+    released = ImageStore(folder, boxes)
     everything = LmdbReader(folder / "all")
     with ImageDatabaseWriter(tmp_path, boxes, puts=7) as writer:
-        for name in released.names():
+        for name in released.names:
             value = everything.get(name)
             assert value is not None
             writer.add(name, **read_msgpack(value, ARRAYS))
-    written = ImageDatabase(tmp_path, boxes)
+    written = ImageStore(tmp_path, boxes)
     assert written.fingerprint() == released.fingerprint()
     counts = str(boxes.counts_file())
     assert json.loads((tmp_path / counts).read_text()) == json.loads((folder / counts).read_text())
     if compressed:  # their bytes depend on the version of zlib
-        for name in released.names():
-            assert all((a == b).all() for a, b in zip(written[name], released[name], strict=True))
+        for row in range(len(released)):
+            assert all((a == b).all() for a, b in zip(written[row], released[row], strict=True))
     else:
         assert values_of(written.folder) == values_of(released.folder)
 
 
 @pytest.mark.parametrize("name", ["vcr_train.db", "itm_flickr30k_val.db", "nlvr2_dev.db", "refcoco_val.db"])
 def test_text_databases_equal_the_released_ones(official_db: Path, tmp_path: Path, name: str) -> None:
-    released = TextDatabase(official_db / "txt_db" / name)
+    released = TextStore(official_db / "txt_db" / name)
     kinds = ("qa", "qar") if name == "vcr_train.db" else ("",)
-    lengths = {kind: released.lengths(kind) for kind in kinds}
+    lengths = {kind: lengths_of(released, kind) for kind in kinds}
     with TextDatabaseWriter(tmp_path / name, released.meta, texts_of_images="itm" in name, puts=10) as writer:
         for id in lengths[kinds[0]]:
             length = {kind: lengths[kind][id] for kind in kinds} if "qa" in kinds else lengths[""][id]
-            images = None if "refcoco" in name else released.images[id]
-            writer.add(id, released[id], length, images)
-    written = TextDatabase(tmp_path / name)
+            images = None if "refcoco" in name else images_of(released)[id]
+            writer.add(id, read_text(released, id, kinds[0]), length, images)
+    written = TextStore(tmp_path / name)
     assert values_of(written.path) == values_of(released.path)
     assert written.fingerprint() == released.fingerprint()
     for file in released.path.glob("*.json"):
@@ -99,11 +100,11 @@ def test_a_fixed_number_keeps_the_first_boxes_and_needs_no_counts(tmp_path: Path
         for rows in (3, 12):
             arrays = regions(rows)
             writer.add(f"{rows}.npz", arrays["features"], arrays["norm_bb"], arrays["conf"])
-    database = ImageDatabase(tmp_path, BoxSelection(fixed=5))
-    assert [len(database[f"{rows}.npz"][0]) for rows in (3, 12)] == [3, 5]
+    database = ImageStore(tmp_path, BoxSelection(fixed=5))
+    assert [len(read_image(database, f"{rows}.npz")[0]) for rows in (3, 12)] == [3, 5]
     assert not list(tmp_path.glob("*.json"))
     with pytest.raises(DataError, match="has no soft_labels"):
-        database.soft_labels("3.npz")
+        database.soft_labels(row_of(database, "3.npz"))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_an_exception_leaves_an_unfinished_database_to_go_on_with(tmp_path: Path
         for number in range(10, 20):
             writer.add(str(number), {"input_ids": [number]}, 1, f"{number % 3}.npz")
     write_texts(tmp_path / "straight", range(20))
-    assert TextDatabase(tmp_path / "db").lengths() == TextDatabase(tmp_path / "straight").lengths()
+    assert lengths_of(TextStore(tmp_path / "db")) == lengths_of(TextStore(tmp_path / "straight"))
 
 
 def killed(path: Path, count: int) -> None:
@@ -167,7 +168,7 @@ def test_a_killed_writer_ends_with_the_same_database(tmp_path: Path) -> None:
     for count in (10, 19):
         killed(tmp_path / "db", count)
     with pytest.raises(DataError, match=r"lacks meta.json"):
-        TextDatabase(tmp_path / "db")  # cannot be taken for a finished one
+        TextStore(tmp_path / "db")  # cannot be taken for a finished one
     with TextDatabaseWriter(tmp_path / "db", META) as writer:
         assert len(writer) == 16  # whole transactions of four: 8, then 8 more
         for number in range(16, 20):
@@ -189,7 +190,7 @@ def test_the_journal_is_mended(tmp_path: Path) -> None:
     with TextDatabaseWriter(tmp_path / "db", META) as writer:
         assert [writer.has(id) for id in "012"] == [True, False, False]
         writer.add("2", {"input_ids": [2]}, 1)
-    assert list(TextDatabase(tmp_path / "db").lengths()) == ["0", "2"]
+    assert list(lengths_of(TextStore(tmp_path / "db"))) == ["0", "2"]
 
 
 @pytest.mark.parametrize("journal", ["", "not JSON", '{"text database": {}}\n', "HEADER\nnot JSON\n", "HEADER\n[1]\n"])
@@ -240,10 +241,10 @@ def test_the_map_grows_and_the_file_holds_only_what_was_written(
             writer.add(f"{number}.npz", **regions(100, 256, number))
     data = tmp_path / BoxSelection().folder() / "data.mdb"
     assert 1 << 19 < data.stat().st_size < 1 << 21
-    database = ImageDatabase(tmp_path, BoxSelection())
-    rows = database.count("19.npz")
+    database = ImageStore(tmp_path, BoxSelection())
+    rows = database.count(row_of(database, "19.npz"))
     expected = regions(100, 256, 19)["features"][:rows].astype(np.float16)
-    np.testing.assert_array_equal(database["19.npz"][0].numpy(), expected)
+    np.testing.assert_array_equal(read_image(database, "19.npz")[0].numpy(), expected)
 
 
 def test_a_full_disk_is_one_line_and_costs_no_committed_work(tmp_path: Path) -> None:
@@ -268,9 +269,9 @@ def test_a_full_disk_is_one_line_and_costs_no_committed_work(tmp_path: Path) -> 
     with ImageDatabaseWriter(tmp_path, BoxSelection()) as writer:
         assert 2 <= len(writer) < 10
         kept = list(writer._filling.records)
-    database = ImageDatabase(tmp_path, BoxSelection())
+    database = ImageStore(tmp_path, BoxSelection())
     for name in kept:
-        assert len(database[name][0]) == database.count(name)
+        assert len(read_image(database, name)[0]) == database.count(row_of(database, name))
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

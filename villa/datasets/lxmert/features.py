@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
-from villa.datasets.own.grid import cache_root
+from villa.datasets.cache import cache_root
 from villa.errors import DataError
 from villa.files import locked, regular_file, write_json
 from villa.plugins import one_line

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
-import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +22,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from villa.datasets.cache import CHUNK, FeatureCache, cache_root
 from villa.datasets.own.pictures import BACKGROUND, READING, read_picture
 from villa.datasets.stores import RegionStore, Source
-from villa.errors import ConfigError, DataError, reading
-from villa.files import locked, no_space, open_own, plain_path, sha256, write_json
+from villa.errors import ConfigError, DataError
+from villa.files import locked, no_space, sha256
 from villa.progress import track
 
 #: Pixels of the image that one cell of the network's last feature map covers, a side.
@@ -161,167 +159,6 @@ def _all_threads() -> Iterator[None]:
 
 
 logger = logging.getLogger(__name__)
-
-#: Rows written (and, after a kill, lost) at a time.
-CHUNK = 64
-FEATURES_FILE, INDEX_FILE = "features.npy", "index.json"
-FORMAT = 1
-
-
-def cache_root(folder: str | None) -> Path:
-    """Return the folder of all caches: the one given, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
-    return plain_path(folder or os.environ.get("VILLA_CACHE") or "~/.cache/villa")
-
-
-class FeatureCache:
-    """An array ``[N, R, D]`` of float16 in ``features.npy``, described by ``index.json``.
-
-    A chunk counts as done when the index holds its checksum. The index also holds the array's size and time of
-    change: where they differ (a kill, a copy, damage) every checksum is compared, and chunks that do not match
-    count as missing. Only one process may write at a time: the caller holds a lock.
-
-    Args:
-        folder: the cache's own folder.
-        shape: N, R, D.
-        description: what the features are; an index that says otherwise is discarded.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int], description: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.shape = shape
-        self._description = {"format": FORMAT, "shape": list(shape), **description}
-        self._array: Tensor | None = None
-        self._checksums: dict[str, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # a mapping would travel as a copy
-
-    @property
-    def array(self) -> Tensor:
-        """The array ``[N, R, D]`` float16, mapped into memory on first use in each process."""
-        if self._array is None:
-            # Copy-on-write: torch warns of read-only memory, and the file stays as it is.
-            self._array = torch.from_numpy(np.load(self._features, mmap_mode="c", allow_pickle=False))
-        return self._array
-
-    @property
-    def _features(self) -> Path:
-        return self.folder / FEATURES_FILE
-
-    @property
-    def _index(self) -> Path:
-        return self.folder / INDEX_FILE
-
-    def rows(self, chunk: int) -> range:
-        """Rows of a chunk."""
-        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.shape[0]))
-
-    def missing(self, chunks: list[int]) -> list[int]:
-        """Return those chunks that are not in the cache, after checking it."""
-        index = self._read_index()
-        if index is None or not self._features_fit():
-            self._start()
-        else:
-            self._checksums = dict(index["checksums"])
-            if index["stamp"] != self._stamp():
-                self._verify()
-        return [chunk for chunk in chunks if str(chunk) not in self._checksums]
-
-    def write(self, chunk: int, features: npt.NDArray[np.float16]) -> None:
-        """Store a chunk: ``[rows, R, D]``; it counts once it is on disk."""
-        rows = self.rows(chunk)
-        data = np.ascontiguousarray(features).tobytes()
-        # Plain writes, because a full disk kills a process that writes through a mapping.
-        with open_own(self._features, "r+b") as file:
-            file.seek(self._offset(file) + rows.start * self._row_bytes)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._checksums[str(chunk)] = zlib.crc32(data)
-        self._write_index()
-
-    @property
-    def _row_bytes(self) -> int:
-        return 2 * self.shape[1] * self.shape[2]
-
-    def _read_index(self) -> dict[str, Any] | None:
-        """Return the index, or None when there is none that fits."""
-        try:
-            index = json.loads(self._index.read_text(encoding="utf-8"))
-            fits = all(index[key] == value for key, value in self._description.items())
-            return index if fits and {"checksums", "stamp"} <= index.keys() else None
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            logger.warning("%s is damaged; its features are extracted again", self._index)
-            return None
-
-    def _features_fit(self) -> bool:
-        try:
-            array = np.load(self._features, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            logger.warning("%s is damaged; it is extracted again", self._features)
-            return False
-        return bool(array.shape == self.shape and array.dtype == np.float16)
-
-    def _start(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        header = {"descr": "<f2", "fortran_order": False, "shape": self.shape}
-        with open_own(self._features, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + self.shape[0] * self._row_bytes)
-        self._checksums = {}
-        self._write_index()
-
-    def _verify(self) -> None:
-        """Drop the chunks whose data differ from their checksum."""
-        damaged = self._damaged()
-        for chunk in damaged:
-            del self._checksums[chunk]
-        if damaged:
-            logger.warning("%s: %d damaged chunks are extracted again", self._features, len(damaged))
-        self._write_index()
-
-    def _damaged(self) -> list[str]:
-        damaged = []
-        with self._features.open("rb") as file:
-            offset = self._offset(file)
-            for chunk, checksum in self._checksums.items():
-                rows = self.rows(int(chunk))
-                file.seek(offset + rows.start * self._row_bytes)
-                if zlib.crc32(file.read(len(rows) * self._row_bytes)) != checksum:
-                    damaged.append(chunk)
-        return damaged
-
-    def _offset(self, file: IO[bytes]) -> int:
-        file.seek(0)
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return file.tell()
-
-    def _stamp(self) -> list[int]:
-        stat = self._features.stat()
-        return [stat.st_size, stat.st_mtime_ns]
-
-    def _write_index(self) -> None:
-        write_json(self._index, {**self._description, "checksums": self._checksums, "stamp": self._stamp()})
-
-
-def damaged_chunks(folder: Path) -> tuple[int, int]:
-    """Compare a cache with its checksums, and change nothing.
-
-    Returns:
-        Number of damaged chunks, and of all that are there.
-
-    Raises:
-        DataError: its index cannot be read.
-    """
-    with reading(f"cannot read the feature cache '{folder}'", "remove the folder"):
-        index = json.loads((folder / INDEX_FILE).read_bytes())
-        cache = FeatureCache(folder, tuple(index["shape"]), {})
-        cache._checksums = dict(index["checksums"])
-        return len(cache._damaged()), len(cache._checksums)
 
 
 class GridStore(RegionStore):

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from villa.datasets.own.grid import cache_root
+from villa.datasets.cache import cache_root
 from villa.datasets.synthetic.tasks import TASKS, write_databases
 from villa.errors import DataError, nearest
 from villa.files import fsync_tree, locked, no_space

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ import numpy.typing as npt
 
 from villa.datasets.boxes import check_confidences
 from villa.datasets.uniter.packed_arrays import Array
-from villa.datasets.uniter.tables import UNREADABLE, NotAnObjectError, Numbers, WrongEntryError, read_numbers
-from villa.errors import ConfigError, DataError
-from villa.plugins import one_line
+from villa.errors import ConfigError
 
 #: Places of the rows that are used.
 Rows = slice | npt.NDArray[np.integer[Any]]
@@ -107,21 +104,3 @@ def surest(confidences: Array, count: int) -> Rows:
 
 def _fall(confidences: Array) -> bool:
     return bool((confidences[1:] <= confidences[:-1]).all())
-
-
-def read_counts(path: Path) -> Numbers:
-    """Read the number of boxes of every image.
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
-    """
-    try:
-        return read_numbers(path, 1)
-    except WrongEntryError as wrong:
-        raise DataError(
-            f"'{path}': '{wrong.name}' has {wrong.value!r:.40} boxes; a number of at least 1 is needed"
-        ) from wrong
-    except NotAnObjectError as error:
-        raise DataError(f"'{path}' holds a JSON {error.kind}; an object {{image: boxes}} is needed") from error
-    except UNREADABLE as error:
-        raise DataError(f"cannot read the numbers of boxes '{path}' ({one_line(error)}); copy it again") from error

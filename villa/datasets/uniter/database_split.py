@@ -5,24 +5,30 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.samplers import Lengths
-from villa.datasets.uniter.image_lmdb import ImageDatabase, PairedImageDatabase, check_pair
-from villa.datasets.uniter.image_names import ImageNames
-from villa.datasets.uniter.strings import Integers
-from villa.datasets.uniter.tables import Numbers
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore, PairedImageStore
+from villa.datasets.uniter.index import Built, Column, Integers, Names, Ragged, cached, find
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import DataError
+from villa.files import regular_file
 
-Images = ImageDatabase | PairedImageDatabase
+Images = ImageStore | PairedImageStore
+
+#: Columns of the index of images: their rows in the image database, and whether an example has a list of them.
+_IMAGES = pa.schema([("rows", pa.list_(pa.int32())), ("listed", pa.bool_())])
+#: Row of the image of an example that is not in ``txt2img.json``; that of an image that is not there is -1.
+_UNLISTED = -2
 
 
 @dataclass(frozen=True)
@@ -34,28 +40,94 @@ class Pair:
         images: the regions of the images that they name.
     """
 
-    text: TextDatabase
+    text: TextStore
     images: Images
 
-    def count(self, names: str | Sequence[str]) -> int:
-        """Return the number of regions of an example's image or images."""
-        if isinstance(self.images, PairedImageDatabase):
-            return self.images.count(names)
-        return self.images.count(names) if isinstance(names, str) else sum(map(self.images.count, names))
+    @cached_property
+    def image_rows(self) -> Ragged:
+        """Rows of the image, or images, of every text.
 
-    def counts(self, named: ImageNames) -> Integers:
-        """Return the numbers of regions ``[N]`` of examples, given their images."""
-        if isinstance(self.images, PairedImageDatabase):
-            return self.images.counts(named)
-        return named.total(self._counts(self.images, named))
+        Raises:
+            DataError: ``txt2img.json`` cannot be used.
+        """
+        column = self._index["rows"].combine_chunks()
+        return Ragged(column.values.to_numpy(), column.offsets.to_numpy())
 
-    @staticmethod
-    def _counts(images: ImageDatabase, named: ImageNames) -> Integers:
-        """Return the numbers of regions of all different images; 0 for those that no example has."""
-        used = named.mentioned()
-        found = np.zeros(len(named.distinct), np.int32)
-        found[used.numbers()] = images.counts(used)
+    def lists_images(self, rows: Integers) -> npt.NDArray[np.bool_]:
+        """Say of texts ``[N]`` whether they have a list of images, which may be a list of one."""
+        listed: npt.NDArray[np.bool_] = self._index["listed"].to_numpy()[rows]
+        return listed
+
+    def counts(self, images: Ragged) -> Integers:
+        """Return the numbers of regions ``[N]`` of examples, given the rows of their images."""
+        if isinstance(self.images, PairedImageStore):
+            ground_truth = self.images.ground_truth.counts(images.values[::2])
+            return ground_truth + self.images.detected.counts(images.values[1::2])
+        return images.sums(self.images.counts(images.values))
+
+    def images_of(self, rows: Integers | None = None) -> Ragged:
+        """Return the rows of the images of texts, after making sure that they are there, and reading some of them.
+
+        Args:
+            rows: the texts that will be used ``[N]``; all by default.
+
+        Raises:
+            DataError: an image is missing, or a text has no image.
+        """
+        chosen = np.arange(len(self.text), dtype=np.int32) if rows is None else rows
+        found = self.image_rows.take(chosen)
+        (unlisted,) = np.nonzero(found.values == _UNLISTED)
+        if len(unlisted):
+            id = self.text.ids[int(chosen[np.searchsorted(found.bounds, unlisted[0], "right") - 1])]
+            raise DataError(f"text database '{self.text.path}': {self.text.images_file.name} lacks the example '{id}'")
+        if isinstance(self.images, ImageStore):
+            self.images.check_all(found.values, lambda: self._names(chosen), self.text.path)
+            return found
+        (others,) = np.nonzero((found.sizes != 2) | ~self.lists_images(chosen))
+        if len(others):
+            one = chosen[others[:1]]
+            names = self._names(one)
+            named = f"{names if self.lists_images(one)[0] else names[0]!r:.80}"
+            raise DataError(f"text database '{self.text.path}' names {named}, but two image databases were given")
+        for start, images in enumerate((self.images.ground_truth, self.images.detected)):
+            of_one = partial(lambda start: self._names(chosen)[start::2], start)
+            images.check_all(found.values[start::2], of_one, self.text.path)
         return found
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        text, ids = self.text, self.text.ids
+        with text.reading_images():
+            files = [text.list_file, text.images_file]
+            size = sum(regular_file(file).st_size for file in files)
+            return cached([*files, *self.images.files], "images", _IMAGES, lambda: self._locate(ids.column), size)
+
+    def _locate(self, ids: Column) -> Built:
+        """Find the images of texts in the image database."""
+        named = self.text.named_images()
+        bounds = np.concatenate([[0], np.cumsum(named.sizes)])
+        if isinstance(self.images, PairedImageStore):  # names of both in turn
+            first = self.images.ground_truth.find(named.names)
+            second = (np.arange(len(named.names)) - np.repeat(bounds[:-1], named.sizes)) % 2 == 1
+            values = np.where(second, self.images.detected.find(named.names), first)
+        else:
+            values = self.images.find(named.names)
+        found, listed = Ragged(values, bounds), named.listed
+        if not named.texts.equals(ids):  # in another order, or of further texts
+            places = find(ids, named.texts)
+            places[places < 0] = len(found)
+            found = Ragged(np.append(values, _UNLISTED), np.append(bounds, len(values) + 1)).take(places)
+            listed = np.append(listed, False)[places]
+        offsets = pa.array(found.bounds, pa.int32())
+        rows = pa.ListArray.from_arrays(offsets, pa.array(found.values, pa.int32()))
+        return [pa.table([rows, pa.array(listed)], schema=_IMAGES)]
+
+    def _names(self, rows: Integers) -> list[str]:
+        """Read the names of the images of texts again, for a message."""
+        named = self.text.named_images()
+        every = Ragged(np.arange(len(named.names)), np.concatenate([[0], np.cumsum(named.sizes)]))
+        places = find(self.text.ids.column.take(pa.array(rows)), named.texts)
+        return list(Names(named.names).take(every.take(places).values))
 
 
 class Owner(Protocol):
@@ -81,10 +153,12 @@ class DatabaseSplit(Split):
         task: the task.
         name: the split's name; ``train`` makes examples for training.
         pair: the databases.
-        lengths: text length of every example by id, in the order of the split.
+        rows: which texts of the database the examples are ``[N]``.
 
     Attributes:
+        rows: which texts of the database the examples are ``[N]``.
         ids: ids of the examples.
+        images: rows of the images of every example in the image database.
         text_copies: how often the text of an example counts in its length.
 
     Raises:
@@ -93,17 +167,16 @@ class DatabaseSplit(Split):
 
     text_copies: ClassVar[int] = 1
 
-    def __init__(self, task: Owner, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
-        self.task, self.name, self.pair = task, name, pair
-        numbers = Numbers.of(lengths)
-        self.ids = numbers.texts
-        self.check_images()
+    def __init__(self, task: Owner, name: str, pair: Pair, rows: Integers) -> None:
+        self.task, self.name, self.pair, self.rows = task, name, pair, rows
+        self.ids = pair.text.ids.take(rows)
+        self.images = self.find_images()
         # For batches by tokens: word-pieces and regions, as in the release.
-        self._lengths = self.text_copies * numbers.values_array + pair.counts(self.named())
+        self._lengths = self.text_copies * pair.text.lengths[rows] + pair.counts(self.images)
 
     @abstractmethod
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
-        """Make an example of what the text database stores under ``id``.
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
+        """Make example ``index`` of what the text database stores about it.
 
         Raises:
             DataError: what is stored does not make an example of this task.
@@ -113,35 +186,30 @@ class DatabaseSplit(Split):
         """Return how many examples of the database are not trained on, and why."""
         return self.task.left_out.get(self.pair.text.path, []) if self.name == "train" else []
 
-    def image_names(self, id: str) -> str | Sequence[str]:
-        """Return the name of an example's image, or the names of its images."""
-        return self.pair.text.images[id]
-
-    def named(self) -> ImageNames:
-        """Return the image or images of every example."""
-        return self.pair.text.images_of(self.ids)
-
-    def check_images(self) -> None:
+    def find_images(self) -> Ragged:
         """Make sure that the images of all examples are there, and that an example has one of them.
 
         Raises:
             DataError: naming both databases.
         """
-        check_pair(self.pair.text, self.pair.images, ids=self.ids)
-        named = self.named()
-        several = named.first_list()
-        if several is not None and isinstance(self.pair.images, ImageDatabase):
+        found = self.pair.images_of(self.rows)
+        (several,) = np.nonzero(self.pair.lists_images(self.rows))
+        if len(several) and isinstance(self.pair.images, ImageStore):
+            index = int(several[0])
             raise self.unusable(
-                self.ids[several],
-                f"{len(named[several])} images; it is not one of '{self.task.config.name}', which have one",
+                index, f"{found.sizes[index]} images; it is not one of '{self.task.config.name}', which have one"
             )
+        return found
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        id = self.ids[index]
-        return self.example(id, self.pair.text[id])
+        return self.example(index, self.fields(index))
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """Read what the text database stores about an example."""
+        return self.pair.text[int(self.rows[index])]
 
     def describe(self, index: int) -> str:
         """See the base class."""
@@ -160,9 +228,9 @@ class DatabaseSplit(Split):
     @cached_property
     def stores_answers(self) -> bool:
         """Whether the first example has a ``target``: in a split with answers the others need not."""
-        return bool(self.ids) and self.pair.text[self.ids[0]].get("target") is not None
+        return len(self) > 0 and self.fields(0).get("target") is not None
 
-    def words(self, *texts: Sequence[int], id: str) -> Tensor:
+    def words(self, *texts: Sequence[int], index: int) -> Tensor:
         """Return [CLS], the texts with [SEP] between them, and [SEP]: ``[T]`` int64.
 
         Raises:
@@ -172,35 +240,41 @@ class DatabaseSplit(Split):
         ids = [database.cls_id]
         for text in texts:
             if not (isinstance(text, list) and all(type(word) is int for word in text)):
-                raise self.unusable(id, f"the text {text!r:.40}; it must be a list of ids of word-pieces")
+                raise self.unusable(index, f"the text {text!r:.40}; it must be a list of ids of word-pieces")
             ids += [*text, database.sep_id]
         limit = database.vocab_size + self.task.extra_words
         wrong = next((word for word in (min(ids), max(ids)) if not 0 <= word < limit), None)
         if wrong is not None:
             raise self.unusable(
-                id, f"word-piece {wrong}, but the vocabulary of meta.json ends at {limit}; another tokenizer made it"
+                index, f"word-piece {wrong}, but the vocabulary of meta.json ends at {limit}; another tokenizer made it"
             )
         return torch.tensor(ids)
 
-    def regions(self, id: str) -> tuple[Tensor, Tensor]:
+    def image(self, index: int) -> Any:
+        """Return what the image database knows an example's only image by: its row, or a row in each of a pair."""
+        rows = self.images[index]
+        return rows if isinstance(self.pair.images, PairedImageStore) else rows[0]
+
+    def regions(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the features ``[R, D]`` and boxes ``[R, 6]`` of an example's only image."""
-        names: Any = self.image_names(id)
-        features, boxes = self.pair.images[names]
+        features, boxes = self.pair.images[self.image(index)]
         return features, boxes
 
-    def field(self, fields: Mapping[str, Any], name: str, id: str) -> Any:
+    def field(self, fields: Mapping[str, Any], name: str, index: int) -> Any:
         """Return a field that an example must have.
 
         Raises:
             DataError: it has none; the message names what it has.
         """
         if name not in fields:
-            raise self.unusable(id, f"no {name} (only {', '.join(fields)}); it is not one of '{self.task.config.name}'")
+            raise self.unusable(
+                index, f"no {name} (only {', '.join(fields)}); it is not one of '{self.task.config.name}'"
+            )
         return fields[name]
 
-    def unusable(self, id: str, found: str) -> DataError:
+    def unusable(self, index: int, found: str) -> DataError:
         """Return the error that an example has something that this task cannot use."""
-        return DataError(f"text database '{self.pair.text.path}': example '{id}' has {found}")
+        return DataError(f"text database '{self.pair.text.path}': example '{self.ids[index]}' has {found}")
 
 
 class ConcatenatedSplit(Split):

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.epochs import check_fraction, share_rows
@@ -21,9 +23,9 @@ from villa.datasets.released import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.synthetic.overlay import SMALL
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
-from villa.datasets.uniter.image_lmdb import ImageDatabase
-from villa.datasets.uniter.tables import Numbers
-from villa.datasets.uniter.text_lmdb import TextDatabase
+from villa.datasets.uniter.image_lmdb import ImageStore
+from villa.datasets.uniter.index import Integers
+from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import ConfigError, DataError, MissingDataError
 from villa.facts import DataFacts
 
@@ -128,26 +130,24 @@ class DatabaseTask(ReleasedFilesTask):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """Return what a pair of databases adds to a split."""
-        return [self.Examples(self, name, pair, self.text_lengths(name, pair))]
+        return [self.Examples(self, name, pair, self.chosen(name, pair.text))]
 
-    def text_lengths(self, name: str, pair: Pair, kind: str = "") -> Numbers:
-        """Return the text length of every example of a split by id; to train on, those that are not too long."""
-        lengths = pair.text.lengths(kind)
-        if not lengths:
-            raise DataError(f"text database '{pair.text.path}' lists no examples; make it again")
+    def chosen(self, name: str, text: TextStore) -> Integers:
+        """Return the rows of the texts of a split; to train on, those that are not too long."""
+        if not len(text):
+            raise DataError(f"text database '{text.path}' lists no examples; make it again")
         if name != "train":
-            return lengths
-        chosen = share_rows(len(lengths), self.config.fraction, self.config.fraction_seed)
-        rows = chosen[lengths.values_array[chosen] <= self.config.max_text_length]
+            return np.arange(len(text), dtype=np.int32)
+        chosen = share_rows(len(text), self.config.fraction, self.config.fraction_seed)
+        rows: Integers = chosen[text.lengths[chosen] <= self.config.max_text_length]
         if not len(rows):
             raise DataError(
-                f"all {len(chosen)} texts of '{pair.text.path}' are longer than "
+                f"all {len(chosen)} texts of '{text.path}' are longer than "
                 f"dataset.max_text_length={self.config.max_text_length}; raise it"
             )
-        longest = int(lengths.values_array[chosen].max())
-        why = self._why_left_out(pair.text.path, len(lengths), len(chosen), len(rows), longest)
-        self.left_out[pair.text.path] = list(why)
-        return lengths if len(rows) == len(lengths) else lengths.take(rows)
+        longest = int(text.lengths[chosen].max())
+        self.left_out[text.path] = list(self._why_left_out(text.path, len(text), len(chosen), len(rows), longest))
+        return rows
 
     def _why_left_out(self, path: Path, count: int, chosen: int, kept: int, longest: int) -> Iterator[str]:
         """Say how many of ``count`` examples the share of them and the length of their texts leave."""
@@ -213,9 +213,9 @@ class DatabaseTask(ReleasedFilesTask):
         """Open the image database of a split."""
         return self.image_database(paths.images[0], self.config.detected_boxes())
 
-    def image_database(self, folder: Path, boxes: BoxSelection) -> ImageDatabase:
+    def image_database(self, folder: Path, boxes: BoxSelection) -> ImageStore:
         """Open an image database under the task's options."""
-        return ImageDatabase(folder, boxes, allow_empty_boxes=self.config.allow_empty_boxes)
+        return ImageStore(folder, boxes, allow_empty_boxes=self.config.allow_empty_boxes)
 
     @cached_property
     def _first(self) -> Pair:
@@ -244,7 +244,7 @@ class DatabaseTask(ReleasedFilesTask):
             missing = [path for name in self.splits() for paths in self._paths(name) for path in paths.missing()]
             raise MissingDataError(describe_missing(self.config.name, self.config.root, missing))
         subset = self.config.subset if paths.split == "train" else None
-        pair = Pair(TextDatabase(paths.text, subset), self.open_images(paths))
+        pair = Pair(TextStore(paths.text, subset), self.open_images(paths))
         for other in self._opened.values():
             _check_alike(pair, other)
         self._opened[paths] = pair

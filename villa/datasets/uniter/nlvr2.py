@@ -12,7 +12,7 @@ from villa.batch import Batch
 from villa.datasets.base import DatasetConfig, Example, best_answers
 from villa.datasets.uniter.database_split import DatabaseSplit
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
-from villa.datasets.uniter.image_lmdb import check_pair
+from villa.datasets.uniter.index import Ragged
 from villa.errors import DataError
 from villa.registry import register_dataset
 
@@ -22,24 +22,24 @@ class PairOfImagesSplit(DatabaseSplit):
 
     text_copies: ClassVar[int] = 2
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
         """Make an example; see the base class."""
         images: Any = self.pair.images
-        features, boxes = zip(*(images[name] for name in self.image_names(id)), strict=True)
+        features, boxes = zip(*(images[row] for row in self.images[index]), strict=True)
         target = fields.get("target") if self.training or self.stores_answers else None
         if target not in (0, 1, None) or (target is None and (self.training or self.stores_answers)):
-            raise self.unusable(id, f"the target {target!r:.40}; it must be 0 or 1")
-        words = self.words(self.field(fields, "input_ids", id), id=id)
-        return Example(id, words, None, features, boxes, None if target is None else int(target))
+            raise self.unusable(index, f"the target {target!r:.40}; it must be 0 or 1")
+        words = self.words(self.field(fields, "input_ids", index), index=index)
+        return Example(self.ids[index], words, None, features, boxes, None if target is None else int(target))
 
-    def check_images(self) -> None:
+    def find_images(self) -> Ragged:
         """Make sure that every sentence has two images, and that they are there."""
-        images = self.pair.text.images
-        if images.rows(self.ids).min() < 0 or self.named().first_list(but=2) is not None:
+        images = self.pair.image_rows.take(self.rows)
+        if not ((images.sizes == 2) & self.pair.lists_images(self.rows)).all():
             raise DataError(
                 f"text database '{self.pair.text.path}' is not one of NLVR2: a text does not have two images"
             )
-        check_pair(self.pair.text, self.pair.images, ids=self.ids)
+        return self.pair.images_of(self.rows)
 
 
 @dataclass

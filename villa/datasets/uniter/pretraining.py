@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from villa.datasets.paths import SPLITS, DatabasePaths
 from villa.datasets.synthetic.overlay import SMALL_PRETRAINING, SMALL_VCR_PRETRAINING
 from villa.datasets.uniter.database_split import ConcatenatedSplit, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.uniter.image_lmdb import PairedImageStore
 from villa.datasets.uniter.pretraining_splits import (
     PROBABILITY,
     Mixture,
@@ -30,6 +32,7 @@ from villa.datasets.uniter.pretraining_splits import (
 from villa.datasets.uniter.vcr import Vcr, VcrConfig
 from villa.errors import ConfigError, DataError, nearest
 from villa.json_values import is_number
+from villa.objectives import OBJECTIVES
 from villa.registry import register_dataset
 
 _LISTS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("text", "images"))
@@ -102,9 +105,9 @@ def _paths(option: str, given: Any) -> list[str]:
 
 
 #: Objectives that texts with images have examples for.
-OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl", "itm", "itm_wra")
+WITH_IMAGES = tuple(name for name, objective in OBJECTIVES.items() if objective.example)
 #: Those of VCR's second stage.
-VCR_OBJECTIVES = ("mlm", "mrfr", "mrc", "mrc_kl")
+OF_VCR = tuple(name for name in WITH_IMAGES if OBJECTIVES[name].example != "pair")
 #: Databases have features of regions; models that embed texts and images apart read whole images.
 _PAIRS = " here: it is for pairs of a text and a whole image, dataset=jsonl with dataset.target=pair"
 
@@ -156,7 +159,7 @@ class PretrainingDataConfig(DatabaseConfig):
     def check(self) -> None:
         """Refuse options that do not go together."""
         super().check()
-        check_objectives(self, OBJECTIVES)
+        check_options(self, WITH_IMAGES)
         listed = next((f"{split}_text" for split in SPLITS if getattr(self, f"{split}_text")), None)
         if self.corpora and listed is not None:
             raise ConfigError(f"dataset.{listed} lists databases, and dataset.corpora does too; give one of the two")
@@ -204,7 +207,7 @@ class VcrPretrainingConfig(VcrConfig):
     def check(self) -> None:
         """Refuse options that do not go together."""
         super().check()
-        check_objectives(self, VCR_OBJECTIVES)
+        check_options(self, OF_VCR)
 
     def objectives(self) -> dict[str, float]:
         """The objective, or those of the mixture with their shares; corpora have the same ones."""
@@ -235,7 +238,7 @@ def objective_weights(config: ObjectiveOptions) -> dict[str, float]:
     return {name: weight for name, weight in config.mix.items() if weight} or {config.objective: 1.0}
 
 
-def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
+def check_options(config: ObjectiveOptions, known: Sequence[str]) -> None:
     """Refuse objectives that are not known, and shares that are none.
 
     Raises:
@@ -257,9 +260,6 @@ def check_objectives(config: ObjectiveOptions, known: Sequence[str]) -> None:
     for name, share in shares.items():
         if not (is_number(share) and 0 <= share <= 1):
             raise ConfigError(f"dataset.{name}={share} is not allowed; give a share in [0, 1]")
-
-
-_CLASS_OBJECTIVES = {"mrc", "mrc_kl"}
 
 
 class ObjectiveTask(DatabaseTask):
@@ -288,12 +288,14 @@ class ObjectiveTask(DatabaseTask):
         Raises:
             DataError: the objective needs them, and they do not.
         """
-        text, images = self._first.text, self._first.images
+        pair = self._first
         try:
-            names: Any = next(iter(text.images.values()))
-            return int(images.soft_labels(names).shape[1])
-        except (DataError, StopIteration):
-            if _CLASS_OBJECTIVES & objective_weights(self._options).keys():
+            pair = replace(pair, text=pair.text.of_kind(next(iter(pair.text.kinds()), "")))
+            rows: Any = pair.images_of(np.arange(1))[0]
+            image = rows if isinstance(pair.images, PairedImageStore) else rows[0]
+            return int(pair.images.soft_labels(image).shape[1])
+        except (DataError, IndexError):
+            if any(OBJECTIVES[name].head == "objects" for name in objective_weights(self._options)):
                 raise
             return None
 
@@ -355,7 +357,7 @@ class Pretraining(ObjectiveTask):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """One split a pair of databases."""
-        return [ObjectiveSplit(self, name, pair, self.text_lengths(name, pair), self.settings())]
+        return [ObjectiveSplit(self, name, pair, self.chosen(name, pair.text), self.settings())]
 
 
 @register_dataset("vcr_pretraining")
@@ -367,8 +369,8 @@ class VcrPretraining(ObjectiveTask, Vcr):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """Both kinds of text, of every pair of databases."""
-        settings = self.settings()
+        pairs = [(kind, replace(pair, text=pair.text.of_kind(kind))) for kind in ("qa", "qar")]
         return [
-            VcrObjectiveSplit(self, name, pair, self.text_lengths(name, pair, kind), settings, kind)
-            for kind in ("qa", "qar")
+            VcrObjectiveSplit(self, name, pair, self.chosen(name, pair.text), self.settings(), kind)
+            for kind, pair in pairs
         ]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,8 +22,11 @@ from villa.datasets.collation import collate
 from villa.datasets.samplers import MixedSampler, Sampler, Share
 from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Pair
 from villa.datasets.uniter.databases import DatabaseTask
+from villa.datasets.uniter.image_lmdb import PairedImageStore
+from villa.datasets.uniter.index import Integers, in_order
 from villa.datasets.uniter.vcr import ANSWER, QUESTION, RATIONALE, Choices
 from villa.errors import DataError
+from villa.objectives import OBJECTIVES
 from villa.rng import derive_seed
 
 
@@ -117,9 +122,9 @@ def mask_regions(count: int, draws: random.Random, probability: float = PROBABIL
     return masked
 
 
-def wrong_image(images: Sequence[str], right: str, draws: random.Random) -> str:
+def wrong_image(images: Sequence[int] | npt.NDArray[np.integer[Any]], right: int, draws: random.Random) -> int:
     """Draw an image that is not ``right`` out of different images, at least two."""
-    while (drawn := draws.sample(images, 1)[0]) == right:
+    while (drawn := int(images[draws.sample(range(len(images)), 1)[0]])) == right:
         pass
     return drawn
 
@@ -160,19 +165,18 @@ class ObjectiveSplit(DatabaseSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every text by id.
+        rows: which texts of the database the examples are.
         settings: the objective.
 
     Raises:
         DataError: pairs are to be matched, but there is one image only.
     """
 
-    def __init__(
-        self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], settings: ObjectiveSettings
-    ) -> None:
-        super().__init__(task, name, pair, lengths)
+    def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, settings: ObjectiveSettings) -> None:
+        super().__init__(task, name, pair, rows)
         self.settings = settings
-        self.images = self.named().single()
+        rows = self.images.values
+        self.distinct = rows[:0] if isinstance(pair.images, PairedImageStore) else in_order(rows, len(pair.images))
         self._check()
 
     def asking(self, settings: ObjectiveSettings) -> ObjectiveSplit:
@@ -187,33 +191,35 @@ class ObjectiveSplit(DatabaseSplit):
         return other
 
     def _check(self) -> None:
-        if self.settings.objective.startswith("itm") and len(self.images) < 2:
-            raise DataError(f"'{self.pair.text.path}' is about {len(self.images)} image; matching needs wrong ones too")
+        if self.settings.objective.startswith("itm") and len(self.distinct) < 2:
+            raise DataError(
+                f"'{self.pair.text.path}' is about {len(self.distinct)} image; matching needs wrong ones too"
+            )
 
     def __getitem__(self, index: int) -> ObjectiveExample:
         return self.draw(index, derive_seed("objective", index))
 
     def draw(self, index: int, seed: int) -> ObjectiveExample:
         """Return example ``index`` with masks, or a wrong image, that derive from ``seed``."""
-        make = _MAKERS[self.settings.objective]
-        return make(self, self.ids[index], random.Random(seed))  # noqa: S311 - no secret
+        make = _MAKERS[OBJECTIVES[self.settings.objective].example or ""]
+        return make(self, index, random.Random(seed))  # noqa: S311 - no secret
 
     @property
     def answered(self) -> bool:
         """What is asked for is known."""
         return True
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> ObjectiveExample:
+    def example(self, index: int, fields: Mapping[str, Any]) -> ObjectiveExample:
         """Make the example of a text, with fixed draws."""
-        return self[self.ids.index(id)]
+        return self[index]
 
-    def text(self, id: str) -> Words:
+    def text(self, index: int) -> Words:
         """Return the text that an example reads."""
-        return Words([self.field(self.pair.text[id], "input_ids", id)])
+        return Words([self.field(self.fields(index), "input_ids", index)])
 
-    def _masked_words(self, id: str, draws: random.Random) -> ObjectiveExample:
-        database, text = self.pair.text, self.text(id)
-        original = self.words(*text.parts, id=id)
+    def _masked_words(self, index: int, draws: random.Random) -> ObjectiveExample:
+        database, text = self.pair.text, self.text(index)
+        original = self.words(*text.parts, index=index)
         start, end = database.meta["v_range"]
         read, asked = [database.cls_id], [False]
         for part in text.parts:
@@ -222,46 +228,47 @@ class ObjectiveSplit(DatabaseSplit):
             asked += [*masked, False]
         mask = torch.tensor(asked)
         if not mask.any():
-            raise self.unusable(id, "an empty text, which has no words to mask; leave it out")
-        features, boxes = self.regions(id)
-        example = self._example(id, torch.tensor(read), features, boxes)
+            raise self.unusable(index, "an empty text, which has no words to mask; leave it out")
+        features, boxes = self.regions(index)
+        example = self._example(index, torch.tensor(read), features, boxes)
         return replace(example, masked_tokens=mask, rows=original[mask])
 
-    def _masked_regions(self, id: str, draws: random.Random) -> ObjectiveExample:
-        features, boxes = self.regions(id)
+    def _masked_regions(self, index: int, draws: random.Random) -> ObjectiveExample:
+        features, boxes = self.regions(index)
         mask = torch.tensor(mask_regions(len(features), draws, self.settings.mask_probability))
-        rows = features[mask] if self.settings.objective == "mrfr" else self._soft_labels(id, len(features))[mask]
+        asked = (
+            features if OBJECTIVES[self.settings.objective].head == "features" else self._soft_labels(index, len(mask))
+        )
         seen = features.masked_fill(mask.unsqueeze(1), 0)
-        text = self.words(*self.text(id).parts, id=id)
-        return replace(self._example(id, text, seen, boxes), masked_regions=mask, rows=rows)
+        text = self.words(*self.text(index).parts, index=index)
+        return replace(self._example(index, text, seen, boxes), masked_regions=mask, rows=asked[mask])
 
-    def _pair(self, id: str, draws: random.Random) -> ObjectiveExample:
-        right: Any = self.image_names(id)
+    def _pair(self, index: int, draws: random.Random) -> ObjectiveExample:
+        right: Any = self.image(index)
         match = draws.random() >= self.settings.negative_probability
-        name = right if match else wrong_image(self.images, right, draws)
-        features, boxes = self.pair.images[name]
-        example = self._example(id, self.words(*self.text(id).parts, id=id), features, boxes)
+        image: Any = right if match else wrong_image(self.distinct, right, draws)
+        features, boxes = self.pair.images[image]
+        example = self._example(index, self.words(*self.text(index).parts, index=index), features, boxes)
         return replace(example, target=int(match))
 
-    def _soft_labels(self, id: str, regions: int) -> Tensor:
-        names: Any = self.image_names(id)
-        labels = self.pair.images.soft_labels(names)
+    def _soft_labels(self, index: int, regions: int) -> Tensor:
+        labels = self.pair.images.soft_labels(self.image(index))
         if len(labels) != regions:
-            raise self.unusable(id, f"{regions} regions, but class distributions of {len(labels)}; make them again")
+            raise self.unusable(index, f"{regions} regions, but class distributions of {len(labels)}; make them again")
         return labels
 
-    def _example(self, id: str, words: Tensor, features: Tensor, boxes: Tensor) -> ObjectiveExample:
-        text = self.text(id)
+    def _example(self, index: int, words: Tensor, features: Tensor, boxes: Tensor) -> ObjectiveExample:
+        text = self.text(index)
         counts = torch.tensor([len(part) + 1 for part in text.parts])
         counts[0] += 1  # [CLS]; the [SEP] behind a part has the part's type
         types = None if text.types is None else torch.tensor(text.types).repeat_interleave(counts)
-        return ObjectiveExample(id, words, types, features, boxes, objective=self.settings.objective)
+        return ObjectiveExample(self.ids[index], words, types, features, boxes, objective=self.settings.objective)
 
 
-_MAKERS: Mapping[str, Callable[[ObjectiveSplit, str, random.Random], ObjectiveExample]] = {
-    "mlm": ObjectiveSplit._masked_words,
-    **dict.fromkeys(("mrfr", "mrc", "mrc_kl"), ObjectiveSplit._masked_regions),
-    **dict.fromkeys(("itm", "itm_wra"), ObjectiveSplit._pair),
+_MAKERS: Mapping[str, Callable[[ObjectiveSplit, int, random.Random], ObjectiveExample]] = {
+    "tokens": ObjectiveSplit._masked_words,
+    "regions": ObjectiveSplit._masked_regions,
+    "pair": ObjectiveSplit._pair,
 }
 
 
@@ -272,7 +279,7 @@ class VcrObjectiveSplit(ObjectiveSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every question by id.
+        rows: which questions of the database the examples are.
         settings: the objective: masked words or regions.
         kind: ``qa`` or ``qar``.
     """
@@ -282,23 +289,23 @@ class VcrObjectiveSplit(ObjectiveSplit):
         task: DatabaseTask,
         name: str,
         pair: Pair,
-        lengths: Mapping[str, int],
+        rows: Integers,
         settings: ObjectiveSettings,
         kind: str,
     ) -> None:
         self.kind = kind
-        super().__init__(task, name, pair, lengths, settings)
+        super().__init__(task, name, pair, rows, settings)
 
-    def text(self, id: str) -> Words:
+    def text(self, index: int) -> Words:
         """Return the question, the right answer and, for ``qar``, the right rationale."""
-        fields = self.pair.text[id]
-        choices = Choices(self, id, fields)
+        fields = self.fields(index)
+        choices = Choices(self, index, fields)
         answer = fields["input_ids_as"][choices.right_answer()]
         if self.kind == "qa":
             return Words([fields["input_ids"], answer], (QUESTION, ANSWER))
         right = choices.right("qar_target")
         if right is None:
-            raise self.unusable(id, "no right rationale (-1): it cannot be trained on")
+            raise self.unusable(index, "no right rationale (-1): it cannot be trained on")
         return Words([fields["input_ids"], answer, fields["input_ids_rs"][right]], (QUESTION, ANSWER, RATIONALE))
 
 

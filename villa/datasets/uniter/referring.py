@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from villa.datasets.synthetic.overlay import SMALL_REFERRING
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
-from villa.datasets.uniter.image_lmdb import ImageDatabase, check_names
-from villa.datasets.uniter.image_names import ImageNames
+from villa.datasets.uniter.image_lmdb import ImageStore
+from villa.datasets.uniter.index import Integers, Names, Ragged
 from villa.errors import ConfigError, DataError
 from villa.facts import RegionReference
 from villa.json_values import is_number
@@ -75,41 +76,37 @@ class ExpressionSplit(DatabaseSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every expression by id.
+        rows: which texts of the database the expressions are.
         kind: what the regions are.
     """
 
-    def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], kind: Regions) -> None:
+    def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, kind: Regions) -> None:
         self._pattern = _NAMES[kind]
         self._image_of = {
             str(sentence): ref["image_id"] for ref in self._table(pair, "refs.json") for sentence in ref["sent_ids"]
         }
         self._images = {image["id"]: image for image in self._table(pair, "images.json")}
-        super().__init__(task, name, pair, lengths)
+        super().__init__(task, name, pair, rows)
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
         """Make an example: with the number of the region meant to train on, with boxes in pixels to evaluate."""
-        words = self.words(self.field(fields, "input_ids", id), id=id)
-        features, boxes = self.regions(id)
+        words = self.words(self.field(fields, "input_ids", index), index=index)
+        features, boxes = self.regions(index)
         if self.training:
-            return Example(id, words, None, features, boxes, self._target(id, fields, len(features)))
-        return Example(id, words, None, features, boxes, None, self._reference(id, fields, boxes))
+            return Example(self.ids[index], words, None, features, boxes, self._target(index, fields, len(features)))
+        return Example(self.ids[index], words, None, features, boxes, None, self._reference(index, fields, boxes))
 
-    def image_names(self, id: str) -> str:
-        """Return the name of the image that an expression is about."""
-        return self._pattern.format(self._image_of[id])
-
-    def named(self) -> ImageNames:
-        """Return the image of every expression."""
-        return ImageNames.of(map(self.image_names, self.ids))
-
-    def check_images(self) -> None:
+    def find_images(self) -> Ragged:
         """Make sure that the images of all expressions are there and described."""
-        unknown = next((id for id in self.ids if self._image_of.get(id) not in self._images), None)
+        asked = [self._image_of.get(id) for id in self.ids]
+        unknown = next((index for index, image in enumerate(asked) if image not in self._images), None)
         if unknown is not None:
             raise self.unusable(unknown, "no entry in refs.json, or its image none in images.json")
-        assert isinstance(self.pair.images, ImageDatabase)
-        check_names(self.pair.text, self.pair.images, map(self.image_names, self.ids))
+        assert isinstance(self.pair.images, ImageStore)
+        names = Names.of(list(map(self._pattern.format, asked)))
+        rows = self.pair.images.find(names.column)
+        self.pair.images.check_all(rows, lambda: names, self.pair.text.path)
+        return Ragged(rows, np.arange(len(rows) + 1))
 
     @property
     def answered(self) -> bool:
@@ -117,25 +114,26 @@ class ExpressionSplit(DatabaseSplit):
         example = self[0]
         return example.target is not None or (example.reference is not None and example.reference.target is not None)
 
-    def _target(self, id: str, fields: Mapping[str, Any], regions: int) -> int:
+    def _target(self, index: int, fields: Mapping[str, Any], regions: int) -> int:
         """Return the number of the region meant; the regions are the image's annotations in their order."""
-        annotations = self._images[self._image_of[id]]["ann_ids"]
+        annotations = self._images[self._image_of[self.ids[index]]]["ann_ids"]
         if len(annotations) != regions:
             raise self.unusable(
-                id, f"{len(annotations)} annotated boxes, but its image {regions} regions; train on ground-truth boxes"
+                index,
+                f"{len(annotations)} annotated boxes, but its image {regions} regions; train on ground-truth boxes",
             )
-        meant = self.field(fields, "ann_id", id)
+        meant = self.field(fields, "ann_id", index)
         if meant not in annotations:
-            raise self.unusable(id, f"the annotation {meant}, which is none of its image's")
+            raise self.unusable(index, f"the annotation {meant}, which is none of its image's")
         return int(annotations.index(meant))
 
-    def _reference(self, id: str, fields: Mapping[str, Any], boxes: Tensor) -> RegionReference:
-        image = self._images[self._image_of[id]]
+    def _reference(self, index: int, fields: Mapping[str, Any], boxes: Tensor) -> RegionReference:
+        image = self._images[self._image_of[self.ids[index]]]
         sides = torch.tensor([image["width"], image["height"], image["width"], image["height"]])
         pixels = (boxes[:, [0, 1, 4, 5]] * sides).tolist()
         meant = fields.get("bbox")
         if meant is not None and not (isinstance(meant, list) and len(meant) == 4 and all(map(is_number, meant))):
-            raise self.unusable(id, f"the bbox {meant!r:.60}; it must be x, y, width, height in pixels")
+            raise self.unusable(index, f"the bbox {meant!r:.60}; it must be x, y, width, height in pixels")
         return RegionReference(None if meant is None else tuple(meant), [tuple(box) for box in pixels])
 
     @staticmethod
@@ -161,7 +159,7 @@ class Referring(DatabaseTask):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """The expressions of a split."""
-        return [ExpressionSplit(self, name, pair, self.text_lengths(name, pair), self.config.boxes(name))]
+        return [ExpressionSplit(self, name, pair, self.chosen(name, pair.text), self.config.boxes(name))]
 
     def open_images(self, paths: DatabasePaths) -> Images:
         """Ground-truth boxes lie in a database with a fixed number, detected ones in the usual one."""

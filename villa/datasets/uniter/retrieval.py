@@ -20,6 +20,8 @@ from villa.datasets.samplers import Lengths
 from villa.datasets.synthetic.overlay import SMALL_RETRIEVAL
 from villa.datasets.uniter.database_split import DatabaseSplit, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
+from villa.datasets.uniter.image_lmdb import ImageStore
+from villa.datasets.uniter.index import Integers, Ragged
 from villa.errors import ConfigError, DataError
 from villa.facts import RetrievalReference
 from villa.registry import register_dataset
@@ -32,40 +34,41 @@ class PairSplit(DatabaseSplit, ABC):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every text by id.
+        rows: which texts of the database they are.
 
     Attributes:
-        image_of: the image of every text.
-        texts_of: the texts of every image, which are more than one.
-        images: all images.
+        image_of: row of the image of every text.
+        texts_of: the texts of every image, by its row: more than one.
+        distinct: rows of all images, in the order in which the texts name them.
     """
 
-    def __init__(self, task: Retrieval, name: str, pair: Pair, lengths: Mapping[str, int]) -> None:
-        super().__init__(task, name, pair, lengths)
-        self.image_of = dict(zip(self.ids, map(str, self.named()), strict=True))
-        texts: defaultdict[str, list[str]] = defaultdict(list)
-        for id, image in self.image_of.items():
-            texts[image].append(id)
+    def __init__(self, task: Retrieval, name: str, pair: Pair, rows: Integers) -> None:
+        super().__init__(task, name, pair, rows)
+        self.image_of: list[int] = self.images.values.tolist()
+        texts: defaultdict[int, list[int]] = defaultdict(list)
+        for text, image in enumerate(self.image_of):
+            texts[image].append(text)
         self.texts_of = dict(texts)
-        self.images = list(self.texts_of)
+        self.distinct = list(self.texts_of)
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
         """Make an example of a text and its own image."""
-        return self.pairs(id, [id], [self.image_of[id]])
+        return self.pairs(self.ids[index], [index], [self.image_of[index]])
 
-    def text(self, id: str) -> Tensor:
+    def text(self, index: int) -> Tensor:
         """Return a text's word-pieces ``[T]``."""
-        return self.words(self.field(self.pair.text[id], "input_ids", id), id=id)
+        return self.words(self.field(self.fields(index), "input_ids", index), index=index)
 
-    def image(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return an image's features ``[R, D]`` and boxes ``[R, 6]``."""
-        features, boxes = self.pair.images[name]
+    def regions_of(self, images: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the features ``[R, D]`` and boxes ``[R, 6]`` of images, given their rows."""
+        store: Any = self.pair.images
+        features, boxes = zip(*map(store.__getitem__, images), strict=True)
         return features, boxes
 
-    def pairs(self, id: str, texts: Sequence[str], images: Sequence[str]) -> Example:
+    def pairs(self, name: str, texts: Sequence[int], images: Sequence[int]) -> Example:
         """Make an example of these texts and images, whose first ones belong together."""
-        features, boxes = zip(*map(self.image, images), strict=True)
-        return Example(id, tuple(map(self.text, texts)), None, features, boxes, target=0)
+        features, boxes = self.regions_of(images)
+        return Example(name, tuple(map(self.text, texts)), None, features, boxes, target=0)
 
 
 class RandomNegatives(PairSplit):
@@ -75,17 +78,17 @@ class RandomNegatives(PairSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every text by id.
+        rows: which texts of the database they are.
         size: wrong images, and as many wrong texts, an example.
     """
 
-    def __init__(self, task: Retrieval, name: str, pair: Pair, lengths: Mapping[str, int], size: int) -> None:
-        super().__init__(task, name, pair, lengths)
+    def __init__(self, task: Retrieval, name: str, pair: Pair, rows: Integers, size: int) -> None:
+        super().__init__(task, name, pair, rows)
         self.size = size
-        others = (len(self.images) - 1, len(self.ids) - max(map(len, self.texts_of.values())))
+        others = (len(self.distinct) - 1, len(self.ids) - max(map(len, self.texts_of.values())))
         if min(others) < size:
             raise DataError(
-                f"'{pair.text.path}' has {len(self.images)} images and {len(self.ids)} texts, too few for "
+                f"'{pair.text.path}' has {len(self.distinct)} images and {len(self.ids)} texts, too few for "
                 f"dataset.negative_size={size} wrong ones; lower it to at most {min(others)}"
             )
 
@@ -94,21 +97,20 @@ class RandomNegatives(PairSplit):
 
     def draw(self, index: int, seed: int) -> Example:
         """Return example ``index`` with negatives that derive from ``seed``."""
-        id = self.ids[index]
-        image, draws = self.image_of[id], random.Random(seed)  # noqa: S311 - not for secrets
-        texts = [id] * (1 + self.size) + self.wrong_texts(image, draws)
+        image, draws = self.image_of[index], random.Random(seed)  # noqa: S311 - not for secrets
+        texts = [index] * (1 + self.size) + self.wrong_texts(image, draws)
         images = [image, *self.wrong_images(image, draws), *[image] * self.size]
-        return self.pairs(id, texts, images)
+        return self.pairs(self.ids[index], texts, images)
 
-    def wrong_images(self, image: str, draws: random.Random) -> list[str]:
+    def wrong_images(self, image: int, draws: random.Random) -> list[int]:
         """Draw ``size`` different images that are not ``image``."""
-        drawn = draws.sample(self.images, self.size + 1)
+        drawn = draws.sample(self.distinct, self.size + 1)
         return [other for other in drawn if other != image][: self.size]
 
-    def wrong_texts(self, image: str, draws: random.Random) -> list[str]:
+    def wrong_texts(self, image: int, draws: random.Random) -> list[int]:
         """Draw ``size`` different texts that are not about ``image``."""
         own = self.texts_of[image]
-        drawn = draws.sample(self.ids, self.size + len(own))
+        drawn = draws.sample(range(len(self.ids)), self.size + len(own))
         return [other for other in drawn if self.image_of[other] != image][: self.size]
 
 
@@ -120,11 +122,11 @@ class HardCandidates(RandomNegatives):
 
     def draw(self, index: int, seed: int) -> Example:
         """Return example ``index`` with candidates that derive from ``seed``, the right one first."""
-        id = self.ids[index // 2]
-        image, draws = self.image_of[id], random.Random(seed)  # noqa: S311 - not for secrets
+        text, id = index // 2, self.ids[index // 2]
+        image, draws = self.image_of[text], random.Random(seed)  # noqa: S311 - not for secrets
         if index % 2 == 0:
-            return self.pairs(f"{id}:images", [id], [image, *self.wrong_images(image, draws)])
-        return self.pairs(f"{id}:texts", [id, *self.wrong_texts(image, draws)], [image])
+            return self.pairs(f"{id}:images", [text], [image, *self.wrong_images(image, draws)])
+        return self.pairs(f"{id}:texts", [text, *self.wrong_texts(image, draws)], [image])
 
     def describe(self, index: int) -> str:
         """See the base class."""
@@ -145,15 +147,16 @@ class RetrievalEvaluation(PairSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every text by id.
+        rows: which texts of the database they are.
         chunk: images an example.
     """
 
-    def __init__(self, task: Retrieval, name: str, pair: Pair, lengths: Mapping[str, int], chunk: int) -> None:
-        super().__init__(task, name, pair, lengths)
-        self.images.sort(key=pair.count)
-        self._column = {image: column for column, image in enumerate(self.images)}
-        self._starts = range(0, len(self.images), chunk)
+    def __init__(self, task: Retrieval, name: str, pair: Pair, rows: Integers, chunk: int) -> None:
+        super().__init__(task, name, pair, rows)
+        counts = pair.counts(Ragged(np.array(self.distinct), np.arange(len(self.distinct) + 1)))
+        self.distinct = [self.distinct[place] for place in np.argsort(counts, kind="stable").tolist()]
+        self._column = {image: column for column, image in enumerate(self.distinct)}
+        self._starts = range(0, len(self.distinct), chunk)
         self._chunk = chunk
         self._loaded: tuple[int, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
@@ -163,12 +166,14 @@ class RetrievalEvaluation(PairSplit):
     def __getitem__(self, index: int) -> Example:
         number, text = divmod(index, len(self.ids))
         id, first = self.ids[text], self._starts[number]
-        names = self.images[first : first + self._chunk]
-        features, boxes = self._regions(number, names)
+        images = self.distinct[first : first + self._chunk]
+        features, boxes = self._regions(number, images)
+        assert isinstance(self.pair.images, ImageStore)
+        names = list(self.pair.images.names.take(np.array(images)))
         reference = RetrievalReference(
-            text, first, self._column[self.image_of[id]], (len(self.ids), len(self.images)), id, names
+            text, first, self._column[self.image_of[text]], (len(self.ids), len(self.distinct)), id, names
         )
-        return Example(f"{id}|{number}", (self.text(id),), None, features, boxes, None, reference)
+        return Example(f"{id}|{number}", (self.text(text),), None, features, boxes, None, reference)
 
     def describe(self, index: int) -> str:
         """See the base class."""
@@ -184,11 +189,10 @@ class RetrievalEvaluation(PairSplit):
         """Word-pieces and regions of each text with its own image."""
         return np.tile(self._lengths, len(self._starts))
 
-    def _regions(self, number: int, names: Sequence[str]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _regions(self, number: int, images: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Read a chunk of images once for all texts."""
         if self._loaded is None or self._loaded[0] != number:
-            features, boxes = zip(*map(self.image, names), strict=True)
-            self._loaded = number, features, boxes
+            self._loaded = number, *self.regions_of(images)
         return self._loaded[1:]
 
 
@@ -236,11 +240,11 @@ class Retrieval(DatabaseTask):
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """Pairs with negatives to train on, or all texts with all images."""
-        lengths = self.text_lengths(name, pair)
+        rows = self.chosen(name, pair.text)
         if name != "train":
-            return [RetrievalEvaluation(self, name, pair, lengths, self.config.eval_images)]
+            return [RetrievalEvaluation(self, name, pair, rows, self.config.eval_images)]
         kind = HardCandidates if self.config.negatives == "hard" else RandomNegatives
-        return [kind(self, name, pair, lengths, self.config.negative_size)]
+        return [kind(self, name, pair, rows, self.config.negative_size)]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples into a batch.

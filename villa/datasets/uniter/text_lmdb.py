@@ -5,8 +5,10 @@ Values are ``lz4.frame``-compressed msgpack maps; ``id2len.json`` lists the exam
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,16 @@ from tokenizers import Tokenizer
 
 from villa.datasets.checksums import SUFFIX, check_sizes
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer
-from villa.datasets.uniter.image_names import ImageNames
-from villa.datasets.uniter.lmdb_env import LmdbReader
-from villa.datasets.uniter.strings import Strings
-from villa.datasets.uniter.tables import (
+from villa.datasets.uniter.index import Column, Integers, Names, bytes_of, numbers_of
+from villa.datasets.uniter.json_tables import (
     UNREADABLE,
-    NamesOfTexts,
+    NamedImages,
     NotAnObjectError,
-    Numbers,
     WrongEntryError,
-    read_names,
+    read_images,
     read_numbers,
 )
+from villa.datasets.uniter.lmdb_env import LmdbReader
 from villa.errors import DataError
 from villa.files import regular_file
 from villa.json_values import parse_json
@@ -43,8 +43,8 @@ CHECKSUMS = f"db{SUFFIX}"
 _EXTRA_WORDS = 81
 
 
-class TextDatabase:
-    """The examples of one split, read by id.
+class TextStore:
+    """The examples of one split by row: their places in the list ``id2len.json``.
 
     Args:
         path: the folder (``vqa_train.db``).
@@ -53,14 +53,14 @@ class TextDatabase:
     Attributes:
         path: the folder.
         meta: contents of ``meta.json``.
+        kind: ``""``, or ``qa`` or ``qar`` for the two lists of VCR.
 
     Raises:
         DataError: the folder is not a text database.
     """
 
     def __init__(self, path: Path, subset: str | None = None) -> None:
-        self.path = path
-        self.subset = subset
+        self.path, self.subset, self.kind = path, subset, ""
         if not path.is_dir():
             raise DataError(
                 f"text database '{path}' is not a folder; give one with data.mdb, meta.json and id2len.json"
@@ -69,6 +69,19 @@ class TextDatabase:
         self._reader = LmdbReader(path)
         self.meta: Mapping[str, Any] = self._read_object("meta.json")
         check_meta(self.meta, f"'{path / 'meta.json'}'")
+
+    def of_kind(self, kind: str) -> TextStore:
+        """Return the examples of another list of the database (``qa`` or ``qar`` of VCR)."""
+        if kind == self.kind:
+            return self
+        other = copy.copy(self)
+        other.kind = kind
+        other.__dict__.pop("_list", None)
+        return other
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of lists that the database has."""
+        return [kind for kind in ("", "qa", "qar") if self.of_kind(kind).list_file.exists()]
 
     @property
     def cls_id(self) -> int:
@@ -101,46 +114,50 @@ class TextDatabase:
         file = self.path / TOKENIZER_FILE
         return load_tokenizer(file) if file.is_file() else None
 
-    def lengths(self, kind: str = "") -> Numbers:
-        """Read the number of word-pieces (without [CLS] and [SEP]) of every example, in the order of the data set.
+    @property
+    def list_file(self) -> Path:
+        """The list of the examples and of their lengths."""
+        kind, subset = (f"_{self.kind}" if self.kind else ""), (f".{self.subset}" if self.subset else "")
+        return self.path / f"id2len{kind}{subset}.json"
 
-        Args:
-            kind: ``""``, or ``qa`` or ``qar`` for the two tasks of VCR.
+    @property
+    def images_file(self) -> Path:
+        """The list of the examples' images."""
+        return self.path / "txt2img.json"
+
+    @property
+    def ids(self) -> Names:
+        """Ids of the examples."""
+        return self._list[0]
+
+    @property
+    def lengths(self) -> Integers:
+        """Number of word-pieces (without [CLS] and [SEP]) of every example ``[N]`` int32."""
+        return self._list[1]
+
+    @cached_property
+    def _list(self) -> tuple[Names, Integers]:
+        """Read ids and lengths.
 
         Raises:
             DataError: the file is missing or holds something else.
         """
-        path = self.path / self.lengths_file(kind)
-        try:
-            return read_numbers(path, 0)
-        except WrongEntryError as wrong:
-            raise DataError(f"'{path}': the length of '{wrong.name}' is {wrong.value!r:.40}, not a number") from wrong
-        except UNREADABLE as error:
-            raise self._unreadable(path.name, error) from error
+        with self._reading(self.list_file, "'{file}': the length of '{name}' is {value}, not a number"):
+            table = read_numbers(self.list_file, 0)
+        return Names(table["name"]), numbers_of(table["number"])
 
-    @cached_property
-    def images(self) -> NamesOfTexts:
-        """Image file name, or names, of every example (``txt2img.json``)."""
-        path = self.path / "txt2img.json"
-        try:
-            return read_names(path)
-        except WrongEntryError as wrong:
-            given = f"{wrong.value!r:.40}"
-            raise DataError(f"'{path}': '{wrong.name}' has {given}, not one or several file names") from wrong
-        except UNREADABLE as error:
-            raise self._unreadable(path.name, error) from error
-
-    def images_of(self, ids: Strings) -> ImageNames:
-        """Return the image or images of examples.
+    def named_images(self) -> NamedImages:
+        """Read the name of the image, or names of the images, of every example of ``txt2img.json``.
 
         Raises:
-            DataError: one has none; or ``txt2img.json`` cannot be used.
+            DataError: the file is missing or holds something else.
         """
-        rows = self.images.rows(ids)
-        if len(rows) and rows.min() < 0:
-            missing = ids[int(rows.argmin())]
-            raise DataError(f"text database '{self.path}': txt2img.json lacks the example '{missing}'")
-        return self.images.names.take(rows)
+        with self.reading_images():
+            return read_images(self.images_file)
+
+    def reading_images(self) -> AbstractContextManager[None]:
+        """Turn the errors of reading ``txt2img.json`` into one line."""
+        return self._reading(self.images_file, "'{file}': '{name}' has {value}, not one or several file names")
 
     @cached_property
     def texts_of_images(self) -> Mapping[str, list[str]]:
@@ -151,12 +168,16 @@ class TextDatabase:
             raise DataError(f"'{self.path / 'img2txts.json'}': '{wrong}' has {texts[wrong]!r:.40}, not a list of ids")
         return texts
 
-    def __getitem__(self, id: str) -> dict[str, Any]:
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
         """Read an example.
 
         Raises:
             DataError: it is missing or damaged.
         """
+        id = self.ids[row]
         value = self._reader.get(id)
         if value is None:
             raise DataError(f"text database '{self.path}' has no example '{id}', but a list of ids names it")
@@ -172,19 +193,21 @@ class TextDatabase:
             raise self._damaged(id, f"{type(example).__name__} instead of a map")
         return example
 
-    def check(self, id: str) -> None:
+    def check(self, row: int) -> None:
         """Read an example, and refuse word-pieces that the vocabulary has not.
 
         Raises:
             DataError: it is missing or damaged, or holds such a word-piece.
         """
-        example = self[id]
+        example = self[row]
         for name, text in example.items():
             if name.startswith("input_ids"):
                 pieces = [piece for part in text for piece in (part if isinstance(part, list) else [part])]
                 wrong = [piece for piece in pieces if type(piece) is not int or not 0 <= piece < self._words]
                 if wrong:
-                    raise self._damaged(id, f"{name} has the word-piece {wrong[0]!r:.40}; there are {self._words}")
+                    raise self._damaged(
+                        self.ids[row], f"{name} has the word-piece {wrong[0]!r:.40}; there are {self._words}"
+                    )
 
     @property
     def _words(self) -> int:
@@ -205,18 +228,28 @@ class TextDatabase:
     def fingerprint(self) -> str:
         """Hash the lists of examples and some examples: equal on all machines that hold the same data."""
         digest = hashlib.blake2b(digest_size=16)
-        for kind in ("", "qa", "qar"):
-            if (self.path / self.lengths_file(kind)).exists():
-                lengths = self.lengths(kind)
-                digest.update(f"{kind}\0".encode())
-                digest.update(lengths.texts.digest or b"")
-                digest.update(np.ascontiguousarray(lengths.values_array, "<i4").data)
-                digest.update(self._reader.sample(lengths.texts))
+        for kind in self.kinds():
+            store = self.of_kind(kind)
+            digest.update(f"{kind}\0".encode())
+            digest.update(_digest(store.ids.column))
+            digest.update(np.ascontiguousarray(store.lengths, "<i4").data)
+            digest.update(self._reader.sample(store.ids))
         return digest.hexdigest()
 
-    def lengths_file(self, kind: str) -> str:
-        """Name of the file of the lengths of a kind."""
-        return "id2len" + (f"_{kind}" if kind else "") + (f".{self.subset}" if self.subset else "") + ".json"
+    @contextmanager
+    def _reading(self, file: Path, wrong: str) -> Iterator[None]:
+        """Turn the errors of reading a list into one line.
+
+        Args:
+            file: the list.
+            wrong: what to say of a wrong entry: a format with ``file``, ``name`` and ``value``.
+        """
+        try:
+            yield
+        except WrongEntryError as error:
+            raise DataError(wrong.format(file=file, name=error.name, value=f"{error.value!r:.40}")) from error
+        except UNREADABLE as error:
+            raise self._unreadable(file.name, error) from error
 
     def _read_object(self, name: str) -> dict[str, Any]:
         value = self.read_json(name)
@@ -237,6 +270,23 @@ class TextDatabase:
 
     def _damaged(self, id: str, reason: str) -> DataError:
         return DataError(f"text database '{self.path}': example '{id}' is damaged ({reason}); copy it again")
+
+
+def _digest(ids: Column) -> bytes:
+    """Hash the bytes of texts and their bounds."""
+    chunks = list(map(bytes_of, ids.chunks))
+    size = sum(len(data) for data, _ in chunks)
+    kind = np.int32 if size + 8 <= np.iinfo(np.int32).max else np.int64
+    digest = hashlib.blake2b(digest_size=16)
+    for data, _ in chunks:
+        digest.update(data)
+    digest.update(bytes(8))
+    digest.update(bytes(kind(0).nbytes))
+    start = 0
+    for data, bounds in chunks:
+        digest.update((bounds[1:] + kind(start)).data)
+        start += len(data)
+    return digest.digest()
 
 
 def check_meta(meta: Mapping[str, Any], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,8 @@ from villa.datasets.synthetic.overlay import SMALL_VCR
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
-from villa.datasets.uniter.image_lmdb import PairedImageDatabase
+from villa.datasets.uniter.image_lmdb import PairedImageStore
+from villa.datasets.uniter.index import Integers
 from villa.errors import ConfigError
 from villa.facts import CHOICES, VcrReference
 from villa.registry import register_dataset
@@ -66,22 +67,22 @@ class ChoiceSplit(DatabaseSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every example by id.
+        rows: which texts of the database the examples are.
         kind: ``qa`` or ``qar``.
     """
 
-    def __init__(self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], kind: str) -> None:
+    def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, kind: str) -> None:
         self.kind = kind
-        super().__init__(task, name, pair, lengths)
+        super().__init__(task, name, pair, rows)
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
         """Make an example of four choices; targets ``[4]`` mark the right one."""
-        choices = Choices(self, id, fields)
+        choices = Choices(self, index, fields)
         texts = choices.answers() if self.kind == "qa" else choices.rationales(choices.right_answer())
         right = choices.right(f"{self.kind}_target")
         if right is None:
-            raise self.unusable(id, "no right choice (-1): it cannot be trained on")
-        return _example(self, id, f"{id}:{self.kind}", texts, [right])
+            raise self.unusable(index, "no right choice (-1): it cannot be trained on")
+        return _example(self, index, f"{self.ids[index]}:{self.kind}", texts, [right])
 
 
 class QuestionSplit(DatabaseSplit):
@@ -91,26 +92,25 @@ class QuestionSplit(DatabaseSplit):
         task: the task.
         name: the split's name.
         pair: the databases.
-        lengths: text length of every example by id.
+        rows: which texts of the database the examples are.
         all_rationales: whether rationales are given for each of the four answers, not for the right one alone.
     """
 
-    def __init__(
-        self, task: DatabaseTask, name: str, pair: Pair, lengths: Mapping[str, int], all_rationales: bool
-    ) -> None:
+    def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, all_rationales: bool) -> None:
         self.all_rationales = all_rationales
-        super().__init__(task, name, pair, lengths)
+        super().__init__(task, name, pair, rows)
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
         """Make an example; targets mark the right answer and, after it, the right rationale."""
-        choices = Choices(self, id, fields)
+        choices = Choices(self, index, fields)
         reference = VcrReference(choices.right("qa_target"), choices.right("qar_target"))
         explained = range(CHOICES) if self.all_rationales else [choices.right_answer()]
         texts = choices.answers() + [text for answer in explained for text in choices.rationales(answer)]
         if reference.answer is None or reference.rationale is None:
-            return _example(self, id, id, texts, None, reference)
+            return _example(self, index, self.ids[index], texts, None, reference)
         group = 1 + (reference.answer if self.all_rationales else 0)
-        return _example(self, id, id, texts, [reference.answer, CHOICES * group + reference.rationale], reference)
+        right = [reference.answer, CHOICES * group + reference.rationale]
+        return _example(self, index, self.ids[index], texts, right, reference)
 
 
 @register_dataset("vcr")
@@ -124,15 +124,16 @@ class Vcr(DatabaseTask):
     def parts(self, name: str, pair: Pair) -> list[Split]:
         """Training examples of both kinds; or questions with all their answers and rationales."""
         if name != "train":
-            lengths = self.text_lengths(name, pair, "qar")
-            return [QuestionSplit(self, name, pair, lengths, name in self.config.all_rationales)]
-        return [ChoiceSplit(self, name, pair, self.text_lengths(name, pair, kind), kind) for kind in ("qa", "qar")]
+            asked = replace(pair, text=pair.text.of_kind("qar"))
+            return [QuestionSplit(self, name, asked, self.chosen(name, asked.text), name in self.config.all_rationales)]
+        pairs = [(kind, replace(pair, text=pair.text.of_kind(kind))) for kind in ("qa", "qar")]
+        return [ChoiceSplit(self, name, pair, self.chosen(name, pair.text), kind) for kind, pair in pairs]
 
     def open_images(self, paths: DatabasePaths) -> Images:
         """Ground-truth boxes lie in a database with a fixed number, detected ones in the usual one."""
         fixed = BoxSelection(fixed=self.config.ground_truth_boxes, compressed=self.config.compressed)
         detected = self.image_database(paths.images[1], self.config.detected_boxes())
-        return PairedImageDatabase(self.image_database(paths.images[0], fixed), detected)
+        return PairedImageStore(self.image_database(paths.images[0], fixed), detected)
 
     def submission(self, split: str) -> str | None:
         """Only predictions of all rationales can be submitted."""
@@ -160,16 +161,16 @@ class Choices:
 
     Args:
         split: the split, for its special tokens and for messages.
-        id: the question's id.
+        index: the number of the question in the split.
         fields: what is stored about it.
 
     Raises:
         DataError: it does not have four answers and rationales.
     """
 
-    def __init__(self, split: DatabaseSplit, id: str, fields: Mapping[str, Any]) -> None:
-        self._split, self._id, self._fields = split, id, fields
-        self._question: Sequence[int] = split.field(fields, "input_ids", id)
+    def __init__(self, split: DatabaseSplit, index: int, fields: Mapping[str, Any]) -> None:
+        self._split, self._index, self._fields = split, index, fields
+        self._question: Sequence[int] = split.field(fields, "input_ids", index)
         self._answers = self._four("input_ids_as")
         self._rationales = self._four("input_ids_rs")
 
@@ -184,10 +185,10 @@ class Choices:
 
     def right(self, name: str) -> int | None:
         """The number under ``qa_target`` or ``qar_target``; None where it is -1 (test)."""
-        value = self._split.field(self._fields, name, self._id)
+        value = self._split.field(self._fields, name, self._index)
         if type(value) is not int or not -1 <= value < CHOICES:
             raise self._split.unusable(
-                self._id, f"{name} {value!r:.40}; it must be 0 to 3, or -1 where it is not known"
+                self._index, f"{name} {value!r:.40}; it must be 0 to 3, or -1 where it is not known"
             )
         return None if value < 0 else value
 
@@ -196,36 +197,36 @@ class Choices:
         answer = self.right("qa_target")
         if answer is None:
             raise self._split.unusable(
-                self._id, "no right answer to choose the rationales of; name its split in dataset.all_rationales"
+                self._index, "no right answer to choose the rationales of; name its split in dataset.all_rationales"
             )
         return answer
 
     def _text(self, parts: Sequence[Sequence[int]], types: Sequence[int]) -> Text:
         """[CLS] or [SEP] and the part, for every part; the last [SEP] has the last part's type."""
-        words = self._split.words(*parts, id=self._id)
+        words = self._split.words(*parts, index=self._index)
         counts = torch.tensor([len(part) + 1 for part in parts])
         counts[-1] += 1
         return words, torch.tensor(types).repeat_interleave(counts)
 
     def _four(self, name: str) -> Sequence[Sequence[int]]:
-        value: Sequence[Sequence[int]] = self._split.field(self._fields, name, self._id)
+        value: Sequence[Sequence[int]] = self._split.field(self._fields, name, self._index)
         if not isinstance(value, list):
-            raise self._split.unusable(self._id, f"{name} {value!r:.40}; needed are {CHOICES} texts")
+            raise self._split.unusable(self._index, f"{name} {value!r:.40}; needed are {CHOICES} texts")
         if len(value) != CHOICES:
-            raise self._split.unusable(self._id, f"{len(value)} {name}; needed are {CHOICES}")
+            raise self._split.unusable(self._index, f"{len(value)} {name}; needed are {CHOICES}")
         return value
 
 
 def _example(
     split: DatabaseSplit,
-    id: str,
+    index: int,
     name: str,
     texts: Sequence[Text],
     right: Sequence[int] | None,
     reference: VcrReference | None = None,
 ) -> Example:
     """Make an example called ``name`` of a question's image and texts; ``right`` are the numbers of the right ones."""
-    features, boxes = split.regions(id)
+    features, boxes = split.regions(index)
     words, types = zip(*texts, strict=True)
     target = None if right is None else torch.zeros(len(texts), dtype=torch.long)
     if target is not None:

@@ -31,22 +31,22 @@ class SoftAnswerSplit(DatabaseSplit):
 
     task: SoftAnswers
 
-    def example(self, id: str, fields: Mapping[str, Any]) -> Example:
+    def example(self, index: int, fields: Mapping[str, Any]) -> Example:
         """Make an example; see the base class."""
-        features, boxes = self.regions(id)
-        words = self.words(self.field(fields, "input_ids", id), id=id)
-        target = self._target(fields, id) if self.training or self.stores_answers else None
-        return Example(id, words, None, features, boxes, target)
+        features, boxes = self.regions(index)
+        words = self.words(self.field(fields, "input_ids", index), index=index)
+        target = self._target(fields, index) if self.training or self.stores_answers else None
+        return Example(self.ids[index], words, None, features, boxes, target)
 
-    def _target(self, fields: Mapping[str, Any], id: str) -> Tensor:
+    def _target(self, fields: Mapping[str, Any], index: int) -> Tensor:
         """Return the scores ``[labels]``; all 0 for an example without a known answer."""
         target, places = torch.zeros(self.task.num_labels() or 0), self.task.places(self.pair.text.path)
         stored = len(target) if places is None else len(places)
-        given = self.field(fields, "target", id) if self.training else fields.get("target")
+        given = self.field(fields, "target", index) if self.training else fields.get("target")
         given = {"labels": [], "scores": []} if given in (None, {}) else given
         if not _are_scores(given, stored):
             needed = f"labels below {stored}, as many as answers are known, and a score in [0, 1] for each"
-            raise self.unusable(id, f"the target {given!r:.80}; needed are {needed}")
+            raise self.unusable(index, f"the target {given!r:.80}; needed are {needed}")
         labels = torch.tensor(given["labels"], dtype=torch.long)
         labels = labels if places is None else places[labels]
         target[labels[labels >= 0]] = torch.tensor(given["scores"], dtype=torch.float)[labels >= 0]

@@ -136,12 +136,15 @@ class CheckpointCallback(Callback):
 
     def _of_shards(self, training: Training) -> _Write:
         """Every process writes its part, and the main one what is small."""
-        from villa.checkpoints.shards import part_of, split_optimizer
+        from villa.checkpoints.shards import part_of, split_optimizer, split_trainer
 
         strategy, state = training.updater.strategy, training.state_dict(whole=False)
-        small, tensors = split_optimizer(state["updater"]["optimizer"])
-        part = part_of(training.model, tensors, strategy.share, copy=self.asynchronous)
-        state = staged({**state, "updater": {**state["updater"], "optimizer": small}, "provenance": self.provenance})
+        updater = state["updater"]
+        optimizer, moments = split_optimizer(updater["optimizer"])
+        trainer, kept = split_trainer(updater["trainer"])
+        part = part_of(training.model, moments, strategy.share, copy=self.asynchronous, trainer=kept)
+        small = {**state, "updater": {**updater, "optimizer": optimizer, "trainer": trainer}}
+        state = staged({**small, "provenance": self.provenance})
 
         def write(folder: Path) -> dict[str, Any]:
             files = checkpoint_files.listed(folder, part.write(folder))

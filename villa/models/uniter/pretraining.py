@@ -16,6 +16,7 @@ from villa.models.base import ModelOutput, Point
 from villa.models.rows import given_mask
 from villa.models.uniter.config import LAYER_NORM_EPS, UniterSizes, register_head
 from villa.models.uniter.model import Encoded, Uniter
+from villa.objectives import OBJECTIVES
 
 T = TypeVar("T")
 
@@ -83,19 +84,24 @@ def region_transform(hidden_size: int) -> nn.Sequential:
 
 
 def head_of(batch: Batch, heads: Mapping[str, T]) -> T:
-    """Return what a model has for the objective of a batch.
+    """Return the head of a model that predicts what the objective of a batch reads.
+
+    Args:
+        batch: names the objective.
+        heads: by what they predict (``Objective.head``).
 
     Raises:
-        DataError: nothing.
+        DataError: the model has none.
     """
+    known = {name: heads[objective.head] for name, objective in OBJECTIVES.items() if objective.head in heads}
     objective = batch.objective or ""
-    if objective not in heads:
+    if objective not in known:
         given = f"objective '{objective}'" if objective else "no objective"
         raise DataError(
-            f"the batch is for {given}, but the model has heads for {', '.join(heads)}; use a data set of one of "
+            f"the batch is for {given}, but the model has heads for {', '.join(known)}; use a data set of one of "
             "these, or the head of the task"
         )
-    return heads[objective]
+    return known[objective]
 
 
 def required_mask(name: str, batch: Batch) -> Tensor:
@@ -221,13 +227,13 @@ class UniterForPretraining(Uniter):
     def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
         super().__init__(sizes, num_labels)
         self._heads: dict[str, Callable[[Encoded, Batch], ModelOutput]] = {
-            "mlm": self._words,
-            "mrfr": self._features,
-            "itm": self._match,
-            "itm_wra": self._aligned_match,
+            "words": self._words,
+            "features": self._features,
+            "matched": self._match,
+            "aligned": self._aligned_match,
         }
         if num_labels:
-            self._heads |= {"mrc": self._classes, "mrc_kl": self._classes}
+            self._heads["objects"] = self._classes
         self.register_load_state_dict_post_hook(_clear_unmasked_row)  # type: ignore[no-untyped-call]
         _clear_unmasked_row(self)
 

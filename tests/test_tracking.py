@@ -69,7 +69,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> No
         "log(5); log(6); t._file.write(b'{\"upd'); t._file.flush(); os._exit(9)"
     )
     path = tmp_path / "killed.jsonl"
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[1])
     killed = subprocess.run(
         [sys.executable, "-c", script, str(path)],
         capture_output=True,
