@@ -1,4 +1,4 @@
-"""The Python API: a trained model from its folder."""
+"""The Python API: load a trained model from its folder and predict with it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from villa.engine.answers import answers
 from villa.engine.inference import restore_parts
 from villa.engine.saving import save_pretrained
 from villa.engine.setup import Parts
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.hub.source import Source
-from villa.plugins import one_line
 
-#: A path, an image of Pillow, or pixels as NumPy has them: ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``.
+#: A path, a Pillow image, or a NumPy array of pixels: ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``.
 ImageLike = str | Path | Image.Image | npt.NDArray[Any]
 _KINDS = "a path, an image of Pillow, or an array of bytes [H, W], [H, W, 3] or [H, W, 4]"
 
@@ -37,7 +36,7 @@ class Predictor:
 
     Attributes:
         parts: the run's model, data and configuration.
-        source: where it was loaded from.
+        source: where the model was loaded from.
     """
 
     def __init__(self, parts: Parts, source: Source) -> None:
@@ -47,7 +46,7 @@ class Predictor:
         """Answer one question about one image: ``{"answer": ..., "score": ...}``.
 
         Args:
-            image: the image, or its path or that of its features; None for text-only data sets.
+            image: the image, its path, or the path of its features; None for text-only data sets.
             text: the question.
 
         Raises:
@@ -64,8 +63,8 @@ class Predictor:
         """Answer ``{"image": image, "question": text}`` records, in order.
 
         Args:
-            records: as in a file to predict on; paths are relative to the working directory. Images may also be given
-                themselves, as ``ImageLike``.
+            records: as in a file to predict on, with paths relative to the working directory. An image may also be
+                given directly, as ``ImageLike``.
 
         Raises:
             DataError: a record lacks a field or names a file that cannot be read.
@@ -79,10 +78,10 @@ class Predictor:
             return [one for _, decoded in answers(self.parts, examples) for one in decoded]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Save the model as a folder that villa, transformers and the hub of models load; see docs/hub.md.
+        """Save the model to a folder that villa, transformers and the model hub can load; see docs/hub.md.
 
         Args:
-            folder: absent, empty, or a folder that was saved before and not changed since.
+            folder: absent, empty, or saved by this method and not changed since.
 
         Returns:
             The folder.
@@ -97,11 +96,11 @@ def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | P
     """Load a trained model for prediction.
 
     Args:
-        path: a run's output folder (its best checkpoint is taken), a checkpoint's folder, a folder that
-            ``save_pretrained`` of villa or of transformers wrote, or the name of one on the hub (``owner/name``).
+        path: a run's output folder (its best checkpoint is loaded), a checkpoint's folder, a folder written by
+            ``save_pretrained`` of villa or transformers, or the name of one on the hub (``owner/name``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        user_dir: package or module to import first, for a model of your own. One that only the checkpoint names is
-            not imported.
+        user_dir: package or module to import first, for a model of your own. A ``user_dir`` that only the checkpoint
+            names is not imported.
 
     Raises:
         CheckpointError: the folder holds no intact checkpoint.
@@ -115,7 +114,7 @@ def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | P
 
 
 def _named(record: Mapping[str, Any], folder: Callable[[], Path], background: str) -> dict[str, Any]:
-    """Return a record whose images are paths: those that it holds itself are written to the folder."""
+    """Return the record with paths for images: images held in memory are written to ``folder``."""
     named = dict(record)
     if isinstance(record.get("images"), list | tuple):
         named["images"] = [_path(image, folder, background) for image in record["images"]]
@@ -129,7 +128,7 @@ def _path(image: Any, folder: Callable[[], Path], background: str) -> Any:
         return str(image) if isinstance(image, Path) else image
     try:
         picture = upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image, background)
-    except Exception as error:  # whatever Pillow raises for it
+    except Exception as error:  # Pillow raises many kinds
         given = f"an array of {image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else "an image"
         raise DataError(f"{given} cannot be read as an image ({one_line(error)}); give {_KINDS}") from error
     path = folder() / f"{secrets.token_hex(8)}.png"

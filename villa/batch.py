@@ -14,12 +14,12 @@ from torch import Tensor
 class Batch:
     """A micro-batch of B examples, right-padded.
 
-    Text may have a choice dimension (C texts an example), images an image dimension (I images an example);
-    models that take rows of one text and one image make these rows themselves.
+    Text may have a choice dimension (C texts per example), images an image dimension (I images per example);
+    models that take one text and one image per row build these rows themselves.
 
     Attributes:
         ids: B example ids, for predictions and messages.
-        input_ids: ``[B, T]`` or ``[B, C, T]`` int64 word-piece ids.
+        input_ids: ``[B, T]`` or ``[B, C, T]`` int64 token ids.
         attention_mask: like ``input_ids``, bool; True on real tokens.
         token_type_ids: like ``input_ids``, int64, or None for all zero.
         features: ``[B, R, D]`` or ``[B, I, R, D]`` float region features.
@@ -27,19 +27,19 @@ class Batch:
         region_mask: ``[B, R]`` (or with I) bool; True on real regions.
         pixel_values: ``[B, 3, H, W]`` (or ``[B, I, 3, H, W]``) float, for models that read pixels; a model's own
             processor may have another layout.
-        inputs: what else a model's own processor made, by its names (``image_grid_thw``, ``pixel_mask``, ...); the
-            first dimension need not be B.
-        answer_mask: ``[B, T]`` bool; True on the tokens of the text that a generative model is to write.
+        inputs: further inputs from a model's own processor, by its names (``image_grid_thw``, ``pixel_mask``, ...);
+            the first dimension need not be B.
+        answer_mask: ``[B, T]`` bool; True on the tokens that a generative model is trained to generate.
         targets: int64 class indices ``[B]`` (or ``[B, C]``), float32 soft targets ``[B, labels]``, the ids ``[N]`` of
             the N tokens of ``answer_mask``, row by row, or ``[B, B]`` float32, 1 where text j is about image i. In
             pre-training also the ids ``[N]`` of the masked tokens, or features or class distributions ``[M, ...]``
             of the masked regions, row by row.
-        objective: name of the pre-training objective that the batch is for (``villa.objectives``); None for a task.
-        masked_tokens: ``[B, T]`` bool; True on the tokens that masked language modelling asks for.
-        masked_regions: ``[B, R]`` bool; True on the regions that masked region modelling asks for.
-        part_targets: targets by name of an objective that is a sum of several (LXMERT's).
-        references: what only the task's own metric and decoder know how to read (boxes in pixels, names of
-            candidates), an entry an example; models, losses and trainers do not look at it.
+        objective: name of the batch's pre-training objective (``villa.objectives``); None for a task.
+        masked_tokens: ``[B, T]`` bool; True on the tokens to predict in masked language modelling.
+        masked_regions: ``[B, R]`` bool; True on the regions to predict in masked region modelling.
+        part_targets: targets of each part of an objective that is a sum (LXMERT's), by name.
+        references: one entry per example for the task's metric and decoder alone (boxes in pixels, names of
+            candidates); models, losses and trainers ignore it.
     """
 
     ids: list[str]
@@ -63,7 +63,7 @@ class Batch:
         return len(self.ids)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch with ``function`` applied to every tensor."""
+        """Return the batch with ``function`` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
         for name in ("inputs", "part_targets"):
@@ -76,5 +76,5 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (called by torch's data loader)."""
+        """Return the batch in page-locked memory; torch's data loader calls this."""
         return self.map(Tensor.pin_memory)

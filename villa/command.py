@@ -1,4 +1,4 @@
-"""What commands and tools share: every mistake in their input is one line on stderr and an exit code."""
+"""Parsing and running of commands and tools: a mistake in the input becomes one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTERRUPTED, _BROKEN_PIPE = 130, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports mistakes as ``VillaError``; options cannot be abbreviated, and paths are no URLs."""
+    """A parser that reports mistakes as ``VillaError``, forbids abbreviated options and refuses URLs as paths."""
 
     def __init__(self, prog: str, *, add_help: bool = True, description: str | None = None, epilog: str | None = None):
         super().__init__(
@@ -37,10 +37,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, action: Callable[[], int]) -> int:
-    """Run a command's action and return the exit code: its own, 2 for a mistake in the input, 128 + that of a signal.
+    """Run a command and return its exit code: the action's own, the error's (2 for bad input), or 128 + the signal.
 
     Args:
-        name: of the command, for the message on stderr.
+        name: the command, for the message on stderr.
         action: parses the arguments and does the work.
     """
     name_damaged_files()
@@ -65,7 +65,7 @@ def run_command(name: str, action: Callable[[], int]) -> int:
             where = f" in '{named}'" if named else ""
             problem = StorageError(f"{full}{where}; make room, also for temporary files (TMPDIR), and start again")
             code = problem.exit_code
-        # After the block: progress bars are gone by now.
+        # Progress bars are gone by now.
         several = isinstance(problem, MissingDataError)
         text = str(problem) if several else "\\n".join(str(problem).splitlines())
         print(f"{name}: error: {text}", file=sys.stderr)
@@ -73,10 +73,10 @@ def run_command(name: str, action: Callable[[], int]) -> int:
 
 
 def show(text: str) -> int:
-    """Print a page that was asked for, and return the exit code; a reader that stops early is no error to speak of.
+    """Print a page and return the exit code; a reader that stops early (``| head``) prints no error.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: standard output cannot be written.
     """
     sys.stdout.write(text)
     problem = unprinted()

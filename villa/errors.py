@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one line, with exit code 2."""
+"""Errors that the user can mend: each is shown as one line, with exit code 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DataError(VillaError):
 
 
 class MissingDataError(DataError):
-    """Data that a recipe needs is not there. Its message has several lines: one for each thing that is missing."""
+    """Data that a recipe needs is missing. The message has one line for each missing item."""
 
 
 class CheckpointError(VillaError):
@@ -30,7 +30,7 @@ class CheckpointError(VillaError):
 
 
 class StorageError(VillaError, OSError):
-    """What is written cannot be: the disk is full, or the folder is gone. ``except OSError`` catches it, too."""
+    """A file cannot be written: the disk is full, or the folder is gone. Also an ``OSError``."""
 
 
 class NonFiniteError(VillaError):
@@ -38,14 +38,14 @@ class NonFiniteError(VillaError):
 
 
 class ConnectionLostError(VillaError):
-    """Another process of the run ended, or cannot be reached any more."""
+    """Another process of the run ended or cannot be reached."""
 
     exit_code = 1
 
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put ``what`` before the message of an error: the stage, run or part that it is about."""
+    """Prefix the message of a ``VillaError`` with the stage, run or part that it is about."""
     try:
         yield
     except VillaError as error:
@@ -53,22 +53,22 @@ def about(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """``TypeName: first line of the message``."""
+    """Return ``TypeName: first line of the message``."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 @contextmanager
 def reading(problem: str, advice: str, kind: type[VillaError] = DataError) -> Iterator[None]:
-    """Turn whatever is raised while a file is read into one line: the border of a reader.
+    """Turn whatever is raised while a file is read into one error of one line.
 
-    Libraries have many errors for content that they did not expect (some of them not even an ``Exception``: a panic in
-    Rust is none), and so has code that takes a value for a number. Only signals and the end of the process pass.
+    Libraries raise all kinds of errors for unexpected content (a panic in Rust is not even an ``Exception``). Only
+    ``VillaError``, signals and the end of the process pass.
 
     Args:
-        problem: what cannot be done then: ``"'model.safetensors' cannot be read"``.
+        problem: what failed: ``"'model.safetensors' cannot be read"``.
         advice: what to do.
-        kind: of the error.
+        kind: class of the error.
     """
     try:
         yield
@@ -79,6 +79,6 @@ def reading(problem: str, advice: str, kind: type[VillaError] = DataError) -> It
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Say which of the allowed names is closest: ``"; did you mean 'x'?"``, or nothing."""
+    """Suggest the closest allowed name: ``"; did you mean 'x'?"``, or an empty string."""
     match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""

@@ -1,4 +1,4 @@
-"""What data and models tell each other: sizes and names that the data fix, answers, and what metrics compare with."""
+"""What data, models and metrics exchange: sizes and names fixed by the data, generated texts, metrics' references."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor  # takes long to import
+    from torch import Tensor  # slow to import
 
-#: What is asked of a model: to choose a label, to match images and texts, or to write an answer.
+#: The kind of a task: choose a label, match images and texts, or generate an answer.
 Task = Literal["classification", "contrastive", "generation"]
 
-#: What each row of a parameter stands for: a word-piece, or a label.
+#: What each row of a parameter stands for: a token, or a label.
 RowKind = Literal["tokens", "labels"]
 
-#: Choices of a VCR question, and of its rationale.
+#: Answer choices of a VCR question, and choices of its rationale.
 CHOICES = 4
 
 #: x, y, width, height in pixels.
@@ -24,17 +24,17 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the data fixes about a model; a model's configuration may leave these open.
+    """What the data determine about a model, so that its configuration may leave it open.
 
     Attributes:
         vocab_size: rows of the word embedding.
         num_labels: classes of the head.
         feature_dim: width of a region feature, or None without region features.
-        task: what the targets ask for, or None where the data does not say.
-        labels: names of the classes, in the order of the logits, or None where they have none.
-        tokens: word-pieces by their ids (None for an id without one), or None where the data do not know them.
-        padding: id of the word-piece that texts are padded with, or None where it is not known.
-        reading: how texts and images are read, as far as weights depend on it: ``{"image size": "224"}``.
+        task: kind of the task, or None if the data do not say.
+        labels: names of the classes in the order of the logits, or None if they have none.
+        tokens: tokens by id (None for an unused id), or None if unknown.
+        padding: id of the padding token, or None if unknown.
+        reading: preprocessing that the weights depend on: ``{"image size": "224"}``.
     """
 
     vocab_size: int | None = None
@@ -49,10 +49,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Written:
-    """What a generative model wrote for a batch.
+    """The texts generated for a batch.
 
     Attributes:
-        tokens: ``[B, L]`` int64 token ids, -1 behind the end of a text.
+        tokens: ``[B, L]`` int64 token ids, -1 after the end of a text.
         scores: ``[B]`` probability of each text.
     """
 
@@ -62,11 +62,11 @@ class Written:
 
 @dataclass(frozen=True)
 class VcrReference:
-    """The right choices of a VCR question; None where they are not known (test).
+    """The correct choices of a VCR question; None where they are unknown (test split).
 
     Attributes:
-        answer: right answer, 0 to 3.
-        rationale: right rationale given the right answer, 0 to 3.
+        answer: correct answer, 0 to 3.
+        rationale: correct rationale given the correct answer, 0 to 3.
     """
 
     answer: int | None
@@ -75,15 +75,15 @@ class VcrReference:
 
 @dataclass(frozen=True)
 class RetrievalReference:
-    """Where the scores of one text with a few images belong in the matrix of all texts and images.
+    """The place of one text's scores for a few images in the matrix of all texts by all images.
 
     Attributes:
         text: row of the text.
-        first_image: column of the first of the images, which are neighbours.
+        first_image: first column of the scored images, which are contiguous.
         right_image: column of the text's own image.
         shape: rows and columns of the whole matrix.
         text_id: name of the text.
-        image_names: names of the images scored.
+        image_names: names of the scored images.
     """
 
     text: int
@@ -96,11 +96,11 @@ class RetrievalReference:
 
 @dataclass(frozen=True)
 class RegionReference:
-    """What a referring expression means, and the regions to choose from, in pixels of the image.
+    """The target of a referring expression and the candidate regions, in pixels of the image.
 
     Attributes:
-        target: the box meant; None where it is not known.
-        boxes: the regions.
+        target: the box referred to; None if unknown.
+        boxes: the candidate regions.
     """
 
     target: Box | None

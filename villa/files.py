@@ -25,12 +25,12 @@ from villa.json_values import parse_json
 
 _URL_PREFIXES = ("http://", "https://")
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
-#: Addresses that nobody but the recipe inside a trained model names.
+#: URLs that only the recipe inside a trained model names.
 _refused: set[str] = set()
-#: A full disk, a quota that is used up, a file that has grown to the process's limit (``ulimit -f``).
+#: Full disk, quota used up, file at the process's size limit (``ulimit -f``).
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: How libraries that have errors of their own put it: safetensors, LMDB and torch; and NumPy, which gives no number.
-_FULL_TEXT = {
+#: The messages of libraries with errors of their own: safetensors, LMDB and torch; and NumPy, which gives no number.
+_FULL_MESSAGES = {
     **{rf"os error {number}\b|{os.strerror(number)}": number for number in _FULL},
     r"\d+ requested and \d+ written": errno.ENOSPC,
 }
@@ -53,8 +53,8 @@ def local_path(uri: str) -> Path:
         uri: a path (``~`` is the home folder) or an http(s) URL.
 
     Raises:
-        DataError: the URL cannot be downloaded or was refused (``refuse_addresses``), or the path is none (see
-            ``plain_path``).
+        DataError: the URL cannot be downloaded or was refused (``refuse_addresses``), or ``plain_path`` refuses the
+            path.
     """
     if not uri.startswith(_URL_PREFIXES):
         return Path(_path_manager().get_local_path(str(plain_path(uri))))
@@ -67,7 +67,7 @@ def local_path(uri: str) -> Path:
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir
 
-    # iopath names a cached file by the URL's path alone: a folder a URL keeps two hosts apart.
+    # iopath names a cached file by the URL's path alone: one folder per URL keeps two hosts apart.
     folder = Path(get_cache_dir()) / hashlib.sha256(uri.encode()).hexdigest()[:16]
     try:
         return Path(_path_manager().get_local_path(uri, cache_dir=str(folder)))
@@ -78,7 +78,7 @@ def local_path(uri: str) -> Path:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text starts as URLs do: ``https://``, ``s3://``."""
+    """Return whether a text starts with a URL's scheme: ``https://``, ``s3://``."""
     return _SCHEME.match(text) is not None
 
 
@@ -86,11 +86,11 @@ def plain_path(text: str) -> Path:
     """Return the path of a file or folder of this machine; ``~`` is the home folder.
 
     Raises:
-        DataError: it is a URL, which a path would make another one of (``https:/``), holds a NUL, or starts with the
-            home folder of an unknown user.
+        DataError: it is a URL (which ``Path`` would turn into ``https:/...``), contains a NUL, or starts with the home
+            folder of an unknown user.
     """
     if "\0" in text:
-        raise DataError(f"the path {text!r:.60} holds a NUL, which no name of a file does; mend it")
+        raise DataError(f"the path {text!r:.60} holds a NUL, which no file name can have; mend it")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
@@ -101,10 +101,10 @@ def plain_path(text: str) -> Path:
 
 
 def regular_file(path: Path) -> os.stat_result:
-    """Return size and times of a file of data, so that no pipe or device is opened, which would never end.
+    """Return the ``stat`` of a regular file; call it first so as not to open a pipe or device and wait forever.
 
     Raises:
-        OSError: there is no such file, or it is something else than a file.
+        OSError: the file does not exist or is not a regular file.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -114,22 +114,22 @@ def regular_file(path: Path) -> os.stat_result:
 
 
 def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
-    """Fetch nothing from the URLs of a stored recipe, which may be anybody's, unless the user gives them too.
+    """Refuse to download the URLs of a stored recipe, which is not trusted, unless the user gives them too.
 
     Args:
-        stored: texts of the recipe inside a trained model; those that are no URLs do not matter.
-        given: texts that the user wrote.
+        stored: texts of the recipe inside a trained model; those that are not URLs are ignored.
+        given: texts that the user gave.
     """
     _refused.update(text for text in stored if text.startswith(_URL_PREFIXES))
     _refused.difference_update(given)
 
 
 def no_space(error: BaseException | None) -> str | None:
-    """Return ``"no space left"``, and why, for an error that comes of a full disk, whatever library's; else None."""
+    """Return ``"no space left"`` and why if a full disk caused the error, in whatever library; else None."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and not isinstance(error, VillaError):
-            number = next((code for text, code in _FULL_TEXT.items() if re.search(text, str(error))), None)
+            number = next((code for text, code in _FULL_MESSAGES.items() if re.search(text, str(error))), None)
         if number in _FULL:
             return "no space left" if number == errno.ENOSPC else f"no space left ({os.strerror(number)})"
         error = error.__cause__ or error.__context__
@@ -138,10 +138,10 @@ def no_space(error: BaseException | None) -> str | None:
 
 @contextmanager
 def room_for(path: Path | str) -> Iterator[None]:
-    """Say in one line that there is no room; other errors pass.
+    """Turn the errors of a full disk into a ``StorageError`` of one line; other errors pass.
 
     Args:
-        path: file or folder that is written within.
+        path: file or folder being written.
 
     Raises:
         StorageError: the disk is full.
@@ -158,20 +158,19 @@ def room_for(path: Path | str) -> Iterator[None]:
 
 
 def open_own(path: Path, mode: str = "ab") -> IO[Any]:
-    """Open a file of a known name for writing: it is made, or is a regular file, and never reached through a link.
+    """Open a regular file for writing, creating it if need be, and never through a symbolic link.
 
-    In a folder that others can write, a link of that name would let them choose what is changed.
+    In a folder that others can write to, a link of that name would let them choose which file is changed.
 
     Args:
         path: the file.
-        mode: as for ``open``; ``wb`` empties the file only after this is known.
+        mode: as for ``open``; ``wb`` empties the file only after these checks.
 
     Raises:
-        OSError: it is a symbolic link, no regular file, or cannot be written.
+        OSError: it is a symbolic link, not a regular file, or cannot be written.
     """
     flags = {"a": os.O_WRONLY | os.O_APPEND, "r": os.O_RDWR, "w": os.O_RDWR}[mode[0]]
-    # Not to wait for the reader of a FIFO.
-    try:
+    try:  # O_NONBLOCK: a FIFO without a reader would block
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
@@ -192,28 +191,26 @@ def open_own(path: Path, mode: str = "ab") -> IO[Any]:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[IO[Any]]:
-    """Hold a lock file, which is made if need be and never changed.
+    """Hold a lock file, which is created if need be and never changed.
 
     Args:
         path: the file.
-        wait: for another process that holds it.
+        wait: whether to wait for another process that holds it.
 
     Raises:
-        BlockingIOError: another process holds it.
-        OSError: it cannot be opened (see ``open_own``), or the disk has no locks.
+        BlockingIOError: another process holds it, and ``wait`` is false.
+        OSError: it cannot be opened (see ``open_own``), or the file system has no locks.
     """
     while True:
         with open_own(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if is_at(
-                file.fileno(), path
-            ):  # else who held it has removed it: this is not the file that others will find
+            if is_at(file.fileno(), path):  # else its last holder removed it, and others will lock a new file
                 yield file
                 return
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether what is open is still what is found at a path: nobody has removed or moved it."""
+    """Return whether an open file is still the one at ``path``: nobody has removed or moved it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
@@ -230,14 +227,14 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below ``folder``, and itself, to the disk."""
+    """Flush a folder and everything below it to the disk."""
     for path in folder.rglob("*"):
         fsync(path)
     fsync(folder)
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the permissions of one that this process makes; what safetensors writes is for its owner alone."""
+    """Give a file the permissions of a newly created one; safetensors makes files readable by their owner alone."""
     made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # asking for the mask would change it meanwhile
     made.touch(exist_ok=False)
     path.chmod(made.stat().st_mode)
@@ -246,12 +243,12 @@ def follow_umask(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; the file written there takes its place when the block ends well.
+    """Yield a temporary path beside ``path``; the file written there replaces it when the block succeeds.
 
     A crash leaves either the old contents or the new, never a part.
 
     Args:
-        path: file to write; missing parent folders are made.
+        path: file to write; missing parent folders are created.
 
     Raises:
         StorageError: the disk is full; the old file is intact.
@@ -259,7 +256,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # its own for each of several writers
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # unique to each writer
         try:
             yield temporary
             fsync(temporary)
@@ -273,8 +270,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a file so that a crash leaves either the old contents or the new, never a part.
 
     Args:
-        path: file to write; missing parent folders are made.
-        data: the contents; text is written as UTF-8.
+        path: file to write; missing parent folders are created.
+        data: the contents; text is encoded as UTF-8.
 
     Raises:
         OSError: as for ``replacing``.
@@ -287,7 +284,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically, with sorted keys.
 
     Raises:
-        ValueError: the value holds NaN or an infinity, which JSON has not.
+        ValueError: the value holds NaN or an infinity, which JSON cannot represent.
         OSError: as for ``atomic_write``.
     """
     atomic_write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
@@ -297,7 +294,7 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's contents as 64 hexadecimal digits.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be read, or is not a regular file.
     """
     regular_file(path)
     with path.open("rb") as file:
@@ -305,12 +302,12 @@ def sha256(path: Path) -> str:
 
 
 def read_text(path: Path, what: str = "file", advice: str = "mend the path") -> str:
-    """Read a text file that a user gave: UTF-8, with or without a byte-order mark.
+    """Read a user's text file: UTF-8, with or without a byte-order mark.
 
     Args:
         path: the file.
         what: what it should be, for messages: ``answers file``.
-        advice: what to do when it cannot be read.
+        advice: what to do if it cannot be read.
 
     Raises:
         DataError: it is missing, or is not UTF-8; the message names the line.
@@ -319,20 +316,20 @@ def read_text(path: Path, what: str = "file", advice: str = "mend the path") -> 
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text. They end at a line feed, perhaps after a carriage return, and nowhere else.
+    r"""Return the lines of a text, split at ``\n`` or ``\r\n`` only.
 
-    ``splitlines`` ends them at eight more characters, which occur within answers and vocabularies.
+    ``splitlines`` also splits at eight other characters, which occur within answers and vocabularies.
     """
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
-    """Read a JSON file that a user gave; see ``parse_json`` for what is refused in it.
+    """Read a user's JSON file; see ``parse_json`` for what is refused.
 
     Args:
         path: the file.
         what: what it should be, for messages: ``answers``.
-        advice: what to do when it cannot be read.
+        advice: what to do if it cannot be read.
 
     Raises:
         DataError: it is missing, is not JSON, or is a pickle, which is never read.
@@ -341,7 +338,7 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
         code = "import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), open(sys.argv[2], 'w'))"
         command = shlex.join(["python", "-c", code, path.name, path.with_suffix(".json").name])
         raise DataError(
-            f"'{path}' is a pickle and is not read, for that runs whatever code is in it; if you trust its source, "
+            f"'{path}' is a pickle and is not read, because that would run any code in it; if you trust its source, "
             f"convert it (with {command}) and give the .json file"
         )
     data = _contents(path, what, advice)
@@ -355,12 +352,12 @@ def read_json(path: Path, what: str, advice: str = "mend the path") -> Any:
 def _contents(path: Path, what: str, advice: str) -> bytes:
     try:
         size, memory = regular_file(path).st_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if 2 * size > memory:  # its bytes and their text
+        if 2 * size > memory:  # the bytes and the decoded text
             raise DataError(
                 f"the {what} '{path}' has {size:,} bytes, too many for the memory of this machine; {advice}"
             )
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: no possible path
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"cannot read the {what} '{path}' ({reason}); {advice}") from error
 
@@ -377,12 +374,12 @@ def _decoded(data: bytes, path: Path, what: str, encoding: str) -> str:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``, which gets that name when the block ends well.
+    """Yield a temporary folder beside ``path``, which is renamed to ``path`` when the block succeeds.
 
-    A crash leaves no folder of that name. Where another process has made it in the meantime, that one stays.
+    A crash leaves no folder of that name. If another process has created ``path`` meanwhile, that one stays.
 
     Args:
-        path: folder to make; missing parent folders are made.
+        path: folder to create; missing parent folders are created.
 
     Raises:
         OSError: it cannot be written, or ``path`` is a file.
@@ -397,7 +394,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             try:
                 temporary.rename(path)
             except OSError:
-                if not path.is_dir():  # another process was not first
+                if not path.is_dir():  # not because another process was first
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

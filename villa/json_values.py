@@ -1,4 +1,4 @@
-"""JSON that others wrote: parsed so that nothing of it is lost without a word."""
+"""Strict parsing of JSON, so that nothing in it is dropped silently."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-#: Brackets within brackets that are read; whatever goes through values recursively, as ``repr`` does, manages these.
+#: Deepest nesting that is read: shallow enough for anything that recurses through values, such as ``repr``.
 DEEPEST = 100
-#: The largest file of our own that is read, in bytes.
+#: Largest size of a file read by ``read_own``, in bytes.
 LARGEST = 1 << 28
-#: A text, with the colon behind it if it is a name; or a bracket.
+#: A string, with the colon after it if it is a name; or a bracket.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}\[\]]', re.DOTALL)
-#: The escape of half a character; two of them in a row make a whole one.
+#: The escape of a surrogate, half of a character; two of them in a row make a whole one.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class RepeatedNameError(ValueError):
-    """An object has a name twice: JSON readers keep the last value and say nothing."""
+    """A name occurs twice in an object: JSON readers silently keep the last value."""
 
 
 def parse_json(text: str) -> Any:
     """Parse JSON, more strictly than ``json.loads``.
 
     Raises:
-        ValueError: in a few words: it is not JSON, a name occurs twice in an object, brackets are nested more than
-            ``DEEPEST`` deep, a number has thousands of digits, or a text holds half a character (a lone surrogate),
-            which no file could be written with.
+        ValueError: it is not JSON, a name occurs twice in an object, brackets are nested more than ``DEEPEST`` deep,
+            a number has thousands of digits, or a string holds a lone surrogate, which cannot be written to a file.
     """
     try:
         value, end = _PLAIN.raw_decode(text)
-        # As many colons as names: none occurs twice. Without escapes no text holds half a character.
+        # As many colons as names: none occurs twice. Without escapes no string holds a surrogate.
         flat = end == len(text) and type(value) is dict and len(value) == text.count(":")
         if flat and "\\" not in text and text.count("[") < DEEPEST:
             return value
     except (ValueError, RecursionError):
-        pass  # what is wrong is said below
+        pass  # reported below
     try:
         value = _DECODER.decode(text)
         _check_depth(value, text)
@@ -52,13 +51,13 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half a character") from None
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # a number that Python does not convert, with advice for programmers
+    except ValueError as error:  # a number that Python refuses to convert; the rest is advice for programmers
         raise ValueError(str(error).partition(";")[0]) from None
     return value
 
 
 def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, as ``object_pairs_hook`` of the ``json`` package.
+    """Build an object from its pairs; an ``object_pairs_hook`` for the ``json`` package.
 
     Raises:
         RepeatedNameError: a name occurs twice.
@@ -72,29 +71,29 @@ def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _PLAIN = json.JSONDecoder()
-_DECODER = json.JSONDecoder(object_pairs_hook=unique_names)  # one for all: a line takes no longer than its making
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_names)  # made once: making it takes as long as parsing a line
 
 
 def is_number(value: Any) -> bool:
-    """Say whether a value of JSON is a number that a float can hold; NaN and infinities are none."""
+    """Return whether a JSON value is a finite number within the range of a float."""
     largest = sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Say whether a value of JSON is a whole number from 0 on, of 63 bits."""
+    """Return whether a JSON value is an integer in [0, 2^63)."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def read_own(path: Path) -> Any:
-    """Read a JSON file that this package wrote; what it never writes is damage.
+    """Read a JSON file that this package wrote.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no file of at most ``LARGEST`` bytes, not UTF-8, refused by ``parse_json``, or has a number
-            that is not finite.
+        ValueError: it is damaged: not a regular file of at most ``LARGEST`` bytes, not UTF-8, refused by
+            ``parse_json``, or with a number that is not finite.
     """
-    if path.stat().st_size > LARGEST or not path.is_file():  # before it is in memory, or waited for
+    if path.stat().st_size > LARGEST or not path.is_file():  # before reading: a pipe would block
         raise ValueError(f"it is no file of at most {LARGEST} bytes")
     value = parse_json(path.read_bytes().decode())
     json.dumps(value, allow_nan=False)
@@ -114,7 +113,7 @@ def _check_depth(value: Any, text: str) -> None:
 
 
 def _line_of_repetition(text: str) -> str:
-    """Say on which line a name occurs for the second time, if there are several lines."""
+    """Return the words that give the line of a name's second occurrence, if the text has several lines."""
     if "\n" not in text.strip():
         return ""
     objects: list[set[str]] = []

@@ -1,8 +1,8 @@
-"""What a process says when a file that it has mapped into memory is damaged so that reading it ends the process.
+"""Name the damaged file when a read of a memory-mapped file kills the process.
 
-The kernel answers a read of a page that is missing, as where a file was cut short, by SIGBUS, and LMDB's library a page
-that it cannot understand by SIGABRT. No exception can be made of them, for the read that failed cannot be left; but
-the file can be named.
+The kernel sends SIGBUS for a read of a missing page (of a truncated file), and LMDB's library aborts (SIGABRT) at a
+page that it cannot parse. Neither can become an exception, because the failed read cannot be left; but the handler can
+name the file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: Flags of ``sigaction``: the handler is told the address, and has a stack of its own where there is one.
+#: Flags of ``sigaction``: pass the address to the handler, and run it on the alternate stack if there is one.
 _SA_SIGINFO, _SA_ONSTACK = 0x4, 0x08000000
-#: Place of the address in what a handler is told, on 64-bit Linux.
+#: Offset of the address in ``siginfo_t`` on 64-bit Linux.
 _SI_ADDR = 16
 _SIGSET_BYTES = 128
 
@@ -36,10 +36,10 @@ class _Action(ctypes.Structure):
 
 
 class Reading:
-    """What this process reads at the moment by a library that ends it where a file is damaged.
+    """What this process is reading with a library that aborts on a damaged file.
 
     Attributes:
-        path: the file or folder; None where it does nothing of the kind.
+        path: the file or folder; None if nothing is being read that way.
     """
 
     path: Path | None = None
@@ -47,9 +47,9 @@ class Reading:
 
 @cache
 def name_damaged_files() -> None:
-    """From now on, end the process with a line that names the file, and exit code 2, where a mapped file is damaged.
+    """From now on, end the process with exit code 2 and a line that names the file if a mapped file is damaged.
 
-    On other systems than 64-bit Linux nothing is changed. Child processes that are forked inherit it.
+    Forked child processes inherit this. Does nothing on systems other than 64-bit Linux.
     """
     if sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8:
         action = _Action(_HANDLER, flags=_SA_SIGINFO | _SA_ONSTACK)
@@ -58,7 +58,7 @@ def name_damaged_files() -> None:
 
 
 def _end(number: int, told: int, context: Any) -> None:
-    # Runs within the read that failed, which is repeated, and ends the process, if this returns.
+    # Runs within the failed read; if this returns, the read is repeated and ends the process.
     ctypes.CDLL(None).signal(number, 0)
     if number == signal.SIGBUS:
         name = _mapped_at(ctypes.c_uint64.from_address(told + _SI_ADDR).value)

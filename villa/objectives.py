@@ -1,4 +1,4 @@
-"""The pre-training objectives: one table from which data, heads, losses and metrics take their part."""
+"""The pre-training objectives: one table that data, heads, losses and metrics are looked up in."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from villa.errors import ConfigError, DataError, nearest
 
 @dataclass(frozen=True)
 class Objective:
-    """What the rooms of the house need to know about an objective.
+    """Head, loss, examples and metric of an objective.
 
     Attributes:
-        asks: what a model is asked for.
-        head: the prediction that is read: of ``words``, region ``features``, detector ``objects``, whether text and
-            image are ``matched`` or matched and ``aligned``, ``answers``, ``pairs`` of a micro-batch, or ``lxmert``'s
-            parts.
+        asks: what a model predicts.
+        head: the prediction to use: ``words``, region ``features``, detector ``objects``, whether text and image are
+            ``matched`` or matched and ``aligned``, ``answers``, ``pairs`` of a micro-batch, or ``lxmert``'s parts.
         loss: name of the term in ``villa.losses.pretraining``.
-        example: what its examples are made by: masked ``tokens``, masked ``regions`` or a right or wrong ``pair``;
-            None where the released databases have none.
-        metric: the accuracy that scores it.
+        example: kind of its examples: masked ``tokens``, masked ``regions`` or a matching or mismatching ``pair``; None
+            if the released databases have none.
+        metric: its accuracy metric.
     """
 
     asks: str
@@ -31,9 +30,9 @@ class Objective:
     metric: str | None = None
 
 
-#: Every objective by the name that recipes and batches give it.
+#: Every objective by its name in recipes and batches.
 OBJECTIVES: Mapping[str, Objective] = {
-    "mlm": Objective("the tokens that are masked", "words", "classes", "tokens", "mlm_accuracy"),
+    "mlm": Objective("masked tokens", "words", "classes", "tokens", "mlm_accuracy"),
     "mrfr": Objective("the features of masked regions", "features", "features", "regions"),
     "mrc": Objective("the detector's classes of masked regions", "objects", "top_class", "regions", "mrc_accuracy"),
     "mrc_kl": Objective(
@@ -46,24 +45,24 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "qa": Objective("the answer to a question", "answers", "classes"),
     "contrastive": Objective(
-        "which texts of a micro-batch are about which of its images, each embedded on its own", "pairs", "contrastive"
+        "which texts and images of a micro-batch match, each embedded separately", "pairs", "contrastive"
     ),
-    "lxmert": Objective("all that LXMERT was pre-trained for, at once", "lxmert", "lxmert"),
+    "lxmert": Objective("all parts of LXMERT's pre-training objective", "lxmert", "lxmert"),
 }
 
-#: What LXMERT was pre-trained for, by the names of the targets.
+#: The parts of LXMERT's pre-training objective, by the names of their targets.
 LXMERT_PARTS = ("words", "matched", "objects", "attributes", "features", "answers")
 
 
 def check_objectives(option: str, names: Iterable[str]) -> None:
-    """Refuse names that are not those of objectives.
+    """Refuse unknown objectives.
 
     Args:
-        option: the option that gives them, for the message.
-        names: what it gives.
+        option: the option that names them, for the message.
+        names: the objectives.
 
     Raises:
-        ConfigError: a name is not known.
+        ConfigError: a name is unknown.
     """
     wrong = next((name for name in names if name not in OBJECTIVES), None)
     if wrong is not None:
@@ -74,10 +73,10 @@ def check_objectives(option: str, names: Iterable[str]) -> None:
 
 
 def asked_parts(batch: Batch) -> list[str]:
-    """The parts that a batch has targets for.
+    """Return the parts of the ``lxmert`` objective that a batch has targets for.
 
     Raises:
-        DataError: none.
+        DataError: it has targets for none.
     """
     given: Iterable[str] = batch.part_targets or ()
     asked = [name for name in LXMERT_PARTS if name in given]

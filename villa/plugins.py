@@ -17,8 +17,8 @@ ENTRY_POINT_GROUP = "villa.plugins"
 
 @cache
 def failures() -> dict[str, str]:
-    """Import every installed plug-in once; return those that failed, with the reason in one line."""
-    import importlib.metadata  # takes long
+    """Import every installed plug-in once; return the failed ones, each with its reason in one line."""
+    import importlib.metadata  # slow to import
 
     failed: dict[str, str] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
@@ -34,7 +34,7 @@ def load_user_dir(path: str) -> None:
 
     Raises:
         ConfigError: the path does not exist, or the import fails (the message says where and why).
-        DataError: it is no path; see ``plain_path``.
+        DataError: it is not a path; see ``plain_path``.
     """
     location = plain_path(path).resolve()
     if not location.exists():

@@ -1,4 +1,4 @@
-"""Progress displays: a bar on a terminal, a plain line now and then elsewhere, both with the time left."""
+"""Progress displays: a bar on a terminal, occasional plain lines elsewhere, both with the time left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mode = Literal["auto", "on", "off"]
 
 #: Seconds over which the speed is averaged for the time left.
 _SPEED_WINDOW = 300.0
-#: Seconds between updates of a bar by the items behind it: an update takes as long as a small item.
+#: Least seconds between updates of a bar: an update takes as long as a small item.
 _REDRAWN = 0.05
 
 
@@ -47,7 +47,7 @@ class Display:
         """Yield the items while showing how far they have come.
 
         Args:
-            iterable: what to go through.
+            iterable: the items.
             description: a word or two for what is being done.
             total: number of items; by default the iterable's length, if it has one.
         """
@@ -70,27 +70,27 @@ class Display:
                 self.stop()
 
     def add(self, description: str, total: int | None, done: int = 0) -> TaskID:
-        """Start to show a task of ``total`` steps, ``done`` of which are behind it; return its handle."""
+        """Start showing a task of ``total`` steps, ``done`` of them completed; return its handle."""
         self._bars.start()
         return self._bars.add_task(visible(description), total=total, completed=done, status="")
 
     def show(self, task: TaskID, done: int, status: str = "") -> None:
-        """Show that ``done`` steps are behind a task, with a line about them; plain lines keep their interval.
+        """Show that ``done`` steps of a task are completed, with a line of status; plain lines keep their interval.
 
-        A task without such a line (a short evaluation, say) does not get a plain one just for being done.
+        A task without a status (a short evaluation, say) gets no plain line just for being done.
         """
         self._bars.update(task, completed=done, status=visible(status))
         if self._lines and (self._due() or (status and done == self._task(task).total)):
             self.say(_plain(self._task(task)))
 
     def say(self, text: str) -> None:
-        """Print a line, above the bars if there are any."""
+        """Print a line, above any bars."""
         if self._shown:
             self._printed = time.monotonic()
             self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Leave the bars as they are and give the terminal back. More tasks may follow."""
+        """Freeze the bars and give the terminal back. More tasks may follow."""
         self._bars.stop()
 
     def _due(self) -> bool:
@@ -104,8 +104,8 @@ class TrainingProgress(Display):
     """The display of a training run: update, time left, loss, best monitored value, speed, wait for data, cost.
 
     Args:
-        total: updates to do.
-        mode: as for ``Display``; ranks above 0 take ``off``.
+        total: updates of the whole run.
+        mode: as for ``Display``; ranks above 0 use ``off``.
         monitor: name of the value that chooses the best checkpoint.
         cost: passes of the method relative to standard training (1.0), shown as ``4.0x``.
         interval: as for ``Display``.
@@ -127,14 +127,14 @@ class TrainingProgress(Display):
         self._training: TaskID | None = None
 
     def start(self, update: int = 0) -> None:
-        """Begin, with ``update`` updates behind the run."""
+        """Start the display at ``update`` completed updates."""
         self._training = self.add("train", self._total, update)
 
     def advance(self, update: int, values: Mapping[str, float], best: float | None = None) -> None:
-        """Show that ``update`` updates are done; ``start`` came before.
+        """Show progress after ``start``.
 
         Args:
-            update: updates done.
+            update: updates completed.
             values: ``loss``, ``examples_per_second`` and ``data_wait`` (share in [0, 1]) are shown where given.
             best: best monitored value so far.
         """
@@ -154,7 +154,7 @@ class TrainingProgress(Display):
 
 
 class _Bars(Progress):
-    """Bars with a line of values below each; disabled, it still keeps the speed for the time left."""
+    """Bars with a line of values below each; when disabled, they still track the speed for the time left."""
 
     def __init__(self, console: Console, *, disable: bool) -> None:
         columns = (
@@ -168,12 +168,12 @@ class _Bars(Progress):
             console=console,
             disable=disable,
             speed_estimate_period=_SPEED_WINDOW,
-            redirect_stdout=sys.stdout.isatty(),  # what is piped to a file must not land on the terminal
+            redirect_stdout=sys.stdout.isatty(),  # output piped to a file must not land on the terminal
         )
 
     def start(self) -> None:
         super().start()
-        if isinstance(sys.stdout, FileProxy):  # what is printed meanwhile goes through the console, above the bars
+        if isinstance(sys.stdout, FileProxy):  # the console prints everything else above the bars
             sys.stdout = cast(TextIO, Shown(cast(TextIO, sys.stdout)))
         if isinstance(sys.stderr, FileProxy):
             sys.stderr = cast(TextIO, Shown(cast(TextIO, sys.stderr)))
@@ -186,17 +186,17 @@ class _Bars(Progress):
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None, *, mode: Mode = "auto") -> Iterator[T]:
-    """Yield the items of a long operation outside training with a display of their own; see ``Display.track``."""
+    """Yield the items of a long operation with a display of its own; see ``Display.track``."""
     return Display(mode).track(iterable, description, total)
 
 
 def named_value(name: str, value: float) -> str:
-    """``loss 0.1234``, ``accuracy 81.2 %``: every value but a loss is a share in [0, 1]."""
+    """Return ``loss 0.1234`` or ``accuracy 81.2 %``; every value but a loss is a share in [0, 1]."""
     return f"{name} {value:.4f}" if "loss" in name else f"{name} {100 * value:.1f} %"
 
 
 def _plain(task: Task) -> str:
-    """``train 10/100, 0:01:30 left, loss 0.1234, ...``."""
+    """Return ``train 10/100, 0:01:30 left, loss 0.1234, ...``."""
     count = f"{task.description} {task.completed:.0f}" + (f"/{task.total:.0f}" if task.total is not None else "")
     left = task.time_remaining
     parts = [count, f"{datetime.timedelta(seconds=round(left))} left" if left else "", task.fields["status"]]

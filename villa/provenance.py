@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: Settings that say how to compare files, and name no program.
+#: Settings of git that affect how files are compared and cannot run a program.
 _PLAIN = (
     *(f"core.{name}" for name in ("filemode", "symlinks", "ignorecase", "autocrlf", "eol", "trustctime", "checkstat")),
     "extensions.objectformat",
 )
-#: Levels of references to references; git follows as many.
+#: Longest chain of symbolic references; git follows as many.
 _LEVELS = 5
 _LARGEST = 1 << 16
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -32,7 +32,7 @@ class Repository:
     Attributes:
         tree: the working tree.
         own: folder of ``HEAD`` and ``index``.
-        shared: folder of objects and branches; another one than ``own`` in trees that ``git worktree`` made.
+        shared: folder of objects and branches; differs from ``own`` in trees made by ``git worktree``.
     """
 
     tree: Path
@@ -41,7 +41,7 @@ class Repository:
 
     @classmethod
     def around(cls, folder: Path) -> Repository | None:
-        """Return the repository that a folder lies in, or None outside of one, or of one without a commit.
+        """Return the repository that contains a folder, or None if there is none or it has no commit.
 
         Raises:
             OSError: its files cannot be read.
@@ -58,13 +58,13 @@ class Repository:
         return None
 
     def revision(self) -> str:
-        """Return the hash of the commit that is checked out."""
+        """Return the hash of the checked-out commit."""
         found = self._resolved("HEAD")
         assert found is not None, "a repository without a commit"
         return found
 
     def is_dirty(self) -> bool:
-        """Return whether a tracked file differs from the commit; submodules are not looked into.
+        """Return whether a tracked file differs from the commit; submodules are ignored.
 
         Raises:
             OSError: git is not installed, or fails.
@@ -95,7 +95,7 @@ class Repository:
         return {key: value for key, _, value in pairs if key in _PLAIN and re.fullmatch(r"\w+", value)}
 
     def _resolved(self, name: str) -> str | None:
-        """The hash that a reference stands for, or None where there is no commit yet."""
+        """Return the hash that a reference points to, or None if there is no commit yet."""
         for _ in range(_LEVELS):
             places = (folder / name for folder in (self.own, self.shared))
             text = next((_read(place) for place in places if place.is_file()), None) or self._packed().get(name, "")
@@ -114,13 +114,13 @@ class Repository:
 
 
 def _read(path: Path) -> str:
-    """The text of one of git's small files."""
+    """Return the text of one of git's small files."""
     with path.open("rb") as file:
         return file.read(_LARGEST).decode().removesuffix("\n")
 
 
 def _git(repository: Path, *arguments: str, **variables: str) -> str:
-    """Output of a git command that knows a repository and nothing else: no settings of the system or the user."""
+    """Run git on a repository without the settings of the system or the user; return its output."""
     git = shutil.which("git")
     if git is None:
         raise FileNotFoundError("git")
@@ -148,13 +148,13 @@ _PACKAGES = ("villa", "torch", "transformers", "tokenizers", "safetensors", "ome
 
 
 def provenance(folder: Path | None = None) -> dict[str, Any]:
-    """Describe the software; nothing in it depends on the time, the host's name or a path.
+    """Describe the software, independently of time, host name and paths.
 
     Args:
-        folder: where the user's code lies; None is the working directory.
+        folder: folder of the user's code; None is the working directory.
 
     Returns:
-        ``python``, ``system`` and ``machine``; ``packages``: versions, None for one that is not installed;
+        ``python``, ``system`` and ``machine``; ``packages``: versions, None for a package that is not installed;
         ``git``: ``{"revision", "dirty"}`` of the folder, or None outside a repository or without git. Untracked
         files (a run's own output among them) do not make it dirty.
     """
@@ -168,14 +168,14 @@ def provenance(folder: Path | None = None) -> dict[str, Any]:
 
 
 def check_provenance(value: Any) -> None:
-    """Refuse what ``provenance`` never returns, as a damaged file may hold it; keys may be missing.
+    """Check that a value read from a file could come from ``provenance``; keys may be missing.
 
     Raises:
-        ValueError: it is no provenance.
+        ValueError: it could not.
     """
     known = isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("packages", "git"))
     if not known:
-        raise ValueError(f"{value!r:.60} is no provenance")
+        raise ValueError(f"{value!r:.60} is not a provenance")
 
 
 def _version(package: str) -> str | None:

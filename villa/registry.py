@@ -1,7 +1,7 @@
-"""Registries: names in a recipe to classes, built-in or from plug-ins.
+"""Registries: map names in a recipe to classes, built-in or from plug-ins.
 
-``@register_model("mine")`` on a class is all that a plug-in does. Built-ins are found by a table of names to
-modules, so that importing ``villa`` imports no backbone and one broken optional package breaks nothing else.
+A plug-in only decorates a class with ``@register_model("mine")``. Built-ins are found by a table of names to modules,
+so that importing ``villa`` imports no backbone and one broken optional package breaks nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Registry(Generic[T]):
     Args:
         kind: what is registered, for messages: ``"model"``.
         base: ``"module:Class"`` that every registered class derives from; imported on first use.
-        builtin: name to the module whose import registers it.
+        builtin: maps each built-in name to the module whose import registers it.
     """
 
     def __init__(self, kind: str, base: str, builtin: Mapping[str, str]) -> None:
@@ -61,14 +61,14 @@ class Registry(Generic[T]):
         return decorate
 
     def names(self) -> list[str]:
-        """All known names, sorted."""
+        """Return all known names, sorted."""
         return sorted({*self._builtin, *self._classes})
 
     def get(self, name: str) -> type[T]:
-        """Return the class called ``name``, importing its module when it is a built-in.
+        """Return the class called ``name``, importing its module if it is a built-in.
 
         Raises:
-            ConfigError: unknown name; the message lists the names, the nearest one, and broken plug-ins.
+            ConfigError: the name is unknown; the message lists the known names, the nearest one and broken plug-ins.
         """
         if name not in self._classes and name in self._builtin:
             importlib.import_module(self._builtin[name])
@@ -170,7 +170,7 @@ SUBMISSIONS: Registry[Any] = Registry(
     },
 )
 
-#: Every registry under the plural that ``villa_run --list`` and the recipes' sections use.
+#: Every registry by the plural of its kind, as in ``villa_run --list``.
 REGISTRIES: dict[str, Registry[Any]] = {
     "models": MODELS,
     "datasets": DATASETS,

@@ -1,4 +1,4 @@
-"""Randomness: every draw derives from named integers and words, so that resuming needs no generator state."""
+"""Randomness: every seed derives from integers and strings, so that resuming needs no generator state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 
 import torch
 
-#: Stands in keys where runs of earlier versions had the number of their only process: they go on as they began.
+#: The rank in keys of earlier single-process versions, kept so that their runs resume unchanged.
 _FIRST = 0
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Hash ``parts`` to a seed in [0, 2^63): the same on every machine, different when any part differs."""
+    """Hash ``parts`` to a seed in [0, 2^63), the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -27,12 +27,12 @@ def seed_pass(seed: int, update: int, micro_batch: int, pass_index: int) -> None
     """
     value = derive_seed("pass", seed, _FIRST, update, micro_batch, pass_index)
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # an idle CUDA is not woken
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # do not initialise CUDA just for this
         torch.cuda.manual_seed(value)
 
 
 def micro_batch_seed(seed: int, update: int, micro_batch: int, name: str) -> int:
-    """Return a seed for the draws called ``name`` of a micro-batch, whichever process runs it."""
+    """Return the seed of a micro-batch's draws called ``name``, whichever process runs it."""
     return derive_seed(seed, _FIRST, update, micro_batch, name)
 
 

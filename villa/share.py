@@ -1,4 +1,4 @@
-"""Dealing out micro-batches: which process runs which of them."""
+"""The assignment of micro-batches to processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Turn:
     """A micro-batch that a process runs.
 
     Attributes:
-        number: of the micro-batch within its update: what its randomness derives from, whoever runs it.
-        own: False where another process answers for it. A process that has none left runs one of the others, so that
-            all take part in the same communication, and adds nothing.
+        number: index of the micro-batch within its update, from which its randomness derives.
+        own: whether its result counts here. A process that has none left repeats another's, so that all take part in
+            the same communication, and adds nothing.
     """
 
     number: int
@@ -22,21 +22,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Share:
-    """What one of ``world_size`` processes runs: of n micro-batches, numbers rank, rank + world_size, ...
-
-    Attributes:
-        rank: of the process.
-        world_size: number of processes.
-    """
+    """One process's share of an update: micro-batches rank, rank + world_size, ..."""
 
     rank: int = 0
     world_size: int = 1
 
     def turns(self, count: int) -> list[Turn]:
-        """Return what this process runs of ``count`` micro-batches; every process has as many turns."""
+        """Return this process's turns of ``count`` micro-batches; every process gets the same number of turns."""
         numbers = range(self.rank, math.ceil(count / self.world_size) * self.world_size, self.world_size)
         return [Turn(number % count, own=number < count) for number in numbers]
 
 
-#: Everything, for one process.
+#: The share of a single process.
 WHOLE = Share()

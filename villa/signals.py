@@ -1,7 +1,7 @@
-"""Signals that ask a process to end, from its first moment on. Nothing here imports torch.
+"""Signals that ask a process to end. Nothing here imports torch, so that they are handled from the start.
 
-Within ``interruptible`` a signal ends the process wherever it is, as Ctrl-C does, but in order and with 128 + its
-number. Within ``deferred`` it is only noted: the loop looks for it where an update can be left without a trace.
+Within ``interruptible`` a signal ends the process wherever it is, as Ctrl-C does, but cleanly and with exit code 128 +
+its number. Within ``deferred`` it is only recorded: the loop checks for it where an update can be abandoned safely.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: What SLURM sends before it takes the nodes away, and when the time is up.
+#: The signal that SLURM is told to send before it takes the nodes away and when the time is up.
 PREEMPTED = signal.SIGUSR2
-#: From the weakest to the strongest: SLURM may send SIGTERM as well before it takes the nodes away. SIGHUP is what a
-#: terminal sends that is closed.
+#: From the weakest to the strongest: SLURM may also send SIGTERM before it takes the nodes away. A closed terminal
+#: sends SIGHUP.
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, PREEMPTED)
 #: Seconds after which a signal is sent again.
 _SOON = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends this process, in order.
+    """A signal ends this process cleanly.
 
     Args:
-        number: of the signal.
-        where: how far the run has come, and how it goes on.
+        number: number of the signal.
+        where: how far the run has come and how to resume it, for the message.
         agreed: whether all processes of the run end here.
     """
 
@@ -39,12 +39,12 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, or of a stronger one that has come since."""
+        """128 + the number of the signal, or of a stronger one received since."""
         return 128 + SIGNALS[max(_strength(self.number), urgency()) - 1]
 
 
 class _Watch:
-    """What this process has received, and whether it waits to be asked for it."""
+    """What this process has received, and whether it defers handling it."""
 
     installed = False
     deferred = False
@@ -52,21 +52,21 @@ class _Watch:
 
 
 def urgency() -> int:
-    """Return the place, from 1, of the strongest signal in ``SIGNALS`` that this process has received; 0 for none."""
+    """Return the position in ``SIGNALS``, from 1, of the strongest signal received; 0 for none."""
     return _Watch.strength
 
 
 def check() -> None:
-    """Raise ``Interrupted`` if a signal has come."""
+    """Raise ``Interrupted`` if a signal has been received."""
     if _Watch.strength:
         raise Interrupted(SIGNALS[_Watch.strength - 1])
 
 
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let a function take in signals; afterwards they are handled as before.
+    """Handle signals with a function; afterwards they are handled as before.
 
-    A process that ignores SIGHUP since its start (``nohup``) goes on to do so.
+    A process started to ignore SIGHUP (``nohup``) keeps ignoring it.
     """
     heard = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in heard}
@@ -79,26 +79,26 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let signals end this process in order; within another such block, or in another thread, it changes nothing.
+    """Let signals end this process cleanly. Does nothing within another such block or outside the main thread.
 
     Raises:
-        Interrupted: a signal has come.
+        Interrupted: a signal has been received.
     """
     if _Watch.installed or threading.current_thread() is not threading.main_thread():
         yield
         return
     _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
     try:
-        with handled(SIGNALS, _handle), _none_lost():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what started this process may have had them wait
+        with handled(SIGNALS, _handle), _resend_lost():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the parent process may have blocked them
             yield
     finally:
         _Watch.installed = False
 
 
 @contextmanager
-def _none_lost() -> Iterator[None]:
-    """Send a signal again whose exception came up in a destructor or a callback, where Python only prints it."""
+def _resend_lost() -> Iterator[None]:
+    """Resend a signal whose exception was raised in a destructor or callback, where Python only prints it."""
     before = sys.unraisablehook
 
     def hook(lost: Any) -> None:
@@ -119,7 +119,7 @@ def _none_lost() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only note signals, for ``urgency``; a second SIGINT ends the process at once."""
+    """Only record signals, for ``urgency``; a second SIGINT ends the process at once."""
     with interruptible():
         _Watch.deferred = True
         try:
@@ -130,7 +130,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let signals wait, also for the threads and processes that are started within: these keep it so."""
+    """Block signals. Threads and processes started within inherit this and keep them blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -139,16 +139,16 @@ def held_back() -> Iterator[None]:
 
 
 def shield_worker(worker: int = 0) -> None:
-    """Let signals to all of a run's processes pass a data worker by: its parent ends it when it has no more work.
+    """Make a data worker ignore signals sent to all of a run's processes: its parent ends it when the work is done.
 
     Args:
-        worker: its number, which the loader gives.
+        worker: the worker's number, passed by the loader.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_request, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
+def _exit_on_request(parent: int) -> None:
     while signal.sigwaitinfo(SIGNALS).si_pid != parent:
         pass
     os._exit(0)

@@ -1,6 +1,6 @@
-"""What a command prints: control characters are shown, and a stream that takes no more stops nothing.
+"""Output streams of commands: control characters are escaped, and a stream that fails does not end the run.
 
-A reader that has gone (``| head``), a full disk, a closed terminal or descriptor: none is a reason for a run to end.
+It may fail because a reader has gone (``| head``), the disk is full, or the terminal or descriptor is closed.
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-#: What would act on a terminal or reorder a line instead of being seen; line breaks and tabs stay.
+#: Characters that act on a terminal or reorder a line instead of being visible; line breaks and tabs stay.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    r"""Return a text whose control characters are written as escapes: ``\x1b``, ``\u202e``."""
+    r"""Return a text with its control characters escaped: ``\x1b``, ``\u202e``."""
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Lasting(io.TextIOBase):
-    """Writes to a text stream for as long as it takes something; from its first failure on, what is written is lost.
+    """A text stream that discards what is written after its first failure.
 
-    Characters that its encoding does not have are written as escapes.
-
-    Args:
-        stream: the stream.
+    Characters outside its encoding are escaped.
 
     Attributes:
-        problem: why nothing is written any more, or None.
+        problem: the first failure, or None.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -40,19 +37,19 @@ class Lasting(io.TextIOBase):
         self.problem: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write, or do nothing."""
+        """Write, or do nothing after a failure."""
         encoding = self.stream.encoding or "utf-8"
-        with self._kept_going():
+        with self._ignoring_failures():
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing."""
-        with self._kept_going():
+        """Flush, or do nothing after a failure."""
+        with self._ignoring_failures():
             self.stream.flush()
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
+        """Return whether the stream is a terminal."""
         return self.stream.isatty()
 
     def fileno(self) -> int:
@@ -67,25 +64,22 @@ class Lasting(io.TextIOBase):
         return getattr(self.stream, name)
 
     @contextmanager
-    def _kept_going(self) -> Iterator[None]:
+    def _ignoring_failures(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.problem = self.problem or error
-            with suppress(OSError):  # what is buffered, and what others write there, must not fail either
+            with suppress(OSError):  # buffered text and other writers must not fail either
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
 
 
 class Shown(Lasting):
-    """A lasting stream that shows control characters.
-
-    Args:
-        stream: the stream.
+    """A lasting stream that escapes control characters.
 
     Attributes:
-        beneath: the same without that, for what draws.
+        beneath: the same stream without escaping, for drawing.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -93,22 +87,22 @@ class Shown(Lasting):
         self.beneath = Lasting(stream)
 
     def write(self, text: str) -> int:
-        """Write, with control characters as escapes."""
+        """Write, escaping control characters."""
         return super().write(visible(text))
 
 
 def drawable(stream: TextIO) -> TextIO:
-    """Return what takes the escape sequences of bars and tables for a stream."""
+    """Return the stream that passes on the escape sequences of bars and tables."""
     return cast(TextIO, stream.beneath) if isinstance(stream, Shown) else stream
 
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Let standard output and error be ``Shown`` streams; within another such block it changes nothing."""
+    """Make standard output and error ``Shown`` streams. Does nothing within another such block."""
     if isinstance(sys.stdout, Shown):
         yield
         return
-    _hold_descriptors()
+    _open_closed_descriptors()
     before = sys.stdout, sys.stderr, sys.__stderr__
     sys.stdout, sys.stderr = (
         cast(TextIO, Shown(stream or open(number, "w", closefd=False)))  # noqa: SIM115 (a descriptor)
@@ -125,18 +119,18 @@ def lasting() -> Iterator[None]:
 
 
 def unprinted() -> OSError | None:
-    """Return why not all of what was written to standard output was taken, or None."""
+    """Flush standard output; return the error that lost some of it, or None."""
     sys.stdout.flush()
     return sys.stdout.problem if isinstance(sys.stdout, Lasting) else None
 
 
 def is_broken_pipe(problem: OSError) -> bool:
-    """Whether it is a reader that has stopped early, which is its right."""
+    """Return whether a reader has stopped early, as it may."""
     return problem.errno == errno.EPIPE
 
 
-def _hold_descriptors() -> None:
-    """Open what is closed of descriptors 0 to 2: the next file to be opened would be printed into."""
+def _open_closed_descriptors() -> None:
+    """Open those of descriptors 0 to 2 that are closed: the next file opened would get one and be printed into."""
     while True:
         descriptor = os.open(os.devnull, os.O_RDWR)
         if descriptor > 2:

@@ -1,8 +1,8 @@
-"""Trackers: where the numbers of a run go (``log.jsonl``, ``timing.jsonl``, TensorBoard).
+"""Trackers record the numbers of a run (``log.jsonl``, ``timing.jsonl``, TensorBoard).
 
 ``log.jsonl`` is deterministic: a run that was killed and resumed ends with the same bytes as one that was
-not. Times are not, so records of kind ``timing`` (seconds, examples per second, share of waiting for data, ETA)
-go to ``timing.jsonl`` and TensorBoard only.
+not. Times are not deterministic, so records of kind ``timing`` (seconds, examples per second, share of time waiting for
+data, ETA) go to ``timing.jsonl`` and TensorBoard only.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Kinds of records whose values depend on the run's configuration, data and seed alone.
+#: Kinds of records that depend on the run's configuration, data and seed alone.
 RESULT_KINDS = ("train", "val", "test")
 TIMING_KIND = "timing"
 
-#: Fields of every record of a JSON-lines log; values have other names.
+#: Fields of every record of a JSON-lines log; values must have other names.
 _FIELDS = {"update", "kind"}
 
 
 class Tracker(Protocol):
-    """What the loop expects of a tracker."""
+    """The interface that the training loop expects of a tracker."""
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
-        """Record values by name, as they stand after ``update`` optimiser steps.
+        """Record values by name after ``update`` optimiser steps.
 
         Args:
-            update: optimiser steps done.
+            update: optimiser steps completed.
             kind: ``train``, ``val``, ``test`` or ``timing``.
             values: numbers by name.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Make all records durable; return where the tracker stands, for a checkpoint."""
+        """Flush all records to disk; return the tracker's position, for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Forget every record after ``state``. Call it before the first ``log``."""
+        """Discard every record after ``state``. Call it before the first ``log``."""
 
     def close(self) -> None:
-        """Write what is left and release the files."""
+        """Write pending records and release the files."""
 
 
 class Trackers:
     """Several trackers that act as one.
 
     Args:
-        trackers: by the name under which their state is kept; none at all is fine (ranks above 0).
+        trackers: trackers by the name that their state is kept under; may be empty (ranks above 0).
     """
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
@@ -75,7 +75,7 @@ class Trackers:
         return {name: tracker.state_dict() for name, tracker in self._trackers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore those trackers that were present when the state was taken."""
+        """Restore the trackers that the state has entries for."""
         for name, tracker in self._trackers.items():
             if name in state:
                 tracker.load_state_dict(state[name])
@@ -87,10 +87,10 @@ class Trackers:
 
 
 def run_trackers(folder: Path, *, tensorboard: bool = True) -> Trackers:
-    """Return the trackers of a training run; nothing is written before the first record.
+    """Return the trackers of a training run; they write nothing before the first record.
 
     Args:
-        folder: the run's folder; gets ``log.jsonl``, ``timing.jsonl`` and ``tensorboard/``.
+        folder: the run's folder, for ``log.jsonl``, ``timing.jsonl`` and ``tensorboard/``.
         tensorboard: whether to write TensorBoard events.
     """
     trackers: dict[str, Tracker] = {
@@ -103,16 +103,15 @@ def run_trackers(folder: Path, *, tensorboard: bool = True) -> Trackers:
 
 
 class JsonLinesTracker:
-    """One JSON object a line: ``{"update": 10, "kind": "train", "loss": 0.5, ...}``.
+    """A log with one JSON object per line: ``{"update": 10, "kind": "train", "loss": 0.5, ...}``.
 
-    Numbers are written with the shortest text that reads back as the same float; NaN and infinities as the
-    strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float()`` reads, because JSON has no such numbers.
+    Numbers are written as the shortest text that reads back as the same float, and NaN and infinities, which JSON
+    lacks, as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float()`` reads.
 
     Args:
-        path: the file. The first record starts it anew, unless ``load_state_dict`` was called or ``append`` is
-            set.
-        kinds: records of other kinds are left out.
-        append: add to what the file holds and never take a line back (for times: they were really spent).
+        path: the file. The first record overwrites it, unless ``load_state_dict`` was called or ``append`` is set.
+        kinds: kinds of records to write; others are skipped.
+        append: keep what the file holds and never remove a line (for times, which were really spent).
     """
 
     def __init__(self, path: Path, *, kinds: Collection[str] = RESULT_KINDS, append: bool = False) -> None:
@@ -125,7 +124,7 @@ class JsonLinesTracker:
         """Write one line and hand it to the operating system.
 
         Raises:
-            ValueError: a value is called ``update`` or ``kind``, as the line's own fields are.
+            ValueError: a value is called ``update`` or ``kind`` like the record's own fields.
             StorageError: the disk is full, or the file or its folder was removed.
         """
         if kind not in self._kinds:
@@ -148,7 +147,7 @@ class JsonLinesTracker:
             file.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Sync the file to disk; return its length in bytes (nothing for a file that is only appended to)."""
+        """Sync the file to disk; return its length in bytes (nothing in ``append`` mode)."""
         if self._file is not None:
             with room_for(self.path):
                 os.fsync(self._file.fileno())
@@ -157,7 +156,7 @@ class JsonLinesTracker:
         return {"offset": self._file.tell() if self._file is not None else 0}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut the file back to the recorded length; warn when it is missing or shorter, and go on from its end."""
+        """Truncate the file to the recorded length; warn if it is missing or shorter, and continue from its end."""
         if self._append:
             return
         offset = int(state["offset"])
@@ -179,7 +178,7 @@ class JsonLinesTracker:
                 file.close()
 
     def _open(self, length: int) -> IO[bytes]:
-        """Open the file at the end of the whole lines among its first ``length`` bytes; drop the rest."""
+        """Open the file, truncated to the complete lines among its first ``length`` bytes, at its end."""
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_own(self.path, "r+b")
@@ -192,8 +191,8 @@ class TensorBoardTracker:
     """Scalars in TensorBoard's event files, tagged ``<kind>/<name>``.
 
     Args:
-        folder: where the event files go. Older events in it are hidden from TensorBoard: all at a fresh start,
-            those after the checkpoint on a resume, so that no point shows twice.
+        folder: folder of the event files. Older events in it are hidden from TensorBoard (all of them at a fresh start,
+            those after the checkpoint when resuming), so that no point shows twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -204,12 +203,12 @@ class TensorBoardTracker:
         self._on_exit = ExitStack()
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
-        """Add one scalar a value."""
+        """Add one scalar per value."""
         with room_for(self.folder):
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._on_exit.enter_context(_errors_unprinted())  # which may come before the writer is made
+                self._on_exit.enter_context(_errors_unprinted())  # errors may come before the writer is made
                 self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
             self._update = update
             for name, value in values.items():
@@ -223,7 +222,7 @@ class TensorBoardTracker:
         return {"update": self._update}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hide every later point that a killed run has left."""
+        """Hide all later points, which a killed run has left."""
         self.close()
         self._update = int(state["update"])
         self._purge = self._update + 1
@@ -238,7 +237,7 @@ class TensorBoardTracker:
 
 @contextmanager
 def _errors_unprinted() -> Iterator[None]:
-    """Let a thread that cannot write its file say nothing: what waits for it raises the error again."""
+    """Silence threads that cannot write their file: whoever waits for them raises the error again."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -253,7 +252,7 @@ def _errors_unprinted() -> Iterator[None]:
 
 
 def json_number(value: float) -> float | str:
-    """Return a value that JSON can hold: the float, or ``"nan"``, ``"inf"``, ``"-inf"``."""
+    """Return a value as JSON can hold it: a float, or ``"nan"``, ``"inf"``, ``"-inf"``."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
 
@@ -261,7 +260,7 @@ def json_number(value: float) -> float | str:
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a JSON-lines log, with ``"nan"`` and ``"inf"`` turned back into floats.
 
-    Half a line at the end, as a killed run may leave it, is passed over.
+    An incomplete last line, as a killed run may leave it, is skipped.
 
     Raises:
         DataError: the file is missing, or a line is not a record.
@@ -275,7 +274,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
                 values = {k: float(v) for k, v in record.items() if k not in _FIELDS}
                 yield {"update": int(record["update"]), "kind": str(record["kind"]), **values}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if not line.endswith("\n"):  # a killed run may leave half a line at the end
+                if not line.endswith("\n"):
                     return
                 raise DataError(
                     f"{path} line {number} is not a log record ({line.strip()[:60]!r}); "
@@ -284,7 +283,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _last_line_end(file: IO[bytes], limit: int) -> int:
-    """Position just after the last newline among the first ``limit`` bytes, reading backwards in blocks."""
+    """Return the position after the last newline among the first ``limit`` bytes, reading backwards in blocks."""
     position = min(limit, file.seek(0, os.SEEK_END))
     while position:
         start = max(0, position - 4096)

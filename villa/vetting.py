@@ -1,7 +1,7 @@
-"""Folders of transformers without what chooses code: they may be anybody's.
+"""Vetting of transformers' folders, which are not trusted: options that choose code are left out.
 
-What transformers reads beside the weights is JSON that chooses classes, kernels, quantisers, adapters and modules to
-import. Only what describes the model, its processor or its way of writing is let through.
+Beside the weights, transformers reads JSON that chooses classes, kernels, quantisers, adapters and modules to import.
+Only options that describe the model, its processor or its generation are let through.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from typing import Any
 
 from villa.errors import CheckpointError
 
-# Kernels come from the hub as compiled code, for some architectures without being asked for.
+# Kernels are compiled code from the hub, loaded for some architectures without being asked for.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
-#: Files of a processor that name its class, the first one first.
+#: Files of a processor that name its class, in order of precedence.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _OTHER_PROCESSOR_FILES = ("video_preprocessor_config.json", "special_tokens_map.json")
-#: Files of the hub that a tokenizer or processor may be made of.
+#: Patterns of the files that a tokenizer or processor on the hub may consist of.
 OF_PROCESSORS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "*.spm")
 
-#: What a name must look like that a configuration gives: of a class, or of a network in timm; no place.
+#: A name in a configuration, of a class or of a network in timm, that is not a path.
 _PLAIN = re.compile(r"\w[\w.-]*", re.ASCII)
 _CLASS = re.compile(r"\w*(Processor|Tokenizer|Tokenizers|Extractor|Backend)\w*", re.ASCII)
-#: What chooses code or files, wherever it stands.
+#: Options that choose code or files, at any level.
 _CHOOSES = re.compile(
     r"\w*implementation\w*|\w*auto_map\w*|\w*trust_remote_code|custom_\w+|\w*quantization_config|\w*kernel_config"
     r"|use_kernels|fusion_config|distributed_config|transformers_weights|(backbone|timm)_kwargs|pretrained"
     r"|\w*pretrained_(cfg|name|backbone)\w*|(index|passages)_path|checkpoint_path|configuration_files|init_inputs|tesseract_\w+|\w+_file"
 )
-#: Options of a model whose keys are names of labels or of anything else.
+#: Options of a model whose keys are free names (of labels, say), not options.
 _TABLES = ("id2label", "label2id", "added_tokens_decoder", "extra_special_tokens", "model_specific_special_tokens")
-#: Options of generation that choose how it is computed, or what with.
+#: Options of generation that choose how it is computed, or with what.
 _COMPUTING = re.compile(
     r"cache_\w+|compile_config|continuous_\w+|watermarking_config|constraints|assistant_\w+|use_mtp"
 )
 
-#: Options that models of transformers read though their classes do not declare them, or that older files have.
+#: Options that models of transformers read without declaring them, or that older files have.
 _UNDECLARED = """
     adapter_attn_dim adapter_output_size add_adapter add_cross_attention alignment_intermediate_size
     apply_spec_augment attention_chunk_size attention_dropout attention_head_size attention_other_setting
@@ -83,7 +83,7 @@ _UNDECLARED = """
     pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix processor_class pruned_heads
     task_specific_params tf_legacy_loss tokenizer_class torchscript use_bfloat16
 """
-#: Options of low-rank adapters that describe them.
+#: Options that describe a low-rank adapter.
 _LORA = """
     alpha_pattern base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode init_lora_weights
     layer_replication layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout modules_to_save peft_type
@@ -94,25 +94,25 @@ Values = dict[str, Any]
 
 
 def vetted(folder: Path) -> Path:
-    """Return a folder of transformers in which nothing chooses code: the folder itself, or one that stands for it.
+    """Return a transformers folder in which nothing chooses code: the folder itself, or links to it with vetted JSON.
 
-    What is left out is told in a line on stderr.
+    Options that are left out are listed on stderr.
 
     Args:
-        folder: of a model or processor.
+        folder: folder of a model or processor.
 
     Raises:
-        CheckpointError: it holds an adapter without a model, or one that does more than low-rank adapters do; or a pipe
-            or device, which transformers would wait for.
+        CheckpointError: it holds an adapter without a model, or one that is not low-rank; or a pipe or device, which
+            transformers would wait for.
     """
     changed: dict[str, Values] = {}
-    _refuse_endless(folder)
+    _refuse_pipes(folder)
     for name, vet in _READERS.items():
         values = _read(folder / name)
         kept, left_out = ({}, []) if values is None else vet(values, folder)
         if left_out:
             changed[name] = kept
-            _tell(f"note: left out of '{folder / name}': {', '.join(left_out)[:300]}")
+            _print_once(f"note: left out of '{folder / name}': {', '.join(left_out)[:300]}")
     if not changed:
         return folder
     place = _temporary()
@@ -125,16 +125,16 @@ def vetted(folder: Path) -> Path:
 
 
 def vetted_source(source: str | Path, files: Iterable[str], *, local: bool = False) -> Path:
-    """Return a vetted folder for a path, or for a name on the hub of models.
+    """Return a vetted folder for a path or a name on the model hub.
 
     Args:
-        source: a folder, or such a name.
-        files: patterns of what is needed of the hub's.
-        local: take what was downloaded before.
+        source: a folder, or a name on the hub.
+        files: patterns of the files to download from the hub.
+        local: use only files that were downloaded before.
 
     Raises:
         CheckpointError: as for ``vetted``.
-        Exception: whatever the hub raises.
+        Exception: whatever the hub's client raises.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -145,17 +145,17 @@ def vetted_source(source: str | Path, files: Iterable[str], *, local: bool = Fal
 
 
 def vetted_config(values: Mapping[str, Any]) -> tuple[Values, list[str]]:
-    """Return a model's ``config.json`` with what its class declares, and the names of what was left out."""
+    """Return the options of a ``config.json`` that its class declares, and the names of those left out."""
     return _vetted_part(values, _config_class(values))
 
 
 def chooses_code(name: str) -> bool:
-    """Whether an option of that name chooses code or files, for any model."""
+    """Return whether an option of that name chooses code or files for some model."""
     return _CHOOSES.fullmatch(name) is not None
 
 
 def _config_class(values: Mapping[str, Any]) -> Any:
-    """The class of a configuration, or None for one that transformers does not know."""
+    """Return the class of a configuration, or None if transformers does not know it."""
     from transformers import CONFIG_MAPPING
 
     name = values.get("model_type")
@@ -168,7 +168,7 @@ def _vetted_part(values: Mapping[str, Any], kind: Any, usual: Any = None) -> tup
     Args:
         values: its options.
         kind: its class, or None.
-        usual: what the class around it has there by default.
+        usual: the enclosing class's default for it.
     """
     declared = _declared(kind)
     nested, usual = ({}, {}) if declared is None else (getattr(kind, "sub_configs", None) or {}, usual or {})
@@ -193,26 +193,28 @@ def _vetted_part(values: Mapping[str, Any], kind: Any, usual: Any = None) -> tup
 
 @cache
 def _declared(kind: Any) -> frozenset[str] | None:
-    """The options of a configuration class of transformers; None for one that stands for any."""
+    """Return the options of a configuration class of transformers, or None if ``kind`` is not one."""
     if not hasattr(kind, "attribute_map"):
         return None
     parameters = (inspect.signature(one.__init__).parameters for one in kind.__mro__)
     nested = getattr(kind, "sub_configs", None) or {}
-    return _of_writing().union(*parameters, _defaults(kind), nested, *kind.attribute_map.items(), _UNDECLARED.split())
+    return _generation_options().union(
+        *parameters, _defaults(kind), nested, *kind.attribute_map.items(), _UNDECLARED.split()
+    )
 
 
 @cache
 def _defaults(kind: Any) -> Values:
-    """The options that a configuration has by default, some of them computed of others."""
+    """Return the default options of a configuration class, including derived ones."""
     try:
         return dict(kind().to_dict())
-    except Exception:  # none, or a class without defaults, which declares all
+    except Exception:  # not a class, or one without defaults, which declares all its options
         return {}
 
 
 @cache
-def _of_writing() -> frozenset[str]:
-    """The options of generation that do not choose code."""
+def _generation_options() -> frozenset[str]:
+    """Return the options of generation that do not choose code."""
     from transformers import GenerationConfig
 
     known: Any = GenerationConfig
@@ -220,12 +222,12 @@ def _of_writing() -> frozenset[str]:
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Whether what a value names, if it names something, is no place."""
+    """Return whether a value that names something names no path."""
     if name in ("tokenizer_class", "processor_class"):
         return isinstance(value, str) and _CLASS.fullmatch(value) is not None
     if name in ("backbone", "architecture"):
         return not isinstance(value, str) or _PLAIN.fullmatch(value) is not None
-    if name == "model_args":  # of timm, which reads files by some
+    if name == "model_args":  # arguments of timm, some of which name files to read
         return isinstance(value, Mapping) and all(isinstance(one, int | float | list) for one in value.values())
     return True
 
@@ -235,7 +237,7 @@ def _vet_model(values: Values, folder: Path) -> tuple[Values, list[str]]:
 
 
 def _vet_generation(values: Values, folder: Path) -> tuple[Values, list[str]]:
-    known = _of_writing().union(_UNDECLARED.split())
+    known = _generation_options().union(_UNDECLARED.split())
     left_out = [name for name, value in values.items() if name not in known and value is not None]
     return {name: value for name, value in values.items() if name not in left_out}, left_out
 
@@ -277,14 +279,14 @@ _READERS: dict[str, Callable[[Values, Path], tuple[Values, list[str]]]] = {
 }
 
 
-def _refuse_endless(folder: Path) -> None:
+def _refuse_pipes(folder: Path) -> None:
     found = (path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
     if (path := next(found, None)) is not None:
         raise CheckpointError(f"'{path}' is a pipe, socket or device, not a file; remove it, or copy the folder again")
 
 
 def _read(file: Path) -> Values | None:
-    """Read a JSON object; nothing if it is none, which transformers will say."""
+    """Read a JSON object; return None if it is not one, which transformers will report."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -293,13 +295,13 @@ def _read(file: Path) -> Values | None:
 
 
 @cache
-def _tell(line: str) -> None:
+def _print_once(line: str) -> None:
     """Print a line on stderr, once."""
     print("".join(one if one.isprintable() else "?" for one in line), file=sys.stderr, flush=True)
 
 
 def _temporary() -> Path:
-    """A folder until this process ends: tokenizers copy their files when they are saved."""
+    """Make a folder that lasts until this process ends: tokenizers copy their files from it when saved."""
     place = Path(tempfile.mkdtemp(prefix="villa-"))
     owner = os.getpid()
     atexit.register(lambda: shutil.rmtree(place, ignore_errors=True) if os.getpid() == owner else None)

@@ -16,8 +16,7 @@ from saved_runs import requests, train
 
 import villa
 from villa.checkpoints.files import read_manifest, write_manifest
-from villa.checkpoints.layout import SAVED
-from villa.checkpoints.layout import SAVED as CHECKPOINT_MANIFEST
+from villa.checkpoints.layout import MANIFEST, SAVED
 from villa.cli.run import main
 from villa.config import load
 from villa.errors import ConfigError, DataError
@@ -46,7 +45,7 @@ def attacked(request: pytest.FixtureRequest, models: Path, tmp_path: Path) -> At
 
     Beside it are plug-ins that leave the file ``ran`` behind when they are imported.
     """
-    folder, name = tmp_path / request.param, SAVED if request.param == "saved" else CHECKPOINT_MANIFEST
+    folder, name = tmp_path / request.param, SAVED if request.param == "saved" else MANIFEST
     for plugin in ("evil", "0", "false"):
         (tmp_path / plugin).mkdir()
         (tmp_path / plugin / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")

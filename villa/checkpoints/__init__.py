@@ -1,1 +1,1 @@
-"""Checkpoints on disk: writing, finding, reading."""
+"""Checkpoints and files of weights: write, find, verify and read them."""

@@ -1,4 +1,4 @@
-"""The files of one checkpoint: written durably, checked against a manifest, read without running any code."""
+"""The files of one checkpoint: written durably, verified against a manifest, read without running any code."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _ADVICE = "use another one"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint; its tensors are read on request.
+    """A complete checkpoint, whose tensors are read on request.
 
     Attributes:
         path: its folder.
-        update: updates that the run had done.
+        update: the update after which it was saved.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Checkpoint:
 
     @property
     def assets(self) -> Path:
-        """Folder with the data set's files for prediction (vocabulary, labels)."""
+        """Folder of the data set's files for prediction (vocabulary, labels)."""
         return self.path / ASSETS
 
     def copy_assets(self, folder: Path) -> None:
@@ -53,35 +53,35 @@ class Checkpoint:
         """Return the run's resolved recipe.
 
         Raises:
-            CheckpointError: it is no text.
+            CheckpointError: it is not text.
         """
         with reading(f"'{self.path / CONFIG}' cannot be read", _ADVICE, CheckpointError):
             return (self.path / CONFIG).read_text(encoding="utf-8")
 
     @property
     def sharded(self) -> bool:
-        """Whether its tensors lie in shards, one of each process that saved it."""
+        """Whether its tensors are in shards, one for each process that saved it."""
         return (self.path / INDEX).is_file()
 
     def model_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Read the weights, on the CPU. Names that shared a tensor when saved share it again.
+        """Read the weights to the CPU; tied weights are tied again.
 
         Args:
-            like: the model's own tensors. Of shards, a process that has a part of a tensor reads that part alone, and
-                gets it as it has its own.
+            like: the model's own tensors. From shards, a process reads only its own part of a sharded tensor, as a
+                tensor sharded like the model's.
 
         Raises:
             CheckpointError: the file was damaged after the checkpoint was verified.
         """
         if self.sharded:
-            from villa.checkpoints.shards import MODEL_STATE, Shards  # takes long to import
+            from villa.checkpoints.shards import MODEL_STATE, Shards  # slow to import
 
             return Shards(self.path).read(MODEL_STATE, like)
         with reading(f"'{self.path / MODEL}' cannot be read", _ADVICE, CheckpointError):
             return read_safetensors(self.path / MODEL)
 
     def training_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Read the state of optimiser, loop and callbacks, with its tensors on the CPU. No code in it is run.
+        """Read the state of optimiser, loop and callbacks, with tensors on the CPU, without running any code.
 
         Args:
             like: the model's parameters by name; see ``model_state``.
@@ -99,25 +99,25 @@ class Checkpoint:
         return state
 
     def plain_state(self) -> dict[str, Any]:
-        """Read the training state without what lies in shards; see ``training_state``."""
+        """Read the training state without the tensors in shards; see ``training_state``."""
         path = self.path / TRAINING_STATE
         with reading(f"'{path}' cannot be read", _ADVICE, CheckpointError):
             check_archive(path)
             try:
                 state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:  # its message advises to load without protection
+            except pickle.UnpicklingError as error:  # whose message advises loading without protection
                 raise CheckpointError(
                     f"'{path}' holds objects other than tensors, numbers and text, which are never loaded; "
                     "villa did not write it: use another checkpoint"
                 ) from error
             if not isinstance(state, dict):
-                raise ValueError("it holds no training state")
+                raise ValueError("it is not a training state")
             check_provenance(state.get("provenance", {}))
         return state
 
 
 def write_recipe(folder: Path, config_yaml: str, assets: Callable[[Path], None] | None) -> None:
-    """Write the small files of a checkpoint: the resolved recipe, and what ``assets`` writes into its folder."""
+    """Write the small files of a checkpoint: the resolved recipe, and the data set's files by ``assets(folder)``."""
     atomic_write(folder / CONFIG, config_yaml)
     (folder / ASSETS).mkdir()
     if assets is not None:
@@ -125,7 +125,7 @@ def write_recipe(folder: Path, config_yaml: str, assets: Callable[[Path], None] 
 
 
 def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
-    """Write whole weights and the training state into a folder.
+    """Write unsharded weights and the training state into a folder.
 
     Args:
         folder: existing folder.
@@ -134,8 +134,7 @@ def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state:
 
     Raises:
         TypeError: ``training_state`` holds an object that could not be loaded again.
-        OSError: the disk is full or the folder cannot be written (torch and safetensors have their own errors
-            for it).
+        OSError: the disk is full or the folder cannot be written; torch and safetensors raise their own errors.
     """
     write_training_state(folder, training_state)
     tensors, aliases = unshared(model_state)
@@ -143,17 +142,17 @@ def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state:
 
 
 def write_training_state(folder: Path, training_state: Mapping[str, Any]) -> None:
-    """Write what is no weight; see ``write_whole``."""
+    """Write the training state into a folder; see ``write_whole``."""
     _check_plain(training_state, "training_state")
     with (folder / TRAINING_STATE).open("xb") as file:  # given a path, torch would not say why it cannot write
         torch.save(training_state, file)
 
 
 def listed(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Any]:
-    """Flush files to the disk, and return the size and SHA-256 of each by its name below ``folder``.
+    """Flush files to the disk; return the size and SHA-256 of each by its path relative to ``folder``.
 
     Args:
-        folder: of a checkpoint.
+        folder: folder of a checkpoint.
         paths: files in it; by default all but the shards.
     """
     if paths is None:
@@ -167,13 +166,13 @@ def listed(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, update: int, name: str = MANIFEST, *, files: Mapping[str, Any] | None = None) -> None:
-    """Write a manifest of this name; it is the last of a folder's files.
+    """Write a manifest, after all other files of the folder.
 
     Args:
-        folder: whose files it lists.
-        update: updates done.
-        name: of the manifest.
-        files: what ``listed`` has returned; by default for all files but shards.
+        folder: the folder.
+        update: the update of the checkpoint.
+        name: name of the manifest.
+        files: the result of ``listed``; by default for all files but the shards.
     """
     files = listed(folder) if files is None else files
     for path in (folder, *folder.rglob("*")):
@@ -186,8 +185,8 @@ def load(folder: Path, *, verified: bool = False) -> Checkpoint:
     """Return the checkpoint in ``folder`` after comparing every file with the manifest.
 
     Args:
-        folder: of the checkpoint.
-        verified: another process has just done so: read the manifest alone.
+        folder: folder of the checkpoint.
+        verified: another process has just verified it: only read the manifest.
 
     Raises:
         CheckpointError: it is not a complete checkpoint; the message names the file and what is wrong with it.
@@ -204,7 +203,7 @@ def load(folder: Path, *, verified: bool = False) -> Checkpoint:
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, Any]]:
-    """Read a manifest: the updates done, and the size and SHA-256 of every file by its name below ``folder``.
+    """Read a manifest: the update, and the size and SHA-256 of every file by its path relative to ``folder``.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -217,7 +216,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[int, dict[str, An
 
 
 def _checked(manifest: Any) -> tuple[int, dict[str, Any]]:
-    """Return what ``read_manifest`` does, of the right types; raise ValueError where they are wrong."""
+    """Check the types in a manifest and return it as ``read_manifest`` does; raise ValueError if they are wrong."""
     if not isinstance(manifest, dict) or not {"format", "update", "files"} <= manifest.keys():
         raise ValueError("it lacks format, update or files")
     if manifest["format"] != _FORMAT:
@@ -235,7 +234,7 @@ def _checked(manifest: Any) -> tuple[int, dict[str, Any]]:
 
 
 def file_problem(folder: Path, name: str, expected: Mapping[str, Any], said_by: str = MANIFEST) -> str | None:
-    """Say what is wrong with a file that ``said_by`` lists, or return None."""
+    """Return what is wrong with a file listed by ``said_by``, or None."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -246,13 +245,13 @@ def file_problem(folder: Path, name: str, expected: Mapping[str, Any], said_by: 
             return f"has {path.stat().st_size} bytes, where {said_by} says {expected['size']}"
         if sha256(path) != expected["sha256"]:
             return f"has another checksum than {said_by} says"
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:  # pathlib has the last two for odd links
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:  # pathlib raises the last two for links
         return f"cannot be checked ({one_line(error)})"
     return None
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Refuse what ``weights_only`` loading would refuse: better now than when the run is to go on."""
+    """Refuse what ``weights_only`` loading would refuse: better now than when the run is resumed."""
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             _check_plain(key, f"a key of {where}")

@@ -1,4 +1,4 @@
-"""Names of the files and folders that runs, checkpoints and saved models consist of."""
+"""Names of the files and folders in runs, checkpoints and saved models."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MODEL = "model.safetensors"
 TRAINING_STATE = "training_state.pt"
 ASSETS = "assets"
 MANIFEST = "manifest.json"
-#: Instead of ``MODEL``: a folder of shards, and the file that says what is in all of them together.
+#: Instead of ``MODEL``: the folder of checkpoint shards, and the index of all their tensors.
 SHARDS, INDEX = "shards", "shards.json"
 
-#: In the folder of a saved model: one of villa's own, with a manifest, whose presence shows that a model was saved.
-#: The rest is named as transformers does.
+#: In the folder of a saved model: villa's own subfolder, with a manifest by which saved models are recognised. Other
+#: names are those of transformers.
 OWN = "villa"
 SAVED = f"{OWN}/manifest.json"
 PROVENANCE = "provenance.json"
 
-#: Names whose presence shows that a folder holds a run.
+#: Names by which the folder of a run is recognised.
 TRACES = (CONFIG, LOG, METRICS, CHECKPOINTS)
 
 

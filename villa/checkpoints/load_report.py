@@ -1,4 +1,4 @@
-"""What a person should know about weights that were loaded."""
+"""A report on loaded weights: what was used, missing, enlarged and left out."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 from villa.checkpoints.weight_names import is_image_side
 
-#: Pre-training heads of UNITER and BERT; most tasks have no use for them.
+#: Pre-training heads of UNITER and BERT, which most tasks do not use.
 PRETRAINING_HEADS = ("cls", "feat_regress", "region_classifier", "itm_output")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded, in the model's names.
+    """What was loaded, under the model's names.
 
     Attributes:
         path: where the weights come from.
-        loaded: names that were taken from the file.
-        missing: in the model only; they keep their fresh values.
-        unexpected: in the file only; not used.
-        enlarged: parameters that have more rows in the model than in the file, and what became of these.
-        derived: parameters made of others of the file, and of which.
-        rows: what became of the rows that stand for word-pieces and labels, where that is not plain.
-        reading: what is read otherwise than in training.
+        loaded: names taken from the file.
+        missing: names in the model only; they keep their initial values.
+        unexpected: names in the file only; not used.
+        enlarged: parameters with more rows in the model than in the file, and how the rows were filled.
+        derived: parameters derived from others in the file, and from which.
+        rows: how the rows of tokens and labels were matched, unless that is obvious.
+        reading: preprocessing that differs from training.
     """
 
     path: str
@@ -37,12 +37,12 @@ class LoadReport:
     reading: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """How many tensors were loaded, and a line for everything that is not as in the file."""
+        """Return how many tensors were loaded, with a line for every difference from the file."""
         total = len(self.loaded) + len(self.derived) + len(self.missing)
         return "\n  ".join([f"{self.path}: {len(self.loaded)} of {total} tensors loaded", *self.notes()])
 
     def notes(self) -> list[str]:
-        """The lines below the first; none when file and model agree."""
+        """Return the lines below the first; none if file and model agree."""
         unused = grouped(self.unexpected, self.loaded)
         pretraining = [group for group in unused if group.split(" ")[0].split(".")[0] in PRETRAINING_HEADS]
         lines = {
@@ -61,15 +61,15 @@ class LoadReport:
 
 
 def grouped(names: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Name modules instead of their parameters: ``["vqa_output (6)", "uniter.pooler (2)"]``.
+    """List modules instead of their parameters: ``["vqa_output (6)", "uniter.pooler (2)"]``.
 
     Args:
         names: parameters to list.
-        others: parameters that the listed modules must not hold.
+        others: parameters that the listed modules must not contain.
 
     Returns:
-        The largest modules that hold no others, with the number of their parameters, in the order of ``names``; a
-        single parameter has its own name.
+        The largest modules that contain none of ``others``, with the number of their parameters, in the order of
+        ``names``; a single parameter is listed by its own name.
     """
     shared = {prefix for name in others for prefix in _prefixes(name)}
     modules = {name: next(prefix for prefix in _prefixes(name) if prefix not in shared) for name in names}
@@ -78,12 +78,12 @@ def grouped(names: Sequence[str], others: Iterable[str]) -> list[str]:
 
 
 def listed(items: Sequence[str], most: int = 4) -> str:
-    """``a, b, c, d and 7 more``."""
+    """Return ``a, b, c, d and 7 more``."""
     shown = ", ".join(items[:most])
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 def _prefixes(name: str) -> list[str]:
-    """``a.b.c``: ``a``, ``a.b`` and ``a.b.c``."""
+    """Return ``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
     parts = name.split(".")
     return [".".join(parts[: depth + 1]) for depth in range(len(parts))]

@@ -1,4 +1,4 @@
-"""Writing a folder whole or not at all, without losing what somebody else put there."""
+"""Write a folder completely or not at all, without losing anything that someone else put there."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from pathlib import Path
 
 from villa.checkpoints.files import file_problem, read_manifest, write_manifest
 from villa.checkpoints.layout import SAVED
-from villa.errors import CheckpointError, VillaError
+from villa.errors import CheckpointError, VillaError, one_line
 from villa.files import fsync
-from villa.plugins import one_line
 
 
 @contextmanager
 def published(target: Path, update: int, manifest: str = SAVED) -> Iterator[Path]:
-    """Yield an empty folder beside ``target``, which takes its place, with a manifest, when the block ends well.
+    """Yield an empty folder beside ``target``, which replaces it, with a manifest, when the block succeeds.
 
     Args:
-        target: absent, empty, or a folder written here in which nothing was added or changed since.
-        update: for the manifest.
-        manifest: its name.
+        target: absent, empty, or a folder published before in which nothing was added or changed since.
+        update: update for the manifest.
+        manifest: name of the manifest.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
@@ -42,7 +41,7 @@ def published(target: Path, update: int, manifest: str = SAVED) -> Iterator[Path
         fsync(target.parent)
     except VillaError:
         raise
-    except Exception as error:  # transformers, safetensors and the system have their own for a full disk
+    except Exception as error:  # transformers, safetensors and the system raise their own for a full disk
         raise CheckpointError(f"'{target}' cannot be written: {one_line(error)}; choose another folder") from error
     finally:
         if old.exists() and not target.exists():
@@ -52,7 +51,7 @@ def published(target: Path, update: int, manifest: str = SAVED) -> Iterator[Path
 
 
 def refuse_foreign(target: Path, manifest: str = SAVED) -> None:
-    """Refuse a folder with anything in it that was not written here.
+    """Refuse a folder that contains anything but unchanged files of its manifest.
 
     Raises:
         CheckpointError: naming the first such file.

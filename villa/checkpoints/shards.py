@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint in shards: every process writes what it has, and any process reads what it needs.
+"""Checkpoint shards: every process writes the tensors that it has, and any process reads those that it needs.
 
-The files are those of ``torch.distributed.checkpoint`` in its safetensors layout: its usual one holds a pickle, which
-is never read. What a process writes follows from what it has, so that none waits for another one.
+The files have the safetensors layout of ``torch.distributed.checkpoint``; its default layout holds a pickle, which is
+never read. Each process decides alone what it writes, so that none waits for another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError as _error:  # torch before 2.9
         "or set checkpoint.sharded=false"
     ) from _error
 
-#: What the names of weights, and of what an optimiser and a trainer keep about them, begin with.
+#: Prefixes of the names of weights, and of the states of an optimiser and a trainer.
 MODEL_STATE, OPTIMIZER_STATE, TRAINER_STATE = "model.", "optimizer.", "trainer."
 
 _FORMAT = 1
@@ -41,13 +41,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one process writes of a checkpoint's tensors.
+    """The tensors of a checkpoint that one process writes.
 
     Attributes:
-        rank: of the process.
-        plan: which part of which tensor it is.
-        tensors: its part of each, by name.
-        index: of all tensors: their shapes, and the names that share one with another name.
+        rank: rank of the process.
+        plan: which part of which tensor it writes.
+        tensors: its part of each tensor, by name.
+        index: shapes of all tensors of the checkpoint, and aliases of tied ones.
     """
 
     rank: int
@@ -56,7 +56,7 @@ class RankPart:
     index: Mapping[str, Any]
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the part below the folder of a checkpoint; return its files."""
+        """Write the part into the folder of a checkpoint; return its files."""
         shards = folder / SHARDS
         shards.mkdir(exist_ok=True)
         writer = HuggingFaceStorageWriter(str(shards), save_distributed=True)
@@ -68,14 +68,14 @@ class RankPart:
 
 
 class _Prepared(DefaultSavePlanner):
-    """Gives tensors that were collected before."""
+    """A save planner that supplies tensors collected before."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._tensors = tensors
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """See the base class."""
+        """Return the collected tensor of an item."""
         return self._tensors[write_item.index.fqn]
 
 
@@ -87,14 +87,14 @@ def part_of(
     copy: bool,
     trainer: Mapping[str, Tensor] | None = None,
 ) -> RankPart:
-    """Collect what this process writes; nothing is sent for it.
+    """Collect the tensors that this process writes, without communication.
 
     Args:
-        model: whose weights are saved; of a tensor that every process has, one of them writes all.
+        model: the model to save. A tensor that every process has is written by one of them.
         optimizer: tensors of its optimiser by name.
-        share: which process this is.
-        copy: copy the tensors into main memory, so that training may go on.
-        trainer: tensors that the method keeps, by name.
+        share: rank and number of processes.
+        copy: copy the tensors into main memory, so that training may continue.
+        trainer: tensors of the trainer's state by name.
     """
     state = {MODEL_STATE + name: value for name, value in model.state_dict().items()}
     buffers = state.keys() - {MODEL_STATE + name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -119,9 +119,9 @@ def part_of(
 
 
 def _owners(tensors: Mapping[str, Tensor], main_only: Collection[str], count: int) -> dict[str, int]:
-    """Deal out tensors that all processes have: each, from the largest on, to the one that has least to write.
+    """Assign each tensor that all processes have, largest first, to the process that has least to write.
 
-    Buffers are the main process's, as in a checkpoint that is not sharded: they may differ between processes.
+    The main process writes buffers, as in an unsharded checkpoint, because they may differ between processes.
     """
     load, owners = [0] * count, {}
     for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
@@ -135,7 +135,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split an optimiser's state into what is small, and tensors called ``<parameter>.<what it is>``."""
+    """Split an optimiser's state into a small rest and tensors by name, ``<parameter>.<state>``."""
     names = {index: name for name, index in parameter_indices(state["param_groups"]).items()}
     small: dict[int, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
@@ -147,15 +147,15 @@ def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def join_optimizer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, Tensor] | None) -> None:
-    """Put the tensors of an optimiser back into the state that ``split_optimizer`` has left.
+    """Put an optimiser's tensors back into the state that ``split_optimizer`` left.
 
     Args:
         state: the training state, changed in place.
-        shards: where the tensors are.
+        shards: the shards with the tensors.
         like: parameters by name; see ``Shards.read``.
 
     Raises:
-        CheckpointError: they do not belong together.
+        CheckpointError: state and shards do not belong together.
     """
     stored = [name.removeprefix(OPTIMIZER_STATE).rpartition(".") for name in shards.names(OPTIMIZER_STATE)]
     parameters = {f"{name}.{key}": like[name] for name, _, key in stored if like and name in like}
@@ -193,10 +193,10 @@ class Shards:
     """The tensors of a sharded checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
-        CheckpointError: they cannot be read, or a part is missing.
+        CheckpointError: the shards cannot be read, or a part of a tensor is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -216,22 +216,22 @@ class Shards:
             self._check_parts()
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the stored tensors that begin so."""
+        """Return the names of the stored tensors that begin with ``prefix``."""
         return [name for name in self.shapes if name.startswith(prefix)]
 
     def read(self, prefix: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Read the tensors whose names begin with ``prefix``, by the rest of their names, on the CPU.
+        """Read the tensors whose names begin with ``prefix`` to the CPU, by the rest of their names.
 
         Args:
             prefix: ``MODEL_STATE``, ``OPTIMIZER_STATE`` or ``TRAINER_STATE``.
-            like: tensors by the rest of their names. Where one of them is a process's part of a tensor, that part alone
-                is read, to where it is.
+            like: tensors by the rest of their names. For one that is sharded, only this process's part is read, to the
+                same device.
 
         Raises:
             CheckpointError: a file was damaged after the checkpoint was verified.
         """
         with self.broken():
-            made = {name: self._room(name, (like or {}).get(name.removeprefix(prefix))) for name in self.names(prefix)}
+            made = {name: self._empty(name, (like or {}).get(name.removeprefix(prefix))) for name in self.names(prefix)}
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             planner.set_up_planner(dict(made), self._metadata, is_coordinator=True)
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -239,7 +239,7 @@ class Shards:
             made |= {alias: made[name] for alias, name in self.aliases.items() if alias.startswith(prefix)}
         return {name.removeprefix(prefix): value for name, value in made.items()}
 
-    def _room(self, name: str, like: Tensor | None) -> Tensor:
+    def _empty(self, name: str, like: Tensor | None) -> Tensor:
         dtype = self._stored[name].properties.dtype
         if isinstance(like, DTensor) and like.shape == self.shapes[name]:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)
@@ -252,12 +252,12 @@ class Shards:
                 raise ValueError(f"a part of '{name}' is missing")
 
     def broken(self) -> AbstractContextManager[None]:
-        """Context that turns what damaged files cause into one line."""
+        """Return a context that turns the errors of damaged files into one line."""
         return reading(f"the shards in '{self.folder}' cannot be read", "use another checkpoint", CheckpointError)
 
 
 def _tile(chunks: Sequence[Any], shape: torch.Size) -> bool:
-    """Whether parts that were cut along one dimension make up a tensor, so that no element of it stays unread."""
+    """Return whether chunks along one dimension cover a tensor exactly, so that no element stays unread."""
     cut = next((d for d, size in enumerate(shape) if any(chunk.sizes[d] != size for chunk in chunks)), None)
     if cut is None:  # whole
         return len(chunks) == 1 and not any(chunks[0].offsets)

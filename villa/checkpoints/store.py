@@ -2,7 +2,7 @@
 
 ``<folder>/update_00000100/`` holds ``model.safetensors`` (or ``shards/`` and ``shards.json``), ``training_state.pt``,
 ``config.yaml``, ``assets/`` and ``manifest.json`` with the size and SHA-256 of all of them. It is written under another
-name, flushed to the disk and renamed. ``best.json`` beside the checkpoints says which one is the best.
+name, flushed to the disk and renamed. ``best.json`` beside the checkpoints names the best one.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CheckpointStore:
     """The checkpoints in one folder. Only one process may write to it at a time.
 
     Args:
-        folder: made on the first save.
-        keep: newest checkpoints to keep besides the best; at least 1.
+        folder: the folder, created on the first save.
+        keep: number of newest checkpoints to keep besides the best; at least 1.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -51,11 +51,11 @@ class CheckpointStore:
         self._made = False
 
     def path(self, update: int) -> Path:
-        """Folder of the checkpoint of ``update``."""
+        """Return the folder of the checkpoint of ``update``."""
         return self.folder / f"update_{update:08d}"
 
     def updates(self) -> list[int]:
-        """Updates with a checkpoint, damaged ones included, ascending."""
+        """Return the updates with a checkpoint, even a damaged one, in ascending order."""
         matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("update_*") if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
@@ -69,21 +69,21 @@ class CheckpointStore:
         assets: Callable[[Path], None] | None = None,
         best: bool = False,
     ) -> Path:
-        """Save a checkpoint, replacing one of the same update; then delete those that need not be kept.
+        """Save a checkpoint, replacing one of the same update; then prune old ones.
 
         Args:
-            update: updates done.
+            update: updates completed.
             model_state: the weights by name; tied and non-contiguous ones are fine.
             training_state: nested dicts, lists and tuples of tensors, numbers, text and None.
             config_yaml: the run's resolved recipe.
-            assets: writes the data set's files into the empty folder that it is given.
+            assets: writes the data set's files into an empty folder.
             best: this checkpoint is the best so far.
 
         Returns:
             Its folder.
 
         Raises:
-            CheckpointError: the disk is full or the folder cannot be written; the checkpoints that were there are.
+            CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are intact.
             TypeError: ``training_state`` holds an object that could not be loaded again.
         """
         try:
@@ -96,11 +96,11 @@ class CheckpointStore:
             self.discard(update)
 
     def unfinished(self, update: int) -> Path:
-        """Folder that a checkpoint is written to, before ``publish`` gives it its name."""
+        """Return the folder that a checkpoint is written to before ``publish`` renames it."""
         return self.folder / f"{_SAVING}{self.path(update).name}"
 
     def begin(self, update: int, config_yaml: str, assets: Callable[[Path], None] | None = None) -> Path:
-        """Make the folder that a checkpoint is written to, with the small files in it; see ``save``."""
+        """Create the folder that a checkpoint is written to, with its small files; see ``save``."""
         folder = self.unfinished(update)
         self.discard(update)
         try:
@@ -108,7 +108,7 @@ class CheckpointStore:
                 if not self._made:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     self._made = True
-                folder.mkdir()  # if the folders above are gone by now, that should be said
+                folder.mkdir()  # without parents: fail if they were removed during the run
                 checkpoint_files.write_recipe(folder, config_yaml, assets)
         except BaseException:
             self.discard(update)
@@ -116,12 +116,12 @@ class CheckpointStore:
         return folder
 
     def publish(self, update: int, files: Mapping[str, Any], *, best: bool = False) -> Path:
-        """Give a checkpoint whose files are on the disk its name; then delete those that need not be kept.
+        """Rename a checkpoint whose files are on the disk to its final name; then prune old ones.
 
         Args:
-            update: that it was begun for.
-            files: all its files, as ``checkpoint_files.listed`` lists them.
-            best: it is the best so far.
+            update: the update given to ``begin``.
+            files: all its files, as listed by ``checkpoint_files.listed``.
+            best: this checkpoint is the best so far.
 
         Returns:
             Its folder.
@@ -134,7 +134,7 @@ class CheckpointStore:
         with self.writing(update):
             checkpoint_files.write_manifest(self.unfinished(update), update, files=files)
             if target.exists():
-                target.rename(replaced)  # clean() brings it back if the next line is never reached
+                target.rename(replaced)  # clean() restores it if the next line is never reached
             self.unfinished(update).rename(target)
             fsync(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -144,17 +144,17 @@ class CheckpointStore:
         return target
 
     def discard(self, update: int) -> None:
-        """Delete what was begun and not published."""
+        """Delete an unpublished checkpoint."""
         shutil.rmtree(self.unfinished(update), ignore_errors=True)
 
     def writing(self, update: int) -> AbstractContextManager[None]:
-        """Context that turns what goes wrong when a checkpoint is written into a ``CheckpointError``."""
+        """Return a context that turns errors of writing a checkpoint into ``CheckpointError``."""
         return _one_line_errors(f"the checkpoint of update {update} cannot be saved in '{self.folder}'", self.folder)
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint whose files are intact; warn of each damaged one that it passes over.
+        """Return the newest intact checkpoint; warn of each damaged one that is skipped.
 
-        Call ``clean`` before: it may bring back a checkpoint that was being replaced.
+        Call ``clean`` before: it may restore a checkpoint that was being replaced.
         """
         for update in reversed(self.updates()):
             try:
@@ -164,7 +164,7 @@ class CheckpointStore:
         return None
 
     def load(self, update: int, *, verified: bool = False) -> Checkpoint:
-        """Return the checkpoint of ``update`` after verifying its files, unless another process has just done so.
+        """Return the checkpoint of ``update`` after verifying its files, unless they are ``verified`` already.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
@@ -178,7 +178,7 @@ class CheckpointStore:
         return checkpoint
 
     def best(self) -> int | None:
-        """Update of the best checkpoint, or None when none is known."""
+        """Return the update of the best checkpoint, or None if unknown."""
         path = self.folder / _BEST
         if not path.exists():
             return None
@@ -193,9 +193,9 @@ class CheckpointStore:
             return None
 
     def set_best(self, update: int | None) -> None:
-        """Record which checkpoint is the best; None forgets it. A resumed run calls it with what it knows.
+        """Record the best checkpoint, or with None that there is none. A resumed run restores its record.
 
-        A best checkpoint that is gone (deleted for a better one, which was then damaged) is forgotten with a warning.
+        A best checkpoint that is gone (deleted for a better one, which was then damaged) is dropped with a warning.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -210,9 +210,9 @@ class CheckpointStore:
                 write_json(self.folder / _BEST, {"update": update})
 
     def prune(self, update: int) -> None:
-        """Delete the checkpoints up to ``update`` but the newest ``keep`` of them and the best.
+        """Delete all checkpoints up to ``update`` except the newest ``keep`` of them and the best.
 
-        Later ones (damaged and passed over when the run was resumed) stay until the run replaces them.
+        Later ones (damaged, and skipped when the run was resumed) stay until the run replaces them.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -225,11 +225,11 @@ class CheckpointStore:
     def _delete(self, path: Path) -> None:
         removed = self.folder / f"{_REMOVED}{path.name}"
         shutil.rmtree(removed, ignore_errors=True)
-        path.rename(removed)  # so that no half-deleted checkpoint is ever seen under its name
+        path.rename(removed)  # so that a half-deleted checkpoint never has its name
         shutil.rmtree(removed)
 
     def clean(self) -> None:
-        """Finish what a killed process left: call it before the first save of a run.
+        """Clean up after a killed process. Call it before the first save of a run.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -248,7 +248,7 @@ class CheckpointStore:
 
 @contextmanager
 def _one_line_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn the errors of file systems (and safetensors' and torch's for a full disk) into a ``CheckpointError``."""
+    """Turn errors of the file system (and safetensors' and torch's for a full disk) into ``CheckpointError``."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -261,11 +261,11 @@ def _one_line_errors(what: str, folder: Path) -> Iterator[None]:
 
 
 def resolve(path: Path) -> Path:
-    """Return the folder of a complete checkpoint for what a user gives.
+    """Return the folder of the checkpoint that a user's path refers to.
 
     Args:
-        path: a checkpoint, a folder of checkpoints, or a run's output folder (its best checkpoint is taken, or the
-            newest one when no best is known).
+        path: a checkpoint, a folder of checkpoints, or a run's output folder. Of several, the best checkpoint is
+            chosen, or the newest intact one if the best is unknown.
 
     Returns:
         The folder, to be verified and opened with ``load``.

@@ -1,4 +1,4 @@
-"""Tensors of states and of single files: copies, which of them share memory, and how a file of them is checked."""
+"""Tensors in states and files: copy them, find shared memory, read safetensors, check archives."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Identity = tuple[Any, ...]
 
 
 def unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split a state dict into contiguous tensors that share no memory, as safetensors wants, and names of others.
+    """Split a state dict into contiguous tensors that share no memory, as safetensors requires, and aliases.
 
     Returns:
-        The tensors by name, and for every name left out (a tied weight) the name of the same tensor.
+        The tensors by name, and for every other name (a tied weight) the name of the same tensor.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -34,17 +34,14 @@ def unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         contiguous = tensor.detach().contiguous()
         storage = contiguous.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != contiguous.nbytes:
-            contiguous = contiguous.clone()  # a part of, or another view on, memory that is saved already
+            contiguous = contiguous.clone()  # part of a storage, or a view of one that is saved already
         storages.add(contiguous.untyped_storage().data_ptr())
         tensors[name] = contiguous
     return tensors, aliases
 
 
 def staged(value: Any) -> Any:
-    """Copy nested dicts, lists and tuples, and the tensors in them into main memory; tied weights stay tied.
-
-    What is trained on afterwards changes nothing in the copy.
-    """
+    """Copy nested dicts, lists and tuples with their tensors into main memory; tied weights stay tied."""
     return _staged(value, {})
 
 
@@ -66,7 +63,7 @@ def _identity(tensor: Tensor) -> _Identity:
 
 
 def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Name to number of the parameters of the groups in an optimiser's state."""
+    """Map the name of each parameter in an optimiser's state to its index."""
     return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}
 
 
@@ -76,9 +73,12 @@ def named_parameters(optimizer: Optimizer) -> dict[str, Parameter]:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file of safetensors, with the other names of those that are tied in our checkpoints.
+    """Read the tensors of a safetensors file, including the aliases of tied weights in our checkpoints.
 
-    The library holds what the header claims against the size of the file.
+    The library checks the header against the size of the file.
+
+    Raises:
+        ValueError: the aliases do not fit the tensors.
     """
     from safetensors import safe_open
 
@@ -94,12 +94,12 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def check_archive(file: Path) -> None:
-    """Check an archive of ``torch.save``, of which torch compares neither the checksums nor, packed, the sizes.
+    """Verify an archive of ``torch.save``: torch itself checks neither checksums nor the sizes of packed members.
 
-    Files of the time before it wrote archives have neither.
+    Files older than torch's archive format have neither and are not checked.
 
     Raises:
-        ValueError: something in it is damaged, or claims more bytes than the file has.
+        ValueError: a member is damaged, or claims more bytes than the file has.
     """
     if not zipfile.is_zipfile(file):
         return
@@ -108,8 +108,8 @@ def check_archive(file: Path) -> None:
         if sum(member.file_size for member in members) > file.stat().st_size:
             raise ValueError("what is in it claims more bytes than the file has")
         for member in members:
-            if not member.CRC:  # as torch writes it when asked to leave checksums out
+            if not member.CRC:  # torch was told to leave checksums out
                 continue
-            with archive.open(member) as content:  # compares the checksum at the end
+            with archive.open(member) as content:  # verifies the checksum at the end
                 while content.read(1 << 22):
                     pass

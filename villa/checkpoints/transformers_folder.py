@@ -1,4 +1,4 @@
-"""Configurations and weights in the form of the transformers library: a folder, or a name on its hub."""
+"""Configurations and weights of the transformers library, from a folder or its hub."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from villa.errors import CheckpointError, ConfigError, nearest, reading
 from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
 
 CONFIG_FILE = "config.json"
-#: Numbers of a configuration that say how often something is made, and their largest sensible values.
+#: Options of a configuration that are counts of modules or labels, and their largest sensible values.
 _REPEATED = re.compile(r"(layers?|depths?|blocks|stages|levels|experts|num_labels)$")
 _MOST_LAYERS, _MOST_LABELS = 4096, 10_000_000
-#: Parameters that any machine has memory for.
+#: A number of parameters that any machine has memory for.
 _SMALL = 100_000_000
 #: Folder of a checkpoint's assets with the model's ``config.json``.
 ASSETS = "model"
-#: In a folder that villa saved: the head that a model of transformers has no place for.
+#: In a folder saved by villa: the parameters that the transformers model does not have.
 HEAD = "villa/head.safetensors"
-#: How safetensors names the types of weights that are numbers as they are.
+#: Safetensors' names of floating-point types, of weights that are not quantised.
 _WHOLE = ("F64", "F32", "F16", "BF16")
 
 
 def is_transformers_folder(path: str | Path) -> bool:
-    """Say whether a path is a folder as transformers saves a model: one with ``config.json``."""
+    """Return whether a path is a folder with a ``config.json``, as transformers saves a model."""
     return (Path(path).expanduser() / CONFIG_FILE).is_file()
 
 
 def describing(source: str) -> str:
-    """What ``find_config`` describes the model of a checkpoint by: its own folder or name, or the assets of a run."""
+    """Return the architecture of a checkpoint's model for ``find_config``: its folder or name, or a run's assets."""
     saved = Path(source).expanduser() / "assets" / ASSETS
     return str(saved) if is_transformers_folder(saved) else source
 
@@ -48,12 +48,12 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 
     Args:
         architecture: a model type (``clip``), a folder with a ``config.json``, or a name on the hub (``owner/name``).
-        options: change it, by their names in transformers; those of a nested configuration in a mapping, or by
+        options: changed options by their names in transformers; those of a nested configuration in a mapping, or by
             dotted names (``text_config.hidden_size``).
-        option: that names the architecture, for messages.
+        option: the recipe's option that names the architecture, for messages.
 
     Raises:
-        ConfigError: no such architecture or option, or options that do not go together.
+        ConfigError: the architecture or an option is unknown, or options contradict each other.
     """
     from transformers import CONFIG_MAPPING
 
@@ -72,20 +72,20 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
 
 
 def check_claims(folder: Path) -> None:
-    """Refuse a ``config.json`` of a model that is far larger than the weights beside it, before it takes memory.
+    """Refuse a ``config.json`` of a model far larger than the weights beside it, before building it.
 
     Raises:
         ConfigError: naming what it claims.
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     values = json.loads((folder / CONFIG_FILE).read_bytes())
     numbers = list(_numbers(values))
     for name, value in numbers:
         if value > (_MOST_LABELS if "label" in name else _MOST_LAYERS) and _REPEATED.search(name):
-            raise ConfigError(f"'{folder / CONFIG_FILE}' asks for {name}={value}, as no model has; mend it")
+            raise ConfigError(f"'{folder / CONFIG_FILE}' asks for {name}={value}, more than any model has; mend it")
     held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (SAFETENSORS, ".bin"))
     largest = max((value for _, value in numbers), default=0)
-    if held and largest**2 > 16 * held + _SMALL:  # else no matrix can be too large: it need not be built to see that
+    if held and largest**2 > 16 * held + _SMALL:  # else no matrix can be too large, and nothing need be built
         claimed = _size(stored_config(str(folder)))
         if claimed > 8 * held + _SMALL:
             raise ConfigError(
@@ -95,7 +95,7 @@ def check_claims(folder: Path) -> None:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Yield every whole number in nested containers, with the name that it is under."""
+    """Yield every integer in nested containers with its name."""
     if type(value) is int:
         yield name, value
     elif isinstance(value, dict | list):
@@ -104,7 +104,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _size(described: Any) -> int:
-    """Number of parameters of a model that is described, without memory for them."""
+    """Return the number of parameters of a configuration's model, built without memory for them."""
     from transformers import AutoModel
 
     auto: Any = AutoModel
@@ -113,21 +113,21 @@ def _size(described: Any) -> int:
 
 
 def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadReport]:
-    """Load a model that transformers has saved, in fp32.
+    """Load a model saved by transformers, in fp32.
 
     Nothing in the files is executed: pickles are read as tensors only, code beside the weights is not imported, and
-    what chooses code elsewhere is left out (``villa.vetting``).
+    options that choose code are left out (``villa.vetting``).
 
     Args:
-        kind: the model's class, or one of the library's automatic classes.
+        kind: the model's class, or one of the library's auto classes.
         source: a folder, or a name on the hub.
         config: its configuration, perhaps with changed options.
 
     Returns:
-        The model in training mode, and what was loaded.
+        The model in training mode, and a report of what was loaded.
 
     Raises:
-        CheckpointError: the files cannot be read, or have tensors of another shape or with numbers that are not finite.
+        CheckpointError: the files cannot be read, or have tensors of other shapes or with values that are not finite.
     """
     with reading(f"'{source}' cannot be loaded", "check the folder or name", CheckpointError), quiet():
         for archive in Path(source).expanduser().glob("*.bin"):
@@ -140,10 +140,10 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are told; they are refused below
+                ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
                 trust_remote_code=False,
             )
-        except pickle.UnpicklingError as error:  # its message advises to load without protection
+        except pickle.UnpicklingError as error:  # whose message advises loading without protection
             raise CheckpointError(
                 f"'{source}' was refused: its weights are a damaged pickle, or one of more than tensors, and opening "
                 "that could run code; use a folder with safetensors"
@@ -175,7 +175,7 @@ def _check_shapes(source: str, mismatched: Iterable[tuple[str, Any, Any]]) -> No
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the library from printing a report and a progress bar of its own."""
+    """Silence the library's own report and progress bar."""
     from transformers.utils import logging
 
     library: Any = logging
@@ -191,7 +191,7 @@ def quiet() -> Iterator[None]:
 
 
 def _refuse_quantised(source: str, folder: Path) -> None:
-    """Refuse weights that are codes: what they stand for is known to the quantiser alone, which is not run."""
+    """Refuse quantised weights: only their quantiser, which is not run, could decode them."""
     from safetensors import safe_open
 
     for file in folder.glob("model*.safetensors"):
@@ -206,7 +206,7 @@ def _refuse_quantised(source: str, folder: Path) -> None:
 
 
 def is_hub_name(architecture: str) -> bool:
-    """Say whether a text is ``owner/name``, and no path."""
+    """Return whether a text is ``owner/name`` and not an existing path."""
     owner, slash, name = architecture.partition("/")
     return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
 
@@ -222,7 +222,7 @@ def stored_config(source: str) -> Any:
 
 
 def _with_weights(source: str) -> Path:
-    """A vetted folder of a model; of a name on the hub, pickled weights only where there are no others."""
+    """Return a vetted folder of a model; pickled weights are downloaded only if the hub has no others."""
     described = [CONFIG_FILE, GENERATION, ADAPTER]
     folder = vetted_source(source, [*described, "model*.safetensors", "model.safetensors.index.json"])
     if not Path(source).expanduser().is_dir() and not any(folder.glob("model*.safetensors")):
@@ -236,12 +236,12 @@ def _made(architecture: str, options: Mapping[str, Any]) -> Any:
 
     kind: Any = CONFIG_MAPPING[architecture]
     _check(options, kind().to_dict(), f"'{architecture}'", "")
-    # Through dictionaries: values that belong together (sizes, numbers of layers) are checked when all are there.
+    # All at once, because values that belong together (sizes, numbers of layers) are checked together.
     return kind(**{name: dict(value) if isinstance(value, Mapping) else value for name, value in options.items()})
 
 
 def _changed(config: Any, options: Mapping[str, Any]) -> Any:
-    """Change a stored configuration."""
+    """Return a stored configuration with changed options."""
     if not options:
         return config
     values = config.to_dict()
@@ -250,7 +250,7 @@ def _changed(config: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``."""
     nested: dict[str, Any] = {}
     for name, value in options.items():
         first, dot, rest = name.partition(".")
@@ -276,6 +276,6 @@ def _check(options: Mapping[str, Any], known: Mapping[str, Any], owner: str, pre
         if (name not in known and name != "num_labels") or chooses_code(name):
             raise ConfigError(f"model.options.{prefix}{name} is no option of {owner}{nearest(name, known)}")
         if isinstance(value, Mapping) and isinstance(nested, Mapping):
-            # One of another type has other options.
+            # A configuration of another type has other options.
             known_there = dict.fromkeys((*nested, *value)) if "model_type" in value else nested
             _check(value, known_there, f"the {name} of {owner}", f"{prefix}{name}.")

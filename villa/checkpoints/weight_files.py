@@ -1,4 +1,4 @@
-"""Reading and writing files of weights. Nothing in a file is ever executed."""
+"""Read and write files of weights. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from villa.checkpoints.tensors import check_archive, read_safetensors
 from villa.errors import CheckpointError, DataError, StorageError, one_line, reading
 from villa.files import follow_umask, local_path, read_json, replacing
 
-#: How a file of safetensors is called.
 SAFETENSORS = ".safetensors"
 
 #: Files of weights in a folder, in order of preference: ours and transformers', and older transformers'.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-#: What transformers calls the list of the files that it has split one into.
+#: Suffix of transformers' index of a file of weights that was split.
 INDEX = ".index.json"
 
-_CUT = "it may be cut off, or of another kind: use another copy"
-#: Keys under which other programs wrap a model's weights; the later ones only where there is one of them.
+_ADVICE = "it may be cut off, or of another kind: use another copy"
+#: Keys under which other programs wrap a model's weights; the others only if exactly one of them is there.
 _WRAPPERS = ("state_dict", "model")
 _OTHER_WRAPPERS = ("module", "model_state_dict", "net")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a file of weights, on the CPU, under the names of the file.
+    """Read the tensors of a file of weights to the CPU, under the file's names.
 
     Args:
-        path: a ``.safetensors`` file; a file of ``torch.save`` that holds tensors only (perhaps under
-            ``state_dict``, ``model`` or another key), or its URL; or a folder with one of ``FOLDER_FILES``, with that
-            in several files and their index, or with the shards of a checkpoint.
+        path: a ``.safetensors`` file; a file of ``torch.save`` with tensors only (perhaps under ``state_dict``,
+            ``model`` or another key), or its URL; or a folder with one of ``FOLDER_FILES``, with such a file split into
+            several with an index, or with checkpoint shards.
 
     Raises:
         CheckpointError: there is no such file, it is corrupt, or it would have to execute code to be read.
@@ -52,17 +51,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def refuse_not_finite(source: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that are not numbers: those of a run that has diverged, or of a damaged file.
+    """Refuse weights that are NaN or infinite: those of a diverged run or a damaged file.
 
     Args:
         source: where they come from, for messages.
         weights: named tensors.
 
     Raises:
-        CheckpointError: naming the first that is NaN or infinite somewhere.
+        CheckpointError: naming the first tensor with such a value.
     """
     floats = ((name, value) for name, value in weights if value.is_floating_point())
-    # Of numbers of 8 bits torch cannot say it.
+    # torch's isfinite does not support 8-bit floats.
     whole = ((name, value if value.element_size() > 1 else value.float()) for name, value in floats)
     wrong = next((name for name, value in whole if not value.isfinite().all()), None)
     if wrong is not None:
@@ -72,16 +71,16 @@ def refuse_not_finite(source: str | Path, weights: Iterable[tuple[str, Tensor]])
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors on the CPU to a file, atomically: safetensors when it is called so, else as ``torch.save``.
+    """Write tensors on the CPU to a file, atomically: ``.safetensors``, or any other name with ``torch.save``.
 
-    Tensors that share memory (tied weights) do so again when a file of ``torch.save`` is read; safetensors holds each.
+    ``torch.save`` keeps tied weights tied; safetensors stores each of them.
 
     Args:
         weights: contiguous tensors by name.
-        path: the file; missing parent folders are made.
+        path: the file; missing parent folders are created.
 
     Raises:
-        CheckpointError: the folder cannot be written or the disk is full; a file that was there is intact.
+        CheckpointError: the folder cannot be written or the disk is full; an older file is intact.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -96,14 +95,14 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
                     torch.save(OrderedDict(weights), file)
     except StorageError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors raise their own for a full disk
         raise CheckpointError(f"'{path}' cannot be written: {one_line(error)}; choose another file") from error
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     """Read one file of weights; see ``read_weights``."""
     if file.suffix == SAFETENSORS:
-        with reading(f"'{file}' cannot be read as safetensors", _CUT, CheckpointError):
+        with reading(f"'{file}' cannot be read as safetensors", _ADVICE, CheckpointError):
             content: Any = read_safetensors(file)
     else:
         content = _read_torch(file)
@@ -114,7 +113,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _read_split(index: Path) -> dict[str, Tensor]:
-    """Read weights that transformers has written in several files."""
+    """Read weights that transformers has split into several files."""
     advice = "copy the folder again"
     try:
         value = read_json(index, "index of weights", advice)
@@ -131,7 +130,7 @@ def _read_split(index: Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(content: Any) -> Any:
-    """Return the weights inside what other programs save around them, where it is clear which they are."""
+    """Return the weights without what other programs save around them, if it is clear which they are."""
     while isinstance(content, Mapping):
         inner = [key for key, value in content.items() if _holds_weights(value)]
         known = next((key for key in _WRAPPERS if key in inner), None)
@@ -143,7 +142,7 @@ def _unwrapped(content: Any) -> Any:
 
 
 def _holds_weights(value: Any) -> bool:
-    """Whether a value is a mapping of weights, or has one inside; an optimiser's state goes by numbers."""
+    """Return whether a value is or contains a mapping of weights; an optimiser's state has integer keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     return _are_weights(value) or any(map(_holds_weights, value.values()))
@@ -154,7 +153,7 @@ def _are_weights(content: Any) -> bool:
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether an index names a file beside it."""
+    """Return whether a name is that of a file in the same folder."""
     return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
 
 
@@ -177,7 +176,7 @@ def _is(what: Callable[[Path], bool], path: Path) -> bool:
 
 
 def _read_torch(file: Path) -> Any:
-    with reading(f"'{file}' cannot be read", _CUT, CheckpointError):
+    with reading(f"'{file}' cannot be read", _ADVICE, CheckpointError):
         check_archive(file)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Names of parameters in files of weights, and how they become those of a model."""
+"""Map the names of parameters in files of weights to those of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from villa.errors import CheckpointError
 
 T = TypeVar("T")
 
-#: What fine-tuned files of LXMERT put before the names of the transformer.
+#: Prefix of the transformer's names in fine-tuned files of LXMERT.
 _LXMERT_WRAPPER = re.compile(r"^lxrt_encoder\.model\.(module\.)?")
 
 _TEXT = re.compile(r"(^|\.)(encoder|layers?|(word|position|token_type)_embeddings|embeddings\.LayerNorm)\.")
@@ -22,17 +22,17 @@ _IMAGE = re.compile(
 
 
 def is_backbone(name: str) -> bool:
-    """Whether a model makes no sense with a fresh parameter of this name: text embeddings and layers."""
+    """Return whether a parameter belongs to the text embeddings or layers, which must not stay untrained."""
     return _TEXT.search(name) is not None
 
 
 def is_image_side(name: str) -> bool:
-    """Whether the parameter embeds images: ``img_embeddings`` and the like, which a text model's file lacks."""
+    """Return whether a parameter embeds images (``img_embeddings`` ...), and is absent from text models."""
     return _IMAGE.search(name) is not None
 
 
 def plain_names(weights: Mapping[str, T]) -> dict[str, T]:
-    """Drop ``module.`` of parallel wrappers; ``gamma`` and ``beta`` are ``weight`` and ``bias``.
+    """Drop the ``module.`` of parallel wrappers, and rename ``gamma`` and ``beta`` to ``weight`` and ``bias``.
 
     Raises:
         CheckpointError: two tensors get the same name.
@@ -43,7 +43,7 @@ def plain_names(weights: Mapping[str, T]) -> dict[str, T]:
 
 
 def without_wrapper(weights: Mapping[str, T]) -> dict[str, T]:
-    """Drop what the release wraps around a fine-tuned LXMERT, from plain names.
+    """Drop the prefix that the released code adds to a fine-tuned LXMERT, from plain names.
 
     Raises:
         CheckpointError: two tensors get the same name.
@@ -52,17 +52,17 @@ def without_wrapper(weights: Mapping[str, T]) -> dict[str, T]:
 
 
 def matched_names(weights: Mapping[str, T], expected: Container[str], prefixes: Iterable[str]) -> dict[str, T]:
-    """Exchange one prefix of the file's names for one of the model's, so that most of the backbone agrees.
+    """Replace one prefix of the file's names by one of the model's, so that most of the backbone matches.
 
     Args:
-        weights: what a file holds, under plain names.
+        weights: tensors of a file under plain names.
         expected: the model's names.
         prefixes: candidates for the model's prefix.
 
     Raises:
         CheckpointError: two tensors get the same name.
     """
-    backbone = [name for name in weights if is_backbone(name)]  # other names may agree by chance
+    backbone = [name for name in weights if is_backbone(name)]  # other names may match by chance
     pairs = product(prefixes_of(backbone), prefixes)
     theirs, ours = max(pairs, key=lambda pair: sum(_exchanged(name, *pair) in expected for name in backbone))
     roots = {_root(name, theirs) for name in weights if _exchanged(name, theirs, ours) in expected}
@@ -73,7 +73,7 @@ def matched_names(weights: Mapping[str, T], expected: Container[str], prefixes: 
 
 
 def prefixes_of(names: Iterable[str]) -> list[str]:
-    """The empty prefix, then the first and the first two parts of the names, with the dot, each once."""
+    """Return the empty prefix, then the first and the first two parts of each name with a dot, without repeats."""
     found = {"": None}
     for name in names:
         parts = name.split(".")
@@ -86,7 +86,7 @@ def _exchanged(name: str, theirs: str, ours: str) -> str:
 
 
 def _root(name: str, prefix: str) -> str:
-    """The part of a name after ``prefix``; a name without it is its own root."""
+    """Return the first part of a name after ``prefix``; a name without the prefix is its own root."""
     return name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
 
 

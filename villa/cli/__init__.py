@@ -1,1 +1,1 @@
-"""Commands: they wire the parts together and compute nothing."""
+"""Commands, which wire the parts together and compute nothing."""

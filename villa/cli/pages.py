@@ -1,4 +1,4 @@
-"""``villa_run --help``: usage, and the options of a recipe from the dataclasses that declare them."""
+"""``villa_run --help`` and ``--list``: usage, options from the dataclasses that declare them, registered names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _WIDTH = 110
 
 
 def help_text(args: Sequence[str]) -> str:
-    """Return the help page, or the options of the variants that ``section=name`` arguments choose.
+    """Return the help page, or the options of the variants chosen by ``section=name`` arguments.
 
     Raises:
         ConfigError: an argument does not name a variant, or the plug-in of ``user_dir`` cannot be imported.

@@ -15,15 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``villa_run --help`` describes it.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: the arguments; None uses those of the process.
 
     Returns:
         The exit code: 0, 2 for a mistake in the input (reported in one line on stderr), 128 + the number of the signal
-        that ended it.
+        that ended the command.
     """
     code = run_command("villa_run", lambda: _main(sys.argv[1:] if argv is None else argv))
     if argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: Python's end shows no traceback for it any more
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that Python's shutdown shows no traceback for it
     return code
 
 
@@ -39,14 +39,14 @@ def _main(argv: Sequence[str]) -> int:
         return _list(options.list, options.values)
     from villa.distributed.joining import run_joined
 
-    _take_place(options)
+    _join_started(options)
     return run_joined(lambda: _run(options) if options.sweep is None else _sweep(options))
 
 
-def _take_place(options: argparse.Namespace) -> None:
-    """Let what srun or mpirun has started share a run that is for several processes.
+def _join_started(options: argparse.Namespace) -> None:
+    """Join processes started by srun or mpirun into one run if its strategy is for several processes.
 
-    Otherwise each may be a run of its own, with its own arguments, unless they are known to be the same.
+    Otherwise each process may be a run of its own, with its own arguments, unless they are known to be the same.
     """
     from villa.distributed.environment import Started
 
@@ -123,7 +123,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _refuse_several(what: str) -> None:
-    """Refuse to start runs from each of several processes that torchrun or srun has started."""
+    """Refuse to start runs if this is one of several processes started by torchrun or srun."""
     from villa.distributed.environment import Place
     from villa.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""``villa_validate``: say whether a file can be submitted, or whether what lies on the disk is intact."""
+"""``villa_validate``: check a submission file, or whether data or a model on the disk are intact."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``villa_validate --help`` describes it.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: the arguments; None uses those of the process.
 
     Returns:
-        The exit code: 0 for a valid file, 2 for one that is not or another mistake (reported in one line on stderr),
+        The exit code: 0 for a valid file, 2 for an invalid one or another mistake (reported in one line on stderr),
         130 when interrupted.
     """
     return run_command("villa_validate", lambda: _validate(_parser().parse_args(argv)))

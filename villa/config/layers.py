@@ -1,4 +1,4 @@
-"""Recipes from files: one layer of values a file, included files first."""
+"""Read recipes and overrides as layers of values: one for each file, included files first, and the command line."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from villa.config.values import COMMAND_LINE, Layer, Origin, Value, Written, is_
 from villa.config.yaml_text import is_null, parse, write
 from villa.errors import ConfigError, DataError
 
-#: No recipe is larger; a data file given by mistake is.
+#: Largest recipe; a data file given by mistake is larger.
 MAX_BYTES = 256 * 1024
-#: Files that one recipe may include, directly or not; files that include each other in fans hit it.
+#: Most files that one recipe may include, directly or indirectly.
 MAX_FILES = 100
-#: ``${`` behind no backslash, or behind escaped ones.
+#: ``${`` that is not escaped by a backslash.
 _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
 
 
 def read_layers(path: str) -> list[Layer]:
-    """Read a recipe and what it includes.
+    """Read a recipe and the files that it includes.
 
-    ``includes:`` is a path or a list of paths, relative to the file that names them; later files win over
-    earlier ones, and the including file wins over all that it includes.
+    ``includes:`` is a path or a list of paths, relative to the including file; later files win over earlier ones, and
+    the including file wins over all that it includes.
 
     Args:
-        path: local path or any URI that iopath knows.
+        path: local path or any URI that iopath supports.
 
     Returns:
-        The leaves of every file; a later layer wins.
+        One layer per file; a later layer wins.
 
     Raises:
         ConfigError: a file cannot be read, is not valid YAML, or includes itself.
@@ -43,11 +43,11 @@ def read_layers(path: str) -> list[Layer]:
 
 
 def read_inline(data: dict[str, object], origin: Origin) -> list[Layer]:
-    """Read a recipe that stands in a list of another one, and what it includes.
+    """Read a recipe given inline in another one's list, and the files that it includes.
 
     Args:
         data: its sections.
-        origin: where it stands; all its values get this line.
+        origin: where it is given; all its values get this origin.
 
     Raises:
         ConfigError: as for ``read_layers``.
@@ -61,8 +61,8 @@ def read_stored(path: Path) -> Layer:
     """Read the recipe inside a trained model, which was resolved when it was saved.
 
     Raises:
-        ConfigError: it cannot be read, is not valid YAML, or has what no saved recipe has: files to include, or
-            something to resolve, which could be a secret in the environment.
+        ConfigError: it cannot be read, is not valid YAML, or has what no saved recipe has: includes, or interpolations,
+            which could read a secret from the environment.
     """
     layer = parse(_text(str(path), ""), lambda line: Origin(str(path), line, stored=True))
     if "includes" in layer:
@@ -80,7 +80,7 @@ def read_stored(path: Path) -> Layer:
 
 
 def beside(path: str, name: str) -> str:
-    """Return where a path that the file ``path`` names is."""
+    """Return the location of ``name``, given relative to the file ``path``."""
     if "://" in name or "://" in path:
         return urljoin(path, name)
     return os.path.normpath(Path(path).parent / name)
@@ -95,7 +95,7 @@ def _read(path: str, named_by: str, chain: tuple[str, ...], layers: list[Layer])
 
 
 def _add(layer: Layer, path: str, chain: tuple[str, ...], layers: list[Layer]) -> None:
-    """Add a file's layer, and before it those that it includes."""
+    """Append a file's layer, preceded by the layers of the files that it includes."""
     included = layer.pop("includes", None)
     if included is not None:
         names = [included.data] if isinstance(included.data, str) else included.data
@@ -132,8 +132,8 @@ _KEY = re.compile(r"[\w/-]+(\.[\w/*-]+)*")
 def parse_overrides(args: Iterable[str]) -> tuple[str | None, Layer]:
     """Parse ``config=recipe.yaml a.b=c list.key=[1,2] trainer=freelb``; the last of equal keys wins.
 
-    Values are YAML: ``x=1e-3`` is a number, ``x=`` is null, ``x='1'`` is text. An option that takes text gets what is
-    neither null nor a quoted text as it is written; see ``take_text``. In a shell, quote brackets and blanks.
+    Values are YAML: ``x=1e-3`` is a number, ``x=`` is null, ``x='1'`` is text. A text option gets anything but null
+    and quoted text verbatim; see ``take_text``. In a shell, quote brackets and blanks.
 
     Returns:
         The recipe's path, or None, and the other values.
@@ -160,11 +160,11 @@ def parse_overrides(args: Iterable[str]) -> tuple[str | None, Layer]:
 
 
 def take_text(layer: Layer, options: Mapping[str, Option]) -> Layer:
-    """Return the layer with the arguments of options that take text as they were written: ``prompt={question} A.``.
+    """Return the layer with the arguments of text options taken verbatim: ``prompt={question} A.``.
 
     Args:
-        layer: what is in it for options that are not known here stays as it is.
-        options: by dotted key.
+        layer: the values; those of unknown options stay unchanged.
+        options: options by dotted key.
 
     Raises:
         ConfigError: the value of another option is not YAML.
@@ -186,7 +186,7 @@ def take_text(layer: Layer, options: Mapping[str, Option]) -> Layer:
 
 
 def _add_override(values: Layer, layer: Layer) -> None:
-    """Put values at the end of a layer, where they win over what they overlap."""
+    """Move values to the end of a layer, where they win over values that they overlap."""
     for key, value in values.items():
         layer.pop(key, None)
         layer[key] = value

@@ -1,4 +1,4 @@
-"""A recipe and the command line to one checked configuration."""
+"""Load a recipe and the command line into one checked configuration, or one for each stage."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from villa.config.variants import Variant, choose, drop_foreign, lay_over, name_
 from villa.errors import ConfigError, DataError, about
 from villa.plugins import load_user_dir
 
-#: Run types that only read a trained model.
+#: Run types that use a trained model and do not train.
 READING = ("val", "test", "predict")
 
 _NOTHING = Value(None, Origin("default"))
 
 
 def saved_recipe(overrides: Layer) -> list[Layer]:
-    """Return the layers of the recipe of ``checkpoint.path``; where only results are written, with a folder for them.
+    """Return the layers of the recipe saved in ``checkpoint.path``; without training, also an ``output_dir``.
 
     Args:
         overrides: the command line's values.
 
     Returns:
-        Nothing when the command line names no trained model.
+        The layers; none if the command line names no trained model.
 
     Raises:
         CheckpointError: the trained model does not exist or is damaged.
-        ConfigError: it is to be trained on, and no new ``output_dir`` is given; or the recipe is no saved one (see
-            ``read_stored``).
+        ConfigError: it is to be trained further without a new ``output_dir``; or ``read_stored`` refuses its recipe.
     """
     from villa.hub.opening import open_source
 
@@ -48,26 +47,26 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
             f"checkpoint.path='{path.text}' is to be trained on: give output_dir=..., where the new run goes"
         )
     source = open_source(path.text)
-    layers = [_usable(layer) for layer in source.recipe()]
+    layers = [_without_places(layer) for layer in source.recipe()]
     if not reads:
         return layers
     results = str(source.results(str(run_type.text)))
     return [*layers, {"output_dir": Value(results, Origin("for the results"), results)}]
 
 
-def _usable(layer: Layer) -> Layer:
-    """Leave out where the model was trained and what was written, which a folder from elsewhere must not choose."""
+def _without_places(layer: Layer) -> Layer:
+    """Leave out the launcher and the output file, which a folder from elsewhere must not choose."""
     return {key: value for key, value in layer.items() if not key.startswith(("launcher", "predict.output"))}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration, and how it came about.
+    """A configuration and the origins of its values.
 
     Attributes:
         config: the checked configuration; its variant sections are instances of the registered ``Config``.
-        origins: where the value of each dotted key came from.
-        notices: what was left out, one line each.
+        origins: origin of the value of each dotted key.
+        notices: one line for each dropped value.
     """
 
     config: RunConfig
@@ -80,8 +79,8 @@ def load(args: Iterable[str]) -> Loaded:
 
     The order of precedence, lowest first: defaults, the presets of a section's ``reference``, included files, the
     recipe, the command line; overlays lie between (see ``lay_over``). A relative ``user_dir`` is relative to the
-    working directory, also in a recipe.
-    Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` takes the one saved with the checkpoint.
+    working directory, even in a recipe.
+    Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` uses the one saved with the checkpoint.
 
     Args:
         args: the arguments; see ``parse_overrides``.
@@ -98,7 +97,7 @@ def load(args: Iterable[str]) -> Loaded:
 
 
 def assemble(given_layers: Sequence[Layer]) -> Loaded:
-    """Make one checked configuration of layers; a later one wins.
+    """Build one checked configuration from layers; a later layer wins.
 
     Raises:
         ConfigError: as for ``load``.
@@ -109,7 +108,7 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
     options = recipe_options({section: variant.config for section, variant in variants.items()})
     layers = [take_text(layer, options) for layer in layers]
     given, notices = drop_foreign(lay_over(layers, variants), variants)
-    values = _below(variants, given) | given
+    values = _preset_values(variants, given) | given
     config = build({section: variant.config for section, variant in variants.items()}, values)
     origins = {key: _origin(key, values) for key in leaves(config)}
     validate(config, origins)
@@ -118,7 +117,7 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
 
 
 def from_yaml(path: str | Path) -> RunConfig:
-    """Load a recipe without overrides, for example the one saved beside a checkpoint.
+    """Load a recipe without overrides, such as the one saved with a checkpoint.
 
     Raises:
         ConfigError: as for ``load``.
@@ -127,7 +126,7 @@ def from_yaml(path: str | Path) -> RunConfig:
 
 
 def import_plugins(args: Iterable[str]) -> Layer:
-    """Import the ``user_dir`` that arguments, or the recipe that they name, give; return the values of the arguments.
+    """Import the ``user_dir`` given by the arguments or their recipe; return the values of the arguments.
 
     Raises:
         ConfigError: the arguments, the recipe's file or the ``user_dir`` cannot be used.
@@ -140,10 +139,10 @@ def import_plugins(args: Iterable[str]) -> Layer:
 def import_user_dir(layers: Sequence[Layer]) -> None:
     """Import the ``user_dir`` that wins in the layers, before any name is looked up.
 
-    Nothing else in villa imports code by a path.
+    Nothing else in villa imports code from a path.
 
     Raises:
-        ConfigError: only a stored recipe names it; or it is not a path as it stands, does not exist or fails to import.
+        ConfigError: only a stored recipe names it; or it is not a plain path, does not exist or fails to import.
     """
     given = next((layer["user_dir"] for layer in reversed(layers) if "user_dir" in layer), None)
     if given is None or given.data is None:
@@ -167,7 +166,7 @@ def import_user_dir(layers: Sequence[Layer]) -> None:
 
 
 def _refuse_stored_addresses(config: RunConfig, origins: Mapping[str, Origin]) -> None:
-    """Let nothing be fetched from where only the recipe inside a trained model says."""
+    """Refuse to download from URLs that only the recipe inside a trained model names."""
     from villa.files import refuse_addresses
 
     written: dict[bool, list[str]] = {True: [], False: []}
@@ -176,8 +175,8 @@ def _refuse_stored_addresses(config: RunConfig, origins: Mapping[str, Origin]) -
     refuse_addresses(stored=written[True], given=written[False])
 
 
-def _below(variants: dict[str, Variant], given: Layer) -> Layer:
-    """Return what lies between the defaults and the user's values: variant names and presets."""
+def _preset_values(variants: dict[str, Variant], given: Layer) -> Layer:
+    """Return the values that override the defaults and yield to the user's: variant names and presets."""
     values: Layer = {}
     for section, variant in variants.items():
         values[f"{section}.name"] = Value(variant.name, variant.origin, variant.name)
@@ -192,8 +191,8 @@ def _origin(key: str, values: Layer) -> Origin:
 
 
 _PREFIX = re.compile(r"stage(\d+)\.(.+)")
-#: Keys of the whole, which stages have of their own.
-_OWN = ("stages", "name", "output_dir")
+#: Keys of the whole recipe that every stage has its own value of.
+_PER_STAGE = ("stages", "name", "output_dir")
 _STAGES = Origin("stages")
 
 
@@ -202,9 +201,9 @@ class _Stage:
     """A stage before it is checked.
 
     Attributes:
-        number: from 1.
+        number: position among the stages, from 1.
         recipe: the layers of its own recipe.
-        given: the layers above: of the recipe that lists the stages and of the command line.
+        given: the layers of the recipe that lists the stages and of the command line.
     """
 
     number: int
@@ -212,20 +211,20 @@ class _Stage:
     given: Sequence[Layer]
 
     def sets(self, key: str) -> bool:
-        """Whether the key is given for this very stage."""
+        """Return whether the key is given for this stage alone."""
         return any(f"stage{self.number}.{key}" in layer for layer in self.given)
 
     def layers(self, own: bool = False) -> list[Layer]:
-        """All layers; what is given for this stage wins over what is given for all.
+        """Return all layers; values for this stage win over values for all stages.
 
         Args:
-            own: with the keys of the whole.
+            own: include ``name`` and ``output_dir`` of the whole recipe.
         """
         given = (part for layer in self.given for part in (self._shared(layer, own), self._only(layer)))
         return [*self.recipe, *given]
 
     def _shared(self, layer: Layer, own: bool) -> Layer:
-        left_out = ("stages",) if own else _OWN
+        left_out = ("stages",) if own else _PER_STAGE
         return {key: value for key, value in layer.items() if key not in left_out and not _PREFIX.fullmatch(key)}
 
     def _only(self, layer: Layer) -> Layer:
@@ -234,19 +233,19 @@ class _Stage:
 
 
 def load_stages(args: Iterable[str]) -> list[Loaded]:
-    """Load a recipe like ``load``: one configuration, or one for each of its ``stages``.
+    """Load a recipe like ``load``, but as one configuration for each of its ``stages`` if it lists any.
 
-    ``stages`` lists recipes: paths relative to the file that lists them, or mappings of sections. Everything else in
-    that file, and on the command line, is for all stages and wins over their recipes; with ``stage2.`` before the
-    key it is for the second stage alone. A stage's folder is ``stage<number>_<name>`` below ``output_dir``, which is
-    by default what the first stage's recipe makes of the ``name`` of the whole. ``model.checkpoint`` of later stages
-    is the folder of the stage before, unless it is given for that very stage.
+    ``stages`` lists recipes: paths relative to the listing file, or mappings of sections. Everything else in that file
+    and on the command line applies to all stages and wins over their recipes; with the prefix ``stage2.`` it applies
+    to the second stage alone. A stage's folder is ``stage<number>_<name>`` below ``output_dir``, which is by default
+    what the first stage's recipe derives from the ``name`` of the whole. ``model.checkpoint`` of a later stage is the
+    folder of the stage before, unless it is given for that stage.
 
     Args:
         args: the arguments; see ``parse_overrides``.
 
     Raises:
-        ConfigError: anything that is wrong with them, in one line.
+        ConfigError: the first problem found, in one line.
     """
     args = list(args)
     path, overrides = parse_overrides(args)
@@ -282,7 +281,7 @@ def _recipes(listed: Value) -> list[list[Layer]]:
 
 
 def _check(layers: Sequence[Layer], count: int) -> None:
-    """Refuse what cannot be meant for several runs in a row."""
+    """Refuse options that make no sense for a series of training runs."""
     for key, value in (item for layer in layers for item in layer.items()):
         match = _PREFIX.fullmatch(key)
         if match and not 1 <= int(match[1]) <= count:
@@ -298,7 +297,7 @@ def _check(layers: Sequence[Layer], count: int) -> None:
 
 
 def _root(stage: _Stage, stem: str) -> str:
-    """Return the folder of the whole: the one that its name, or ``output_dir``, gives to the first stage."""
+    """Return the folder of the whole recipe: ``output_dir`` of the first stage, given the recipe's name."""
     name: Layer = {"name": Value(stem, _STAGES, stem)}
     given = stage.layers(own=True)[len(stage.recipe) :]
     return assemble([*stage.recipe, name, *given]).config.output_dir
@@ -315,5 +314,5 @@ def _load(stage: _Stage, root: str, before: str | None) -> Loaded:
 
 
 def _literal(text: str) -> str:
-    """Protect ``${`` from being taken for an interpolation."""
+    """Escape ``${`` so that it is not read as an interpolation."""
     return text.replace("${", "\\${")

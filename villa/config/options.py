@@ -27,8 +27,8 @@ class Option:
 
     Attributes:
         hint: its type.
-        default: its default; ``MISSING`` where it must be given.
-        doc: its line in the ``Attributes:`` section of the dataclass that declares it.
+        default: its default; ``MISSING`` if it must be given.
+        doc: its entry in the ``Attributes:`` section of the dataclass that declares it.
     """
 
     hint: Any
@@ -37,7 +37,7 @@ class Option:
 
     @property
     def entry(self) -> Any:
-        """Type of the values of a mapping option; None for options without keys of their own."""
+        """Type of a mapping option's values; None for other options."""
         for hint in alternatives(self.hint):
             if get_origin(hint) is dict:
                 return get_args(hint)[1]
@@ -46,7 +46,7 @@ class Option:
 
 @cache
 def fixed_options() -> dict[str, Option]:
-    """Return the options that every recipe has, whatever classes its sections name, by dotted key."""
+    """Return the options that do not depend on the classes that a recipe names, by dotted key."""
     return dataclass_options(RunConfig, skip=VARIANTS)
 
 
@@ -84,7 +84,7 @@ def _declared(cls: type) -> dict[str, Option]:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """Return the ``Attributes:`` entries of a class's docstring and of its bases', each as one line."""
+    """Return the ``Attributes:`` entries in the docstrings of a class and its bases, each as one line."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
@@ -94,7 +94,7 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 
 def owner(options: Mapping[str, Option], key: str) -> str:
-    """Return the option that a key is or lies in, or an empty string.
+    """Return the option that a key names or lies within, or an empty string.
 
     The names of a mapping's entries may hold dots: ``optimizer.lr_multipliers.uniter.encoder``.
     """
@@ -104,7 +104,7 @@ def owner(options: Mapping[str, Option], key: str) -> str:
 
 
 def find(options: Mapping[str, Option], key: str) -> Option | None:
-    """Return the option that ``key`` sets, or None; an entry of a mapping has the mapping's value type."""
+    """Return the option that ``key`` sets, or None; an entry of a mapping gets the mapping's value type."""
     option = options.get(owner(options, key))
     if option is None or key in options:
         return option
@@ -112,7 +112,7 @@ def find(options: Mapping[str, Option], key: str) -> Option | None:
 
 
 def why_unknown(options: Mapping[str, Option], key: str) -> str:
-    """Say what is wrong with a key that no option has, with the nearest key and those of its section."""
+    """Explain what is wrong with an unknown key, with the nearest key and those of its section."""
     section, _, name = key.rpartition(".")
     if inner := [option for option in options if option.startswith(f"{key}.")]:
         return f"it is a section, not a value; give its keys: {_listed(inner)}"
@@ -133,7 +133,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def is_text(hint: Any) -> bool:
-    """Whether a type takes text alone, or null."""
+    """Return whether a type takes only text or null."""
     return set(alternatives(hint)) <= {str, type(None)}
 
 
@@ -144,7 +144,7 @@ def literals(hint: Any) -> list[str]:
 
 
 def describe(hint: Any) -> str:
-    """Say in words what a type takes: ``an integer or null``, ``one of 'a', 'b'``, ``a list of (a number)``."""
+    """Describe a type in words: ``an integer or null``, ``one of 'a', 'b'``, ``a list of (a number)``."""
     parts, origin = get_args(hint), get_origin(hint)
     if origin is Literal:
         return f"one of {', '.join(map(repr, parts))}"
@@ -166,7 +166,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _level(option: str, prefix: str) -> str:
-    """Cut an option's key after the level below ``prefix``: a section, or an option of its own."""
+    """Truncate an option's key after the level below ``prefix``: to a section, or an option."""
     return prefix + option.removeprefix(prefix).partition(".")[0]
 
 
@@ -174,12 +174,12 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(key.rpartition(".")[2] for key in keys)
 
 
-#: Sizes, counts and seeds are below this: 64 bits with a sign, as torch and numpy take them.
+#: Sizes, counts and seeds are below this: signed 64-bit integers, as in torch and NumPy.
 LARGEST = 2**63
 
 
 def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
-    """Return the configuration that the values make of the dataclasses' defaults.
+    """Build a configuration from the dataclasses' defaults and the given values.
 
     Args:
         variants: the ``Config`` of each variant section.
@@ -236,18 +236,18 @@ def _set(tree: DictConfig, options: Mapping[str, Option], key: str, data: Any) -
 
 
 def _as_written(hint: Any, value: Value) -> Any:
-    """Give an option that takes only strings the text as it stands in the recipe: ``007`` is not 7."""
+    """Return the text of the recipe for an option that takes only strings (``007`` is not 7), else the value."""
     return value.text if is_text(hint) and value.text is not None and value.data is not None else value.data
 
 
 def _needs_quotes(hint: Any, data: Any) -> bool:
-    """Whether a list of strings holds something else, whose text is lost (``[1e3, true]``)."""
+    """Return whether a list of strings holds anything else, whose text is lost (``[1e3, true]``)."""
     of_text = any(get_origin(part) in (list, tuple) and get_args(part)[0] is str for part in alternatives(hint))
     return of_text and isinstance(data, list) and not all(isinstance(item, str) for item in data)
 
 
 def _is_too_large(hint: Any, data: Any) -> bool:
-    """Whether a whole number, or one in a list, is one that no computation here takes."""
+    """Return whether an integer, or one in a list, does not fit in 64 bits."""
     if isinstance(data, list) and any(get_origin(part) in (list, tuple) for part in alternatives(hint)):
         inner = [get_args(part)[0] for part in alternatives(hint) if get_origin(part) in (list, tuple)]
         return any(_is_too_large(part, item) for part in inner for item in data)
@@ -273,7 +273,7 @@ def _interpolate(tree: DictConfig, options: Mapping[str, Option], key: str, valu
         if OmegaConf.is_config(found):
             OmegaConf.to_container(found, resolve=True)
         elif any(get_origin(part) in (list, tuple, dict) for part in alternatives(options[option].hint)):
-            # OmegaConf lets an escaped interpolation stand for a list until it is converted.
+            # OmegaConf accepts an escaped interpolation for a list until it is converted.
             raise ValidationError(f"must be {describe(options[option].hint)}")
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{key} = {show(value.data)} ({value.origin}): {_first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Configurations as text: YAML that loads again, and the same with the origin of every value."""
+"""Print configurations as YAML that can be loaded again, with or without the origin of every value."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def leaves(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return a configuration as YAML, with nothing left to resolve; ``from_yaml`` gives an equal one."""
+    """Return a configuration as fully resolved YAML; ``from_yaml`` loads an equal one."""
     return "\n".join(_lines(dataclasses.asdict(config), lambda key: "")) + "\n"
 
 
 def annotated(config: RunConfig, origins: Mapping[str, Origin], notices: Sequence[str] = ()) -> str:
-    """Return a configuration as YAML with a comment on every value that says where it came from."""
+    """Return a configuration as YAML with the origin of every value in a comment."""
     lines = list(_lines(dataclasses.asdict(config), lambda key: f"   # {origins[key]}"))
     return "\n".join([*(f"# {notice}" for notice in notices), *lines]) + "\n"
 
@@ -50,7 +50,7 @@ def _lines(tree: Mapping[str, Any], comment: Callable[[str], str], prefix: str =
 
 
 def _escape(value: Any) -> Any:
-    """Protect a literal ``${`` (and backslashes before it) from being taken for an interpolation."""
+    """Escape a literal ``${`` (and backslashes before it) so that it is not read as an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     if isinstance(value, list | tuple):

@@ -1,7 +1,6 @@
-"""The typed schema of a recipe: one dataclass a section, and variant sections checked by their registered class.
+"""The typed schema of a recipe: a dataclass per section; variant sections are checked by their registered class.
 
-A variant section (``model``, ``dataset``, ``loss``, ``trainer``, ``optimizer``, ``scheduler``,
-``launcher``) is
+A variant section (``model``, ``dataset``, ``loss``, ``trainer``, ``optimizer``, ``scheduler``, ``launcher``) is
 ``{name: registered name, ...}``; its other keys are those of the registered class's ``Config``.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-#: Variant section of a recipe to the registry (see ``villa.registry.REGISTRIES``) that names its class.
+#: The registry (a key of ``villa.registry.REGISTRIES``) of each variant section.
 VARIANTS = {
     "model": "models",
     "dataset": "datasets",
@@ -24,23 +23,23 @@ VARIANTS = {
 
 @dataclass
 class BatchConfig:
-    """How many examples make an update, whatever the number of processes.
+    """The batch size, independent of the number of processes.
 
     Attributes:
-        examples: examples of an update over all processes; or
-        tokens: padded text tokens plus regions of an update over all processes.
+        examples: examples per update over all processes; or
+        tokens: padded text tokens plus regions per update over all processes.
         per_pass: at most this many (examples or tokens) go through the model at once; the number of
-            accumulated micro-batches is derived. None: all at once.
-        accumulation: ``mean`` over all examples of the update, the ``sum`` of the micro-batches' means (what
-            the released code computes), or the ``total`` over all examples (the released code for referring
+            accumulated micro-batches follows from it. None: all at once.
+        accumulation: ``mean`` over all examples of the update, the ``sum`` of the micro-batches' means (as in
+            the released code), or the ``total`` over all examples (as in the released code for referring
             expressions).
         bucket: examples that are sorted by length together when batches are cut by tokens.
         multiple: with tokens, micro-batches of more examples than this are cut to a multiple of it.
         drop_last: leave out the last, smaller micro-batch (by tokens) or update (by examples) of every epoch.
-        sampler: how batches are cut by tokens: ``tight`` fills each to the budget of its own longest example, and
-            carries what a bucket leaves over into the next; ``released`` is UNITER's sampler: the longest example of
-            the bucket counts for all of its batches, and every bucket ends with a smaller one (or, with
-            ``drop_last``, without its last one).
+        sampler: how batches are cut by tokens: ``tight`` counts each batch as padded to its own longest example, and
+            carries the rest of a bucket over into the next; ``released``, as in UNITER, counts all batches of a bucket
+            as padded to the bucket's longest example, and ends every bucket with a smaller batch (or, with
+            ``drop_last``, without it).
     """
 
     examples: int | None = None
@@ -63,12 +62,12 @@ class TrainingConfig:
         clip_norm: largest global gradient norm; None does not clip.
         precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (with loss scaling). Perturbations, norms and
             losses stay in fp32.
-        nonfinite: what to do when a loss or gradient is NaN or infinite: ``stop``, or ``skip`` the update.
+        nonfinite: what to do if a loss or gradient is NaN or infinite: ``stop``, or ``skip`` the update.
         max_skips: stop after this many skipped updates in a row.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads; None leaves the choice to torch.
         workers: data loading processes.
         data_timeout: seconds that reading an example may take before a warning names it; a worker that takes ten times
-            as long over one ends the run.
+            as long ends the run.
     """
 
     updates: int | None = None
@@ -91,10 +90,10 @@ class EvaluationConfig:
         every: updates between evaluations on the validation split; None evaluates at the end only.
         split: split to validate on; None for data sets without one.
         test_split: split to test on.
-        monitor: value that chooses the best checkpoint, and its direction.
-        mode: whether more is better (``max``) or less (``min``).
+        monitor: value that selects the best checkpoint.
+        mode: whether a higher (``max``) or lower (``min``) value of ``monitor`` is better.
         patience: evaluations without improvement before training stops; None never stops early.
-        examples: examples of an evaluation batch.
+        examples: examples per evaluation batch.
     """
 
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
@@ -113,12 +112,12 @@ class CheckpointConfig:
 
     Attributes:
         every: updates between checkpoints; None saves at evaluations and at the end only.
-        keep: newest checkpoints to keep, besides the best.
-        resume: go on from the newest usable checkpoint in ``output_dir``.
-        path: trained model to evaluate, predict with or train on with a fresh optimiser: a run, a checkpoint, a saved
-            folder (villa's or transformers') or its name on the hub. Vocabulary and labels are its own too.
-        sharded: every process writes its part of the weights and optimiser states, instead of the main one the whole.
-        asynchronous: write a copy in the background while training goes on.
+        keep: number of newest checkpoints to keep, besides the best.
+        resume: resume from the newest intact checkpoint in ``output_dir``.
+        path: trained model to evaluate, predict with or train further with a fresh optimiser: a run, a checkpoint, a
+            saved folder (villa's or transformers') or its name on the hub. Its vocabulary and labels are used too.
+        sharded: every process writes its shard of weights and optimiser states; otherwise the main process writes all.
+        asynchronous: write checkpoints in the background while training continues.
     """
 
     every: int | None = None
@@ -163,17 +162,17 @@ class PredictConfig:
 
 @dataclass
 class DistributedConfig:
-    """How a run is shared by several processes, which ``torchrun`` and its like start.
+    """How a run is distributed over several processes, started by ``torchrun`` or a launcher.
 
     Attributes:
-        strategy: ``single`` (one process), ``ddp`` (every process has the whole model), ``fsdp`` (each has a part of
-            every parameter, gradient and optimiser state), ``fairscale_fsdp`` (the same by fairscale), or
-            ``fairscale_sdp`` (whole models, and gradients and optimiser states on one process each, by fairscale).
-        activation_checkpointing: compute every layer a second time in the backward pass instead of keeping what it
-            computed: less memory, the same gradients.
+        strategy: ``single`` (one process), ``ddp`` (every process has the whole model), ``fsdp`` (parameters, gradients
+            and optimiser states are sharded), ``fairscale_fsdp`` (the same by fairscale), or ``fairscale_sdp`` (whole
+            models; each gradient and optimiser state is on one process, by fairscale).
+        activation_checkpointing: recompute every layer in the backward pass instead of keeping its activations:
+            less memory, the same gradients.
         compile: compile the layers with ``torch.compile``: faster updates after a slow first one, the same gradients.
-        reduce_each_pass: let ``fsdp`` and fairscale's strategies sum up gradients with every backward pass instead of
-            once an update, so that no process ever holds whole ones: less memory, a message more for every pass.
+        reduce_each_pass: with ``fsdp`` and fairscale's strategies, reduce gradients after every backward pass instead
+            of once per update, so that no process ever holds whole gradients: less memory, more communication.
     """
 
     strategy: Literal["single", "ddp", "fsdp", "fairscale_fsdp", "fairscale_sdp"] = "single"
@@ -188,9 +187,9 @@ class RunConfig:
 
     Attributes:
         run_type: what to do; ``train_val_test`` trains (validating on the way) and then tests.
-        name: shown in tables and figures.
-        output_dir: everything that the run writes.
-        seed: all randomness derives from it.
+        name: name of the run in tables and figures.
+        output_dir: folder for everything that the run writes.
+        seed: seed that all randomness derives from.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         user_dir: package folder or module to import, so that its decorators register classes.
         model: the model's name and options.
@@ -199,7 +198,8 @@ class RunConfig:
         trainer: the adversarial method's name and options.
         optimizer: the optimiser's name and options.
         scheduler: the learning rate schedule's name and options.
-        launcher: where the run takes place: ``inline`` (here), ``local`` (processes of this machine) or ``slurm``.
+        launcher: where the run takes place: ``inline`` (in this process), ``local`` (processes on this machine) or
+            ``slurm``.
     """
 
     run_type: Literal["train", "val", "test", "predict", "train_val_test"] = "train_val_test"

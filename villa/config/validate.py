@@ -1,4 +1,4 @@
-"""Checks across options: what types alone cannot tell is wrong, found before any data is touched."""
+"""Checks of options beyond their types, made before any data is touched."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ _POSITIVE = (
     "checkpoint.keep",
     "logging.every",
 )
-#: Threads and processes; no machine has more cores, and asking torch for too many ends the process.
+#: Most threads or processes; no machine has more cores, and asking torch for too many ends the process.
 _MOST_OF_A_MACHINE = 10_000
 _NOT_NEGATIVE = ("seed", "training.workers")
-#: With batch.tokens every epoch is cut to count the updates of them all.
+#: With batch.tokens every epoch is cut into batches to count all updates.
 _MOST_EPOCHS = 1_000_000
-#: Layers are made one by one, which would take hours before the memory ends.
+#: Layers are built one by one, which would take hours before memory runs out.
 _LAYERS, _MOST_LAYERS = re.compile(r"model\..*layers"), 4096
-#: Strategies whose processes can each write a part of a checkpoint.
+#: Strategies that can write sharded checkpoints.
 _SHARDING = ("single", "ddp", "fsdp")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
 def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
-    """Check the options against each other.
+    """Check the ranges of options and their combinations.
 
     Args:
         config: a configuration whose types are right.
-        origins: where each value came from.
+        origins: origin of each value.
 
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
@@ -83,7 +83,7 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "output_dir", "give a folder"
     for key in ("output_dir", "predict.output"):
         if is_url(str(values[key])):
-            yield key, "is a URL; give a path of this machine, for nothing is written elsewhere"
+            yield key, "is a URL; give a path on this machine"
 
 
 def _batch(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -177,7 +177,7 @@ def _check_variant(section: str, options: object, origins: Mapping[str, Origin])
 
 
 def _origin(key: str, origins: Mapping[str, Origin]) -> Origin | None:
-    """Return where an option, or what it lies in or holds, was given; None for what is no option of a section."""
+    """Return the origin of an option, of its section, or of a value in it; None for an unknown option."""
     while "." in key:
         found = next((name for name in origins if name == key or name.startswith(f"{key}.")), None)
         if found is not None:

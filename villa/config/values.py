@@ -1,4 +1,4 @@
-"""A value of a recipe and where it came from."""
+"""The values of recipes and their origins."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Origin:
     Attributes:
         source: a YAML file, ``command line``, ``default`` or ``preset 'name'``.
         line: line of the file, from 1.
-        stored: whether the file is the recipe inside a trained model, which may be anybody's: it names no code to run,
-            and no address to fetch from.
+        stored: whether the file is the recipe inside a trained model, which is not trusted to name code to run or
+            URLs to download.
     """
 
     source: str
@@ -33,11 +33,11 @@ COMMAND_LINE = Origin("command line")
 
 @dataclass(frozen=True)
 class Written:
-    """What stands after the equals sign of a command line argument, for an option that takes it as text.
+    """The text after the equals sign of a command line argument, for options that take text.
 
     Attributes:
-        text: without the blanks around it.
-        below: the end of the value's key that the text, a mapping, gives it; empty for any other text.
+        text: the text, stripped.
+        below: if the text is a mapping, the rest of the value's key within it; else empty.
         problem: why the text is not YAML, if it is not.
     """
 
@@ -52,9 +52,9 @@ class Value:
 
     Attributes:
         data: None, a bool, int, float, str, or a list of these (or of mappings).
-        origin: where it stands.
-        text: a scalar as it was written, which is what a string option gets: ``007`` stays ``007``.
-        written: the argument that it is (a part) of, where a string option would get something else.
+        origin: where it was given.
+        text: a scalar as written, which a string option gets: ``007`` stays ``007``.
+        written: the command line argument that it is (part of), if a string option would get something else.
     """
 
     data: Any
@@ -63,26 +63,26 @@ class Value:
     written: Written | None = None
 
 
-#: The leaves of one file or of the command line, by dotted key, in order.
+#: The leaves of one file or of the command line by dotted key, in order.
 Layer = dict[str, Value]
 
-#: Makes the origin of a line (counted from 1).
+#: Returns the origin of a line (counted from 1).
 Locate = Callable[[int], Origin]
 
-#: How YAML writes what is neither a number nor text.
+#: YAML's words for null and booleans.
 WORDS = {None: "null", True: "true", False: "false"}
 
-_SHOWN = 80
+_LONGEST_SHOWN = 80
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def is_one_line(text: str) -> bool:
-    """Whether a text has no line break, control character or half of a surrogate pair, as names and paths must."""
+    """Return whether a text has no line break, control character or lone surrogate, as names and paths must not."""
     return not _CONTROL.search(text)
 
 
 def texts(data: object) -> Iterator[str]:
-    """Yield the texts in a value: itself, or those in its lists and mappings."""
+    """Yield all strings in a value, its lists and its mappings."""
     if isinstance(data, str):
         yield data
     elif isinstance(data, list | tuple | Mapping):
@@ -93,4 +93,4 @@ def texts(data: object) -> Iterator[str]:
 def show(data: object) -> str:
     """Return a value as one short printable line, for messages."""
     text = WORDS[data] if isinstance(data, bool | None) else repr(data)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."

@@ -1,4 +1,4 @@
-"""Variant sections: which registered class each one names, what that changes, and its presets."""
+"""Variant sections: the registered class that each one names, its presets and its overlays."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 from villa.config.options import Option, dataclass_options, find, recipe_options
 from villa.config.schema import VARIANTS
 from villa.config.values import DEFAULT, Layer, Origin, Value, show
-from villa.errors import ConfigError, nearest
-from villa.plugins import one_line
+from villa.errors import ConfigError, nearest, one_line
 from villa.registry import REGISTRIES
 
-#: The variant of a section that a recipe does not mention. A model and a data set must be named.
+#: Default variants of sections. A model and a data set must be named.
 DEFAULT_NAMES = {
     "loss": "cross_entropy",
     "trainer": "standard",
@@ -31,7 +30,7 @@ class Variant:
         name: its registered name.
         origin: where the name was given.
         config: its ``Config`` dataclass.
-        since: index of the layer that changed the name last; options below it belong to another variant.
+        since: index of the last layer that changed the name; options in earlier layers belong to another variant.
     """
 
     name: str
@@ -64,7 +63,7 @@ def choose(section: str, layers: Sequence[Layer]) -> Variant:
     """Find the variant of a section: the last name given, or the default.
 
     Raises:
-        ConfigError: no name where one is needed, an unknown name, or one whose module cannot be imported.
+        ConfigError: a required name is missing, unknown, or its module cannot be imported.
     """
     name, origin, since = DEFAULT_NAMES.get(section, ""), DEFAULT, 0
     for index, layer in enumerate(layers):
@@ -86,7 +85,7 @@ def choose(section: str, layers: Sequence[Layer]) -> Variant:
 
 
 def drop_foreign(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> tuple[Layer, list[str]]:
-    """Merge the layers without the options that a replaced variant had and the chosen one does not know.
+    """Merge the layers, dropping options of a replaced variant that the chosen one does not have.
 
     Returns:
         The merged leaves, and a notice for each dropped one.
@@ -133,12 +132,12 @@ def _knows(options: Mapping[str, object], key: str) -> bool:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Values of any section that an option brings along; a ``Config`` lists them in its ``OVERLAYS``.
+    """Values of any section that an option brings along; a ``Config`` lists its ``OVERLAYS``.
 
     Attributes:
-        when: the section's options, by name, that must have these values; the first one turns the overlay on.
-        values: values by dotted key; those of a section whose class does not know all of them are left out, for they
-            belong together (a width and the number of heads).
+        when: values that the section's options must have; the first one turns the overlay on.
+        values: values by dotted key. A section's values are left out together if its class lacks one of them, because
+            they belong together (a width and the number of heads).
     """
 
     when: Mapping[str, Any]
@@ -146,10 +145,10 @@ class Overlay:
 
 
 def lay_over(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> list[Layer]:
-    """Return the layers with the overlays that are on, each directly below the layer that turns it on.
+    """Return the layers with the active overlays, each directly below the layer that turns it on.
 
     So ``dataset.synthetic=true`` on the command line wins over all files and loses to the other arguments, and a file
-    that says ``synthetic: true`` (a saved recipe does) keeps its own values.
+    with ``synthetic: true`` (such as a saved recipe) keeps its own values.
     """
     below: dict[int, Layer] = {}
     options = recipe_options({section: variant.config for section, variant in variants.items()})
@@ -165,7 +164,7 @@ def lay_over(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> list[L
 
 
 def _find(section: str, variant: Variant, name: str, layers: Sequence[Layer]) -> tuple[int, Any]:
-    """Return the number of the last layer that gives an option, and its value there; or 0 and the default."""
+    """Return the index of the last layer that gives an option, and its value there; or 0 and the default."""
     key = f"{section}.{name}"
     for index in reversed(range(len(layers))):
         if key in layers[index]:
@@ -174,6 +173,6 @@ def _find(section: str, variant: Variant, name: str, layers: Sequence[Layer]) ->
 
 
 def _fitting(values: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the values of the sections that know all of theirs."""
+    """Return the values of those sections that have all of the options given for them."""
     strangers = {key.partition(".")[0] for key in values if find(options, key) is None}
     return {key: data for key, data in values.items() if key.partition(".")[0] not in strangers}

@@ -1,4 +1,4 @@
-"""YAML text to values with their lines, and back.
+"""Parse YAML text into values with their lines, and write values as YAML.
 
 Plain scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): ``1e-3`` is a
 number, ``yes`` and ``on`` are strings. Aliases, custom tags and several documents are refused.
@@ -16,11 +16,11 @@ import yaml
 from villa.config.values import WORDS, Layer, Locate, Value, is_one_line
 from villa.errors import ConfigError
 
-#: Levels of keys: section, option, entry of an option that is a mapping.
+#: Levels of keys: section, option, entry of a mapping option.
 LEVELS = 3
-#: Levels of keys and lists together.
+#: Most levels of mappings and lists together.
 _NESTING = 6
-#: Python prints no integer of more than 4300 digits, however it was read.
+#: Most digits of an integer; Python refuses to print one of more than 4300.
 _DIGITS = 1000
 _KEY = re.compile(r"[\w/-]+")
 #: Keys of the last level may be dotted names, for example of a model's modules.
@@ -42,11 +42,11 @@ def parse(text: str, locate: Locate, prefix: str = "") -> Layer:
 
     Args:
         text: one document.
-        locate: makes the origin of a line.
-        prefix: key that the document is the value of; without one, the document must be a mapping.
+        locate: returns the origin of a line.
+        prefix: key of which the document is the value; without one, the document must be a mapping.
 
     Raises:
-        ConfigError: not usable YAML; the message names the line.
+        ConfigError: the YAML cannot be used; the message names the line.
     """
     node = _compose(text, locate)
     if node is None and not prefix:
@@ -60,10 +60,10 @@ def parse(text: str, locate: Locate, prefix: str = "") -> Layer:
 
 
 def resolve(text: str) -> Any:
-    """Return what a plain scalar means: None, a bool, int, float or the text itself.
+    """Return the value of a plain scalar: None, a bool, int, float or the text itself.
 
     Raises:
-        ValueError: an integer of too many digits.
+        ValueError: an integer has too many digits.
     """
     if text in _WORDS:
         return _WORDS[text]
@@ -77,7 +77,7 @@ def resolve(text: str) -> Any:
 
 
 def is_null(text: str) -> bool:
-    """Whether a plain scalar means null."""
+    """Return whether a plain scalar means null."""
     return text in _WORDS and _WORDS[text] is None
 
 
@@ -110,7 +110,7 @@ def _write_text(text: str) -> str:
 def _compose(text: str, locate: Locate) -> Any:
     try:
         _refuse_bombs(text, locate)
-        # The base loader leaves every plain scalar a string: ``resolve`` gives it its meaning.
+        # The base loader leaves every plain scalar a string, for ``resolve``.
         return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

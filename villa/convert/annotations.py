@@ -1,4 +1,4 @@
-"""VQA v2, and question files in its form (Visual Genome)."""
+"""Readers of the annotations of VQA v2, Visual Genome, GQA, NLVR2, Flickr30k, COCO, SNLI-VE and caption files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from villa.datasets.base import plain_answer
 from villa.errors import DataError, nearest
 from villa.files import regular_file
 
-#: Image sets that a question file may ask about; ``vg`` is Visual Genome.
+#: Image sets of question files; ``vg`` is Visual Genome.
 IMAGE_SETS = ("train2014", "val2014", "test2015", "vg")
 
 
 def image_set(questions: Path) -> str:
-    """Return the image set of a question file: its ``data_subtype``, or what its name says.
+    """Return the image set of a question file, from its ``data_subtype`` or its name.
 
     Raises:
         DataError: neither names one.
@@ -52,9 +52,9 @@ def read_vqa(
     Args:
         questions: ``v2_OpenEnded_mscoco_<set>_questions.json``.
         annotations: ``v2_mscoco_<set>_annotations.json``; without it (test) examples have no ``target``.
-        labels: answer list, for the targets.
-        images: one of ``IMAGE_SETS``; by default the file's own.
-        scores: soft scores of the targets.
+        labels: label of each answer, for the targets.
+        images: one of ``IMAGE_SETS``; by default that of the file.
+        scores: kind of the targets' soft scores.
 
     Raises:
         DataError: a file cannot be read, or a question has no annotation.
@@ -78,10 +78,10 @@ def _choices() -> str:
 
 
 def read_gqa(questions: Path) -> Iterator[RawExample]:
-    """Yield the questions of GQA, ``train_balanced_questions.json`` and its like: ``{id: question}``.
+    """Yield the questions of a GQA file ``{id: question}`` such as ``train_balanced_questions.json``.
 
-    They are read one after another, for the larger files have gigabytes. Questions of the test splits have no
-    ``answer`` among their fields.
+    They are read one by one, because the larger files have gigabytes. Questions of the test splits have no field
+    ``answer``.
 
     Raises:
         DataError: the file cannot be read, or a record lacks a field.
@@ -96,7 +96,7 @@ def read_gqa(questions: Path) -> Iterator[RawExample]:
 
 
 def count_gqa(questions: Path) -> int | None:
-    """Return the number of questions of a file, or None where the file cannot be read."""
+    """Return the number of questions of a file, or None if the file cannot be read."""
     try:
         regular_file(questions)
         with questions.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
@@ -106,7 +106,7 @@ def count_gqa(questions: Path) -> int | None:
 
 
 def gqa_answers(files: Iterable[Path]) -> list[str]:
-    """Return the answers of question files, the most frequent first, equal ones in alphabetical order."""
+    """Return the answers of question files, the most frequent first, ties in alphabetical order."""
     counts = Counter(
         example.fields["answer"] for file in files for example in read_gqa(file) if "answer" in example.fields
     )
@@ -117,12 +117,12 @@ _LABELS = {"True": 1, "true": 1, "False": 0, "false": 0}
 
 
 def read_nlvr2(annotations: Path) -> Iterator[RawExample]:
-    """Yield the sentences of an NLVR2 file, ``train.json`` and its like: one JSON object a line.
+    """Yield the sentences of an NLVR2 file such as ``train.json``, with one JSON object per line.
 
-    ``target`` is 1 for True, 0 for False, None where the label is hidden.
+    ``target`` is 1 for True, 0 for False, None if the label is hidden.
 
     Raises:
-        DataError: a record has no ``identifier`` or ``sentence``, or another label.
+        DataError: a record has no ``identifier`` or ``sentence``, or an unknown label.
     """
     for record in LineRecords(annotations):
         identifier = record.text("identifier")
@@ -152,11 +152,11 @@ def read_karpathy(annotations: Path, splits: Collection[str]) -> Iterator[RawExa
     """Yield the captions of ``dataset_flickr30k.json`` or ``dataset_coco.json``; an image has about five.
 
     Args:
-        annotations: the file; the form of its file names tells COCO from Flickr30k.
+        annotations: the file; its image names tell COCO from Flickr30k.
         splits: which of ``SPLITS`` to read.
 
     Raises:
-        DataError: a record lacks a field, or there is no image of these splits.
+        DataError: a record lacks a field, or no image is of these splits.
     """
     found = False
     for image in read_records(annotations, "images"):
@@ -184,14 +184,14 @@ def _feature_name(filename: str, where: str) -> str:
 
 
 def flickr_name(filename: str, where: str) -> str:
-    """Return the name of a Flickr30k photograph's feature file, ``flickr30k_000004705552913.npz`` and the like.
+    """Return the name of a Flickr30k image's feature file, like ``flickr30k_000004705552913.npz``.
 
     Args:
         filename: ``4705552913.jpg`` or ``4705552913``.
         where: where it was read, for the message.
 
     Raises:
-        DataError: it is named in another way.
+        DataError: the file name has another form.
     """
     match = _FLICKR.fullmatch(filename)
     if match is None:
@@ -205,10 +205,10 @@ _NO_AGREEMENT = "-"
 
 
 def read_snli_ve(annotations: Path) -> Iterator[RawExample]:
-    """Yield the hypotheses of ``snli_ve_<split>.jsonl``; those whose annotators did not agree ("-") are left out.
+    """Yield the hypotheses of ``snli_ve_<split>.jsonl`` without those whose annotators did not agree ("-").
 
     Raises:
-        DataError: a record lacks a field or has another label.
+        DataError: a record lacks a field or has an unknown label.
     """
     for record in LineRecords(annotations):
         label = record.text("gold_label")
@@ -231,7 +231,7 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".npz")
 def read_captions(annotations: Path) -> Iterator[RawExample]:
     """Yield captions from lines ``{"id": "1", "image": "coco_train2014_000000000009.jpg", "caption": "a dog"}``.
 
-    The feature file is ``image`` without its folder and with ``.npz`` in place of an image's suffix.
+    The feature file is named by ``feature_name``.
 
     Raises:
         DataError: a record lacks a field.
@@ -245,7 +245,7 @@ def read_captions(annotations: Path) -> Iterator[RawExample]:
 
 
 def feature_name(image: str) -> str:
-    """Return the name of an image's feature file: ``a/b.jpg`` gives ``b.npz``."""
+    """Return the name of an image's feature file: ``b.npz`` for ``a/b.jpg``."""
     name = PurePosixPath(image).name
     stem, dot, suffix = name.rpartition(".")
     return f"{stem if dot and '.' + suffix.lower() in _IMAGE_SUFFIXES else name}.npz"

@@ -1,4 +1,4 @@
-"""Answers of VQA v2: their normal form, the list of answers that are labels, and soft scores."""
+"""Answers of VQA v2: normalisation, the list of answers that are labels, and soft scores."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal
 from villa.convert.example import RawRecord
 from villa.errors import DataError
 
-#: How many of the ten annotators' answers make which score.
+#: The score of an answer given by a number of the ten annotators.
 #:
-#: ``soft``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 or more; it is the accuracy of VQA v2's evaluation, averaged over the ten
-#: ways to leave one annotator out, and what the released databases store. ``thirds``: min(count / 3, 1).
+#: ``soft``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 or more, which is VQA v2's accuracy averaged over the ten ways to leave one
+#: annotator out, and what the released databases store. ``thirds``: min(count / 3, 1).
 Scores = Literal["soft", "thirds"]
 
-#: An answer that occurs less often as a question's most frequent answer is not a label (3129 remain of train and val).
+#: Labels are the answers that are at least so often a question's most frequent one (3129 of train and val).
 MIN_OCCURRENCES = 9
 
 _SOFT = (0.0, 0.3, 0.6, 0.9, 1.0)
@@ -27,7 +27,7 @@ ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _THOUSANDS = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-#: Contractions that VQA v2's evaluation restores where an apostrophe was left out.
+#: Contractions to which VQA v2's evaluation restores a missing apostrophe.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
@@ -40,7 +40,7 @@ y'all'd've y'all'll you'd you'd've you'll you're you've
 
 
 def _restored() -> dict[str, str]:
-    """Every contraction by its spellings with one apostrophe less."""
+    """Map each contraction with one apostrophe missing to the contraction."""
     places = ((word, place) for word in _CONTRACTIONS.split() for place, letter in enumerate(word) if letter == "'")
     return {word[:place] + word[place + 1 :]: word for word, place in places}
 
@@ -50,10 +50,10 @@ _RESTORED = _restored()
 
 @lru_cache(1 << 16)
 def normalise_answer(answer: str) -> str:
-    """Bring an answer into the form in which VQA v2 compares answers.
+    """Normalise an answer by the rules of VQA v2's evaluation (Goyal et al., 2017).
 
-    Lower case; without punctuation (full stops and apostrophes within words stay), articles and commas; number words
-    up to ten as digits; contractions with their apostrophe. Rules of the evaluation of VQA v2 (Goyal et al., 2017).
+    Lower case; no punctuation (full stops and apostrophes within words stay), articles or commas; number words up to
+    ten as digits; contractions with their apostrophe.
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
     kept = text
@@ -65,14 +65,14 @@ def normalise_answer(answer: str) -> str:
 
 
 def build_answers(annotations: Iterable[RawRecord], min_occurrences: int = MIN_OCCURRENCES) -> dict[str, int]:
-    """Make an answer list from annotations: the answers that are often the most frequent one of a question.
+    """Build the answer list: the answers that are often the most frequent one of a question.
 
     Args:
-        annotations: records of annotation files (official: those of train and val together).
+        annotations: records of annotation files (officially those of train and val together).
         min_occurrences: how often an answer must be a question's ``multiple_choice_answer``.
 
     Returns:
-        Answer to label, by falling frequency, equal ones in alphabetical order.
+        Label of each answer, by descending frequency, ties in alphabetical order.
 
     Raises:
         DataError: no answer occurs so often.
@@ -91,9 +91,9 @@ def answer_target(annotation: RawRecord, labels: Mapping[str, int], scores: Scor
     """Return the soft target of a question.
 
     Args:
-        annotation: record with ``answers``, a list of ``{"answer": text}``; a single one (Visual Genome) counts fully.
+        annotation: record with ``answers``, a list of ``{"answer": text}``; a single one (Visual Genome) scores 1.
         labels: label of each answer of the answer list; other answers are left out.
-        scores: which scores counts make.
+        scores: kind of the scores.
 
     Returns:
         ``{"labels": [int], "scores": [float]}``; both may be empty.
@@ -110,7 +110,7 @@ def answer_target(annotation: RawRecord, labels: Mapping[str, int], scores: Scor
 
 
 def human_answers(annotation: RawRecord) -> list[str]:
-    """Return what the annotators answered, in normal form.
+    """Return the normalised answers of the annotators.
 
     Args:
         annotation: record with ``answers``, a list of ``{"answer": text}``.
@@ -122,7 +122,7 @@ def human_answers(annotation: RawRecord) -> list[str]:
 
 
 def human_scores(answers: Sequence[str], scores: Scores) -> dict[str, float]:
-    """Return the score of every answer that an annotator gave; a single one (Visual Genome) counts fully."""
+    """Return the score of every distinct answer; a single one (Visual Genome) scores 1."""
     counts = Counter(answers)
     if len(answers) == 1:
         counts[answers[0]] = len(_SOFT)

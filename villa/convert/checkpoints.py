@@ -1,4 +1,4 @@
-"""Writing weights as UNITER and VILLA released them, for their scripts and for others that read these files."""
+"""Convert checkpoints: to the released layouts of UNITER and VILLA, unsharded, and with LXMERT's answer head."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from villa.checkpoints.store import resolve
 from villa.checkpoints.weight_files import FOLDER_FILES, INDEX, SAFETENSORS, read_weights, write_weights
 from villa.checkpoints.weight_names import is_image_side, plain_names
 from villa.convert.answers import ARTICLES, NUMBER_WORDS
-from villa.errors import CheckpointError, DataError
+from villa.errors import CheckpointError, DataError, one_line
 from villa.files import local_path, read_json
-from villa.plugins import one_line
 
 Layout = Literal["uniter", "villa"]
 Format = Literal["pt", "safetensors"]
 
-#: Prefix of the transformer's parameters: what UNITER's scripts read, and what VILLA's scripts rename to it.
+#: Prefix of the transformer's parameters: UNITER's, and VILLA's, which VILLA's scripts rename to UNITER's.
 PREFIXES: dict[str, str] = {"uniter": "uniter.", "villa": "bert."}
 
-#: Modules of the transformer, which carry the prefix; heads carry none.
+#: Modules of the transformer, which have the prefix; heads have none.
 _BACKBONE = ("embeddings", "img_embeddings", "encoder", "pooler")
 
-#: Parameters that every UNITER and every BERT has.
-_WORDS, _LAYER = "embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"
+#: Parameters of every UNITER and every BERT.
+_EMBEDDING, _LAYER = "embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"
 
-#: What other models have at such places: layers for regions and across (LXMERT), an embedding of regions (VisualBERT).
+#: Parameters of other models: image and cross-modality layers (LXMERT), embeddings of regions (VisualBERT).
 _FOREIGN = re.compile(r"encoder\.(?!layer\.)|embeddings\.visual_")
 
 
@@ -48,19 +47,19 @@ def export_checkpoint(
     """Write the weights of a run, a checkpoint or a file in the released layout.
 
     Args:
-        source: a run's output folder (its best checkpoint is taken), a checkpoint's folder, or anything that
+        source: a run's output folder (its best checkpoint is used), a checkpoint's folder, or anything that
             ``read_weights`` reads.
         output: the file to write.
-        layout: names as in the files of UNITER or of VILLA.
-        file_format: ``pt`` for ``torch.save``, which their scripts read, or ``safetensors``; None goes by the name of
-            ``output``.
-        force: replace a file that is there.
+        layout: whose names to use.
+        file_format: ``pt`` for ``torch.save``, which their scripts read, or ``safetensors``; None decides by the name
+            of ``output``.
+        force: replace an existing file.
 
     Returns:
-        What was written, for people.
+        A description of what was written.
 
     Raises:
-        CheckpointError: the source cannot be used or holds no UNITER, or the output exists or cannot be written.
+        CheckpointError: the source cannot be used or is not a UNITER, or the output exists or cannot be written.
     """
     target = _checked_target(output, file_format, force)
     try:
@@ -78,21 +77,21 @@ def export_checkpoint(
 
 
 def released_layout(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Name parameters as the release does.
+    """Rename parameters to a released layout.
 
     Args:
-        weights: a UNITER's or a BERT's, with any of the prefixes that ``load_weights`` knows.
+        weights: weights of a UNITER or BERT, with one of ``PREFIXES`` or none.
         layout: ``uniter`` or ``villa``.
 
     Raises:
-        CheckpointError: they are of another kind of model.
+        CheckpointError: they belong to another kind of model.
     """
     plain = plain_names(weights)
     known = ("", *PREFIXES.values())
-    found = [prefix for prefix in known if {prefix + _WORDS, prefix + _LAYER} <= plain.keys()]
+    found = [prefix for prefix in known if {prefix + _EMBEDDING, prefix + _LAYER} <= plain.keys()]
     if len(found) != 1:
         raise CheckpointError(
-            f"these weights are not of one UNITER: exactly one of {', '.join(p + _WORDS for p in known)}, and the "
+            f"these weights are not of one UNITER: exactly one of {', '.join(p + _EMBEDDING for p in known)}, and the "
             "layers beside it, should be there; only models of the kind 'uniter' have a released layout"
         )
     foreign = next((name for name in plain if _FOREIGN.match(name.removeprefix(found[0]))), None)
@@ -126,10 +125,7 @@ def _checked_target(output: str | Path, file_format: Format | None, force: bool)
 
 
 def _weights_path(source: str | Path) -> Path:
-    """The verified checkpoint that a folder of ours stands for; everything else as it is."""
-    from villa.checkpoints.layout import MANIFEST
-    from villa.checkpoints.store import load, resolve
-
+    """Return the verified checkpoint of a run's or checkpoint's folder; return other paths unchanged."""
     path = local_path(str(source))
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     whole = {*FOLDER_FILES, *(name + INDEX for name in FOLDER_FILES)}
@@ -138,7 +134,7 @@ def _weights_path(source: str | Path) -> Path:
 
 
 def _single_precision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of their own, floating ones in fp32; those that shared memory share it again."""
+    """Copy tensors, floating-point ones to fp32; tied weights stay tied."""
     made: dict[Any, Tensor] = {}
     single: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -151,15 +147,15 @@ def _single_precision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def consolidate(source: Path, output: Path, *, force: bool = False) -> str:
-    """Write a checkpoint's whole weights and optimiser state, with everything else that is in it, into a folder.
+    """Write an unsharded copy of a checkpoint.
 
     Args:
-        source: a checkpoint, sharded or not, or a run's output folder (its best checkpoint is taken).
-        output: folder to write: a checkpoint itself.
-        force: replace a checkpoint that is there.
+        source: a checkpoint, sharded or not, or a run's output folder (its best checkpoint is used).
+        output: folder of the copy.
+        force: replace an existing checkpoint.
 
     Returns:
-        What was written, for people.
+        A description of what was written.
 
     Raises:
         CheckpointError: the source cannot be used, or the output exists or cannot be written.
@@ -178,13 +174,13 @@ def consolidate(source: Path, output: Path, *, force: bool = False) -> str:
 
 
 _HEAD = "answer_head."
-#: The parameters with a row for every answer.
+#: Parameters with a row for every answer.
 _ROWS = ("logit_fc.3.weight", "logit_fc.3.bias")
 _SPELLINGS = {word: str(number) for number, word in enumerate(NUMBER_WORDS) if number} | {"grey": "gray"}
 
 
 def pretraining_answer(answer: str) -> str:
-    """Spell an answer as in pre-training: lower case, no article, no full stop, digits up to 10, gray."""
+    """Normalise an answer as in LXMERT's pre-training: lower case, no article or full stop, digits up to 10, gray."""
     answer = answer.lower()
     if answer.endswith("."):
         answer = answer[:-1].strip()
@@ -195,7 +191,7 @@ def pretraining_answer(answer: str) -> str:
 
 
 def read_pretraining_answers(path: Path) -> list[str]:
-    """Read the answers of pre-training, in the order of their labels: the released ``all_ans.json``.
+    """Read LXMERT's pre-training answers in the order of their labels from the released ``all_ans.json``.
 
     Raises:
         DataError: the file is missing or not a list of ``{"ans": text}``.
@@ -211,21 +207,20 @@ def read_pretraining_answers(path: Path) -> list[str]:
 def with_answer_head(
     path: str | Path, pretrained: Sequence[str], answers: Sequence[str]
 ) -> tuple[dict[str, Tensor], int]:
-    """Give pre-trained weights a head for the answers of a task, as the released code starts VQA and GQA.
+    """Replace LXMERT's pre-trained answer head by one for a task's answers, as in the released code for VQA and GQA.
 
-    The row of an answer is that of the same answer in pre-training; an answer that pre-training did not have starts
-    with zeros.
+    An answer's row is that of the same answer in pre-training, or zero if pre-training did not have the answer.
 
     Args:
         path: pre-trained weights.
-        pretrained: answers of pre-training, in the order of the head's rows.
-        answers: answers of the task, in the order of its labels.
+        pretrained: pre-training answers in the order of the head's rows.
+        answers: the task's answers in the order of its labels.
 
     Returns:
-        The weights with ``logit_fc`` in place of ``answer_head``, and how many answers have a row of pre-training.
+        The weights with ``logit_fc`` instead of ``answer_head``, and how many answers have a pre-trained row.
 
     Raises:
-        CheckpointError: the file has no such head, or one over another number of answers.
+        CheckpointError: the file has no such head, or one with another number of answers.
     """
     weights = plain_names(read_weights(path))
     head = {name.removeprefix(_HEAD): weights.pop(name) for name in list(weights) if name.startswith(_HEAD)}

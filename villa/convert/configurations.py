@@ -1,4 +1,4 @@
-"""The JSON configurations of UNITER's and VILLA's released training scripts, as recipes."""
+"""Convert the JSON configurations of UNITER's and VILLA's released training scripts to recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from villa.json_values import is_number
 Options = Mapping[str, Any]
 Recipe = dict[str, Any]
 
-#: Task to data set, head, loss and metric.
+#: Data set, head, loss and metric of each task.
 TASKS = {
     "vqa": ("vqa", "classification", "binary_cross_entropy", "soft_accuracy"),
     "ve": ("snli_ve", "classification", "binary_cross_entropy", "soft_accuracy"),
@@ -24,17 +24,17 @@ TASKS = {
     "re": ("referring", "regions", "cross_entropy", "referring"),
     "pretrain": ("pretraining", "pretraining", "pretraining", "loss"),
 }
-#: Tasks whose scripts give the head a learning rate of its own (``lr_mul``).
+#: Tasks whose scripts multiply the head's learning rate (``lr_mul``).
 _HEAD_RATES = ("vqa", "vcr", "re")
 _NLVR2_HEADS = {"paired-attn": "nlvr2_paired_attn", "paired": "nlvr2_paired", "triplet": "nlvr2_triplet"}
-#: What the release calls an objective by the start of its task's name (the longer ones first), and what we do.
+#: Our objective for the start of a released task's name, longer ones first.
 _OBJECTIVES = {"mlm": "mlm", "mrfr": "mrfr", "mrckl": "mrc_kl", "mrc": "mrc", "itm": "itm"}
 _REGION_OBJECTIVES = ("mrfr", "mrc_kl", "mrc")
 _OPTIMIZERS = {"adamw": "bert_adamw", "adam": "adam", "adamax": "adamax"}
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Read a configuration of the release (``config/train-vqa-base-4gpu-adv.json``, or ``log/hps.json`` of a run).
+    """Read a released configuration (``config/train-vqa-base-4gpu-adv.json``, or ``log/hps.json`` of a run).
 
     Raises:
         DataError: it is missing or not JSON.
@@ -47,19 +47,19 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 1) -> Recipe:
-    """Translate a released configuration; its relative paths stay as they are, below ``dataset.root: .``.
+    """Convert a released configuration to a recipe; relative paths stay unchanged, below ``dataset.root: .``.
 
     Args:
         task: one of ``TASKS``.
         options: the script's options.
-        sizes: what ``model_config`` names: the sizes of the transformer.
-        gpus: processes of the released run; its batch is that of one process.
+        sizes: content of the file named by ``model_config``: the sizes of the transformer.
+        gpus: processes of the released run, whose batch size is per process.
 
     Returns:
         A nested recipe.
 
     Raises:
-        ConfigError: an option that the recipe needs is missing or of a form that the release does not have.
+        ConfigError: a required option is missing, or an option has an unknown form.
     """
     if task not in TASKS:
         raise ConfigError(f"task '{task}' is not one of the release (known: {', '.join(TASKS)})")
@@ -94,7 +94,7 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
         "evaluation": {"metrics": [metric], "monitor": metric, "every": given("valid_steps", None)},
     }
     if task == "pretrain":
-        _settle_pretraining(recipe, given)
+        _complete_pretraining(recipe, given)
     if task == "re" and given("train_loss", "cls") == "rank":
         recipe["loss"] = {
             "name": "region_ranking",
@@ -114,7 +114,7 @@ def released_recipe(task: str, options: Options, sizes: Options, *, gpus: int = 
 
 
 class _Given:
-    """Options that name the missing one."""
+    """Released options with checked access."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -128,14 +128,14 @@ class _Given:
         return value
 
     def count(self, name: str, *default: int) -> int:
-        """Return an option that is a number of things, at least one."""
+        """Return an option that is a positive integer."""
         value = self(name, *default)
         if type(value) is not int or value < 1:
             raise self.wrong(name, value, "it must be a whole number of at least 1")
         return value
 
     def number(self, name: str, *default: float) -> Any:
-        """Return an option that is computed with."""
+        """Return an option that is a number."""
         value = self(name, *default)
         if not is_number(value):
             raise self.wrong(name, value, "it must be a number")
@@ -156,7 +156,7 @@ class _Given:
         return float(value)
 
     def texts(self, name: str) -> list[str] | None:
-        """Return an option that is a text or a list of texts; None where it is not given."""
+        """Return an option that is a string or a list of strings as a list; None if it is not given."""
         value = self(name, None)
         value = [value] if isinstance(value, str) else value
         if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
@@ -164,7 +164,7 @@ class _Given:
         return value
 
     def wrong(self, name: str, value: object, needed: str) -> ConfigError:
-        """Return the error that an option has a value of another form."""
+        """Return the error for an invalid value of an option."""
         return ConfigError(f"the released configuration has {name}={value!r:.40}; {needed}")
 
 
@@ -196,7 +196,7 @@ def _data(task: str, given: _Given) -> Recipe:
             data[f"{split}_{name}"] = (given.texts(f"{split}_{kind}_db") or []) if listed is None else listed
     fixed = given("conf_th", 0.2) == -1
     data |= {"fixed_boxes": given("num_bb", 36)} if fixed and task != "re" else {}
-    # The detected boxes of referring expressions keep the usual database whatever conf_th says of the training ones.
+    # Detected boxes of referring expressions use the usual database, whatever conf_th is for the training ones.
     data |= {} if fixed else {"box_threshold": given("conf_th", 0.2)}
     data |= {"max_boxes": given("max_bb", 100), "min_boxes": given("min_bb", 10)}
     data["compressed"] = given("compressed_db", False)
@@ -208,8 +208,8 @@ def _data(task: str, given: _Given) -> Recipe:
     return data
 
 
-def _settle_pretraining(recipe: Recipe, given: _Given) -> None:
-    """Give a recipe of pre-training its corpora, objectives, metrics and shares."""
+def _complete_pretraining(recipe: Recipe, given: _Given) -> None:
+    """Add corpora, objectives, metrics and masking probabilities to a pre-training recipe."""
     corpora = {name: _Given(fields) for name, fields in _named(given, "train_datasets").items()}
     mixes = {name: _mix(corpus, given) for name, corpus in corpora.items()}
     first = next(iter(mixes.values()))
@@ -229,7 +229,7 @@ def _settle_pretraining(recipe: Recipe, given: _Given) -> None:
         if name not in lists:
             raise given.wrong("val_datasets", name, f"it must be one of train_datasets: {', '.join(lists)}")
         lists[name] |= _lists("val", _Given(fields))
-    if any(";" in path for listed in lists.values() for path in listed["train_images"]):  # ground truth; detections
+    if any(";" in path for listed in lists.values() for path in listed["train_images"]):  # "ground truth;detections"
         if len(lists) > 1:
             raise given.wrong("train_datasets", list(lists), "VCR is pre-trained on by itself")
         data |= {"name": "vcr_pretraining", **next(iter(lists.values()))}
@@ -243,7 +243,7 @@ def _settle_pretraining(recipe: Recipe, given: _Given) -> None:
 
 
 def _named(given: _Given, option: str) -> dict[str, Options]:
-    """Return a list of data sets by their names."""
+    """Return an option that is a list of data sets, by their names."""
     value = given(option)
     objects = isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
     names = [one.get("name") for one in value] if objects else []
@@ -258,7 +258,7 @@ def _lists(split: str, corpus: _Given) -> Recipe:
 
 
 def _mix(corpus: _Given, given: _Given) -> dict[str, float]:
-    """Return how often an update is of each objective."""
+    """Return the relative frequency of each objective."""
     tasks, ratios = corpus.texts("tasks") or [], corpus.numbers("mix_ratio", [])
     if not tasks or len(tasks) != len(ratios) or min(ratios) <= 0:
         raise corpus.wrong("mix_ratio", ratios, f"it must be a positive number for each of {len(tasks)} tasks")
@@ -273,7 +273,7 @@ def _mix(corpus: _Given, given: _Given) -> dict[str, float]:
 
 
 def _proportion(mix: Mapping[str, float], of: Mapping[str, float]) -> float | None:
-    """Return what ``of`` is multiplied by to get ``mix``, or None where it is no multiple."""
+    """Return the factor by which ``mix`` is a multiple of ``of``, or None if it is not a multiple."""
     factor = next(iter(mix.values())) / of[next(iter(mix))] if mix.keys() == of.keys() else 0.0
     return factor if factor and all(isclose(mix[name], factor * of[name]) for name in of) else None
 
@@ -315,10 +315,10 @@ def _batch(task: str, given: _Given, gpus: int) -> Recipe:
 
 
 def _as_mean(recipe: Recipe, summed: int) -> None:
-    """Take the mean over examples where the release sums the means of ``summed`` micro-batches.
+    """Use the mean over examples where the released code sums the means of ``summed`` micro-batches.
 
-    Clipping and the optimiser's epsilon are divided by their number, so that the updates are the same. In contrast to
-    the sum it does not depend on the number of processes: the release averages over its GPUs before it sums.
+    ``clip_norm`` and the optimiser's epsilon are divided by ``summed``, so that the updates are the same. Unlike the
+    sum, the mean does not depend on the number of processes: the released code averages over GPUs before it sums.
     """
     recipe["batch"]["accumulation"] = "mean"
     recipe["optimizer"]["eps"] = 1e-6 / summed

@@ -1,4 +1,4 @@
-"""The entries of one large JSON object, read without holding the file in memory."""
+"""Read the entries of one large JSON object without holding the file in memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from villa.files import regular_file
 from villa.json_values import RepeatedNameError, unique_names
 
 _CHUNK = 1 << 20
-#: Characters of the longest key or value; a damaged file could otherwise seem to hold an endless one.
+#: Most characters of a key or value, so that a damaged file is not read as one endless value.
 _LONGEST = 1 << 24
 _BLANK = " \t\n\r"
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a file that holds one JSON object.
+    """Yield the keys and values of a file with one JSON object.
 
     Raises:
-        DataError: the file is missing, or holds something else.
+        DataError: the file is missing, or contains something else.
     """
     try:
         regular_file(path)
@@ -34,7 +34,7 @@ def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 class _Scanner:
-    """Takes one token after another from a file, of which a few chunks are in memory."""
+    """Scans the tokens of a file, of which only a few chunks are in memory."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file, self._path = file, path
@@ -61,7 +61,7 @@ class _Scanner:
         return key, self._value()
 
     def _sign(self, allowed: str) -> str:
-        """Take one of these characters."""
+        """Consume and return one of the allowed characters."""
         found = self._peek()
         if not found or found not in allowed:
             raise self._error(f"'{found}' where '{allowed[0]}' should be" if found else "it ends too early")
@@ -69,7 +69,7 @@ class _Scanner:
         return found
 
     def _peek(self) -> str:
-        """Return the next character that is no blank; nothing at the end."""
+        """Return the next character that is not blank, or ``""`` at the end."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in _BLANK:
                 self._place += 1
@@ -79,7 +79,7 @@ class _Scanner:
                 return ""
 
     def _value(self) -> Any:
-        """Take a text or an object (other values could be cut in two by the end of a chunk)."""
+        """Consume a string or an object; other values could be cut in two by the end of a chunk."""
         if (found := self._peek()) not in ('"', "{"):
             raise self._error(f"'{found}' where a text or an object should be" if found else "it ends too early")
         while True:
@@ -96,7 +96,7 @@ class _Scanner:
                 return value
 
     def _more(self) -> bool:
-        """Drop what was taken and read on, at least as much as there is; False at the end."""
+        """Drop consumed text and read at least as much as is left; return False at the end."""
         self._text = self._text[self._place :]
         self._place = 0
         chunk = self._file.read(max(_CHUNK, len(self._text)))

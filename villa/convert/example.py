@@ -1,4 +1,4 @@
-"""What every reader of raw annotations yields, and the reading of their JSON files."""
+"""Raw examples, which all readers of annotations yield, and records of JSON files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from villa.files import read_json
 
 _WHAT, _ADVICE = "file", "mend the path or download it again"
 
-#: A text to tokenise: a part that is a string is split on white space into words; an integer is the number of a word
-#: that is not in the vocabulary (a person of VCR) and gets the id ``vocabulary size + number``.
+#: A text to tokenise: strings are split on white space into words; an integer is the number of a token outside the
+#: vocabulary (a person of VCR), with the id ``vocabulary size + number``.
 Words = tuple[str | int, ...]
 
 
@@ -24,9 +24,9 @@ class RawExample:
 
     Attributes:
         id: key of the example in the database.
-        texts: what is to be tokenised, by the field that gets the ids: one text, or a list of texts (choices).
-        images: name of the feature file, or several; None where the task has no ``txt2img.json``.
-        fields: goes into the database as it is.
+        texts: texts to tokenise, by the field that gets the ids: one text, or a list of texts (choices).
+        images: name of the feature file, or several; None if the task has no ``txt2img.json``.
+        fields: further fields, stored unchanged.
         where: where it was read (``questions.json: record 3``), for messages.
     """
 
@@ -50,10 +50,10 @@ class RawRecord:
     where: str
 
     def text(self, *names: str) -> str:
-        """Return the first of these fields that the record has, which must be a text.
+        """Return the first of these fields that is present, which must be text.
 
         Raises:
-            DataError: it is missing or no text.
+            DataError: it is missing or not text.
         """
         name, value = self._find(names)
         if not isinstance(value, str):
@@ -61,10 +61,10 @@ class RawRecord:
         return value
 
     def integer(self, *names: str) -> int:
-        """Return the first of these fields that the record has, which must be a whole number >= 0.
+        """Return the first of these fields that is present, which must be an integer >= 0.
 
         Raises:
-            DataError: it is missing or no such number.
+            DataError: it is missing or not such an integer.
         """
         name, value = self._find(names)
         if isinstance(value, str) and value.isdecimal():
@@ -77,7 +77,7 @@ class RawRecord:
         """Return a field that must be a list (of ``length`` items).
 
         Raises:
-            DataError: it is missing, no list, or has another length.
+            DataError: it is missing, not a list, or has another length.
         """
         value = self._find((name,))[1]
         if not isinstance(value, list) or (length is not None and len(value) != length):
@@ -112,7 +112,7 @@ def read_object(path: Path) -> RawRecord:
 
 
 def read_records(path: Path, key: str | None = None) -> list[RawRecord]:
-    """Read the objects of a list: the whole of a JSON file, or its entry ``key``.
+    """Read the objects of a list: the whole JSON file, or its entry ``key``.
 
     Raises:
         DataError: as for ``villa.files.read_json``, or there is no such list.
@@ -150,10 +150,10 @@ class LineRecords:
 
 
 def by_number(records: Iterable[RawRecord], field: str) -> dict[int, RawRecord]:
-    """Return records by a whole number that each must have for itself; a plain copy of a record may follow it.
+    """Return records by a unique integer field; exact copies of a record are allowed.
 
     Raises:
-        DataError: a record has none, or that of another.
+        DataError: a record lacks the field, or different records have the same number.
     """
     found: dict[int, RawRecord] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""From a folder of ``.npz`` files of region features to an image database."""
+"""Convert a folder of ``.npz`` files of region features to an image database."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OPTIONAL = "soft_labels"
 
 
 def read_features(path: Path, boxes: BoxSelection) -> Arrays:
-    """Read the arrays of a feature file, cut to the boxes that are kept, by falling confidence.
+    """Read the arrays of the selected boxes from a feature file, by descending confidence.
 
     Raises:
         DataError: it cannot be read or lacks an array.
@@ -39,7 +39,7 @@ def read_features(path: Path, boxes: BoxSelection) -> Arrays:
         arrays = {name: archive[name] for name in (*_NEEDED, _OPTIONAL) if name in archive}
     if arrays["conf"].ndim != 1:
         raise DataError(f"'{path}': conf has shape {list(arrays['conf'].shape)}; it must be [R]")
-    if len({len(array) if array.ndim else -1 for array in arrays.values()}) == 1:  # else the writer names the culprit
+    if len({len(array) if array.ndim else -1 for array in arrays.values()}) == 1:  # else the writer reports it
         try:
             rows = boxes.rows(arrays["conf"])
         except ValueError as error:
@@ -49,11 +49,11 @@ def read_features(path: Path, boxes: BoxSelection) -> Arrays:
 
 
 def read_named(folder: Path, boxes: BoxSelection, name: str) -> tuple[str, Arrays]:
-    """Return the name of a file of a folder with its arrays; see ``read_features``."""
+    """Return a file's name and arrays; see ``read_features``."""
     return name, read_features(folder / name, boxes)
 
 
-#: Files handed to a process at a time.
+#: Files per task of a worker process.
 _CHUNK = 4
 
 
@@ -67,7 +67,7 @@ def make_image_database(
     progress: Mode = "auto",
     allow_empty_boxes: bool = False,
 ) -> Outcome | None:
-    """Write an image database from feature files, or go on with an unfinished one.
+    """Write an image database from feature files, or continue an unfinished one.
 
     Args:
         source: folder of ``.npz`` files with ``features [R, D]``, ``norm_bb [R, 6]`` and ``conf [R]``, and, for
@@ -75,16 +75,16 @@ def make_image_database(
         output: folder of the database's environments (``coco_train2014``).
         boxes: which boxes to keep.
         workers: processes that read files besides the one that writes.
-        puts: images that a kill may cost, at most (less where they are large).
-        progress: how to show how far it is.
+        puts: most images that are lost when the process is killed (fewer if they are large).
+        progress: how to show progress.
         allow_empty_boxes: accept boxes without area.
 
     Returns:
         What was done, or None if the database of these files was finished before.
 
     Raises:
-        ConfigError: a negative number of workers.
-        DataError: a file cannot be used, or the database there is one of other files.
+        ConfigError: ``workers`` is negative.
+        DataError: a file cannot be used, or an existing database is of other files.
     """
     if workers < 0:
         raise ConfigError(f"{workers} workers are too few; give 0 to read in the process that writes, or more")
@@ -114,7 +114,7 @@ def _names(source: Path) -> list[str]:
 
 
 def _is_finished(output: Path, boxes: BoxSelection, names: Sequence[str]) -> bool:
-    """Say whether a finished database of these files is there."""
+    """Return whether a finished database of these files exists; refuse one of other files."""
     folder = output / boxes.folder()
     if not (folder / DATA_FILE).exists() or (folder / JOURNAL).exists():
         return False
@@ -138,7 +138,7 @@ def _add(writer: ImageDatabaseWriter, path: Path, arrays: Arrays) -> None:
 def _reading(
     source: Path, names: Sequence[str], boxes: BoxSelection, workers: int
 ) -> Iterator[Iterator[tuple[str, Arrays]]]:
-    """Read files in order, in processes of their own if wanted."""
+    """Yield an iterator over the files in order, read by worker processes if there are any."""
     read = partial(read_named, source, boxes)
     if not workers:
         yield map(read, names)

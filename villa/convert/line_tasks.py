@@ -1,4 +1,4 @@
-"""The tasks of ``tools/make_jsonl.py``: which options each takes, what it reads, and where its images are."""
+"""Convert annotations to JSON lines (``tools/make_jsonl.py``): options, records and image paths of each task."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers, human_
 from villa.convert.example import LineRecords, RawExample, RawRecord, read_records
 from villa.convert.tasks import Task, TextOptions, check_options
 from villa.datasets.base import answer_list
-from villa.errors import ConfigError, DataError
+from villa.errors import ConfigError, DataError, one_line
 from villa.files import atomic_write, replacing
-from villa.plugins import one_line
 from villa.progress import Mode, track
 
 
 @dataclass(frozen=True)
 class Line:
-    """What a line will say.
+    """A line to write.
 
     Attributes:
-        fields: of the record, without the images.
-        images: where each image may be below a folder of images, the likeliest place first.
+        fields: fields of the record without the images.
+        images: possible paths of each image below a folder of images, the likeliest first.
         where: where the example was read, for messages.
     """
 
@@ -45,7 +44,7 @@ class Line:
 
     @classmethod
     def of(cls, example: RawExample, images: Sequence[Sequence[str]], **answer: Any) -> Line:
-        """Make a line of an example, with one text, and its answer if there is one."""
+        """Make a line from an example with one text, and its answer if there is one."""
         (words,) = example.texts.values()
         return cls({"id": example.id, "question": " ".join(map(str, words)), **answer}, images, example.where)
 
@@ -55,9 +54,9 @@ class LineSource:
     """An opened file of annotations.
 
     Attributes:
-        lines: what to write.
-        total: how many there will be at most; None where that is not known.
-        answers: makes the list of answers that are labels; None where nothing answers the questions.
+        lines: the lines to write.
+        total: most lines that there can be; None if unknown.
+        answers: returns the answers that are labels; None if the questions have no answers.
     """
 
     lines: Iterable[Line]
@@ -67,7 +66,7 @@ class LineSource:
 
 @dataclass
 class Counts:
-    """Lines that were written, and those left out because an image of theirs is not there."""
+    """Numbers of lines written, and left out because an image is missing."""
 
     written: int = 0
     left_out: int = 0
@@ -76,15 +75,15 @@ class Counts:
 def write_lines(
     source: LineSource, output: Path, images: Path | None = None, *, skip_missing: bool = False, progress: Mode = "auto"
 ) -> Counts:
-    """Write a JSON-lines file; it is there whole or not at all.
+    """Write a JSON-lines file, atomically.
 
     Args:
-        source: what to write.
+        source: the lines.
         output: the file.
-        images: folder of the images. Lines then have paths from the folder of ``output`` to images that are there;
+        images: folder of the images. Lines then have paths, relative to the folder of ``output``, of existing images;
             without it, paths for ``dataset.image_root``, which are not checked.
-        skip_missing: leave out lines whose images are not there, instead of stopping at the first one.
-        progress: how to show how far it is.
+        skip_missing: leave out lines with missing images instead of stopping at the first one.
+        progress: how to show progress.
 
     Raises:
         DataError: an image is missing, two lines have the same id, nothing is left, or the file cannot be written.
@@ -110,7 +109,7 @@ def write_lines(
 def _records(
     source: LineSource, finder: _Finder, skip_missing: bool, counts: Counts, progress: Mode
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield what is to be written, each with its place in what was read."""
+    """Yield the records to write, each with the place where it was read."""
     seen: set[str] = set()
     for line in track(source.lines, "writing lines", source.total, mode=progress):
         if line.fields["id"] in seen:
@@ -134,8 +133,8 @@ class _Finder:
     """Finds images below a folder.
 
     Args:
-        folder: of the images; None takes the likeliest place unseen.
-        output: file whose folder the paths start from.
+        folder: folder of the images; None takes the likeliest path unchecked.
+        output: file to whose folder the paths are relative.
     """
 
     def __init__(self, folder: Path | None, output: Path) -> None:
@@ -148,7 +147,7 @@ class _Finder:
         """Return the path of an image, or None if it is at none of the places.
 
         Raises:
-            DataError: its name leads out of the folder.
+            DataError: a place is outside of the folder.
         """
         if any(place.startswith("/") or ".." in place.split("/") for place in places):
             raise DataError(f"{where}: '{places[-1]:.80}' is no name of an image; download the file again")
@@ -175,23 +174,23 @@ def make_lines(
     force: bool = False,
     progress: Mode = "auto",
 ) -> tuple[Counts, int | None]:
-    """Convert raw annotations into a JSON-lines file, and list the answers if asked to.
+    """Convert raw annotations into a JSON-lines file and, if asked to, a file of answers.
 
     Args:
         task: one of ``LINE_TASKS``.
         options: files and settings of the task.
         output: file to write.
         images: folder of the images; see ``write_lines``.
-        answers_file: file to write with the answers in the order of the labels; see ``answer_list``.
-        skip_missing: leave out lines whose images are not there.
-        force: replace files that are there.
-        progress: how to show how far it is.
+        answers_file: file to write the answers to, in the order of the labels; see ``answer_list``.
+        skip_missing: leave out lines with missing images.
+        force: replace existing files.
+        progress: how to show progress.
 
     Returns:
-        Numbers of lines, and of answers that were listed.
+        Numbers of lines, and the number of listed answers.
 
     Raises:
-        ConfigError: the options do not fit the task, or a file is there already.
+        ConfigError: the options do not fit the task, or a file exists already.
         DataError: a file cannot be used.
     """
     check_options(task, LINE_TASKS[task], options)
@@ -235,7 +234,7 @@ def _vqa(options: TextOptions) -> LineSource:
 
 def _vqa_line(example: RawExample, images: str, scores: Scores | None, answered: bool) -> Line:
     record = RawRecord(example.fields, example.where)
-    digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # of the image, as the question gives it
+    digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # the image's number
     name = f"{int(digits)}.jpg" if images == "vg" else f"COCO_{images}_{digits}.jpg"
     folders = ("VG_100K", "VG_100K_2") if images == "vg" else (images,)
     places = [name, *(f"{folder}/{name}" for folder in folders)]
@@ -251,7 +250,7 @@ def _gqa(options: TextOptions) -> LineSource:
     assert options.questions is not None
     questions = options.questions
     files = options.answers_from or (questions,)
-    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _some(gqa_answers(files), files))
+    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _required(gqa_answers(files), files))
 
 
 def _gqa_lines(questions: Path) -> Iterator[Line]:
@@ -261,7 +260,7 @@ def _gqa_lines(questions: Path) -> Iterator[Line]:
         yield Line.of(example, [[name, f"images/{name}"]], **answer)
 
 
-def _some(answers: list[str], files: tuple[Path, ...]) -> list[str]:
+def _required(answers: list[str], files: tuple[Path, ...]) -> list[str]:
     if not answers:
         raise DataError(f"'{files[0]}' gives no answer; list files with answers in --answers-from")
     return answers
@@ -276,7 +275,7 @@ def _nlvr2(options: TextOptions) -> LineSource:
 def _nlvr2_line(example: RawExample) -> Line:
     pair = example.id.rpartition("-")[0]
     split, directory = pair.partition("-")[0], example.fields.get("directory")
-    # Images of the training split lie in numbered folders, the others in one a split.
+    # Images of the training split are in numbered folders, the others in one folder per split.
     folder = f"{split}/{directory}" if directory is not None else split
     names = [f"{pair}-img{side}.png" for side in (0, 1)]
     inner = [] if directory is None else [f"{directory}/"]

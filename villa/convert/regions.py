@@ -1,9 +1,9 @@
-"""VCR: questions, four answers and four rationales, with tags that point at objects of the image.
+"""Readers of VCR (questions, four answers and four rationales, with tags of objects) and referring expressions.
 
-A tag is a list of indices into the record's ``objects``. A person becomes one word of its own, numbered by its index,
-which is why the word embedding grows by 81 rows; any other object becomes the name of its class. No names are made up
-for persons. This is our reading of how the released databases were made, for their script was not released with them:
-a later preprocessing script of the same authors does so, and an example of ``vcr_val.db`` that others published agrees.
+A tag of VCR is a list of indices into the record's ``objects``. A person becomes a token of its own, numbered by its
+index, which is why the word embedding grows by 81 rows; any other object becomes the name of its class. Persons get no
+made-up names. This is our reading of the released databases, whose script was not published: a later preprocessing
+script of the same authors does so, and a published example of ``vcr_val.db`` agrees.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from villa.errors import DataError, nearest
 from villa.facts import CHOICES
 
 SPLITS = ("train", "val", "test")
-#: Words of their own for persons; one beyond them is the plain word "person".
+#: Number of tokens for persons; a person beyond them becomes the word "person".
 PERSONS = 81
 
 
 def split_of(annotations: Path) -> str:
-    """Return the split that a file's name gives.
+    """Return the split named by a file.
 
     Raises:
-        DataError: it is not called ``train.jsonl``, ``val.jsonl`` or ``test.jsonl``.
+        DataError: the file is not ``train.jsonl``, ``val.jsonl`` or ``test.jsonl``.
     """
     if annotations.stem in SPLITS:
         return annotations.stem
@@ -39,10 +39,10 @@ def read_vcr(annotations: Path, split: str | None = None) -> Iterator[RawExample
 
     Args:
         annotations: the file.
-        split: part of the names of the feature files; by default the file's name.
+        split: split in the names of the feature files; by default that of the file's name.
 
     Raises:
-        DataError: a record lacks a field, or a tag points at no object.
+        DataError: a record lacks a field, or a tag refers to no object.
     """
     split = split or split_of(annotations)
     for record in LineRecords(annotations):
@@ -94,17 +94,17 @@ _IMAGE_FIELDS = ("id", "file_name", "height", "width")
 
 
 class ReferringFiles:
-    """The phrases of one split, and the JSON files that belong beside them.
+    """The referring expressions of one split, and the JSON files of their database.
 
     Args:
         refs: ``refs.json``, the contents of the released ``refs(<by>).p`` as JSON; the pickle itself is not read.
         instances: ``instances.json``.
         split: ``train``, ``val``, ``test``, ``testA`` or ``testB``.
         order: file with ``iid_to_ann_ids``, the annotations of each image in the order of its ground-truth features;
-            by default they are in the order of ``instances.json``.
+            the default is the order of ``instances.json``.
 
     Raises:
-        DataError: a file cannot be read, or there is nothing of this split.
+        DataError: a file cannot be read, or has no such split.
     """
 
     def __init__(self, refs: Path, instances: Path, split: str, order: Path | None = None) -> None:
@@ -122,10 +122,10 @@ class ReferringFiles:
         self._order = self._own_order() if order is None else _given_order(order)
 
     def __iter__(self) -> Iterator[RawExample]:
-        """Yield the phrases; ids are sentence ids.
+        """Yield the expressions; ids are sentence ids.
 
         Raises:
-            DataError: a phrase refers to an annotation that is not there.
+            DataError: an expression refers to a missing annotation.
         """
         for ref in self._refs:
             annotation = self._annotations.get(ref.integer("ann_id"))

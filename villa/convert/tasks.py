@@ -1,4 +1,4 @@
-"""The tasks of ``tools/make_text_db.py``: which options each takes, and what it reads."""
+"""Convert annotations to text databases (``tools/make_text_db.py``): options and readers of each task."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Opened = TypeVar("Opened")
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Options of all tasks; None is "not given".
+    """Options of all tasks; None if not given.
 
     Attributes:
         annotations: file of annotations (VQA: without it there are no targets).
         questions: VQA's questions.
         answers: VQA's answer list, ``{answer: label}``.
-        answers_from: build the answer list from these files of annotations instead.
+        answers_from: files of annotations to build the answer list from instead.
         min_occurrences: how often an answer of that list must occur.
-        scores: soft scores of VQA answers.
-        image_set: images of VQA's questions.
+        scores: kind of the soft scores of VQA answers.
+        image_set: image set of VQA's questions.
         split: split, or splits (retrieval), to read.
-        refs: RefCOCO's phrases.
+        refs: RefCOCO's referring expressions.
         instances: RefCOCO's objects.
         object_order: file with ``iid_to_ann_ids``, the order of ground-truth features.
     """
@@ -82,23 +82,23 @@ def make_text_database(
     missing_images: Path | None = None,
     progress: Mode = "auto",
 ) -> Outcome | None:
-    """Convert raw annotations into a text database, or go on with an unfinished one.
+    """Convert raw annotations into a text database, or continue an unfinished one.
 
     Args:
         task: one of ``TASKS``.
         options: files and settings of the task.
         tokenizer: vocabulary file, folder or name; see ``RawWordPieces``.
         output: folder of the database.
-        tokenizer_name: what the database calls the tokenizer.
-        missing_images: JSON list of feature files that do not exist; examples about them are left out.
-        progress: how to show how far it is.
+        tokenizer_name: name of the tokenizer in the database.
+        missing_images: JSON list of missing feature files, whose examples are left out.
+        progress: how to show progress.
 
     Returns:
         What was done, or None if the database was finished before.
 
     Raises:
         ConfigError: the options do not fit the task.
-        DataError: a file cannot be used, or the database was made or begun with other options.
+        DataError: a file cannot be used, or the existing database was made with other options.
     """
     check_options(task, TASKS[task], options)
     pieces = RawWordPieces(tokenizer, tokenizer_name)
@@ -184,12 +184,12 @@ TASKS = {
 
 
 def check_options(task: str, kind: Task[Any], options: TextOptions) -> None:
-    """Refuse options that a task does not take, and a missing one.
+    """Refuse missing options, and options that a task does not take.
 
     Args:
-        task: its name, for messages.
-        kind: what it takes.
-        options: what was given.
+        task: name of the task, for messages.
+        kind: the task.
+        options: the given options.
 
     Raises:
         ConfigError: naming the option.
@@ -211,7 +211,7 @@ def _flag(name: str) -> str:
 
 
 def _recorded(value: Any) -> Any:
-    """What ``meta.json`` keeps of an option: of a file its name and what is in it."""
+    """Return an option's value for ``meta.json``: name and checksum of a file."""
     if isinstance(value, Path):
         try:
             return {"file": value.name, "sha256": sha256(value)}

@@ -1,4 +1,4 @@
-"""From raw examples to a text database."""
+"""Tokenise raw examples into a text database."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from tokenizers import Tokenizer
 from villa.convert.example import RawExample, Words, read_object
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, vocabulary_size
 from villa.datasets.uniter.writers import JOURNAL, TextDatabaseWriter
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.files import atomic_write
-from villa.plugins import one_line
 from villa.progress import Mode, track
 from villa.vetting import OF_PROCESSORS, vetted_source
 
 _SPECIAL = {"UNK": "[UNK]", "CLS": "[CLS]", "SEP": "[SEP]", "MASK": "[MASK]"}
-#: Names of vocabularies by their size and the ids of [CLS] and "!".
+#: Names of known vocabularies by their size and the ids of [CLS] and "!".
 _KNOWN = {(28996, 101, 106): "bert-base-cased", (30522, 101, 999): "bert-base-uncased"}
 _CACHED_WORDS = 1 << 17
 
@@ -31,12 +30,12 @@ class RawWordPieces:
 
     Args:
         source: a ``vocab.txt``, a ``tokenizer.json`` or a folder with one of them (see ``load_tokenizer``), or a name
-            that transformers knows.
-        name: what databases call it (they are compared by it); by default that of the source.
+            on the hub.
+        name: name in databases, by which they are compared; by default the vocabulary's known name or the source's.
 
     Attributes:
         name: see above.
-        size: entries of the vocabulary.
+        size: size of the vocabulary.
 
     Raises:
         DataError: there is no such tokenizer, or it has no [UNK], [CLS], [SEP] or [MASK].
@@ -56,18 +55,18 @@ class RawWordPieces:
         self._word = lru_cache(_CACHED_WORDS)(self._encode_word)
 
     def encode(self, words: Words) -> list[int]:
-        """Return the ids of a text: those of each word after one another; a word without a piece is dropped."""
+        """Return the token ids of a text; words without tokens are dropped."""
         return [number for part in words for number in self._part(part)]
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into a database's folder, so that its ids keep their names."""
+        """Write the tokenizer into a database's folder, so that its ids keep their meaning."""
         atomic_write(folder / TOKENIZER_FILE, self._tokenizer.to_str())
 
     def meta(self) -> dict[str, Any]:
-        """Return what ``meta.json`` says about the tokenizer.
+        """Return the tokenizer's entries of ``meta.json``.
 
-        ``v_range`` is where random words come from when words are masked: from "!" on, as in the released databases,
-        or without it from the first entry after the special ones, up to the end of the vocabulary (exclusive).
+        ``v_range`` is the range of ids that random tokens are drawn from in masking: from "!" on, as in the released
+        databases, or without it from the first id after the special tokens, to the end of the vocabulary (exclusive).
         """
         names = dict.fromkeys(("tokenizer", "toker", "bert"), self.name)
         return {**self._special, "v_range": [self._first, self.size], **names}
@@ -93,7 +92,7 @@ def _load(source: str) -> Tokenizer:
 
 
 def _from_transformers(name: str) -> Tokenizer:
-    """Take a tokenizer from the cache of transformers, or let it be downloaded."""
+    """Load a tokenizer from the hub's cache, or download it."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -127,21 +126,21 @@ def _plain_name(source: str) -> str:
     return path.stem if path.suffix in (".txt", ".json") else path.name
 
 
-#: Word-piece ids of an example by field.
+#: Token ids of an example by field.
 Ids = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a text database is made of.
+    """The content of a text database.
 
     Attributes:
-        examples: read once, in the order of the data set.
-        total: how many there are, for the display, if that is known.
-        lengths: what ``id2len.json`` (or ``id2len_<kind>.json``) holds for an example's ids.
+        examples: the examples in the order of the data set, read once.
+        total: number of examples for the display, if known.
+        lengths: returns an example's entry of ``id2len.json`` (or entries of ``id2len_<kind>.json``) for its ids.
         files: contents of JSON files beside the database, by name without suffix.
-        texts_of_images: write ``img2txts.json`` too.
-        drop_empty: leave out texts without a word-piece.
+        texts_of_images: also write ``img2txts.json``.
+        drop_empty: leave out examples with a text without tokens.
     """
 
     examples: Iterable[RawExample]
@@ -154,12 +153,12 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         entries: examples or images in the database.
         present: how many of them were there before.
-        left_out: examples that were left out.
+        left_out: number of examples left out.
     """
 
     entries: int
@@ -168,10 +167,10 @@ class Outcome:
 
 
 def finished_text_database(path: Path, meta: Mapping[str, Any]) -> bool:
-    """Say whether there is a finished database with this ``meta.json``.
+    """Return whether there is a finished database with this ``meta.json``.
 
     Raises:
-        DataError: there is one that was made in another way.
+        DataError: there is one with another ``meta.json``.
     """
     if (path / JOURNAL).exists() or not (path / "meta.json").exists():
         return False
@@ -195,18 +194,18 @@ def write_text_database(
     missing: frozenset[str] = frozenset(),
     progress: Mode = "auto",
 ) -> Outcome:
-    """Tokenise examples into a text database, or go on with an unfinished one.
+    """Tokenise examples into a text database, or continue an unfinished one.
 
     Args:
-        path: its folder.
-        source: what to write.
+        path: folder of the database.
+        source: its content.
         pieces: the tokenizer.
         meta: contents of ``meta.json``.
-        missing: names of feature files that do not exist: examples about them are left out.
-        progress: how to show how far it is.
+        missing: names of missing feature files, whose examples are left out.
+        progress: how to show progress.
 
     Raises:
-        DataError: an example cannot be used, two have the same id, or the database was begun in another way.
+        DataError: an example cannot be used, two have the same id, or the database was begun with another ``meta``.
     """
     seen: set[str] = set()
     with TextDatabaseWriter(path, meta, texts_of_images=source.texts_of_images) as writer:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.files import write_json
-from villa.plugins import one_line
 
 SUFFIX = ".checksums"
 _ADVICE = f"copy it again, or make it again; if it was changed on purpose, remove the {SUFFIX} file"

@@ -17,9 +17,8 @@ from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers,
 from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
-from villa.errors import DataError, reading
+from villa.errors import DataError, one_line, reading
 from villa.files import lines_of, read_json, read_text
-from villa.plugins import one_line
 
 #: Special tokens of tokenizers that villa builds, in the order of their ids ([PAD] is 0).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from villa.errors import ConfigError
+from villa.errors import ConfigError, one_line
 from villa.models.base import Model
-from villa.plugins import one_line
 
 _Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 

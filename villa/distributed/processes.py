@@ -19,8 +19,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore, rendezvou
 
 from villa.distributed.environment import Place
 from villa.distributed.watch import End, Watch
-from villa.errors import ConfigError, ConnectionLostError, VillaError
-from villa.plugins import one_line
+from villa.errors import ConfigError, ConnectionLostError, VillaError, one_line
 from villa.signals import Interrupted
 
 #: Seconds that the process that keeps the others' common notes waits for them after an error.

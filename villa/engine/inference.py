@@ -14,12 +14,11 @@ from villa.engine.answers import submission_path, write_answers, write_submissio
 from villa.engine.report import about_split, protocol, score, show
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts, build
-from villa.errors import ConfigError, DataError, StorageError
+from villa.errors import ConfigError, DataError, StorageError, one_line
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path
 from villa.hub.opening import open_source
 from villa.hub.source import Source
-from villa.plugins import one_line
 
 
 def restore_parts(config: RunConfig) -> tuple[Parts, Source]:

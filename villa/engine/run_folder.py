@@ -14,9 +14,8 @@ from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.distributed.environment import Started
 from villa.distributed.processes import Processes
-from villa.errors import ConfigError, StorageError
+from villa.errors import ConfigError, StorageError, one_line
 from villa.files import is_at, locked, read_json, room_for, write_json
-from villa.plugins import one_line
 from villa.registry import LAUNCHERS
 
 _LOCK = ".lock"

@@ -26,13 +26,12 @@ from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.evaluator import Evaluator
 from villa.engine.passes import Precision
-from villa.errors import ConfigError, nearest
+from villa.errors import ConfigError, nearest, one_line
 from villa.facts import Written
 from villa.files import local_path
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
 from villa.models.matching import Matching
-from villa.plugins import one_line
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.rng import seed_pass
 from villa.trainers.base import Trainer

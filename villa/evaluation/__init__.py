@@ -1,1 +1,1 @@
-"""Metrics, prediction files, result tables and figures."""
+"""Metrics, prediction files, submissions, result tables and figures."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Points ``(update, value)`` by ``(kind, name)`` of the log's records.
+#: Points ``(update, value)`` by ``(kind, name)`` of log records.
 Curves = dict[tuple[str, str], list[tuple[int, float]]]
 
 _PER_PASS = re.compile(r"pass(?P<step>\d+)/(?:(?P<modality>\w+)_)?(?P<what>\w+)")
@@ -27,7 +27,7 @@ _SHADES = {"loss": "Purples", "kl": "Greens", "text": "Blues", "image": "Oranges
 
 @dataclass(frozen=True)
 class _Line:
-    """A curve and how it is drawn."""
+    """A curve and its style."""
 
     label: str
     points: list[tuple[int, float]]
@@ -74,15 +74,16 @@ def write_png(figure: Figure, output: Path) -> None:
 
 
 def curves_figure(log: Path, references: Mapping[str, float] | None = None, *, title: str | None = None) -> Figure:
-    """Draw the training curves of a run; what the log does not hold is left out.
+    """Draw the training curves of a run.
 
-    The panels are losses (total, clean, per pass, validation), validation scores with reference lines, learning
-    rate, size of the perturbations relative to the embeddings, and KL divergence to the clean prediction.
+    The panels, as far as the log has their values: losses (total, clean, per pass, validation), validation scores with
+    reference lines, learning rate, size of the perturbations relative to the embeddings, and KL divergence to the clean
+    prediction.
 
     Args:
         log: the run's ``log.jsonl``.
-        references: scores in [0, 1] by name, as ``TaskDataset.reference_scores`` gives them.
-        title: above the figure.
+        references: scores in [0, 1] by name, as returned by ``TaskDataset.reference_scores``.
+        title: title of the figure.
 
     Raises:
         DataError: the log is missing, damaged, or has nothing to draw.
@@ -149,7 +150,7 @@ def _divergences(curves: Curves) -> list[_Line]:
 
 
 def _per_pass(curves: Curves, what: str) -> Iterator[_Line]:
-    """Lines of ``pass<t>/<what>`` or ``pass<t>/<modality>_<what>``, later passes darker."""
+    """Yield lines of ``pass<t>/<what>`` or ``pass<t>/<modality>_<what>``, later passes darker."""
     from matplotlib import colormaps
 
     matches = [(match, points) for (_, name), points in curves.items() if (match := _PER_PASS.fullmatch(name))]
@@ -164,7 +165,7 @@ def _per_pass(curves: Curves, what: str) -> Iterator[_Line]:
 
 
 def _figure(panels: list[_Panel], title: str | None) -> Figure:
-    """Arrange the panels in two columns. No pyplot: nothing global is touched, and no window is needed."""
+    """Arrange the panels in two columns; without pyplot, which has global state and may need a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -204,7 +205,7 @@ def _draw(axes: Axes, panel: _Panel) -> None:
 
 
 def _draw_line(axes: Axes, line: _Line) -> None:
-    """Draw the finite values, say how many are not, and mark the points where there are few."""
+    """Draw the finite values, label how many are not finite, and mark the points if there are few."""
     finite = [(update, value) for update, value in line.points if math.isfinite(value)]
     left_out = len(line.points) - len(finite)
     label = f"{line.label}\n({left_out} not finite)" if left_out else line.label

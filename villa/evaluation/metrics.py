@@ -1,4 +1,4 @@
-"""Metrics over a whole split, kept as sums on the device so that no batch waits for the host."""
+"""Metrics over a whole split, accumulated on the device so that no batch waits for the host."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from villa.registry import register_metric
 
 
 class Metric(ABC):
-    """A number, or a few, that sum up a split. ``@register_metric(name)`` registers a subclass.
+    """One or a few values that summarise a split. ``@register_metric(name)`` registers a subclass.
 
     Attributes:
-        higher_is_better: the direction in which the metric improves.
+        higher_is_better: whether higher values are better.
     """
 
     higher_is_better: ClassVar[bool] = True
 
     @abstractmethod
     def update(self, output: ModelOutput, batch: Batch) -> None:
-        """Take in one batch.
+        """Accumulate one batch.
 
         Raises:
-            DataError: the targets are missing or of a form that this metric does not score.
+            DataError: the targets are missing or of a form that this metric cannot score.
         """
 
     @abstractmethod
@@ -39,20 +39,20 @@ class Metric(ABC):
         """Return the values in [0, 1] by name; the first is named like the metric.
 
         Raises:
-            DataError: nothing was taken in.
+            DataError: no examples were evaluated.
         """
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard everything accumulated."""
 
     @abstractmethod
     def state(self) -> Tensor:
-        """Return what was taken in as a float64 tensor."""
+        """Return the accumulated state as a float64 tensor."""
 
     @abstractmethod
     def load_states(self, states: Sequence[Tensor]) -> None:
-        """Go on from such tensors, those of several ranks together."""
+        """Replace the state by the combined states of several ranks."""
 
 
 class MeanScore(Metric):
@@ -67,7 +67,7 @@ class MeanScore(Metric):
         self.reset()
 
     def add(self, scores: Tensor) -> None:
-        """Take in the scores ``[B]`` of a batch."""
+        """Accumulate the scores ``[B]`` of a batch."""
         self._sum = self._sum + scores.sum(dtype=torch.float64)
         self._count += len(scores)
 
@@ -78,7 +78,7 @@ class MeanScore(Metric):
         return {self.name: self._sum.item() / self._count}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset sum and count."""
         self._sum = torch.zeros((), dtype=torch.float64)
         self._count = 0
 
@@ -87,7 +87,7 @@ class MeanScore(Metric):
         return torch.stack((self._sum, self._sum.new_tensor(self._count)))
 
     def load_states(self, states: Sequence[Tensor]) -> None:
-        """Go on from the sum of all."""
+        """Replace sum and count by their totals over ranks."""
         state = torch.stack(list(states)).sum(0)
         self._sum, self._count = state[0], round(state[1].item())
 
@@ -116,7 +116,7 @@ class Accuracy(TargetScore):
     name = "accuracy"
 
     def scores(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return 1 where the argmax is the target, else 0."""
+        """Return whether the argmax is the target."""
         if targets.is_floating_point() or targets.shape != logits.shape[:-1] or logits.dim() != 2:
             raise DataError(
                 f"metric 'accuracy' needs one class index per row of logits {list(logits.shape)}; "
@@ -145,16 +145,16 @@ class SoftAccuracy(TargetScore):
 
 
 def _describe(targets: Tensor) -> str:
-    """``int64 [8]``."""
+    """Return ``int64 [8]``."""
     return f"{str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}"
 
 
 @register_metric("exact_match")
 class ExactMatch(MeanScore):
-    """Share of examples whose answer the model writes word for word when it always takes the likeliest token.
+    """Share of examples whose target text greedy decoding generates exactly.
 
-    No text is generated for it: every token is the likeliest after the true ones before it exactly when greedy
-    decoding writes the answer, its end included. Logits are ``[N, vocabulary]``, targets ``[N]``.
+    Nothing is generated: greedy decoding generates the target, end included, exactly if every target token has the
+    highest logit given the target tokens before it. Logits are ``[N, vocabulary]``, targets ``[N]``.
     """
 
     name = "exact_match"
@@ -173,14 +173,14 @@ class ExactMatch(MeanScore):
         self.add(mistakes == 0)
 
 
-#: A chosen box is right when its intersection over union with the box meant is above this.
+#: A chosen box is correct if its intersection over union with the target box is above this.
 RIGHT_ABOVE = 0.5
 
 
 def box_iou(first: Box, second: Box) -> float:
-    """Intersection over union of two boxes x, y, w, h in pixels.
+    """Return the intersection over union of two boxes x, y, w, h in pixels.
 
-    As in the released code a box ends at x + w - 1, and both pixels count in the intersection's width.
+    As in the released code, an intersection counts only if it is wider and higher than one pixel.
     """
     width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
     height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
@@ -190,7 +190,7 @@ def box_iou(first: Box, second: Box) -> float:
 
 @register_metric("referring")
 class ReferringAccuracy(MeanScore):
-    """Share of expressions whose highest-scored region has an IoU above 0.5 with the box meant: logits ``[B, R]``."""
+    """Share of expressions whose highest-scored region has an IoU above 0.5 with the target box: logits ``[B, R]``."""
 
     name: ClassVar[str] = "referring"
 
@@ -205,9 +205,9 @@ class ReferringAccuracy(MeanScore):
 
 
 class ObjectiveAccuracy(MeanScore):
-    """Share of the rows of ``logits [N, classes]`` whose highest one is what was asked for.
+    """Share of the rows of logits ``[N, classes]`` whose argmax is the target.
 
-    ``villa.objectives`` says which objectives a metric scores; data without them have no such value.
+    ``villa.objectives`` names the metric of each objective; data without its objectives have no such value.
     """
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
@@ -219,34 +219,34 @@ class ObjectiveAccuracy(MeanScore):
         self.add(output.logits.detach().argmax(-1) == self.right(batch.targets))
 
     def right(self, targets: Tensor) -> Tensor:
-        """Return the right class ``[N]`` of every row."""
+        """Return the correct class ``[N]`` of every row."""
         return targets
 
     def compute(self) -> dict[str, float]:
-        """Return the share by name; nothing where no batch was for the objectives."""
+        """Return the share by name; nothing if no batch was for the objectives."""
         return super().compute() if self._count else {}
 
 
 @register_metric("mlm_accuracy")
 class MlmAccuracy(ObjectiveAccuracy):
-    """Share of the masked words that the model finds."""
+    """Share of masked tokens predicted correctly."""
 
     name = "mlm_accuracy"
 
 
 @register_metric("itm_accuracy")
 class ItmAccuracy(ObjectiveAccuracy):
-    """Share of the pairs of which the model knows whether text and image match."""
+    """Share of text-image pairs correctly classified as matching or not."""
 
     name = "itm_accuracy"
 
 
 @register_metric("mrc_accuracy")
 class MrcAccuracy(ObjectiveAccuracy):
-    """Share of the masked regions whose likeliest class is the detector's, column 0 (background) left out there."""
+    """Share of masked regions whose predicted class is the detector's likeliest, not counting column 0 (background)."""
 
     name = "mrc_accuracy"
 
     def right(self, targets: Tensor) -> Tensor:
-        """Return the detector's likeliest class, as the loss ``mrc`` takes it."""
+        """Return the detector's likeliest class, as in the loss ``mrc``."""
         return targets[:, 1:].argmax(-1) + 1 if targets.is_floating_point() else targets

@@ -18,13 +18,13 @@ _FORM = '{"id": text, "answer": text or whole number, "score": number}'
 
 
 class PredictionWriter:
-    """Writes predictions as they come; the file appears under its name when all are written.
+    """Writes predictions one batch at a time; the file gets its name when all are written.
 
-    Used as a context manager: leaving the block normally puts the file in place, an error inside it leaves an
-    older file as it was. Memory does not grow with the number of predictions.
+    Used as a context manager: leaving the block normally puts the file in place; an error in it leaves an older file
+    unchanged. Memory does not grow with the number of predictions.
 
     Args:
-        path: the file; missing folders are made.
+        path: the file; missing folders are created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,14 +37,14 @@ class PredictionWriter:
         return self
 
     def write(self, ids: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> None:
-        """Write one line an example.
+        """Write one line per example.
 
         Args:
-            ids: of the examples, as in ``Batch.ids``.
-            answers: what ``TaskDataset.decode`` returns for them: ``{"answer": ..., "score": ...}`` and more.
+            ids: ids of the examples, as in ``Batch.ids``.
+            answers: their predictions by ``TaskDataset.decode``: ``{"answer": ..., "score": ...}`` and more.
 
         Raises:
-            DataError: an answer is not of that form; a file that could not be read back is never written.
+            DataError: a prediction is not of that form, so that it could not be read back.
         """
         for id_, answer in zip(ids, answers, strict=True):
             record = {"id": id_, **answer}

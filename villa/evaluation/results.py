@@ -20,19 +20,19 @@ from villa.provenance import check_provenance
 from villa.streams import drawable, visible
 from villa.tracking import json_number
 
-#: More than any table needs: away from a terminal nothing is cut off.
+#: Wider than any table, so that nothing is cut off when not printing to a terminal.
 _PLAIN_WIDTH = 1000
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """What a result depends on, so that it can be had again. Nothing in it changes from day to day.
+    """What a result depends on, so that it can be reproduced. It is independent of time.
 
     Attributes:
         data: ``TaskDataset.fingerprint()``.
         update: optimiser steps of the evaluated checkpoint.
         seed: the run's seed.
-        provenance: software and its versions, as ``villa.provenance`` describes them.
+        provenance: software and its versions; see ``villa.provenance``.
         checkpoint: how the checkpoint was chosen (``best``, ``last``) or given.
     """
 
@@ -51,27 +51,27 @@ def write_metrics(path: Path, splits: Mapping[str, Mapping[str, float]], protoco
     Args:
         path: the file, by convention ``metrics.json`` in the run's folder.
         splits: values by name, by split.
-        protocol: what they depend on.
+        protocol: what the values depend on.
 
     Raises:
         ConfigError: a split is called ``protocol``.
         OSError: the file cannot be written; an older one is intact.
     """
     if "protocol" in splits:
-        raise ConfigError("a split is called 'protocol', which metrics.json keeps for itself; rename the split")
+        raise ConfigError("a split is called 'protocol', which metrics.json reserves; rename the split")
     results = {name: {k: json_number(v) for k, v in values.items()} for name, values in splits.items()}
     write_json(path, {**results, "protocol": asdict(protocol)})
 
 
 def read_metrics(path: Path, advice: str) -> dict[str, Any]:
-    """Read what ``write_metrics`` wrote, with the protocol, if it has one, under ``protocol``.
+    """Read a file of ``write_metrics``; the protocol, if there is one, is under ``protocol``.
 
     Args:
         path: the file.
-        advice: what to do when it is damaged.
+        advice: what to do if it is damaged, for the message.
 
     Raises:
-        DataError: it is missing or holds something else.
+        DataError: it is missing or damaged.
     """
     with reading(f"'{path}' does not hold the results of a run", advice):
         found = read_own(path)
@@ -91,8 +91,8 @@ class Result:
     Attributes:
         method: name of the run or method.
         metrics: values in [0, 1] by name, and ``loss``.
-        updates: optimiser steps done.
-        seconds: time that training took.
+        updates: optimiser steps completed.
+        seconds: training time.
         cost: passes relative to standard training.
     """
 
@@ -110,13 +110,13 @@ def result_table(
     metric: str = "accuracy",
     title: str | None = None,
 ) -> Table:
-    """Return a table of results, with the scores of trivial baselines below for comparison.
+    """Return a table of results, followed by the scores of trivial baselines for comparison.
 
     Args:
         results: one row each.
-        references: scores in [0, 1] by name, as ``TaskDataset.reference_scores`` gives them.
+        references: scores in [0, 1] by name, as returned by ``TaskDataset.reference_scores``.
         metric: the value to show, in percent; ``loss`` shows the loss alone, without references.
-        title: above the table, for instance the split.
+        title: title of the table, for instance the split.
 
     Raises:
         ConfigError: a result has no value called ``metric``.
@@ -143,7 +143,7 @@ def print_results(
     title: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print ``result_table``; away from a terminal as plain Markdown of the width that it needs.
+    """Print ``result_table``; if not to a terminal, as Markdown at full width.
 
     Args:
         results: as for ``result_table``.
@@ -164,7 +164,7 @@ def print_results(
 
 
 def _literal(text: str) -> Text:
-    """What users and their files have named: brackets in it are no markup, and control characters are shown."""
+    """Return a user's name without rich's markup and with control characters escaped."""
     return Text(visible(text))
 
 

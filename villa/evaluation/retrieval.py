@@ -18,12 +18,12 @@ from villa.registry import register_metric
 
 
 def recalls(scores: Tensor, right_images: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at K in both directions.
+    """Return recall at K in both directions.
 
     Args:
         scores: ``[texts, images]``.
         right_images: ``[texts]`` column of each text's own image; an image may have several texts.
-        cutoffs: the Ks.
+        cutoffs: the values of K.
 
     Returns:
         ``image_r1`` ...: share of texts whose image is among the K best images; ``text_r1`` ...: share of images
@@ -31,7 +31,7 @@ def recalls(scores: Tensor, right_images: Tensor, cutoffs: tuple[int, ...] = (1,
     """
     rows = torch.arange(len(scores), device=scores.device)
     own = scores[rows, right_images]
-    # Of equal scores the right one counts as the worse: a constant model finds nothing.
+    # Ties count against the right one: a constant model finds nothing.
     image_rank = (scores >= own.unsqueeze(1)).sum(1) - 1
     best = scores.new_full((scores.shape[1],), -torch.inf).scatter_reduce(0, right_images, own, "amax")
     above = scores >= best
@@ -46,9 +46,9 @@ def recalls(scores: Tensor, right_images: Tensor, cutoffs: tuple[int, ...] = (1,
 
 @register_metric("retrieval")
 class RetrievalRecall(Metric):
-    """``retrieval``, the mean of the six recalls that follow it: ``image_r1``, ..., ``text_r10``.
+    """``retrieval``, the mean of six recalls, and the recalls: ``image_r1``, ..., ``text_r10``.
 
-    Takes scores ``[B, I]`` of a text with some of the images, in any order, until the matrix is full.
+    Each batch has scores ``[B, I]`` of texts with some of the images; batches fill the matrix in any order.
     """
 
     name: ClassVar[str] = "retrieval"
@@ -60,7 +60,7 @@ class RetrievalRecall(Metric):
         self.reset()
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
-        """Put the batch's scores in their place."""
+        """Enter the batch's scores into the matrix."""
         if not batch.references or not isinstance(batch.references[0], RetrievalReference):
             raise DataError("metric 'retrieval' needs texts with candidate images; use the data set 'retrieval'")
         references: list[RetrievalReference] = batch.references
@@ -69,11 +69,11 @@ class RetrievalRecall(Metric):
             self._right = torch.full((references[0].shape[0],), -1)
         for reference, row in zip(references, output.logits.detach().float().cpu(), strict=True):
             first, count = reference.first_image, len(reference.image_names)
-            self._scores[reference.text, first : first + count] = row[:count]  # the rest fills up the batch
+            self._scores[reference.text, first : first + count] = row[:count]  # the rest is padding
             self._right[reference.text] = reference.right_image
 
     def compute(self) -> dict[str, float]:
-        """Return the mean of the recalls, and the recalls; over the texts that were scored."""
+        """Return the mean of the recalls, and the recalls, over the texts that were scored."""
         if self._scores is None:
             raise DataError("metric 'retrieval': no examples were evaluated; is the split empty?")
         seen = self._right >= 0
@@ -81,12 +81,12 @@ class RetrievalRecall(Metric):
         return {self.name: sum(values.values()) / len(values), **values}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard all scores."""
         self._scores = None
         self._right = torch.zeros(0, dtype=torch.long)
 
     def state(self) -> Tensor:
-        """Return a vector with 0 where nothing was scored here, so that those of several ranks add up."""
+        """Return a vector that is 0 where this rank scored nothing, so that the ranks' vectors add up."""
         if self._scores is None:
             raise DataError("metric 'retrieval': no examples were evaluated; is the split empty?")
         scored = self._scores > -torch.inf
@@ -94,9 +94,9 @@ class RetrievalRecall(Metric):
         return torch.cat([part.flatten().double() for part in parts])
 
     def load_states(self, states: Sequence[Tensor]) -> None:
-        """Go on from such vectors, of a matrix of the shape seen here."""
+        """Replace the scores by those of several ranks, for a matrix of the shape seen here."""
         state = torch.stack(list(states)).sum(0)
-        assert self._scores is not None, "nothing was scored, so the shape is not known"
+        assert self._scores is not None, "nothing was scored, so the shape is unknown"
         size, texts = self._scores.numel(), len(self._right)
         right, scored, scores = torch.split(state, [texts, size, size])
         self._right = right.round().long() - 1
@@ -104,7 +104,7 @@ class RetrievalRecall(Metric):
 
 
 RANKS = (1, 5, 10)
-#: Queries that are scored at once.
+#: Queries scored at once.
 _CHUNK = 1024
 
 
@@ -112,18 +112,18 @@ _CHUNK = 1024
 class PairRetrieval(Metric):
     """Recall at 1, 5 and 10 of texts for images and images for texts; ``pair_retrieval`` is the mean of the six.
 
-    An image that several examples share counts once, and all its texts are right; so with a text. Examples are told
-    apart by the ``image`` and ``text`` of their references; without these every example has its own.
+    An image shared by several examples counts once, and all its texts are right; likewise a shared text. Images and
+    texts are identified by ``image`` and ``text`` of the examples' references; without these all are distinct.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
-        """Keep the embeddings of a batch.
+        """Store the embeddings of a batch.
 
         Raises:
-            DataError: the model gives none.
+            DataError: the model returns none.
         """
         if output.embeddings is None:
             raise DataError(
@@ -137,7 +137,7 @@ class PairRetrieval(Metric):
             self._keys.append((_number(str(reference.get("image", own))), _number(str(reference.get("text", own)))))
 
     def compute(self) -> dict[str, float]:
-        """Return the mean recall, and the six."""
+        """Return the mean recall and the six recalls."""
         if not self._keys:
             raise DataError("metric 'pair_retrieval': no examples were evaluated; is the split empty?")
         images, texts, matches = self._distinct()
@@ -151,25 +151,25 @@ class PairRetrieval(Metric):
         return {"pair_retrieval": sum(values.values()) / len(values), **values}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard all embeddings."""
         self._images: list[Tensor] = []
         self._texts: list[Tensor] = []
         self._keys: list[tuple[int, int]] = []
 
     def state(self) -> Tensor:
-        """Return a row for every example: the keys of its image and text, and both embeddings."""
+        """Return a row per example: the keys of its image and text, and both embeddings."""
         keys = torch.tensor(self._keys, dtype=torch.float64).reshape(len(self._keys), 2)
         return torch.cat((keys, *(torch.cat(kept).double() for kept in (self._images, self._texts))), dim=1)
 
     def load_states(self, states: Sequence[Tensor]) -> None:
-        """Go on from the examples of several ranks."""
+        """Replace the examples by those of several ranks."""
         rows = torch.cat(list(states))
         width = (rows.shape[1] - 2) // 2
         self._keys = [(int(image), int(text)) for image, text in rows[:, :2].tolist()]
         self._images, self._texts = [rows[:, 2 : 2 + width].float()], [rows[:, 2 + width :].float()]
 
     def _distinct(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of the distinct images and texts, and which of them match (bool)."""
+        """Return the embeddings of the distinct images and texts, and which of them match (bool)."""
         keys = torch.tensor(self._keys)
         parts, places = [], []
         for column, kept in enumerate((self._images, self._texts)):
@@ -183,7 +183,7 @@ class PairRetrieval(Metric):
 
 
 def _ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
-    """Number of wrong candidates at least as near as the nearest right one, for each query."""
+    """Count, for each query, the wrong candidates that score at least as high as the best right one."""
     ranks = []
     for start in range(0, len(queries), _CHUNK):
         scores, good = queries[start : start + _CHUNK] @ candidates.T, right[start : start + _CHUNK]
@@ -193,5 +193,5 @@ def _ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
 
 
 def _number(key: str) -> int:
-    """The same number for the same key in every process, exact in float64."""
+    """Hash a key to an integer that is the same in every process and exact in float64."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")

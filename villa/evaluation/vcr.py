@@ -19,9 +19,9 @@ from villa.registry import register_metric
 class VcrAccuracy(Metric):
     """Q -> AR (``vcr``: both right), Q -> A (``vcr_answer``) and QA -> R (``vcr_rationale``).
 
-    Reads logits ``[B * S, 2]``, column 1 of which is a choice's score. S is 8 (answers, then rationales given the right
-    answer) or 20 (answers, then rationales given each answer). The rationale is judged given the right answer in
-    both, as the leaderboard does.
+    Expects logits ``[B * S, 2]`` with a choice's score in column 1. S is 8 (answers, then rationales given the right
+    answer) or 20 (answers, then rationales given each answer). Rationales are always judged given the right answer, as
+    on the leaderboard.
     """
 
     _sums: Tensor
@@ -52,7 +52,7 @@ class VcrAccuracy(Metric):
         return {name: total / self._count for name, total in zip(names, self._sums.tolist(), strict=True)}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset sums and count."""
         self._sums = torch.zeros(3, dtype=torch.float64)
         self._count = 0
 
@@ -61,7 +61,7 @@ class VcrAccuracy(Metric):
         return torch.cat((self._sums, self._sums.new_tensor([self._count])))
 
     def load_states(self, states: Sequence[Tensor]) -> None:
-        """Go on from the sum of such vectors."""
+        """Replace sums and count by their totals over ranks."""
         state = torch.stack(list(states)).sum(0)
         self._sums, self._count = state[:3], round(state[3].item())
 
@@ -71,7 +71,7 @@ def given_answer(scores: Tensor, answers: Tensor) -> Tensor:
 
     Args:
         scores: ``[B, 8]`` or ``[B, 20]``.
-        answers: ``[B]``; with 8 scores the rationales are those of the right answer, whatever this says.
+        answers: ``[B]``; ignored for 8 scores, whose rationales are those of the right answer.
 
     Returns:
         ``[B, 4]``.

@@ -1,1 +1,1 @@
-"""Trained models as folders in the conventions of the hub of models: written, read, and those of transformers read."""
+"""Trained models: open runs, checkpoints, saved folders and folders of transformers, and check them."""

@@ -1,7 +1,7 @@
-"""The folder that a trained model is saved in: what lies where, and how it is read.
+"""The folder that a trained model is saved in.
 
-At the top it is as transformers and its hub want it: weights, ``config.json``, tokenizer or processor, model card. The
-folder ``villa`` has what villa needs besides: the recipe, vocabulary and labels, results, and a manifest with the size
+At the top it follows transformers and its hub: weights, ``config.json``, tokenizer or processor, model card. Its
+subfolder ``villa`` has what only villa needs: the recipe, vocabulary and labels, results, and a manifest with the size
 and SHA-256 of every file.
 """
 
@@ -33,9 +33,9 @@ ITSELF = "."
 
 
 def open_saved(path: Path) -> SavedFolder:
-    """Return the model that villa has saved in a folder, after verifying what it needs of it.
+    """Return the model that villa has saved in a folder, after verifying the files that it needs.
 
-    Model card, tokenizer and labels at the top are for others, and may be changed.
+    Model card, tokenizer and labels at the top are for other programs and may be changed.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -54,10 +54,10 @@ def open_saved(path: Path) -> SavedFolder:
 
 
 class SavedFolder(Source):
-    """A folder that ``save_pretrained`` wrote, intact."""
+    """A verified folder of ``save_pretrained``."""
 
     def recipe(self) -> list[Layer]:
-        """Read the recipe inside; the architecture of a model of transformers is that of the folder."""
+        """Read the saved recipe; the architecture of a transformers model is the folder itself."""
         layers = [read_stored(self.path / OWN / CONFIG)]
         key = "model.architecture"
         if any(layer[key].data == ITSELF for layer in layers if key in layer):
@@ -66,11 +66,11 @@ class SavedFolder(Source):
 
     @contextmanager
     def assets(self) -> Iterator[Path]:
-        """Give the folder inside."""
+        """Yield the subfolder with vocabulary and labels."""
         yield self.path / OWN / ASSETS
 
     def load_into(self, model: Model) -> None:
-        """Load the weights; see the base class."""
+        """Load the weights of the folder."""
         read_into(model, self.path)
 
     def metrics(self) -> dict[str, Any] | None:
@@ -79,7 +79,7 @@ class SavedFolder(Source):
         return read_metrics(file, _ADVICE) if file.is_file() else None
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the run noted."""
+        """Return the provenance recorded by the run."""
         file = self.path / OWN / PROVENANCE
         if not file.is_file():
             return {}

@@ -1,4 +1,4 @@
-"""Models that transformers has saved, without a recipe: one is made from their configuration."""
+"""Models saved by transformers, which have no recipe: one is derived from their configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from villa.hub.source import Source, place_name
 from villa.hub.weights import read_into
 from villa.models.base import Model
 
-#: What data are asked for, what is learned, and what is measured, by the target of the data.
+#: Kind of the data's answers, loss and metric for each ``dataset.target``.
 _TARGETS: dict[str, tuple[Kind, str, str]] = {
     "class": ("label", "cross_entropy", "accuracy"),
     "soft": ("label", "binary_cross_entropy", "soft_accuracy"),
@@ -33,23 +33,23 @@ _TARGETS: dict[str, tuple[Kind, str, str]] = {
 _TEXT_CLASSIFIER = "ForSequenceClassification"
 _QUESTION_ANSWERER = "ForQuestionAnswering"
 _CLASSIFIERS = (_TEXT_CLASSIFIER, _QUESTION_ANSWERER, "ForImagesAndTextClassification")
-#: Longest texts where neither tokenizer nor model says.
+#: Longest text in tokens.
 _LENGTH = 512
-#: Architectures whose positions start behind the id of padding.
+#: Architectures whose position ids start after the padding id.
 _SHIFTED = ("roberta", "camembert", "mpnet", "longformer", "xmod", "data2vec-text", "ibert")
 
 
 @dataclass(frozen=True)
 class TransformersSource(Source):
-    """A folder as ``save_pretrained`` of transformers writes it, of model and tokenizer or processor."""
+    """A folder with model and tokenizer or processor, as written by ``save_pretrained`` of transformers."""
 
     def recipe(self) -> list[Layer]:
-        """Return a recipe for free records: ``jsonl``, read by the folder's own processor.
+        """Return a recipe with the data set ``jsonl`` and the folder's own processor.
 
         Raises:
-            CheckpointError: villa cannot tell what the model predicts, or has no data that it could read.
+            CheckpointError: villa cannot tell what the model predicts, or has no data set for it.
         """
-        with self._understood():
+        with self._one_line_errors():
             return self._recipe()
 
     def _recipe(self) -> list[Layer]:
@@ -57,11 +57,11 @@ class TransformersSource(Source):
         place = str(self.path)
         options: dict[str, Any] = {
             "name": place_name(self.path),
-            "model.name": "huggingface" if self._sees else "text_classifier",
+            "model.name": "huggingface" if self._reads_images else "text_classifier",
             "model.architecture": place,
             "dataset.name": "jsonl",
             "dataset.processor": place,
-            "dataset.regions": "pixels" if self._sees else "none",
+            "dataset.regions": "pixels" if self._reads_images else "none",
             "dataset.target": self._target,
             "dataset.max_text_length": self._length(),
             "loss.name": loss,
@@ -69,31 +69,31 @@ class TransformersSource(Source):
             "evaluation.monitor": metric,
         }
         if "siglip" in self._config.model_type:
-            options["dataset.padding"] = "max_length"  # as it was trained
+            options["dataset.padding"] = "max_length"  # as in its training
         origin = Origin(place)
         return [{k: Value(v, origin, v if isinstance(v, str) else None) for k, v in options.items()}]
 
     @contextmanager
     def assets(self) -> Iterator[Path]:
-        """Give a temporary folder, made of the processor and the names of the labels."""
+        """Yield a temporary folder with the processor and the labels."""
         with tempfile.TemporaryDirectory() as name:
-            with self._understood():
+            with self._one_line_errors():
                 self._save_assets(Path(name))
             yield Path(name)
 
     def _save_assets(self, folder: Path) -> None:
         kind, soft = _TARGETS[self._target][0], self._target == "soft"
-        regions: Any = "pixels" if self._sees else "none"
+        regions: Any = "pixels" if self._reads_images else "none"
         made = Assets(None, self._labels(kind), soft=soft, regions=regions, kind=kind, processor=self._processor)
         made.save(folder)
         self._config.save_pretrained(folder / MODEL_ASSETS)
 
-    def _understood(self) -> AbstractContextManager[None]:
-        """Context that turns what values of any type cause, as the library leaves them in its objects, into a line."""
+    def _one_line_errors(self) -> AbstractContextManager[None]:
+        """Return a context that turns errors caused by values of unexpected types into one line."""
         return reading(f"the files of '{self.path}' cannot be used", "save the model there again", CheckpointError)
 
     def load_into(self, model: Model) -> None:
-        """Load the weights; see the base class."""
+        """Load the weights of the folder."""
         read_into(model, self.path)
 
     @cached_property
@@ -109,7 +109,7 @@ class TransformersSource(Source):
     def _processor(self) -> Any:
         processor = load_processor(self.path, local=True)
         tokenizer = getattr(processor, "tokenizer", processor)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes this up if there are no files
             raise CheckpointError(f"'{self.path}' holds no tokenizer: save it there, by its own save_pretrained")
         rows = getattr(getattr(self._config, "text_config", self._config), "vocab_size", None)
         largest = max(tokenizer.get_vocab().values())
@@ -121,23 +121,23 @@ class TransformersSource(Source):
         return processor
 
     @cached_property
-    def _sees(self) -> bool:
+    def _reads_images(self) -> bool:
         """Whether the model reads images."""
         return hasattr(self._processor, "image_processor")
 
     @cached_property
     def _target(self) -> str:
-        """What the model is asked for, as a target of the data.
+        """The ``dataset.target`` that fits the model.
 
         Raises:
-            CheckpointError: villa cannot tell, or has no data that the model could read.
+            CheckpointError: villa cannot tell, or has no data set for the model.
         """
         task, problem = self._task, getattr(self._config, "problem_type", None)
         if task != "classification":
             return "pair" if task == "contrastive" else "text"
         if problem == "regression" or self._config.num_labels < 2:
             raise CheckpointError(f"'{self.path}' predicts a number, and no labels; villa has no data for that")
-        # Answers to questions about images have scores of their own, as transformers reads them too.
+        # Transformers' VQA models score each answer independently.
         scores = problem == "multi_label_classification" or self._class.endswith(_QUESTION_ANSWERER)
         return "soft" if scores else "class"
 
@@ -152,7 +152,7 @@ class TransformersSource(Source):
                 f"'{self.path}' is a {self._class}, which has no trained head to predict with: train one, with "
                 f"model.checkpoint={self.path} in a recipe"
             )
-        if not self._sees and not self._class.endswith(_TEXT_CLASSIFIER):
+        if not self._reads_images and not self._class.endswith(_TEXT_CLASSIFIER):
             raise CheckpointError(
                 f"'{self.path}' is a {self._class}, but has no image processor: give model.checkpoint={self.path} to a "
                 "recipe with data that it reads"
@@ -181,7 +181,7 @@ class TransformersSource(Source):
         return labels
 
     def _length(self) -> int:
-        """The longest text that model and tokenizer take."""
+        """Return the longest text in tokens that model and tokenizer support."""
         text = getattr(self._config, "text_config", self._config)
         positions = getattr(text, "max_position_embeddings", None) or _LENGTH
         if any(name in self._config.model_type for name in _SHIFTED):

@@ -1,4 +1,4 @@
-"""Saying whether a trained model on the disk is intact: a run, a checkpoint, a saved folder, a file of weights."""
+"""Check whether a trained model on the disk is intact: a run, a checkpoint, a saved folder, a file of weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from villa.errors import CheckpointError, VillaError
 from villa.evaluation.results import read_metrics
 from villa.hub.folder import open_saved
 
-#: Files of weights by how they are called.
+#: Suffixes of files of weights.
 _WEIGHTS = (SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")
 
 
 def is_model(path: Path) -> bool:
-    """Say whether there is, or was, a trained model at a path."""
+    """Return whether there is a trained model, intact or not, at a path."""
     if path.is_dir():
         folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
         known = is_saved(path) or is_transformers_folder(path) or (path / MANIFEST).exists()
@@ -30,10 +30,10 @@ def is_model(path: Path) -> bool:
 
 
 def check_model(path: Path) -> Iterator[str]:
-    """Yield a line about each part of a model, as it is checked: checksums where there are any, then what is read.
+    """Check each part of a model, first its checksums if there are any, then its contents; yield a line for each.
 
     Raises:
-        VillaError: after all lines: something is damaged.
+        VillaError: something is damaged; of a run, all checkpoints are checked first.
     """
     if not path.is_dir():
         yield f"{path}: {_weights(path, read_weights(path))}; it has no checksums to compare"
@@ -61,7 +61,7 @@ def _check_run(path: Path) -> Iterator[str]:
     for update in updates:
         try:
             line = _check_checkpoint(store.path(update))
-            store.load(update, verified=True)  # a copy of another one
+            store.load(update, verified=True)  # refuses a copy of another update's
         except VillaError as error:
             damaged.append(update)
             line = f"{store.path(update)}: damaged: {error}"
@@ -101,7 +101,7 @@ def _check_foreign(path: Path) -> Iterator[str]:
 
 
 def _weights(path: Path, weights: Mapping[str, Tensor]) -> str:
-    """Say how much it is; NaN and infinities are damage, for no model works with them."""
+    """Describe the size of weights; raise CheckpointError if they have NaN or infinite values."""
     refuse_not_finite(path, weights.items())
     numbers = sum(value.numel() for value in {value.data_ptr(): value for value in weights.values()}.values())
     return f"{len(weights)} tensors of {numbers:,} numbers"

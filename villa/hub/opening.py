@@ -1,4 +1,4 @@
-"""From a path, or a name on the hub of models, to the trained model that is there."""
+"""Open a trained model by its path or its name on the model hub."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from villa.checkpoints.files import load
 from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, is_saved
 from villa.checkpoints.store import resolve
 from villa.checkpoints.transformers_folder import is_transformers_folder
-from villa.errors import CheckpointError
+from villa.errors import CheckpointError, one_line
 from villa.files import local_path
 from villa.hub.folder import open_saved
 from villa.hub.foreign import TransformersSource
 from villa.hub.source import CheckpointSource, Source
-from villa.plugins import one_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-#: What is fetched from the hub; pickled weights only where there are no others.
+#: Files to download from the hub; pickled weights only if there are no others.
 _FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.yaml", "villa/*"]
 _PICKLED = "pytorch_model*.bin"
 
 
 def open_source(place: str) -> Source:
-    """Return the trained model at a place.
+    """Return the trained model at a path or on the hub.
 
     Args:
-        place: a run's output folder (its best checkpoint is taken), a checkpoint's folder, a folder that
-            ``save_pretrained`` of villa or of transformers wrote, or the name of one on the hub (``owner/name``).
+        place: a run's output folder (its best checkpoint is used), a checkpoint's folder, a folder written by
+            ``save_pretrained`` of villa or transformers, or the name of one on the hub (``owner/name``).
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -45,10 +44,10 @@ def open_source(place: str) -> Source:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of a model on the hub, downloaded once by huggingface_hub into its own cache.
+    """Return the folder of a model on the hub, downloaded once into huggingface_hub's cache.
 
     Raises:
-        CheckpointError: there is no such folder here, and nothing of that name on the hub, or no way to it.
+        CheckpointError: it is neither a local folder nor on the hub, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -56,7 +55,7 @@ def fetch(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=_FILES))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_FILES, _PICKLED]))
-    except Exception as error:  # the hub's many, the network's, the disk's
+    except Exception as error:  # of the hub's client, the network or the disk
         raise CheckpointError(
             f"'{name}' does not exist here and cannot be fetched from the hub: {one_line(error)}; give a folder"
         ) from error
@@ -64,7 +63,7 @@ def fetch(name: str) -> Path:
 
 
 def _may_be_hub_name(place: str) -> bool:
-    """Whether a place is no path: there is nothing, not even the folder that it would be in."""
+    """Return whether a place may be a name on the hub: neither it nor its parent folder exists."""
     if not _HUB_NAME.fullmatch(place) or place.startswith(("./", "../")):
         return False
     return not Path(place).exists() and not Path(place).parent.exists()

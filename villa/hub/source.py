@@ -1,4 +1,4 @@
-"""Places that a trained model is restored from: checkpoints of runs, saved folders, folders of transformers."""
+"""Sources of trained models: the common interface, and checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Source(ABC):
 
     Attributes:
         path: its folder.
-        update: updates that it was trained for.
+        update: number of updates that it was trained for.
     """
 
     path: Path
@@ -34,35 +34,35 @@ class Source(ABC):
 
     @abstractmethod
     def recipe(self) -> list[Layer]:
-        """Return the layers of the recipe that it was trained with."""
+        """Return the layers of the recipe that the model was trained with."""
 
     @abstractmethod
     def assets(self) -> Any:
-        """Return a context manager that gives the folder with vocabulary and labels, which may be gone afterwards."""
+        """Return a context manager that yields the folder with vocabulary and labels, perhaps a temporary one."""
 
     @abstractmethod
     def load_into(self, model: Model) -> None:
-        """Load the weights into a model that was built by the recipe.
+        """Load the weights into a model built from the recipe.
 
         Raises:
-            CheckpointError: they cannot be read, or are those of another model.
+            CheckpointError: they cannot be read, or belong to another model.
         """
 
     def results(self, run_type: str) -> Path:
-        """Return an unused folder for what a run of ``run_type`` writes; the source's own may be shared or a cache."""
+        """Return an unused folder for the results of ``run_type``; the source's own may be shared or a cache."""
         return unused(Path("outputs") / f"{place_name(self.path)}-{run_type}")
 
     def metrics(self) -> dict[str, Any] | None:
-        """Return the content of the ``metrics.json`` that is about these weights, if there is one."""
+        """Return the content of the ``metrics.json`` of these weights, if there is one."""
         return None
 
     def provenance(self) -> dict[str, Any]:
-        """Return what made the weights: software, fingerprint of the data (``data``) and ``seed``, as far as known."""
+        """Return what produced the weights, as far as known: software, fingerprint of the ``data``, and ``seed``."""
         return {}
 
 
 def unused(folder: Path) -> Path:
-    """Return ``folder``, or the first of ``folder-2``, ``folder-3``, ... that does not hold anything yet."""
+    """Return ``folder``, or the first of ``folder-2``, ``folder-3``, ..., that does not exist yet."""
     candidate, number = folder, 1
     while candidate.exists():
         number += 1
@@ -71,13 +71,13 @@ def unused(folder: Path) -> Path:
 
 
 def place_name(path: Path) -> str:
-    """Name of a model by its folder, which in the cache of the hub is called after a revision."""
+    """Return the name of a model's folder; in the hub's cache, where that is a revision, the model's name."""
     path = path.resolve() if path.name in ("", "..") else path
     return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
 class CheckpointSource(Source):
-    """A checkpoint of a run, intact."""
+    """A verified checkpoint of a run."""
 
     def recipe(self) -> list[Layer]:
         """Read the recipe that was saved with the checkpoint."""
@@ -85,11 +85,11 @@ class CheckpointSource(Source):
 
     @contextmanager
     def assets(self) -> Iterator[Path]:
-        """Give the folder inside the checkpoint."""
+        """Yield the checkpoint's folder of assets."""
         yield self._checkpoint.assets
 
     def load_into(self, model: Model) -> None:
-        """Load the checkpoint's weights; see the base class."""
+        """Load the checkpoint's weights."""
         load_model(model, self._checkpoint)
         refuse_not_finite(self.path, model.named_parameters())
 
@@ -98,13 +98,13 @@ class CheckpointSource(Source):
         return unused(self._run / run_type)
 
     def metrics(self) -> dict[str, Any] | None:
-        """Return the run's results if they are about this checkpoint and not a later or better one."""
+        """Return the run's results if they are of this checkpoint and not of a later or better one."""
         file = self._run / METRICS
         found = read_metrics(file, "move it away") if file.is_file() else {}
         return found if found.get("protocol", {}).get("update") == self.update else None
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the run noted."""
+        """Return the provenance recorded by the run."""
         return dict(self._checkpoint.plain_state().get("provenance", {}))
 
     @property
@@ -120,12 +120,12 @@ def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None =
     """Load a checkpoint's weights.
 
     Args:
-        model: as built, or shared among processes.
-        checkpoint: of the whole model.
-        strategy: how the model is shared; by default there is one process.
+        model: the model, perhaps sharded.
+        checkpoint: a checkpoint of the whole model.
+        strategy: how the model is distributed; by default in one process.
 
     Raises:
-        CheckpointError: they cannot be read, or are those of another model.
+        CheckpointError: they cannot be read, or belong to another model.
     """
     strategy = strategy or Strategy()
     own = {name: strategy.shape(value) for name, value in model.state_dict(keep_vars=True).items()}

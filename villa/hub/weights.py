@@ -1,4 +1,4 @@
-"""The weights of a saved folder: under the names of transformers' own classes where it has the model."""
+"""The weights of a saved folder, under transformers' names if it has the model."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def write(model: Model, config: ModelConfig, labels: tuple[str, ...] | None, fol
         model: the model.
         config: its options in the recipe.
         labels: names of the classes, or None.
-        folder: where to.
+        folder: existing folder to write to.
 
     Raises:
         CheckpointError: the disk is full.
-        OSError: the same, by transformers.
+        OSError: transformers' error for the same.
     """
     inner = model.pretrained()
     if inner is None:
-        write_weights(_plain(model.state_dict()), folder / WEIGHTS)
+        write_weights(_on_cpu(model.state_dict()), folder / WEIGHTS)
         options = {name: value for name, value in asdict(config).items() if name != "checkpoint"}
         write_json(folder / CONFIG_FILE, {"model_type": "villa", "model": options, **_label_maps(labels)})
         return
     with quiet():
         inner.save_pretrained(folder)
     described = read_json(folder / CONFIG_FILE, "configuration")
-    if described.get("use_cache") is False:  # as in training; whoever lets the model write wants the default
+    if described.get("use_cache") is False:  # set for training; generation wants the default
         del described["use_cache"]
     write_json(folder / CONFIG_FILE, {**described, **_label_maps(labels)})
-    rest = _plain(_beside(model, inner))
+    rest = _on_cpu(_own_parameters(model, inner))
     if rest:
         write_weights(rest, folder / HEAD)
 
 
 def read_into(model: Model, folder: Path) -> None:
-    """Load what ``write`` wrote, or what transformers saved, into a model of the same kind and size.
+    """Load weights saved by ``write`` or transformers into a model of the same class and size.
 
     Raises:
         CheckpointError: the weights are missing, damaged or of another model.
@@ -71,14 +71,14 @@ def read_into(model: Model, folder: Path) -> None:
     if report.unexpected:
         print(report, flush=True)
     _load(inner, loaded.state_dict(), folder)
-    names = _beside(model, inner)
+    names = _own_parameters(model, inner)
     if names:
         _load(model, read_weights(folder / HEAD), folder, names)
 
 
-def _beside(model: Model, inner: Any) -> dict[str, Tensor]:
-    """The parameters of a model that its part of transformers does not have."""
-    shared: Any = getattr(model, "transformer", inner)  # where adapters were merged, the part is a copy
+def _own_parameters(model: Model, inner: Any) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model that are not in its transformers model ``inner``."""
+    shared: Any = getattr(model, "transformer", inner)  # with merged adapters, inner is a copy
     inside = {id(value) for value in (*shared.parameters(), *shared.buffers())}
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {name for name, value in own if id(value) not in inside}
@@ -99,7 +99,7 @@ def _load(module: Any, weights: Mapping[str, Tensor], folder: Path, names: Mappi
     module.load_state_dict(weights, strict=names is None)
 
 
-def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 

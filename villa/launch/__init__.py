@@ -1,1 +1,1 @@
-"""Where a run takes place: in this process, in processes of this machine, or as a job of SLURM."""
+"""Launchers: start a run in this process, in processes on this machine, or as a SLURM job."""

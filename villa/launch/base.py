@@ -1,4 +1,4 @@
-"""What a launcher owes the command: it makes a checked recipe run somewhere."""
+"""The interface of launchers, which run a checked recipe somewhere, and the launcher ``inline``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LauncherConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to run.
+    """A run to launch.
 
     Attributes:
-        arguments: of ``villa_run``.
-        configs: the recipe that they make, or those of its stages, checked.
+        arguments: arguments of ``villa_run``.
+        configs: the checked configuration, or one for each stage.
     """
 
     arguments: tuple[str, ...]
@@ -34,18 +34,18 @@ class Request:
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """The arguments of the processes that run it: they go on with what the run's folder holds."""
+        """The arguments of the processes that run it and resume from the run's folder."""
         kept = (text for text in self.arguments if not text.startswith(("launcher=", "launcher.")))
         return (*kept, "launcher=inline", "checkpoint.resume=true")
 
     @property
     def folder(self) -> Path:
-        """Folder of the run: its ``output_dir``, or the one that those of all stages are below."""
+        """The run's ``output_dir``; with stages, the parent folder of theirs."""
         first = Path(self.configs[0].output_dir)
         return first if len(self.configs) == 1 else first.parent
 
     def check_processes(self, count: int) -> None:
-        """Refuse several processes for a recipe of one.
+        """Refuse several processes for a recipe with ``distributed.strategy=single``.
 
         Raises:
             ConfigError: naming the option.
@@ -71,7 +71,7 @@ class Launcher(ABC):
         self.config = config if config is not None else self.Config()
 
     def check(self, request: Request) -> None:  # noqa: B027 (not every launcher has something to refuse)
-        """Refuse what cannot run there, before anything is written or started.
+        """Refuse a request that cannot run there, before anything is written or started.
 
         Raises:
             ConfigError: saying why.
@@ -79,7 +79,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def launch(self, request: Request) -> int:
-        """Run it, or hand it over; return the exit code.
+        """Run or submit it; return the exit code.
 
         Raises:
             ConfigError: it cannot run there.
@@ -88,7 +88,7 @@ class Launcher(ABC):
 
 @register_launcher("inline")
 class Inline(Launcher):
-    """Runs in this process, or this one's part of a run that torchrun or a job shares among several."""
+    """Runs in this process, which may be one of several started by torchrun or a job."""
 
     def launch(self, request: Request) -> int:
         """Run the recipe, or its stages."""
@@ -98,21 +98,21 @@ class Inline(Launcher):
 
 
 class Queue(Launcher):
-    """A launcher that hands runs over to a queue, which starts them some time, and many of them as one array."""
+    """A launcher that submits runs to a queue, several of them as one job array."""
 
     @property
     @abstractmethod
     def follow(self) -> bool:
-        """Whether to wait until they have ended."""
+        """Whether to wait until submitted runs have ended."""
 
     @abstractmethod
     def submit(self, requests: Sequence[Request], folder: Path, at_once: int | None) -> list[str]:
-        """Hand runs over, and return the ids of their jobs.
+        """Submit runs; return the ids of their jobs.
 
         Args:
             requests: the runs.
-            folder: of what the jobs leave besides the runs' own folders.
-            at_once: how many of them may run at once; None leaves it to the queue.
+            folder: folder for the jobs' files outside the runs' own folders.
+            at_once: most runs at once; None leaves it to the queue.
 
         Raises:
             ConfigError: the queue refuses them; nothing was submitted.
@@ -120,7 +120,7 @@ class Queue(Launcher):
 
     @abstractmethod
     def alive(self) -> frozenset[str]:
-        """Return the ids of the user's jobs that wait or run.
+        """Return the ids of the user's pending and running jobs.
 
         Raises:
             ConfigError: the queue does not answer.

@@ -1,4 +1,4 @@
-"""The folder of a run's jobs: the resolved recipe, the command to go on by hand, and the logs of all ranks."""
+"""The folder of a run's jobs: the resolved recipe, a script that resumes the run, and the logs of all ranks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from villa.launch.base import Request
 if TYPE_CHECKING:
     from submitit import Job
 
-#: Below the run's ``output_dir``.
+#: Subfolder of the run's ``output_dir``.
 JOBS = "jobs"
 RESUME = "resume.sh"
 
 
 def prepare(request: Request) -> Path:
-    """Write the recipe and the command, and return the folder.
+    """Write the recipe and the resuming script; return the folder.
 
     Args:
-        request: what is to run.
+        request: the run.
 
     Raises:
-        ConfigError: the folder's path holds a line break, behind which a job script would go on as a command.
+        ConfigError: the folder's path has a line break, after which a job script would read a command.
     """
     folder = request.folder / JOBS
     if not is_one_line(str(folder.absolute())):
@@ -51,25 +51,25 @@ def prepare(request: Request) -> Path:
 
 
 def python_command() -> list[str]:
-    """Return how to start Python: without the modules of the working folder, unless villa is one of them."""
+    """Return the command of Python: with ``-P``, unless villa is in the working folder."""
     is_here = Path(villa.__file__).parents[1] == Path.cwd()
     return [sys.executable, *([] if is_here else ["-P"])]
 
 
 def job_folders(folder: Path) -> Path:
-    """Return the pattern of the folders that submitit gives jobs.
+    """Return the pattern of the folders that submitit makes for jobs.
 
-    A job runs what the pickle in its folder says. The name is one that nobody knows before, so that this is the pickle
-    that was put there for the job, and never one that was in ``folder`` already when the user got it from others.
+    A job runs the pickle in its folder. The random name makes sure that this is the pickle written for the job, and not
+    one that was already in a ``folder`` obtained from others.
     """
     return folder / f".{secrets.token_hex(8)}" / "%j"
 
 
 def link_logs(jobs: Path, job: Job[Any]) -> Path:
-    """Make what a job leaves appear in the folder of its run's jobs, called after it.
+    """Link a job's folder into the folder of its run's jobs, under the job's id.
 
     Args:
-        jobs: what ``prepare`` has returned.
+        jobs: folder returned by ``prepare``.
         job: the job.
 
     Returns:
@@ -79,6 +79,6 @@ def link_logs(jobs: Path, job: Job[Any]) -> Path:
     link = jobs / job.job_id
     try:
         link.symlink_to(os.path.relpath(log.parent, jobs), target_is_directory=True)
-    except OSError:  # there is one of another machine, or the disk has no links
+    except OSError:  # a link from another machine exists, or the file system has no links
         return log
     return link / log.name

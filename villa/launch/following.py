@@ -1,4 +1,4 @@
-"""Waiting for submitted jobs while showing what their first process prints."""
+"""Follow submitted jobs, printing the log of their first process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from submitit import Job
 
 
-#: How submitit's own lines begin; after an error, those of a traceback follow.
+#: Prefixes of submitit's own lines and of its errors, which a traceback follows.
 _OWN, _LOG_ERROR = "submitit ", "submitit ERROR"
 
 
@@ -26,7 +26,7 @@ class Log:
     """A process's log, read as it grows, without submitit's own lines.
 
     Args:
-        path: the file; it need not be there yet.
+        path: the file, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,10 +35,10 @@ class Log:
         self._muted = False
 
     def new_lines(self, *, last: bool = False) -> list[str]:
-        """Return the lines that have come since the last call.
+        """Return the lines added since the last call.
 
         Args:
-            last: nothing comes any more: a line without an end counts, too.
+            last: the log is complete: also return an unfinished line.
         """
         try:
             with self._path.open("rb") as file:
@@ -58,22 +58,22 @@ class Log:
         return not self._muted
 
 
-#: Seconds between looks; between reminders of a signal; and until the results of ended processes are on the disk.
+#: Seconds between polls; between repetitions of a signal; and until the results of ended processes are on the disk.
 _PAUSE, _REMINDER, _GRACE = 0.5, 5.0, 10.0
-#: How many lines are shown of a failed process that does not report an error, and how an error begins.
+#: Lines to show of a failed process that reports no error, and the prefix of an error.
 _LAST_LINES, _ERROR = 10, "villa_run: error: "
 
 
 def see_off(job: Job[Any], jobs: Path, started: str, *, follow: bool, local: bool = False) -> int:
-    """Say that a job was started, and show what its first process prints until it has ended if asked to.
+    """Announce a started job and, if asked to, print the log of its first process until it has ended.
 
     Args:
         job: the job.
         jobs: folder of the run's jobs.
-        started: what to say: ``submitted job``.
+        started: words of the announcement: ``submitted job``.
         follow: whether to wait.
-        local: whether the job is a process of this machine, which signals to this one end in order; otherwise Ctrl-C
-            stops following, and the job goes on.
+        local: whether the job runs on this machine, where signals to this process end it cleanly; otherwise Ctrl-C only
+            stops following.
 
     Returns:
         0, 1 if it failed, or 128 + the number of the signal that ended it.
@@ -110,7 +110,7 @@ def _follow(job: Job[Any], log: Log, received: list[int]) -> None:
         ended = job.done()
         for line in log.new_lines(last=ended):
             print(line, flush=True)
-        if received and time.monotonic() > reminded + _REMINDER:  # a process that was just starting did not listen yet
+        if received and time.monotonic() > reminded + _REMINDER:  # a process that was still starting ignored it
             reminded = time.monotonic()
             _terminate(int(job.job_id))
         time.sleep(0 if ended else _PAUSE)
@@ -118,7 +118,7 @@ def _follow(job: Job[Any], log: Log, received: list[int]) -> None:
 
 @contextmanager
 def _passing_on(process: int) -> Iterator[list[int]]:
-    """Let SIGTERM, SIGHUP and SIGINT to this process end a local job; yield the list of those that have come."""
+    """Pass SIGTERM, SIGHUP and SIGINT on to a local job as SIGTERM; yield the list of received signals."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -135,10 +135,9 @@ def _terminate(process: int) -> None:
 
 
 def first_to_fail(job: Job[Any]) -> Job[Any] | None:
-    """Return the process of an ended job whose log says why it failed, or None where all ended well.
+    """Return the process of an ended job whose log explains its failure, or None if all succeeded.
 
-    That is the one that reports the error for all of them; where none does, the first one that left a result; and
-    where none did, the first one.
+    That is the process that reports an error; else the first one that left a result; else the first one.
     """
     ranks = [job.task(number) for number in range(job.num_tasks)]
     end = time.monotonic() + _GRACE
@@ -153,7 +152,7 @@ def _reports(rank: Job[Any]) -> bool:
 
 
 def _reason(rank: Job[Any]) -> list[str]:
-    """The end of a process's log: from its error on, or as many lines as tell something."""
+    """Return the end of a process's log: from its last error on, or the last few lines."""
     lines = Log(rank.paths.stdout).new_lines(last=True)
     errors = [number for number, line in enumerate(lines) if line.startswith(_ERROR)]
     return lines[errors[-1] :] if errors else lines[-_LAST_LINES:]

@@ -1,4 +1,4 @@
-"""What a submitted job does: ``villa_run`` as one of the run's processes; a pre-empted one comes back."""
+"""The function of a submitted job: ``villa_run`` as one of the run's processes, requeued when pre-empted."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ if TYPE_CHECKING:
 
     from villa.distributed.watch import End
 
-#: The port of SLURM's daemon on a node that does not say its own, and the seconds until it surely does not answer.
+#: Default port of SLURM's daemon on a node, and the seconds to wait for its answer.
 _SLURMD, _PATIENCE = 6818, 5.0
 
 
-class JobFailed(Exception):  # noqa: N818 (its name is what the job's log shows)
+class JobFailed(Exception):  # noqa: N818 (the job's log shows this name)
     """The run ended with an exit code other than 0; its log says why."""
 
 
 @dataclass
 class RunJob:
-    """A run as one process of a job sees it.
+    """A run, as one process of a job executes it.
 
     Attributes:
-        arguments: of ``villa_run``; the run goes on with what its folder holds.
+        arguments: arguments of ``villa_run``, with which the run resumes from its folder.
     """
 
     arguments: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Run; a run that SLURM has told to end is handed back to the queue by its first process.
+        """Run; the first process of a run that SLURM has told to end requeues the job.
 
         Raises:
-            JobFailed: it ended with another exit code.
+            JobFailed: the exit code is not 0.
         """
         from submitit import JobEnvironment
 
         from villa.signals import PREEMPTED
 
-        _export_place()
+        _export_rank()
         if os.environ.get("SLURM_JOB_ID"):
             from villa.distributed.watch import ON_LOST
 
             ON_LOST.append(_requeue_if_a_node_failed)
         code = self._run()
-        if JobEnvironment().global_rank == 0 and (code == 128 + PREEMPTED or _ended_for_others(code)):
-            os.kill(os.getpid(), PREEMPTED)  # to submitit's own handler: it saves this object and requeues the job
+        if JobEnvironment().global_rank == 0 and (code == 128 + PREEMPTED or _was_preempted(code)):
+            os.kill(os.getpid(), PREEMPTED)  # submitit's handler saves this object and requeues the job
         if code:
             raise JobFailed(f"villa_run ended with exit code {code}")
         return code
@@ -61,28 +61,28 @@ class RunJob:
 
         try:
             return main(self.arguments)
-        except SystemExit as error:  # another process has said what was wrong
+        except SystemExit as error:  # another process has reported the error
             return error.code if isinstance(error.code, int) else 1
 
     def checkpoint(self) -> DelayedSubmission:
-        """Return what the requeued job does: the same; called by submitit."""
+        """Return the submission of the requeued job, which is the same; submitit calls this."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-def _export_place() -> None:
-    """Say which process this is the way torchrun does."""
+def _export_rank() -> None:
+    """Set the environment variables by which torchrun identifies a process."""
     from submitit.helpers import TorchDistributedEnvironment
 
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _ended_for_others(code: int) -> bool:
-    """Whether a run was ended by a SIGTERM with which SLURM pre-empts the job.
+def _was_preempted(code: int) -> bool:
+    """Return whether a run was ended by the SIGTERM with which SLURM pre-empts a job.
 
-    That is all that SLURM sends unless its administrator has set ``preempt_send_user_signal``; and it does not take a
-    job back by itself that ends before its grace is over. A job that is cancelled is not running any more.
+    SLURM sends nothing else unless its administrator has set ``preempt_send_user_signal``, and does not requeue a job
+    that ends before its grace time is over. A cancelled job is not in state RUNNING.
     """
     if code != 128 + signal.SIGTERM or not os.environ.get("SLURM_JOB_ID"):
         return False
@@ -93,9 +93,9 @@ def _ended_for_others(code: int) -> bool:
 
 
 def _requeue_if_a_node_failed(end: End) -> None:
-    """Put the job back into SLURM's queue if the node of the lost process is gone; else the process was killed.
+    """Requeue the job if the node of the lost process is gone; else the process was killed.
 
-    SLURM would do so by itself, but not before it misses the node: this process's own end would be a failure by then.
+    SLURM does so by itself only after it notices that the node is gone: by then this process's end would be a failure.
     """
     if _answers(end.host):
         return
@@ -106,11 +106,11 @@ def _requeue_if_a_node_failed(end: End) -> None:
         print(error, flush=True)
         return
     if asked.returncode:
-        print(f"SLURM does not put it back ({reason(asked.stderr)})", flush=True)
+        print(f"SLURM does not requeue it ({reason(asked.stderr)})", flush=True)
 
 
 def _answers(node: str) -> bool:
-    """Whether SLURM's daemon on a node answers; also where that cannot be found out."""
+    """Return whether SLURM's daemon on a node answers; True if that is unknown."""
     found = described("node", node)
     if not found:
         return True

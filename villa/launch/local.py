@@ -1,4 +1,4 @@
-"""Several processes of this machine, through submitit."""
+"""The launcher ``local``: processes on this machine, through submitit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from villa.launch.following import see_off
 from villa.launch.job import RunJob
 from villa.registry import register_launcher
 
-#: Minutes after which submitit ends the processes; it wants a number.
+#: Time limit in minutes, which submitit requires.
 _YEAR = 365 * 24 * 60
 _GPUS = "CUDA_VISIBLE_DEVICES"
-#: Tells Python, as its option ``-P`` does, to leave the working folder out of where it finds modules.
+#: Environment variable with the effect of Python's option ``-P``: no modules from the working folder.
 _SAFE_PATH = "PYTHONSAFEPATH"
 
 
@@ -29,8 +29,8 @@ class LocalConfig(LauncherConfig):
     """Options of local jobs.
 
     Attributes:
-        processes: how many share the run.
-        follow: show what the first process prints until all have ended; false leaves them in the background.
+        processes: number of processes of the run.
+        follow: print the log of the first process until all have ended; false leaves them in the background.
     """
 
     name: str = "local"
@@ -40,13 +40,13 @@ class LocalConfig(LauncherConfig):
 
 @register_launcher("local")
 class Local(Launcher):
-    """Starts processes of this machine."""
+    """Starts processes on this machine."""
 
     Config: ClassVar[type[LauncherConfig]] = LocalConfig
     config: LocalConfig
 
     def check(self, request: Request) -> None:
-        """Refuse fewer than one process, and several for a recipe of one.
+        """Refuse fewer than one process, and several with ``distributed.strategy=single``.
 
         Raises:
             ConfigError: naming the option.
@@ -67,14 +67,14 @@ class Local(Launcher):
         jobs = prepare(request)
         executor = LocalExecutor(job_folders(jobs), python=_python())
         executor.update_parameters(tasks_per_node=self.config.processes, timeout_min=_YEAR, stderr_to_stdout=True)
-        with _out_of_reach(), _safe_path():
+        with _ignoring_sigint(), _safe_path():
             job = executor.submit(RunJob(request.inner))
         return see_off(job, jobs, "started process group", follow=self.config.follow, local=True)
 
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Let submitit start its own processes as ``python_command`` starts those of the run."""
+    """Make submitit start its own processes like ``python_command`` those of the run."""
     before = os.environ.get(_SAFE_PATH)
     if "-P" in python_command():
         os.environ[_SAFE_PATH] = "1"
@@ -87,16 +87,16 @@ def _safe_path() -> Iterator[None]:
 
 
 def _python() -> str:
-    """The command of Python; submitit would hide all GPUs, and what starts several processes may choose among them."""
+    """Return the command of Python with the GPUs visible here, which submitit would hide."""
     visible = os.environ.get(_GPUS)
     return shlex.join(["env", *(["-u", _GPUS] if visible is None else [f"{_GPUS}={visible}"]), *python_command()])
 
 
 @contextmanager
-def _out_of_reach() -> Iterator[None]:
-    """Let what is started within ignore SIGINT.
+def _ignoring_sigint() -> Iterator[None]:
+    """Make processes started within ignore SIGINT.
 
-    A terminal sends it to all processes at once, and submitit's would kill the run's a second later; this process tells
+    A terminal sends it to all processes at once, and submitit's would kill the run's a second later; this process asks
     them to end instead.
     """
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)

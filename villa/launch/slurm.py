@@ -1,4 +1,4 @@
-"""Jobs of SLURM, through submitit."""
+"""The launcher ``slurm``: jobs of SLURM, through submitit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from villa.registry import register_launcher
 if TYPE_CHECKING:
     from submitit import Job
 
-#: Goes on as the Python of the arguments that follow.
+#: Blocks signals, then replaces itself by Python with the following arguments.
 _BLOCKING = (
     "import os, sys; from signal import *; pthread_sigmask(SIG_BLOCK, [SIGHUP, SIGTERM, SIGUSR2]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -30,22 +30,22 @@ _BLOCKING = (
 
 @dataclass
 class SlurmConfig(LauncherConfig):
-    """Options of SLURM jobs; what is null is left to the cluster.
+    """Options of SLURM jobs; null leaves a choice to the cluster.
 
     Attributes:
         nodes: number of nodes.
-        gpus_per_node: GPUs of each, and processes unless ``processes_per_node`` says otherwise.
-        processes_per_node: processes on each node; null is one a GPU, or one.
+        gpus_per_node: GPUs on each node.
+        processes_per_node: processes on each node; null is one per GPU, or one without GPUs.
         cpus_per_process: cores of each process.
         memory_gb: main memory of each node.
         partition: the partition.
         account: the account.
         qos: the quality of service.
         constraint: features that the nodes must have.
-        timeout_min: time limit in minutes; a run that is not done by then goes on in the next slot.
-        signal_s: seconds before the limit at which the run is told to save its state.
-        restarts: how often a run may go on after a time limit; pre-emptions do not count.
-        follow: show what the first process prints until the job has ended.
+        timeout_min: time limit in minutes; a run that is not done by then is requeued and resumes.
+        signal_s: seconds before the time limit at which the run is told to save its state.
+        restarts: how often a run may resume after a time limit; pre-emptions do not count.
+        follow: print the log of the first process until the job has ended.
     """
 
     name: str = "slurm"
@@ -65,11 +65,11 @@ class SlurmConfig(LauncherConfig):
 
     @property
     def processes(self) -> int:
-        """Processes of the whole run."""
+        """Number of processes of the whole run."""
         return self.nodes * (self.processes_per_node or self.gpus_per_node or 1)
 
     def check(self) -> None:
-        """Refuse numbers that make no sense.
+        """Refuse numbers out of range.
 
         Raises:
             ConfigError: naming the option.
@@ -85,7 +85,7 @@ class SlurmConfig(LauncherConfig):
             raise ConfigError(f"launcher.restarts={self.restarts} is negative; give 0 or more")
 
     def parameters(self) -> dict[str, Any]:
-        """The options by the names of sbatch, those that are given."""
+        """Return the given options by the names of sbatch."""
         values = {
             "nodes": self.nodes,
             "ntasks_per_node": self.processes // self.nodes,
@@ -103,18 +103,18 @@ class SlurmConfig(LauncherConfig):
 
 @register_launcher("slurm")
 class Slurm(Queue):
-    """Hands runs over to SLURM."""
+    """Submits runs to SLURM."""
 
     Config: ClassVar[type[LauncherConfig]] = SlurmConfig
     config: SlurmConfig
 
     @property
     def follow(self) -> bool:
-        """Whether to wait until they have ended."""
+        """Whether to wait until submitted runs have ended."""
         return self.config.follow
 
     def check(self, request: Request) -> None:
-        """Refuse numbers that make no sense, and a machine without SLURM.
+        """Refuse numbers out of range, and a machine without SLURM.
 
         Raises:
             ConfigError: saying why.
@@ -137,7 +137,7 @@ class Slurm(Queue):
         return see_off(job, jobs, "submitted job", follow=self.config.follow)
 
     def submit(self, requests: Sequence[Request], folder: Path, at_once: int | None) -> list[str]:
-        """See the base class; several runs are one job array."""
+        """Submit runs, several of them as one job array."""
         array = f"0-{len(requests) - 1}%{at_once or len(requests)}"
         try_submission(self.config.parameters() | ({"array": array} if len(requests) > 1 else {}))
         folders = [prepare(request) for request in requests]
@@ -166,10 +166,10 @@ class Slurm(Queue):
             raise ConfigError(f"SLURM refuses the job ({reason(str(error))}); change launcher.*") from error
 
     def alive(self) -> frozenset[str]:
-        """See the base class."""
+        """Return the ids of the user's pending and running jobs."""
         return jobs_alive()
 
 
 def python_of_jobs() -> str:
-    """Return the shell's words for a Python in which signals wait until the run can hear them; imports take time."""
+    """Return the shell command of a Python in which signals are blocked until the run can handle them."""
     return f"{shlex.quote(sys.executable)} -ISc {shlex.quote(_BLOCKING)} {shlex.join(python_command()[1:])}".rstrip()

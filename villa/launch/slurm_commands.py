@@ -1,4 +1,4 @@
-"""What is asked of SLURM by its commands."""
+"""Queries of SLURM through its commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from villa.errors import ConfigError
 
-#: States of a job that SLURM does nothing about any more.
+#: Final states of a job.
 _ENDED = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -24,13 +24,13 @@ _ENDED = (
 
 
 def try_submission(parameters: Mapping[str, Any]) -> None:
-    """Ask SLURM whether it would take such a job.
+    """Ask SLURM whether it would accept a job.
 
     Args:
         parameters: options of sbatch.
 
     Raises:
-        ConfigError: it would refuse it, or does not answer.
+        ConfigError: it would refuse the job, or does not answer.
     """
     options = [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
     found = ask(["sbatch", "--test-only", *options, "--wrap=true"])
@@ -42,24 +42,24 @@ def try_submission(parameters: Mapping[str, Any]) -> None:
 
 
 def jobs_alive() -> frozenset[str]:
-    """Return the ids of the user's jobs that wait or run; those of arrays are of the form ``12_3``.
+    """Return the ids of the user's pending and running jobs; those of arrays have the form ``12_3``.
 
     Raises:
         ConfigError: SLURM does not answer.
     """
     found = ask(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"])
     if found.returncode:
-        raise ConfigError(f"squeue does not tell which jobs there are ({reason(found.stderr)}); try again")
+        raise ConfigError(f"squeue does not list the jobs ({reason(found.stderr)}); try again")
     jobs = (line.split() for line in found.stdout.splitlines())
     return frozenset(number for number, state, *_ in jobs if state not in _ENDED)
 
 
 def described(kind: str, name: str) -> dict[str, str]:
-    """Return what SLURM says of a job or node; nothing where that cannot be found out.
+    """Return SLURM's description of a job or node, or nothing if SLURM does not answer.
 
     Args:
         kind: ``job`` or ``node``.
-        name: of the node, or the id of the job.
+        name: name of the node, or id of the job.
     """
     try:
         shown = ask(["scontrol", "show", kind, "-o", name])
@@ -69,10 +69,10 @@ def described(kind: str, name: str) -> dict[str, str]:
 
 
 def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command of SLURM; it may fail.
+    """Run a command of SLURM, which may fail, and return its result.
 
     Raises:
-        ConfigError: it is not there, or takes longer than a minute.
+        ConfigError: it is not installed, or takes longer than a minute.
     """
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
@@ -85,6 +85,6 @@ def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def reason(said: str) -> str:
-    """The last line of what a command of SLURM said, without its prefix."""
+    """Return the last line of a SLURM command's output, without its prefix."""
     lines = said.strip().splitlines()
-    return re.sub(r"^(s\w+: error: |allocation failure: )+", "", lines[-1] if lines else "it does not say why")
+    return re.sub(r"^(s\w+: error: |allocation failure: )+", "", lines[-1] if lines else "no reason given")

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.checkpoints.transformers_folder import ASSETS, describing, find_config, is_transformers_folder
-from villa.errors import ConfigError, DataError
+from villa.errors import ConfigError, DataError, one_line
 from villa.facts import DataFacts
 from villa.models.base import ModelConfig, ModelOutput, Point
 from villa.models.transformers_model import TransformersModel, name_labels
 from villa.models.two_heads import settle
-from villa.plugins import one_line
 from villa.registry import register_model
 
 #: Special-token ids of the vocabularies that data sets build (``villa.datasets.text.SPECIAL_TOKENS``), for fresh

@@ -1,1 +1,1 @@
-"""What a run will need before it starts: memory of a rank and floating point operations, counted without any data."""
+"""Plan a run before it starts: memory of a rank and floating-point operations, counted on the meta device."""

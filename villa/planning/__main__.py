@@ -15,7 +15,7 @@ from villa.planning.scale import Cluster, Row, draw, memory_table, method_table,
 from villa.planning.strategies import STRATEGIES
 
 _AGAIN = "distributed.activation_checkpointing"
-#: Methods that a recipe's is compared with.
+#: Methods that the recipe's method is compared with.
 _METHODS = {
     "standard": ["trainer.name=standard"],
     "freelb, both modalities at once": ["trainer.name=freelb", "trainer.modality=both"],
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: the arguments; None uses those of the process.
 
     Returns:
         0, or 2 for a mistake in the input (reported in one line on stderr).
@@ -53,7 +53,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, *more: str) -> Plan:
-    """The plan of one process on a GPU."""
+    """Return the plan of one process on a GPU."""
     values = [*options.values, *more]
     sizes = Sizes(options.tokens, options.regions)
     return plan_recipe(values, options.stage - 1, sizes, device="cuda", processes=1, strategy="single")[0]

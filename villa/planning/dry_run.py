@@ -1,4 +1,4 @@
-"""``--dry-run``: what the runs of a recipe will need."""
+"""``--dry-run``: plan the memory and operations of a recipe's runs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.distributed.environment import Place
 from villa.engine.report import warnings_of_run
 from villa.engine.setup import build_trainer, choose_device
-from villa.errors import ConfigError, MissingDataError, VillaError
+from villa.errors import ConfigError, MissingDataError, VillaError, one_line
 from villa.facts import DataFacts
 from villa.models.base import Model
 from villa.planning.meta import MetaTensors
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
 from villa.planning.strategies import StrategyName
-from villa.plugins import one_line
 from villa.registry import DATASETS, MODELS
 
-#: Sizes of the data that UNITER and VILLA were trained on, for data that is not there: BERT's cased word-pieces, the
-#: width of the detector's features, and its classes (arXiv 1707.07998; the released databases store 1,601).
+#: Sizes of UNITER's and VILLA's data, for missing data: BERT's cased vocabulary, the width of the detector's features,
+#: and its classes (arXiv 1707.07998; the released databases store 1,601).
 VOCABULARY, WIDTH, CLASSES = 28996, 2048, 1601
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of an example where the data is not there to ask.
+    """Sizes of a made-up example.
 
     Attributes:
-        tokens: of the text.
-        regions: of the image, or of each of its images.
+        tokens: tokens of the text.
+        regions: regions of each image.
     """
 
     tokens: int = 20
@@ -46,7 +45,7 @@ class Sizes:
 
 
 def dry_run(values: Sequence[str]) -> list[str]:
-    """Return what the runs of a recipe will need, in lines: no weights are loaded or even allocated.
+    """Describe in lines what the runs of a recipe will need, without loading or allocating weights.
 
     Args:
         values: the arguments of ``villa_run``.
@@ -76,18 +75,18 @@ def plan_recipe(
     processes: int | None = None,
     device: str | None = None,
 ) -> tuple[Plan, list[str]]:
-    """Plan a stage of a recipe, with its data or, where that is not there, with made-up examples.
+    """Plan a stage of a recipe with its data or, if that is missing, with made-up examples.
 
     Args:
         values: the arguments of ``villa_run``.
-        stage: its number, from 0.
-        sizes: of made-up examples; given, the data is not looked for.
-        strategy: of parallel training; None takes the recipe's.
-        processes: how many share an update; None asks ``WORLD_SIZE``.
-        device: type of the device, ``cpu`` or ``cuda``; None takes the recipe's.
+        stage: index of the stage, from 0.
+        sizes: sizes of made-up examples, to be used instead of the data.
+        strategy: strategy of parallel training; None uses the recipe's.
+        processes: number of processes; None reads ``WORLD_SIZE``.
+        device: type of the device, ``cpu`` or ``cuda``; None uses the recipe's.
 
     Returns:
-        The plan, and what to say about it.
+        The plan, and notes on it.
 
     Raises:
         VillaError: the recipe or the data cannot be used.
@@ -104,7 +103,7 @@ def _plan_recipe(
     processes: int | None = None,
     device: str | None = None,
 ) -> tuple[Plan, list[str], _Source | None]:
-    """Plan a stage as ``plan_recipe`` does; return the training data, too, if they were looked at."""
+    """Plan a stage like ``plan_recipe``; also return the training data if they were read."""
     config = load_stages(values)[stage].config
     notes: list[str] = []
     source = None
@@ -126,7 +125,7 @@ def _plan_recipe(
 
 
 def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
-    """The recipe's model as it is trained, on the meta device."""
+    """Build the recipe's model on the meta device."""
     with _plannable(f"model '{config.model.name}'"), torch.device("meta"), MetaTensors():
         model: Model = MODELS.get(config.model.name).from_config(config.model, facts)
     return model
@@ -134,7 +133,7 @@ def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
 
 @contextmanager
 def _plannable(what: str) -> Iterator[None]:
-    """Say in one line that something cannot be computed without numbers."""
+    """Turn errors of computing without values into one line."""
     try:
         yield
     except VillaError:
@@ -147,7 +146,7 @@ def _plannable(what: str) -> Iterator[None]:
 
 
 def _strategy(config: RunConfig) -> tuple[StrategyName, int]:
-    """The recipe's strategy, and how many processes share an update as torchrun and its like tell."""
+    """Return the recipe's strategy, and the number of processes set by torchrun or a launcher."""
     return config.distributed.strategy, Place.read(os.environ).world_size
 
 
@@ -160,13 +159,13 @@ def _planned(
 
 @dataclass(frozen=True)
 class _Source:
-    """Training data that were looked at.
+    """Training data to plan with.
 
     Attributes:
         facts: sizes of the data.
         samples: a micro-batch of every objective.
         split: the training split.
-        sampler: deals it out.
+        sampler: its sampler.
     """
 
     facts: DataFacts
@@ -176,7 +175,7 @@ class _Source:
 
 
 def _from_data(config: RunConfig) -> _Source:
-    """Sizes and micro-batches of the data; one example of every objective is read."""
+    """Return sizes and micro-batches of the data, reading one example of every objective."""
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset)
     split = data.split("train")
     sampler = split.sampler(config.batch, config.seed)
@@ -184,21 +183,21 @@ def _from_data(config: RunConfig) -> _Source:
 
 
 def _made_up(config: RunConfig, values: Sequence[str], stage: int, sizes: Sizes) -> tuple[DataFacts, list[Sample]]:
-    """Sizes of the released data, and micro-batches of the recipe's size of what ``dataset.synthetic`` generates.
+    """Return the sizes of the released data, and micro-batches of ``dataset.synthetic`` stretched to ``sizes``.
 
     Args:
         config: the recipe.
-        values: the arguments that make it.
-        stage: its number, from 0.
-        sizes: of an example.
+        values: the arguments of the recipe.
+        stage: index of the stage, from 0.
+        sizes: sizes of an example.
 
     Raises:
         ConfigError: the data set generates no examples.
     """
     if not hasattr(config.dataset, "synthetic"):
         raise ConfigError(
-            f"dataset '{config.dataset.name}' makes no examples up (it has no option 'synthetic'); plan with its data: "
-            "villa_run --dry-run"
+            f"dataset '{config.dataset.name}' cannot make up examples (it has no option 'synthetic'); plan with its "
+            "data: villa_run --dry-run"
         )
     source = _from_data(load_stages([*values, "dataset.synthetic=true"])[stage].config)
     known, found = source.facts, source.samples

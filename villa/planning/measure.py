@@ -1,4 +1,4 @@
-"""Counting what one micro-batch and one optimiser step take, by running them on the meta device."""
+"""Count memory and operations of a micro-batch and an optimiser step by running them on the meta device."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from villa.planning.passes import PlannedPasses, layers_as
 from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
 from villa.trainers.base import Trainer
 
-#: ``held`` outlives a step (parameters, optimiser state); ``gradient`` is a parameter's; ``other`` is whatever a step
-#: makes besides: activations that autograd saves, perturbations, temporary results.
+#: ``held`` outlives a step (parameters, optimiser state); ``gradient`` is a parameter's; ``other`` is everything else
+#: in a step: activations saved by autograd, perturbations, temporary results.
 Kind = Literal["held", "gradient", "other"]
 
 
 class Ledger(TorchDispatchMode):
-    """Within the context, books every tensor that an operation makes, once a storage, until it is freed.
+    """A context that tracks the memory of every new tensor, each storage once, until it is freed.
 
     Attributes:
-        live: bytes that are alive now, by kind.
+        live: bytes alive now, by kind.
         peak: largest sum of ``live["other"]`` and ``live["gradient"]`` since the last ``reset``.
-        peak_other: largest value of ``live["other"]``.
-        flops: floating point operations of matrix products, convolutions and attention, as PyTorch's ``flop_counter``
-            counts them (a multiply-add is two).
+        peak_other: largest value of ``live["other"]`` since the last ``reset``.
+        flops: floating-point operations of matrix products, convolutions and attention, as counted by PyTorch's
+            ``flop_counter`` (a multiply-add is two).
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class Ledger(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the peaks; what is alive stays."""
+        """Set the peaks to what is alive now."""
         self.peak, self.peak_other = self._now(), self.live["other"]
 
     def book(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Book tensors that are not yet, and make those that are of another kind."""
+        """Track tensors under a kind; those tracked already change to it."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = id(storage), storage.nbytes()
@@ -64,7 +64,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operation and book what it makes."""
+        """Run one operation and track its new tensors."""
         named = kwargs or {}
         result = func(*args, **named)
         new = [tensor for tensor in tensors_in(result) if id(tensor.untyped_storage()) not in self._kinds]
@@ -87,7 +87,7 @@ def _flops(func: Any, args: tuple[Any, ...], named: dict[str, Any], result: Any)
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return _attention_flops(*args[:3])
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        # Five products instead of two: the scores are computed again.
+        # Five products instead of two: the scores are recomputed.
         return 5 * _attention_flops(*args[1:4]) // 2
     count = flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **named, out_val=result))
@@ -99,25 +99,23 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Counted:
-    """What a micro-batch and a step of the optimiser take on one process that shares nothing.
-
-    The first seven are bytes.
+    """Costs of a micro-batch and an optimiser step on a single process; the first seven are bytes.
 
     Attributes:
         parameters: all parameters and buffers.
-        gradients: what the micro-batch leaves at the parameters.
+        gradients: the gradients of the parameters.
         optimizer: the optimiser's state.
-        activations: the most that is alive at once in the passes besides parameters, gradients and optimiser state:
-            what autograd saves of all graphs that the method keeps at once, copies of weights that autocast makes,
-            perturbations, temporary results, the micro-batch itself.
-        passes: the most that is alive at once in the passes, with the gradients that are there by then.
-        step: the most that clipping and the optimiser step make besides gradients and state.
+        activations: peak of the passes besides parameters, gradients and optimiser state: tensors saved by autograd for
+            all graphs that the method keeps at once, autocast's copies of weights, perturbations, temporary results,
+            the micro-batch itself.
+        passes: peak of the passes including the gradients that exist by then.
+        step: peak of clipping and the optimiser step besides gradients and state.
         batch: the micro-batch.
-        flops: floating point operations, forward and backward of all passes (a multiply-add is two).
-        forwards: forward passes.
-        backwards: backward passes, of which one may go through several graphs.
-        uses: how often every layer is needed: in every forward pass, and in the backward pass of each that has a graph.
-        assumed: whether the passes ask for numbers that are not there, each of which was taken for 1.
+        flops: floating-point operations of all passes, forward and backward (a multiply-add is two).
+        forwards: number of forward passes.
+        backwards: number of backward passes, each of which may go through several graphs.
+        uses: how often every layer is used: once per forward pass, and once more if that has a graph.
+        assumed: whether the passes read values that do not exist on the meta device and were taken to be 1.
     """
 
     parameters: int
@@ -135,16 +133,16 @@ class Counted:
 
 
 def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") -> Counted:
-    """Run the passes of a micro-batch and a step of the optimiser without numbers, and count.
+    """Run the passes of a micro-batch and an optimiser step on the meta device, and count their costs.
 
     Args:
         config: the recipe: method, loss, precision, activation checkpointing, optimiser, clipping.
-        model: on the meta device.
+        model: the model, on the meta device.
         batch: the micro-batch; its floating tensors need not be on the meta device.
         device: type of the device whose kernels are assumed, ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: ``distributed.activation_checkpointing`` is not for this model.
+        ConfigError: the model does not support ``distributed.activation_checkpointing``.
     """
     trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
@@ -184,10 +182,10 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
 
 
 def _optimiser_step(config: RunConfig, model: Model, ledger: Ledger) -> tuple[int, int]:
-    """Bytes of the optimiser's state, and the most that clipping and a step make besides."""
+    """Return the bytes of the optimiser's state, and the peak of clipping and a step besides it."""
     options = config.optimizer
     fused = getattr(options, "fused", "off") != "off"
-    if fused:  # the meta device has no fused kernel: the state is the same, and the kernel makes nothing besides
+    if fused:  # the meta device has no fused kernel; its state is the same, and it allocates nothing else
         options = replace(options, fused="off")
     optimizer = OPTIMIZERS.get(config.optimizer.name)(options).build(model)
     optimizer.step()
@@ -204,7 +202,7 @@ def _optimiser_step(config: RunConfig, model: Model, ledger: Ledger) -> tuple[in
 
 
 def bytes_of(tensors: list[Tensor] | nn.Module) -> int:
-    """Bytes of tensors, or of a module's parameters, a storage counted once."""
+    """Return the bytes of tensors, or of a module's parameters, counting each storage once."""
     given = list(tensors.parameters()) if isinstance(tensors, nn.Module) else tensors
     storages = {id(storage): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in given)}
     return sum(storages.values())

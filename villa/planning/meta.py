@@ -1,4 +1,4 @@
-"""Running a model without its numbers: floating tensors on the meta device, whole numbers for real."""
+"""Run a model without its values: floating-point tensors on the meta device, integer tensors for real."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _Form = tuple[torch.Size, tuple[int, ...], torch.dtype] | None
 
 
 class MetaResults:
-    """Runs operations whose tensors are all on the meta device; the second time it knows what comes out.
+    """Runs operations on meta tensors, with a cache of the shapes of their results.
 
-    Known are the forms of new tensors. What shares memory with what is given (views) runs each time; what writes into
-    it leaves its form as it is, so that nothing has to run.
+    The shapes, strides and types of new tensors are cached. Views, which share memory with their inputs, always run;
+    in-place operations keep the shape of their input and need not run.
     """
 
     def __init__(self) -> None:
         self._known: dict[Hashable, list[_Form] | None] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Run one operation, or return what it would."""
+        """Return the result of one operation, from the cache if possible."""
         if func.is_view:
             return func(*args, **named)
         if _only_writes(func):
@@ -43,7 +43,7 @@ class MetaResults:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what an operation is given or returns."""
+    """Yield the tensors in the arguments or the result of an operation."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -54,7 +54,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _only_writes(func: Any) -> bool:
-    """Whether an operation writes into its first argument, whose form stays, and returns that or nothing."""
+    """Return whether an operation writes into its first argument, keeping its shape, and returns that or nothing."""
     schema = func._schema
     named_so = schema.is_mutable and func.overloadpacket.__name__.endswith("_")
     return named_so and len(schema.returns) < 2 and torch.Tag.inplace_view not in func.tags
@@ -71,7 +71,7 @@ def _key(value: Any) -> Hashable:
 
 
 def _forms(result: Any, given: Any) -> list[_Form] | None:
-    """The forms of new tensors; None where there is anything else, or memory is shared."""
+    """Return the forms of new tensors, or None if there is anything else or memory is shared."""
     results = result if isinstance(result, list | tuple) else [result]
     if not all(each is None or isinstance(each, Tensor) for each in results):
         return None
@@ -94,13 +94,13 @@ _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_imp
 
 
 class MetaTensors(TorchDispatchMode):
-    """Within the context, whatever touches a meta tensor runs on the meta device, and the rest for real.
+    """A context in which operations with a meta tensor run on the meta device, and all others for real.
 
-    Lengths, masks and the ids of tokens are whole numbers and stay real, so that shapes that depend on them (the
-    longest row of a batch, the masked tokens) come out right. They are small; all that is large has no numbers.
+    Lengths, masks and token ids are integers and stay real, so that shapes that depend on them (the longest row of a
+    batch, the masked tokens) are right. They are small; all large tensors are on the meta device.
 
     Attributes:
-        assumed: whether a number was asked for that is not there (``loss.item()``), and taken for 1.
+        assumed: whether a value that does not exist was read (``loss.item()``) and taken to be 1.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class MetaTensors(TorchDispatchMode):
         named = kwargs or {}
         given = list(tensors_in((args, named)))
         if any(tensor.is_meta for tensor in given) or (not given and _on_meta(named)):
-            named = named | {"generator": None} if "generator" in named else named  # which draws nothing there
+            named = named | {"generator": None} if "generator" in named else named  # meta tensors need no draws
         if func is _aten._local_scalar_dense.default and given[0].is_meta and given[0].is_floating_point():
             self.assumed = True
             return 1.0
@@ -126,12 +126,12 @@ class MetaTensors(TorchDispatchMode):
         if any(tensor.is_meta for tensor in given):
             return self._results.run(*_all_on_meta(func, args, named))
         if _on_meta(named) and not any(tensor.is_floating_point() for tensor in given):
-            return _whole_numbers(func, args, named, made=not given)
+            return _integers(func, args, named, made=not given)
         return func(*args, **named)
 
 
 def _all_on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """An operation on meta and real tensors as one on the meta device."""
+    """Turn an operation on meta and real tensors into one on the meta device."""
     if func is _aten.masked_select.default:
         func, args = _aten.index.Tensor, (args[0], [args[1]])
     if func.overloadpacket in _INDEXED:
@@ -141,14 +141,14 @@ def _all_on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tup
 
 
 def without_numbers(value: Any) -> Any:
-    """Return a tensor's twin on the meta device, with its strides; whatever else is given comes back as it is."""
+    """Return a meta tensor with a tensor's shape, strides and type; return any other value unchanged."""
     if not isinstance(value, Tensor) or value.is_meta:
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def meta_batch(batch: Batch) -> Batch:
-    """Return a batch whose floating tensors are on the meta device."""
+    """Return the batch with its floating-point tensors on the meta device."""
     return batch.map(lambda tensor: without_numbers(tensor) if tensor.is_floating_point() else tensor.cpu())
 
 
@@ -165,8 +165,8 @@ def _on_meta(named: dict[str, Any]) -> bool:
     return named.get("device") is not None and torch.device(named["device"]).type == "meta"
 
 
-def _whole_numbers(func: Callable[..., Any], args: Any, named: dict[str, Any], *, made: bool) -> Any:
-    """Make whole numbers for real where they are asked for on the meta device."""
+def _integers(func: Callable[..., Any], args: Any, named: dict[str, Any], *, made: bool) -> Any:
+    """Create integer tensors for real if they are requested on the meta device."""
     if made:
         result = func(*args, **named)
         if not isinstance(result, Tensor) or result.is_floating_point():

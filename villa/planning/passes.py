@@ -1,4 +1,4 @@
-"""What a planned run lends a trainer: the passes of a run, on the meta device."""
+"""The passes that a trainer gets for planning, on the meta device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from villa.engine.passes import AUTOCAST, ModelPasses, Precision, PrecisionName
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
 
-#: What autocast runs in the lower precision, and what in fp32 (PyTorch's documentation of autocast), among what models
-#: call; anything else runs in the type that it is given.
+#: Functions that autocast runs in the lower precision, and those in fp32 (PyTorch's documentation of autocast), as far
+#: as models call them; all others run in the type of their arguments.
 _LOWER: tuple[Callable[..., Any], ...] = (
     F.linear,
     F.conv2d,
@@ -36,12 +36,12 @@ _FP32: tuple[Callable[..., Any], ...] = (F.layer_norm, F.softmax, F.log_softmax,
 
 
 class Kernels(TorchFunctionMode):
-    """Within the context, functions keep for the backward pass what those of a device would.
+    """A context in which functions save for the backward pass what a device's kernels would save.
 
-    - CUDA: dropout keeps its mask in bytes, and attention keeps no map (the memory-efficient kernel).
-    - CPU: attention keeps no map where it has no dropout (the flash kernel); with dropout it keeps the maps.
+    - CUDA: dropout saves its mask in bytes, and attention no maps (the memory-efficient kernel).
+    - CPU: attention without dropout saves no maps (the flash kernel); with dropout it does.
 
-    Autocast does nothing on the meta device: what it would cast is cast here, wherever autocast of the CPU is on.
+    Autocast does nothing on the meta device, so its casts are made here whenever autocast of the CPU is enabled.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -54,7 +54,7 @@ class Kernels(TorchFunctionMode):
         self._before: list[tuple[type[torch.autocast], type[torch.Generator]]] = []
 
     def __enter__(self) -> Kernels:
-        """Let models and methods ask for autocast and generators of the meta device; contexts may be nested."""
+        """Redirect autocast and generators of the meta device to the CPU; contexts may be nested."""
         self._before.append((torch.autocast, torch.Generator))
         _replace(_Autocast, _Generator)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ class Kernels(TorchFunctionMode):
 
     @contextmanager
     def caching(self) -> Iterator[None]:
-        """Cast each weight once, and keep the copy until the context is left, as autocast does."""
+        """Cast each weight once within the context, as autocast does."""
         self._weights = {}
         try:
             yield
@@ -122,14 +122,14 @@ class Kernels(TorchFunctionMode):
 
 
 class _Autocast(torch.autocast):
-    """Autocast that takes the meta device for the CPU."""
+    """Autocast that treats the meta device as the CPU."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
 
 class _Generator(torch.Generator):
-    """A generator that takes the meta device for the CPU."""
+    """A generator that treats the meta device as the CPU."""
 
     def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
         return super().__new__(cls, "cpu" if torch.device(device).type == "meta" else device)  # type: ignore[call-arg]
@@ -153,19 +153,19 @@ def _dropout(given: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 class PlannedPasses(ModelPasses):
-    """The passes of one micro-batch without numbers, and how many of them go back.
+    """The passes of one micro-batch on the meta device, counted.
 
     Args:
-        model: on the meta device.
+        model: the model, on the meta device.
         loss: the task loss.
-        precision: of the run.
+        precision: the run's precision.
         device: type of the device whose kernels are assumed.
 
     Attributes:
         kernels: the context to run in.
         backwards: backward passes so far.
         forwards: forward passes so far.
-        uses: how often every layer was needed so far: once a forward pass, and once more where that has a graph.
+        uses: how often every layer was used so far: once per forward pass, and once more if that has a graph.
     """
 
     def __init__(self, model: Model, loss: Loss, precision: PrecisionName, device: str) -> None:
@@ -183,26 +183,26 @@ class PlannedPasses(ModelPasses):
         grad: bool = True,
         train: bool = True,
     ) -> ModelOutput:
-        """Run the model, and count it."""
+        """Run the model, and count the pass."""
         self.forwards += 1
         self.uses += 1 + grad
         return super().forward(batch, perturbations, index=index, grad=grad, train=train)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Back-propagate, and count it."""
+        """Back-propagate, and count the pass."""
         self.backwards += 1
         super().backward(loss, last=last)
 
 
 @contextmanager
 def layers_as(config: DistributedConfig, model: Model, kernels: Kernels) -> Iterator[None]:
-    """Within the context, layers keep what a recipe lets them keep, whatever a strategy has made of them.
+    """Within the context, layers save activations as the recipe says, without the wrappers of a strategy.
 
-    A backward pass is outside of the kernels, so that layers that it computes again get theirs here. Compiled layers
-    are planned as if they were not.
+    Layers recomputed in the backward pass, which is outside of the kernels' context, enter it here. Compiled layers are
+    planned as if uncompiled.
 
     Raises:
-        ConfigError: ``activation_checkpointing`` is not for this model.
+        ConfigError: the model does not support ``activation_checkpointing``.
     """
     blocks = repeated_blocks(model).values()
     for block in blocks:
@@ -217,7 +217,7 @@ def layers_as(config: DistributedConfig, model: Model, kernels: Kernels) -> Iter
 
 
 class _PlannedPrecision(Precision):
-    """The run's own autocast, which ``Kernels`` follows; losses are not scaled."""
+    """The run's autocast, which ``Kernels`` emulates, without loss scaling."""
 
     def __init__(self, name: PrecisionName, kernels: Kernels) -> None:
         super().__init__("fp32", torch.device("cpu"))
@@ -226,6 +226,6 @@ class _PlannedPrecision(Precision):
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Cast within the context."""
+        """Return a context with autocast and its cache of weights."""
         with super().autocast(), self._kernels.caching():
             yield

@@ -1,4 +1,4 @@
-"""What a run will need, in a few lines."""
+"""The plan of a run: its memory and operations, and their description in a few lines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def in_bytes(value: float) -> str:
-    """Return ``value`` bytes with three digits: ``1.25 GiB``."""
+    """Format bytes with three digits: ``1.25 GiB``."""
     return _scaled(value, 1024, _BINARY)
 
 
 def in_units(value: float, unit: str = "") -> str:
-    """Return ``value`` with three digits and a decimal prefix: ``12.3 TFLOP``, ``110 M``."""
+    """Format a value with three digits and a decimal prefix: ``12.3 TFLOP``, ``110 M``."""
     return _scaled(value, 1000, tuple(f"{prefix}{unit}" for prefix in _DECIMAL)).rstrip()
 
 
@@ -42,7 +42,7 @@ class PlannedPart:
 
     Attributes:
         sample: its micro-batch.
-        counted: what the micro-batch takes.
+        counted: costs of the micro-batch.
     """
 
     sample: Sample
@@ -50,20 +50,20 @@ class PlannedPart:
 
     @property
     def flops(self) -> int:
-        """Floating point operations of an update, on all ranks together."""
+        """Floating-point operations of an update on all ranks together."""
         return self.counted.flops * self.sample.micro_batches
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """The memory and operations of a run.
 
     Attributes:
         model: the model, on the meta device.
         parts: its objectives, or its task alone.
-        strategy: of parallel training.
-        processes: how many share an update.
-        each_pass: whether gradients are reduced with every backward pass.
+        strategy: strategy of parallel training.
+        processes: number of processes.
+        each_pass: whether gradients are reduced after every backward pass.
     """
 
     model: nn.Module
@@ -74,16 +74,16 @@ class Plan:
 
     @property
     def memory(self) -> RankMemory:
-        """Memory of a rank, for the objective that needs most."""
+        """Memory of a rank for the objective that needs most."""
         return self._largest[1]
 
     @property
     def flops(self) -> float:
-        """Floating point operations of an update on all ranks together; the mean over objectives."""
+        """Floating-point operations of an update on all ranks together; the mean over objectives."""
         return sum(part.sample.weight * part.flops for part in self.parts)
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """Return a readable description of the plan."""
         part, memory = self._largest
         sample, batch = part.sample, part.sample.batch
         every = [p.numel() for p in self.model.parameters()]
@@ -132,15 +132,15 @@ def make_plan(
     strategy: StrategyName = "single",
     processes: int = 1,
 ) -> Plan:
-    """Count what the micro-batches take.
+    """Make a plan by counting the costs of micro-batches.
 
     Args:
         config: the recipe.
-        model: on the meta device.
+        model: the model, on the meta device.
         found: a micro-batch of every objective.
         device: type of the device whose kernels are assumed, ``cpu`` or ``cuda``.
-        strategy: of parallel training.
-        processes: how many share an update.
+        strategy: strategy of parallel training.
+        processes: number of processes.
     """
     parts = [PlannedPart(sample, count(config, model, sample.batch, device)) for sample in found]
     return Plan(model, parts, strategy, processes, config.distributed.reduce_each_pass)

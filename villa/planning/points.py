@@ -1,4 +1,4 @@
-"""Where the model of a recipe is perturbed, for people."""
+"""``--perturbation-points``: describe where the model of a recipe is perturbed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from villa.facts import DataFacts
 from villa.models.base import Model, Point
 from villa.registry import DATASETS, MODELS
 
-#: Stands in for data that is not there: the points do not depend on these numbers.
+#: Sizes used if the data is missing; the points do not depend on them.
 _ANY_DATA = DataFacts(vocab_size=30522, num_labels=2, feature_dim=2048)
 
 
 def describe_points(config: RunConfig) -> list[str]:
-    """Return lines that say where a recipe's model is perturbed; no weights are loaded or even allocated.
+    """Describe in lines where a recipe's model is perturbed, without loading or allocating weights.
 
     Args:
-        config: the recipe; its data need not be there.
+        config: the recipe; its data may be missing.
 
     Raises:
         ConfigError: the model cannot be built.
@@ -56,12 +56,12 @@ def _parts(model: Model, point: Point) -> Iterator[str]:
 
 
 def _facts(config: RunConfig) -> DataFacts:
-    """Sizes of the data where it is there, else any."""
+    """Return the facts of the data, or made-up ones if it cannot be read."""
     try:
         facts: DataFacts = DATASETS.get(config.dataset.name)(config.dataset).facts()
     except DataError as error:
         reason = str(error).splitlines()[0].rstrip(":")
-        print(f"villa_run: the sizes of the data are made up, for it cannot be read: {reason}", file=sys.stderr)
+        print(f"villa_run: the sizes of the data are made up, because it cannot be read: {reason}", file=sys.stderr)
         target = {"text": "generation", "pair": "contrastive"}.get(getattr(config.dataset, "target", ""))
         return _ANY_DATA if target is None else replace(_ANY_DATA, num_labels=None, task=target)  # type: ignore[arg-type]
     return facts

@@ -1,4 +1,4 @@
-"""The micro-batches to plan with: one for every objective, of the sizes that the sampler deals out."""
+"""The micro-batches to plan with: one for every objective, of the sampler's sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from villa.datasets.samplers import Position, Sampler
 from villa.errors import DataError
 from villa.facts import DataFacts
 
-#: Updates that are looked through for one of every objective.
+#: Updates to search for one of every objective.
 _LOOKED_AT = 1000
 
 
@@ -26,9 +26,9 @@ class Sample:
 
     Attributes:
         label: the objective, or None for a task.
-        weight: the share of updates that are of it.
+        weight: share of updates that are for it.
         batch: the micro-batch.
-        micro_batches: how many make an update.
+        micro_batches: micro-batches per update.
         length: text tokens and regions of its longest example.
     """
 
@@ -42,13 +42,13 @@ class Sample:
 def samples(data: TaskDataset, split: Split, sampler: Sampler, weights: Mapping[str, float]) -> list[Sample]:
     """Return a micro-batch of every objective, the longest of its first update.
 
-    Of that micro-batch the longest example is read, and repeated: the others are not longer.
+    Only the longest example of that micro-batch is read, and repeated.
 
     Args:
         data: the data.
         split: its training split.
-        sampler: deals out the split.
-        weights: objectives of a mixture, with how often an update is of each; none for a task.
+        sampler: the sampler of the split.
+        weights: relative frequencies of a mixture's objectives; empty for a task.
     """
     lengths, found = split.lengths, []
     updates = _first_updates(sampler, len(weights))
@@ -64,15 +64,15 @@ def samples(data: TaskDataset, split: Split, sampler: Sampler, weights: Mapping[
 
 
 def stretched(sample: Sample, tokens: int, regions: int, facts: DataFacts, size: int, *, by_tokens: bool) -> Sample:
-    """Return a micro-batch of texts and regions of other sizes, for data that is not there.
+    """Return a micro-batch of made-up data stretched to other sizes.
 
     Args:
-        sample: of made-up data; its tokens and masks are repeated.
+        sample: made-up data, whose tokens and masks are repeated.
         tokens: text tokens of every example.
         regions: regions of every image.
-        facts: width of a region feature, and classes.
-        size: examples of the micro-batch; or
-        by_tokens: its tokens and regions.
+        facts: width of a region feature, and number of classes.
+        size: examples of the micro-batch, or its tokens and regions.
+        by_tokens: whether ``size`` counts tokens and regions.
     """
     batch = sample.batch
     ids, features = batch.input_ids, batch.features
@@ -108,7 +108,7 @@ def _targets(batch: Batch, new: Mapping[str, Any], rows: int, facts: DataFacts) 
 
 
 def _repeated(given: Tensor | None, rows: int, count: int) -> Tensor | None:
-    """The first row, ``rows`` times, its last dimension repeated and cut to ``count``."""
+    """Return the first row ``rows`` times, its last dimension repeated and cut to ``count``."""
     if given is None:
         return None
     first = given[:1].repeat(*[1] * (given.dim() - 1), -(-count // given.shape[-1]))[..., :count]
@@ -116,7 +116,7 @@ def _repeated(given: Tensor | None, rows: int, count: int) -> Tensor | None:
 
 
 def _first_updates(sampler: Sampler, wanted: int) -> dict[str | None, tuple[Update, Position]]:
-    """The first update of every label, and its position."""
+    """Return the first update of every label, and its position."""
     found: dict[str | None, tuple[Update, Position]] = {}
     position = sampler.start()
     for _ in range(_LOOKED_AT if wanted > 1 else 1):
@@ -130,7 +130,7 @@ def _first_updates(sampler: Sampler, wanted: int) -> dict[str | None, tuple[Upda
 
 
 def _any_scores(batch: Batch) -> Tensor:
-    """Scores for a choice among candidates, which does not depend on them: ``[B, candidates]``."""
+    """Return arbitrary scores ``[B, candidates]`` for choosing candidates; shapes do not depend on them."""
     texts, images = batch.input_ids, batch.features
     counts = [t.shape[1] for t, dims in ((texts, 3), (images, 4)) if t is not None and t.dim() == dims]
     return torch.zeros(len(batch), max(counts, default=1))

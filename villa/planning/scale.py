@@ -1,4 +1,4 @@
-"""Planning a recipe on many GPUs: memory of a rank by strategy, and what bounds the time of an update."""
+"""Plan a recipe on many GPUs: memory of a rank by strategy, and what bounds the time of an update."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from villa.planning.measure import Counted
 from villa.planning.plan import Plan, PlannedPart, in_bytes, in_units
 from villa.planning.strategies import FULLY_SHARDED, RankMemory, StrategyName, layer_bytes, rank_memory
 
-#: Bytes of a number of a stored region feature: the released databases hold fp16.
+#: Bytes per value of a stored region feature: the released databases store fp16.
 _STORED = 2
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed about the machines. Rates are those of one GPU.
+    """Assumptions about the machines. Rates are per GPU.
 
     Attributes:
-        flops: FLOP/s that training reaches; by default 40 % of the 312 TFLOP/s of an A100 in bf16 (data sheet).
-        inside: bytes/s that it sends to GPUs of its node; by default 300 GB/s (NVLink of an A100, data sheet: 600 GB/s
-            in both directions together).
-        between: bytes/s that it sends to other nodes; by default 25 GB/s (InfiniBand HDR of 200 Gbit/s for each GPU).
-        per_node: GPUs of a node.
+        flops: FLOP/s reached in training; by default 40 % of the 312 TFLOP/s of an A100 in bf16 (data sheet).
+        inside: bytes/s sent within a node; by default 300 GB/s (NVLink of an A100, data sheet: 600 GB/s in both
+            directions together).
+        between: bytes/s sent to other nodes; by default 25 GB/s (InfiniBand HDR, 200 Gbit/s for each GPU).
+        per_node: GPUs per node.
     """
 
     flops: float = 0.4 * 312e12
@@ -36,18 +36,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe on so many GPUs under a strategy.
+    """A recipe on a number of GPUs under a strategy.
 
     Attributes:
-        gpus: how many; one rank each.
-        strategy: of parallel training.
-        memory: of a rank.
-        micro_batches: that a rank runs in an update.
-        examples: of a micro-batch, on average over objectives.
-        compute: seconds of an update for operations.
-        sent: bytes that a rank sends in an update.
-        link: seconds that sending takes.
-        features: bytes/s of region features that all ranks together have to read.
+        gpus: number of GPUs, with one rank each.
+        strategy: strategy of parallel training.
+        memory: memory of a rank.
+        micro_batches: micro-batches of a rank per update.
+        examples: examples per micro-batch, on average over objectives.
+        compute: seconds of computation per update.
+        sent: bytes sent by a rank per update.
+        link: seconds of communication per update.
+        features: bytes/s of region features read by all ranks together.
     """
 
     gpus: int
@@ -62,38 +62,38 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of an update where sending is hidden behind computing, as far as that takes."""
+        """Seconds of an update with communication overlapped by computation."""
         return max(self.compute, self.link)
 
     @property
     def bound(self) -> str:
-        """What takes longer."""
+        """What takes longer: ``link`` or ``compute``."""
         return "link" if self.link > self.compute else "compute"
 
 
 def row(plan: Plan, strategy: StrategyName, gpus: int, cluster: Cluster, image_bytes: float) -> Row:
-    """Return what a recipe needs on so many GPUs.
+    """Return what a recipe needs on a number of GPUs.
 
-    Where an update has fewer micro-batches than there are GPUs, these are taken to be cut so that each GPU has one
-    (``batch.per_pass``): activations and operations shrink in proportion.
+    If an update has fewer micro-batches than there are GPUs, micro-batches are assumed to be cut so that each GPU has
+    one (``batch.per_pass``), with activations and operations in proportion.
 
     Args:
-        plan: of one process.
-        strategy: of parallel training.
-        gpus: how many.
+        plan: the plan of one process.
+        strategy: strategy of parallel training.
+        gpus: number of GPUs.
         cluster: the machines.
-        image_bytes: stored features of an example.
+        image_bytes: bytes of the stored features of an example.
     """
     cut = min(1.0, min(part.sample.micro_batches for part in plan.parts) / gpus)
     turns = [math.ceil(part.sample.micro_batches / gpus) for part in plan.parts]
     memories = []
     compute = sent = examples = 0.0
     for part, count in zip(plan.parts, turns, strict=True):
-        counted, weight = _cut(part.counted, cut), part.sample.weight
+        counted, weight = _scaled(part.counted, cut), part.sample.weight
         memory = rank_memory(counted, plan.model, strategy, gpus, several=count > 1, each_pass=plan.each_pass)
         memories.append(memory)
         compute += weight * count * counted.flops / cluster.flops
-        sent += weight * _sent(plan, strategy, gpus, part, count)
+        sent += weight * _bytes_sent(plan, strategy, gpus, part, count)
         examples += weight * len(part.sample.batch) * cut
     link = sent / (cluster.inside if gpus <= cluster.per_node else cluster.between)
     largest = max(memories, key=lambda memory: memory.peak)
@@ -102,25 +102,24 @@ def row(plan: Plan, strategy: StrategyName, gpus: int, cluster: Cluster, image_b
 
 
 def stored_bytes(regions: int, width: int) -> float:
-    """Bytes of the stored features of an image."""
+    """Return the bytes of an image's stored features."""
     return float(regions * width * _STORED)
 
 
-def _cut(counted: Counted, part: float) -> Counted:
-    """The same for a part of the micro-batch; what grows with it is taken to be in proportion."""
+def _scaled(counted: Counted, part: float) -> Counted:
+    """Return the costs of a part of the micro-batch, scaling those that grow with it in proportion."""
     scaled = {name: round(part * getattr(counted, name)) for name in ("activations", "batch", "flops")}
     passes = max(counted.passes - counted.activations, 0) + scaled["activations"]
     return replace(counted, **scaled, passes=passes)
 
 
-def _sent(plan: Plan, strategy: StrategyName, gpus: int, part: PlannedPart, micro_batches: int) -> float:
-    """Bytes that a rank sends in an update.
+def _bytes_sent(plan: Plan, strategy: StrategyName, gpus: int, part: PlannedPart, micro_batches: int) -> float:
+    """Return the bytes that a rank sends per update.
 
-    Ring collectives (Patarasuk and Yuan, 2009) send (n - 1) / n of a tensor to gather it or to reduce and scatter it,
-    and twice as much to reduce it for all. ``ddp`` and ``fairscale_sdp`` do the last with the gradients once an update
-    (the second reduces them to their owners and sends the parameters back). Fully sharded strategies gather a layer
-    whenever it is used, what is in no layer once a forward pass, and scatter the gradients once an update, or with
-    each backward pass.
+    Ring collectives (Patarasuk and Yuan, 2009) send (n - 1) / n of a tensor for an all-gather or a reduce-scatter, and
+    twice as much for an all-reduce. ``ddp`` all-reduces the gradients once per update; ``fairscale_sdp`` sends as much
+    to reduce them to their owners and the parameters back. Fully sharded strategies gather a layer whenever it is used
+    and all other parameters once per forward pass, and scatter the gradients once per update or backward pass.
     """
     counted, ring = part.counted, (gpus - 1) / gpus
     if strategy not in FULLY_SHARDED:
@@ -135,7 +134,7 @@ def method_table(plans: Mapping[str, Plan]) -> Iterator[str]:
     """Yield a table of the operations of an update by method.
 
     Args:
-        plans: by method; the first one is what the others are compared with.
+        plans: plans by method; the others are compared with the first.
     """
     yield "| method | operations of an update | to the first |"
     yield "|---|---|---|"
@@ -149,7 +148,7 @@ def memory_table(kept: Sequence[Row], recomputed: Sequence[Row]) -> Iterator[str
 
     Args:
         kept: rows by number of GPUs and strategy.
-        recomputed: the same with activation checkpointing.
+        recomputed: the same rows with activation checkpointing.
     """
     yield "| GPUs | strategy | parameters | gradients | optimiser | activations | peak | peak, layers computed twice |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -161,7 +160,7 @@ def memory_table(kept: Sequence[Row], recomputed: Sequence[Row]) -> Iterator[str
 
 
 def time_table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a table of what an update takes."""
+    """Yield a table of the time of an update."""
     yield "| GPUs | strategy | micro-batches a rank | computing | sent by a rank | sending | longer | features read |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
@@ -174,7 +173,7 @@ def draw(rows: Sequence[Row], output: Path) -> None:
     """Write a figure of memory and time against the number of GPUs, a line for each strategy.
 
     Args:
-        rows: by number of GPUs and strategy.
+        rows: rows by number of GPUs and strategy.
         output: the PNG.
 
     Raises:
@@ -189,7 +188,7 @@ def draw(rows: Sequence[Row], output: Path) -> None:
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
         own, color = [row for row in rows if row.strategy == strategy], f"C{index}"
         gpus = [row.gpus for row in own]
-        style = {"color": color, "linewidth": 4 / (1 + index), "marker": "o"}  # lines may lie on each other
+        style = {"color": color, "linewidth": 4 / (1 + index), "marker": "o"}  # lines may coincide
         memory.plot(gpus, [row.memory.peak / 2**30 for row in own], label=strategy, **style)
         time.plot(gpus, [row.link for row in own], linestyle="--", label=f"sending, {strategy}", **style)
     own = [row for row in rows if row.strategy == rows[0].strategy]

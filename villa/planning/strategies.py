@@ -1,4 +1,4 @@
-"""What a rank holds under a strategy of parallel training."""
+"""The memory of a rank under a strategy of parallel training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RankMemory:
 
     Attributes:
         parameters: its parameters between passes.
-        gradients: the gradients that it holds while passes run.
+        gradients: its gradients during the passes.
         optimizer: its part of the optimiser's state.
         activations: see ``Counted.activations``.
-        gathered: parameters of others that it holds for a time, and gradients on their way to others.
-        peak: the most that it needs at once: parameters, optimiser state, and what the passes or the optimiser step
-            need, whichever is more. It may be less than the sum of the others, which need not come together.
+        gathered: parameters gathered for a time, and gradients being reduced.
+        peak: the most at once: parameters, optimiser state, and the larger of what the passes and the optimiser step
+            need. It may be less than the sum of the others, which need not coincide.
     """
 
     parameters: float
@@ -48,20 +48,20 @@ def rank_memory(
     several: bool = False,
     each_pass: bool = False,
 ) -> RankMemory:
-    """Return what a rank needs.
+    """Return the memory of a rank.
 
-    - ``ddp``: everything; at the end of the last backward pass, gradients a second time, in the parts that are sent.
-    - ``fsdp``, ``fairscale_fsdp``: 1 / processes of parameters and optimiser state, and layers that are gathered. Of
-      gradients, too, where an update has one backward pass; where it has several (K passes, accumulation), they are
-      reduced with the last one and whole until then, unless ``each_pass``.
-    - ``fairscale_sdp``: everything but the optimiser's state, of which it is 1 / processes.
+    - ``ddp``: everything; at the end of the last backward pass also the buckets in which gradients are sent.
+    - ``fsdp``, ``fairscale_fsdp``: 1 / processes of parameters and optimiser state, and gathered layers. Likewise
+      1 / processes of the gradients if an update has one backward pass; with several (K passes, accumulation),
+      gradients are reduced with the last one and whole until then, unless ``each_pass``.
+    - ``fairscale_sdp``: everything, but only 1 / processes of the optimiser's state.
 
     Args:
-        counted: of the largest micro-batch.
+        counted: costs of the largest micro-batch.
         model: the model, for the sizes of its layers.
-        strategy: of ``distributed.strategy``.
-        processes: how many share the work.
-        several: whether a rank has several micro-batches an update.
+        strategy: ``distributed.strategy``.
+        processes: number of processes.
+        several: whether a rank has several micro-batches per update.
         each_pass: ``distributed.reduce_each_pass``.
 
     Raises:
@@ -75,7 +75,7 @@ def rank_memory(
     whole = several and not (sharded and each_pass)
     gradients = counted.gradients * (1.0 if whole else part)
     passes = counted.activations + gradients if several or sharded else float(counted.passes)
-    gathers = sharded and (processes > 1 or strategy == "fsdp")  # which does so on one process, too
+    gathers = sharded and (processes > 1 or strategy == "fsdp")  # fsdp gathers even on one process
     gathered = float(gathered_bytes(model) if gathers else 0)
     if strategy == "ddp" and processes > 1:
         gathered = counted.gradients
@@ -90,18 +90,18 @@ def rank_memory(
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of whole parameters and gradients of layers that a rank of a fully sharded strategy holds during a pass.
+    """Return the bytes of gathered parameters and whole gradients on a rank of a fully sharded strategy during a pass.
 
     A layer is gathered while the one before runs, and its gradient is whole until it is sent: three times the largest
-    layer. What is in no layer (embeddings, heads) is gathered for the whole pass; at its end, when activations are
-    gone, there are its gradient and the message made of it besides.
+    layer. Other parameters (embeddings, heads) are gathered for the whole pass; their gradients and the message made of
+    them exist only at its end, when activations are gone.
     """
     layers = layer_bytes(model)
     return bytes_of(model) - sum(layers) + 3 * max(layers, default=0)
 
 
 def layer_bytes(model: nn.Module) -> list[int]:
-    """Bytes of the parameters of every repeated layer of a model."""
+    """Return the bytes of the parameters of every repeated layer of a model."""
     return [bytes_of(block) for block in repeated_blocks(model).values()]
 
 

@@ -1,1 +1,1 @@
-"""Sweeps: many runs of one recipe, and the table and figure of what they reach."""
+"""Sweeps: many runs of one recipe, with a table and a figure of their results."""

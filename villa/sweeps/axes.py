@@ -1,4 +1,4 @@
-"""What a sweep varies: axes, and the runs at all combinations of their values."""
+"""The axes of a sweep, and its points: all combinations of their values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _BRACKETS = {"[": "]", "{": "}"}
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied.
+    """One varied option, or several that vary together.
 
     Attributes:
-        name: heads its column: an option's name, or a word for several options that change together.
-        values: the overrides of each value, by what it is called.
+        name: name of the option, or a word for several options; the heading of its column.
+        values: the overrides of each value, by the value's name.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        values: what each axis has there.
-        overrides: the overrides that this makes.
+        values: value of each axis.
+        overrides: the overrides for these values.
     """
 
     values: Mapping[str, str]
@@ -46,21 +46,21 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name of the run's folder: ``lr=1e-5,seed=2``, with a checksum where characters had to be left out."""
+        """Name of the run's folder: ``lr=1e-5,seed=2``, with a checksum if characters had to be replaced."""
         full = ",".join(f"{axis.rpartition('.')[2]}={value}" for axis, value in self.values.items())
         safe = ",".join(_UNSAFE.sub("_", part) for part in full.split(","))[:_LONGEST_NAME]
         exact = ",".join(f"{axis}={value}" for axis, value in self.values.items())
         return safe if safe == full else f"{safe}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
     def group(self) -> tuple[tuple[str, str], ...]:
-        """Return what it shares with the same run of other seeds."""
+        """Return the values of all axes but the seed."""
         return tuple((axis, value) for axis, value in self.values.items() if axis != SEED)
 
 
 def parse_axis(argument: str) -> Axis:
-    """Parse ``optimizer.lr=1e-5,3e-5``: values between commas, of which those in brackets or quotes do not count.
+    """Parse ``optimizer.lr=1e-5,3e-5``: values separated by commas outside brackets and quotes.
 
-    A quote that is not where a value begins is an apostrophe, and a bracket that is not closed is text.
+    A quote within a value is an apostrophe, and a bracket that is never closed is text.
 
     Raises:
         ConfigError: it is not of that form, or a value is given twice.
@@ -76,10 +76,10 @@ def parse_axis(argument: str) -> Axis:
 
 
 def points(axes: Sequence[Axis]) -> list[Point]:
-    """Return the runs of a sweep: every combination of the axes' values, those of the last axis changing first.
+    """Return every combination of the axes' values, the last axis varying fastest.
 
     Raises:
-        ConfigError: no axis, two of one name, or two runs of one folder.
+        ConfigError: there is no axis, two have the same name, or two runs would have the same folder.
     """
     names = [axis.name for axis in axes]
     if not names:
@@ -94,19 +94,18 @@ def points(axes: Sequence[Axis]) -> list[Point]:
         )
         for chosen in itertools.product(*(axis.values.items() for axis in axes))
     ]
-    if len({point.name for point in found}) < len(found):  # a.size=1 and b.size=1 differ in folders by their order only
+    if len({point.name for point in found}) < len(found):  # names omit sections: a.size and b.size differ by order only
         raise ConfigError("two runs of the sweep would write to one folder; give its options or values other names")
     return found
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets and quotes, as far as these are closed again."""
+    """Split at the commas outside quotes and closed brackets."""
     opened, closed, commas = list[int](), set[int | None](), list[tuple[int, int | None]]()
     at, before = 0, ","
     while at < len(text):
         character = text[at]
-        # Elsewhere it is an apostrophe.
-        quoted = _QUOTED.match(text, at) if before in ",[{:" else None
+        quoted = _QUOTED.match(text, at) if before in ",[{:" else None  # elsewhere it is an apostrophe
         if character == ",":
             commas.append((at, opened[-1] if opened else None))
         elif character in _BRACKETS:

@@ -1,4 +1,4 @@
-"""The results of a sweep: a row a run, and mean and deviation over seeds."""
+"""The results of a sweep: one row per run, and mean and deviation over seeds."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ RUNS, TABLE, MARKDOWN = "runs.csv", "table.csv", "table.md"
 
 @dataclass(frozen=True)
 class Group:
-    """The same run of several seeds.
+    """Runs that differ in their seed alone.
 
     Attributes:
-        values: what each axis but the seed has.
-        scores: the value of every run that has ended, in percent unless it is a loss.
-        runs: how many there are in all.
+        values: value of each axis but the seed.
+        scores: score of every finished run, in percent unless it is a loss.
+        runs: number of all runs.
     """
 
     values: Mapping[str, str]
@@ -43,22 +43,22 @@ class Group:
 
     @property
     def mean(self) -> float | None:
-        """Mean over the runs that have ended."""
+        """Mean over the finished runs."""
         return statistics.fmean(self.scores) if self.scores else None
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of a sample (n - 1); None for fewer than two."""
+        """Sample standard deviation (n - 1); None for fewer than two runs."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 def read_score(config: RunConfig, metric: str) -> float | None:
-    """Return what a run reached, in percent unless it is a loss; None for a run that has not ended.
+    """Return the score of a run, in percent unless it is a loss; None if the run is not finished.
 
-    It is the value on the test split, or for ``run_type=train`` the best one of validation.
+    It is the value on the test split, or for ``run_type=train`` the best validation value.
 
     Raises:
-        DataError: its results are damaged, or have no such value.
+        DataError: the run's results are damaged, or have no such value.
     """
     folder = Path(config.output_dir)
     if not is_finished(config):
@@ -77,11 +77,11 @@ def read_score(config: RunConfig, metric: str) -> float | None:
 
 
 def group(points: Sequence[Point], scores: Mapping[str, float | None]) -> list[Group]:
-    """Put runs that differ by their seed alone together.
+    """Group runs that differ in their seed alone.
 
     Args:
         points: the runs.
-        scores: value of each by its name; None where it has not ended.
+        scores: score of each run by its name; None if it is not finished.
     """
     together: defaultdict[tuple[tuple[str, str], ...], list[float | None]] = defaultdict(list)
     for point in points:
@@ -93,13 +93,13 @@ def group(points: Sequence[Point], scores: Mapping[str, float | None]) -> list[G
 
 
 def write_tables(folder: Path, points: Sequence[Point], scores: Mapping[str, float | None], metric: str) -> str:
-    """Write ``runs.csv``, ``table.csv`` and ``table.md``; return the last.
+    """Write ``runs.csv``, ``table.csv`` and ``table.md``; return the text of the last.
 
     Args:
-        folder: of the sweep.
+        folder: folder of the sweep.
         points: its runs.
-        scores: value of each by its name.
-        metric: what it is.
+        scores: score of each run by its name.
+        metric: name of the score.
     """
     axes, groups = list(points[0].values), group(points, scores)
     rows = [[*point.values.values(), _full(scores[point.name])] for point in points]
@@ -142,12 +142,12 @@ FIGURE = "figure.png"
 
 
 def sweep_figure(groups: Sequence[Group], metric: str, *, title: str) -> Figure:
-    """Draw groups from the top down, in the order given, with a colour for each value of the first axis.
+    """Draw the groups from the top down, with a colour for each value of the first axis.
 
     Args:
-        groups: those without a run that has ended are left out.
-        metric: what their scores are.
-        title: above the figure.
+        groups: the groups; those without finished runs are left out.
+        metric: name of the scores.
+        title: title of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

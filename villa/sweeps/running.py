@@ -1,4 +1,4 @@
-"""The runs of a sweep as processes of this machine, several at once."""
+"""Execute the runs of a sweep: several processes at once on this machine, or jobs in a queue."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from villa.launch.folder import JOBS, python_command
 from villa.signals import handled
 from villa.sweeps.runs import Run
 
-#: Seconds between looks at the processes.
+#: Seconds between polls of the processes.
 _PAUSE = 0.2
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to start.
+    """A run to start as a process.
 
     Attributes:
-        name: of the run.
-        arguments: of ``villa_run``.
-        log: file that gets what it prints; it is added to.
+        name: name of the run.
+        arguments: arguments of ``villa_run``.
+        log: file that its output is appended to.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Job:
 
 @dataclass
 class RunProcesses:
-    """Starts processes, at most so many at once, and ends them when this one is told to end.
+    """Runs jobs as processes, and ends them when this process is told to end.
 
     Attributes:
-        at_once: how many.
-        told: number of the signal that asked this process to end, or None.
+        at_once: most processes at once.
+        told: number of the signal that told this process to end, or None.
     """
 
     at_once: int
@@ -52,11 +52,11 @@ class RunProcesses:
     _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job], ended: Callable[[str, int], None]) -> None:
-        """Run all jobs; after a signal no other is started, and those that run get SIGTERM and save their state.
+        """Run all jobs; after a signal no other is started, and running ones get SIGTERM and save their state.
 
         Args:
-            jobs: in the order to start them.
-            ended: called with the name and exit code of each that has ended.
+            jobs: the jobs, in the order to start them.
+            ended: called with the name and exit code of each job that has ended.
         """
         waiting = list(jobs)
         with self._listening():
@@ -91,7 +91,7 @@ class RunProcesses:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    """Start a run in a session of its own, so that Ctrl-C reaches it through this process alone."""
+    """Start a run in its own session, so that Ctrl-C reaches it only through this process."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open_own(job.log, "ab") as log:
         return subprocess.Popen(  # noqa: S603
@@ -104,23 +104,23 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
         )
 
 
-#: Below the sweep's folder: ids of the jobs, by the names of their runs.
+#: File in the sweep's folder with the ids of the jobs, by the names of their runs.
 IDS = "jobs.json"
-#: Seconds between looks at the queue.
+#: Seconds between polls of the queue.
 _QUEUE_PAUSE = 5.0
 
 
 class QueuedRuns:
-    """Jobs of a sweep's runs.
+    """The jobs of a sweep's runs in a queue.
 
     Args:
-        folder: of the sweep.
-        queue: where they run.
-        runs: those that are not done.
+        folder: folder of the sweep.
+        queue: the queue.
+        runs: the unfinished runs.
 
     Raises:
         ConfigError: the queue does not answer.
-        DataError: the note of earlier jobs is damaged.
+        DataError: the file of earlier jobs' ids is damaged.
     """
 
     def __init__(self, folder: Path, queue: Queue, runs: Sequence[Run]) -> None:
@@ -130,7 +130,7 @@ class QueuedRuns:
         self._new = [run for run in runs if self._ids.get(run.name) not in alive]
 
     def submit(self, at_once: int | None) -> None:
-        """Submit, as one array, the runs that have no job that waits or runs.
+        """Submit the runs without a pending or running job, as one array.
 
         Raises:
             ConfigError: the queue refuses it; nothing was submitted.
@@ -148,10 +148,10 @@ class QueuedRuns:
         print(f"submitted job{' array' * (count > 1)} {number} of {count} run{'s' * (count > 1)}{limit}", flush=True)
 
     def follow(self, ended: Callable[[str, bool], None]) -> None:
-        """Wait until all are done or have failed.
+        """Wait until all runs are finished or have failed.
 
         Args:
-            ended: called with the name of each that has ended, and whether it is done.
+            ended: called with the name of each run that has ended, and whether it is finished.
 
         Raises:
             ConfigError: the queue does not answer.
@@ -165,15 +165,15 @@ class QueuedRuns:
                 if (done := run.finished) or (gone and name in missed):
                     ended(name, done)
                     del waiting[name]
-                elif gone:  # its last files may not be there yet: look once more
+                elif gone:  # its last files may not be visible yet: check once more
                     missed.add(name)
 
 
 def shared_queue(runs: Sequence[Run]) -> Queue | None:
-    """Return the queue that runs are handed over to, or None where each starts by itself, or there are none.
+    """Return the queue that the runs are submitted to, or None if their launcher is not a queue.
 
     Raises:
-        ConfigError: a run cannot be launched there, or the runs ask for different queues or amounts.
+        ConfigError: a launcher refuses its run, or the runs' launchers differ in their options.
     """
     launchers = [run.launcher for run in runs]
     for launcher, run in zip(launchers, runs, strict=True):

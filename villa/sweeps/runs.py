@@ -21,9 +21,9 @@ class Run:
     """One run of a sweep.
 
     Attributes:
-        point: what is varied there.
-        arguments: of ``villa_run``.
-        configs: the recipe that they make, or those of its stages.
+        point: its values of the axes.
+        arguments: arguments of ``villa_run``.
+        configs: the configuration, or one for each stage.
     """
 
     point: Point
@@ -35,9 +35,9 @@ class Run:
         """Load and check a run.
 
         Args:
-            arguments: of ``villa_run``, for all runs.
-            point: what is varied there.
-            folder: of the sweep; the run has its own below.
+            arguments: arguments of ``villa_run`` for all runs.
+            point: its values of the axes.
+            folder: folder of the sweep; the run's folder is in it.
 
         Raises:
             ConfigError: the recipe is wrong, or does not train.
@@ -56,15 +56,15 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it is done."""
+        """Whether all its stages are finished."""
         return all(map(is_finished, self.configs))
 
     @property
     def launcher(self) -> Launcher:
-        """Where it is to run."""
+        """The launcher of its recipe."""
         return launcher_of(self.configs[0])
 
     @property
     def request(self) -> Request:
-        """What its launcher is asked for."""
+        """The request to its launcher."""
         return Request(self.arguments, self.configs)

@@ -1,4 +1,4 @@
-"""A sweep: its runs are checked, started where they are not done, and put into a table."""
+"""A sweep: check its runs, start the unfinished ones, and tabulate the results."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from villa.sweeps.results import FIGURE, MARKDOWN, RUNS, TABLE, group, read_scor
 from villa.sweeps.running import Job, QueuedRuns, RunProcesses, shared_queue
 from villa.sweeps.runs import Run
 
-#: Folder of what the runs print, below that of the sweep.
+#: Subfolder of the sweep's folder with the output of the runs.
 LOGS = "logs"
 
 
 class Sweep:
-    """Runs of one recipe.
+    """The runs of one recipe at all points of the axes.
 
     Args:
-        arguments: of ``villa_run``, for all runs.
-        axes: what is varied.
-        folder: of the sweep; each run has its own below. By default ``outputs/<name of the recipe>_sweep``.
+        arguments: arguments of ``villa_run`` for all runs.
+        axes: the axes.
+        folder: folder of the sweep, with one for each run; by default ``outputs/<name of the recipe>_sweep``.
 
     Attributes:
-        folder: of the sweep.
-        runs: all of them, loaded and checked.
+        folder: folder of the sweep.
+        runs: all runs, loaded and checked.
 
     Raises:
         ConfigError: the recipe of a run is wrong.
@@ -43,10 +43,10 @@ class Sweep:
         self._ended = 0
 
     def run(self, at_once: int | None = None) -> int:
-        """Do what is not done yet; what is begun goes on.
+        """Start the unfinished runs; those that were begun are resumed.
 
         Args:
-            at_once: how many runs at once; None is one on this machine, and leaves it to a queue.
+            at_once: most runs at once; None is one on this machine, and leaves it to a queue.
 
         Returns:
             0, 1 if a run failed, or 128 + the number of the signal that ended the sweep.
@@ -67,9 +67,7 @@ class Sweep:
         return self._follow(queued) if queue.follow else 0
 
     def report(self) -> None:
-        """Write and print the table, and draw the figure, of what the runs that have ended reached.
-
-        It is the metric by which the recipe chooses checkpoints.
+        """Write and print the table, and draw the figure, of the finished runs' ``evaluation.monitor``.
 
         Raises:
             DataError: a run has no such value.
@@ -86,7 +84,7 @@ class Sweep:
         failed = []
 
         def ended(name: str, code: int) -> None:
-            self._tell(name, "" if code == 0 else f"failed with exit code {code}, see {self._log(name)}")
+            self._announce(name, "" if code == 0 else f"failed with exit code {code}, see {self._log(name)}")
             failed.extend([name] * (code != 0))
 
         processes = RunProcesses(at_once)
@@ -101,7 +99,7 @@ class Sweep:
         failed = []
 
         def ended(name: str, done: bool) -> None:
-            self._tell(name, "" if done else f"failed, see {self.folder / name / JOBS}")
+            self._announce(name, "" if done else f"failed, see {self.folder / name / JOBS}")
             failed.extend([name] * (not done))
 
         try:
@@ -110,7 +108,7 @@ class Sweep:
             print("\nthe jobs go on; the same command collects what they reach", flush=True)
         return int(bool(failed))
 
-    def _tell(self, name: str, problem: str) -> None:
+    def _announce(self, name: str, problem: str) -> None:
         self._ended += 1
         print(f"{self._ended} of {len(self.runs)} {name}: {problem or 'done'}", flush=True)
 
@@ -119,7 +117,7 @@ class Sweep:
 
 
 def _in_foreground(run: Run) -> tuple[str, ...]:
-    """The arguments of a process that does not end before the run, wherever its launcher starts it."""
+    """Return the arguments of a process that waits for the run, whatever its launcher."""
     return (*run.arguments, *(["launcher.follow=true"] if hasattr(run.launcher.config, "follow") else []))
 
 

@@ -59,7 +59,7 @@ def test_a_file_that_is_missing_a_folder_or_cut_short_is_one_line(task: str, tmp
     file.unlink()
     assert "No such file or directory" in problem(task, file)
     file.mkdir()
-    assert "Is a directory" in problem(task, file)
+    assert "it is a folder, not a file" in problem(task, file)
 
 
 @pytest.mark.parametrize("task", TASKS)

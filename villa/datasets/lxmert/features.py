@@ -23,9 +23,8 @@ from torch import Tensor
 
 from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
 from villa.datasets.cache import cache_root
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.files import locked, regular_file, write_json
-from villa.plugins import one_line
 from villa.progress import Display
 
 Floats = npt.NDArray[np.float32]

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from villa.datasets.stores import ImageSource
-from villa.errors import ConfigError, DataError
-from villa.plugins import one_line
+from villa.errors import ConfigError, DataError, one_line
 
 logger = logging.getLogger(__name__)
 

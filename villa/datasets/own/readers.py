@@ -19,8 +19,7 @@ from villa.datasets.own.pictures import BACKGROUND, PictureStore
 from villa.datasets.own.processors import QUESTION, Prompts, append
 from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.text import KEPT_TEXTS, TokenCounter, encode_texts, nothing_left
-from villa.errors import DataError
-from villa.plugins import one_line
+from villa.errors import DataError, one_line
 
 #: Default side of whole images in pixels.
 SIDE = 224

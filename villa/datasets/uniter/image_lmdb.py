@@ -43,9 +43,8 @@ from villa.datasets.uniter.json_tables import (
 )
 from villa.datasets.uniter.lmdb_env import DATA_FILE, LmdbReader
 from villa.datasets.uniter.packed_arrays import Array, read_msgpack, read_npz
-from villa.errors import DataError, reading
+from villa.errors import DataError, one_line, reading
 from villa.files import regular_file
-from villa.plugins import one_line
 from villa.progress import track
 
 __all__ = ["BoxSelection", "ImageStore", "PairedImageStore"]

@@ -12,10 +12,9 @@ from typing import Any
 
 import lmdb
 
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.files import regular_file
 from villa.mapped_files import Reading, name_damaged_files
-from villa.plugins import one_line
 
 DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
 #: Most values that go into a fingerprint.

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from deflate import DeflateError, crc32, deflate_decompress
 
-from villa.plugins import one_line
+from villa.errors import one_line
 
 Array = npt.NDArray[np.floating[Any]]
 

@@ -30,10 +30,9 @@ from villa.datasets.uniter.json_tables import (
     read_numbers,
 )
 from villa.datasets.uniter.lmdb_env import LmdbReader
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.files import regular_file
 from villa.json_values import parse_json
-from villa.plugins import one_line
 
 #: Largest example after decompression, in bytes: damaged or hostile values claim more.
 MAX_EXAMPLE_BYTES = 1 << 26

@@ -28,10 +28,9 @@ from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.image_lmdb import BOX_WIDTH, NAMES_KEY
 from villa.datasets.uniter.lmdb_env import DATA_FILE, LOCK_FILE
 from villa.datasets.uniter.text_lmdb import CHECKSUMS, check_meta
-from villa.errors import DataError
+from villa.errors import DataError, one_line
 from villa.facts import CHOICES
 from villa.files import atomic_write, fsync, no_space, open_own
-from villa.plugins import one_line
 
 #: What was put so far; a folder with it is unfinished.
 JOURNAL = "unfinished.jsonl"

@@ -1,1 +1,1 @@
-"""Submission files: predictions in the form that a leaderboard reads, with validators."""
+"""Submission files: predictions in the formats of leaderboards, with validators."""

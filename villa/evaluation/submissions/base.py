@@ -1,4 +1,4 @@
-"""What a submission format owes its user, and the common part of formats with one entry an example."""
+"""The interface of submission formats, the base of formats with one entry per example, and ids of splits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NoReturn, TextIO, TypeVar
 
-from villa.errors import DataError, StorageError
+from villa.errors import DataError, StorageError, one_line
 from villa.evaluation.predictions import read_predictions
 from villa.files import regular_file, replacing
 from villa.json_values import RepeatedNameError, unique_names
-from villa.plugins import one_line
 from villa.progress import track
 
 T = TypeVar("T", str, list[str])
 
-#: Characters that are read at a time; also the longest element of a JSON list.
+#: Characters to read at a time; also the longest element of a JSON list.
 _PIECE = 1 << 20
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
@@ -45,7 +44,7 @@ def line_blocks(path: Path, description: str, encoding: str = "utf-8") -> Iterat
     Args:
         path: the file.
         description: what is being done, for the display.
-        encoding: ``utf-8-sig`` goes over a byte-order mark, which no submission may have.
+        encoding: ``utf-8-sig`` skips a byte-order mark, which submissions must not have.
     """
     return _pieces(path, description, lambda file: file.readlines(_PIECE), encoding)
 
@@ -58,13 +57,13 @@ def _pieces(path: Path, description: str, take: Callable[[TextIO], T], encoding:
             yield from track(takewhile(bool, map(take, repeat(file))), description, total)
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8 text; give the file as it was written") from error
-    except (OSError, ValueError) as error:  # ValueError: no possible path
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"cannot read '{path}' ({reason}); mend the path") from error
 
 
 def read_objects(path: Path, description: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSON list in order, each with its place (``file entry 3``) for messages.
+    """Yield the objects of a JSON list, each after its place (``file entry 3``) for messages.
 
     Args:
         path: the file.
@@ -95,7 +94,7 @@ def read_objects(path: Path, description: str) -> Iterator[tuple[str, dict[str, 
 
 
 class _Cursor:
-    """A place in the text of a JSON file, of which only the current piece is held."""
+    """A position in the text of a JSON file, of which only the current piece is in memory."""
 
     def __init__(self, path: Path, description: str) -> None:
         self._pieces = text_pieces(path, description)
@@ -104,7 +103,7 @@ class _Cursor:
         self._at = 0
 
     def peek(self) -> str:
-        """Return the next character that is not blank; ``""`` at the end."""
+        """Return the next character that is not blank, or ``""`` at the end."""
         while True:
             blank = _BLANKS.match(self._text, self._at)
             self._at = blank.end() if blank else self._at
@@ -114,11 +113,11 @@ class _Cursor:
                 return ""
 
     def skip(self) -> None:
-        """Go over one character."""
+        """Skip one character."""
         self._at += 1
 
     def object(self, where: str) -> dict[str, Any]:
-        """Return the object that begins here and go to its end.
+        """Return the object that begins here and move to its end.
 
         Raises:
             DataError: it is not valid JSON, or too long.
@@ -126,7 +125,7 @@ class _Cursor:
         while True:
             try:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
-            except (ValueError, RecursionError) as error:  # perhaps because the rest of it is not read yet
+            except (ValueError, RecursionError) as error:  # perhaps only because the rest has not been read yet
                 final = isinstance(error, RecursionError | RepeatedNameError)
                 if final or len(self._text) - self._at > _PIECE or not self._read():
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
@@ -144,17 +143,17 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON number")
 
 
-#: Files of a text database whose keys are the ids of its examples (VCR has the second).
+#: Files of a text database whose keys are the ids of its examples (the second is VCR's).
 DATABASE_FILES = ("id2len.json", "id2len_qa.json")
-#: Fields of a record that may hold its id, in the order in which they are looked for.
+#: Fields of a record that may hold its id, in order of precedence.
 ID_FIELDS = ("id", "question_id", "annot_id", "identifier", "questionId", "sent_id")
 
 
 class IdCheck:
-    """Sees to it that ids are unique and, if a list is given, exactly those of the list.
+    """Checks that ids are unique and, if a list is given, exactly those of the list.
 
     Args:
-        wanted: the ids that are expected; None compares with nothing.
+        wanted: the expected ids; None only checks uniqueness.
     """
 
     def __init__(self, wanted: Collection[str] | None) -> None:
@@ -165,10 +164,10 @@ class IdCheck:
         return len(self._seen)
 
     def add(self, id_: str, where: str) -> None:
-        """Take in an id that stands at ``where``.
+        """Check and record the id at the place ``where``.
 
         Raises:
-            DataError: it occurred before, or it is not on the list.
+            DataError: it occurred before, or is not on the list.
         """
         if id_ in self._seen:
             raise DataError(f"{where} repeats id {id_!r:.60}; keep one entry an id")
@@ -180,10 +179,10 @@ class IdCheck:
         self._seen.add(id_)
 
     def finish(self, file: Path) -> None:
-        """Say that the file is at its end.
+        """Check completeness at the end of the file.
 
         Raises:
-            DataError: it holds nothing, or ids of the list are missing.
+            DataError: it has no ids, or ids of the list are missing.
         """
         if not self._seen:
             raise DataError(f"{file} holds no entry; write one for every example")
@@ -202,11 +201,11 @@ def read_ids(path: Path) -> list[str]:
     Args:
         path: a text database's folder (the keys of its ``id2len.json`` or ``id2len_qa.json``); a ``.json`` list of ids
             or records, an object whose keys are ids, or one with a list of records under ``questions``; a ``.jsonl``
-            file of records; or, with any other ending, a text file with one id a line. The id of a record is in
+            file of records; or, with any other suffix, a text file with one id per line. The id of a record is in
             ``id``, ``question_id``, ``annot_id``, ``identifier``, ``questionId`` or ``sent_id``.
 
     Raises:
-        DataError: the file cannot be read or holds no ids.
+        DataError: the file cannot be read or has no ids.
     """
     if path.is_dir():
         files = [path / name for name in DATABASE_FILES if (path / name).is_file()]
@@ -264,13 +263,13 @@ E = TypeVar("E")
 
 @dataclass(frozen=True)
 class Report:
-    """What a validator found in a valid file.
+    """The result of validating a valid file.
 
     Attributes:
         task: name of the format.
         entries: number of examples.
         compared: whether the ids were compared with a list.
-        detail: more counts, for the user.
+        detail: further counts, for the user.
     """
 
     task: str
@@ -288,9 +287,9 @@ class Submission(ABC):
     """A format of submission files. ``@register_submission(name)`` registers a subclass.
 
     Attributes:
-        name: the name under which it is registered.
-        suffix: ending of the file's name, with the dot.
-        description: the form of the file in a few words, for messages.
+        name: the registered name.
+        suffix: suffix of the file's name, with the dot.
+        description: the file's format in a few words, for messages.
     """
 
     name: ClassVar[str]
@@ -299,50 +298,50 @@ class Submission(ABC):
 
     @abstractmethod
     def write(self, predictions: Path, output: Path) -> int:
-        """Turn a prediction file into a submission file; it appears under its name when it is complete and valid.
+        """Convert a prediction file into a submission file, which gets its name when it is complete and valid.
 
         Args:
             predictions: JSON lines, see ``villa.evaluation.predictions``.
-            output: file to write; missing folders are made.
+            output: file to write; missing folders are created.
 
         Returns:
             The number of entries.
 
         Raises:
-            DataError: the predictions are not of the form that the format needs, or the file cannot be written.
+            DataError: the predictions do not fit the format, or the file cannot be written.
         """
 
     @abstractmethod
     def validate(self, file: Path, ids: Collection[str] | None = None) -> Report:
-        """Check a file.
+        """Check a submission file of any origin.
 
         Args:
-            file: the file, of any origin.
-            ids: ids of the split, all of which must occur and no others; None checks form and uniqueness alone.
+            file: the file.
+            ids: the ids of the split, which the file must have exactly; None only checks form and uniqueness.
 
         Raises:
             DataError: the first problem, with its place in the file.
         """
 
     def check_suffix(self, file: Path) -> None:
-        """Check the ending of a file's name.
+        """Check the suffix of a file's name.
 
         Raises:
-            DataError: it is another one.
+            DataError: it is wrong.
         """
         if file.suffix != self.suffix:
             raise DataError(f"'{file}' must end in {self.suffix}; a {self.name} submission is a {self.description}")
 
 
 class EntrySubmission(Submission, Generic[E]):
-    """A text file with one entry an example, written and checked as a stream; memory grows with the ids only."""
+    """A text file with one entry per example, written and checked as a stream; memory grows with the ids only."""
 
     @abstractmethod
     def convert(self, record: Mapping[str, Any], where: str) -> E:
-        """Make an entry of a prediction.
+        """Convert a prediction into an entry.
 
         Raises:
-            DataError: the prediction lacks what the entry needs; ``where`` is its place.
+            DataError: the prediction at ``where`` lacks a field that the entry needs.
         """
 
     @abstractmethod
@@ -350,23 +349,23 @@ class EntrySubmission(Submission, Generic[E]):
         """Check an entry and return its id.
 
         Raises:
-            DataError: the entry is not of the format; ``where`` is its place.
+            DataError: the entry at ``where`` does not have the format.
         """
 
     @abstractmethod
     def read(self, file: Path) -> Iterator[tuple[str, E]]:
-        """Yield the entries of a file, each with its place for messages.
+        """Yield the entries of a file, each after its place for messages.
 
         Raises:
-            DataError: the file cannot be read or is of another form.
+            DataError: the file cannot be read or has another format.
         """
 
     @abstractmethod
     def encode(self, entries: Iterator[E]) -> Iterator[str]:
-        """Yield the text of a file with these entries, in pieces."""
+        """Yield the text of a file with these entries in pieces."""
 
     def write(self, predictions: Path, output: Path) -> int:
-        """Convert, check and write one entry after the other."""
+        """Convert, check and write the entries one by one."""
         self.check_suffix(output)
         ids = IdCheck(None)
         try:
@@ -381,7 +380,7 @@ class EntrySubmission(Submission, Generic[E]):
         return len(ids)
 
     def validate(self, file: Path, ids: Collection[str] | None = None) -> Report:
-        """Read and check one entry after the other."""
+        """Read and check the entries one by one."""
         self.check_suffix(file)
         check = IdCheck(ids)
         for where, entry in self.read(file):

@@ -1,4 +1,4 @@
-"""Submissions that are a JSON list of objects."""
+"""Submissions as JSON lists and CSV tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from villa.errors import DataError
 from villa.evaluation.submissions.base import EntrySubmission, line_blocks, read_objects
 
-#: Whole numbers as predictions write them; no leading zero, sign or blank, so that each has one spelling.
+#: Integers in predictions; no leading zero, sign or blank, so that each has one spelling.
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class JsonSubmission(EntrySubmission[dict[str, Any]]):
-    """A JSON list of objects, one a line. More fields than the format asks for are allowed."""
+    """A JSON list of objects, one per line. Fields beyond those of the format are allowed."""
 
     suffix = ".json"
 
@@ -27,7 +27,7 @@ class JsonSubmission(EntrySubmission[dict[str, Any]]):
         return read_objects(file, "validate")
 
     def encode(self, entries: Iterator[dict[str, Any]]) -> Iterator[str]:
-        """Yield one line an object, in ASCII."""
+        """Yield one line per object, in ASCII."""
         opening = "[\n"
         for entry in entries:
             yield opening + json.dumps(entry, allow_nan=False)
@@ -41,7 +41,7 @@ def checked_field(entry: Mapping[str, Any], name: str, valid: Callable[[Any], bo
     Args:
         entry: the object.
         name: the field.
-        valid: says whether a value is allowed.
+        valid: returns whether a value is allowed.
         form: what is allowed, in words.
         where: place of the entry, for the message.
 
@@ -56,44 +56,44 @@ def checked_field(entry: Mapping[str, Any], name: str, valid: Callable[[Any], bo
 
 
 def is_text(value: Any) -> bool:
-    """Say whether a value is a text; it may be empty."""
+    """Return whether a value is a string, perhaps an empty one."""
     return isinstance(value, str)
 
 
 def is_id(value: Any) -> bool:
-    """Say whether a value is a text with something in it."""
+    """Return whether a value is a string that is not empty."""
     return isinstance(value, str) and bool(value)
 
 
 def is_whole(value: Any) -> bool:
-    """Say whether a value is a whole number from 0 that fits in 64 bits."""
+    """Return whether a value is an integer in [0, 2^63)."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def text_answer(record: Mapping[str, Any], where: str) -> str:
-    """Return the answer of a prediction, which must be a text.
+    """Return the answer of a prediction, which must be text.
 
     Raises:
-        DataError: it is a label's number.
+        DataError: it is the index of a label.
     """
     return str(checked_field(record, "answer", is_text, "the text of an answer", where))
 
 
 def whole_id(record: Mapping[str, Any], where: str) -> int:
-    """Return the id of a prediction as the number that it spells.
+    """Return the id of a prediction as an integer.
 
     Raises:
-        DataError: it does not spell a whole number.
+        DataError: it is not an integer.
     """
     return int(checked_field(record, "id", lambda id_: _WHOLE.fullmatch(id_) is not None, "a whole number", where))
 
 
-#: Ids that need no quotes in a CSV file, which not every reader of the graders understands.
+#: Ids that need no quotes in a CSV file, which not every grader's reader supports.
 _PLAIN = re.compile(r"[^\s,\"'\x00-\x1f\x7f](?:[^,\"\x00-\x1f\x7f]*[^\s,\"\x00-\x1f\x7f])?")
 
 
 class CsvSubmission(EntrySubmission[list[str]]):
-    """A table with a row an example; the first column is the id.
+    """A table with a row per example; the first column is the id.
 
     Attributes:
         columns: names of the columns.
@@ -105,10 +105,10 @@ class CsvSubmission(EntrySubmission[list[str]]):
     header: ClassVar[bool]
 
     def read(self, file: Path) -> Iterator[tuple[str, list[str]]]:
-        """Yield the rows, without the header.
+        """Yield the rows without the header.
 
         Raises:
-            DataError: the header is another one, or a row has another number of columns.
+            DataError: the header or the number of columns of a row is wrong.
         """
         lines = chain.from_iterable(line_blocks(file, "validate"))
         rows = csv.reader(lines, quoting=csv.QUOTE_NONE)  # neither names, ids nor numbers need quotes
@@ -128,7 +128,7 @@ class CsvSubmission(EntrySubmission[list[str]]):
             yield where, row
 
     def encode(self, entries: Iterator[list[str]]) -> Iterator[str]:
-        """Yield one line a row, the header first if there is one."""
+        """Yield one line per row, after the header if there is one."""
         rows: Iterator[Sequence[str]] = chain([self.columns], entries) if self.header else entries
         return (",".join(row) + "\n" for row in rows)
 
@@ -146,7 +146,7 @@ class CsvSubmission(EntrySubmission[list[str]]):
 
 
 def checked_id(text: str, column: str, where: str) -> str:
-    """Return an id that can stand in a table.
+    """Return an id after checking that it needs no quotes in a CSV file.
 
     Args:
         text: the id.

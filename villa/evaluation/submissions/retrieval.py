@@ -19,18 +19,17 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from villa.errors import DataError, StorageError
+from villa.errors import DataError, StorageError, one_line
 from villa.evaluation.predictions import read_predictions
 from villa.evaluation.submissions.base import IdCheck, Report, Submission
 from villa.evaluation.submissions.formats import checked_field, is_id
 from villa.files import replacing
-from villa.plugins import one_line
 from villa.progress import track
 from villa.registry import register_submission
 
 SCORES, TEXTS, IMAGES = "scores", "text_ids", "image_ids"
 
-#: Bytes of ids that are read at most; COCO's 25,000 texts have some megabytes.
+#: Most bytes of ids to read; those of COCO's 25,000 texts are a few megabytes.
 _LARGEST_NAMES = 1 << 26
 _ALLOWED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 
@@ -38,13 +37,13 @@ _ALLOWED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 class ScoreArchive:
     """The arrays ``scores``, ``text_ids`` and ``image_ids`` of an npz file; a context manager.
 
-    Scores are read row by row, so that neither a large file nor a false size in a small one needs memory.
+    Scores are read row by row, so that neither a large file nor a wrong size in a small one takes memory.
 
     Args:
         path: the file.
 
     Raises:
-        DataError: on entering or reading: the file is missing or damaged, or its arrays are of another form.
+        DataError: on entering or reading, if the file is missing or damaged, or its arrays have wrong shapes or types.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +77,7 @@ class ScoreArchive:
             if file.read(1):
                 raise DataError(f"{self.path}: {name} goes on after its end; write the file again")
             codes = np.frombuffer(data, np.dtype(np.uint32).newbyteorder(dtype.byteorder))
-            if codes.max(initial=0) > sys.maxunicode:  # numpy would fail on it
+            if codes.max(initial=0) > sys.maxunicode:  # NumPy would fail on it
                 raise DataError(f"{self.path}: {name} holds what is no character; write the file again")
             return [str(text) for text in np.frombuffer(data, dtype)]
 
@@ -124,7 +123,7 @@ class ScoreArchive:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what zipfile and numpy raise on files that are missing, damaged or made to harm into DataError."""
+        """Turn the errors of zipfile and NumPy for missing, damaged or malicious files into DataError."""
         try:
             yield
         except FileNotFoundError as error:
@@ -134,10 +133,10 @@ class ScoreArchive:
             ValueError,
             TypeError,
             EOFError,
-            RuntimeError,  # encrypted members; NotImplementedError and RecursionError are kinds of it
+            RuntimeError,  # encrypted members; base of NotImplementedError and RecursionError
             OverflowError,
             SyntaxError,
-            tokenize.TokenError,  # of numpy's second try to understand a header, as is the warning
+            tokenize.TokenError,  # from NumPy's second attempt to parse a header, as is the warning
             UserWarning,
             MemoryError,
             zlib.error,
@@ -150,9 +149,9 @@ class ScoreArchive:
 class RetrievalSubmission(Submission):
     """Retrieval: npz file with ``scores`` float32 ``[texts, images]``, ``text_ids`` and ``image_ids``.
 
-    There is no leaderboard: this form is villa's own. A line of the predictions has the scores of one text with some
-    images, ``{"text": id, "images": [names], "scores": [numbers], ...}``; all lines together have each pair once, in
-    any order. The lines are read twice, and memory does not grow with the number of pairs.
+    There is no leaderboard: this format is villa's own. A line of the predictions has the scores of one text with some
+    images, ``{"text": id, "images": [names], "scores": [numbers], ...}``; together the lines must have each pair once,
+    in any order. The lines are read twice, and memory does not grow with the number of pairs.
     """
 
     name = "retrieval"
@@ -160,7 +159,7 @@ class RetrievalSubmission(Submission):
     description = f"npz file with {SCORES} [texts, images], {TEXTS} and {IMAGES}"
 
     def write(self, predictions: Path, output: Path) -> int:
-        """Collect the scores in a file that is mapped into memory, then put it into the archive."""
+        """Collect the scores in a memory-mapped file, then write it into the archive."""
         self.check_suffix(output)
         texts, images = _names(predictions)
         try:
@@ -179,7 +178,7 @@ class RetrievalSubmission(Submission):
         return len(texts)
 
     def validate(self, file: Path, ids: Collection[str] | None = None) -> Report:
-        """Check the names and every score; ``ids`` are those of the texts."""
+        """Check the names and every score; ``ids`` are the ids of the texts."""
         self.check_suffix(file)
         with ScoreArchive(file) as archive:
             texts, images = _checked(archive, TEXTS, ids), _checked(archive, IMAGES, None)
@@ -194,7 +193,7 @@ class RetrievalSubmission(Submission):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Scores ``[n]`` of a text with n images; ``where`` is the place of the prediction."""
+    """Scores ``[n]`` of a text with n images from the prediction at ``where``."""
 
     where: str
     text: str
@@ -203,7 +202,7 @@ class _Chunk:
 
 
 def _names(predictions: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Number the texts and the images in the order in which they occur."""
+    """Number the texts and the images in order of first occurrence."""
     texts: dict[str, int] = {}
     images: dict[str, int] = {}
     for chunk in _chunks(predictions, "find names"):
@@ -227,7 +226,7 @@ def _chunk(record: Mapping[str, Any], where: str) -> _Chunk:
         numbers = np.asarray(record.get("scores"))
     except (ValueError, OverflowError):  # lists of unequal lengths
         numbers = np.empty(0, dtype=object)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+    with np.errstate(over="ignore"):  # values too large for float32 become infinite and are refused
         valid = numbers.dtype.kind in "fiu" and numbers.shape == (len(images),)
         scores = numbers.astype(np.float32) if valid else np.empty(0, dtype=np.float32)
     if not valid or not np.isfinite(scores).all():
@@ -236,7 +235,7 @@ def _chunk(record: Mapping[str, Any], where: str) -> _Chunk:
 
 
 def _empty_scores(path: Path, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Make an npy file of NaN and map it: writing first finds out whether the disk has the room."""
+    """Write an npy file of NaN, which makes sure that the disk has room, and map it into memory."""
     with path.open("xb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -267,7 +266,7 @@ def _check_complete(scores: npt.NDArray[np.float32], predictions: Path, texts: l
 
 
 def _checked(archive: ScoreArchive, name: str, wanted: Collection[str] | None) -> list[str]:
-    """Return the unique names of an array of the archive, which are those that are wanted, if any are."""
+    """Return the names in an array of the archive after checking them with ``IdCheck``."""
     names = archive.names(name)
     check = IdCheck(wanted)
     for number, id_ in enumerate(names):
@@ -280,7 +279,7 @@ def _checked(archive: ScoreArchive, name: str, wanted: Collection[str] | None) -
 
 
 def _is_name(value: Any) -> bool:
-    return is_id(value) and "\0" not in value  # numpy takes NUL for the end of a text
+    return is_id(value) and "\0" not in value  # to NumPy a NUL ends a text
 
 
 def _are_names(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""VQA: the answers that the VQA challenge's server on EvalAI takes."""
+"""The submission formats of tasks: VQA, GQA, NLVR2, SNLI-VE, referring expressions, VCR."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from villa.registry import register_submission
 class VqaSubmission(JsonSubmission):
     """VQA v2: JSON list of ``{"question_id": whole number, "answer": text}``.
 
-    The results format of visualqa.org/evaluation.html. The server wants every question of the split at once.
+    The results format of visualqa.org/evaluation.html. The server requires every question of the split.
     """
 
     name = "vqa"
     description = 'JSON list of {"question_id": whole number, "answer": text}'
 
     def convert(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The id of a prediction spells the question's number."""
+        """Convert a prediction whose id is the number of the question."""
         return {"question_id": whole_id(record, where), "answer": text_answer(record, where)}
 
     def check(self, entry: dict[str, Any], where: str) -> str:
-        """Check both fields; return the number as text."""
+        """Check both fields; return the question's number as text."""
         question = checked_field(entry, "question_id", is_whole, "a whole number", where)
         checked_field(entry, "answer", is_text, "a text", where)
         return str(question)
@@ -48,14 +48,14 @@ class VqaSubmission(JsonSubmission):
 class GqaSubmission(JsonSubmission):
     """GQA: JSON list of ``{"questionId": text, "prediction": text}``.
 
-    The form that the challenge's evaluation script reads. Ids are texts, although most look like numbers.
+    The format of the challenge's evaluation script. Ids are strings, although most look like numbers.
     """
 
     name = "gqa"
     description = 'JSON list of {"questionId": text, "prediction": text}'
 
     def convert(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The id of a prediction is the question's."""
+        """Convert a prediction whose id is that of the question."""
         return {"questionId": record["id"], "prediction": text_answer(record, where)}
 
     def check(self, entry: dict[str, Any], where: str) -> str:
@@ -69,7 +69,7 @@ class GqaSubmission(JsonSubmission):
 class Nlvr2Submission(CsvSubmission):
     """NLVR2: CSV without a header, rows ``identifier,True`` or ``identifier,False``.
 
-    The evaluation script of github.com/lil-lab/nlvr takes every line for a prediction and knows no quotes.
+    The evaluation script of github.com/lil-lab/nlvr reads every line as a prediction and does not support quotes.
     """
 
     name = "nlvr2"
@@ -78,7 +78,7 @@ class Nlvr2Submission(CsvSubmission):
     header = False
 
     def convert(self, record: Mapping[str, Any], where: str) -> list[str]:
-        """The answer of a prediction is ``True`` or ``False``, as text."""
+        """Convert a prediction whose answer is ``True`` or ``False``."""
         return [record["id"], str(record["answer"])]
 
     def check(self, entry: list[str], where: str) -> str:
@@ -97,14 +97,14 @@ _SNLI_VE_FORM = " or ".join((", ".join(LABELS[:-1]), LABELS[-1]))
 class SnliVeSubmission(JsonSubmission):
     """SNLI-VE: JSON list of ``{"id": text, "label": entailment | neutral | contradiction}``.
 
-    The task has no leaderboard: this form is villa's own, for exchange and for scoring elsewhere.
+    The task has no leaderboard: this format is villa's own, for exchange and for scoring elsewhere.
     """
 
     name = "snli_ve"
     description = 'JSON list of {"id": text, "label": "contradiction", "entailment" or "neutral"}'
 
     def convert(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The answer of a prediction is the label."""
+        """Convert a prediction whose answer is the label."""
         return {"id": record["id"], "label": checked_field(record, "answer", _is_label, _SNLI_VE_FORM, where)}
 
     def check(self, entry: dict[str, Any], where: str) -> str:
@@ -124,14 +124,14 @@ _BOX_FORM = "[x, y, width, height] in pixels, four numbers with width and height
 class ReferringSubmission(JsonSubmission):
     """RefCOCO, RefCOCO+, RefCOCOg: JSON list of ``{"sent_id": whole number, "box": [x, y, w, h]}`` in pixels.
 
-    These data sets have no leaderboard: this form is villa's own, with the sentence ids and boxes of their annotations.
+    These data sets have no leaderboard: this format is villa's own, with sentence ids and boxes as in the annotations.
     """
 
     name = "referring"
     description = 'JSON list of {"sent_id": whole number, "box": [x, y, width, height]} in pixels'
 
     def convert(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The id of a prediction spells the sentence's number; its field ``box`` is taken as it is."""
+        """Convert a prediction whose id is the number of the sentence, with a field ``box``."""
         return {"sent_id": whole_id(record, where), "box": checked_field(record, "box", _is_box, _BOX_FORM, where)}
 
     def check(self, entry: dict[str, Any], where: str) -> str:
@@ -144,10 +144,10 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) > 0
 
 
-#: The answers, then the rationales given each of the answers.
+#: The answers, then the rationales given each answer.
 GROUPS = ("answer", *(f"rationale_conditioned_on_a{answer}" for answer in range(CHOICES)))
 PROBABILITIES = tuple(f"{group}_{choice}" for group in GROUPS for choice in range(CHOICES))
-#: How far the sum of a group may be from 1.
+#: Largest difference of a group's sum from 1.
 TOLERANCE = 1e-3
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -158,7 +158,7 @@ _VCR_FORM = f"{len(PROBABILITIES)} numbers: {CHOICES} answers, then {CHOICES} ra
 class VcrSubmission(CsvSubmission):
     """VCR: CSV with a header, ``annot_id`` and 20 probabilities: of 4 answers, then of 4 rationales given each answer.
 
-    The columns that the leaderboard of visualcommonsense.com asks for, see models/README.md of github.com/rowanz/r2c.
+    The columns of the leaderboard of visualcommonsense.com, see models/README.md of github.com/rowanz/r2c.
     """
 
     name = "vcr"
@@ -167,7 +167,7 @@ class VcrSubmission(CsvSubmission):
     header = True
 
     def convert(self, record: Mapping[str, Any], where: str) -> list[str]:
-        """The field ``probabilities`` of a prediction holds the 20 numbers in the order of the columns."""
+        """Convert a prediction with the 20 ``probabilities`` in the order of the columns."""
         values = checked_field(record, "probabilities", _are_probabilities, _VCR_FORM, where)
         return [record["id"], *(repr(float(value)) for value in values)]
 
