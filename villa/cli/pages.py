@@ -16,7 +16,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import show
 from villa.config.variants import Variant, choose, name_variants
 from villa.config.yaml_text import write
-from villa.errors import ConfigError, VillaError, nearest
+from villa.errors import ConfigError, VillaError, nearest, one_line
 from villa.registry import REGISTRIES, Registry
 
 USAGE = """\
@@ -134,6 +134,6 @@ def _entries(registry: Registry[object], problems: list[str]) -> Iterator[str]:
         try:
             summary = (registry.get(name).__doc__ or "").partition("\n")[0]
         except (ImportError, VillaError) as error:
-            problems.append(f"{registry.kind} '{name}' cannot be used: {plugins.one_line(error)}")
+            problems.append(f"{registry.kind} '{name}' cannot be used: {one_line(error)}")
             continue
         yield f"  {name:{width}}  {summary}".rstrip().replace("``", "'")

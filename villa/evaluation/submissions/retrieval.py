@@ -23,7 +23,7 @@ from villa.errors import DataError, StorageError, one_line
 from villa.evaluation.predictions import read_predictions
 from villa.evaluation.submissions.base import IdCheck, Report, Submission
 from villa.evaluation.submissions.formats import checked_field, is_id
-from villa.files import replacing
+from villa.files import regular_file, replacing
 from villa.progress import track
 from villa.registry import register_submission
 
@@ -51,6 +51,7 @@ class ScoreArchive:
 
     def __enter__(self) -> ScoreArchive:
         with self._explained():
+            regular_file(self.path)
             self._zip = zipfile.ZipFile(self.path)
         try:
             self._check_members()
