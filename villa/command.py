@@ -47,29 +47,37 @@ def run_command(name: str, action: Callable[[], int]) -> int:
     with lasting():
         try:
             with interruptible():
-                return action()
-        except VillaError as error:
-            problem, code = error, error.exit_code
+                return _reported(name, action)
         except Interrupted as interrupted:
-            print(f"ended by {interrupted}", flush=True)
             return interrupted.exit_code
         except KeyboardInterrupt:
             return _INTERRUPTED
-        except Exception as error:
-            from villa.files import no_space
 
-            full = no_space(error)
-            if full is None:
-                raise
-            named = getattr(error, "filename", None)
-            where = f" in '{named}'" if named else ""
-            problem = StorageError(f"{full}{where}; make room, also for temporary files (TMPDIR), and start again")
-            code = problem.exit_code
-        # Progress bars are gone by now.
-        several = isinstance(problem, MissingDataError)
-        text = str(problem) if several else "\\n".join(str(problem).splitlines())
-        print(f"{name}: error: {text}", file=sys.stderr)
-        return code
+
+def _reported(name: str, action: Callable[[], int]) -> int:
+    """Run a command and report its error. A signal that comes while another is reported is left to the caller."""
+    try:
+        return action()
+    except VillaError as error:
+        problem, code = error, error.exit_code
+    except Interrupted as interrupted:
+        print(f"ended by {interrupted}", flush=True)
+        return interrupted.exit_code
+    except Exception as error:
+        from villa.files import no_space
+
+        full = no_space(error)
+        if full is None:
+            raise
+        named = getattr(error, "filename", None)
+        where = f" in '{named}'" if named else ""
+        problem = StorageError(f"{full}{where}; make room, also for temporary files (TMPDIR), and start again")
+        code = problem.exit_code
+    # Progress bars are gone by now.
+    several = isinstance(problem, MissingDataError)
+    text = str(problem) if several else "\\n".join(str(problem).splitlines())
+    print(f"{name}: error: {text}", file=sys.stderr)
+    return code
 
 
 def show(text: str) -> int:

@@ -22,6 +22,7 @@ PREEMPTED = signal.SIGUSR2
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, PREEMPTED)
 #: Seconds after which a signal is sent again.
 _SOON = 0.05
+_MOST_RAISED = 2
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,11 +45,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Watch:
-    """What this process has received, and whether it defers handling it."""
+    """What this process has received, whether it defers handling it, and how many exceptions it has raised for it."""
 
     installed = False
     deferred = False
     strength = 0
+    raised = 0
 
 
 def urgency() -> int:
@@ -87,7 +89,7 @@ def interruptible() -> Iterator[None]:
     if _Watch.installed or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _Watch.installed, _Watch.deferred, _Watch.strength = True, False, 0
+    _Watch.installed, _Watch.deferred, _Watch.strength, _Watch.raised = True, False, 0, 0
     try:
         with handled(SIGNALS, _handle), _resend_lost():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the parent process may have blocked them
@@ -105,7 +107,7 @@ def _resend_lost() -> Iterator[None]:
         if not isinstance(lost.exc_value, Interrupted):
             before(lost)
         elif _Watch.installed:
-            _Watch.strength = 0
+            _Watch.strength = _Watch.raised = 0
             resend = threading.Timer(_SOON, os.kill, (os.getpid(), lost.exc_value.number))
             resend.daemon = True
             resend.start()
@@ -155,10 +157,13 @@ def _exit_on_request(parent: int) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    """Raise an exception for the first signal, and for SIGINT after it; no more, so that all of them can be caught."""
     before, _Watch.strength = _Watch.strength, max(_Watch.strength, _strength(number))
-    if before and number == signal.SIGINT:
+    if before and number == signal.SIGINT and _Watch.raised < _MOST_RAISED:
+        _Watch.raised = _MOST_RAISED
         signal.default_int_handler(number, frame)
     if not _Watch.deferred and not before:
+        _Watch.raised += 1
         check()
 
 

@@ -302,3 +302,23 @@ def test_signals_to_all_processes_pass_data_workers_by(shield: bool) -> None:
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == (0 if shield else -signal.SIGTERM)
+
+
+def test_signals_while_another_is_reported_show_no_traceback() -> None:
+    """Ctrl-C again and again, at the moment when the first signal's line is printed."""
+    code = (
+        "import io, os, signal, sys, time\n"
+        "from villa.command import run_command\n"
+        "class Out(io.StringIO):\n"
+        "    def write(self, text):\n"
+        "        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):\n"
+        "            os.kill(os.getpid(), number)\n"
+        "        return len(text)\n"
+        "sys.stdout = Out()\n"
+        "def action():\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    time.sleep(5)\n"
+        "os._exit(run_command('villa_run', action))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -21,10 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for a mistake in the input (reported in one line on stderr), 128 + the number of the signal
         that ended the command.
     """
-    code = run_command("villa_run", lambda: _main(sys.argv[1:] if argv is None else argv))
-    if argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that Python's shutdown shows no traceback for it
-    return code
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that Python shows no traceback for it, also at its end
+    return run_command("villa_run", lambda: _main(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: Sequence[str]) -> int:
