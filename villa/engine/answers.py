@@ -1,4 +1,4 @@
-"""Answers of a model to examples, with or without known targets."""
+"""A model's answers to examples, with or without known targets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from villa.registry import SUBMISSIONS
 
 
 def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """Yield the ids and decoded answers of the examples, in order; the main process alone gets them all."""
+    """Yield the ids and decoded answers of the examples, in order; only rank 0 gets them."""
     batches, count = parts.evaluation_batches(examples)
     for ran in parts.evaluator.predict(track(batches, "predict", count, mode=parts.config.logging.progress)):
         yield from collected(parts, ran)
 
 
 def collected(parts: Parts, ran: Ran) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """Yield the ids and decoded answers of a batch of every process, in the order of the split; all of them call it."""
+    """Gather the ids and decoded answers of a batch from all ranks, in the order of the split; a collective call."""
     decoded = parts.decode(ran.batch, ran.output)
     mine = [ran.batch.ids, decoded] if ran.own else [[], []]
     yield from map(tuple, parts.strategy.processes.gather(mine))
@@ -42,7 +42,7 @@ def write_answers(parts: Parts, examples: Split, path: Path) -> None:
 
 @contextmanager
 def answer_file(parts: Parts, path: Path) -> Iterator[Callable[[list[str], list[dict[str, Any]]], None]]:
-    """Give what writes ids and answers to a prediction file, which the main process does."""
+    """Open a prediction file and yield a function that writes ids and answers to it; a no-op above rank 0."""
     if not parts.strategy.processes.is_main:
         yield lambda ids, decoded: None
         return
@@ -51,13 +51,13 @@ def answer_file(parts: Parts, path: Path) -> Iterator[Callable[[list[str], list[
 
 
 def submission_path(data: TaskDataset, split: str, folder: Path) -> Path | None:
-    """Return where the submission file of a split goes; None where the split has none."""
+    """Return the path of a split's submission file, or None if the split has none."""
     name = data.submission(split)
     return None if name is None else folder / f"submission_{split}{SUBMISSIONS.get(name).suffix}"
 
 
 def write_submission(data: TaskDataset, split: str, predictions: Path) -> Path | None:
-    """Turn a split's prediction file into a submission file beside it; return its path, or None where it has none.
+    """Convert a split's prediction file into a submission file beside it; return its path, or None if it has none.
 
     Raises:
         DataError: the predictions do not make a valid submission.

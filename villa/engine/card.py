@@ -19,22 +19,22 @@ _SHOWN_LABELS = 20
 
 
 class _NoAliases(yaml.SafeDumper):
-    """Writes values that occur twice twice: readers of model cards know no aliases."""
+    """YAML without aliases, which readers of model cards do not support."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Take every value as new."""
+        """Return True for every value."""
         return True
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a model card is about.
+    """The contents of a model card.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         parts: model, data and recipe.
-        update: updates that it was trained for.
-        metrics: content of ``metrics.json``; empty where the model was not tested.
+        update: number of updates that the model was trained for.
+        metrics: content of ``metrics.json``; empty if the model was not tested.
         provenance: software, ``data`` and ``seed``.
         labels: names of the classes, or None.
         reads_text: whether the folder holds a tokenizer or processor.
@@ -50,15 +50,15 @@ class Described:
 
     @property
     def splits(self) -> dict[str, Mapping[str, Any]]:
-        """Values by split."""
+        """Metrics by split."""
         return {name: values for name, values in self.metrics.items() if name != "protocol"}
 
 
 def model_card(described: Described, folder: Path) -> str:
-    """Return the card.
+    """Return the text of the card.
 
     Args:
-        described: what it is about.
+        described: contents of the card.
         folder: the saved folder, whose ``config.json`` says which class of transformers loads it.
     """
     architecture = (json.loads((folder / CONFIG_FILE).read_text()).get("architectures") or [None])[0]
@@ -92,7 +92,7 @@ def _front_matter(described: Described) -> Iterator[str]:
 
 
 def _pipeline(described: Described) -> str | None:
-    """The hub's word for the task; it has none for matching, ranking or pre-training."""
+    """Return the hub's name for the task; matching, ranking and pre-training have none."""
     task = described.parts.data.facts().task
     if task == "generation":
         return "image-text-to-text"
@@ -199,11 +199,11 @@ def _cell(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """One line of a card that shows a text, of whoever it is, and holds no markup: neither HTML nor links nor code."""
+    """Return any text as a single line without markup (HTML, links or code)."""
     line = "".join(one if one.isprintable() else " " for one in str(value))
     return line.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(").replace("`", "\\`")
 
 
 def _code(value: Any) -> str:
-    """The same as code, which the mark of its end would end."""
+    """Return any text as inline code, without backticks of its own."""
     return f"`{''.join(one if one.isprintable() and one != '`' else ' ' for one in str(value))}`"

@@ -19,12 +19,12 @@ from villa.models.base import Model, ModelOutput
 
 
 class Ran(NamedTuple):
-    """A batch that went through the model.
+    """A batch with the model's output.
 
     Attributes:
         batch: on the model's device.
         output: logits in fp32 or wider.
-        own: False where another process answers for it.
+        own: False for a stand-in: another rank evaluates this batch.
     """
 
     batch: Batch
@@ -36,11 +36,11 @@ class Evaluator:
     """Scores batches with a model in evaluation mode.
 
     Args:
-        model: the model; its mode is put back afterwards.
+        model: the model; its training mode is restored afterwards.
         loss: the task loss, reported as ``loss``.
         metrics: computed over all batches.
         precision: autocast.
-        strategy: how processes share the model and the batches; by default there is one process.
+        strategy: how processes share the model and the batches; a single process by default.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Evaluator:
                 yield Ran(moved, output, own)
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
-        """What the data set decodes for a batch that ``predict`` has yielded: its logits, or a generated text."""
+        """Return what the data set decodes for a batch that ``predict`` has yielded: logits, or generated text."""
         with self.strategy.without_gradients(), self.precision.autocast():
             return self.model.predictions(batch, output)
 
@@ -74,11 +74,11 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return every metric over the batches of all processes, and the mean loss where there are targets.
 
-        Batches may be for several objectives: ``<objective>_loss`` is then the mean of each, and ``loss`` theirs.
+        With batches of several objectives, ``<objective>_loss`` is the mean of each, and ``loss`` the overall mean.
 
         Args:
             batches: this process's share of the split's batches.
-            each: also called with every batch and its output, to write predictions in the same pass.
+            each: called with every batch and its output, for example to write predictions in the same pass.
 
         Raises:
             DataError: the examples have no targets, or targets that a metric cannot read.
@@ -93,7 +93,7 @@ class Evaluator:
                 means.setdefault(batch.objective, _Mean()).add(self.loss(output, batch), self.loss.count(batch))
             if each is not None:
                 each(ran)
-            for metric in self.metrics.values() if own or not seen else ():  # else a metric may not know its size
+            for metric in self.metrics.values() if own or not seen else ():  # a metric without any batch does not know its size
                 metric.update(output, batch)
             seen = seen or own
         values = _losses(self._merged_means(means))
@@ -103,7 +103,7 @@ class Evaluator:
         return values
 
     def _merged_means(self, means: Mapping[str | None, _Mean]) -> dict[str | None, _Mean]:
-        """The means over the batches of all processes."""
+        """Return the means over the batches of all processes."""
         merged: dict[str | None, _Mean] = {}
         for parts in self.strategy.processes.gather([[key, mean.total(), mean.count] for key, mean in means.items()]):
             for objective, total, count in parts:
@@ -111,7 +111,7 @@ class Evaluator:
         return merged
 
     def _merge(self, metric: Metric, seen: bool) -> None:
-        """Make a metric that of all processes; one that has not ``seen`` a batch of its own adds nothing."""
+        """Combine a metric over all processes; one that has not ``seen`` a batch of its own adds nothing."""
         processes = self.strategy.processes
         if processes.world_size == 1:
             return
@@ -122,7 +122,7 @@ class Evaluator:
 
 
 def _losses(means: Mapping[str | None, _Mean]) -> dict[str, float]:
-    """``loss``, and those of several objectives."""
+    """Return the overall ``loss`` and, if there are several objectives, the loss of each."""
     losses = {objective: mean.compute() for objective, mean in means.items() if mean.count}
     values = {"loss": sum(losses.values()) / len(losses)} if losses else {}
     if len(losses) > 1:
@@ -131,7 +131,7 @@ def _losses(means: Mapping[str | None, _Mean]) -> dict[str, float]:
 
 
 class _Mean:
-    """A mean over elements, summed up on the device."""
+    """A mean over elements, accumulated on the device."""
 
     def __init__(self) -> None:
         self._total: Tensor | float = 0.0

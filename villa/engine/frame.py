@@ -1,4 +1,4 @@
-"""One update: all passes of all its micro-batches, the weights around them, clipping, and the optimiser's step."""
+"""One update: the passes of its micro-batches, changes to the weights around them, clipping and the optimiser step."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Accumulation = Literal["mean", "sum", "total"]
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """What a process runs of an update.
+    """The micro-batches of an update that one process runs.
 
     Attributes:
-        number: of the update, from 1.
+        number: number of the update, from 1.
         batches: the micro-batches that this process runs.
         turns: which of the update's micro-batches they are.
         accumulation: ``mean`` over the update's examples, the ``sum`` of micro-batch means, or the ``total`` over
             examples.
-        check: looks for signals: called between micro-batches, which all processes have as many of, and by a process
-            that is alone before every pass, too.
+        check: raises if a signal has arrived. Called between micro-batches, of which all processes have the same
+            number; a single process also calls it before every pass.
     """
 
     number: int
@@ -43,10 +43,10 @@ class MicroBatches:
 
 
 class SkippedUpdateError(Exception):
-    """Ends an update that has met a value which is not finite, through whatever a method has around it.
+    """Aborts an update with a non-finite value, whatever the method has wrapped around it.
 
     Args:
-        cause: what is not finite, one line; None for an fp16 overflow, which the loss scaler mends by itself.
+        cause: what is not finite, in one line; None for an fp16 overflow, which the loss scaler handles.
     """
 
     def __init__(self, cause: str | None = None) -> None:
@@ -55,20 +55,20 @@ class SkippedUpdateError(Exception):
 
 
 class UpdateFrame:
-    """``villa.trainers.base.Frame`` of a process.
+    """The implementation of ``villa.trainers.base.Frame``.
 
     Args:
-        passes: of the micro-batches.
-        trainer: whose ``step`` runs on each of them.
-        optimizer: of the model's parameters.
+        passes: forward and backward passes of a micro-batch.
+        trainer: the method; its ``step`` runs on each micro-batch.
+        optimizer: optimiser of the model's parameters.
         work: the micro-batches.
-        clip_norm: bound on the norm of all gradients together, if there is one.
+        clip_norm: bound on the global gradient norm, or None.
 
     Attributes:
-        number: of the update.
-        logs: the values to log of the last ``accumulate``.
-        gradient_norm: the norm of the gradients that it has left.
-        stepped: whether the step was taken.
+        number: number of the update.
+        logs: values to log from the last ``accumulate``.
+        gradient_norm: global gradient norm after the last ``accumulate``.
+        stepped: whether the optimiser step has been taken.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class UpdateFrame:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that ``accumulate`` has left."""
+        """The gradients accumulated by the last ``accumulate``."""
         trained = self._trained.items()
         return {name: self.strategy.local(p.grad) for name, p in trained if p.grad is not None}
 
     def accumulate(self) -> Logs:
-        """Run all micro-batches; return the values to log of all processes together.
+        """Run all micro-batches; return the values to log, combined over all processes.
 
         Raises:
             Interrupted: a signal ends the run.
@@ -110,23 +110,23 @@ class UpdateFrame:
             raise RuntimeError("the update's step was taken: accumulate() must come before step()")
         if self._runs:
             self.optimizer.zero_grad(set_to_none=True)
-            if self.scaler.is_enabled():  # it may unscale once an update; there was no overflow
+            if self.scaler.is_enabled():  # the scaler unscales only once an update; there was no overflow
                 self.scaler._per_optimizer_states.pop(id(self.optimizer))
         self._runs += 1
         logs = self._run()
         self.strategy.unscale(self.scaler, self.optimizer)
         self.gradient_norm = self.strategy.gradient_norm(self.model.parameters())
-        self.logs, losses, ascents = self._of_all(logs)
+        self.logs, losses, ascents = self._combine(logs)
         self._check_finite(losses, ascents)
         return dict(self.logs)
 
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the l2 norm of tensors by weight, all of them together; all processes call it."""
+        """Return the joint l2 norm of tensors keyed by weight name; a collective call."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack([*self.norms(tensors).values()]))
         return norm
 
     def norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the l2 norm of each of the whole tensors; all processes call it."""
+        """Return the l2 norm of each whole tensor; a collective call."""
         trained = self._trained
         device = next(iter(trained.values())).device
         norms = (tensors[name].norm() if name in tensors else torch.zeros((), device=device) for name in trained)
@@ -135,7 +135,7 @@ class UpdateFrame:
 
     @contextmanager
     def moved(self, offsets: Mapping[str, Tensor]) -> Iterator[None]:
-        """Context in which weights have moved by ``offsets``; then they, and buffers, are to the bit what they were."""
+        """Shift the weights by ``offsets`` within the context; afterwards restore them and the buffers bit for bit."""
         if self.stepped:
             raise RuntimeError("the update's step was taken: moved() must come before step()")
         weights, outer = self.weights, self._moved
@@ -167,12 +167,12 @@ class UpdateFrame:
         return named_parameters(self.optimizer)
 
     def _run(self) -> Logs:
-        """Run all passes of the micro-batches; their gradients add up."""
+        """Run all passes of the micro-batches, accumulating gradients."""
         work, processes = self.work, self.strategy.processes
         loss = self.passes.loss_function
         counts = [loss.count(b) if turn.own else 0 for b, turn in zip(work.batches, work.turns, strict=True)]
         (total,) = processes.total([sum(counts)])
-        between = work.check if processes.world_size == 1 else None  # other processes may be at another pass
+        between = work.check if processes.world_size == 1 else None  # processes may run different numbers of passes
         logs: Logs = {}
         for place, (batch, turn, count) in enumerate(zip(work.batches, work.turns, counts, strict=True)):
             if place or self._runs > 1:
@@ -183,8 +183,8 @@ class UpdateFrame:
             _add(logs, self.trainer.step(batch, self.passes), share)
         return logs
 
-    def _of_all(self, logs: Logs) -> tuple[Logs, Tensor, Tensor]:
-        """The values to log of all processes together, and whether all their losses, and all ascents, are finite."""
+    def _combine(self, logs: Logs) -> tuple[Logs, Tensor, Tensor]:
+        """Return the values to log over all processes, and whether all losses and all ascents are finite."""
         losses = _all(torch.isfinite(loss.float()) for _, loss in self.passes.losses)
         ascents = _all(finite for *_, finite in self.passes.ascents)
         if self.strategy.processes.world_size == 1:
@@ -196,7 +196,7 @@ class UpdateFrame:
         return logs, torch.tensor(bad == 0), torch.tensor(overflowed == 0)
 
     def _check_finite(self, losses: Tensor, ascents: Tensor) -> None:
-        """End the update if a value is not finite, or the loss scaler has found an overflow."""
+        """Abort the update if a value is not finite or the loss scaler has found an overflow."""
         norm = torch.isfinite(self.gradient_norm.float())
         if norm & losses.to(norm.device) & ascents.to(norm.device):
             return
@@ -207,13 +207,13 @@ class UpdateFrame:
             raise SkippedUpdateError(_first_cause(self.strategy.processes.gather(found)))
         found_inf = overflows(self.scaler, self.optimizer)
         for overflow in found_inf.values() if not ascents else ():
-            overflow.fill_(1.0)  # so that the loss scale is lowered
+            overflow.fill_(1.0)  # lowers the loss scale
         if any(overflow.item() for overflow in found_inf.values()):
             raise SkippedUpdateError
 
 
 def put_back(before: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy into tensors what they were."""
+    """Restore tensors to their saved values."""
     with torch.no_grad():
         for tensor, value in before:
             tensor.copy_(value)
@@ -225,14 +225,14 @@ def _all(flags: Iterator[Tensor]) -> Tensor:
 
 
 def _numbers(values: Sequence[Tensor]) -> list[float]:
-    """Read numbers from the device at once."""
+    """Copy numbers from the device in one transfer."""
     device = values[-1].device
     numbers: list[float] = torch.stack([value.to(device).double() for value in values]).tolist()
     return numbers
 
 
 def _first_cause(found: Sequence[str]) -> str:
-    """Of what the processes found, a loss before a gradient, and that before the norm that all of them see."""
+    """Choose among the processes' findings: a loss before a gradient before the global norm."""
     causes = (text for start in ("the loss", "the gradient") for text in found if text.startswith(start))
     return next(causes, found[0])
 
@@ -249,17 +249,14 @@ def describe_nonfinite(
     batches: Sequence[Batch],
     ascents: Sequence[tuple[int, str, Tensor]] = (),
 ) -> str:
-    """Name the first loss or gradient of an update that is not finite, with the examples concerned.
+    """Name the first non-finite loss or gradient of an update, with the examples concerned.
 
     Args:
         losses: micro-batch number and value of every loss of the update, in order.
-        logs: the update's values by name, which tell the parts of a loss apart.
+        logs: the update's values by name, which show which part of a loss is not finite.
         parameters: named parameters with their gradients.
         batches: the update's micro-batches.
-        ascents: micro-batch number, modality, and whether it is finite, of every gradient of a perturbation alone.
-
-    Returns:
-        One line.
+        ascents: micro-batch number, modality and finiteness of every gradient of a perturbation.
     """
     backward = dict.fromkeys(range(len(batches)), 0)
     for micro_batch, loss in losses:
@@ -274,13 +271,13 @@ def describe_nonfinite(
             examples = _ids(batches[micro_batch : micro_batch + 1])
             return f"the gradient of a perturbation ({modality}) is not finite; examples: {examples}"
     for name, parameter in parameters:
-        if parameter.grad is not None and not _here(parameter.grad).isfinite().all():
+        if parameter.grad is not None and not _local_part(parameter.grad).isfinite().all():
             return f"the gradient of {name} is not finite; examples: {_ids(batches)}"
     return f"the norm of all gradients together is too large for a float; examples: {_ids(batches)}"
 
 
-def _here(gradient: Tensor) -> Tensor:
-    """This process's part of a gradient that several have."""
+def _local_part(gradient: Tensor) -> Tensor:
+    """Return this process's part of a gradient that may be sharded."""
     part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     return part
 

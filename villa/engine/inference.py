@@ -1,4 +1,4 @@
-"""``run_type=val``, ``test`` and ``predict``: a trained checkpoint at work."""
+"""``run_type=val``, ``test`` and ``predict``: evaluation and prediction with a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def restore_parts(config: RunConfig) -> tuple[Parts, Source]:
 
 
 def evaluate(config: RunConfig) -> int:
-    """Score a split with a checkpoint: a table, ``metrics.json`` and predictions in ``output_dir``."""
+    """Score a split with a checkpoint; write a table, ``metrics.json`` and predictions to ``output_dir``."""
     tests = config.run_type == "test"
     split = config.evaluation.test_split if tests else str(config.evaluation.split)
     processes = strategy_of(config.distributed).connect()
@@ -65,7 +65,7 @@ def predict(config: RunConfig) -> int:
     output = Path(config.predict.output or Path(config.output_dir) / f"predictions_{stem}.jsonl")
     if output.exists():
         raise ConfigError(f"'{output}' exists; move it away or give another predict.output")
-    processes.barrier()  # all have looked before the file is begun
+    processes.barrier()  # every process has checked before the file is created
     parts, _ = restore_parts(config)
     parts.distribute()
     submission = submission_path(parts.data, config.predict.split, output.parent) if given is None else None
@@ -93,10 +93,10 @@ def predict(config: RunConfig) -> int:
 
 
 def read_requests(path: Path) -> Iterator[Request]:
-    """Yield the records of a JSON-lines file, each with an ``id``: by default its line's number.
+    """Yield the records of a JSON-lines file, each with an ``id`` (the line number by default).
 
-    An image or feature file whose path is relative is taken from beside the file if it is there; otherwise the path
-    stays as it is, for the data set to look up.
+    A relative path of an image or feature file is resolved against the file's folder if it exists there; otherwise it
+    is left for the data set to resolve.
 
     Raises:
         DataError: the file is missing or empty, a line is not a JSON object, or an id is unusable or occurs twice.

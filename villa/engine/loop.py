@@ -1,4 +1,4 @@
-"""Training: the loop, and the state that it carries."""
+"""The training loop and its state."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from villa.trainers.base import Logs
 
 
 class Callback:
-    """Something that happens around updates. ``name`` keys its state in checkpoints."""
+    """A hook around updates. ``name`` keys its state in checkpoints."""
 
     name = "callback"
 
     def on_start(self, training: Training) -> None:
-        """Called once, after a checkpoint was loaded and before the first update."""
+        """Run once, after a checkpoint was loaded and before the first update."""
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Called after every update, with the update's detached values."""
+        """Run after every update, with the update's detached values."""
 
     def on_interrupt(self, training: Training) -> None:
-        """Called when a signal ends the run between two updates; ``training`` is as it was after the first of them."""
+        """Run when a signal arrives during an update, which has been undone."""
 
     def on_end(self, training: Training) -> None:
-        """Called once when training ends, also by an error or a signal."""
+        """Run once when training ends, even by an error or a signal."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; saved in every checkpoint."""
+        """Return the state that a resumed run needs; saved in every checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -45,15 +45,15 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """Where training stands.
+    """The progress of training.
 
     Attributes:
         update: updates done.
         total: updates to do.
         stopped: why training ended early, or None.
-        best: the best value of the monitored metric so far, and the update that it was reached at.
+        best: the best value of the monitored metric so far.
         best_update: the update of ``best``.
-        pending: the callback that a signal has interrupted at the end of ``update``; a resumed run goes on with it.
+        pending: name of the callback that a signal interrupted after ``update``; a resumed run starts with it.
     """
 
     update: int = 0
@@ -64,36 +64,36 @@ class Progress:
     pending: str | None = None
 
     def check(self) -> None:
-        """Refuse values that training never gives, as those of a damaged checkpoint.
+        """Check that the values are possible: a damaged checkpoint may hold others.
 
         Raises:
-            ValueError: naming one.
+            ValueError: a value is impossible.
         """
         counts = [self.update, *([] if self.best_update is None else [self.best_update])]
-        known = isinstance(self.best, int | float) if self.best_update is not None else self.best is None  # NaN, too
+        known = isinstance(self.best, int | float) if self.best_update is not None else self.best is None  # may be NaN
         if not all(map(is_count, counts)) or not known or not isinstance(self.pending, str | None):
             raise ValueError(f"there is no such state of a run: {self!r:.200}")
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether training is done or was stopped."""
         return self.update >= self.total or self.stopped is not None
 
 
 @dataclass
 class Training:
-    """A training run: everything that ``fit`` works on.
+    """Everything that ``fit`` works on.
 
     Attributes:
         model: the model.
-        updater: turns micro-batches into an optimiser step.
-        stream: the endless sequence of updates' micro-batches.
+        updater: runs an optimiser step on micro-batches.
+        stream: endless iterator over the micro-batches of each update.
         prepare: moves a micro-batch to the model's device.
         callbacks: called in order around every update.
-        progress: where training stands.
+        progress: updates done and the best result so far.
         seconds: time spent in updates since this process started.
         examples: examples seen since this process started, by all processes of the run.
-        interrupt: number of the signal that ends the run, or None; all processes of the run have the same.
+        interrupt: number of the signal that ends the run, or None; the same on all processes.
     """
 
     model: Model
@@ -107,10 +107,10 @@ class Training:
     interrupt: int | None = None
 
     def check(self) -> None:
-        """Look for signals: all processes of the run call it at the same places, and all of them end if one has to.
+        """Stop all processes if one has received a signal; all call it at the same places.
 
         Raises:
-            Interrupted: a signal asks the run to end.
+            Interrupted: a process has received a signal.
         """
         if self.interrupt is None:
             strongest = self.updater.strategy.processes.largest(urgency())
@@ -120,13 +120,13 @@ class Training:
             raise Interrupted(self.interrupt, where, agreed=True)
 
     def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items, of which every process has as many, and look for signals before each."""
+        """Yield the items, checking for signals before each; every process has the same number of items."""
         for item in items:
             self.check()
             yield item
 
     def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
-        """Everything besides the weights that an exact resume needs; see ``Updater.state_dict``."""
+        """Return what an exact resume needs besides the weights; see ``Updater.state_dict``."""
         return {
             "progress": asdict(self.progress),
             "updater": self.updater.state_dict(whole=whole),
@@ -135,17 +135,17 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``; the updates to do, and whether to stop before, are this run's own affair.
+        """Restore ``state_dict()``, except the number of updates and the reason for stopping, which are this run's own.
 
         Raises:
-            CheckpointError: it is of another recipe.
-            ValueError: it is not what ``state_dict`` returns; what else is raised for that is the caller's to tell.
+            CheckpointError: the state belongs to another recipe.
+            ValueError: the state is malformed; the caller must translate other errors that a malformed state causes.
         """
         self.progress = Progress(**{**state["progress"], "total": self.progress.total, "stopped": None})
         self.progress.check()
         self.updater.load_state_dict(state["updater"])
         if self.progress.update:
-            self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # the rate that would be logged
+            self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # so that the right rate is logged
         self.stream.seek(state["stream"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))
@@ -155,7 +155,7 @@ def fit(training: Training) -> None:
     """Train until all updates are done or a callback stops the run.
 
     Raises:
-        Interrupted: a signal has ended the run; its state is saved.
+        Interrupted: a signal has ended the run; its state has been saved.
     """
     progress = training.progress
     try:
@@ -174,7 +174,7 @@ def fit(training: Training) -> None:
 
 
 def _update(training: Training) -> Logs:
-    """Run the next update and return its values to log; a signal leaves everything as it was before."""
+    """Run the next update and return its values to log; a signal restores the state before it."""
     progress, stream = training.progress, training.stream
     position = stream.position
     try:
@@ -194,7 +194,7 @@ def _update(training: Training) -> Logs:
 
 
 def _end_update(training: Training, logs: Logs, first: str | None = None) -> None:
-    """Call the callbacks at the end of an update; after an interruption, from the ``first`` one that is not done."""
+    """Run the callbacks at the end of an update; after an interruption, start with ``first``."""
     training.progress.pending = None
     names = [callback.name for callback in training.callbacks]
     begin = 0 if first is None else names.index(first) if first in names else len(names)

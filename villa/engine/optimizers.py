@@ -1,4 +1,4 @@
-"""Optimisers by name, on the parameter groups of a model."""
+"""Optimisers by registered name, built on a model's parameter groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BertAdamW(Optimizer):
         p &= p - lr \sqrt{1 - \beta_2^t} / (1 - \beta_1^t) \cdot m / (\sqrt v + \epsilon) \\
         p &= p - lr \cdot weight\_decay \cdot p
 
-    Parameters without a gradient are left as they are, and their step does not count.
+    Parameters without a gradient do not change, and their step count does not advance.
 
     Args:
         params: parameters or groups of them.
@@ -37,7 +37,7 @@ class BertAdamW(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        correct_bias: False leaves out the factor of the bias corrections (as the original BERT did).
+        correct_bias: whether to apply the bias corrections (the original BERT did not).
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class BertAdamW(Optimizer):
         """Update the parameters that have a gradient.
 
         Args:
-            closure: evaluates the loss again and returns it, as in ``torch.optim``.
+            closure: re-evaluates the loss and returns it, as in ``torch.optim``.
 
         Returns:
-            What the closure returned.
+            The closure's loss, or None.
         """
         loss = None
         if closure is not None:
@@ -72,7 +72,7 @@ class BertAdamW(Optimizer):
         return loss
 
     def _by_step(self, parameters: list[Tensor]) -> dict[int, list[Tensor]]:
-        """Count a step for the parameters with a gradient; return them by their number of steps."""
+        """Advance the step count of parameters with a gradient; return them grouped by step count."""
         groups: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is None:
@@ -87,7 +87,7 @@ class BertAdamW(Optimizer):
         return groups
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Apply the formula of the class to parameters that have all taken ``step`` steps."""
+        """Apply the class's formula to parameters that have all taken ``step`` steps."""
         beta1, beta2 = group["betas"]
         gradients = [cast("Tensor", parameter.grad) for parameter in parameters]
         first = [self.state[parameter]["exp_avg"] for parameter in parameters]
@@ -104,7 +104,7 @@ class BertAdamW(Optimizer):
 
 
 def _step_size(group: dict[str, Any], step: int) -> float:
-    """Learning rate with both bias corrections."""
+    """Return the learning rate with both bias corrections."""
     if not group["correct_bias"]:
         return float(group["lr"])
     beta1, beta2 = group["betas"]
@@ -112,14 +112,14 @@ def _step_size(group: dict[str, Any], step: int) -> float:
 
 
 class BertAdam(BertAdamW):
-    r"""Adam without bias corrections, whose weight decay is a part of the update.
+    r"""Adam without bias corrections, with weight decay as part of the step.
 
     .. math::
         m &= \beta_1 m + (1 - \beta_1) g, \qquad v = \beta_2 v + (1 - \beta_2) g^2 \\
         p &= p - lr \cdot (m / (\sqrt v + \epsilon) + weight\_decay \cdot p)
 
-    ``BertAdamW`` decays what the step has made of a parameter, this one what it was before. It does not clip
-    gradients by parameter, as some copies of the original do; nor does LXMERT's.
+    Unlike ``BertAdamW``, it decays the parameter's value before the step. Like LXMERT's, and unlike some copies of the
+    original, it does not clip gradients per parameter.
 
     Args:
         params: parameters or groups of them.
@@ -140,7 +140,7 @@ class BertAdam(BertAdamW):
         super().__init__(params, lr, betas, eps, weight_decay, correct_bias=False)
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Decay the parameters, then take the step of the class above without its own decay."""
+        """Decay the parameters, then take the base class's step without its decay."""
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         super()._update(parameters, step, group | {"weight_decay": 0.0})
 
@@ -175,7 +175,7 @@ class OptimizerConfig:
     lr_multipliers: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse senseless values.
+        """Check the ranges of all values.
 
         Raises:
             ConfigError: a value is out of its range.
@@ -240,7 +240,7 @@ class OptimizerFactory(ABC):
         config: an instance of ``Config``.
 
     Raises:
-        ConfigError: the configuration holds a senseless value.
+        ConfigError: a value of the configuration is out of range.
     """
 
     Config: ClassVar[type[OptimizerConfig]] = OptimizerConfig
@@ -254,7 +254,7 @@ class OptimizerFactory(ABC):
         """Return the optimiser of the model's trainable parameters.
 
         Raises:
-            ConfigError: the options of the groups do not fit the model (see ``parameter_groups``).
+            ConfigError: the options do not fit the model (see ``parameter_groups``).
         """
 
     def groups(self, model: Model) -> list[dict[str, Any]]:
@@ -269,12 +269,12 @@ class OptimizerFactory(ABC):
         )
 
     def options(self) -> dict[str, Any]:
-        """Return the options that every Adam takes."""
+        """Return the options common to all Adam variants."""
         return {"lr": self.config.lr, "betas": tuple(self.config.betas), "eps": self.config.eps}
 
 
 def _fused(choice: str, groups: list[dict[str, Any]]) -> bool | None:
-    """Translate ``fused`` for torch, where None leaves foreach or a loop to it."""
+    """Translate the option ``fused`` for torch; None lets torch choose between foreach and a loop."""
     if choice != "auto":
         return choice == "on" or None
     return all(parameter.device.type in _FUSED_DEVICES for group in groups for parameter in group["params"]) or None
@@ -287,7 +287,7 @@ class AdamW(OptimizerFactory):
     Config = FusableConfig
 
     def build(self, model: Model) -> Optimizer:
-        """See ``OptimizerFactory.build``."""
+        """Build ``torch.optim.AdamW``."""
         groups = self.groups(model)
         return torch.optim.AdamW(groups, **self.options(), fused=_fused(self.config.fused, groups))
 
@@ -299,7 +299,7 @@ class Adam(OptimizerFactory):
     Config = FusableConfig
 
     def build(self, model: Model) -> Optimizer:
-        """See ``OptimizerFactory.build``."""
+        """Build ``torch.optim.Adam``."""
         groups = self.groups(model)
         return torch.optim.Adam(groups, **self.options(), fused=_fused(self.config.fused, groups))
 
@@ -309,7 +309,7 @@ class Adamax(OptimizerFactory):
     """``torch.optim.Adamax``: Adam with the infinity norm; its weight decay is an L2 term in the gradient."""
 
     def build(self, model: Model) -> Optimizer:
-        """See ``OptimizerFactory.build``."""
+        """Build ``torch.optim.Adamax``."""
         return torch.optim.Adamax(self.groups(model), **self.options())
 
 
@@ -320,7 +320,7 @@ class BertAdamWFactory(OptimizerFactory):
     Config = BertAdamWConfig
 
     def build(self, model: Model) -> Optimizer:
-        """See ``OptimizerFactory.build``."""
+        """Build ``BertAdamW``."""
         return BertAdamW(self.groups(model), **self.options(), correct_bias=self.config.correct_bias)
 
 
@@ -331,5 +331,5 @@ class BertAdamFactory(OptimizerFactory):
     Config = BertAdamConfig
 
     def build(self, model: Model) -> Optimizer:
-        """See ``OptimizerFactory.build``."""
+        """Build ``BertAdam``."""
         return BertAdam(self.groups(model), **self.options())

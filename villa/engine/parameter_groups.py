@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters decay, and which have a learning rate of their own."""
+"""Parameter groups by weight decay and learning rate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from villa.models.base import Model
 
 Grouping = Literal["standard", "released", "all"]
 
-#: Names that hold one of these are not decayed by the released code: it overlooks ``img_layer_norm.weight``,
-#: ``pos_layer_norm.weight`` and the normalisation inside heads.
+#: The released code does not decay parameters whose names contain one of these. It misses ``img_layer_norm.weight``,
+#: ``pos_layer_norm.weight`` and the normalisation layers of heads.
 _RELEASED_NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
 _NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
@@ -30,22 +30,21 @@ def parameter_groups(
     """Group a model's trainable parameters by learning rate and weight decay.
 
     Args:
-        model: the model, before or after sharding that keeps the shapes of its parameters.
+        model: the model; a sharded one must report whole shapes.
         lr: base learning rate.
         weight_decay: weight decay of the parameters that decay.
-        grouping: ``standard`` leaves out biases, normalisation and other 1-d parameters; ``released`` those whose
-            names hold ``bias``, ``LayerNorm.bias`` or ``LayerNorm.weight``; ``all`` decays every parameter.
+        grouping: ``standard`` exempts biases, normalisation and other 1-d parameters from decay; ``released`` those
+            whose names contain ``bias``, ``LayerNorm.bias`` or ``LayerNorm.weight``; ``all`` decays every parameter.
         head_lr_multiplier: factor on ``lr`` for the parameters below ``model.head_prefixes()``.
-        lr_multipliers: factor on ``lr`` by the dotted name of a module or parameter; the longest one wins, and
-            one of these wins over the head's.
+        lr_multipliers: factor on ``lr`` by the dotted name of a module or parameter; the longest match wins, also
+            over the head's.
 
     Returns:
-        Groups for a torch optimiser, those with the largest multiplier first and the decayed before the others:
-        ``params``, ``names`` (their names in order), ``lr`` and ``initial_lr`` (``lr`` x multiplier),
+        Groups for a torch optimiser, by descending multiplier and with decayed parameters first, each with ``params``, ``names`` (their names in order), ``lr`` and ``initial_lr`` (``lr`` x multiplier),
         ``lr_multiplier``, ``weight_decay``.
 
     Raises:
-        ConfigError: a prefix matches nothing, the model has no head to give a learning rate to, or no parameter
+        ConfigError: a prefix matches nothing, a head's multiplier is given for a model without a head, or no parameter
             is trainable.
     """
     multipliers = _multipliers(model, head_lr_multiplier, lr_multipliers or {})
@@ -104,6 +103,6 @@ def _multiplier(name: str, multipliers: Mapping[str, float]) -> float:
 
 
 def _dotted_prefixes(name: str) -> Iterator[str]:
-    """``a.b.c`` gives ``a``, ``a.b``, ``a.b.c``: whole parts only, so that ``layer.1`` is not ``layer.10``."""
+    """Yield ``a``, ``a.b``, ``a.b.c`` for ``a.b.c``: whole parts, so that ``layer.1`` does not match ``layer.10``."""
     parts = name.split(".")
     return (".".join(parts[: i + 1]) for i in range(len(parts)))

@@ -1,4 +1,4 @@
-"""What the loop lends a trainer: forward and backward passes of one micro-batch."""
+"""Forward and backward passes of one micro-batch, as a trainer runs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from villa.share import Turn
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
-#: The type that autocast runs matrix products in.
+#: Autocast types.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,42 +40,42 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def run(self, model: Model, batch: Batch) -> ModelOutput:
-        """Run the model under autocast; logits and the like come in fp32 or wider."""
+        """Run the model under autocast; return logits and extras in fp32 or wider."""
         with self.autocast():
             output: ModelOutput = model(batch)
         return output.map_scores(widened)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision as a context; nothing in fp32."""
+        """Return the autocast context; it does nothing in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     @property
     def loss_scale(self) -> float:
-        """The present loss scale; 1 without a scaler."""
+        """Current loss scale; 1 without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Context in which a model is in evaluation mode; afterwards every module is in the mode that it was in."""
+    """Put a model into evaluation mode within the context, then restore the mode of every module."""
     return modes([(module, False) for module in model.modules()])
 
 
 class ModelPasses:
-    """``villa.trainers.base.Passes`` of a process's micro-batches.
+    """The implementation of ``villa.trainers.base.Passes``.
 
     Args:
         model: the model to run.
         loss: the task loss.
         precision: autocast and loss scaling.
-        seed: the run's seed; dropout and random starts derive from (seed, update, micro-batch, pass), so that they are
-            the same whichever process runs a micro-batch.
-        strategy: sums up gradients over processes.
+        seed: the run's seed; dropout and random starts derive from (seed, update, micro-batch, pass), so that they do
+            not depend on which process runs a micro-batch.
+        strategy: sums gradients over processes.
 
     Attributes:
-        losses: place (among those of this process) and detached value of every loss of a micro-batch of its own that
-            was back-propagated in this update.
-        ascents: place, modality, and whether it was finite, of every gradient of a perturbation of a micro-batch of its
-            own that ``gradient`` has computed in this update.
+        losses: of the losses back-propagated in this update (stand-ins excluded), the micro-batch's place on this
+            process and the detached value.
+        ascents: of the perturbation gradients that ``gradient`` computed in this update (stand-ins excluded), the
+            micro-batch's place, the modality and whether it was finite.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ModelPasses:
         self.losses: list[tuple[int, Tensor]] = []
         self.ascents: list[tuple[int, str, Tensor]] = []
         self.strategy = strategy or Strategy()
-        self._check = _go_on
+        self._check = _no_check
         self._seed = seed
         self._update = self._place = 0
         self._turn = Turn(0)
@@ -105,30 +105,30 @@ class ModelPasses:
         last: bool = True,
         check: Callable[[], None] | None = None,
     ) -> None:
-        """Turn to a micro-batch; every loss of it is multiplied by ``weight``.
+        """Start a micro-batch, whose losses will be multiplied by ``weight``.
 
         Args:
             update: the optimiser step, from 1.
-            place: of the micro-batch among those that this process runs; 0 begins the update.
-            weight: of the micro-batch in the update; 0 where another process answers for it.
-            turn: its number in the update; by default ``place``.
-            last: whether it is the last one that this process runs.
-            check: called before every pass; what it raises abandons the update.
+            place: index of the micro-batch on this process; 0 starts the update.
+            weight: weight of the micro-batch in the update; 0 for a stand-in.
+            turn: number of the micro-batch in the update; ``place`` by default.
+            last: whether it is the last micro-batch of this process.
+            check: called before every pass; raises to abort the update.
         """
         if place == 0:
             self.losses.clear()
             self.ascents.clear()
-        self._check = check or _go_on
+        self._check = check or _no_check
         self._update, self._place, self._weight = update, place, weight
         self._turn, self._last = turn or Turn(place), last
 
     @property
     def gradient_scale(self) -> float:
-        """Loss scale x micro-batch weight; the loss scale where the weight, and so every gradient, is 0."""
+        """Loss scale x micro-batch weight; only the loss scale if the weight, and thus every gradient, is 0."""
         return self.precision.loss_scale * (self._weight or 1.0)
 
     def seed(self, name: str) -> int:
-        """A seed for the draws called ``name`` of this micro-batch."""
+        """Return a seed for the random draws called ``name`` of this micro-batch."""
         return micro_batch_seed(self._seed, self._update, self._turn.number, name)
 
     def forward(
@@ -140,7 +140,7 @@ class ModelPasses:
         grad: bool = True,
         train: bool = True,
     ) -> ModelOutput:
-        """Run the model with the perturbations added at their points; logits come in fp32 or wider."""
+        """Run the model with the perturbations added at their points; return logits in fp32 or wider."""
         self._check()
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
@@ -154,11 +154,11 @@ class ModelPasses:
         return value
 
     def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
-        """Return the divergence of the predictions from those on clean inputs, as the loss defines it."""
+        """Return the loss's divergence between perturbed and clean predictions."""
         return self.loss_function.consistency(output, clean, batch, reduction)
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
-        """Give perturbations, and nothing else, the gradient of ``loss``; see ``villa.trainers.base.Passes``."""
+        """Set the gradient of ``loss`` on perturbations alone; see ``villa.trainers.base.Passes``."""
         deltas = [perturbation.trained() for perturbation in perturbations.values()]
         scale = self.precision.loss_scale
         gradients = self.strategy.gradient(loss * scale if scale != 1.0 else loss, deltas)
@@ -170,12 +170,12 @@ class ModelPasses:
             delta.grad = gradient if gradient is None or scale == 1.0 else gradient / scale
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Back-propagate the scaled, weighted loss; with the ``last`` one of the update, processes sum up gradients."""
+        """Back-propagate the scaled, weighted loss; the ``last`` pass of the update sums gradients over processes."""
         if self._turn.own:
             self.losses.append((self._place, loss.detach()))
         with self.strategy.backward(reduce=last and self._last):
             torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))
 
 
-def _go_on() -> None:
-    """Look for no signal."""
+def _no_check() -> None:
+    """Do not check for signals."""

@@ -1,4 +1,4 @@
-"""What a finished training run leaves: test scores, predictions, ``metrics.json``, curves and a table."""
+"""Results of a finished training run: test scores, predictions, ``metrics.json``, curves and a table."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from villa.tracking import Trackers
 
 
 def report(parts: Parts, training: Training, store: CheckpointStore, trackers: Trackers, folder: Path) -> None:
-    """Test the best checkpoint (the last one where there was no validation), and write everything down."""
+    """Test the best checkpoint (the last one without validation) and write all results."""
     progress, evaluation = training.progress, parts.config.evaluation
     split, update = evaluation.test_split, progress.best_update or progress.update
-    parts.strategy.processes.barrier()  # the main process may still be writing a checkpoint
+    parts.strategy.processes.barrier()  # rank 0 may still be writing a checkpoint
     if update != progress.update:
         load_model(parts.model, store.load(update), parts.strategy)
     values = _test(parts, folder)
@@ -79,7 +79,7 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
 
 
 def _test(parts: Parts, folder: Path) -> dict[str, float]:
-    """Score the test split; one without answers gets predictions alone, and no scores."""
+    """Score the test split; if it has no answers, only predict and return no scores."""
     split = parts.config.evaluation.test_split
     if split not in parts.data.splits():
         print(f"dataset '{parts.config.dataset.name}' has no {split} split: nothing is tested")
@@ -96,12 +96,12 @@ def _test(parts: Parts, folder: Path) -> dict[str, float]:
 
 
 def about_split(name: str, examples: Split) -> list[str]:
-    """Return what a user should know about a split before it is used, a line each."""
+    """Return notes for the user about a split, one line each."""
     return [f"{name}: {warning}" for warning in examples.warnings()]
 
 
 def _submit(parts: Parts, split: str, folder: Path) -> None:
-    """Write the submission file; predictions that do not make one are kept, and the reason is said."""
+    """Write the submission file; if the predictions are unsuitable, keep them and print why."""
     if not parts.strategy.processes.is_main:
         return
     try:
@@ -115,7 +115,7 @@ def _predictions(folder: Path, split: str) -> Path:
 
 
 def protocol(parts: Parts, update: int, chosen: str) -> EvaluationProtocol:
-    """What the scores depend on."""
+    """Return everything that the scores depend on."""
     return EvaluationProtocol(
         data=parts.data.fingerprint(),
         update=update,
@@ -126,20 +126,20 @@ def protocol(parts: Parts, update: int, chosen: str) -> EvaluationProtocol:
 
 
 def show(parts: Parts, results: list[Result], references: Mapping[str, float], *, title: str) -> None:
-    """Print the result table under the first metric of the recipe that they have."""
+    """Print the result table, led by the recipe's first metric among the results."""
     metrics = parts.config.evaluation.metrics
     metric = next((name for name in metrics if all(name in result.metrics for result in results)), "loss")
     print_results(results, references, metric=metric, title=title)
 
 
 def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:
-    """Return what a run will not do as it may be expected to, in lines.
+    """Return warnings about a run whose recipe has effects that a user may not expect, one line each.
 
     Args:
         config: the recipe.
-        split: its training split.
-        sampler: deals out the split.
-        updates: how many the run has.
+        split: the training split.
+        sampler: cuts the split into updates.
+        updates: number of updates of the run.
     """
     schedule: Schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, updates)
     found = (*about_split("train", split), *sampler.warnings(), *schedule.warnings(config.optimizer.lr, updates))

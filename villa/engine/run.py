@@ -1,4 +1,4 @@
-"""A recipe to what it asks for."""
+"""Dispatch of a recipe by run type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from villa.registry import DATASETS
 
 
 def run(config: RunConfig) -> int:
-    """Do what ``config.run_type`` says; return the process's exit code.
+    """Run ``config.run_type``; return the process's exit code.
 
     Raises:
         VillaError: the recipe, data or checkpoints cannot be used.
@@ -29,14 +29,14 @@ def run(config: RunConfig) -> int:
 
 
 def run_stages(configs: Sequence[RunConfig]) -> int:
-    """Train stage after stage; with ``checkpoint.resume``, finished ones are passed over.
+    """Train stage after stage; with ``checkpoint.resume``, skip finished ones.
 
     Returns:
         0, or the exit code of the stage that was interrupted.
 
     Raises:
-        VillaError: a stage's recipe, data, folder or checkpoints cannot be used; its number is named. Folders and data
-            of all stages are looked at before the first one trains.
+        VillaError: a stage's recipe, data, folder or checkpoints cannot be used; the message names the stage. Folders
+            and data of all stages are checked before the first one trains.
     """
     for number, config in enumerate(configs, start=1):
         with about(f"stage {number}"):
@@ -59,6 +59,6 @@ def run_stages(configs: Sequence[RunConfig]) -> int:
 
 
 def _open_data(config: RunConfig) -> None:
-    """Find out now that a later stage's data are not there."""
+    """Open a later stage's data early, so that missing files are reported now."""
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset)
     data.split("train")

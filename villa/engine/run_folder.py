@@ -1,4 +1,4 @@
-"""A run's output folder: claimed by one process at a time, and never overwritten by accident."""
+"""A run's output folder, claimed by one process at a time and never overwritten by accident."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _LOCK = ".lock"
 
 @contextmanager
 def claim(folder: Path, *, resume: bool, trains: bool = True, processes: Processes | None = None) -> Iterator[Path]:
-    """Hold a run's folder for this process, making it if need be; of several processes of a run, the main one does.
+    """Lock a run's folder while the context is open, creating it if needed; only rank 0 of a run does.
 
-    A run that fails before it has anything to show leaves no trace, so that it can simply be started again.
+    A run that fails before it has written anything leaves no trace, so that it can simply be started again.
 
     Args:
         folder: the run's ``output_dir``.
-        resume: whether a run that the folder holds may be gone on with.
-        trains: whether this is a run that could be gone on with, for the advice.
-        processes: those of the run; by default there is one.
+        resume: whether to resume a run that the folder holds.
+        trains: whether this run could be resumed, for the advice in messages.
+        processes: the processes of the run; a single one by default.
 
     Raises:
-        ConfigError: it holds a saved model, or a run that is not to be resumed; another process is using it, or it
-            cannot be made.
-        StorageError: the disk is full, or somebody has removed or moved the folder meanwhile.
+        ConfigError: the folder holds a saved model or a run that is not to be resumed, is in use by another process, or
+            cannot be created.
+        StorageError: the disk is full, or the folder was removed or moved in the meantime.
     """
     processes = processes or Processes()
     if not processes.is_main:
@@ -63,9 +63,9 @@ def claim(folder: Path, *, resume: bool, trains: bool = True, processes: Process
 
 @contextmanager
 def _kept(folder: Path) -> Iterator[None]:
-    """Say in one line that the disk is full, or that the folder is not there any more."""
+    """Report a full disk or a folder that disappears within the context in one line."""
     place = folder.absolute()
-    held = os.open(place, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open, no other folder looks the same
+    held = os.open(place, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode is not reused
 
     def check(error: Exception | None = None) -> None:
         if not is_at(held, place):
@@ -89,14 +89,14 @@ def _kept(folder: Path) -> Iterator[None]:
 
 
 def _names(folder: Path) -> set[str]:
-    """What a folder holds; nothing if it is gone."""
+    """Return the names of a folder's entries; an empty set if it is gone."""
     with suppress(FileNotFoundError):
         return {path.name for path in folder.iterdir()}
     return set()
 
 
 def refuse_used(folder: Path, *, resume: bool, trains: bool = True) -> str | None:
-    """Return the name of something that shows that a folder holds a run, or None; see ``claim`` for the rest."""
+    """Return the name of an entry that shows that the folder holds a run, or None; raises as ``claim`` does."""
     used = next((name for name in TRACES if os.path.exists(folder / name)), None)  # noqa: PTH110 (as above)
     if used is not None and not resume:
         advice = "set checkpoint.resume=true to go on with it, or give" if trains else "give"
@@ -131,21 +131,21 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def saved_yaml(config: RunConfig) -> str:
-    """The recipe as it is saved: the same whether the run was resumed or not, and wherever it takes place."""
+    """Return the recipe as saved, independent of resuming and of the machine."""
     checkpoint = dataclasses.replace(config.checkpoint, resume=False)
     return to_yaml(dataclasses.replace(config, checkpoint=checkpoint, launcher=LAUNCHERS.get("inline").Config()))
 
 
 def mark_finished(config: RunConfig) -> None:
-    """Say that the run is done."""
+    """Record that the run has finished."""
     write_json(Path(config.output_dir) / FINISHED, {"recipe": _recipe(config)})
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run's folder says that it was done, by the recipe as it is now.
+    """Return whether the run's folder records that this very recipe has finished.
 
     Raises:
-        DataError: the note is damaged.
+        DataError: the record is damaged.
     """
     path = Path(config.output_dir) / FINISHED
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Saving a trained model as a folder that others, villa and transformers load."""
+"""Saving a trained model as a folder that villa and transformers load."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from villa.hub.folder import ITSELF
 from villa.hub.source import Source
 from villa.models.base import Model
 
-#: Options of a model that are part of its saved configuration, or done with once its weights are saved.
+#: Model options that the saved configuration contains, or that have no effect once the weights are saved, with their
+#: values in a saved recipe.
 _SETTLED: dict[str, Any] = {"checkpoint": None, "options": {}, "lora_rank": 0}
 
 
 def portable(config: RunConfig, model: Model) -> RunConfig:
     """Return a run's recipe for a saved folder.
 
-    Paths of data stay, for whoever trains on; those of weights and results go.
+    Paths of data are kept for further training; those of weights and results are removed.
     """
     settled: dict[str, Any] = {"checkpoint": None} if model.pretrained() is None else dict(_SETTLED)
     if hasattr(config.model, "architecture"):
@@ -50,15 +51,15 @@ VOCABULARY_FILE = "vocab.txt"
 
 
 def write_processor(assets: Path, folder: Path, max_length: int | None) -> bool:
-    """Write what the assets of a data set hold.
+    """Write the tokenizer or processor from a data set's assets.
 
     Args:
         assets: folder that ``TaskDataset.save_assets`` wrote.
-        folder: where to.
-        max_length: word-pieces of a text, or None.
+        folder: destination.
+        max_length: longest text in word-pieces, or None.
 
     Returns:
-        Whether there is something that reads texts; released databases hold word-pieces instead.
+        Whether the assets hold a tokenizer or processor; released databases hold word-pieces instead.
     """
     if (assets / PROCESSOR).is_dir():
         shutil.copytree(assets / PROCESSOR, folder, dirs_exist_ok=True)
@@ -90,15 +91,12 @@ LABELS = "labels.json"
 
 
 def save_pretrained(parts: Parts, source: Source, folder: str | Path) -> Path:
-    """Save a trained model in a folder, whole or not at all.
+    """Save a trained model in a folder, atomically.
 
     Args:
         parts: the model with its data and recipe.
-        source: where the weights come from; its results and provenance go into the model card.
-        folder: absent, empty, or a folder that was saved before and not changed since.
-
-    Returns:
-        The folder.
+        source: origin of the weights; its results and provenance go into the model card.
+        folder: absent, empty, or saved before and unchanged since.
 
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
@@ -124,14 +122,14 @@ def save_pretrained(parts: Parts, source: Source, folder: str | Path) -> Path:
 
 
 def label_names(data: TaskDataset) -> tuple[str, ...] | None:
-    """Names of the classes in the order of the logits: of the facts, or the answers of a task on released files."""
+    """Return the class names in the order of the logits, from the facts or a task's answers."""
     facts = data.facts()
     answers = tuple(getattr(data, "answers", ()))
     return facts.labels or (answers if answers and len(answers) == facts.num_labels else None)
 
 
 def _provenance(source: Source) -> dict[str, Any]:
-    """What the results say about the software and the data, or what the run noted when it saved the weights."""
+    """Return software and data from the results, or as recorded when the weights were saved."""
     known = (source.metrics() or {}).get("protocol")
     if not isinstance(known, dict):
         return source.provenance()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from villa.errors import ConfigError
 from villa.registry import register_scheduler
 
-#: Updates whose learning rate is looked up beforehand, and the share of idle ones that is worth a warning.
+#: Updates whose learning rate is checked in advance, and the share of updates without effect that causes a warning.
 _LOOKED_AT, _MANY = 10_000, 0.1
 
 
@@ -35,7 +35,7 @@ class ScheduleConfig:
     before: int = 0
 
     def check(self) -> None:
-        """Refuse senseless values.
+        """Check the ranges of all values.
 
         Raises:
             ConfigError: a value is out of its range.
@@ -62,8 +62,8 @@ class Schedule(ABC):
 
     Attributes:
         total: number of updates of the whole schedule.
-        warmup: updates of warm-up. It may exceed ``total``, as in a short trial of a long recipe; the full
-            learning rate is then never reached.
+        warmup: updates of warm-up; may exceed ``total`` (a short trial of a long recipe), so that the full learning
+            rate is never reached.
     """
 
     Config: ClassVar[type[ScheduleConfig]] = ScheduleConfig
@@ -75,19 +75,19 @@ class Schedule(ABC):
         self.warmup = round(config.warmup * self.total) if config.warmup < 1 else int(config.warmup)
 
     def factor(self, update: int) -> float:
-        """Share of the base learning rate in ``update`` (1 to ``total``)."""
+        """Return the share of the base learning rate in ``update`` (1 to ``total``)."""
         return update / self.warmup if update <= self.warmup else self.decay(update)
 
     @abstractmethod
     def decay(self, update: int) -> float:
-        """Share of the base learning rate after the warm-up."""
+        """Return the share of the base learning rate after the warm-up."""
 
     def lr(self, base_lr: float, update: int) -> float:
-        """Learning rate of the run's ``update``: the base rate times the factor, and at least the floor."""
+        """Return the learning rate of the run's ``update``: base rate times factor, at least the floor."""
         return max(base_lr * self.factor(self.config.before + update), self.config.floor)
 
     def warnings(self, base_lr: float, updates: int) -> list[str]:
-        """Say, in a line, if many of a run's updates move nothing, or if the base learning rate is far off.
+        """Return one-line warnings: many updates have no effect, or the base learning rate is far off.
 
         Args:
             base_lr: the base learning rate, above 0.
@@ -117,7 +117,7 @@ class Schedule(ABC):
             group["lr"] = lr * group["lr_multiplier"]
 
     def progress(self, update: int) -> float:
-        """Share in [0, 1] of the updates after the warm-up that are behind ``update``."""
+        """Return the share in [0, 1] of the updates after the warm-up done by ``update``."""
         return min((update - self.warmup) / max(self.total - self.warmup, 1), 1.0)
 
 
@@ -126,7 +126,7 @@ class LinearSchedule(Schedule):
     """Linear decay to zero at the last update (BERT; what VILLA's recipes use)."""
 
     def decay(self, update: int) -> float:
-        """See ``Schedule.decay``."""
+        """Return a factor that falls linearly."""
         return max(self.total - update, 0) / max(self.total - self.warmup, 1)
 
 
@@ -135,7 +135,7 @@ class WarmupLinearSchedule(LinearSchedule):
     """Linear warm-up and decay that counts updates from 0, as ``BertAdam`` does: the first one moves nothing."""
 
     def factor(self, update: int) -> float:
-        """Share of the base learning rate in ``update`` (1 to ``total``); a share of warm-up is not rounded."""
+        """Return the factor, without rounding a warm-up that is given as a share of the updates."""
         step, given = update - 1, self.config.warmup
         warmup = given * self.total if given < 1 else given
         return step / warmup if step < warmup else max(self.total - step, 0) / max(self.total - warmup, 1)
@@ -146,7 +146,7 @@ class CosineSchedule(Schedule):
     """Half a cosine wave down to zero at the last update."""
 
     def decay(self, update: int) -> float:
-        """See ``Schedule.decay``."""
+        """Return a factor that falls as a half cosine."""
         return 0.5 * (1.0 + math.cos(math.pi * self.progress(update)))
 
 
@@ -155,7 +155,7 @@ class ConstantSchedule(Schedule):
     """The base learning rate."""
 
     def decay(self, update: int) -> float:
-        """See ``Schedule.decay``."""
+        """Return 1."""
         return 1.0
 
 
@@ -164,5 +164,5 @@ class NoamSchedule(Schedule):
     """Decay with the inverse square root of the update, from 1 at the end of the warm-up (Transformer)."""
 
     def decay(self, update: int) -> float:
-        """See ``Schedule.decay``."""
+        """Return the inverse square root of the update, relative to the end of the warm-up."""
         return math.sqrt(max(self.warmup, 1) / update)

@@ -1,4 +1,4 @@
-"""From a recipe to the objects of a run."""
+"""Building the objects of a run from its recipe."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.rng import seed_pass
 from villa.trainers.base import Trainer
 
-#: What torch says where memory is short, or a size is no number of bytes.
+#: torch's messages when memory runs out or a size overflows.
 _NO_MEMORY = re.compile("allocate|out of memory|size calculation overflow", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What every run type needs.
+    """The objects that every run type needs.
 
     Attributes:
         config: the recipe.
@@ -51,7 +51,7 @@ class Parts:
         loss: the task loss.
         precision: device, autocast and loss scaling.
         evaluator: scores batches.
-        strategy: how processes share the work; ``distribute`` puts it into effect.
+        strategy: how processes share the work; applied by ``distribute``.
     """
 
     config: RunConfig
@@ -63,20 +63,20 @@ class Parts:
     strategy: Strategy
 
     def distribute(self) -> None:
-        """Share the model, whose weights are loaded, among the processes of the run.
+        """Distribute the model, with its weights loaded, over the processes of the run.
 
         Raises:
-            ConfigError: the model cannot be used in this way, or several processes were started for one.
+            ConfigError: the strategy does not support the model, or there are several processes for a single one.
         """
         self.strategy.connect()
         self.strategy.apply(self.model)
 
     def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
-        """Return this process's batches of a split, in order, and how many there are.
+        """Return this process's batches of a split, in order, and their number.
 
         Args:
             split: the examples.
-            first: only the first batch, or the first one of every part.
+            first: return only the first batch, or the first of each part of a mixture.
         """
         config, share = self.config, self.strategy.share
         size, training = config.evaluation.examples, config.training
@@ -86,24 +86,24 @@ class Parts:
         return batches, len(share.turns(sum(1 if first else len(part) for part in split.cut(size))))
 
     def prepare(self, batch: Batch) -> Batch:
-        """Move a training micro-batch to the device, and let the data set choose among its candidates."""
+        """Move a training micro-batch to the device and let the data set select among its candidates."""
         moved = batch.to(self.precision.device)
         return self.data.refine(moved, lambda given: next(self.evaluator.predict([given])).output.logits)
 
     def decode(self, batch: Batch, output: ModelOutput) -> list[dict[str, Any]]:
-        """Turn a batch's output into B answers ``{"answer": ..., "score": ...}``; see ``TaskDataset.decode``."""
+        """Decode a batch's output into B answers ``{"answer": ..., "score": ...}``; see ``TaskDataset.decode``."""
         predictions = self.evaluator.predictions(batch, output)
         if isinstance(predictions, Written):
             return self.data.decode_written(predictions, batch)
         return self.data.decode(predictions, batch)
 
     def save_assets(self, folder: Path) -> None:
-        """Write what a checkpoint needs besides its weights."""
+        """Write the files that a checkpoint needs besides its weights."""
         self.data.save_assets(folder)
         self.model.save_assets(folder)
 
     def split(self, name: str, option: str) -> Split:
-        """Return a split that a recipe's ``option`` names.
+        """Return the split named by a recipe's ``option``.
 
         Raises:
             ConfigError: the data set has no such split.
@@ -123,7 +123,7 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
 
     Args:
         config: the recipe.
-        assets: the vocabulary and labels that were saved with a checkpoint; None builds them from the data.
+        assets: vocabulary and labels saved with a checkpoint; None builds them from the data.
 
     Raises:
         VillaError: the recipe, the data or the weights do not fit together.
@@ -132,7 +132,7 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset, assets=assets)
-    seed_pass(config.seed, 0, 0, 0)  # fresh weights derive from the seed, as update 0
+    seed_pass(config.seed, 0, 0, 0)  # initial weights are drawn as update 0
     with within_memory(config.model.name):
         model = _build_model(config, data, assets)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
@@ -146,10 +146,10 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
 
 @contextmanager
 def within_memory(model: str) -> Iterator[None]:
-    """Say in one line that a model is too large, while it is built.
+    """Report in one line that a model being built does not fit into memory.
 
     Raises:
-        ConfigError: there is not enough memory, or its sizes are beyond 64 bits.
+        ConfigError: there is not enough memory, or a size exceeds 64 bits.
     """
     try:
         yield
@@ -162,7 +162,7 @@ def within_memory(model: str) -> Iterator[None]:
 
 
 def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> Model:
-    """Build the model with fresh weights or those of ``model.checkpoint``; a checkpoint's follow (``load_model``)."""
+    """Build the model with fresh weights or those of ``model.checkpoint``; ``load_model`` loads a checkpoint's later."""
     kind: type[Model] = MODELS.get(config.model.name)
     if assets is not None:
         return kind.restore(config.model, data.facts(), assets)
@@ -182,7 +182,7 @@ def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> M
 
 
 def _loaded(model: Model, source: str, matching: Matching) -> LoadReport:
-    """Load weights with their rows in the order of the data's names; a plug-in may know none."""
+    """Load weights, with rows matched by the data's names if the model supports that."""
     if "matching" in inspect.signature(model.load_weights).parameters:
         return model.load_weights(source, matching)
     report = model.load_weights(source)
@@ -190,7 +190,7 @@ def _loaded(model: Model, source: str, matching: Matching) -> LoadReport:
 
 
 def build_trainer(config: RunConfig, model: Model) -> Trainer:
-    """Build the adversarial method, and check that the model can be perturbed where it asks.
+    """Build the adversarial method; check that the model has the perturbation points that it needs.
 
     Raises:
         ConfigError: the method perturbs a modality that the model does not have.
@@ -208,10 +208,10 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` takes CUDA where there is one, each process of a machine its own.
+    """Return the device called ``name``; ``auto`` prefers CUDA, with one device per process of a machine.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,7 +229,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples: bool = False) -> BatchConfig:
-    """Return how updates are cut for so many processes: where the recipe leaves it open, so that each has a part.
+    """Return the batch options, divided evenly over the processes if the recipe leaves the micro-batches open.
 
     Args:
         batch: the recipe's ``batch`` section.
@@ -237,7 +237,7 @@ def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples
         compares_examples: whether the loss compares the examples of a micro-batch with each other.
 
     Raises:
-        ConfigError: the number of micro-batches decides about the gradient, and the recipe leaves it open.
+        ConfigError: the gradient depends on the number of micro-batches, and the recipe leaves it open.
     """
     size = batch.examples or batch.tokens
     if world_size == 1 or batch.per_pass is not None or size is None:
@@ -256,7 +256,7 @@ def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples
 
 
 def idle_note(batch: BatchConfig, world_size: int) -> list[str]:
-    """Say when an update has fewer micro-batches than there are processes."""
+    """Return a note if an update has fewer micro-batches than there are processes."""
     size = batch.examples or batch.tokens or 1
     count = math.ceil(size / min(batch.per_pass or size, size))
     if count >= world_size:

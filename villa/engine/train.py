@@ -41,14 +41,14 @@ from villa.trainers.base import Cost, Trainer
 
 
 def train(config: RunConfig) -> int:
-    """Train, going on from the newest intact checkpoint when asked to; then test.
+    """Train, from the newest intact checkpoint if resuming, then test.
 
     Returns:
         0, or 128 + the number of the signal that ended the run.
 
     Raises:
         VillaError: the recipe, data, folder or checkpoints cannot be used.
-        Interrupted: a signal has ended one of several processes while the others were at work.
+        Interrupted: a signal has ended one of several processes.
     """
     with interruptible():
         try:
@@ -62,7 +62,7 @@ def train(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig) -> int:
-    """The run itself; signals end it by ``Interrupted``."""
+    """Run the training; signals end it with ``Interrupted``."""
     processes = strategy_of(config.distributed).connect()
     with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
         store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep)
@@ -78,7 +78,7 @@ def _train(config: RunConfig) -> int:
             if processes.is_main:
                 store.set_best(progress.best_update)
             if progress.best_update is not None and not store.path(progress.best_update).is_dir():
-                progress.best = progress.best_update = None  # it could not be tested
+                progress.best = progress.best_update = None  # the best checkpoint is gone, so it could not be tested
         if processes.is_main:
             atomic_write(folder / CONFIG, saved_yaml(config))
         try:
@@ -96,7 +96,7 @@ def _train(config: RunConfig) -> int:
 
 
 def start(config: RunConfig) -> Parts:
-    """Build what a new run starts with: the trained model ``checkpoint.path``, or one as the recipe describes it.
+    """Build the parts of a new run, from the trained model ``checkpoint.path`` or from the recipe.
 
     Raises:
         VillaError: the recipe, the data or the weights do not fit together.
@@ -109,11 +109,11 @@ def start(config: RunConfig) -> Parts:
 
 
 def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
-    """Return the newest intact checkpoint, or None when the run was killed before its first.
+    """Return the newest intact checkpoint, or None if the run was killed before its first one.
 
     Args:
-        store: of the run; ``clean`` was called.
-        processes: those of the run; they all get the checkpoint that the main one finds.
+        store: the run's checkpoints; ``clean`` must have been called.
+        processes: the processes of the run; all get the checkpoint that rank 0 finds.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
@@ -130,7 +130,7 @@ def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
 
 
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
-    """Put a training run together from its parts, and print its plan."""
+    """Assemble a training run from its parts and print its plan."""
     config = parts.config
     parts.distribute()
     split, share = parts.split("train", "the training split"), parts.strategy.share
@@ -153,7 +153,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
 
 
 def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
-    """One line on what is going to happen."""
+    """Return a one-line summary of the run."""
     config, device = parts.config, parts.precision.device
     parameters = sum(parts.strategy.shape(p).numel() for p in parts.model.parameters() if p.requires_grad)
     count = parts.strategy.processes.world_size
@@ -165,7 +165,7 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
 
 
 def _cost(trainer: Trainer, objectives: Mapping[str, float]) -> str:
-    """The passes of a micro-batch, of each objective where they differ, and what they cost on average."""
+    """Describe the passes of a micro-batch, by objective if they differ, and their mean cost."""
     groups: dict[Cost, list[str]] = {}
     for name in objectives:
         groups.setdefault(trainer.cost_of(name), []).append(name)
@@ -182,10 +182,10 @@ def _passes(cost: Cost) -> str:
 
 
 def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Put a run where a checkpoint left it, and say which options have changed since.
+    """Restore a run from a checkpoint and print the options that have changed since.
 
     Raises:
-        CheckpointError: it is damaged, or of another model or optimiser.
+        CheckpointError: the checkpoint is damaged, or belongs to another model or optimiser.
     """
     now = _values(saved_yaml(config))
     before = _defaults(config, now) | _values(checkpoint.config_yaml())
@@ -200,7 +200,7 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     unfit = f"checkpoint '{checkpoint.path}' does not fit this recipe"
     with reading(unfit, "use another one, or the recipe that it was trained with", CheckpointError), about(unfit):
         if "trainer.name" in changed:
-            state["updater"].pop("trainer", None)  # another method's
+            state["updater"].pop("trainer", None)  # the state of another method
         training.load_state_dict(state)
         if training.progress.update != checkpoint.update:
             raise CheckpointError(f"its state is that of update {training.progress.update}")
@@ -214,12 +214,12 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
 
 
 def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterator[str]:
-    """Say what is not to the bit what it would have been, where a run goes on in another way than it was saved.
+    """Yield notes on what will differ because the run resumes on other processes or with another strategy.
 
     Args:
-        before: number of processes that saved it, if known.
-        other_strategy: whether the strategy is another one.
-        config: of the run, which is connected.
+        before: number of processes that saved the checkpoint, if known.
+        other_strategy: whether the strategy has changed.
+        config: recipe of the run, whose processes are connected.
     """
     count = Processes.connected().world_size
     if before not in (None, count):
@@ -235,12 +235,12 @@ def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterat
 
 
 def _values(recipe: str) -> dict[str, Any]:
-    """Values of a saved recipe by dotted key; nothing that it names is imported."""
+    """Return the values of a saved recipe by dotted key, without importing what it names."""
     return {key: value.data for key, value in parse(recipe, lambda line: Origin(CONFIG, line)).items()}
 
 
 def _defaults(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
-    """Defaults of options that a version of villa before may not have had: it did what they say."""
+    """Return the defaults of options missing from an older version's recipe: that version behaved accordingly."""
     options = recipe_options({section: type(getattr(config, section)) for section in VARIANTS})
     found = {key: option.default for key in keys if (option := options.get(key)) is not None}
     return {key: default for key, default in found.items() if default != MISSING}

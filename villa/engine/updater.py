@@ -1,4 +1,4 @@
-"""Turning micro-batches into optimiser steps: what an update does to the state of a run."""
+"""Optimiser steps from micro-batches, and the state that they change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from villa.share import Turn
 from villa.signals import Interrupted
 from villa.trainers.base import Logs, Trainer
 
-#: What optimisers keep of every parameter, of its shape.
+#: State entries of the shape of the parameter, by optimiser.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
     torch.optim.Adamax: ("exp_avg", "exp_inf"),
     **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW, BertAdamW), ("exp_avg", "exp_avg_sq")),
@@ -31,12 +31,12 @@ _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
 
 
 class Updater:
-    """Turns the micro-batches of an update into one optimiser step.
+    """Runs one optimiser step on the micro-batches of an update.
 
     Args:
-        passes: the model with its loss, precision and strategy, as a trainer runs it.
+        passes: the model with its loss, precision and strategy.
         trainer: the adversarial method.
-        optimizer: with ``initial_lr`` in its groups.
+        optimizer: optimiser whose groups have ``initial_lr``.
         schedule: learning rate by update.
         config: clipping, and the policy for NaN and infinity.
         accumulation: ``mean`` over the update's examples, the ``sum`` of micro-batch means, or the ``total`` over
@@ -67,13 +67,13 @@ class Updater:
         """Run update ``number`` (from 1) and return its detached values to log.
 
         Args:
-            number: of the update.
+            number: number of the update.
             batches: the micro-batches that this process runs.
-            turns: which of the update's micro-batches they are; by default all of them.
-            check: looks for signals; see ``MicroBatches``.
+            turns: numbers of these micro-batches in the update; by default all of them.
+            check: checks for signals; see ``MicroBatches``.
 
         Raises:
-            Interrupted: by ``check``; the update has changed nothing then.
+            Interrupted: raised by ``check``; the update has been undone.
             NonFiniteError: a loss or gradient is NaN or infinite and the policy is to stop.
         """
         self.schedule.apply(self.optimizer, number)
@@ -101,10 +101,10 @@ class Updater:
         return logs | {"gradient_norm": frame.gradient_norm}
 
     def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
-        """What a resumed run needs: optimiser, loss scale, skipped updates in a row, and what the method keeps.
+        """Return the state that a resumed run needs: optimiser, loss scale, consecutive skipped updates, trainer.
 
         Args:
-            whole: put tensors together that processes have parts of; all of them call it then.
+            whole: gather sharded tensors, which makes this a collective call.
         """
         strategy, optimizer = self.strategy, self.optimizer
         return {
@@ -115,10 +115,10 @@ class Updater:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict()``; weight decay, betas and the like stay this run's own.
+        """Restore ``state_dict()``, except weight decay, betas and the like, which are this run's own.
 
         Raises:
-            ValueError: the state is of other parameters, or is none of an optimiser.
+            ValueError: the state belongs to other parameters or is malformed.
         """
         _load_moments(self.optimizer, state["optimizer"], self.strategy)
         scaler, self.skipped = state["scaler"], state["skipped"]
@@ -129,13 +129,13 @@ class Updater:
             self._load_trainer(state["trainer"])
 
     def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], state: Mapping[str, Any]) -> None:
-        """Put back what an update has changed before its step: gradients, running means, the trainer's state."""
+        """Undo an update before its step: gradients, buffers and the trainer's state."""
         self.optimizer.zero_grad(set_to_none=True)
         put_back(buffers)
         self.trainer.load_state_dict(state)
 
     def _skip_or_stop(self, number: int, cause: str | None) -> None:
-        if cause is None:  # the loss scaler's affair
+        if cause is None:  # an fp16 overflow, which the loss scaler handles
             self.skipped = 0
             return
         message = f"update {number}: {cause}"
@@ -150,7 +150,7 @@ class Updater:
         print(f"skipped {message}", flush=True)
 
     def _trainer_state(self, *, whole: bool) -> dict[str, Any]:
-        """What the method keeps, and what it keeps of weights: put together, or this process's parts."""
+        """Return the trainer's state and its tensors per weight, gathered or as this process's parts."""
         form = self.strategy.whole_like if whole else self.strategy.shared
         kept = self.trainer.weight_state.items()
         parameters = named_parameters(self.optimizer) if kept else {}
@@ -166,12 +166,12 @@ class Updater:
         }
 
     def _part_of_weight(self, word: str, name: str, whole: Any, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """This process's part of what the method keeps of a weight.
+        """Return this process's part of a tensor that the trainer keeps for a weight.
 
         Raises:
-            ValueError: there is no such weight, or it has another shape.
+            ValueError: there is no such weight, or its shape differs.
         """
-        # parts that shards were read for have the whole's shape, too
+        # Parts loaded from checkpoint shards also have the whole shape.
         shape = self.strategy.shape(parameters[name]) if name in parameters else None
         if not isinstance(whole, Tensor) or whole.shape != shape:
             raise ValueError(f"the trainer's '{word}' of '{name}' is not that of a parameter of this model")
@@ -179,7 +179,7 @@ class Updater:
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], strategy: Strategy) -> None:
-    """Give every parameter its saved state by name, whatever group it is in now."""
+    """Load every parameter's saved state by name, regardless of its group."""
     groups = optimizer.state_dict()["param_groups"]
     own, theirs = parameter_indices(groups), parameter_indices(saved["param_groups"])
     if own.keys() != theirs.keys():
@@ -196,8 +196,8 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], st
 
 
 def _check_moments(name: str, kept: Mapping[str, Any], shape: torch.Size, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what would break the next step: torch takes whatever it is given for an optimiser's state."""
-    inner = getattr(optimizer, "optim", optimizer)  # fairscale's is around one
+    """Check the state of a parameter, which torch loads unchecked: errors would only surface in the next step."""
+    inner = getattr(optimizer, "optim", optimizer)  # fairscale's OSS wraps an optimiser
     needed = next((moments for kind, moments in _MOMENTS.items() if isinstance(inner, kind)), ()) if kept else ()
     wrong = [key for key in needed if not _is_moment(kept.get(key), shape)]
     if needed and not is_number(float(kept["step"])):
