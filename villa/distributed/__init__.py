@@ -1,1 +1,1 @@
-"""Training on several processes: who they are, what each of them works on, and how gradients come together."""
+"""Distributed training: the processes, their shares of the work, and the reduction of gradients."""

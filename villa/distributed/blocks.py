@@ -1,6 +1,6 @@
-"""The repeated blocks of a model, and computing each of them twice to keep less.
+"""Activation checkpointing and compilation of a model's repeated blocks.
 
-Perturbations are added in front of the blocks, so that they are added once.
+Perturbations are added before the blocks, so that recomputation does not add them twice.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from villa.models.base import Model
 
 _Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
-#: Lists with less than this share of the parameters of the largest one are parts of heads and the like.
+#: Module lists with less than this share of the largest one's parameters are parts of heads and the like.
 _LARGE = 0.1
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a model's transformers by their name: the items of its largest module lists.
+    """Return a model's transformer layers by name: the items of its largest module lists.
 
-    A list inside of another one's items does not count, nor one whose items are of several classes.
+    Nested lists, and lists whose items are of different classes, do not count.
     """
     lists = {name: module for name, module in model.named_modules() if _is_stack(module)}
     outer = {name: stack for name, stack in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
@@ -36,7 +36,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def separate_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks that share no parameter with another one or with what is outside, by their name."""
+    """Return the blocks, by name, that share no parameters with the rest of the model."""
     blocks = repeated_blocks(model)
     owners: dict[nn.Parameter, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -47,11 +47,11 @@ def separate_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def checkpoint_activations(model: Model, contexts: _Contexts = noop_context_fn) -> None:
-    """Keep the inputs of every block alone, and compute it a second time in the backward pass, with equal dropout.
+    """Checkpoint the activations of every block: recompute it in the backward pass, with the same dropout.
 
     Args:
         model: changed in place.
-        contexts: returns those in which a block is computed the first time, and the second time.
+        contexts: returns the contexts for the forward pass of a block and for its recomputation.
 
     Raises:
         ConfigError: the model has no blocks, or is perturbed within one.
@@ -77,7 +77,7 @@ def checkpoint_activations(model: Model, contexts: _Contexts = noop_context_fn) 
 
 @contextmanager
 def modes(given: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Context in which modules are in training mode (True) or evaluation mode, and then in their own again."""
+    """Set modules to training mode (True) or evaluation mode within the context, then restore their own."""
     before = [(module, module.training) for module, _ in given]
     _set_modes(given)
     try:
@@ -94,7 +94,7 @@ def _set_modes(given: Sequence[tuple[nn.Module, bool]]) -> None:
 def _in_equal_modes(
     block: nn.Module, contexts: _Contexts
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return contexts such that the second time, modules are in the modes (dropout or not) of the first."""
+    """Return contexts in which the recomputation runs modules in the modes (dropout or not) of the first pass."""
     first, second = contexts()
     return first, _both(modes([(module, module.training) for module in block.modules()]), second)
 
@@ -113,17 +113,17 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-#: One program for all lengths of batches; dropout draws what it draws without compiling.
+#: One program for all sequence lengths; dropout draws the same masks as without compilation.
 _OPTIONS: dict[str, Any] = {"dynamic": True, "options": {"fallback_random": True}}
 
 
 def compile_blocks(model: Model) -> None:
-    """Compile the forward pass of every block, in place; layers that are alike share one program.
+    """Compile the forward pass of every block, in place; equal layers share one program.
 
-    What is around them, where perturbations are added and parameters put together, stays as it is.
+    The rest of the model, where perturbations are added and parameters gathered, is not compiled.
 
     Raises:
-        ConfigError: the model has no blocks, or nothing can be compiled on this machine.
+        ConfigError: the model has no blocks, or this machine cannot compile.
     """
     blocks = repeated_blocks(model)
     if not blocks:
@@ -136,7 +136,7 @@ def compile_blocks(model: Model) -> None:
 
 
 def _try(device: torch.device) -> None:
-    """Compile a sum, so that a machine without a compiler is found before the run starts."""
+    """Compile a sum, so that a missing compiler is reported before the run starts."""
     add: Any = torch.compile(torch.add, **_OPTIONS)
     try:
         add(torch.ones(2, device=device), 1.0)

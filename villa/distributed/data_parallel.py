@@ -1,4 +1,4 @@
-"""``distributed.strategy=ddp``: every process has the whole model, and gradients are summed once an update."""
+"""``distributed.strategy=ddp``: replicated models, with gradients summed once an update."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from villa.distributed.strategy import SharedStrategy
 from villa.models.base import Model
 
-#: Gradients are sent in parts of this many bytes: torch's default for the same purpose.
+#: Bytes of a gradient bucket: torch's default for DistributedDataParallel.
 _BUCKET_BYTES = 25 * 2**20
 
 
 class DataParallel(SharedStrategy):
-    """Whole models, summed gradients.
+    """Replicated models, summed gradients.
 
-    torch's ``DistributedDataParallel`` is not used: it decides in a forward pass whether its backward is to be reduced
-    and which parameters take part, but here the last backward of an update may go through two forward passes, and what
-    is last is known no sooner than when it comes.
+    torch's ``DistributedDataParallel`` does not fit: it decides in a forward pass whether to reduce the backward pass
+    and which parameters take part. Here the last backward pass of an update may span two forward passes, and only then
+    is it known to be the last.
     """
 
     _reducer: GradientReducer | None = None
 
     def distribute(self, model: Model) -> None:
-        """Give all processes the weights of rank 0, and watch the gradients."""
+        """Copy rank 0's weights to all processes and hook the gradients."""
         copy_from_main(model)
         self._reducer = GradientReducer(model)
 
     @contextmanager
     def backward(self, *, reduce: bool) -> Iterator[None]:
-        """See the base class."""
+        """Sum gradients over processes during the last backward pass of an update."""
         if not reduce or self._reducer is None:
             yield
             return
@@ -42,21 +42,21 @@ class DataParallel(SharedStrategy):
 
 
 def copy_from_main(model: nn.Module) -> None:
-    """Overwrite parameters and buffers with those of rank 0: other machines may have computed other last digits."""
+    """Broadcast parameters and buffers from rank 0, as rounding may differ between machines."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
 
 
 class GradientReducer:
-    """Sums gradients over all processes, in parts that are sent while the backward pass is still under way.
+    """Sums gradients over all processes in buckets, overlapping with the backward pass.
 
-    A part is sent when the gradients of all its parameters have arrived, and parts in a fixed order. A gradient that
-    no process has stays None; one that only some have counts as zero for the others.
+    A bucket is sent when all its gradients have arrived; buckets are sent in a fixed order. A gradient that no process
+    has stays None; one that only some have counts as zero on the others.
 
     Args:
-        model: whose trainable parameters are watched.
-        bucket_bytes: size of a part.
+        model: the model; its trainable parameters are hooked.
+        bucket_bytes: size of a bucket.
     """
 
     def __init__(self, model: nn.Module, bucket_bytes: int = _BUCKET_BYTES) -> None:
@@ -71,7 +71,7 @@ class GradientReducer:
 
     @contextmanager
     def reducing(self) -> Iterator[None]:
-        """Context of the last backward pass of an update; on leaving, every gradient is the sum."""
+        """Sum gradients over processes; wraps the last backward pass of an update."""
         self._missing, self._sent = [len(bucket) for bucket in self.buckets], []
         try:
             yield
@@ -99,7 +99,7 @@ class GradientReducer:
             self._send()
 
     def _send(self) -> None:
-        """Start to sum up the next part."""
+        """Start the all-reduce of the next bucket."""
         bucket = self.buckets[len(self._sent)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
         work = dist.all_reduce(flat, async_op=True)
@@ -108,7 +108,7 @@ class GradientReducer:
 
 
 def _buckets(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Cut parameters, in order, into parts of one type and at most ``limit`` bytes, or of one parameter."""
+    """Cut parameters, in order, into buckets of one dtype and at most ``limit`` bytes, or one parameter."""
     buckets: list[list[nn.Parameter]] = []
     filled = 0
     for parameter in parameters:

@@ -1,7 +1,7 @@
-"""Which process this is, as ``torchrun`` and its like say in environment variables. Nothing here imports torch.
+"""This process's rank and world size, from the environment variables of torchrun or other launchers.
 
-``srun`` and ``mpirun`` have variables of their own; ``adopt`` says the same in those of torchrun, which are all that is
-read elsewhere.
+``srun`` and ``mpirun`` set variables of their own; ``adopt`` translates them into torchrun's, which all other code
+reads. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import NoReturn
 
 from villa.errors import ConfigError, VillaError
 
-#: By the program that starts processes: the variables for their number, one's rank, and its rank on its machine.
+#: Variables for world size, rank and local rank, by launcher.
 _LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpiexec": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
 }
-#: Ports that a step of a job may get: below those that systems give to connections.
+#: Ports for the steps of a job: below the ephemeral range.
 _PORTS = range(12000, 32000)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process among those of a run.
+    """The position of a process in a run.
 
     Attributes:
-        rank: its number.
-        world_size: how many there are.
-        local_rank: its number on this machine.
+        rank: number of the process in the run.
+        world_size: number of processes of the run.
+        local_rank: number of the process on its machine.
         patience: seconds that the processes wait for each other at the start.
     """
 
@@ -44,12 +44,12 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Place:
-        """Return the place that ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` say; without them there is one process.
+        """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; without them, the process is the only one.
 
-        ``VILLA_START_TIMEOUT`` is its patience.
+        ``VILLA_START_TIMEOUT`` sets the patience.
 
         Raises:
-            ConfigError: they are incomplete, or contradict each other.
+            ConfigError: the variables are incomplete or contradict each other.
         """
         world_size = _number(environment, "WORLD_SIZE", 1)
         if world_size < 2:
@@ -68,12 +68,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Started:
-    """Several processes that ``srun`` or ``mpirun`` has started, seen from one of them.
+    """Processes started by ``srun`` or ``mpirun``, as seen from one of them.
 
     Attributes:
-        program: which of the two.
-        variables: torchrun's variables for this process, as far as they are known.
-        direct: whether it is known that all of them got the same command line.
+        program: the launcher.
+        variables: torchrun's variables for this process, as far as known.
+        direct: whether all processes are known to have the same command line.
     """
 
     program: str
@@ -82,22 +82,22 @@ class Started:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of processes."""
         return int(self.variables["WORLD_SIZE"])
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Started | None:
-        """Return what was started, or None: by torchrun, for one process, or for a shell in a terminal.
+        """Return the started processes, or None under torchrun, for a single process, or in an interactive shell.
 
-        Processes whose ``RANK`` and ``WORLD_SIZE`` are set, or whose ``WORLD_SIZE`` is 1, are torchrun's.
+        If ``RANK`` and ``WORLD_SIZE`` are set, or ``WORLD_SIZE`` is 1, torchrun's variables apply.
 
         Raises:
-            ConfigError: a variable is no number.
+            ConfigError: a variable is not a number.
         """
         if environment.get("RANK") or environment.get("WORLD_SIZE") == "1":
             return None
         srun = _ranks(environment, "srun") if environment.get("SLURM_STEP_ID") else None
-        for program in ("mpirun", "mpiexec"):  # they may have been started by srun themselves, which tells them so, too
+        for program in ("mpirun", "mpiexec"):  # before srun, which may have started them
             ranks = _ranks(environment, program)
             if ranks is not None and ranks[:2] != (srun and srun[:2]):
                 return cls(program, _variables(*ranks))
@@ -107,10 +107,10 @@ class Started:
         return cls("srun", _variables(*srun) | _meeting_point(environment), direct)
 
     def adopt(self, environment: MutableMapping[str, str]) -> None:
-        """Set torchrun's variables where they are not set.
+        """Set torchrun's variables unless they are set.
 
         Raises:
-            ConfigError: where to meet is not known.
+            ConfigError: the address of rank 0 is unknown.
         """
         for name, value in self.variables.items():
             environment.setdefault(name, value)
@@ -123,11 +123,11 @@ class Started:
             )
 
     def refuse(self, error: VillaError) -> NoReturn:
-        """Raise an error that all of them meet; one says it for all, where all got the same command line.
+        """Raise an error that all processes hit; if they share a command line, only rank 0 reports it.
 
         Raises:
-            VillaError: what is given.
-            SystemExit: another one says it.
+            VillaError: the given error.
+            SystemExit: another process reports the error.
         """
         if self.direct and self.variables["RANK"] != "0":
             raise SystemExit(error.exit_code)
@@ -135,7 +135,7 @@ class Started:
 
 
 def _ranks(environment: Mapping[str, str], program: str) -> tuple[int, int, int] | None:
-    """The number of processes that a program has started, and this one's two ranks; None if there are not several."""
+    """Return a launcher's world size, rank and local rank, or None without several processes."""
     size, rank, local = _LAUNCHERS[program]
     if not environment.get(rank) or _number(environment, size, 1) < 2:
         return None
@@ -147,7 +147,7 @@ def _variables(size: int, rank: int, local_rank: int) -> dict[str, str]:
 
 
 def _meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
-    """The machine of a step's first task, and a port that no other step of a job is likely to have."""
+    """Return the machine of a step's first task, and a port unlikely to be used by another step."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     alone = environment.get("SLURM_STEP_NUM_NODES") == "1" or not nodes
     step = f"{environment.get('SLURM_JOB_ID')}.{environment['SLURM_STEP_ID']}"
@@ -156,20 +156,20 @@ def _meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_node(nodes: str) -> str:
-    """Return the first name of a list as SLURM writes it: ``n08`` of ``n[08-11,15],m3``."""
+    """Return the first name of a SLURM node list: ``n08`` of ``n[08-11,15],m3``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodes)
 
 
 def _is_task(environment: Mapping[str, str], *, direct: bool) -> bool:
-    """Whether this is within one of the tasks of the step that the variables are of.
+    """Return whether this process belongs to a task of the step that the variables describe.
 
-    It is not in a shell in a terminal (``srun --pty``), of whose tasks only the first one goes on, nor in a job that a
-    step has submitted, whose script has the step's variables. What srun starts has no terminal, wherever it is called.
+    It does not in an interactive shell (``srun --pty``), where only the first task continues, nor in a job submitted
+    from a step, whose script inherits the step's variables. Tasks started by srun have no terminal.
 
     Args:
         environment: the variables.
-        direct: srun has started this very process, or a script has become it: it is no command of a shell.
+        direct: whether srun started this very process, or a script that it replaced, rather than a shell.
     """
     in_terminal = bool(environment.get("SLURM_PTY_PORT")) and not direct
     try:
@@ -182,7 +182,7 @@ def _is_task(environment: Mapping[str, str], *, direct: bool) -> bool:
 
 
 def _status(process: str) -> tuple[str, str]:
-    """A process's parent, and the number of its terminal."""
+    """Return a process's parent and the number of its terminal."""
     _, parent, _, _, terminal, *_ = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return parent, terminal
 

@@ -1,4 +1,4 @@
-"""What both of fairscale's ways to share a model have in common: each process has gradients of its own part alone."""
+"""What fairscale's two strategies share: each process has only the gradients of its own part."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from villa.distributed.strategy import SharedStrategy, overflows
 
 
 class FairscaleStrategy(SharedStrategy):
-    """After an update's last backward pass, a process has the sums of the gradients of its part, and no others."""
+    """Base of fairscale's strategies: an update ends with each process having the summed gradients of its part only."""
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """See the base class; all parts together are every gradient once."""
+        """Return the global gradient norm; the processes' parts cover every gradient once."""
         given = list(parameters)
         own = super().gradient_norm(given).to(given[0].device)
         squared = own.double().square()
@@ -23,12 +23,12 @@ class FairscaleStrategy(SharedStrategy):
         return squared.sqrt().to(own.dtype)
 
     def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """See the base class."""
+        """Sum over processes."""
         dist.all_reduce(sums)
         return sums
 
     def unscale(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        """See the base class; an overflow in one process's part counts for all, also for one without any part."""
+        """Unscale the gradients; an overflow on one process counts on all, even on those without a part."""
         super().unscale(scaler, optimizer)
         if scaler.is_enabled():
             device = optimizer.param_groups[0]["params"][0].device

@@ -1,4 +1,4 @@
-"""``distributed.strategy=fairscale_fsdp``: parameters, gradients and optimiser states in parts, by fairscale."""
+"""``distributed.strategy=fairscale_fsdp``: fairscale's sharding of parameters, gradients and optimiser states."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from villa.distributed.fairscale_base import FairscaleStrategy
 from villa.errors import ConfigError
 from villa.models.base import Model
 
-warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # fairscale's own, in every pass
+warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # raised by fairscale in every pass
 
 
 class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no types
-    """A module whose parameters are put together while it computes, and then freed but for this process's part.
+    """A module whose parameters are gathered while it computes, then freed except for this process's shard.
 
-    fairscale puts its object in the module's place, and gives its parameters other names. This one is not part of the
-    model: the module stays, and its ``forward`` leads through the unit. Parameters stay what they are, one by one;
-    between passes ``data`` of each is a flat part, the same for all processes but for zeros at the end.
+    fairscale replaces the module by its wrapper, which renames the parameters. This unit stays outside the model: the
+    module remains, and its ``forward`` calls the unit. Parameters are not flattened together; between passes, ``data``
+    of each is a flat shard, padded with zeros to equal size on all processes.
 
     Args:
         module: a layer, or the model.
         inner: the units within the module, which shard their own parameters.
-        each_pass: whether gradients are summed up with every backward pass, instead of once an update.
+        each_pass: whether every backward pass reduces gradients, instead of one an update.
 
     Attributes:
-        reduced: the parameters whose gradients were summed up since this was last emptied.
+        reduced: the parameters whose gradients were reduced since this set was last cleared.
     """
 
     def __init__(self, module: nn.Module, inner: Sequence[Unit] = (), *, each_pass: bool = False) -> None:
@@ -60,17 +60,17 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         setattr(module, "forward", self.__call__)  # noqa: B010 - a method to mypy
 
     def put_away(self) -> None:
-        """Free everything but this process's part, also of parameters that no pass has used."""
+        """Free everything except this process's shards, also of parameters that no pass has used."""
         self._lazy_init()
         self._free_full_params()
         self._use_fp32_param_shard()
 
     @contextmanager
     def without_parameters(self) -> Iterator[None]:
-        """Context, of the model's unit, of a backward pass that does not reach the parameters.
+        """Run a backward pass that stops before the parameters; called on the model's unit.
 
-        fairscale takes a pass for ended when gradients of parameters have arrived, and readies those that are there for
-        more; here neither must happen.
+        fairscale expects a backward pass to end with parameter gradients, and prepares existing ones for accumulation;
+        here it must do neither.
         """
         units = get_fsdp_instances(self)
         for unit in units:
@@ -82,13 +82,13 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
                 unit._partial = False
 
     def own_part(self, whole: Tensor) -> Tensor:
-        """Return this process's part of a parameter, or of something of its shape."""
+        """Return this process's shard of a parameter or a tensor of its shape."""
         if self.world_size == 1:
             return whole.clone()
         return cast("Tensor", self._get_shard(whole)[0])
 
     def _register_post_backward_hooks(self) -> None:
-        """The hooks are there from the beginning; fairscale would add one in every forward pass, and keep them all."""
+        """Do nothing: the hooks exist already. fairscale would add and keep one in every forward pass."""
 
     def _post_backward_hook(self, param: nn.Parameter, *unused: Any) -> None:
         if self._require_backward_grad_sync and param.grad is not None:
@@ -96,11 +96,11 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         super()._post_backward_hook(param)
 
     def _register_pre_backward_hooks(self, outputs: Any) -> Any:
-        """Let gradients enter by one gate, so that parameters are put together once, before all else."""
+        """Pass all outputs through one gate, so that parameters are gathered once, before any gradient."""
         if not torch.is_grad_enabled():
             return outputs
         gated, entrances = _through_gate(outputs)
-        if self._output_pre_backward_hook_registered:  # numbers of tensors that may be gone
+        if self._output_pre_backward_hook_registered:  # ids of tensors that may be gone
             self._output_pre_backward_hook_registered.clear()
         super()._register_pre_backward_hooks(entrances)
         return gated
@@ -112,7 +112,7 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         super()._wait_for_post_backward()
 
     def _prep_grads_for_backward(self) -> None:
-        """Set sums of earlier passes aside; fairscale takes those of a single element for gradients of this process."""
+        """Save the sums of earlier passes: fairscale mistakes those with one element for local gradients."""
         if self._partial:
             return
         if not self._each_pass or self.world_size == 1:
@@ -124,7 +124,7 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
 
 
 class _Inside(nn.Module):
-    """What a unit wraps: a module with the ``forward`` that it had, and the units within it, for fairscale to find."""
+    """The module wrapped by a unit: the original ``forward``, and the inner units for fairscale to find."""
 
     def __init__(self, module: nn.Module, inner: Sequence[Unit]) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _Inside(nn.Module):
 
 
 class _Gate(torch.autograd.Function):
-    """Tensors as they are. What is behind them is computed after all their gradients are there."""
+    """Identity whose backward pass waits for the gradients of all tensors."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +150,7 @@ class _Gate(torch.autograd.Function):
 
 
 def _through_gate(outputs: Any) -> tuple[Any, list[Tensor]]:
-    """Return what a module has returned, nested however, with the tensors that need a gradient behind a gate."""
+    """Pass the tensors in an arbitrarily nested output that need a gradient through a gate."""
     found: list[Tensor] = []
     _mapped(outputs, found.append)
     entrances: list[Tensor] = list(_Gate.apply(*found)) if found else []  # type: ignore[no-untyped-call]
@@ -159,7 +159,7 @@ def _through_gate(outputs: Any) -> tuple[Any, list[Tensor]]:
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to the tensors of a nested value that need a gradient."""
+    """Apply a function to the tensors in a nested value that need a gradient."""
     if isinstance(value, Tensor):
         return function(value) if value.requires_grad else value
     if isinstance(value, Mapping):
@@ -178,10 +178,10 @@ _BUCKETS = "fairscale.internal.reduce_scatter_bucketer"
 
 
 class _TorchWithoutCuda(ModuleType):
-    """``torch`` as fairscale's module sees it: streams of the CPU, and all else as it is."""
+    """``torch`` as seen by fairscale's module, with CPU streams in place of CUDA's."""
 
     cuda = SimpleNamespace(
-        is_available=lambda: True,  # streams are made only then
+        is_available=lambda: True,  # or no streams are created
         Stream=torch.cpu.Stream,
         stream=torch.cpu.stream,
         current_stream=torch.cpu.current_stream,
@@ -193,7 +193,7 @@ class _TorchWithoutCuda(ModuleType):
 
 
 def prepare(device: torch.device) -> None:
-    """Let fairscale shard a model that is on ``device``; only the CPU needs it, and once."""
+    """Enable fairscale's sharding on ``device``: patches fairscale once for the CPU."""
     module = import_module(_FSDP)
     if device.type != "cpu" or isinstance(module.torch, _TorchWithoutCuda):
         return
@@ -203,7 +203,7 @@ def prepare(device: torch.device) -> None:
     on_device = Tensor.record_stream
 
     def record_stream(tensor: Tensor, stream: Any) -> None:
-        """Tell the allocator that a stream uses a tensor; in main memory nobody needs to know."""
+        """Record the use of a tensor by a stream; a no-op on the CPU."""
         if tensor.device.type != "cpu":
             on_device(tensor, stream)
 
@@ -211,16 +211,16 @@ def prepare(device: torch.device) -> None:
 
 
 class FairscaleFullySharded(FairscaleStrategy):
-    """fairscale's ``FullyShardedDataParallel``: a unit for each layer, and one for everything else.
+    """fairscale's ``FullyShardedDataParallel``, with a unit for each layer and one for the rest of the model.
 
-    What fairscale offers for checkpoints is not used: on the CPU it mixes up the optimiser's two moments.
+    fairscale's own functions for checkpoints are not used: on the CPU they swap the optimiser's two moments.
     """
 
     _units: tuple[Unit, ...] = ()  # the last one is the model's
     _names: Mapping[str, nn.Parameter] = {}
 
     def distribute(self, model: Model) -> None:
-        """Keep this process's part of every parameter."""
+        """Shard every parameter."""
         self.refuse_generation(model)
         _check_types(model)
         copy_from_main(model)
@@ -232,7 +232,7 @@ class FairscaleFullySharded(FairscaleStrategy):
 
     @contextmanager
     def backward(self, *, reduce: bool) -> Iterator[None]:
-        """See the base class."""
+        """Reduce gradients in the last backward pass of an update, or in each."""
         if not self._units:
             yield
         elif not (reduce or self.config.reduce_each_pass):
@@ -240,10 +240,10 @@ class FairscaleFullySharded(FairscaleStrategy):
                 yield
         else:
             yield
-            self._settle()
+            self._finish_reduction()
 
     def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """See the base class; fairscale does not know of backward passes that end before the parameters."""
+        """Return the gradients of ``inputs``, keeping fairscale's hooks from expecting parameter gradients."""
         if not self._units:
             return super().gradient(loss, inputs)
         with self._units[-1].no_sync(), self._units[-1].without_parameters():
@@ -252,17 +252,17 @@ class FairscaleFullySharded(FairscaleStrategy):
         return found
 
     def put_away(self) -> None:
-        """See the base class."""
+        """Free gathered parameters."""
         for unit in self._units:
             unit.put_away()
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        """See the base class."""
+        """Return the shape before sharding."""
         whole: torch.Size = getattr(parameter, "_orig_size", parameter.shape)
         return whole
 
     def optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """See the base class; parameters have their whole shapes meanwhile, for groups are made by them."""
+        """Build the optimiser while parameters report whole shapes, which determine their groups."""
         parameters = [p for unit in self._units for p in unit.params]
         parts = [p.data for p in parameters]
         for parameter in parameters:
@@ -274,24 +274,24 @@ class FairscaleFullySharded(FairscaleStrategy):
                 parameter.data = part
 
     def without_gradients(self) -> AbstractContextManager[Any]:
-        """See the base class; parameters put together in inference mode could not be trained on later."""
+        """Return ``no_grad``: parameters gathered in inference mode could not be trained afterwards."""
         return torch.no_grad()
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """See the base class."""
+        """Gather the weights on rank 0."""
         state = model.state_dict(keep_vars=True)
-        whole = {value: self._whole(value, value) for value in state.values()}  # each once: shared ones stay shared
+        whole = {value: self._whole(value, value) for value in state.values()}  # each once: tied weights stay tied
         return {name: whole[value] for name, value in state.items()}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """See the base class; every process reads the whole weights and keeps its part."""
+        """Load this process's shards from whole weights."""
         self.put_away()
         with torch.no_grad():
             for name, tensor in model.state_dict(keep_vars=True).items():
                 tensor.copy_(self._part(state[name].to(tensor.device), tensor))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """See the base class; tensors in main memory, and on the main process alone."""
+        """Gather the optimiser state in rank 0's main memory."""
         state = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state["state"] = {
@@ -301,22 +301,22 @@ class FairscaleFullySharded(FairscaleStrategy):
         return state
 
     def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """See the base class."""
+        """Gather a tensor of a parameter's shape on rank 0."""
         whole: Tensor = self._whole(part, parameter)
         return whole
 
     def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """See the base class."""
+        """Return this process's shard as a plain tensor."""
         part: Tensor = self._part(whole, parameter).to(parameter.device)
         return part
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-        """See the base class; the count of steps may have the shape of a parameter that is a single number."""
+        """Shard a parameter's state, except the step count, which may have the shape of a scalar parameter."""
         return {key: value if key == "step" else self._part(value, parameter) for key, value in state.items()}
 
-    def _settle(self) -> None:
-        """Sum up what the last pass has left, and put the parameters away."""
-        left = self._left() if not self.config.reduce_each_pass else set()  # each pass has summed up its own
+    def _finish_reduction(self) -> None:
+        """Reduce the gradients that the last pass did not reach, and free gathered parameters."""
+        left = self._left() if not self.config.reduce_each_pass else set()  # else each pass has reduced its own
         for unit in self._units:
             unit.reduced.clear()
             unit.put_away()
@@ -328,11 +328,10 @@ class FairscaleFullySharded(FairscaleStrategy):
                     parameter.grad = unit.own_part(whole)
 
     def _left(self) -> set[nn.Parameter]:
-        """Return the parameters with a gradient of an earlier pass, on any process, that the last has not reduced.
+        """Return the parameters with a gradient from an earlier pass, on any process, that the last did not reduce.
 
         Raises:
-            ConfigError: the last pass reached some parameters on some processes only, so that what fairscale has
-                summed up does not belong together.
+            ConfigError: the last pass reached a parameter on some processes only, so that fairscale's sums are wrong.
         """
         reduced = {p for unit in self._units for p in unit.reduced}
         flags = [[p in reduced, p.grad is not None and p not in reduced] for p in self._names.values()]
@@ -347,7 +346,7 @@ class FairscaleFullySharded(FairscaleStrategy):
         return {p for p, (_, count) in zip(self._names.values(), counts.tolist(), strict=True) if count}
 
     def _whole(self, value: Any, parameter: Tensor) -> Any:
-        """Put a parameter, or what an optimiser keeps about it, together in the main process's memory."""
+        """Gather a parameter, or an entry of its optimiser state, in rank 0's main memory."""
         if not getattr(parameter, "_is_sharded", False) or getattr(value, "shape", None) != parameter.shape:
             return value.detach() if isinstance(value, Tensor) else value
         main, size = self.processes.is_main, self.shape(parameter)
@@ -356,7 +355,7 @@ class FairscaleFullySharded(FairscaleStrategy):
         return torch.cat(parts)[: size.numel()].view(size).cpu() if parts else value.new_empty(0)
 
     def _part(self, value: Any, parameter: Tensor) -> Any:
-        """This process's part of a whole tensor that belongs to a parameter; others as they are."""
+        """Return this process's shard of a tensor of the parameter's shape; return other values unchanged."""
         if not getattr(parameter, "_is_sharded", False) or getattr(value, "shape", None) != self.shape(parameter):
             return value
         return self._units[-1].own_part(value.to(parameter.device))

@@ -1,4 +1,4 @@
-"""``distributed.strategy=fairscale_sdp``: whole models; gradients and optimiser states on one process each."""
+"""``distributed.strategy=fairscale_sdp``: replicated models; gradients and optimiser states on one owner each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from villa.models.base import Model
 
 
 class FairscaleShardedData(FairscaleStrategy):
-    """fairscale's ``ShardedDataParallel`` with its ``OSS``: every parameter has an owner, which gets its gradient.
+    """fairscale's ``ShardedDataParallel`` with its ``OSS``: each parameter has an owner, which gets its gradient.
 
-    fairscale would send a gradient when a backward pass reaches it, and hang or go wrong where not all processes reach
-    the same ones. Here its hooks are held back, and what they would do is done after the last pass of an update, in a
-    fixed order. Gradients are sent one by one: fairscale's buckets would go wrong when gradients become None. The model
-    is not called through fairscale, whose ``forward`` only says that a new reduction may begin.
+    fairscale sends a gradient when a backward pass reaches it, and hangs or corrupts it where processes reach different
+    parameters. Here its hooks are suspended, and gradients are sent in a fixed order after the last pass of an update,
+    one by one: fairscale's buckets break when gradients become None. The model is not called through fairscale, whose
+    ``forward`` only starts a new reduction.
     """
 
     _model: Model | None = None
@@ -32,12 +32,12 @@ class FairscaleShardedData(FairscaleStrategy):
     _reducer: ShardedDataParallel | None = None
 
     def distribute(self, model: Model) -> None:
-        """Give all processes the weights of rank 0."""
+        """Broadcast rank 0's weights."""
         copy_from_main(model)
         self._model = model
 
     def optimizer(self, build: Callable[[], Optimizer]) -> Optimizer:
-        """See the base class; the processes share its parameters, and from now on their gradients."""
+        """Distribute the optimiser's parameters, and from now on their gradients, over owners."""
         model = self._model
         assert model is not None, "the strategy was not applied"
         optimizer = OwnedOptimizer(build())
@@ -56,7 +56,7 @@ class FairscaleShardedData(FairscaleStrategy):
 
     @contextmanager
     def backward(self, *, reduce: bool) -> Iterator[None]:
-        """See the base class."""
+        """Reduce gradients to their owners after the last backward pass of an update, or after each."""
         if self._reducer is None:
             yield
         else:
@@ -66,32 +66,32 @@ class FairscaleShardedData(FairscaleStrategy):
                 self._reduce(self._reducer)
 
     def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """See the base class; each parameter counts at its owner, which alone has its gradient."""
+        """Sum over processes, counting each parameter only at its owner, which has its gradient."""
         own = torch.tensor([self._owners[p] == self.processes.rank for p in parameters], device=sums.device)
         return super().total(sums.where(own, 0.0), parameters)
 
     def spread(self, parameters: Sequence[nn.Parameter]) -> None:
-        """See the base class."""
+        """Broadcast each parameter from its owner."""
         for parameter in parameters:
             dist.broadcast(parameter.detach(), src=self._owners[parameter])
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """See the base class; the owners send what they keep to the main process."""
+        """Send the owners' states to rank 0."""
         state = optimizer.state_dict()
         state["state"] = dict(sorted(self._gathered(state["state"]).items()))
         return state
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-        """See the base class."""
+        """Return the state at the parameter's owner, and nothing elsewhere."""
         return dict(state) if self._owners[parameter] == self.processes.rank else {}
 
     def _reduce(self, reducer: ShardedDataParallel) -> None:
-        """Let every owner have the sum of its gradients, and nobody else; one that no process has stays None."""
+        """Reduce each gradient to its owner; a gradient that no process has stays None."""
         parameters: list[nn.Parameter] = reducer._trainable_params
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
         dist.all_reduce(used, dist.ReduceOp.MAX)
         reducer._clear_counters()
-        reducer._bucket_flush_callback_set = True  # no backward pass runs whose end could flush
+        reducer._bucket_flush_callback_set = True  # there is no backward pass whose end would flush
         for parameter, send, somewhere in zip(parameters, reducer._manual_reduce, used.tolist(), strict=True):
             if somewhere:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -99,7 +99,7 @@ class FairscaleShardedData(FairscaleStrategy):
         reducer._flush_reduce_calls()
 
     def _gathered(self, own: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-        """Return the states of all processes on the main one: tensors in main memory, and numbers."""
+        """Gather the states of all processes on rank 0, with tensors in main memory."""
         found = {number: dict(kept) for number, kept in own.items()}
         kinds = [[number, key, _kind(value)] for number, kept in own.items() for key, value in kept.items()]
         for rank, theirs in enumerate(self.processes.gather(kinds)):
@@ -113,12 +113,12 @@ class FairscaleShardedData(FairscaleStrategy):
 
 
 class OwnedOptimizer(OSS):  # type: ignore[misc] # fairscale has no types
-    """fairscale's ``OSS`` around an optimiser that is built already, with the state dict of one process's part.
+    """fairscale's ``OSS`` around an existing optimiser; its state dict covers this process's parameters.
 
-    The number of a parameter in it is that among all parameters.
+    Parameters are numbered as in the whole model.
 
     Args:
-        whole: of all parameters; it is left with those of this process.
+        whole: optimiser of all parameters; keeps only those of this process.
     """
 
     def __init__(self, whole: Optimizer) -> None:
@@ -129,14 +129,14 @@ class OwnedOptimizer(OSS):  # type: ignore[misc] # fairscale has no types
         super().__init__([dict(group) for group in whole.param_groups], optim=with_own_part, **whole.defaults)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the options of all groups, and what is kept about this process's parameters."""
+        """Return the options of all groups and the state of this process's parameters."""
         state: dict[str, Any] = Optimizer.state_dict(self)
         parameters = (p for group in self.param_groups for p in group["params"])
         state["state"] = {number: self.optim.state[p] for number, p in enumerate(parameters) if p in self.optim.state}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what concerns this process's parameters; options stay, and what is given is left as it is."""
+        """Load the state of this process's parameters, keeping the options; does not modify ``state_dict``."""
         places = {p: n for n, p in enumerate(p for group in self.optim.param_groups for p in group["params"])}
         parameters = [p for group in self.param_groups for p in group["params"]]
         own = {places[parameters[n]]: s for n, s in state_dict["state"].items() if parameters[n] in places and s}
@@ -144,14 +144,14 @@ class OwnedOptimizer(OSS):  # type: ignore[misc] # fairscale has no types
 
 
 def _kind(value: Any) -> Any:
-    """What another process must know of a value: that it is a tensor of such a shape, or the value itself."""
+    """Return a description of a tensor (shape, dtype) for another process, or the value itself."""
     if not isinstance(value, Tensor):
         return value
     return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
 def _received(kind: Any, rank: int) -> Any:
-    """Take in what ``_kind`` tells of, from the process that has it."""
+    """Receive from ``rank`` the value that ``_kind`` describes."""
     if not isinstance(kind, dict):
         return kind
     value = torch.empty(kind["shape"], dtype=getattr(torch, kind["dtype"]))

@@ -1,4 +1,4 @@
-"""A command as one of the processes of its run. One that is alone imports no torch for it."""
+"""Running a command as one of a run's processes; a single process does not import torch for it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from villa.signals import Interrupted, interruptible
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Connect this process with the others of its run, if there are any, until the block is left.
+    """Connect this process with the others of its run within the context.
 
-    Only rank 0 prints. An error on one process ends all of them, and one of them reports it.
+    Only rank 0 prints. An error on one process ends all of them, and only one reports it.
 
     Raises:
-        ConfigError: the environment variables make no sense.
-        ConnectionLostError: another process ended without a word.
+        ConfigError: the environment variables are inconsistent.
+        ConnectionLostError: another process ended without notice.
         SystemExit: another process has reported the error.
     """
     place = Place.read(os.environ)
@@ -38,10 +38,10 @@ def joined() -> Iterator[None]:
 
 
 def run_joined(action: Callable[[], int]) -> int:
-    """Run an action as ``joined`` does, and return its exit code; a signal ends it in order from now on.
+    """Run an action within ``joined`` and return its exit code; signals end it cleanly.
 
-    One of several processes that has done its work leaves Python without tearing it down: the threads of gloo now and
-    then abort the interpreter's end (exit code 134), which a launcher would take for a failure of the run.
+    One of several processes exits without tearing the interpreter down: gloo's threads occasionally abort that
+    (exit code 134), which a launcher would take for a failure.
     """
     place = Place.read(os.environ)
     try:

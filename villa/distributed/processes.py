@@ -1,4 +1,4 @@
-"""The processes of a run: connecting them, small messages between them, and how they end together."""
+"""The processes of a run: connecting, exchanging small messages, and ending together."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from villa.distributed.watch import End, Watch
 from villa.errors import ConfigError, ConnectionLostError, VillaError, one_line
 from villa.signals import Interrupted
 
-#: Seconds that the process that keeps the others' common notes waits for them after an error.
+#: Seconds that the process hosting the store waits for the others after an error.
 _FAREWELL = 10.0
-#: Seconds until it is surely known which process is gone, after a connection broke.
+#: Seconds after a broken connection until the lost process is known.
 _VERDICT = 3.0
 _FAILED, _LEFT = "failed", "left"
 
 
 class Processes:
-    """The processes that share the work of a run, seen from one of them; by itself, one process alone.
+    """The processes of a run as seen from one of them; by default a single process.
 
-    All of them call each of the methods, in the same order. The messages go through main memory.
+    All methods that communicate are collective calls: every process makes them in the same order. Messages go through
+    main memory.
 
     Args:
-        place: which process this is.
+        place: position of this process.
 
     Attributes:
-        rank: its number.
-        world_size: how many there are.
+        rank: rank of this process.
+        world_size: number of processes.
     """
 
     def __init__(self, place: Place | None = None) -> None:
@@ -48,31 +49,31 @@ class Processes:
 
     @classmethod
     def connected(cls) -> Processes:
-        """Those that ``join`` has connected."""
+        """Return the processes connected by ``join``."""
         return cls(Place(dist.get_rank(), dist.get_world_size()) if _connected() else None)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         self.largest(0)
 
     def total(self, values: list[float]) -> list[float]:
-        """Sum up each of the values over all processes."""
+        """Sum each value over all processes."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def largest(self, value: int) -> int:
-        """Return the largest of all processes' values."""
+        """Return the maximum over all processes."""
         return int(self._reduced([value], dist.ReduceOp.MAX)[0])
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of every process, by rank.
 
         Args:
-            value: anything that JSON can express; floats arrive to the last bit.
+            value: any JSON value; floats are exact.
         """
         if self.world_size == 1:
             return [value]
@@ -83,7 +84,7 @@ class Processes:
         return [json.loads(bytes(text[:length].tolist())) for text, length in texts]
 
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensor of every process, by rank, in main memory; they differ in their first dimension at most."""
+        """Gather a tensor from every process, by rank, in main memory; only first dimensions may differ."""
         if self.world_size == 1:
             return [tensor]
         shapes = self.gather(list(tensor.shape))
@@ -111,20 +112,20 @@ def _connected() -> bool:
 
 
 def connect_alone() -> None:
-    """Make this process the only one of a run that is written for several, unless it is connected already."""
+    """Connect this process as a group of one, unless it is connected."""
     if not _connected():
         dist.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
 
 
 def disconnect() -> None:
-    """Leave the other processes, or the run of one process."""
+    """Leave the process group."""
     if _connected():
         dist.destroy_process_group()
 
 
 @contextmanager
 def join(place: Place) -> Iterator[None]:
-    """Connect with the other processes until the block is left; see ``villa.distributed.joining.joined``."""
+    """Connect with the other processes within the context; see ``villa.distributed.joining.joined``."""
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     store, watch = _connect(place)
@@ -145,17 +146,17 @@ def join(place: Place) -> Iterator[None]:
         watch.leave(kind, code)
         disconnect()
         if kind != "done":
-            _see_off(store, place, watch.ended())
+            _wait_for_others(store, place, watch.ended())
         watch.stop()
 
 
 def _first_cause(error: BaseException, place: Place, store: Store, watch: Watch) -> BaseException:
-    """Return what to raise for an error that may come of another process's end; one of them says what it is."""
+    """Return the exception to raise for an error that another process may have caused; only one process reports it."""
     of_connection = isinstance(error, RuntimeError) and _is_of_connection(error)
     end = watch.ended(_VERDICT if of_connection else 0.0)
     if end is not None and end.kind == "lost":
         error = watch.lost(end)
-        if end.rank == 0:  # it kept the notes
+        if end.rank == 0:  # it hosted the store
             return error
     elif end is not None and end.kind == "signal" and not isinstance(error, VillaError):
         return Interrupted(end.code)
@@ -172,7 +173,7 @@ def _first_cause(error: BaseException, place: Place, store: Store, watch: Watch)
 
 
 def _connect(place: Place) -> tuple[Store, Watch]:
-    """Meet the others, in a thread: while this one waits for it, signals are heard."""
+    """Connect to the others in a thread, so that this one can still receive signals."""
     met: list[tuple[Store, Watch]] = []
     problems: list[Exception] = []
 
@@ -197,7 +198,7 @@ def _connect(place: Place) -> tuple[Store, Watch]:
 
 
 def _common_store(place: Place) -> Store:
-    """Return the store of rank 0, or of torchrun; it is ``Watch`` that waits for all, and says who is missing."""
+    """Return the store of rank 0 or of torchrun; ``Watch`` waits for all processes and reports missing ones."""
     limit = timedelta(seconds=place.patience)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store: Store = next(rendezvous("env://", place.rank, place.world_size, timeout=limit))[0]
@@ -207,7 +208,7 @@ def _common_store(place: Place) -> Store:
 
 
 def _not_met(place: Place, problem: Exception | None, watch: Watch | None) -> BaseException:
-    """Return what to raise when the processes could not be connected; it may come of another one's end."""
+    """Return the exception to raise when connecting failed, perhaps because another process ended."""
     end = watch.ended(_VERDICT) if watch else None
     if watch and end:
         return watch.lost(end) if end.kind == "lost" else SystemExit(end.code)
@@ -219,13 +220,13 @@ def _not_met(place: Place, problem: Exception | None, watch: Watch | None) -> Ba
 
 
 def _backend() -> str:
-    """Gradients on CUDA go through NCCL; small messages, which must not wait for the device, through gloo."""
+    """Return NCCL for gradients on CUDA, and gloo for messages, which must not wait for the device."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What ranks above 0 print would be what rank 0 prints."""
+    """Suppress all output: ranks above 0 would repeat what rank 0 prints."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
@@ -235,10 +236,10 @@ def _is_of_connection(error: RuntimeError) -> bool:
 
 
 def _first_to_fail(store: Store) -> bool:
-    """Note that this process has failed; whether it is the first one to do so."""
+    """Record that this process has failed; return whether it is the first."""
     try:
         return bool(store.add(_FAILED, 1) == 1)
-    except RuntimeError:  # the process that keeps the notes is gone
+    except RuntimeError:  # the process that hosts the store is gone
         return True
 
 
@@ -249,8 +250,8 @@ def _failed_elsewhere(store: Store) -> bool:
         return False
 
 
-def _see_off(store: Store, place: Place, end: End | None) -> None:
-    """After an error, the process that keeps the notes stays until the others, but a lost one, have read them."""
+def _wait_for_others(store: Store, place: Place, end: End | None) -> None:
+    """After an error, keep the store's host alive until all others, except a lost one, have read from it."""
     lost = end is not None and end.kind == "lost"
     if lost and end is not None and end.rank == 0:
         return

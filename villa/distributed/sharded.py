@@ -1,4 +1,4 @@
-"""``distributed.strategy=fsdp``: parameters, gradients and optimiser states in parts, one on each process."""
+"""``distributed.strategy=fsdp``: parameters, gradients and optimiser states sharded over the processes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from villa.models.base import Model
 
 
 class Sharded(SharedStrategy):
-    """torch's ``fully_shard``: each layer is put together when it is computed, and everything else with the model.
+    """torch's ``fully_shard``: each layer is gathered when it runs, everything else with the model.
 
-    Embeddings, heads and weights that they share belong to the model as a whole, which has them from the beginning of
-    its forward pass to the end of the backward pass.
+    Embeddings, heads and tied weights belong to the root, which keeps them gathered from the start of its forward pass
+    to the end of the backward pass.
     """
 
     _model: FSDPModule | None = None
 
     def distribute(self, model: Model) -> None:
-        """Keep this process's part of every parameter."""
+        """Shard every parameter."""
         self.refuse_generation(model)
         copy_from_main(model)
         device = next(model.parameters()).device
@@ -38,14 +38,14 @@ class Sharded(SharedStrategy):
             fully_shard(block, mesh=mesh)
         root: Any = fully_shard(model, mesh=mesh)
         for module in root.modules():
-            if isinstance(module, FSDPModule):  # sums, not means over processes: the only place where this is said
+            if isinstance(module, FSDPModule):  # sums, not means over processes
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         self._model = root
 
     @contextmanager
     def backward(self, *, reduce: bool) -> Iterator[None]:
-        """See the base class."""
+        """Reduce gradients in the last backward pass of an update, or in each."""
         if self._model is not None:
             summed = reduce or self.config.reduce_each_pass
             self._model.set_requires_gradient_sync(summed)
@@ -53,53 +53,53 @@ class Sharded(SharedStrategy):
         yield
 
     def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """See the base class."""
+        """Return the gradients of ``inputs`` without reducing any."""
         if self._model is not None:
             self._model.set_requires_gradient_sync(False)
             self._model.set_is_last_backward(False)
         return super().gradient(loss, inputs)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """See the base class."""
+        """Return the global gradient norm as a plain tensor."""
         return _whole(super().gradient_norm(parameters))
 
     def local(self, tensor: Tensor) -> Tensor:
-        """See the base class."""
+        """Return the local shard."""
         local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return local.detach()
 
     def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """See the base class."""
+        """Sum over processes."""
         dist.all_reduce(sums)
         return sums
 
     def put_away(self) -> None:
-        """See the base class."""
+        """Free gathered parameters."""
         root: Any = self._model
         for module in root.modules() if root is not None else ():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def without_gradients(self) -> AbstractContextManager[Any]:
-        """See the base class; tensors made in inference mode could not be trained on later."""
+        """Return ``no_grad``: tensors made in inference mode could not be trained afterwards."""
         return torch.no_grad()
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """See the base class."""
+        """Gather the weights on rank 0."""
         owners: dict[nn.Parameter, str] = {}
         names = {name: owners.setdefault(p, name) for name, p in model.named_parameters(remove_duplicate=False)}
         state = model.state_dict()
         whole = {name: self.whole(value) for name, value in state.items() if names.get(name, name) == name}
-        return {name: whole[names.get(name, name)] for name in state}  # shared weights stay shared
+        return {name: whole[names.get(name, name)] for name in state}  # tied weights stay tied
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """See the base class; of whole weights every process keeps its part."""
+        """Load this process's shards from whole weights."""
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(_part(state[name].to(tensor.device), tensor))
 
     def whole(self, state: Any) -> Any:
-        """See the base class; in main memory, and on the main process alone."""
+        """Gather all tensors in rank 0's main memory."""
         if isinstance(state, Mapping):
             return {key: self.whole(value) for key, value in state.items()}
         if isinstance(state, list | tuple):
@@ -110,23 +110,23 @@ class Sharded(SharedStrategy):
         return whole.cpu() if self.processes.is_main else whole.new_empty(0)
 
     def shared(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """See the base class."""
+        """Return a shard as a ``DTensor`` laid out like the parameter."""
         if not isinstance(parameter, DTensor):
             return part
         mesh, placements = parameter.device_mesh, parameter.placements
         return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
     def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """See the base class."""
+        """Gather a tensor of a parameter's shape on rank 0."""
         whole: Tensor = self.whole(self.shared(part, parameter))
         return whole
 
     def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """See the base class."""
+        """Return this process's shard as a plain tensor."""
         return self.local(_part(whole, parameter)).to(parameter.device)
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-        """See the base class."""
+        """Shard a parameter's optimiser state."""
         return {key: _part(value, parameter) for key, value in state.items()}
 
 
@@ -135,7 +135,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _part(value: Any, like: Tensor) -> Any:
-    """The part of a whole tensor that lies where that of ``like`` does; parts, numbers and the like as they are."""
+    """Shard a whole tensor like the parameter ``like``; return shards, scalars and other values unchanged."""
     if isinstance(value, DTensor) or not isinstance(value, Tensor):
         return value
     if not isinstance(like, DTensor) or value.shape != like.shape:

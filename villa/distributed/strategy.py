@@ -1,4 +1,4 @@
-"""How processes share the training of one model, and the strategy of one process."""
+"""Strategies for sharing the training of one model among processes, and the one for a single process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from villa.share import WHOLE, Share
 
 
 class Strategy:
-    """Where parameters and gradients are. This one, ``single``, has all of them in one process.
+    """Placement of parameters and gradients. This class, ``single``, keeps all of them in one process.
 
-    A subclass says how processes share them. What the loop, the evaluator and checkpoints need to know of it is here;
-    methods of training, models and losses know nothing.
+    A subclass distributes them over processes. The loop, the evaluator and checkpoints use this interface; training
+    methods, models and losses do not.
 
     Args:
         config: the recipe's ``distributed`` section.
 
     Attributes:
-        processes: those that share the work.
+        processes: the processes that share the work.
     """
 
     def __init__(self, config: DistributedConfig | None = None) -> None:
@@ -38,11 +38,11 @@ class Strategy:
 
     @property
     def share(self) -> Share:
-        """What this process has of the micro-batches."""
+        """The micro-batches that this process runs."""
         return Share(self.processes.rank, self.processes.world_size) if self.processes.world_size > 1 else WHOLE
 
     def connect(self) -> Processes:
-        """Take part in the run of all processes that were started, and return them.
+        """Return the processes of the run, including this one.
 
         Raises:
             ConfigError: several processes were started for a strategy of one.
@@ -56,10 +56,10 @@ class Strategy:
         return self.processes
 
     def apply(self, model: Model) -> None:
-        """Change a model whose weights are loaded, in place; the names of its parameters stay.
+        """Compile, checkpoint and distribute a model with loaded weights, in place; parameter names do not change.
 
         Raises:
-            ConfigError: the model cannot be trained in this way.
+            ConfigError: the model does not support the strategy or its options.
         """
         if self.config.compile:
             compile_blocks(model)
@@ -68,111 +68,111 @@ class Strategy:
         self.distribute(model)
 
     def distribute(self, model: Model) -> None:
-        """Share the model's parameters among the processes, in place."""
+        """Distribute the model's parameters over the processes, in place."""
 
     def backward(self, *, reduce: bool) -> AbstractContextManager[None]:
-        """Context of a backward pass. ``reduce`` marks the last one of an update, whose end sums up the gradients.
+        """Return the context of a backward pass. ``reduce`` marks the last one of an update, which reduces gradients.
 
-        They are sums over all micro-batches of all processes then, never means over processes.
+        The result is the sum, never the mean, over all micro-batches of all processes.
         """
         return nullcontext()
 
     def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of a loss with respect to ``inputs`` alone, None for one that it does not depend on.
+        """Return the gradients of a loss with respect to ``inputs`` alone, None where it does not depend on one.
 
-        No gradient of a parameter is computed, changed or sent; processes send each other parameters at most.
+        Gradients of parameters are neither computed nor changed nor sent; processes communicate parameters at most.
         """
         return torch.autograd.grad(loss, inputs, allow_unused=True)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Return the norm of all gradients together, after they were reduced."""
+        """Return the global norm of the reduced gradients."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).detach()
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return this process's part of a parameter or its gradient, as a plain tensor that shares its memory."""
+        """Return this process's part of a parameter or gradient, as a plain tensor that shares its memory."""
         return tensor.detach()
 
     def total(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Return what ``sums [n]``, of this process's parts of n parameters, add up to; all processes call it."""
+        """Return the totals ``[n]`` of ``sums [n]`` over this process's parts of n parameters; a collective call."""
         return sums
 
     def spread(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give all processes the parameters that some have changed in place: those that have the gradients."""
+        """Broadcast parameters that were changed in place from the processes that have their gradients."""
 
     def put_away(self) -> None:
-        """Forget parameters that were put together: the parts that they were made of have changed."""
+        """Discard gathered parameters, because their shards have changed."""
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        """Return the whole shape of a parameter that processes may share."""
+        """Return the whole shape of a parameter that may be sharded."""
         return parameter.shape
 
     def optimizer(self, build: Callable[[], Optimizer]) -> Optimizer:
-        """Return the optimiser that the loop shall use for what ``build`` returns, which is of the applied model."""
+        """Return the optimiser for the loop, from one that ``build`` makes for the distributed model."""
         return build()
 
     def unscale(self, scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-        """Undo the scaling of the gradients, after they were reduced; an overflow is known to all processes then."""
+        """Unscale the reduced gradients, and share overflows with all processes."""
         scaler.unscale_(optimizer)
 
     def without_gradients(self) -> AbstractContextManager[Any]:
-        """Context of the forward passes of evaluation."""
+        """Return the context for forward passes in evaluation."""
         return torch.inference_mode()
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return a model's whole weights by name; all processes call it, and the main one gets them."""
+        """Return a model's whole weights by name on rank 0; a collective call."""
         return model.state_dict()
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Load whole weights, of the names and shapes of ``state_dict``."""
+        """Load whole weights, with the names and shapes of ``state_dict``."""
         model.load_state_dict(state)
 
     def whole(self, state: Any) -> Any:
-        """Return nested containers of an optimiser's state with every tensor whole; all processes call it."""
+        """Return the nested containers of an optimiser state with every tensor gathered; a collective call."""
         return state
 
     def shared(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """Return this process's part of something of a parameter's shape, in the form that parameters have."""
+        """Return this process's part of a tensor of a parameter's shape, in the parameter's own form."""
         return part
 
     def whole_like(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """Put something of a parameter's shape together; all processes call it, and the main one gets it."""
+        """Gather a tensor of a parameter's shape on rank 0; a collective call."""
         return part
 
     def part_like(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """Return this process's part of something of a parameter's shape, as a plain tensor; see ``whole_like``."""
+        """Return this process's part of a tensor of a parameter's shape, as a plain tensor; see ``whole_like``."""
         return whole.to(parameter.device)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimiser's state dict with every tensor whole; all processes call it, and the main one gets it."""
+        """Return an optimiser's state dict with every tensor gathered on rank 0; a collective call."""
         state: dict[str, Any] = self.whole(optimizer.state_dict())
         return state
 
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-        """Return this process's part of what an optimiser keeps about a parameter; the opposite of ``whole``."""
+        """Return this process's part of a parameter's optimiser state; the inverse of ``whole``."""
         return dict(state)
 
 
 def overflows(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[torch.device, Tensor]:
-    """Return what a loss scaler has found by device, since the last update: above 0 where a gradient overflowed."""
+    """Return the loss scaler's overflow flags since the last update by device; above 0 for an overflow."""
     found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return found
 
 
 class SharedStrategy(Strategy):
-    """What the strategies for several processes have in common; one process is fine, too."""
+    """Base of the strategies for several processes; they also run with one."""
 
     def connect(self) -> Processes:
-        """See the base class."""
+        """Return the connected processes; a single process becomes a group of one."""
         connect_alone()
         self.processes = Processes.connected()
         return self.processes
 
     def refuse_generation(self, model: Model) -> None:
-        """Refuse a model that calls its layers as often as an answer is long, where all must call them together.
+        """Refuse a generative model: answers of different lengths need different numbers of collective calls.
 
         Raises:
-            ConfigError: it is one.
+            ConfigError: the model is generative.
         """
         if getattr(model, "task", None) == "generation":
             raise ConfigError(
@@ -181,7 +181,7 @@ class SharedStrategy(Strategy):
             )
 
 
-#: Module and class of every strategy for several processes, imported when it is asked for.
+#: Module and class of every strategy for several processes, imported lazily.
 _STRATEGIES = {
     "ddp": "villa.distributed.data_parallel:DataParallel",
     "fsdp": "villa.distributed.sharded:Sharded",
@@ -191,10 +191,10 @@ _STRATEGIES = {
 
 
 def strategy_of(config: DistributedConfig) -> Strategy:
-    """Return the strategy that a recipe's ``distributed`` section names.
+    """Return the strategy of a recipe's ``distributed`` section.
 
     Raises:
-        ConfigError: it needs fairscale, which is not installed.
+        ConfigError: the strategy needs fairscale, which is not installed.
     """
     if config.strategy == "single":
         return Strategy(config)

@@ -1,7 +1,7 @@
-"""How the other processes of a run end, learnt at once, whatever this one is waiting for.
+"""Detection of how the other processes of a run end, whatever this one is waiting for.
 
-Every process keeps a connection to rank 0. Whoever ends says so; when one closes without a word, its process was
-killed, or its machine is gone. Rank 0 tells the others.
+Every process keeps a connection to rank 0 and sends its end over it. If a connection closes without one, the process
+was killed or its machine is gone. Rank 0 notifies the others.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from villa.distributed.environment import Place
 from villa.errors import ConfigError, ConnectionLostError
 
-#: Seconds that the main thread has for ending in order once another process has ended.
+#: Seconds that the main thread has to end cleanly once another process has ended.
 _GRACE = 10.0
-#: Seconds that a process has for saying who it is.
+#: Seconds that a process has to identify itself.
 _HELLO = 60.0
-#: Seconds between two looks at whether rank 0 is done, and the longest line.
+#: Seconds between checks whether rank 0 is done, and the longest line in bytes.
 _LOOK, _LINE = 0.2, 4096
 _KEY = "watch"
 
 
 @dataclass(frozen=True)
 class End:
-    """How a process has ended.
+    """The end of a process.
 
     Attributes:
-        rank: its number.
-        kind: ``done``; ``failed``, after it has reported why; ``signal``, which only it had got; ``lost``; or no end at
-            all, but rank 0's word that all have come: ``met``.
-        code: its exit code, or the number of the signal.
-        host: where it ran.
-        pid: its process id there.
+        rank: rank of the process.
+        kind: ``done``; ``failed``, with the reason reported; ``signal``, received by this process only; or ``lost``.
+            ``met`` is not an end: rank 0 reports that all processes have connected.
+        code: exit code, or the number of the signal.
+        host: machine of the process.
+        pid: process id on that machine.
     """
 
     rank: int
@@ -51,20 +51,20 @@ class End:
     pid: int = 0
 
 
-#: Called with the end of a process that was lost, before this one ends for it.
+#: Called with the end of a lost process before this one ends because of it.
 ON_LOST: list[Callable[[End], None]] = []
 
 
 class Watch:
-    """Watches the processes of a run, from one of them; all make one, which waits until all have come or one has ended.
+    """Watches the other processes of a run. Every process creates one; it waits until all have connected or one ended.
 
     Args:
-        place: which process this is.
-        store: the common notes.
+        place: position of this process.
+        store: the shared store.
 
     Raises:
-        OSError: rank 0 cannot be reached; or on rank 0, the others have not all come, naming those.
-        RuntimeError: the notes cannot be read.
+        OSError: rank 0 cannot be reached; on rank 0: processes have not connected, with their ranks.
+        RuntimeError: the store cannot be read.
     """
 
     def __init__(self, place: Place, store: Store) -> None:
@@ -93,16 +93,16 @@ class Watch:
             self._complete.wait()
 
     def ended(self, wait: float = 0.0) -> End | None:
-        """Return how another process has ended too early, the first one if there are several; None if none has.
+        """Return the first premature end of another process, or None.
 
         Args:
-            wait: seconds to wait for it.
+            wait: seconds to wait for one.
         """
         self._known.wait(wait)
         return self._end
 
     def lost(self, end: End) -> ConnectionLostError:
-        """Return the error that names a process that was lost; those that wait for it are told before."""
+        """Run the ``ON_LOST`` callbacks and return the error that names the lost process."""
         for act in ON_LOST:
             act(end)
         return ConnectionLostError(
@@ -111,16 +111,16 @@ class Watch:
         )
 
     def leave(self, kind: str, code: int = 0) -> None:
-        """Tell the others how this process ends; it is told nothing from now on."""
+        """Tell the others how this process ends, and stop watching them."""
         self._closed.set()
         self._tell_all(End(self._place.rank, kind, code, **_here()))
 
     def stop(self) -> None:
-        """Let this process take as long as it needs for what is left."""
+        """Cancel the deadline for this process's end."""
         self._resort.cancel()
 
     def _meet_all(self) -> None:
-        """Wait for all on rank 0, and tell them when they have come."""
+        """Wait on rank 0 for all processes to connect, and notify them."""
         complete = self._complete.wait(self._place.patience)
         with self._lock:
             present = {peer.rank for peer in self._peers.values()}
@@ -138,16 +138,16 @@ class Watch:
         threading.Thread(target=action, args=(link,), daemon=True, name="watch").start()
 
     def _listen(self, link: socket.socket) -> None:
-        """Hear from rank 0 that all have come, and how it, or another process, ends."""
+        """Receive from rank 0 that all have connected, then how it or another process ends."""
         with link.makefile("rb") as lines:
-            end = _said(lines, self._peers[link])
+            end = _receive(lines, self._peers[link])
             if end.kind == "met":
                 self._complete.set()
-                end = _said(lines, self._peers[link])
-        self._settle(end)
+                end = _receive(lines, self._peers[link])
+        self._record_end(end)
 
     def _serve(self, server: socket.socket) -> None:
-        """Take in the others' connections, and hear from each how its process ends."""
+        """Accept connections, and receive from each how its process ends."""
         with selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             while not self._closed.is_set():
@@ -157,12 +157,12 @@ class Watch:
                         self._meet(server, selector)
                     else:
                         selector.unregister(link)
-                        self._bury(link)
+                        self._handle_end(link)
                 if len(self._peers) == self._place.world_size - 1:
                     self._complete.set()
 
     def _meet(self, server: socket.socket, selector: selectors.BaseSelector) -> None:
-        """Accept a connection of a process that knows the token; hang up on anybody else."""
+        """Accept a connection of a process that knows the token; close any other."""
         link, _ = server.accept()
         link.settimeout(_HELLO)
         _keep_alive(link)
@@ -179,15 +179,15 @@ class Watch:
             self._peers[link] = peer
         selector.register(link, selectors.EVENT_READ)
 
-    def _bury(self, link: socket.socket) -> None:
-        """Take in the end of a process, and tell the others unless it was done."""
+    def _handle_end(self, link: socket.socket) -> None:
+        """Receive the end of a process, and notify the others unless it was done."""
         with link.makefile("rb") as lines:
-            end = _said(lines, self._peers[link])
+            end = _receive(lines, self._peers[link])
         if end.kind == "done":
             return
         if self._end is None:
             self._tell_all(end, but=link)
-        self._settle(end)
+        self._record_end(end)
 
     def _tell_all(self, end: End, but: socket.socket | None = None) -> None:
         with self._lock:
@@ -201,8 +201,8 @@ class Watch:
         except OSError:
             return
 
-    def _settle(self, end: End) -> None:
-        """Note the first end that came too early; the main thread, if it is stuck, does not have for ever."""
+    def _record_end(self, end: End) -> None:
+        """Record the first premature end, and set a deadline for a main thread that may be stuck."""
         if self._closed.is_set() or self._end is not None or end.kind == "done":
             return
         self._end = end
@@ -211,7 +211,7 @@ class Watch:
         self._resort.start()
 
     def _give_up(self) -> None:
-        """End this process, whose main thread waits for one that is gone."""
+        """End this process, whose main thread is waiting for a process that is gone."""
         end = self._end
         if end is None:
             return
@@ -220,12 +220,12 @@ class Watch:
         os._exit(128 + end.code if end.kind == "signal" else end.code or 1)
 
 
-def _said(lines: BinaryIO, silent: End) -> End:
-    """Wait for what a process says next; without a word it is the ``silent`` end."""
+def _receive(lines: BinaryIO, default: End) -> End:
+    """Wait for the next message of a process; return ``default`` if it closes without one."""
     try:
         return End(**json.loads(lines.readline(_LINE)))
     except (OSError, ValueError, TypeError):
-        return silent
+        return default
 
 
 def _here() -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _here() -> dict[str, Any]:
 
 
 def _keep_alive(link: socket.socket) -> None:
-    """Have the system find out within a minute that a machine is gone."""
+    """Enable keep-alive probes that detect a lost machine within about a minute."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
         if hasattr(socket, name):

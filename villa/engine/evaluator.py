@@ -93,7 +93,7 @@ class Evaluator:
                 means.setdefault(batch.objective, _Mean()).add(self.loss(output, batch), self.loss.count(batch))
             if each is not None:
                 each(ran)
-            for metric in self.metrics.values() if own or not seen else ():  # a metric without any batch does not know its size
+            for metric in self.metrics.values() if own or not seen else ():  # without a batch, a metric lacks its size
                 metric.update(output, batch)
             seen = seen or own
         values = _losses(self._merged_means(means))

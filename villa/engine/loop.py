@@ -145,7 +145,7 @@ class Training:
         self.progress.check()
         self.updater.load_state_dict(state["updater"])
         if self.progress.update:
-            self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # so that the right rate is logged
+            self.updater.schedule.apply(self.updater.optimizer, self.progress.update)  # for the rate in the log
         self.stream.seek(state["stream"])
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))

@@ -40,8 +40,9 @@ def parameter_groups(
             over the head's.
 
     Returns:
-        Groups for a torch optimiser, by descending multiplier and with decayed parameters first, each with ``params``, ``names`` (their names in order), ``lr`` and ``initial_lr`` (``lr`` x multiplier),
-        ``lr_multiplier``, ``weight_decay``.
+        Groups for a torch optimiser, by descending multiplier and with decayed parameters first, each with ``params``,
+        ``names`` (in the same order), ``lr`` and ``initial_lr`` (``lr`` x multiplier), ``lr_multiplier`` and
+        ``weight_decay``.
 
     Raises:
         ConfigError: a prefix matches nothing, a head's multiplier is given for a model without a head, or no parameter
