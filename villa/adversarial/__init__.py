@@ -1,1 +1,1 @@
-"""Adversarial perturbations in embedding space: how they start, move, are bounded, and enter a model."""
+"""Adversarial perturbations in embedding space: initialisation, ascent, projection and injection."""

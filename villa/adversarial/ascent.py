@@ -15,20 +15,20 @@ from torch import Tensor
 Norm = Literal["l2", "linf"]
 Init = Literal["zero", "uniform", "normal"]
 
-#: Gradient norms below this count as this (released code: ``clamp(min=1e-8)``).
+#: Lower bound on gradient norms (released code: ``clamp(min=1e-8)``).
 SMALLEST_NORM = 1e-8
 
 
 @dataclass(frozen=True)
 class AscentSettings:
-    """How one modality's perturbation starts and moves.
+    """Initialisation and ascent of one modality's perturbation.
 
     Attributes:
         step_size: length of an ascent step, in the norm.
         radius: largest norm; None or 0 does not project.
         norm: ``l2`` or ``linf``.
-        init: distribution of the first perturbation.
-        init_scale: its scale: for l2 the norm that entries of magnitude 1 would have; for linf the magnitude.
+        init: distribution of the initial perturbation.
+        init_scale: scale of the draw: for l2 the norm that entries of magnitude 1 get; for linf the magnitude.
         mask_padding: padding neither moves nor counts in a norm.
         fp32_gradient: round the gradient to fp32 even in fp64 runs, as the released code does.
     """
@@ -43,14 +43,14 @@ class AscentSettings:
 
 
 def row_norm(values: Tensor, norm: Norm) -> Tensor:
-    """Norm of every row, shaped ``[rows, 1, ...]`` to divide ``values`` by."""
+    """Return the norm of every row, shaped ``[rows, 1, ...]`` for broadcasting."""
     order = 2.0 if norm == "l2" else float("inf")
     norms: Tensor = torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
     return norms.view(-1, *[1] * (values.dim() - 1))
 
 
 def initialise(like: Tensor, settings: AscentSettings, mask: Tensor | None, seed: int) -> Tensor:
-    """Draw the first perturbation.
+    """Draw the initial perturbation.
 
     For l2, entries are scaled by ``init_scale / sqrt(tokens x width)`` of the row's real tokens (FreeLB, and
     line 4 of VILLA's Algorithm 1); for linf by ``init_scale``.
@@ -59,7 +59,7 @@ def initialise(like: Tensor, settings: AscentSettings, mask: Tensor | None, seed
         like: the embedding ``[rows, tokens, width]`` that will be perturbed.
         settings: distribution, scale, norm.
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero; None for everywhere.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         A tensor like ``like``, in float32 or wider.
@@ -85,7 +85,7 @@ def initialise(like: Tensor, settings: AscentSettings, mask: Tensor | None, seed
 def ascend(delta: Tensor, gradient: Tensor, settings: AscentSettings, mask: Tensor | None) -> Tensor:
     """Take a normalised gradient step of length ``step_size`` and project it onto the ball of ``radius``.
 
-    A row whose gradient is not finite (fp16 overflow) stays where it is.
+    Rows with a non-finite gradient (fp16 overflow) take no step.
     """
     wide = torch.float32 if settings.fp32_gradient else torch.promote_types(gradient.dtype, torch.float32)
     gradient = gradient.to(wide)
@@ -98,7 +98,7 @@ def ascend(delta: Tensor, gradient: Tensor, settings: AscentSettings, mask: Tens
 
 
 def project(delta: Tensor, settings: AscentSettings) -> Tensor:
-    """Pull rows outside the ball of ``radius`` back onto it; no radius leaves them."""
+    """Project rows outside the ball of ``radius`` onto it; without a radius, return them unchanged."""
     if not settings.radius:
         return delta
     if settings.norm == "linf":

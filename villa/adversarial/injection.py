@@ -1,4 +1,4 @@
-"""Adding perturbations to a model by hooks, so that no model has an adversarial argument."""
+"""Hooks that add perturbations to a model, so that no model takes adversarial arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS_TOKENS_WIDTH = 3
 def inject(
     model: nn.Module, points: Mapping[str, Point], perturbations: Mapping[str, Perturbation], batch: Batch
 ) -> Iterator[None]:
-    """Within the context, a forward pass of ``model`` adds every perturbation at its point.
+    """Add every perturbation at its point in a forward pass of ``model`` within the context.
 
     Args:
         model: the bare model that the points' module paths refer to.
@@ -72,7 +72,7 @@ def _register(
 
 
 def _to_rows(value: Tensor, point: Point) -> Tensor:
-    """Bring what is perturbed into the form ``[rows, tokens, width]``."""
+    """Reshape a tensor to be perturbed to ``[rows, tokens, width]``."""
     if value.dim() < _ROWS_TOKENS_WIDTH:
         raise RuntimeError(
             f"perturbation point '{point.module}' has a value of shape {list(value.shape)}, which does not say what "

@@ -8,21 +8,21 @@ from villa.adversarial.ascent import AscentSettings, ascend, initialise, row_nor
 
 
 class Perturbation:
-    """A perturbation that is created in its first forward pass and moves between passes.
+    """A perturbation that is initialised in its first forward pass and moves between passes.
 
-    It is created inside the model's own forward, where the embedding exists, so that no module is ever called
-    from outside (which sharded models do not allow).
+    It is initialised inside the model's own forward, where the embedding exists: sharded models do not allow calling
+    a submodule from outside.
 
     Args:
-        settings: how it starts and moves.
-        seed: of its random start.
-        initial: start from this ``[rows, tokens, width]`` tensor instead.
+        settings: initialisation and ascent.
+        seed: seed of the random start.
+        initial: ``[rows, tokens, width]`` tensor to start from instead.
 
     Attributes:
         delta: the value that the next pass adds; None before the first pass.
         relative_size: mean over rows of ||delta|| / ||embedding|| in the last pass (l2).
-        gradient_norm: mean over rows of the gradient's norm, once the last pass has been followed by a step.
-        frozen: a frozen perturbation asks for no gradient.
+        gradient_norm: mean over rows of the gradient's norm, set by the ascent step.
+        frozen: whether the perturbation requires no gradient.
     """
 
     def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:
@@ -35,11 +35,11 @@ class Perturbation:
         self._mask: Tensor | None = None
 
     def begin(self, mask: Tensor | None, *, confined: bool = False) -> None:
-        """Prepare for a forward pass over rows whose ``[rows, tokens]`` mask is given; see ``Point.confined``."""
+        """Prepare a forward pass with the given ``[rows, tokens]`` mask; see ``Point.confined``."""
         self._mask = mask if self.settings.mask_padding or confined else None
 
     def apply(self, embedding: Tensor) -> Tensor:
-        """Return the perturbed embedding, in its own type; the sum is taken in fp32 or wider."""
+        """Return the perturbed embedding in its own dtype; the sum is computed in fp32 or wider."""
         if self.delta is None:
             self.delta = initialise(embedding, self.settings, self._mask, self.seed)
         self.delta = self.delta.detach().requires_grad_(not self.frozen)
@@ -48,10 +48,10 @@ class Perturbation:
         return (embedding + self.delta).to(embedding.dtype)
 
     def trained(self) -> Tensor:
-        """Return the value that the last pass has added, with respect to which a loss can be differentiated.
+        """Return the value added by the last pass, as a leaf to differentiate a loss by.
 
         Raises:
-            RuntimeError: no pass has added it, or it is frozen.
+            RuntimeError: no pass has added the perturbation, or it is frozen.
         """
         if self.delta is None or not self.delta.requires_grad:
             reason = "it is frozen" if self.frozen else "no forward pass has added it since it last moved"
@@ -59,13 +59,13 @@ class Perturbation:
         return self.delta
 
     def ascend(self, gradient_scale: float = 1.0) -> None:
-        """Move along the gradient that the backward passes left on ``delta``.
+        """Take an ascent step along the gradient of ``delta``.
 
         Args:
-            gradient_scale: factor that the gradients were scaled by (loss scale, micro-batch weight).
+            gradient_scale: factor on the gradients (loss scale x micro-batch weight).
 
         Raises:
-            RuntimeError: no gradient arrived: the perturbed value does not reach the loss.
+            RuntimeError: there is no gradient: the loss does not depend on the perturbed value.
         """
         if self.delta is None or self.delta.grad is None:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")

@@ -1,4 +1,4 @@
-"""How an epoch is cut into updates, kept as arrays: an epoch of ten million examples takes 40 MB."""
+"""Cutting an epoch into updates, stored as arrays: an epoch of ten million examples takes 40 MB."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Update = list[list[int]]
 
 
 class Epoch(Sequence[Update]):
-    """The updates of an epoch; lists are made of the one that is asked for.
+    """The updates of an epoch; lists are created on access.
 
     Args:
-        order: indices of examples ``[E]``, in the order in which they are trained on.
-        parts: where in ``order`` each micro-batch begins, and the end of the last: ``[P + 1]``.
-        passes: micro-batches of an update; the last update may have fewer.
+        order: indices of examples ``[E]`` in training order.
+        parts: start of each micro-batch in ``order``, and the end of the last: ``[P + 1]``.
+        passes: micro-batches per update; the last update may have fewer.
     """
 
     def __init__(self, order: Indices, parts: Indices, passes: int) -> None:
@@ -43,13 +43,13 @@ class Epoch(Sequence[Update]):
     def __getitem__(self, index: int | slice) -> Update | list[Update]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        first = range(len(self))[index] * self.passes  # IndexError where there is none
+        first = range(len(self))[index] * self.passes  # IndexError if out of range
         ends = self.parts[first : first + self.passes + 1].tolist()
         items = self.order[ends[0] : ends[-1]].tolist()
         return [items[start - ends[0] : end - ends[0]] for start, end in pairwise(ends)]
 
     def followed_by(self, other: Epoch, most: int) -> Epoch:
-        """Return these micro-batches and the first of another epoch, ``most`` in all."""
+        """Return these micro-batches followed by another epoch's, ``most`` in all."""
         parts = np.concatenate([self.parts, self.parts[-1] + other.parts[1:]])[: most + 1]
         return Epoch(np.concatenate([self.order, other.order])[: parts[-1]], parts, self.passes)
 
@@ -63,22 +63,22 @@ class Epoch(Sequence[Update]):
 
 
 def shuffled(random: np.random.Generator, count: int) -> Indices:
-    """Return ``0 .. count - 1`` shuffled, in 32 bits where they suffice."""
+    """Return ``0 .. count - 1`` shuffled, in 32 bits if they suffice."""
     order: Indices = np.arange(count, dtype=np.int32 if count <= np.iinfo(np.int32).max else np.int64)
     random.shuffle(order)
     return order
 
 
 def cut_by_examples(order: Indices, size: int, passes: int, drop_last: bool) -> Epoch:
-    """Cut into updates of ``size``, each into even micro-batches.
+    """Cut into updates of ``size`` examples, each in even micro-batches.
 
-    The last update may be smaller, then with as few micro-batches as it needs.
+    A smaller last update has as few micro-batches as possible.
 
     Args:
         order: shuffled indices of examples.
-        size: examples of an update.
-        passes: micro-batches of an update of full size.
-        drop_last: leave out an update of less than ``size``.
+        size: examples per update.
+        passes: micro-batches of a full update.
+        drop_last: drop an update of less than ``size``.
     """
     whole, rest = divmod(len(order), size)
     ends = size * np.arange(whole)[:, None] + _even(size, passes)
@@ -92,13 +92,13 @@ def cut_by_examples(order: Indices, size: int, passes: int, drop_last: bool) -> 
 def cut_by_tokens(
     order: Indices, lengths: Indices, budget: int, passes: int, batch: BatchConfig, random: np.random.Generator
 ) -> Epoch:
-    """Cut into micro-batches of at most ``budget`` padded tokens, and shuffle these.
+    """Cut into micro-batches of at most ``budget`` padded tokens, and shuffle the micro-batches.
 
     Args:
         order: shuffled indices of examples.
         lengths: text tokens and regions of every example.
-        budget: of a micro-batch.
-        passes: micro-batches of an update.
+        budget: padded tokens of a micro-batch.
+        passes: micro-batches per update.
         batch: ``bucket``, ``multiple``, ``drop_last`` and ``sampler``.
         random: shuffles the micro-batches.
     """
@@ -109,7 +109,7 @@ def cut_by_tokens(
 
 
 def _even(count: int, parts: int) -> Indices:
-    """Return where ``parts`` even parts of ``count`` end: the first ones have one more where it does not divide."""
+    """Return the ends of ``parts`` even parts of ``count``; the first ones take the remainder."""
     least, more = divmod(count, parts)
     return np.cumsum([least + 1] * more + [least] * (parts - more))
 
@@ -127,14 +127,14 @@ def _token_batches(order: Indices, lengths: Indices, budget: int, batch: BatchCo
             items = items[count:]
             longest = longest if released else int(lengths[items[0]])
         left = items
-        if released:  # every bucket ends with what is left, which training drops even where it is full
+        if released:  # training drops a bucket's last batch, even a full one
             batches += [] if batch.drop_last else [left]
             left = order[:0]
     return [*batches, left] if len(left) and not batch.drop_last else batches
 
 
 def _multiple(count: int, of: int) -> int:
-    """Return the largest multiple that is not above ``count``, or ``count`` itself where that would be 0."""
+    """Return the largest multiple of ``of`` up to ``count``, or ``count`` if that is 0."""
     return count // of * of or count
 
 
@@ -142,28 +142,28 @@ T = TypeVar("T")
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuse a share that is none.
+    """Check that a share is in (0, 1].
 
     Raises:
-        ConfigError: it is not in (0, 1].
+        ConfigError: the share is out of range.
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"dataset.fraction={fraction} is not allowed; give a share in (0, 1]")
 
 
 def share(items: Sequence[T], fraction: float, seed: int) -> Sequence[T]:
-    """Return a random share of the items, at least one, in their order; a smaller share is part of a larger one.
+    """Return a random share of the items, at least one, in order; smaller shares are subsets of larger ones.
 
     Args:
-        items: all of them.
-        fraction: the share, in (0, 1].
-        seed: of the choice.
+        items: the items.
+        fraction: share in (0, 1].
+        seed: seed of the choice.
     """
     return items if fraction == 1 else [items[row] for row in share_rows(len(items), fraction, seed).tolist()]
 
 
 def share_rows(count: int, fraction: float, seed: int) -> npt.NDArray[np.integer[Any]]:
-    """Return the places of such a share of ``count`` items, ascending; see ``share``."""
+    """Return the ascending positions of such a share of ``count`` items; see ``share``."""
     if fraction == 1:
         return np.arange(count, dtype=np.int32)
     order = np.random.default_rng(derive_seed("fraction", seed)).permutation(count)

@@ -1,4 +1,4 @@
-"""Token names, and descriptions of how tokenizers and processors read texts and images."""
+"""Token names, and descriptions of the preprocessing of texts and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def text_facts(reader: Any) -> dict[str, Any]:
     """Return the text fields of ``DataFacts``: ``tokens``, ``padding`` and ``reading``.
 
     Args:
-        reader: a tokenizer, a transformers tokenizer, or a processor that has one.
+        reader: a tokenizer, a transformers tokenizer, or a processor with one.
     """
     reader = getattr(reader, "tokenizer", reader)
     plain = isinstance(reader, Tokenizer)
@@ -30,7 +30,7 @@ def text_facts(reader: Any) -> dict[str, Any]:
 
 
 def image_reading(processor: Any) -> dict[str, str]:
-    """Return how a transformers image processor reads images."""
+    """Return the preprocessing of a transformers image processor."""
     images = getattr(processor, "image_processor", processor)
     options: dict[str, Any] = images.to_dict() if hasattr(images, "to_dict") else {}
     found = {}
@@ -46,7 +46,7 @@ def image_reading(processor: Any) -> dict[str, str]:
 
 
 def pixel_reading(side: int) -> dict[str, str]:
-    """Return how whole images are read without a processor: squares of ``side`` pixels, scaled to [-1, 1]."""
+    """Return the preprocessing of whole images without a processor: squares of ``side`` pixels, scaled to [-1, 1]."""
     return {"image size": f"{side} x {side}", "pixel mean": _shown([0.5] * 3), "pixel std": _shown([0.5] * 3)}
 
 

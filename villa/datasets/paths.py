@@ -1,4 +1,4 @@
-"""Where the databases of a split are, and what to say when they are not there."""
+"""Paths of a split's databases, and the message about missing ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from villa.files import plain_path
 
 SPLITS = ("train", "val", "test")
-#: How many missing paths a message names.
+#: Missing paths named in a message.
 _NAMED = 4
 
 
 @dataclass(frozen=True)
 class DatabasePaths:
-    """A text database and the folders of its images.
+    """A text database and its image databases.
 
     Attributes:
-        split: the split that they are for.
+        split: name of the split.
         text: folder of the text database.
         images: folder of the image database; two for VCR (ground truth, detected).
     """
@@ -29,17 +29,17 @@ class DatabasePaths:
 
     @classmethod
     def of(cls, root: Path, split: str, text: str, images: str) -> DatabasePaths:
-        """Resolve what a recipe says; two folders of images are separated by a semicolon, as in the release."""
+        """Resolve a recipe's paths; a semicolon separates two image folders, as in the release."""
         return cls(split, root / plain_path(text), tuple(root / plain_path(part.strip()) for part in images.split(";")))
 
     @classmethod
     def synthetic(cls, root: Path, task: str, split: str) -> DatabasePaths:
-        """Where the generated databases of a split are."""
+        """Return the paths of a split's synthetic databases."""
         images = ("gt", "det") if task.startswith("vcr") else ("images",)
         return cls(split, root / "txt_db" / f"{split}.db", tuple(root / "img_db" / name for name in images))
 
     def missing(self) -> Iterator[tuple[Path, str]]:
-        """Yield the folders that do not exist, each with what it should be."""
+        """Yield the folders that do not exist, each with a description."""
         if not self.text.is_dir():
             yield self.text, "text database: data.mdb, meta.json, id2len.json, ..."
         for folder in self.images:
@@ -48,7 +48,7 @@ class DatabasePaths:
 
 
 def describe_missing(task: str, root: str, missing: Sequence[tuple[Path, str]], guide: str = "docs/data.md") -> str:
-    """Say in a few lines what is missing, where it is expected, in which format, and how to try the recipe now."""
+    """Describe in a few lines what is missing, where it is expected, its format, and how to try the recipe now."""
     distinct = list(dict(missing).items())
     listed = [f"  {path}  ({what})" for path, what in distinct[:_NAMED]]
     more = [f"  and {len(distinct) - _NAMED} more"] if len(distinct) > _NAMED else []

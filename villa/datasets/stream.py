@@ -1,4 +1,4 @@
-"""From a split to batches on their way to the model: an endless stream of updates, and evaluation in order."""
+"""Batches from a split: an endless stream of updates for training, and an ordered pass for evaluation."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from villa.signals import shield_worker
 Collate = Callable[[Sequence[Example]], Batch]
 T = TypeVar("T")
 
-#: Files that a worker opens besides those of tensors.
+#: Spare file descriptors of a worker, besides those for tensors.
 _SPARE = 4
 
 
 class UpdateStream:
-    """Endless iterator over updates, each a list of micro-batches: those of one process.
+    """Endless iterator over updates, each the list of this process's micro-batches.
 
-    Its position is that of the next update to be served, whatever worker processes have prefetched, so a
-    stream that is put at a saved position goes on exactly there, without reading what was served before.
+    The position is that of the next update to be returned, regardless of prefetching: a stream at a restored position
+    continues exactly there, without reading earlier examples.
 
     Args:
         split: the examples.
         collate: pads examples into a batch.
-        sampler: says which examples make an update.
-        workers: processes that read ahead; 0 reads in this process.
+        sampler: selects the examples of each update.
+        workers: number of prefetching processes; 0 reads in this process.
         pin: put batches in page-locked memory (for CUDA).
-        share: the micro-batches of this process; the others are not read.
-        timeout: seconds that an example may take before it is named in a warning; see ``villa.datasets.workers``.
+        share: selects the micro-batches of this process.
+        timeout: seconds per example until a warning names it; see ``villa.datasets.workers``.
 
     Attributes:
         waited: seconds spent waiting for data so far.
-        turns: which micro-batches of the update served last this process has been given.
-        examples: examples of that update, over all processes.
-        label: what the sampler calls the update that was served last, or None.
+        turns: numbers of this process's micro-batches in the last update.
+        examples: examples of the last update, over all processes.
+        label: the sampler's label of the last update, or None.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class UpdateStream:
 
     @property
     def position(self) -> Position:
-        """Where the sampler is at the next update to be served."""
+        """Position of the next update in the sampler's order."""
         return self._position
 
     def seek(self, position: Position) -> None:
-        """Go to a position that this or an equal stream had.
+        """Continue from a position of this or an equal stream.
 
         Raises:
-            CheckpointError: it is none.
+            CheckpointError: the position is malformed.
         """
         if not isinstance(position, Mapping) or not position:
             raise CheckpointError(f"its position in the data is {position!r:.40}")
@@ -84,7 +84,7 @@ class UpdateStream:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers; the next update starts them again."""
+        """Stop the workers; the next update restarts them."""
         self._loaded = None
 
     def __iter__(self) -> UpdateStream:
@@ -113,15 +113,15 @@ def evaluation_batches(
     share: Share = WHOLE,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch | StandIn]:
-    """Yield a split in order, in batches of at most ``examples``: every one, or every one of a process's share.
+    """Yield a split in order, in batches of at most ``examples``, or this process's share of them.
 
     Args:
         split: the examples.
         collate: pads examples into a batch.
         examples: largest number of examples of a batch.
-        workers: processes that read ahead.
-        first: yield only the first batch, or the first one of every part.
-        share: the batches of this process; with several processes all get as many, some of them as ``StandIn``.
+        workers: number of prefetching processes.
+        first: yield only the first batch, or the first of each part of a mixture.
+        share: selects the batches of this process; processes that run out get ``StandIn`` batches.
         timeout: as for ``UpdateStream``.
     """
     plan = [batch for part in split.cut(examples) for batch in part[: 1 if first else None]]
@@ -135,15 +135,15 @@ def evaluation_batches(
 
 @dataclass(frozen=True)
 class StandIn:
-    """A batch that another process answers for, run by one that has none left: see ``villa.share``."""
+    """Another process's batch, run to keep collective calls aligned and not counted; see ``villa.share``."""
 
     batch: Batch
 
 
 def _micro_batches(sampler: Sampler, position: Position, share: Share) -> Iterator[list[_Item]]:
-    """Yield micro-batches from a position on, for ever.
+    """Yield micro-batches from a position on, endlessly.
 
-    No method of the stream: the cycle would leave its workers to the garbage collector, perhaps that of a fork.
+    Not a method of the stream: a reference cycle would leave its workers to the garbage collector, perhaps in a fork.
     """
     while True:
         update = sampler.update(position)
@@ -152,14 +152,14 @@ def _micro_batches(sampler: Sampler, position: Position, share: Share) -> Iterat
         position = sampler.after(position)
 
 
-#: An example's index, and the seed of its random parts (None: as it is).
+#: An example's index, and the seed of its random draws (None: no draws).
 _Item = tuple[int, int | None]
 
 
 class _MicroBatches(Dataset[Batch | VillaError]):
-    """Lists of examples to batches.
+    """Maps lists of examples to batches.
 
-    An error of the user's data is handed over as a value: raised in a worker, it would arrive as a traceback.
+    Errors in the user's data are returned as values: raised in a worker, they would arrive as tracebacks.
     """
 
     def __init__(self, split: Split, collate: Collate, board: Board) -> None:
@@ -169,7 +169,7 @@ class _MicroBatches(Dataset[Batch | VillaError]):
         try:
             examples = [self._read(*item) for item in items]
             self.board.begin(items[0][0], len(items) - 1)
-            return self._handed_over(self.collate(examples))
+            return self._checked_descriptors(self.collate(examples))
         except VillaError as error:
             return error
         except MemoryError:
@@ -177,8 +177,8 @@ class _MicroBatches(Dataset[Batch | VillaError]):
         finally:
             self.board.end()
 
-    def _handed_over(self, batch: Batch) -> Batch | VillaError:
-        """Return what a worker hands over: every tensor takes it two open files, and failing then is not told."""
+    def _checked_descriptors(self, batch: Batch) -> Batch | VillaError:
+        """Return a batch, or an error if a worker lacks the two file descriptors per tensor to transfer it."""
         if get_worker_info() is None:
             return batch
         tensors: list[torch.Tensor] = []
@@ -191,7 +191,7 @@ class _MicroBatches(Dataset[Batch | VillaError]):
 
 
 class _Plan(Iterable[list[_Item]]):
-    """A sampler that runs once through an iterator of micro-batches."""
+    """A sampler over an iterator of micro-batches."""
 
     def __init__(self, batches: Iterator[list[_Item]]) -> None:
         self._batches = batches
@@ -210,7 +210,7 @@ def _load(
     share: Share,
     timeout: float,
 ) -> Iterator[Batch | VillaError]:
-    """Start to load micro-batches; see ``UpdateStream`` for the arguments."""
+    """Start loading micro-batches; see ``UpdateStream`` for the arguments."""
     board = Board(workers, split.describe, timeout, share)
     loader = DataLoader(
         _MicroBatches(split, collate, board),
@@ -221,7 +221,7 @@ def _load(
         collate_fn=_unchanged,
         timeout=look_every(board),
         worker_init_fn=shield_worker,
-        generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
+        generator=torch.Generator().manual_seed(0),  # keeps the loader off the global generator
     )
     return watched(loader, board)
 

@@ -1,4 +1,4 @@
-"""Data workers under watch: one that dies, hangs or is slow is reported with the example that it was reading."""
+"""Supervision of data workers: one that dies, hangs or is slow is reported with the example that it was reading."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds until a warning, where a recipe does not say.
+#: Default seconds until a warning.
 TIMEOUT = 60.0
-#: What takes so many times as long as a warning waits for counts as hanging.
+#: Multiple of the timeout after which a worker counts as hanging.
 HANGS = 10
-#: Longest wait between two looks at the workers, in seconds.
+#: Longest interval between checks of the workers, in seconds.
 _LOOK = 5.0
-#: Seconds until a worker whose connection broke has surely ended.
+#: Seconds after a broken connection until its worker has ended.
 _END = 1.0
-#: Files that a process keeps open for each of its workers.
+#: File descriptors that a process holds for each worker.
 _DESCRIPTORS = 4
-#: Open files that are enough for a process and for each of its workers.
+#: File descriptors that suffice for a process, and again for each worker.
 _AMPLE = 256
-#: What torch and Python say, besides the error's number, where there is no room for another open file.
+#: Messages of torch and Python, besides the error number, when file descriptors run out.
 _NO_DESCRIPTOR = ("Too many open files", "ancdata")
-#: What the board says of a worker: the example (-1: none), how many more share the batch that is put together (-1: the
-#: example itself is read), since when (seconds of the monotonic clock), its process id.
+#: Columns of the board, per worker: example (-1: none), other examples of the batch being collated (-1: reading the
+#: example itself), start (seconds of the monotonic clock), process id.
 _INDEX, _MORE, _SINCE, _PROCESS = range(4)
 _COLUMNS = 4
 
 
 class Board:
-    """What every worker is doing, in memory that they share with the process that waits for them.
+    """The current activity of every worker, in memory shared with the process that waits for them.
 
     Args:
-        workers: their number; with 0 the process that wants the data reads them itself.
-        name: names an example for messages, by its index.
-        timeout: seconds that an example, or putting a batch together, may take without a warning.
-        share: which of the processes of the run this one is.
+        workers: number of workers; 0 if the process reads its own data.
+        name: returns an example's name for messages, by its index.
+        timeout: seconds that reading an example or collating a batch may take without a warning.
+        share: rank and world size of this process.
     """
 
     def __init__(self, workers: int, name: Callable[[int], str], timeout: float, share: Share = WHOLE) -> None:
@@ -63,11 +63,11 @@ class Board:
         self._warned: set[tuple[float, ...]] = set()
 
     def begin(self, index: int, more: int = -1) -> None:
-        """Note, where examples are read, what is done from now on.
+        """Record, in the reading process, what it starts to do.
 
         Args:
-            index: the example that is read, or the first one of a batch that is put together.
-            more: how many others are in this batch; -1 while examples are read.
+            index: the example being read, or the first of the batch being collated.
+            more: number of other examples in this batch; -1 while reading.
         """
         first = self._ended()
         cells = self._cells
@@ -75,23 +75,20 @@ class Board:
         cells[first + _INDEX] = index
 
     def end(self) -> None:
-        """Note, where examples are read, that a batch is ready."""
+        """Record, in the reading process, that a batch is ready."""
         self._ended()
 
     def out_of_memory(self) -> DataError:
-        """Return the error that what is being done, where examples are read, needs more memory than there is."""
+        """Return the error that the reading process's current activity ran out of memory."""
         first = self._first()
         doing = self._doing(int(self._cells[first + _INDEX]), int(self._cells[first + _MORE]))
         return DataError(f"out of memory while {doing}; lower training.workers or the size of a batch")
 
     def late(self, workers: Sequence[BaseProcess] = ()) -> DataError | None:
-        """Warn, once, of everything that takes longer than the timeout.
+        """Warn, once each, about activities that exceed the timeout; return an error if a worker hangs.
 
         Args:
-            workers: the processes that read.
-
-        Returns:
-            The error that one of them hangs, if one does.
+            workers: the worker processes.
         """
         for index, more, since, process in self._rows():
             seconds = time.monotonic() - since
@@ -109,11 +106,7 @@ class Board:
         return None
 
     def died(self, workers: list[BaseProcess]) -> DataError:
-        """Return the error that workers have died.
-
-        Args:
-            workers: those that have.
-        """
+        """Return the error that these workers have died."""
         rows = {process: (index, more) for index, more, _, process in self._rows()}
         told = []
         for worker in workers:
@@ -126,7 +119,7 @@ class Board:
         )
 
     def _ended(self) -> int:
-        """Note that nothing is being done any more; return where the cells of this worker begin."""
+        """Record that nothing is being done; return the first cell of this worker."""
         if get_worker_info() is None:
             self.late()
         first = self._first()
@@ -156,11 +149,11 @@ class Board:
         if not self._share.rank:
             logger.warning("%s", message)
             return
-        print(f"rank {self._share.rank}: {message}", file=sys.__stderr__, flush=True)  # past what silences other ranks
+        print(f"rank {self._share.rank}: {message}", file=sys.__stderr__, flush=True)  # not silenced, unlike stdout
 
 
 def watched(loader: DataLoader[T], board: Board) -> Iterator[T]:
-    """Yield what a loader loads; its ``timeout`` must be ``look_every(board)``.
+    """Yield a loader's batches; its ``timeout`` must be ``look_every(board)``.
 
     Raises:
         DataError: a worker died or hangs.
@@ -181,8 +174,8 @@ def watched(loader: DataLoader[T], board: Board) -> Iterator[T]:
 
 
 def _judge(error: Exception, board: Board, workers: list[BaseProcess]) -> Exception | None:
-    """Return what is wrong when nothing was loaded; None if it is only late."""
-    if not isinstance(error, RuntimeError):  # a connection that broke with its worker
+    """Return the error behind a failed load, or None if the batch is only late."""
+    if not isinstance(error, RuntimeError):  # a connection that broke when its worker died
         time.sleep(_END)
     dead = [worker for worker in workers if not worker.is_alive()]
     if dead:
@@ -195,7 +188,7 @@ def _judge(error: Exception, board: Board, workers: list[BaseProcess]) -> Except
 
 
 def _end(workers: list[BaseProcess]) -> None:
-    """End all workers at once: those that wait for what a dead one holds would not listen to the loader."""
+    """Kill all workers at once: those waiting for a lock of a dead one would not react to the loader."""
     for worker in workers:
         worker.kill()
     for worker in workers:
@@ -203,17 +196,17 @@ def _end(workers: list[BaseProcess]) -> None:
 
 
 def out_of_descriptors(count: int) -> DataError | None:
-    """Return the error that this process may not open so many more files, if that is so."""
+    """Return an error if this process may not open ``count`` more files."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         needed = len(os.listdir("/proc/self/fd")) + count  # noqa: PTH208 (hot: once a batch)
-    except OSError:  # a system that does not tell
+    except OSError:  # a system without /proc
         return None
     return _too_few_descriptors() if limit != resource.RLIM_INFINITY and needed > limit else None
 
 
 def _raise_limit(workers: int) -> None:
-    """Let this process and its workers open as many files as batches under way need, if they may."""
+    """Raise the limit on open files as far as allowed and needed for the batches in flight."""
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _AMPLE * (1 + workers)
     if highest != resource.RLIM_INFINITY:
@@ -231,12 +224,12 @@ def _too_few_descriptors() -> DataError:
 
 
 def look_every(board: Board) -> float:
-    """Return how often workers are looked at while a batch is waited for, in seconds; 0 without any."""
+    """Return the interval between checks of the workers in seconds; 0 without workers."""
     return min(board.timeout, _LOOK) if board.workers else 0
 
 
 def _start(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
-    """Start the workers; return the iterator and them."""
+    """Start the workers; return the iterator and the worker processes."""
     if loader.num_workers:
         _raise_limit(loader.num_workers)
     problem = out_of_descriptors(_DESCRIPTORS * loader.num_workers)
@@ -244,10 +237,10 @@ def _start(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
         raise problem
     others = {child.pid for child in multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
-    with held_back():  # a worker that gets one before it is shielded would die of it
+    with held_back():  # a signal would kill a worker that is not shielded yet
         loading = iter(loader)
     if handler is not None and threading.current_thread() is threading.main_thread():
-        # The loader's own handler would raise wherever the main thread is when a worker dies: in a model, say.
+        # The loader's own handler would raise wherever the main thread is when a worker dies, such as in a model.
         signal.signal(signal.SIGCHLD, handler)
     return loading, [child for child in multiprocessing.active_children() if child.pid not in others]
 

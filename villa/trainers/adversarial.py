@@ -1,4 +1,4 @@
-"""What the multi-step methods (FreeLB, VILLA) share: their options and the bookkeeping of perturbations."""
+"""Base of the multi-step methods (FreeLB, VILLA): options and bookkeeping of perturbations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from villa.objectives import check_objectives
 from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 from villa.trainers.standard import CLEAN_COST
 
-#: Passes of an update that could still end.
+#: Upper bound on K: more passes would never finish.
 _MOST_STEPS = 100_000
 
 Modality = Literal["text", "image", "both", "alternating"]
 
-#: The sets of modalities that are perturbed together in one pass.
+#: Modalities perturbed together in one pass, by the option ``modality``.
 VIEWS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
     "image": (("image",),),
@@ -67,7 +67,7 @@ class AdversarialConfig(TrainerConfig):
     objectives: list[str] | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for values that make no sense."""
+        """Raise ConfigError for values out of range."""
         check_objectives("trainer.objectives", self.objectives or ())
         if not 1 <= self.steps <= _MOST_STEPS:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1 and at most {_MOST_STEPS:,}")
@@ -77,7 +77,7 @@ class AdversarialConfig(TrainerConfig):
                 raise ConfigError(f"{name} is {value}; it must be a finite number of at least 0")
 
     def ascent(self, modality: str) -> AscentSettings:
-        """The settings of one modality's perturbation."""
+        """Return the settings of one modality's perturbation."""
         step_size: float = getattr(self, f"{modality}_step_size")
         radius: float | None = getattr(self, f"{modality}_radius")
         scale = self.init_scale if self.init_scale is not None else (radius or step_size)
@@ -103,34 +103,34 @@ class AdversarialTrainer(Trainer):
         self.views = VIEWS[self.config.modality]
 
     def perturbs(self, batch: Batch) -> bool:
-        """Whether a batch is trained on adversarially: what is no objective of pre-training always is."""
+        """Return whether to perturb a batch; one without a pre-training objective always is."""
         return batch.objective is None or self.asks_for(batch.objective)
 
     def asks_for(self, objective: str) -> bool:
-        """Whether an objective of pre-training is trained adversarially."""
+        """Return whether to train a pre-training objective adversarially."""
         return self.config.objectives is None or objective in self.config.objectives
 
     def cost_of(self, objective: str) -> Cost:
-        """One clean pass where the objective is not trained adversarially."""
+        """Return the cost of an objective: one clean pass unless it is trained adversarially."""
         return self.cost() if self.asks_for(objective) else CLEAN_COST
 
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that are perturbed."""
+        """Return the perturbed modalities."""
         return tuple(modality for view in self.views for modality in view)
 
     def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
-        """Fresh perturbations for a micro-batch, by modality."""
+        """Create the perturbations of a micro-batch by modality."""
         made = {m: Perturbation(self.config.ascent(m), passes.seed(m)) for m in self.modalities()}
         for perturbation in made.values():
             perturbation.frozen = self.config.steps == 1
         return made
 
     def pass_index(self, index: int) -> int:
-        """The index that names the dropout masks of pass ``index`` (the clean pass is 0)."""
+        """Return the index that selects the dropout masks of pass ``index`` (0: the clean pass)."""
         return 0 if self.config.dropout == "shared" else index
 
     def move(self, perturbations: Mapping[str, Perturbation], passes: Passes, step: int) -> None:
-        """Take the ascent step after pass ``step``; before the last pass, stop asking for gradients."""
+        """Take the ascent step after pass ``step``; freeze the perturbations before the last pass."""
         if step + 1 == self.config.steps:
             return
         for perturbation in perturbations.values():
@@ -139,9 +139,9 @@ class AdversarialTrainer(Trainer):
 
 
 def pass_logs(step: int, perturbations: Mapping[str, Perturbation], **values: Tensor) -> Logs:
-    """Values of one pass under ``pass<step>/``: those given, and every perturbation's size and gradient norm.
+    """Return the values of one pass under ``pass<step>/``, with every perturbation's size and gradient norm.
 
-    To be called after the ascent step, so that the gradient norms are those of this pass.
+    Call it after the ascent step, so that the gradient norms are those of this pass.
     """
     logs = {f"pass{step}/{name}": value.detach() for name, value in values.items()}
     for modality, perturbation in perturbations.items():

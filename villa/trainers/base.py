@@ -1,4 +1,4 @@
-"""What an adversarial method ("trainer") owes the loop, and what the loop lends it."""
+"""Interfaces between an adversarial method ("trainer") and the training loop."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class TrainerConfig:
 
 
 class Passes(Protocol):
-    """What the loop lends a trainer for one micro-batch.
+    """Forward and backward passes of one micro-batch, provided by the loop.
 
-    It owns autocast, gradient scaling, accumulation, gradient synchronisation and the random state.
+    Handles autocast, loss scaling, accumulation, gradient reduction and random state.
     """
 
     @property
     def gradient_scale(self) -> float:
-        """Factor by which every gradient is scaled at present (loss scale x micro-batch weight)."""
+        """Current factor on every gradient (loss scale x micro-batch weight)."""
 
     def seed(self, name: str) -> int:
-        """A seed for the draws called ``name`` of this micro-batch."""
+        """Return a seed for the random draws called ``name`` of this micro-batch."""
 
     def forward(
         self,
@@ -57,48 +57,46 @@ class Passes(Protocol):
 
         Args:
             batch: the micro-batch.
-            perturbations: by modality; created on their first pass, inside the model's own forward.
-            index: names the random state: equal indices get equal dropout masks.
+            perturbations: by modality; initialised on their first pass, inside the model's own forward.
+            index: selects the random state: equal indices get equal dropout masks.
             grad: False runs without an autograd graph.
-            train: False runs the model as in evaluation, without dropout.
+            train: False runs the model in evaluation mode, without dropout.
         """
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""
 
     def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
-        """Return the divergence of the predictions from those on clean inputs, as the loss defines it."""
+        """Return the loss's divergence between perturbed and clean predictions."""
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
-        """Give perturbations, and nothing else, the gradient of a loss; ``perturbation.ascend()`` takes the step then.
+        """Set the gradient of a loss on perturbations alone, for ``perturbation.ascend()`` to step along.
 
-        It is that of ``loss`` as given, without the loss scale and the weight of the micro-batch, and no other process
-        adds to it. Gradients of parameters stay what they are; they are not even computed, which takes about a third
-        off the pass. Each perturbation must have been added by the forward pass that the loss comes from, whose graph
-        is used up. An fp16 overflow skips the update and lowers the loss scale; a gradient that is not finite for
-        another reason counts as one in ``backward`` does.
+        It is the gradient of ``loss`` itself, without loss scale and micro-batch weight, and is not summed over
+        processes. Gradients of parameters do not change; they are not computed at all, which saves about a third of the
+        pass. Each perturbation must have been added by the forward pass of the loss, whose graph is freed. An fp16
+        overflow skips the update and lowers the loss scale; other non-finite gradients are treated as in ``backward``.
 
         Raises:
             RuntimeError: a perturbation is frozen, or has moved since its last forward pass.
         """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Back-propagate. ``last`` marks the micro-batch's last backward: gradients may be reduced then.
+        """Back-propagate. ``last`` marks the micro-batch's last backward pass, after which gradients may be reduced.
 
-        Gradients of perturbations are those of the scaled, weighted loss: ``perturbation.ascend(gradient_scale)``.
+        Perturbations get the gradient of the scaled, weighted loss: call ``perturbation.ascend(gradient_scale)``.
         """
 
 
 class Frame(Protocol):
-    """What the loop lends a trainer for one update: its micro-batches, the weights around them, and the step.
+    """One update, provided by the loop: its micro-batches, changes to the weights around them, and the optimiser step.
 
-    Weights and gradients are dictionaries by the weight's name. Where processes share a model, a tensor in them is the
-    process's part of it, of whatever shape: what is computed element by element is right for parts, and norms come from
-    the frame. An update that a signal ends, or that is skipped for a value that is not finite, leaves everything as it
-    was: weights, buffers, and what ``Trainer.state_dict`` returned.
+    Weights and gradients are dictionaries by weight name. Under sharding, each tensor is this process's part, of any
+    shape: compute elementwise, and take norms from the frame. An update that is interrupted by a signal, or skipped for
+    a non-finite value, restores weights, buffers and the trainer's ``state_dict``.
 
     Attributes:
-        number: of the update, from 1.
+        number: number of the update, from 1.
     """
 
     number: int
@@ -109,36 +107,36 @@ class Frame(Protocol):
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that ``accumulate`` has left: of the whole update, unscaled, not clipped.
+        """The accumulated gradients of the whole update, unscaled and not clipped.
 
-        A weight without one is missing; so is, where each process has the gradients of some weights, that of another.
+        Weights without a gradient are missing; so are those whose gradient another process owns.
         """
 
     def accumulate(self) -> Logs:
-        """Run ``Trainer.step`` on every micro-batch; gradients are those of this run alone, summed over processes.
+        """Run ``Trainer.step`` on every micro-batch; the gradients of this run alone are summed over processes.
 
-        Once more in the same update, it repeats all dropout masks and random starts. It does not return when a signal
-        ends the run or a value is not finite: the update is over then.
+        A second call in the same update repeats all dropout masks and random starts. It does not return if a signal
+        arrives or a value is not finite: the update is then over.
 
         Returns:
             Values to log: means over all examples of the update.
         """
 
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the l2 norm of tensors by weight (weights, gradients or like them), all of them together."""
+        """Return the joint l2 norm of tensors keyed by weight name, such as weights or gradients; a collective call."""
 
     def norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the l2 norm of each of the whole tensors; see ``norm``. All processes call it."""
+        """Return the l2 norm of each whole tensor; see ``norm``."""
 
     def moved(self, offsets: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Context in which weights have moved by ``offsets``; then they, and buffers, are to the bit what they were."""
+        """Shift the weights by ``offsets`` within the context; afterwards restore them and the buffers bit for bit."""
 
     def step(self) -> None:
-        """Clip the gradients and take the optimiser's step: once an update, outside of ``moved``."""
+        """Clip the gradients and take the optimiser step: once an update, outside ``moved``."""
 
 
 class Trainer(ABC):
-    """An adversarial method: which passes run on which perturbations, and what is back-propagated."""
+    """An adversarial method: the passes to run, their perturbations, and the losses to back-propagate."""
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     config: TrainerConfig
@@ -148,18 +146,18 @@ class Trainer(ABC):
 
     @cached_property
     def weight_state(self) -> dict[str, dict[str, Tensor]]:
-        """What the method keeps of weights, such as a running average: by a word, tensors like ``Frame.weights``.
+        """Tensors that the method keeps per weight, such as a running average: dictionaries like ``Frame.weights``.
 
-        It may be changed after ``Frame.step``. Checkpoints have it whole, and give each process its parts again.
+        May be changed after ``Frame.step``. Checkpoints store whole tensors and restore each process's part.
         """
         return {}
 
     @abstractmethod
     def step(self, batch: Batch, passes: Passes) -> Logs:
-        """Run all passes of one micro-batch; return detached values to log, with ``loss`` among them."""
+        """Run all passes of one micro-batch; return detached values to log, including ``loss``."""
 
     def update(self, frame: Frame) -> Logs:
-        """Run an update: here what a method does to weights around its micro-batches, before and after the step.
+        """Run an update; override it to change weights around the micro-batches or the step.
 
         Returns:
             Values to log.
@@ -169,37 +167,37 @@ class Trainer(ABC):
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides ``weight_state``; the same on all processes.
+        """Return the state that a resumed run needs besides ``weight_state``; the same on all processes.
 
-        Nested dicts, lists and tuples of tensors, numbers, text and None. Called before every update, too.
+        May nest dicts, lists and tuples of tensors, numbers, strings and None. Also called before every update.
         """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict()``; not called for a checkpoint of another method, or one that has no such state.
+        """Restore ``state_dict()``; not called for a checkpoint of another method or without such a state.
 
         Raises:
-            ValueError: the state is none of this method.
+            ValueError: the state does not belong to this method.
         """
         if state:
             raise ValueError(f"{type(self).__name__} cannot load what it is given: it keeps no state")
 
     @abstractmethod
     def cost(self) -> Cost:
-        """Forward and backward passes of one micro-batch, and ascents by ``Passes.gradient`` if there are any.
+        """Return the forward passes, backward passes and (if any) ascents by ``Passes.gradient`` of a micro-batch.
 
-        A backward costs about two forwards, an ascent one.
+        A backward pass costs about two forward passes, an ascent one.
         """
 
     def cost_of(self, objective: str) -> Cost:
-        """Forward and backward passes of a micro-batch of an objective of pre-training; by default as of any other."""
+        """Return the cost for a pre-training objective; by default that of any micro-batch."""
         return self.cost()
 
     def relative_cost(self, objectives: Mapping[str, float] | None = None) -> float:
-        """Cost relative to standard training, a backward counting as two forwards.
+        """Return the cost relative to standard training, with a backward pass as two forward passes.
 
         Args:
-            objectives: of a mixture, with how often an update is of each: the cost is the mean over updates.
+            objectives: relative frequencies of a mixture's objectives, over which to average the cost.
         """
         weights = objectives or {}
         costs = [(self.cost_of(name), weight) for name, weight in weights.items()] or [(self.cost(), 1.0)]
@@ -207,11 +205,11 @@ class Trainer(ABC):
         return total / sum(weight for _, weight in costs)
 
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that are perturbed, to check against the model's points before training."""
+        """Return the perturbed modalities, which are checked against the model's points before training."""
         return ()
 
 
 def forward_equivalents(cost: Cost) -> int:
-    """What passes cost in forward passes: a backward two, an ascent (without gradients of parameters) one."""
+    """Return a cost in forward passes: a backward pass counts two, an ascent (without weight gradients) one."""
     forwards, backwards, *ascents = cost
     return forwards + 2 * backwards + sum(ascents)

@@ -21,14 +21,14 @@ class FreeLBConfig(AdversarialConfig):
 class FreeLBTrainer(AdversarialTrainer):
     """FreeLB: every ascent step's backward also trains the parameters.
 
-    The loss of an update is (1/K) sum_t L(f(x + delta_t), y); the clean input is seen only where delta_0 = 0.
+    The loss of an update is (1/K) sum_t L(f(x + delta_t), y); the clean input is seen only if delta_0 = 0.
     """
 
     Config: ClassVar[type[TrainerConfig]] = FreeLBConfig
     config: FreeLBConfig
 
     def step(self, batch: Batch, passes: Passes) -> Logs:
-        """Run the K passes of every view, moving its perturbation in between."""
+        """Run the K passes of every view, with ascent steps between them."""
         if not self.perturbs(batch):
             return clean_step(batch, passes)
         steps, weight = self.config.steps, 1 / (self.config.steps * len(self.views))
@@ -49,6 +49,6 @@ class FreeLBTrainer(AdversarialTrainer):
         return {"loss": total, **logs}
 
     def cost(self) -> tuple[int, int]:
-        """One forward and backward for each pass of each view."""
+        """Return one forward and one backward pass for each pass of each view."""
         count = self.config.steps * len(self.views)
         return count, count

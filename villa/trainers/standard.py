@@ -1,4 +1,4 @@
-"""Ordinary training."""
+"""Standard training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class StandardTrainer(Trainer):
         return clean_step(batch, passes)
 
     def cost(self) -> tuple[int, int]:
-        """One forward, one backward."""
+        """Return one forward and one backward pass."""
         return CLEAN_COST
 
 
 def clean_step(batch: Batch, passes: Passes) -> Logs:
-    """Run and back-propagate one clean pass: what a method does with a batch that it does not perturb."""
+    """Run and back-propagate one clean pass; also used by adversarial methods for batches that they do not perturb."""
     loss = passes.loss(passes.forward(batch), batch)
     passes.backward(loss, last=True)
     return {"loss": loss.detach()}

@@ -63,7 +63,7 @@ class VillaConfig(AdversarialConfig):
     average_views: bool = False
 
     def check(self) -> None:
-        """Raise ConfigError for values that make no sense."""
+        """Raise ConfigError for values out of range."""
         super().check()
         check_objectives("trainer.kl_weights", self.kl_weights)
         weights = {"kl_weight": self.kl_weight} | {f"kl_weights.{name}": w for name, w in self.kl_weights.items()}
@@ -72,17 +72,16 @@ class VillaConfig(AdversarialConfig):
                 raise ConfigError(f"{name} is {weight}; it must be a finite number of at least 0")
 
     def alpha(self, objective: str | None) -> float:
-        """The weight of the KL term of an objective, or of a task (None)."""
+        """Return the KL weight of an objective, or of a task (None)."""
         return self.kl_weights.get(objective or "", self.kl_weight)
 
 
 class CleanBranch:
-    """The clean pass: target of the KL terms, back-propagated once however many passes use it.
+    """The clean pass: the target of the KL terms, back-propagated once for all passes.
 
-    Weights are fixed within an update, so the gradients that the KL terms send into the clean logits (and into what
-    else of the output they read) add up. They are collected on a detached copy, and go through the clean graph
-    together with the last pass, as the gradient of an inner product: one clean backward instead of K, with the same
-    parameter gradients.
+    The weights do not change within an update, so the gradients of the KL terms with respect to the clean logits (and
+    other outputs that they use) add up. They are accumulated on a detached copy and enter the clean graph with the last
+    pass, as the gradient of an inner product: one clean backward pass instead of K, with the same parameter gradients.
     """
 
     def __init__(self, output: ModelOutput, *, attached: bool) -> None:
@@ -91,11 +90,11 @@ class CleanBranch:
         self._copy = output.map_scores(lambda scores: scores.detach().requires_grad_(attached))
 
     def target(self, *, last: bool) -> ModelOutput:
-        """The clean output for a KL term: the real one in the last pass, else the copy."""
+        """Return the clean output for a KL term: the original in the last pass, otherwise the copy."""
         return self.output if last and self.attached else self._copy
 
     def collected(self, gradient_scale: float) -> Tensor | None:
-        """A scalar whose gradient is what the earlier passes sent into the clean output; None if nothing."""
+        """Return a scalar whose gradient is what earlier passes accumulated on the clean output; None without any."""
         pairs = zip(_scores(self.output), _scores(self._copy), strict=True)
         sums = [(real * (copy.grad / gradient_scale)).sum() for real, copy in pairs if copy.grad is not None]
         return torch.stack(sums).sum() if sums else None
@@ -109,7 +108,7 @@ def _scores(output: ModelOutput) -> tuple[Tensor, ...]:
 class VillaTrainer(AdversarialTrainer):
     """VILLA: (1/K) sum_t [L(f(x + delta_t), y) + alpha KL(f(x + delta_t), f(x))], with L(f(x), y) in the paper.
 
-    Where the released code departs from the paper is told in ``docs/villa.md``.
+    See ``docs/villa.md`` for the differences between the released code and the paper.
     """
 
     Config: ClassVar[type[TrainerConfig]] = VillaConfig
@@ -144,11 +143,11 @@ class VillaTrainer(AdversarialTrainer):
         return {"loss": total, "clean_loss": clean_loss.detach(), **logs}
 
     def cost(self) -> tuple[int, int]:
-        """The passes of all views, and the clean pass: a forward, and a backward where its graph is used."""
+        """Return the passes of all views, plus a clean forward pass and, if its graph is used, a backward pass."""
         return self._cost(self.config.alpha(None))
 
     def cost_of(self, objective: str) -> tuple[int, int]:
-        """As above with the objective's own KL weight, or one clean pass."""
+        """Return the cost with the objective's KL weight, or of one clean pass."""
         return self._cost(self.config.alpha(objective)) if self.asks_for(objective) else CLEAN_COST
 
     def _cost(self, alpha: float) -> tuple[int, int]:
