@@ -1,1 +1,1 @@
-"""UNITER's databases and their tasks."""
+"""UNITER's databases and the tasks on them."""

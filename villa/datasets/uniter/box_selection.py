@@ -1,4 +1,4 @@
-"""Which of an image's detections are used, and how the databases of region features are named after that."""
+"""Selection of an image's detections, and the names of region feature databases that derive from it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from villa.datasets.boxes import check_confidences
 from villa.datasets.uniter.packed_arrays import Array
 from villa.errors import ConfigError
 
-#: Places of the rows that are used.
+#: Positions of the selected rows.
 Rows = slice | npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
 class BoxSelection:
-    """Which of an image's detections are used: those of enough confidence within bounds, or a fixed number.
+    """Selection of an image's detections: by confidence, within bounds, or a fixed number.
 
     Attributes:
         threshold: confidence above which a detection counts.
-        max_boxes: largest number of boxes an image.
-        min_boxes: smallest number: filled up with detections of less confidence.
-        fixed: the first so many boxes of every image instead (ground truth: more than there are).
+        max_boxes: largest number of boxes per image.
+        min_boxes: smallest number of boxes per image, reached with less confident detections.
+        fixed: number of leading boxes to use instead (ground truth: more than exist).
         compressed: whether the values are compressed ``.npz`` archives.
     """
 
@@ -42,26 +42,26 @@ class BoxSelection:
             raise ConfigError(f"a fixed number of {self.fixed} boxes is too small; give at least 1")
 
     def folder(self) -> str:
-        """Name of the environment's folder."""
+        """Return the name of the environment's folder."""
         return self._name("feat") + ("_compressed" if self.compressed else "")
 
     def counts_file(self) -> str | None:
-        """Name of the file with the number of boxes of every image; None where it is fixed."""
+        """Return the name of the file with every image's number of boxes; None if that is fixed."""
         return f"{self._name('nbb')}.json" if self.fixed is None else None
 
     def count(self, confidences: Array) -> int:
-        """Return how many of an image's boxes are used, given the confidences ``[R]`` of all of them."""
+        """Return how many of an image's boxes are selected, given the confidences ``[R]`` of all."""
         enough = int((confidences > self.threshold).sum()) if self.fixed is None else self.fixed
         wanted = min(max(enough, self.min_boxes), self.max_boxes) if self.fixed is None else enough
         return min(wanted, len(confidences))
 
     def rows(self, confidences: Array) -> Rows:
-        """Return which of an image's boxes are used, given the confidences ``[R]`` of all of them.
+        """Select an image's boxes, given the confidences ``[R]`` of all.
 
-        A fixed number takes the first ones: the places of annotated boxes have a meaning.
+        A fixed number selects the leading boxes, because the order of annotated boxes matters.
 
         Raises:
-            ValueError: a confidence is outside of [0, 1].
+            ValueError: a confidence is outside [0, 1].
         """
         count = self.count(confidences)
         if self.fixed is not None:
@@ -70,19 +70,19 @@ class BoxSelection:
         return surest(confidences, count)
 
     def check_chosen(self, used: Array, stored: Array) -> None:
-        """Refuse detections that were chosen by a wrong order: less sure ones instead of surer ones.
+        """Check that the most confident detections were selected.
 
         Args:
-            used: the confidences ``[R]`` of the boxes that are used.
-            stored: those of all boxes that are stored.
+            used: confidences ``[R]`` of the selected boxes.
+            stored: confidences of all stored boxes.
 
         Raises:
-            ValueError: a box was left out that is surer than one that is used.
+            ValueError: a box that was left out is more confident than a selected one.
         """
         check_confidences(stored)
-        if _fall(used):
+        if _are_descending(used):
             return
-        # A box below the threshold is used to reach min_boxes only. Stored confidences are rounded to float16.
+        # Boxes below the threshold only fill up to min_boxes. Stored confidences are rounded to float16.
         filled = len(used) > self.min_boxes and bool((used <= self.threshold * (1 - 2**-10)).any())
         if filled or np.sort(used)[0] < np.sort(stored)[-len(used)]:
             raise ValueError(
@@ -96,11 +96,11 @@ class BoxSelection:
 
 
 def surest(confidences: Array, count: int) -> Rows:
-    """Return the places of the ``count`` boxes of most confidence; where confidences fall, these are the first."""
-    if _fall(confidences):
+    """Return the positions of the ``count`` most confident boxes; the leading ones if confidences are descending."""
+    if _are_descending(confidences):
         return slice(count)
     return np.argsort(-confidences.astype(np.float64), kind="stable")[:count]
 
 
-def _fall(confidences: Array) -> bool:
+def _are_descending(confidences: Array) -> bool:
     return bool((confidences[1:] <= confidences[:-1]).all())

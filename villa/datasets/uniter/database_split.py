@@ -1,4 +1,4 @@
-"""Splits that read their examples from a text database and the images that it names."""
+"""Splits whose examples come from a text database and the image database that it refers to."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from villa.files import regular_file
 
 Images = ImageStore | PairedImageStore
 
-#: Columns of the index of images: their rows in the image database, and whether an example has a list of them.
+#: Columns of the index of images: rows in the image database, and whether ``txt2img.json`` has a list for the example.
 _IMAGES = pa.schema([("rows", pa.list_(pa.int32())), ("listed", pa.bool_())])
-#: Row of the image of an example that is not in ``txt2img.json``; that of an image that is not there is -1.
+#: Image row of an example missing from ``txt2img.json``; the row of a missing image is -1.
 _UNLISTED = -2
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A text database with its images.
+    """A text database and its image database.
 
     Attributes:
         text: the texts.
-        images: the regions of the images that they name.
+        images: the regions of their images.
     """
 
     text: TextStore
@@ -45,7 +45,7 @@ class Pair:
 
     @cached_property
     def image_rows(self) -> Ragged:
-        """Rows of the image, or images, of every text.
+        """Image rows of every text.
 
         Raises:
             DataError: ``txt2img.json`` cannot be used.
@@ -54,22 +54,22 @@ class Pair:
         return Ragged(column.values.to_numpy(), column.offsets.to_numpy())
 
     def lists_images(self, rows: Integers) -> npt.NDArray[np.bool_]:
-        """Say of texts ``[N]`` whether they have a list of images, which may be a list of one."""
+        """Return for texts ``[N]`` whether each has a list of images, perhaps of length one."""
         listed: npt.NDArray[np.bool_] = self._index["listed"].to_numpy()[rows]
         return listed
 
     def counts(self, images: Ragged) -> Integers:
-        """Return the numbers of regions ``[N]`` of examples, given the rows of their images."""
+        """Return the numbers of regions ``[N]`` of examples, given their image rows."""
         if isinstance(self.images, PairedImageStore):
             ground_truth = self.images.ground_truth.counts(images.values[::2])
             return ground_truth + self.images.detected.counts(images.values[1::2])
         return images.sums(self.images.counts(images.values))
 
     def images_of(self, rows: Integers | None = None) -> Ragged:
-        """Return the rows of the images of texts, after making sure that they are there, and reading some of them.
+        """Return the image rows of texts; check that all images exist and that a sample is readable.
 
         Args:
-            rows: the texts that will be used ``[N]``; all by default.
+            rows: rows of the texts ``[N]``; all by default.
 
         Raises:
             DataError: an image is missing, or a text has no image.
@@ -103,17 +103,17 @@ class Pair:
             return cached([*files, *self.images.files], "images", _IMAGES, lambda: self._locate(ids.column), size)
 
     def _locate(self, ids: Column) -> Built:
-        """Find the images of texts in the image database."""
+        """Look up the texts' images in the image database."""
         named = self.text.named_images()
         bounds = np.concatenate([[0], np.cumsum(named.sizes)])
-        if isinstance(self.images, PairedImageStore):  # names of both in turn
+        if isinstance(self.images, PairedImageStore):  # names of both databases alternate
             first = self.images.ground_truth.find(named.names)
             second = (np.arange(len(named.names)) - np.repeat(bounds[:-1], named.sizes)) % 2 == 1
             values = np.where(second, self.images.detected.find(named.names), first)
         else:
             values = self.images.find(named.names)
         found, listed = Ragged(values, bounds), named.listed
-        if not named.texts.equals(ids):  # in another order, or of further texts
+        if not named.texts.equals(ids):  # in another order, or with additional texts
             places = find(ids, named.texts)
             places[places < 0] = len(found)
             found = Ragged(np.append(values, _UNLISTED), np.append(bounds, len(values) + 1)).take(places)
@@ -123,7 +123,7 @@ class Pair:
         return [pa.table([rows, pa.array(listed)], schema=_IMAGES)]
 
     def _names(self, rows: Integers) -> list[str]:
-        """Read the names of the images of texts again, for a message."""
+        """Re-read the names of the texts' images for a message."""
         named = self.text.named_images()
         every = Ragged(np.arange(len(named.names)), np.concatenate([[0], np.cumsum(named.sizes)]))
         places = find(self.text.ids.column.take(pa.array(rows)), named.texts)
@@ -135,7 +135,7 @@ class Owner(Protocol):
 
     Attributes:
         extra_words: rows of the word embedding beyond the tokenizer's.
-        left_out: how many examples of a text database are not trained on, by its folder: a line for each reason.
+        left_out: notes on the examples excluded from training, by text database.
     """
 
     extra_words: ClassVar[int]
@@ -143,26 +143,26 @@ class Owner(Protocol):
 
     @property
     def config(self) -> DatasetConfig:
-        """The options."""
+        """The data set's options."""
 
 
 class DatabaseSplit(Split):
-    """The examples of one pair of databases; a subclass makes them of what is stored.
+    """The examples of one pair of databases; a subclass builds them from the stored fields.
 
     Args:
         task: the task.
-        name: the split's name; ``train`` makes examples for training.
+        name: the split's name; ``train`` builds training examples.
         pair: the databases.
-        rows: which texts of the database the examples are ``[N]``.
+        rows: rows of the examples in the text database ``[N]``.
 
     Attributes:
-        rows: which texts of the database the examples are ``[N]``.
+        rows: rows of the examples in the text database ``[N]``.
         ids: ids of the examples.
-        images: rows of the images of every example in the image database.
-        text_copies: how often the text of an example counts in its length.
+        images: image rows of every example.
+        text_copies: how often an example's text counts in its length.
 
     Raises:
-        DataError: an image that the texts name is not there.
+        DataError: an image is missing.
     """
 
     text_copies: ClassVar[int] = 1
@@ -171,26 +171,26 @@ class DatabaseSplit(Split):
         self.task, self.name, self.pair, self.rows = task, name, pair, rows
         self.ids = pair.text.ids.take(rows)
         self.images = self.find_images()
-        # For batches by tokens: word-pieces and regions, as in the release.
+        # Lengths for token batches: word-pieces and regions, as in the release.
         self._lengths = self.text_copies * pair.text.lengths[rows] + pair.counts(self.images)
 
     @abstractmethod
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make example ``index`` of what the text database stores about it.
+        """Build example ``index`` from the stored fields.
 
         Raises:
-            DataError: what is stored does not make an example of this task.
+            DataError: the fields do not suit this task.
         """
 
     def warnings(self) -> list[str]:
-        """Return how many examples of the database are not trained on, and why."""
+        """Return notes on the examples excluded from training."""
         return self.task.left_out.get(self.pair.text.path, []) if self.name == "train" else []
 
     def find_images(self) -> Ragged:
-        """Make sure that the images of all examples are there, and that an example has one of them.
+        """Check that the images of all examples exist, one per example; return their rows.
 
         Raises:
-            DataError: naming both databases.
+            DataError: an image is missing, or an example has several.
         """
         found = self.pair.images_of(self.rows)
         (several,) = np.nonzero(self.pair.lists_images(self.rows))
@@ -208,11 +208,11 @@ class DatabaseSplit(Split):
         return self.example(index, self.fields(index))
 
     def fields(self, index: int) -> dict[str, Any]:
-        """Read what the text database stores about an example."""
+        """Read an example's stored fields."""
         return self.pair.text[int(self.rows[index])]
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Return the example's id and its database."""
         return f"example '{self.ids[index]}' of '{self.pair.text.path}'"
 
     @property
@@ -222,19 +222,19 @@ class DatabaseSplit(Split):
 
     @property
     def training(self) -> bool:
-        """Whether examples are made for training."""
+        """Whether this split builds training examples."""
         return self.name == "train"
 
     @cached_property
     def stores_answers(self) -> bool:
-        """Whether the first example has a ``target``: in a split with answers the others need not."""
+        """Whether the first example has a ``target``; others of an answered split may lack one."""
         return len(self) > 0 and self.fields(0).get("target") is not None
 
     def words(self, *texts: Sequence[int], index: int) -> Tensor:
-        """Return [CLS], the texts with [SEP] between them, and [SEP]: ``[T]`` int64.
+        """Return the tokens [CLS] text [SEP] text [SEP] ...: ``[T]`` int64.
 
         Raises:
-            DataError: a text is no list of ids, or an id is outside the vocabulary.
+            DataError: a text is not a list of ids, or an id is outside the vocabulary.
         """
         database = self.pair.text
         ids = [database.cls_id]
@@ -251,7 +251,7 @@ class DatabaseSplit(Split):
         return torch.tensor(ids)
 
     def image(self, index: int) -> Any:
-        """Return what the image database knows an example's only image by: its row, or a row in each of a pair."""
+        """Return the key of an example's only image: its row, or a row in each of two paired databases."""
         rows = self.images[index]
         return rows if isinstance(self.pair.images, PairedImageStore) else rows[0]
 
@@ -261,10 +261,10 @@ class DatabaseSplit(Split):
         return features, boxes
 
     def field(self, fields: Mapping[str, Any], name: str, index: int) -> Any:
-        """Return a field that an example must have.
+        """Return a required field of an example.
 
         Raises:
-            DataError: it has none; the message names what it has.
+            DataError: the field is missing; the message lists the others.
         """
         if name not in fields:
             raise self.unusable(
@@ -273,12 +273,12 @@ class DatabaseSplit(Split):
         return fields[name]
 
     def unusable(self, index: int, found: str) -> DataError:
-        """Return the error that an example has something that this task cannot use."""
+        """Return the error that an example holds something that this task cannot use."""
         return DataError(f"text database '{self.pair.text.path}': example '{self.ids[index]}' has {found}")
 
 
 class ConcatenatedSplit(Split):
-    """Several splits, one after another.
+    """Several splits in sequence.
 
     Args:
         parts: at least one.
@@ -296,12 +296,12 @@ class ConcatenatedSplit(Split):
         return part[within]
 
     def draw(self, index: int, seed: int) -> Example:
-        """See the base class."""
+        """Draw an example from its part."""
         part, within = self._place(index)
         return part.draw(within, seed)
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Describe an example of a part."""
         part, within = self._place(index)
         return part.describe(within)
 
@@ -312,12 +312,12 @@ class ConcatenatedSplit(Split):
 
     @property
     def lengths(self) -> Lengths:
-        """The parts' lengths one after another."""
+        """The parts' lengths, concatenated."""
         parts = [part.lengths for part in self.parts]
         return parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part, np.int32) for part in parts])
 
     def warnings(self) -> list[str]:
-        """Return what there is to know about each part."""
+        """Return the warnings of all parts."""
         return [warning for part in self.parts for warning in part.warnings()]
 
     def _place(self, index: int) -> tuple[Split, int]:

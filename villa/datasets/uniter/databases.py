@@ -1,6 +1,6 @@
-"""What the tasks on the text and image databases of UNITER and VILLA share.
+"""Base of the tasks on the text and image databases of UNITER and VILLA.
 
-A recipe lists, for each split, text databases and the image database of each one; a task turns what they hold into
+A recipe lists, for each split, text databases and the image database of each; a task turns their contents into
 examples.
 """
 
@@ -72,7 +72,7 @@ class DatabaseConfig(ReleasedFilesConfig):
     compressed: bool = False
 
     def check(self) -> None:
-        """Refuse options that do not go together; see the base class."""
+        """Check that the options are consistent."""
         super().check()
         for split in SPLITS:
             texts, images = len(getattr(self, f"{split}_text")), len(getattr(self, f"{split}_images"))
@@ -87,22 +87,22 @@ class DatabaseConfig(ReleasedFilesConfig):
         self.detected_boxes()
 
     def detected_boxes(self) -> BoxSelection:
-        """Which detected boxes of an image are used.
+        """Selection of an image's detected boxes.
 
         Raises:
-            ConfigError: the numbers make no sense.
+            ConfigError: the numbers are inconsistent.
         """
         return BoxSelection(self.box_threshold, self.max_boxes, self.min_boxes, self.fixed_boxes, self.compressed)
 
 
 class DatabaseTask(ReleasedFilesTask):
-    """A task on databases. A subclass names the class of its splits and decodes its logits.
+    """A task on databases. A subclass names its split class and decodes its logits.
 
     Attributes:
-        Examples: makes examples of a pair of databases.
-        labels: class names, where the task fixes them.
+        Examples: class of the splits.
+        labels: class names, if the task fixes them.
         extra_words: rows of the word embedding beyond the tokenizer's.
-        left_out: how many examples of a text database are not trained on, by its folder: a line for each reason.
+        left_out: notes on the examples excluded from training, by text database.
     """
 
     Config: ClassVar[type[DatasetConfig]] = DatabaseConfig
@@ -117,23 +117,23 @@ class DatabaseTask(ReleasedFilesTask):
         self.left_out: dict[Path, list[str]] = {}
 
     def listed(self, split: str) -> Sequence[str]:
-        """The text databases of a split."""
+        """Return the text databases of a split."""
         names: Sequence[str] = getattr(self.config, f"{split}_text")
         return names
 
     def open_split(self, name: str) -> Split:
-        """Open a split over all of its databases; see the base class."""
+        """Open a split over all its databases."""
         parts = [part for paths in self._paths(name) for part in self.parts(name, self._open(paths))]
         if not parts:
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list databases in {name}_text")
         return parts[0] if len(parts) == 1 else ConcatenatedSplit(parts)
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
-        """Return what a pair of databases adds to a split."""
+        """Return the splits made from one pair of databases."""
         return [self.Examples(self, name, pair, self.chosen(name, pair.text))]
 
     def chosen(self, name: str, text: TextStore) -> Integers:
-        """Return the rows of the texts of a split; to train on, those that are not too long."""
+        """Return the rows of a split's texts; in training, without those that are too long."""
         if not len(text):
             raise DataError(f"text database '{text.path}' lists no examples; make it again")
         if name != "train":
@@ -150,7 +150,7 @@ class DatabaseTask(ReleasedFilesTask):
         return rows
 
     def _why_left_out(self, path: Path, count: int, chosen: int, kept: int, longest: int) -> Iterator[str]:
-        """Say how many of ``count`` examples the share of them and the length of their texts leave."""
+        """Yield notes on how many of ``count`` examples the share and the longest text exclude."""
         fraction, limit = self.config.fraction, self.config.max_text_length
         if chosen < count:
             yield f"'{path}': dataset.fraction={fraction} leaves out {count - chosen:,} of {count:,} examples"
@@ -161,7 +161,7 @@ class DatabaseTask(ReleasedFilesTask):
             )
 
     def facts(self) -> DataFacts:
-        """Sizes of the vocabulary, the labels and a region feature, the same in all databases."""
+        """Return the sizes of vocabulary, labels and region features, which all databases share."""
         pair = self._first
         text = pair.text
         texts = {} if text.vocabulary is None else text_facts(text.vocabulary)
@@ -180,31 +180,31 @@ class DatabaseTask(ReleasedFilesTask):
         return facts
 
     def _tokens(self, names: Sequence[str | None] | None, size: int) -> tuple[str | None, ...] | None:
-        """Names of all rows of the word embedding, if the databases know those of the tokenizer."""
+        """Return the names of all rows of the word embedding, if the tokenizer's are known."""
         if names is None:
             return None
         words = (*names[:size], *[None] * (size - len(names)))
         return (*words, *(f"object {number}" for number in range(self.extra_words)))
 
     def label_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, or None where they have none."""
+        """Return the class names, or None."""
         return self.labels
 
     def num_labels(self) -> int | None:
-        """Number of classes, or None where the head knows it."""
+        """Return the number of classes, or None if the head fixes it."""
         labels = self.label_names()
         return None if labels is None else len(labels)
 
     def submission(self, split: str) -> str | None:
-        """The format that is called like the data set."""
+        """Return the submission format named like the data set."""
         return str(self.config.name)
 
     def kept_facts(self) -> dict[str, Any]:
-        """The facts, and the name of the tokenizer."""
+        """Return the facts and the tokenizer's name."""
         return {**super().kept_facts(), "tokenizer": self._first.text.tokenizer}
 
     def contents(self) -> Iterator[Any]:
-        """The databases that are there; see the base class."""
+        """Yield the databases that exist."""
         for paths in self._present():
             pair = self._open(paths)
             yield [paths.split, pair.text.fingerprint(), pair.images.fingerprint()]
@@ -214,7 +214,7 @@ class DatabaseTask(ReleasedFilesTask):
         return self.image_database(paths.images[0], self.config.detected_boxes())
 
     def image_database(self, folder: Path, boxes: BoxSelection) -> ImageStore:
-        """Open an image database under the task's options."""
+        """Open an image database with the task's options."""
         return ImageStore(folder, boxes, allow_empty_boxes=self.config.allow_empty_boxes)
 
     @cached_property
@@ -237,7 +237,7 @@ class DatabaseTask(ReleasedFilesTask):
             yield DatabasePaths.of(self.root, name, text, images)
 
     def _open(self, paths: DatabasePaths) -> Pair:
-        """Open a pair of databases, and compare it with those that are open already."""
+        """Open a pair of databases, and check that it matches those opened before."""
         if paths in self._opened:
             return self._opened[paths]
         if any(paths.missing()):
@@ -270,7 +270,7 @@ class DatabaseTask(ReleasedFilesTask):
 
 
 def _check_alike(pair: Pair, other: Pair) -> None:
-    """Refuse databases that no one model can read."""
+    """Check that one model can read both pairs of databases."""
     for what, ours, theirs in (
         ("tokenizer", pair.text.tokenizer, other.text.tokenizer),
         ("vocabulary", pair.text.vocab_size, other.text.vocab_size),

@@ -1,7 +1,7 @@
 """Databases of region features in the format of UNITER and VILLA, read by row.
 
-A folder (``coco_train2014``) holds an LMDB environment for each choice of boxes (``feat_th0.2_max100_min10``) and,
-beside it, the number of boxes of every image (``nbb_th0.2_max100_min10.json``).
+A folder (``coco_train2014``) holds an LMDB environment for each box selection (``feat_th0.2_max100_min10``) and a JSON
+file with every image's number of boxes (``nbb_th0.2_max100_min10.json``).
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ from villa.progress import track
 
 __all__ = ["BoxSelection", "ImageStore", "PairedImageStore"]
 
-#: Key of the JSON list of all names.
+#: Key of the JSON list of all image names.
 NAMES_KEY = "__keys__"
-#: Columns of a stored box: x1, y1, x2, y2, width, height, each divided by the image's.
+#: Columns of a stored box: x1, y1, x2, y2, width, height, normalised by the image size.
 BOX_WIDTH = 6
 
 
 class ImageStore:
-    """Region features of images by row: their places in the database's list of names.
+    """Region features by row, the position of an image in the database's list of names.
 
-    Without a file of counts, the environment ``all`` (or ``all_compressed``) is used if there is one, and the counts
-    are computed from the confidences stored with the features.
+    Without a file of counts, the environment ``all`` (or ``all_compressed``) is preferred, and the counts are computed
+    from the stored confidences.
 
     Args:
-        folder: folder with the environments of all choices of boxes.
-        boxes: the choice.
+        folder: folder of the environments of all box selections.
+        boxes: the box selection.
         allow_empty_boxes: accept boxes without area.
 
     Raises:
@@ -83,7 +83,7 @@ class ImageStore:
 
     @cached_property
     def dim(self) -> int:
-        """Width D of a region feature, that of the first image."""
+        """Width D of a region feature, taken from the first image."""
         name = next(self._keys(), None)
         if name is None:
             raise DataError(f"image database '{self.folder}' is empty")
@@ -99,17 +99,17 @@ class ImageStore:
 
     @property
     def files(self) -> list[Path]:
-        """The files that say which row an image has."""
+        """The files that determine an image's row."""
         return [self.folder / DATA_FILE]
 
     def find(self, names: Column) -> Integers:
-        """Return the rows ``[N]`` of images by name, -1 for one that is not there."""
+        """Return the rows ``[N]`` of images by name, -1 for a missing one."""
         return find(names, self._index["name"])
 
     def counts(self, rows: Integers) -> Integers:
-        """Return the numbers of boxes used ``[N]`` of images, without reading their features.
+        """Return the numbers of selected boxes ``[N]``, without reading features.
 
-        With a fixed number it is that number even for an image with fewer boxes, as in the released code.
+        A fixed number is returned even for an image with fewer boxes, as in the released code.
 
         Raises:
             DataError: the file of counts lacks an image.
@@ -123,18 +123,18 @@ class ImageStore:
         return counts
 
     def count(self, row: int) -> int:
-        """Return the number of boxes used of an image; see ``counts``."""
+        """Return an image's number of selected boxes; see ``counts``."""
         return int(self.counts(np.array([row]))[0])
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """Read the regions of an image: at most ``count(row)``, fewer where fewer are stored.
+        """Read an image's regions: ``count(row)``, or fewer if fewer are stored.
 
         Returns:
-            Features ``[R, D]`` as stored (float16, as a rule) and boxes ``[R, 6]`` float32: x1, y1, x2, y2, width,
-            height, each divided by the image's.
+            Features ``[R, D]`` as stored (usually float16) and boxes ``[R, 6]`` float32: x1, y1, x2, y2, width, height,
+            normalised by the image size.
 
         Raises:
-            DataError: the image's arrays are missing or damaged, of other shapes, or no boxes.
+            DataError: an array is missing, damaged or of another shape, or a box is invalid.
         """
         arrays = self._read(row, ("features", "norm_bb"))
         features, boxes = arrays["features"], arrays["norm_bb"]
@@ -150,7 +150,7 @@ class ImageStore:
         return torch.from_numpy(features), torch.from_numpy(boxes)
 
     def soft_labels(self, row: int) -> Tensor:
-        """Read the detector's class distributions ``[R, classes]`` float32 of an image (column 0: background).
+        """Read an image's detector class distributions ``[R, classes]`` float32 (column 0: background).
 
         Raises:
             DataError: the image or its distributions are missing or damaged.
@@ -161,10 +161,10 @@ class ImageStore:
         return torch.from_numpy(labels[self._used(row, len(labels))].astype(np.float32))
 
     def check(self, rows: Iterable[int]) -> None:
-        """Read images, and refuse what cannot be: besides their boxes, features and confidences.
+        """Read images and check their boxes, features and confidences.
 
         Raises:
-            DataError: naming the first image, and what is wrong with it.
+            DataError: an image is invalid; the message names the first and its fault.
         """
         for row in rows:
             features, _ = self[row]
@@ -179,16 +179,15 @@ class ImageStore:
                 raise self._unusable(row, str(error)) from error
 
     def check_all(self, rows: Integers, names: Callable[[], Iterable[str]], asking: Path) -> None:
-        """Make sure that images are there, and read some of them.
+        """Check that images exist and that a sample is valid.
 
         Args:
-            rows: the images wanted, -1 for one that is not there ``[N]``.
-            names: returns their names ``[N]``.
-            asking: the text database that names them, for the message.
+            rows: image rows ``[N]``, -1 for a missing image.
+            names: returns the image names ``[N]``.
+            asking: the text database that refers to them, for the message.
 
         Raises:
-            DataError: at least one is missing; the message says how many, and the first. Or one of a few that are
-                read cannot be used.
+            DataError: images are missing (the message gives their number and the first), or a sampled one is invalid.
         """
         if len(rows) and rows.min() < 0:
             wanted = dict(zip(names(), rows.tolist(), strict=True))
@@ -204,7 +203,7 @@ class ImageStore:
         return len(self.names)
 
     def fingerprint(self) -> str:
-        """Hash the names, counts and some values: equal on all machines that hold the same data."""
+        """Hash names, counts and some values; equal on all machines with the same data."""
         files = [*self.files, *([self._counts_file] if self._counts_file else [])]
         with reading(f"cannot read image database '{self.folder}'", "mend the path"):
             table = cached(files, f"fingerprint {self.boxes}", NAME, self._fingerprint)
@@ -213,7 +212,7 @@ class ImageStore:
     def _fingerprint(self) -> Built:
         hashes, counts = hashes_of(self._index["name"]), self.counts(np.arange(len(self)))
         low = np.uint64((1 << max(len(self) - 1, 0).bit_length()) - 1)
-        order = np.sort(hashes & ~low | np.arange(len(self), dtype=np.uint64)) & low  # whatever order the list has
+        order = np.sort(hashes & ~low | np.arange(len(self), dtype=np.uint64)) & low  # regardless of the list's order
         sample = self._reader.sample(self.names.take(order.astype(np.int64)))
         digest = hashlib.blake2b(f"{self.boxes}".encode() + sample, digest_size=16)
         digest.update(np.sort(mix(hashes + mix(counts.astype(np.uint64)))).data)
@@ -221,7 +220,7 @@ class ImageStore:
 
     @cached_property
     def _index(self) -> pa.Table:
-        """Names of the images, and the numbers of boxes that the file of counts gives: -1 where it gives none."""
+        """Image names, and the numbers of boxes from the file of counts (-1 if missing)."""
         value, counts_file = self._reader.get(NAMES_KEY), self._counts_file
         size = len(value or b"")
         if counts_file is None:
@@ -262,7 +261,7 @@ class ImageStore:
         return self.boxes.count(confidences)
 
     def _find(self, folder: Path) -> Path:
-        """Return the folder of the environment that holds the choice of boxes."""
+        """Return the folder of the environment that holds the selected boxes."""
         chosen = folder / self.boxes.folder()
         everything = folder / ("all_compressed" if self.boxes.compressed else "all")
         if self.boxes.fixed is not None:
@@ -281,7 +280,7 @@ class ImageStore:
         return (key for key in self._reader if key != NAMES_KEY)
 
     def _check_once(self, row: int, boxes: Array) -> None:
-        """Check the boxes of an image when this process reads it first: the file does not change meanwhile."""
+        """Check an image's boxes on the first read in this process; the file does not change afterwards."""
         if row in self._checked:
             return
         try:
@@ -291,13 +290,13 @@ class ImageStore:
         self._checked.add(row)
 
     def _used(self, row: int, stored: int) -> Rows:
-        """Return which of the boxes stored of an image are used; where all are that a detector gave, the surest."""
+        """Return the selected rows of an image's stored boxes; by confidence if all detections are stored."""
         if self._cut or (confidences := self._confidences(row, stored)) is None:
             return slice(self.count(row))
         return surest(confidences, self.count(row))
 
     def _confidences(self, row: int, stored: int) -> Array | None:
-        """Return the confidences of all boxes of an image, if it has them: nobody else reads them."""
+        """Return the confidences of an image's stored boxes, if it has them."""
         try:
             confidences = self._read(row, ("conf",))["conf"]
         except DataError:
@@ -308,7 +307,7 @@ class ImageStore:
         return self._named(self.names[row], arrays)
 
     def _named(self, name: str, arrays: tuple[str, ...]) -> dict[str, Array]:
-        """Return arrays of an image as views of the mapped file (of memory, if they are compressed)."""
+        """Return an image's arrays as views of the mapped file (or of memory, if compressed)."""
         value = self._reader.get(name)
         if value is None:
             raise DataError(f"image database '{self.folder}' has no image '{name}'; is it the one of these texts?")
@@ -328,7 +327,7 @@ class ImageStore:
 
 @contextmanager
 def _reading_counts(path: Path) -> Iterator[None]:
-    """Turn the errors of reading the number of boxes of every image into one line."""
+    """Report errors in reading the file of counts in one line."""
     try:
         yield
     except WrongEntryError as wrong:
@@ -342,11 +341,11 @@ def _reading_counts(path: Path) -> Iterator[None]:
 
 
 class PairedImageStore:
-    """Two databases about the same images, ground-truth boxes before detected ones (VCR), read by a row of each.
+    """Two databases of the same images, ground-truth and detected boxes (VCR), read by a row in each.
 
     Args:
-        ground_truth: the boxes that annotators drew.
-        detected: those of a detector.
+        ground_truth: database of annotated boxes.
+        detected: database of detected boxes.
 
     Raises:
         DataError: their features have different widths.
@@ -364,17 +363,17 @@ class PairedImageStore:
 
     @property
     def files(self) -> list[Path]:
-        """The files that say which row an image has."""
+        """The files that determine an image's row."""
         return [*self.ground_truth.files, *self.detected.files]
 
     def __getitem__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Read the regions ``[R, D]`` and boxes ``[R, 6]`` of an image, given its rows in both databases."""
+        """Read an image's regions ``[R, D]`` and boxes ``[R, 6]``, ground truth first, by row in both databases."""
         ground_truth, detected = rows
         first, second = self.ground_truth[ground_truth], self.detected[detected]
         return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
     def soft_labels(self, rows: Sequence[int]) -> Tensor:
-        """Read the class distributions ``[R, classes]`` of an image, given its rows in both databases."""
+        """Read an image's class distributions ``[R, classes]``, by row in both databases."""
         ground_truth, detected = rows
         return torch.cat([self.ground_truth.soft_labels(ground_truth), self.detected.soft_labels(detected)])
 

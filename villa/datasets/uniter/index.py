@@ -1,8 +1,8 @@
-"""Columns of names and numbers about millions of examples, kept in the cache as Arrow files.
+"""Columns of names and numbers about millions of examples, cached as Arrow files.
 
-An index is made at the first start and mapped into memory at the next ones, so that all processes of a machine share
-one copy, in ``$VILLA_CACHE/indexes`` (``~/.cache/villa/indexes``). It counts as long as the size, the time of the last
-change and a digest of parts of the files that it was made from are the same.
+An index is built on first use and memory-mapped afterwards, so that all processes of a machine share one copy, in
+``$VILLA_CACHE/indexes`` (``~/.cache/villa/indexes``). It is valid while the size, the modification time and a digest of
+parts of its source files are unchanged.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ Built: TypeAlias = Iterable[pa.Table]
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 FORMAT = 3
-#: Bytes of its files from which on an index is kept.
+#: Smallest size in bytes of the source files to cache an index.
 LARGE = 1 << 21
-#: Bytes and number of the parts of a file that are compared.
+#: Size in bytes, and number, of the parts of a file in its digest.
 _BLOCK, _BLOCKS = 1 << 16, 16
-#: Names that are converted at a time, and that are searched through at a time: the table of these takes memory.
+#: Names converted at a time, and names searched at a time, which bounds the memory of the hash table.
 CHUNK, _SEARCHED = 1 << 15, 5 << 19
 
 
 class Names(Sequence[str]):
-    """Texts by number, in 4 bytes each besides their own.
+    """Strings by number, with 4 bytes of overhead each.
 
     Args:
-        column: the texts: strings, or bytes of UTF-8 that may hold halves of surrogate pairs.
-        rows: the numbers of those that are meant, in order; None: all.
+        column: the strings, or UTF-8 bytes that may contain lone surrogates.
+        rows: numbers of the selected strings, in order; None for all.
     """
 
     def __init__(self, column: Column, rows: Integers | None = None) -> None:
@@ -55,7 +55,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Collection[str]) -> Names:
-        """Copy texts."""
+        """Copy strings."""
         try:
             return cls(pa.chunked_array([pa.array(part, pa.string()) for part in _parts(texts)], pa.string()))
         except UnicodeEncodeError:
@@ -75,7 +75,7 @@ class Names(Sequence[str]):
         if isinstance(index, slice):
             places = np.arange(len(self))[index] if self.rows is None else self.rows[index]
             return list(map(_text, self.column.take(pa.array(places)).to_pylist()))
-        row = range(len(self))[index]  # IndexError where there is none
+        row = range(len(self))[index]  # IndexError if out of range
         return _text(self.column[row if self.rows is None else int(self.rows[row])].as_py())
 
     def __iter__(self) -> Iterator[str]:
@@ -83,16 +83,16 @@ class Names(Sequence[str]):
             yield from self[start : start + CHUNK]
 
     def take(self, rows: Integers) -> Names:
-        """Return the texts with these numbers; the column is shared."""
+        """Return the strings with these numbers; the column is shared."""
         return Names(self.column, rows if self.rows is None else self.rows[rows])
 
 
 class Ragged:
-    """Rows of different numbers of values.
+    """Rows of varying length.
 
     Args:
-        values: of all rows, one after another: ``[M]``.
-        bounds: where each row begins, and the end of the last: ``[N + 1]``.
+        values: concatenated values of all rows ``[M]``.
+        bounds: start of each row, and the end of the last ``[N + 1]``.
     """
 
     def __init__(self, values: Integers, bounds: Integers) -> None:
@@ -107,11 +107,11 @@ class Ragged:
 
     @property
     def sizes(self) -> Integers:
-        """Number of values of each row ``[N]``."""
+        """Length of each row ``[N]``."""
         return np.diff(self.bounds)
 
     def take(self, rows: Integers) -> Ragged:
-        """Return these rows; nothing is copied if they are all rows in order."""
+        """Return these rows, without a copy if they are all rows in order."""
         if len(rows) == len(self) and (rows == np.arange(len(rows), dtype=rows.dtype)).all():
             return self
         sizes = self.sizes[rows]
@@ -122,7 +122,7 @@ class Ragged:
         return Ragged(self.values[places], bounds)
 
     def sums(self, numbers: Integers) -> Integers:
-        """Add up numbers ``[M]``, one for each value, within each row ``[N]``."""
+        """Sum numbers ``[M]``, one per value, within each row ``[N]``."""
         if len(self.values) == len(self) and (self.sizes == 1).all():
             return numbers
         sums: Integers = np.concatenate([[0], np.cumsum(numbers)])
@@ -130,16 +130,16 @@ class Ragged:
 
 
 def in_order(rows: Integers, count: int) -> Integers:
-    """Return the different ones of numbers below ``count``, in the order in which they come first."""
+    """Return the distinct values among numbers below ``count``, in order of first occurrence."""
     end = len(rows)
     first = np.full(count, end, np.int32)
-    first[rows[::-1]] = np.arange(end - 1, -1, -1, dtype=np.int32)  # of several, the last one assigned stays
+    first[rows[::-1]] = np.arange(end - 1, -1, -1, dtype=np.int32)  # of duplicates, the last assignment stays
     used = np.flatnonzero(first < end).astype(np.int32)
     return used[np.argsort(first[used], kind="stable")]
 
 
 def find(names: Column, among: Column) -> Integers:
-    """Return the places ``[N]`` int32 of names among different ones, -1 for a name that is not there."""
+    """Return the positions ``[N]`` int32 of names among distinct ones, -1 for a missing name."""
     return np.arange(len(names), dtype=np.int32) if names.equals(among) else _search(names, among)
 
 
@@ -156,12 +156,12 @@ def _search(names: Column, among: Column) -> Integers:
 
 
 def refuse_twice(names: Column) -> None:
-    """Refuse a name that is there twice.
+    """Check that no name occurs twice.
 
     Raises:
-        ValueError: quoting it.
+        ValueError: a name does; the message quotes it.
     """
-    if pc.all(pc.less(names[:-1], names[1:])).as_py():  # in ascending order: much faster than to search
+    if pc.all(pc.less(names[:-1], names[1:])).as_py():  # ascending: much faster than a search
         return
     again = np.flatnonzero(_search(names, names) != np.arange(len(names)))
     if len(again):
@@ -169,25 +169,25 @@ def refuse_twice(names: Column) -> None:
 
 
 def numbers_of(column: Column) -> Integers:
-    """Return a column of whole numbers ``[N]`` without a copy, if it was read from an index."""
+    """Return a column of integers ``[N]``, without a copy if read from an index."""
     numbers: Integers = column.chunk(0).to_numpy() if column.num_chunks == 1 else column.to_numpy()
     return numbers
 
 
 def bytes_of(chunk: pa.Array) -> tuple[memoryview, Integers]:
-    """Return the bytes of texts, one after another, and where each begins among them: ``[N + 1]`` int32."""
+    """Return the concatenated bytes of strings and their offsets ``[N + 1]`` int32."""
     _, offsets, data = chunk.buffers()
     bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
     return memoryview(data or b"")[bounds[0] : bounds[-1]], bounds - bounds[0] if bounds[0] else bounds
 
 
 def hashes_of(names: Column) -> Hashes:
-    """Return a hash ``[N]`` of the bytes of each name: no secret, and the same everywhere."""
+    """Return a hash ``[N]`` of each name's bytes: not cryptographic, but equal on all machines."""
     found = [np.zeros(0, np.uint64)]
     for chunk in (chunk for start in range(0, len(names), CHUNK) for chunk in names.slice(start, CHUNK).chunks):
         data, bounds = bytes_of(chunk)
         padded = np.concatenate([np.frombuffer(data, np.uint8), np.zeros(8, np.uint8)])
-        words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # eight bytes from any place on
+        words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # eight bytes from every offset
         sizes = np.diff(bounds)
         hashes = sizes.astype(np.uint64) * _FACTOR
         for start in range(0, int(sizes.max(initial=0)), 8):
@@ -199,7 +199,7 @@ def hashes_of(names: Column) -> Hashes:
 
 
 def mix(values: Hashes) -> Hashes:
-    """Spread the bits of numbers."""
+    """Mix the bits of numbers."""
     values = values * _FACTOR
     return values ^ (values >> np.uint64(32))
 
@@ -207,14 +207,14 @@ def mix(values: Hashes) -> Hashes:
 def cached(
     files: Sequence[Path], what: str, schema: pa.Schema, build: Callable[[], Built], size: int | None = None
 ) -> pa.Table:
-    """Return a table that is made of files: where they are large, the one that is kept, if there is one.
+    """Return a table built from files, cached if the files are large.
 
     Args:
-        files: the files.
-        what: what of them is in the table, and what it depends on besides.
+        files: the source files.
+        what: key of the table's contents and parameters.
         schema: columns of the table.
-        build: makes the table, of one part or several.
-        size: bytes that it is made of; None: all of the files.
+        build: builds the table, in one or several parts.
+        size: source bytes; None for the size of all files.
 
     Raises:
         OSError: a file cannot be read.
@@ -230,11 +230,11 @@ def cached(
         found = _load(file, schema)
         if found is None:
             root.mkdir(parents=True, exist_ok=True)
-            with locked(root / f"{name}.lock"):  # one process makes it, the others wait
+            with locked(root / f"{name}.lock"):  # one process builds it, the others wait
                 found = _load(file, schema)
                 if found is None:
                     for old in root.glob(f"{glob.escape(name)}-*.arrow"):
-                        old.unlink(missing_ok=True)  # who has it mapped keeps it
+                        old.unlink(missing_ok=True)  # processes that have it mapped keep it
                     found = _make(file, schema, build)
         return found
     except OSError as error:
@@ -243,10 +243,10 @@ def cached(
 
 
 def _stamp(files: Sequence[Path]) -> str:
-    """Return what the contents of files are recognised by.
+    """Return a key of the files' contents.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=12)
     for path in files:
@@ -260,7 +260,7 @@ def _stamp(files: Sequence[Path]) -> str:
 
 
 def _make(file: Path, schema: pa.Schema, build: Callable[[], Built]) -> pa.Table:
-    """Make and keep a table."""
+    """Build, save and map a table."""
     with (
         replacing(file) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -276,13 +276,13 @@ def _make(file: Path, schema: pa.Schema, build: Callable[[], Built]) -> pa.Table
 
 
 def _load(file: Path, schema: pa.Schema) -> pa.Table | None:
-    """Map a table into memory, if it is there and whole."""
+    """Memory-map a table, or return None if it is missing or damaged."""
     name_damaged_files()
     try:
         with pa.memory_map(str(file)) as source:
             table = pa.ipc.open_file(source).read_all()
         table.validate(full=True)
-    except Exception:  # whatever the library comes across in a damaged file
+    except Exception:  # a damaged file may raise anything
         return None
     return table if table.schema.equals(schema) else None
 

@@ -1,4 +1,4 @@
-"""Large JSON files as columns of names and numbers, read a piece at a time."""
+"""Large JSON files as columns of names and numbers, parsed incrementally."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import pyarrow as pa
 from villa.datasets.uniter.index import CHUNK, LARGE, Built, Column, Integers, cached, refuse_twice
 from villa.progress import track
 
-#: Bytes that are read at a time, and the longest entry.
+#: Bytes read at a time, and the longest entry in bytes.
 _BLOCK, LONGEST = 1 << 20, 1 << 26
-#: Entries that are parsed at a time: so few that they are gone before Python looks for garbage among them.
+#: Entries parsed at a time: few enough to be freed before a garbage collection examines them.
 _AT_ONCE = 512
 _QUOTE = b'"'[0]
-#: Largest number that is stored.
+#: Largest number that can be stored.
 _MOST = (1 << 31) - 1
 NAME = pa.schema([("name", pa.string())])
 NUMBER = pa.schema([("name", pa.string()), ("number", pa.int32())])
@@ -30,10 +30,10 @@ _IMAGES = pa.schema([("text", pa.string()), ("names", pa.list_(pa.string())), ("
 
 
 class NotAnObjectError(Exception):
-    """A file holds another JSON value.
+    """A file holds a JSON value other than an object.
 
     Attributes:
-        kind: of what type.
+        kind: type of the value.
     """
 
     def __init__(self, kind: str) -> None:
@@ -42,10 +42,10 @@ class NotAnObjectError(Exception):
 
 
 class WrongEntryError(Exception):
-    """An entry of a file has a value that it cannot have.
+    """An entry of a file has an invalid value.
 
     Attributes:
-        name: of the entry.
+        name: name of the entry.
         value: its value.
     """
 
@@ -54,7 +54,7 @@ class WrongEntryError(Exception):
         self.name, self.value = name, value
 
 
-#: What the functions that read raise, besides ``WrongEntryError``.
+#: Exceptions of the read functions, besides ``WrongEntryError``.
 UNREADABLE = (OSError, ValueError, RecursionError, NotAnObjectError)
 
 
@@ -63,9 +63,9 @@ class NamedImages(NamedTuple):
 
     Attributes:
         texts: ids of the texts ``[N]``.
-        names: of the images of all texts, one text after another ``[M]``.
+        names: concatenated image names of all texts ``[M]``.
         sizes: number of images of each text ``[N]``.
-        listed: whether a text has a list of names ``[N]``.
+        listed: whether each text has a list of names ``[N]``.
     """
 
     texts: Column
@@ -75,22 +75,22 @@ class NamedImages(NamedTuple):
 
 
 def read_numbers(path: Path, least: int) -> pa.Table:
-    """Read an object of whole numbers; see ``parse_numbers``. Of a large file, the table is kept."""
+    """Read an object of integers; see ``parse_numbers``. The table of a large file is cached."""
     return cached([path], f"numbers from {least}", NUMBER, lambda: [parse_numbers(path, least)])
 
 
 def parse_numbers(path: Path, least: int) -> pa.Table:
-    """Read an object of whole numbers as a table of the columns of ``NUMBER``.
+    """Parse an object of integers into a table with the columns of ``NUMBER``.
 
     Args:
         path: the file.
         least: the smallest number allowed.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON, or names an entry twice.
-        NotAnObjectError: it holds another value.
-        WrongEntryError: an entry is no such number.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON, or has an entry twice.
+        NotAnObjectError: the file holds another JSON value.
+        WrongEntryError: an entry is not such a number.
     """
     names, numbers = [], []
     for keys, values in _entries(path):
@@ -106,14 +106,7 @@ def parse_numbers(path: Path, least: int) -> pa.Table:
 
 
 def read_images(path: Path) -> NamedImages:
-    """Read an object of names, or lists of names.
-
-    Raises:
-        OSError: as for ``read_numbers``, like the others.
-        ValueError: see there.
-        NotAnObjectError: see there.
-        WrongEntryError: see there.
-    """
+    """Read an object of names or lists of names; raises as ``parse_numbers`` does."""
     table = cached([path], "images", _IMAGES, lambda: _build_images(path))
     lists = table["names"].chunks
     return NamedImages(
@@ -143,10 +136,10 @@ def _build_images(path: Path) -> Built:
 
 
 def list_names(data: memoryview) -> pa.Table:
-    """Read a list of different names as a table of the column of ``NAME``.
+    """Parse a list of distinct names into a table with the column of ``NAME``.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the data are something else.
     """
     blocks = (bytes(data[start : start + _BLOCK]) for start in range(0, len(data), _BLOCK))
     if not bytes(data[:_BLOCK]).lstrip().startswith(b"["):
@@ -162,7 +155,7 @@ def list_names(data: memoryview) -> pa.Table:
 
 
 def _entries(path: Path) -> Iterator[tuple[Sequence[str], Sequence[Any]]]:
-    """Yield names and values of an object, some at a time, with a progress bar if it is large."""
+    """Yield an object's names and values in batches, with a progress bar if the file is large."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(_BLOCK).removeprefix(BOM_UTF8)
@@ -185,7 +178,7 @@ def _entries(path: Path) -> Iterator[tuple[Sequence[str], Sequence[Any]]]:
 
 
 def _kind(blocks: Iterable[bytes]) -> str:
-    """Read JSON to its end, and return what type of value it is."""
+    """Read JSON to its end and return the type of its value."""
     (first, value), *_ = chain.from_iterable(
         islice(part, 1) for part in _parts(blocks, lambda source: ijson.basic_parse(source, use_float=True))
     )
@@ -193,10 +186,10 @@ def _kind(blocks: Iterable[bytes]) -> str:
 
 
 def _parts(blocks: Iterable[bytes], parse: Callable[[Any], Iterator[Any]]) -> Iterator[list[Any]]:
-    """Yield what is parsed, some of it at a time.
+    """Yield the parsed items in batches.
 
     Raises:
-        ValueError: it is not JSON, or an entry is longer than ``LONGEST``.
+        ValueError: the data are not JSON, or an entry is longer than ``LONGEST``.
     """
     read = done = quotes = 0
     escape = b""
@@ -220,7 +213,7 @@ def _parts(blocks: Iterable[bytes], parse: Callable[[Any], Iterator[Any]]) -> It
         while part := list(islice(items, _AT_ONCE)):
             done = read
             yield part
-        if quotes % 2:  # the library lets the beginning of a text pass behind the end
+        if quotes % 2:  # ijson accepts an unterminated string after the end
             raise ValueError("trailing garbage")
     except ijson.JSONError as error:
         told = re.search(r"error: ([^\n\\]*)", str(error))

@@ -1,4 +1,4 @@
-"""LMDB environments for reading: opened on first use in each process, once however many stores share one."""
+"""Read-only LMDB environments, opened on first use and shared by all stores in a process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from villa.files import regular_file
 from villa.mapped_files import Reading, name_damaged_files
 
 DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
-#: Most values that go into a fingerprint.
+#: Largest number of values in a fingerprint.
 SAMPLED = 16
 
 
 class LmdbReader:
-    """A read-only LMDB environment (its default database), opened when first used.
+    """A read-only LMDB environment (its default database), opened on first use.
 
-    It may be used after a fork and be pickled to another process: each process opens the environment anew. All
-    readers of a folder within a process share one environment, because LMDB cannot open a file twice. Writers that
-    change the file meanwhile are not supported (no lock is taken).
+    Survives a fork and can be pickled: each process opens the environment anew. All readers of a folder in a process
+    share one environment, because LMDB cannot open a file twice. The file must not change meanwhile: no lock is taken.
 
     Args:
         folder: folder with ``data.mdb``.
@@ -40,17 +39,17 @@ class LmdbReader:
         return {**self.__dict__, "_opened": None}
 
     def get(self, key: str) -> memoryview | None:
-        """Return a value without copying it, or None; read it before this object goes away.
+        """Return a value without a copy, or None; the view is valid as long as this reader.
 
         Raises:
             DataError: the environment cannot be opened.
         """
         opened = self._open()
         try:
-            with opened.lock:  # a transaction is for one thread at a time
+            with opened.lock:  # a transaction must not be used by two threads at once
                 Reading.path = self.folder
                 return opened.transaction.get(key.encode())
-        except lmdb.BadValsizeError:  # an empty or over-long key: no writer can have stored it
+        except lmdb.BadValsizeError:  # an empty or over-long key cannot have been stored
             return None
         except lmdb.Error as error:
             raise _damaged(self.folder, error) from error
@@ -58,7 +57,7 @@ class LmdbReader:
             Reading.path = None
 
     def __iter__(self) -> Iterator[str]:
-        """Yield all keys in the order of their bytes."""
+        """Yield all keys in byte order."""
         try:
             Reading.path = self.folder
             for key in self._open().transaction.cursor().iternext(keys=True, values=False):
@@ -72,7 +71,7 @@ class LmdbReader:
         return int(self._open().environment.stat()["entries"])
 
     def sample(self, keys: Sequence[str]) -> bytes:
-        """Hash a few evenly spaced keys and their values: a cheap sign of what the environment holds."""
+        """Hash a few evenly spaced keys and their values: a cheap fingerprint of the contents."""
         digest = hashlib.blake2b(digest_size=16)
         for key in keys[:: len(keys) // SAMPLED + 1]:
             digest.update(key.encode() + b"\0" + (self.get(key) or b""))
@@ -85,7 +84,7 @@ class LmdbReader:
 
 
 class _Opened:
-    """An open environment with a read transaction; closed when the last reader lets go of it."""
+    """An open environment with a read transaction, closed with its last reader."""
 
     def __init__(self, folder: Path) -> None:
         name_damaged_files()
@@ -120,7 +119,7 @@ _table_lock = threading.Lock()
 
 
 def _share(folder: Path) -> _Opened:
-    """Return this process's environment of a folder, whatever path leads to it."""
+    """Return this process's environment of a folder, independent of the path by which it is given."""
     try:
         stat = regular_file(folder / DATA_FILE)
     except OSError as error:
@@ -134,8 +133,8 @@ def _share(folder: Path) -> _Opened:
 
 
 def _forget() -> None:
-    """In a forked child: close what the parent had open (the parent's copy stays), so that it is opened again."""
-    global _table_lock  # noqa: PLW0603 - another thread of the parent may have held it
+    """Close the parent's environments in a forked child (the parent keeps its own), to be opened again."""
+    global _table_lock  # noqa: PLW0603 - a thread of the parent may have held it
     _table_lock = threading.Lock()
     for opened in list(_table.values()):
         opened.close()
@@ -146,7 +145,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _check_size(environment: lmdb.Environment, folder: Path) -> None:
-    """Refuse a file that is cut short: reading a page that is missing would kill the process."""
+    """Check for a truncated file: accessing a missing page would kill the process."""
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     present = (folder / DATA_FILE).stat().st_size
     if present < needed:

@@ -23,7 +23,7 @@ class PairOfImagesSplit(DatabaseSplit):
     text_copies: ClassVar[int] = 2
 
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make an example; see the base class."""
+        """Build an example with two rows."""
         images: Any = self.pair.images
         features, boxes = zip(*(images[row] for row in self.images[index]), strict=True)
         target = fields.get("target") if self.training or self.stores_answers else None
@@ -33,7 +33,7 @@ class PairOfImagesSplit(DatabaseSplit):
         return Example(self.ids[index], words, None, features, boxes, None if target is None else int(target))
 
     def find_images(self) -> Ragged:
-        """Make sure that every sentence has two images, and that they are there."""
+        """Check that every sentence has two existing images; return their rows."""
         images = self.pair.image_rows.take(self.rows)
         if not ((images.sizes == 2) & self.pair.lists_images(self.rows)).all():
             raise DataError(
@@ -58,5 +58,5 @@ class Nlvr2(DatabaseTask):
     labels = ("False", "True")
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return ``True`` or ``False`` and its probability."""
+        """Return ``True`` or ``False`` with its probability."""
         return best_answers(logits.float().softmax(-1), self.labels)

@@ -1,7 +1,7 @@
-"""Named arrays packed into one value: msgpack maps with numpy arrays, and ``.npz`` archives, read without copies.
+"""Named arrays packed into one value: msgpack maps of numpy arrays and ``.npz`` archives, read without copies.
 
-Both readers return only the arrays asked for and do not look at the data of the others. The values are not trusted:
-object arrays are refused, and every size is checked before it is used.
+Both readers decode only the requested arrays. The input is not trusted: object arrays are refused, and every size is
+checked before use.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from villa.errors import one_line
 
 Array = npt.NDArray[np.floating[Any]]
 
-#: Types of arrays that a feature database holds.
+#: Supported array types.
 DTYPES: dict[str, np.dtype[np.floating[Any]]] = {"<f2": np.dtype(np.float16), "<f4": np.dtype(np.float32)}
-#: Largest array after decompression, in bytes: a damaged or hostile archive claims more.
+#: Largest array in bytes after decompression; a damaged or hostile archive may claim more.
 MAX_ARRAY_BYTES = 1 << 28
 
 _INTEGER = rb"[\x00-\x7f]|\xcc.|\xcd..|\xce...."
-#: An array as the package msgpack-numpy writes it, up to its data: a map {nd, type, kind, shape, data}.
+#: An array as msgpack-numpy writes it, up to its data: a map {nd, type, kind, shape, data}.
 _PACKED_ARRAY = re.compile(
     rb"\x85\xc4\x02nd\xc3\xc4\x04type\xa3(<f[24])\xc4\x04kind\xc4\x00\xc4\x05shape"
     rb"(?:\x91(" + _INTEGER + rb")|\x92(" + _INTEGER + rb")(" + _INTEGER + rb"))"
@@ -39,33 +39,33 @@ _PACKED_ARRAY = re.compile(
 
 
 def read_msgpack(value: memoryview, names: Collection[str]) -> dict[str, Array]:
-    """Read arrays of a msgpack map of float16 or float32 arrays, as the package msgpack-numpy writes it.
+    """Read arrays from a msgpack map of float16 or float32 arrays, as msgpack-numpy writes it.
 
     Args:
         value: the packed bytes; the arrays are views of them.
-        names: the arrays wanted; those that the value lacks are left out.
+        names: the requested arrays; missing ones are left out.
 
     Raises:
-        ValueError: the value is damaged or holds other things.
+        ValueError: the value is damaged or has other contents.
     """
     try:
         return _scan(value, names)
-    except (_OtherLayoutError, IndexError):  # rare writers: decode all of it
+    except (_OtherLayoutError, IndexError):  # another writer: decode everything
         return _unpack(value, names)
 
 
 class _OtherLayoutError(Exception):
-    """The value is not laid out as msgpack-numpy does it."""
+    """The value does not have msgpack-numpy's layout."""
 
 
 def _scan(value: memoryview, names: Collection[str]) -> dict[str, Array]:
-    """Walk over the map, from one array's header to the next; stop at the last array wanted."""
+    """Walk the map from header to header, up to the last requested array."""
     if value[0] & 0xF0 != 0x80:
         raise _OtherLayoutError
     arrays: dict[str, Array] = {}
     position = 1
     for _ in range(value[0] & 0x0F):
-        if not 0xA0 <= value[position] <= 0xBF:  # a short text
+        if not 0xA0 <= value[position] <= 0xBF:  # a short string
             raise _OtherLayoutError
         start = position + 1
         position = start + (value[position] & 0x1F)
@@ -111,7 +111,7 @@ def _text(value: object) -> str:
 
 
 def _view(data: memoryview, type_name: str, shape: Collection[int]) -> Array:
-    """View bytes as an array after checking that they hold just that."""
+    """View bytes as an array, after checking that the sizes match."""
     dtype = DTYPES.get(type_name)
     if dtype is None:
         raise ValueError(f"an array of type '{type_name}'; allowed: float16, float32")
@@ -122,14 +122,14 @@ def _view(data: memoryview, type_name: str, shape: Collection[int]) -> Array:
 
 
 def read_npz(value: memoryview, names: Collection[str]) -> dict[str, Array]:
-    """Read float16 or float32 arrays of an ``.npz`` archive (``numpy.savez_compressed``); others are not unpacked.
+    """Read float16 or float32 arrays from an ``.npz`` archive (``numpy.savez_compressed``).
 
     Args:
-        value: the archive; the arrays have memory of their own, unless they are stored without compression.
-        names: the arrays wanted; those that the archive lacks are left out.
+        value: the archive; uncompressed arrays are views of it.
+        names: the requested arrays; missing ones are left out.
 
     Raises:
-        ValueError: the archive is damaged, or an array wanted is of another type.
+        ValueError: the archive is damaged, or a requested array is of another type.
     """
     try:
         return {name: _read_member(value, *entry) for name, entry in _directory(value).items() if name in names}
@@ -180,12 +180,12 @@ def _read_member(value: memoryview, method: int, crc: int, packed: int, size: in
 
 @lru_cache(maxsize=1024)
 def _npy_header(header: bytes) -> tuple[str, bool, tuple[int, ...]]:
-    """Parse the header of an array file, version 1.0: its type, whether columns come first, its shape."""
+    """Parse the header of a version 1.0 ``.npy`` file: dtype, Fortran order, shape."""
     file = io.BytesIO(header)
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("a version that float arrays never have")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # numpy's parser lets errors of Python's own parser through
+    except Exception as error:  # numpy's parser lets errors of Python's parser through
         raise ValueError(f"not an array file: {one_line(error)}") from error
     return dtype.str, fortran, shape

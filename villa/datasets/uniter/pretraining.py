@@ -1,4 +1,4 @@
-"""Pre-training on the released databases: one objective, or a mixture of which every update has one."""
+"""Pre-training on the released databases with one objective, or with a mixture that draws one per update."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _LISTS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("text", "image
 
 @dataclass(frozen=True)
 class Corpus:
-    """Databases that are sampled together.
+    """A group of databases that are sampled together.
 
     Attributes:
-        name: what the recipe calls it; empty where there is only one, without a name.
-        weight: how often an update is of this corpus, relative to the others.
+        name: name in the recipe; empty for a single unnamed corpus.
+        weight: relative frequency of updates from this corpus.
         databases: text and image database of every pair, by split.
     """
 
@@ -54,22 +54,22 @@ class Corpus:
 
 
 def read_corpora(given: Mapping[str, Mapping[str, Any]]) -> list[Corpus]:
-    """Read ``dataset.corpora``.
+    """Parse ``dataset.corpora``.
 
     Args:
-        given: by name ``{weight, train_text, train_images, val_text, val_images, ...}``.
+        given: ``{weight, train_text, train_images, val_text, val_images, ...}`` by name.
 
     Raises:
-        ConfigError: naming the corpus and what is wrong with it.
+        ConfigError: a corpus is invalid; the message names it and its fault.
     """
     return [_corpus(name, fields) for name, fields in given.items()]
 
 
 def check_weight(option: str, weight: Any) -> float:
-    """Return a weight.
+    """Return a weight after checking it.
 
     Raises:
-        ConfigError: it is not a finite number of at least 0.
+        ConfigError: the weight is not a finite number of at least 0.
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise ConfigError(f"{option} is {show(weight)}; give a finite number of at least 0")
@@ -104,16 +104,16 @@ def _paths(option: str, given: Any) -> list[str]:
     return given
 
 
-#: Objectives that texts with images have examples for.
+#: Objectives with examples of a text and an image.
 WITH_IMAGES = tuple(name for name, objective in OBJECTIVES.items() if objective.example)
-#: Those of VCR's second stage.
+#: Objectives of VCR's second-stage pre-training.
 OF_VCR = tuple(name for name in WITH_IMAGES if OBJECTIVES[name].example != "pair")
-#: Databases have features of regions; models that embed texts and images apart read whole images.
+#: Message for dual encoders, which read whole images instead of region features.
 _PAIRS = " here: it is for pairs of a text and a whole image, dataset=jsonl with dataset.target=pair"
 
 
 class ObjectiveOptions(Protocol):
-    """What the configurations of pre-training have in common."""
+    """Interface shared by the configurations of pre-training."""
 
     name: str
     objective: str
@@ -121,14 +121,14 @@ class ObjectiveOptions(Protocol):
     mask_probabilities: dict[str, float]
 
     def settings(self, objective: str) -> ObjectiveSettings:
-        """The settings of an objective."""
+        """Return the settings of an objective."""
 
     def sources(self) -> list[Corpus]:
-        """The databases; one corpus without a name where the recipe does not tell several apart."""
+        """Return the corpora; a single unnamed one if the recipe defines none."""
 
     @property
     def mixed(self) -> bool:
-        """Whether updates are of several objectives or corpora."""
+        """Whether updates come from several objectives or corpora."""
 
 
 @dataclass
@@ -157,7 +157,7 @@ class PretrainingDataConfig(DatabaseConfig):
     negative_probability: float = 0.5
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Check that the options are consistent."""
         super().check()
         check_options(self, WITH_IMAGES)
         listed = next((f"{split}_text" for split in SPLITS if getattr(self, f"{split}_text")), None)
@@ -167,21 +167,21 @@ class PretrainingDataConfig(DatabaseConfig):
             raise ConfigError("dataset.corpora: all weights are 0; give one that is not")
 
     def objectives(self) -> dict[str, float]:
-        """The objective, or those of the mixture with their shares; corpora have the same ones."""
+        """Return the objectives with their weights in the mixture; the same for all corpora."""
         return objective_weights(self)
 
     def settings(self, objective: str) -> ObjectiveSettings:
-        """The settings of an objective."""
+        """Return the settings of an objective."""
         share = self.mask_probabilities.get(objective, self.mask_probability)
         return ObjectiveSettings(objective, share, self.negative_probability)
 
     def sources(self) -> list[Corpus]:
-        """The databases; one corpus without a name where the recipe does not tell several apart."""
+        """Return the corpora; a single unnamed one if the recipe defines none."""
         return read_corpora(self.corpora) or [plain_corpus(self)]
 
     @property
     def mixed(self) -> bool:
-        """Whether updates are of several objectives or corpora."""
+        """Whether updates come from several objectives or corpora."""
         return bool(self.mix or self.corpora)
 
 
@@ -205,44 +205,44 @@ class VcrPretrainingConfig(VcrConfig):
     mask_probabilities: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Check that the options are consistent."""
         super().check()
         check_options(self, OF_VCR)
 
     def objectives(self) -> dict[str, float]:
-        """The objective, or those of the mixture with their shares; corpora have the same ones."""
+        """Return the objectives with their weights in the mixture; the same for all corpora."""
         return objective_weights(self)
 
     def settings(self, objective: str) -> ObjectiveSettings:
-        """The settings of an objective."""
+        """Return the settings of an objective."""
         return ObjectiveSettings(objective, self.mask_probabilities.get(objective, self.mask_probability))
 
     def sources(self) -> list[Corpus]:
-        """VCR, which has no name."""
+        """Return VCR as an unnamed corpus."""
         return [plain_corpus(self)]
 
     @property
     def mixed(self) -> bool:
-        """Whether updates are of several objectives."""
+        """Whether updates come from several objectives."""
         return bool(self.mix)
 
 
 def plain_corpus(config: DatabaseConfig) -> Corpus:
-    """Return the databases that a recipe lists without names."""
+    """Return the databases that a recipe lists without a corpus."""
     lists = ((split, getattr(config, f"{split}_text"), getattr(config, f"{split}_images")) for split in SPLITS)
     return Corpus("", 1.0, {split: tuple(zip(texts, images, strict=True)) for split, texts, images in lists})
 
 
 def objective_weights(config: ObjectiveOptions) -> dict[str, float]:
-    """Return the objectives with how often an update is of each: those of weight 0 are left out."""
+    """Return the weights of the objectives, without those of weight 0."""
     return {name: weight for name, weight in config.mix.items() if weight} or {config.objective: 1.0}
 
 
 def check_options(config: ObjectiveOptions, known: Sequence[str]) -> None:
-    """Refuse objectives that are not known, and shares that are none.
+    """Check the objectives and their options.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: an objective is unknown, or a share is out of range; the message names the option.
     """
     given = {f"dataset.objective='{config.objective}'": config.objective}
     for option in ("mix", "mask_probabilities"):
@@ -263,14 +263,14 @@ def check_options(config: ObjectiveOptions, known: Sequence[str]) -> None:
 
 
 class ObjectiveTask(DatabaseTask):
-    """What the data sets of pre-training share."""
+    """Base of the pre-training data sets."""
 
     def listed(self, split: str) -> Sequence[str]:
-        """The text databases of a split, of all corpora."""
+        """Return the text databases of a split, of all corpora."""
         return [text for corpus in self._options.sources() for text, _ in corpus.databases[split]]
 
     def open_split(self, name: str) -> Split:
-        """Open a split; of a mixture, every objective of every corpus is a part."""
+        """Open a split; a mixture has a part for every objective of every corpus."""
         if not self._options.mixed:
             return super().open_split(name)
         parts = [part for corpus in self._options.sources() for part in self._mixed(name, corpus)]
@@ -279,14 +279,14 @@ class ObjectiveTask(DatabaseTask):
         return Mixture(parts)
 
     def settings(self) -> ObjectiveSettings:
-        """The settings of the objective, or of the first one of a mixture."""
+        """Return the settings of the objective, or of a mixture's first one."""
         return self._options.settings(next(iter(objective_weights(self._options))))
 
     def num_labels(self) -> int | None:
-        """Classes of the detector, where the databases store its distributions.
+        """Return the number of detector classes, if the databases store class distributions.
 
         Raises:
-            DataError: the objective needs them, and they do not.
+            DataError: the objective needs distributions, and there are none.
         """
         pair = self._first
         try:
@@ -304,13 +304,13 @@ class ObjectiveTask(DatabaseTask):
         return collate_objective(cast("Sequence[ObjectiveExample]", examples))
 
     def submission(self, split: str) -> str | None:
-        """None."""
+        """Return None: there is nothing to submit."""
         return None
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return whether each pair matches; or the best words or classes of the masked places, as text of numbers.
+        """Return whether each pair matches, or the best token or class of each masked position, as a string of numbers.
 
-        Their score is the mean probability. Regressed features have no answer: their number is given, with score 0.
+        The score is the mean probability. For regressed features, the answer is their number, with score 0.
         """
         masked = batch.masked_tokens if batch.masked_regions is None else batch.masked_regions
         if masked is None:
@@ -329,7 +329,7 @@ class ObjectiveTask(DatabaseTask):
         return cast("ObjectiveOptions", self.config)
 
     def _mixed(self, name: str, corpus: Corpus) -> Iterator[MixturePart]:
-        """Yield a corpus's texts for every objective; they are opened and measured once."""
+        """Yield a part of a corpus's texts for every objective; the databases are opened once."""
         splits = [part for paths in self._of(corpus, name) for part in self.parts(name, self._open(paths))]
         for objective, weight in objective_weights(self._options).items() if splits and corpus.weight else ():
             settings = self._options.settings(objective)
@@ -350,25 +350,25 @@ class ObjectiveTask(DatabaseTask):
 
 @register_dataset("pretraining")
 class Pretraining(ObjectiveTask):
-    """Texts about images (captions), for one objective."""
+    """Captions and their images, for one objective or a mixture."""
 
     Config: ClassVar[type[DatasetConfig]] = PretrainingDataConfig
     config: PretrainingDataConfig
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
-        """One split a pair of databases."""
+        """Return one split for a pair of databases."""
         return [ObjectiveSplit(self, name, pair, self.chosen(name, pair.text), self.settings())]
 
 
 @register_dataset("vcr_pretraining")
 class VcrPretraining(ObjectiveTask, Vcr):
-    """VCR's texts for one objective: questions with the right answer, and with the right rationale behind it."""
+    """VCR's texts for one objective or a mixture: questions with the right answer, with and without its rationale."""
 
     Config: ClassVar[type[DatasetConfig]] = VcrPretrainingConfig
     config: VcrPretrainingConfig
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
-        """Both kinds of text, of every pair of databases."""
+        """Return a split for each kind of text."""
         pairs = [(kind, replace(pair, text=pair.text.of_kind(kind))) for kind in ("qa", "qar")]
         return [
             VcrObjectiveSplit(self, name, pair, self.chosen(name, pair.text), self.settings(), kind)

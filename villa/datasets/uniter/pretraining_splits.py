@@ -1,4 +1,4 @@
-"""Splits of pre-training: every text with its image, as examples of one objective."""
+"""Pre-training splits: texts with their images as examples of one objective."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class ObjectiveExample(Example):
     """An example of one text and one image for an objective.
 
     Attributes:
-        objective: its name.
+        objective: name of the objective.
         masked_tokens: ``[T]`` bool, or None.
-        masked_regions: ``[R]`` bool, or None; the features of these are zero.
-        rows: what is asked for, a row for each masked token or region: ``[N]`` int64 or ``[M, ...]``; or None.
+        masked_regions: ``[R]`` bool, or None; masked regions have zero features.
+        rows: targets, a row per masked token or region: ``[N]`` int64 or ``[M, ...]``; or None.
     """
 
     objective: str = ""
@@ -48,10 +48,10 @@ class ObjectiveExample(Example):
 
 
 def collate_objective(examples: Sequence[ObjectiveExample]) -> Batch:
-    """Pad examples of one objective into a batch, the rows that they ask for one after another.
+    """Pad examples of one objective into a batch and concatenate their target rows.
 
     Raises:
-        DataError: they are for several objectives.
+        DataError: the examples have different objectives.
     """
     names = list(dict.fromkeys(example.objective for example in examples))
     if len(names) > 1:
@@ -74,9 +74,9 @@ def _padded(masks: Sequence[Tensor | None]) -> Tensor | None:
     return pad_sequence(present, batch_first=True) if present else None
 
 
-#: Share of the words, and of the regions, that are masked.
+#: Default share of masked tokens or regions.
 PROBABILITY = 0.15
-#: Of the masked words, the shares that become [MASK], and that become [MASK] or another word; the others stay.
+#: Cumulative shares of masked tokens that become [MASK], or a random token; the rest is unchanged.
 _MASK, _CHANGED = 0.8, 0.9
 
 
@@ -87,17 +87,17 @@ def mask_words(
     draws: random.Random,
     probability: float = PROBABILITY,
 ) -> tuple[list[int], list[bool]]:
-    """Mask each word-piece on its own; where none was drawn, the first one becomes [MASK].
+    """Mask each token independently; if none was drawn, the first one becomes [MASK].
 
     Args:
-        words: without [CLS] and [SEP], which are never masked.
+        words: tokens without [CLS] and [SEP], which are never masked.
         mask_id: id of [MASK].
-        vocabulary: first id and end of those that a random word is drawn from.
+        vocabulary: first id and end of the range of random tokens.
         draws: the generator.
-        probability: share that is masked.
+        probability: share of masked tokens.
 
     Returns:
-        The words to read, and for each whether it is asked for (also where it stayed).
+        The input tokens, and for each whether it is to be predicted (also if unchanged).
     """
     read, asked = list(words), [False] * len(words)
     for place in range(len(words)):
@@ -115,7 +115,7 @@ def mask_words(
 
 
 def mask_regions(count: int, draws: random.Random, probability: float = PROBABILITY) -> list[bool]:
-    """Draw which of ``count`` regions are masked, each on its own; where none was drawn, any one."""
+    """Mask each of ``count`` regions independently; if none was drawn, mask a random one."""
     masked = [draws.random() < probability for _ in range(count)]
     if count and not any(masked):
         masked[draws.choice(range(count))] = True
@@ -123,7 +123,7 @@ def mask_regions(count: int, draws: random.Random, probability: float = PROBABIL
 
 
 def wrong_image(images: Sequence[int] | npt.NDArray[np.integer[Any]], right: int, draws: random.Random) -> int:
-    """Draw an image that is not ``right`` out of different images, at least two."""
+    """Draw an image other than ``right`` from distinct images, at least two."""
     while (drawn := int(images[draws.sample(range(len(images)), 1)[0]])) == right:
         pass
     return drawn
@@ -131,12 +131,12 @@ def wrong_image(images: Sequence[int] | npt.NDArray[np.integer[Any]], right: int
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What an objective asks for.
+    """Settings of an objective.
 
     Attributes:
-        objective: its name.
-        mask_probability: share of the words or regions that are masked.
-        negative_probability: share of the pairs that do not match.
+        objective: name of the objective.
+        mask_probability: share of masked tokens or regions.
+        negative_probability: share of pairs that do not match.
     """
 
     objective: str
@@ -145,11 +145,11 @@ class ObjectiveSettings:
 
 
 class Words(NamedTuple):
-    """A text before [CLS] and [SEP].
+    """A text without [CLS] and [SEP].
 
     Attributes:
-        parts: word-pieces of its parts, which [SEP] keeps apart.
-        types: token type of each part, or None where all are 0.
+        parts: tokens of its parts, to be separated by [SEP].
+        types: token type of each part, or None if all are 0.
     """
 
     parts: Sequence[Sequence[int]]
@@ -157,19 +157,12 @@ class Words(NamedTuple):
 
 
 class ObjectiveSplit(DatabaseSplit):
-    """Texts and images for one objective. In training, masks and wrong images are drawn anew in every epoch.
+    """Texts and images for one objective. Training draws new masks and wrong images in every epoch.
 
-    Several splits may share a pair of databases.
-
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database the examples are.
-        settings: the objective.
+    Several splits may share a pair of databases. Arguments as for ``DatabaseSplit``, and ``settings`` of the objective.
 
     Raises:
-        DataError: pairs are to be matched, but there is one image only.
+        DataError: the objective matches pairs, but there is only one image.
     """
 
     def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, settings: ObjectiveSettings) -> None:
@@ -180,7 +173,7 @@ class ObjectiveSplit(DatabaseSplit):
         self._check()
 
     def asking(self, settings: ObjectiveSettings) -> ObjectiveSplit:
-        """Return the same texts for another objective; what was read about them is shared.
+        """Return the same texts for another objective, sharing what was read.
 
         Raises:
             DataError: as for a new split.
@@ -200,21 +193,21 @@ class ObjectiveSplit(DatabaseSplit):
         return self.draw(index, derive_seed("objective", index))
 
     def draw(self, index: int, seed: int) -> ObjectiveExample:
-        """Return example ``index`` with masks, or a wrong image, that derive from ``seed``."""
+        """Build example ``index`` with masks, or a wrong image, drawn from ``seed``."""
         make = _MAKERS[OBJECTIVES[self.settings.objective].example or ""]
-        return make(self, index, random.Random(seed))  # noqa: S311 - no secret
+        return make(self, index, random.Random(seed))  # noqa: S311 - not for secrets
 
     @property
     def answered(self) -> bool:
-        """What is asked for is known."""
+        """Always True: targets come from the inputs."""
         return True
 
     def example(self, index: int, fields: Mapping[str, Any]) -> ObjectiveExample:
-        """Make the example of a text, with fixed draws."""
+        """Build an example with fixed draws."""
         return self[index]
 
     def text(self, index: int) -> Words:
-        """Return the text that an example reads."""
+        """Return the text of an example."""
         return Words([self.field(self.fields(index), "input_ids", index)])
 
     def _masked_words(self, index: int, draws: random.Random) -> ObjectiveExample:
@@ -260,7 +253,7 @@ class ObjectiveSplit(DatabaseSplit):
     def _example(self, index: int, words: Tensor, features: Tensor, boxes: Tensor) -> ObjectiveExample:
         text = self.text(index)
         counts = torch.tensor([len(part) + 1 for part in text.parts])
-        counts[0] += 1  # [CLS]; the [SEP] behind a part has the part's type
+        counts[0] += 1  # [CLS]; the [SEP] after a part has the part's type
         types = None if text.types is None else torch.tensor(text.types).repeat_interleave(counts)
         return ObjectiveExample(self.ids[index], words, types, features, boxes, objective=self.settings.objective)
 
@@ -273,15 +266,9 @@ _MAKERS: Mapping[str, Callable[[ObjectiveSplit, int, random.Random], ObjectiveEx
 
 
 class VcrObjectiveSplit(ObjectiveSplit):
-    """VCR's own texts: a question with its right answer, or with the right rationale behind it.
+    """VCR's texts: a question with its right answer and, for the kind ``qar``, the right rationale.
 
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which questions of the database the examples are.
-        settings: the objective: masked words or regions.
-        kind: ``qa`` or ``qar``.
+    Arguments as for ``ObjectiveSplit``, and ``kind``: ``qa`` or ``qar``.
     """
 
     def __init__(
@@ -314,9 +301,9 @@ class MixturePart:
     """A part of a mixture.
 
     Attributes:
-        name: unique within the mixture.
-        label: what its updates are logged under: parts may share one.
-        weight: how often an update is of this part, relative to the others.
+        name: name, unique within the mixture.
+        label: label of its updates in logs; parts may share one.
+        weight: relative frequency of updates from this part.
         split: its examples.
     """
 
@@ -327,7 +314,7 @@ class MixturePart:
 
 
 class Mixture(ConcatenatedSplit):
-    """Parts whose examples never share a batch; to evaluate, they come one after another.
+    """Parts whose examples never share a batch; evaluated in sequence.
 
     Args:
         mixed: at least one part.
@@ -338,19 +325,19 @@ class Mixture(ConcatenatedSplit):
         self.mixed = list(mixed)
 
     def __getitem__(self, index: int) -> Example:
-        """The same example may be in several parts: ids begin with the part's name."""
+        """Return an example, its id prefixed with the part's name, because parts may share examples."""
         split, within = self._place(index)
         example = split[within]
         name = next(part.name for part in self.mixed if part.split is split)
         return replace(example, id=f"{name}:{example.id}")
 
     def sampler(self, batch: BatchConfig, seed: int) -> Sampler:
-        """Draw a part for every update, by weight."""
+        """Return a sampler that draws a part for every update, by weight."""
         shares = [MixtureShare(part.name, part.label, part.weight, part.split.lengths) for part in self.mixed]
         return MixedSampler(shares, batch, seed)
 
     def cut(self, examples: int) -> list[list[Sequence[int]]]:
-        """Cut every part on its own."""
+        """Cut each part separately."""
         ends = [0, *self._ends.tolist()]
         return [
             [range(at, min(at + examples, end)) for at in range(start, end, examples)] for start, end in pairwise(ends)

@@ -26,12 +26,12 @@ from villa.json_values import is_number
 from villa.registry import register_dataset
 
 Regions = Literal["ground_truth", "detected"]
-#: Names of the images by the kind of their regions, in the released databases.
+#: Image names by kind of regions, in the released databases.
 _NAMES = {
     "ground_truth": "visual_grounding_coco_gt_{:012}.npz",
     "detected": "visual_grounding_det_coco_{:012}.npz",
 }
-#: Keys of the tables that are read, and the types of their values.
+#: Required keys of the tables, and the types of their values.
 _KEYS: Mapping[str, Mapping[str, type]] = {
     "refs.json": {"sent_ids": list, "image_id": int},
     "images.json": {"id": int, "ann_ids": list, "width": int, "height": int},
@@ -59,25 +59,20 @@ class ReferringConfig(DatabaseConfig):
     allow_empty_boxes: bool = True
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Check that the options are consistent."""
         super().check()
         if self.ground_truth_boxes < 1:
             raise ConfigError(f"dataset.ground_truth_boxes={self.ground_truth_boxes} is too small; give at least 1")
 
     def boxes(self, split: str) -> Regions:
-        """Which kind of regions a split has."""
+        """Return the kind of regions of a split."""
         return "ground_truth" if split == "train" else self.val_boxes if split == "val" else self.test_boxes
 
 
 class ExpressionSplit(DatabaseSplit):
     """Expressions with the regions of their images.
 
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database the expressions are.
-        kind: what the regions are.
+    Arguments as for ``DatabaseSplit``, and ``kind`` of the regions.
     """
 
     def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, kind: Regions) -> None:
@@ -89,7 +84,7 @@ class ExpressionSplit(DatabaseSplit):
         super().__init__(task, name, pair, rows)
 
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make an example: with the number of the region meant to train on, with boxes in pixels to evaluate."""
+        """Build an example: in training with the index of the target region, in evaluation with boxes in pixels."""
         words = self.words(self.field(fields, "input_ids", index), index=index)
         features, boxes = self.regions(index)
         if self.training:
@@ -97,7 +92,7 @@ class ExpressionSplit(DatabaseSplit):
         return Example(self.ids[index], words, None, features, boxes, None, self._reference(index, fields, boxes))
 
     def find_images(self) -> Ragged:
-        """Make sure that the images of all expressions are there and described."""
+        """Check that the images of all expressions exist and are described; return their rows."""
         asked = [self._image_of.get(id) for id in self.ids]
         unknown = next((index for index, image in enumerate(asked) if image not in self._images), None)
         if unknown is not None:
@@ -110,12 +105,12 @@ class ExpressionSplit(DatabaseSplit):
 
     @property
     def answered(self) -> bool:
-        """Whether the box meant is known."""
+        """Whether the target box is known."""
         example = self[0]
         return example.target is not None or (example.reference is not None and example.reference.target is not None)
 
     def _target(self, index: int, fields: Mapping[str, Any], regions: int) -> int:
-        """Return the number of the region meant; the regions are the image's annotations in their order."""
+        """Return the index of the target region; regions are in the order of the image's annotations."""
         annotations = self._images[self._image_of[self.ids[index]]]["ann_ids"]
         if len(annotations) != regions:
             raise self.unusable(
@@ -138,7 +133,7 @@ class ExpressionSplit(DatabaseSplit):
 
     @staticmethod
     def _table(pair: Pair, name: str) -> list[dict[str, Any]]:
-        """Read a list of objects with the keys that are needed."""
+        """Read a list of objects and check their required keys."""
         needed, table = _KEYS[name], pair.text.read_json(name)
         if not (isinstance(table, list) and all(isinstance(row, dict) for row in table)):
             raise DataError(f"'{pair.text.path / name}' must be a list of objects; copy it again")
@@ -152,24 +147,24 @@ class ExpressionSplit(DatabaseSplit):
 
 @register_dataset("referring")
 class Referring(DatabaseTask):
-    """Referring expressions: choose the region that a text means."""
+    """Referring expressions: select the region that a text refers to."""
 
     Config: ClassVar[type[DatasetConfig]] = ReferringConfig
     config: ReferringConfig
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
-        """The expressions of a split."""
+        """Return the expressions of a split."""
         return [ExpressionSplit(self, name, pair, self.chosen(name, pair.text), self.config.boxes(name))]
 
     def open_images(self, paths: DatabasePaths) -> Images:
-        """Ground-truth boxes lie in a database with a fixed number, detected ones in the usual one."""
+        """Open ground-truth boxes with their fixed number, or detected ones as usual."""
         if self.config.boxes(paths.split) == "detected":
             return super().open_images(paths)
         fixed = BoxSelection(fixed=self.config.ground_truth_boxes, compressed=self.config.compressed)
         return self.image_database(paths.images[0], fixed)
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the number of the best region, its probability and its box x, y, w, h in pixels."""
+        """Return the index of the best region, its probability and its box x, y, w, h in pixels."""
         scores, regions = logits.float().softmax(-1).max(-1)
         references: list[RegionReference] = batch.references or []
         return [

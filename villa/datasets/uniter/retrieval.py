@@ -28,18 +28,14 @@ from villa.registry import register_dataset
 
 
 class PairSplit(DatabaseSplit, ABC):
-    """Texts with the images that they are about; a subclass says which pairs make an example.
+    """Texts with their images; a subclass chooses the pairs of an example.
 
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database they are.
+    Arguments as for ``DatabaseSplit``.
 
     Attributes:
-        image_of: row of the image of every text.
-        texts_of: the texts of every image, by its row: more than one.
-        distinct: rows of all images, in the order in which the texts name them.
+        image_of: image row of every text.
+        texts_of: the texts of every image, by its row.
+        distinct: rows of all images, in order of first occurrence.
     """
 
     def __init__(self, task: Retrieval, name: str, pair: Pair, rows: Integers) -> None:
@@ -52,34 +48,29 @@ class PairSplit(DatabaseSplit, ABC):
         self.distinct = list(self.texts_of)
 
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make an example of a text and its own image."""
+        """Build an example of a text and its image."""
         return self.pairs(self.ids[index], [index], [self.image_of[index]])
 
     def text(self, index: int) -> Tensor:
-        """Return a text's word-pieces ``[T]``."""
+        """Return a text's tokens ``[T]``."""
         return self.words(self.field(self.fields(index), "input_ids", index), index=index)
 
     def regions_of(self, images: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the features ``[R, D]`` and boxes ``[R, 6]`` of images, given their rows."""
+        """Return the features ``[R, D]`` and boxes ``[R, 6]`` of images by row."""
         store: Any = self.pair.images
         features, boxes = zip(*map(store.__getitem__, images), strict=True)
         return features, boxes
 
     def pairs(self, name: str, texts: Sequence[int], images: Sequence[int]) -> Example:
-        """Make an example of these texts and images, whose first ones belong together."""
+        """Build an example of texts and images whose first pair matches."""
         features, boxes = self.regions_of(images)
         return Example(name, tuple(map(self.text, texts)), None, features, boxes, target=0)
 
 
 class RandomNegatives(PairSplit):
-    """A text and its image, the text with wrong images, and wrong texts with the image.
+    """A matching pair, its text with wrong images, and its image with wrong texts.
 
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database they are.
-        size: wrong images, and as many wrong texts, an example.
+    Arguments as for ``DatabaseSplit``, and ``size``: number of wrong images, and of wrong texts, per example.
     """
 
     def __init__(self, task: Retrieval, name: str, pair: Pair, rows: Integers, size: int) -> None:
@@ -96,32 +87,32 @@ class RandomNegatives(PairSplit):
         return self.draw(index, 0)
 
     def draw(self, index: int, seed: int) -> Example:
-        """Return example ``index`` with negatives that derive from ``seed``."""
+        """Build example ``index`` with negatives drawn from ``seed``."""
         image, draws = self.image_of[index], random.Random(seed)  # noqa: S311 - not for secrets
         texts = [index] * (1 + self.size) + self.wrong_texts(image, draws)
         images = [image, *self.wrong_images(image, draws), *[image] * self.size]
         return self.pairs(self.ids[index], texts, images)
 
     def wrong_images(self, image: int, draws: random.Random) -> list[int]:
-        """Draw ``size`` different images that are not ``image``."""
+        """Draw ``size`` distinct images other than ``image``."""
         drawn = draws.sample(self.distinct, self.size + 1)
         return [other for other in drawn if other != image][: self.size]
 
     def wrong_texts(self, image: int, draws: random.Random) -> list[int]:
-        """Draw ``size`` different texts that are not about ``image``."""
+        """Draw ``size`` distinct texts of other images."""
         own = self.texts_of[image]
         drawn = draws.sample(range(len(self.ids)), self.size + len(own))
         return [other for other in drawn if self.image_of[other] != image][: self.size]
 
 
 class HardCandidates(RandomNegatives):
-    """Candidates for hard negatives: example 2 i is text i with images, 2 i + 1 is its image with texts."""
+    """Candidates for hard negatives: example 2i is text i with images, 2i + 1 its image with texts."""
 
     def __len__(self) -> int:
         return 2 * len(self.ids)
 
     def draw(self, index: int, seed: int) -> Example:
-        """Return example ``index`` with candidates that derive from ``seed``, the right one first."""
+        """Build example ``index`` with candidates drawn from ``seed``, the matching one first."""
         text, id = index // 2, self.ids[index // 2]
         image, draws = self.image_of[text], random.Random(seed)  # noqa: S311 - not for secrets
         if index % 2 == 0:
@@ -129,26 +120,20 @@ class HardCandidates(RandomNegatives):
         return self.pairs(f"{id}:texts", [text, *self.wrong_texts(image, draws)], [image])
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Describe the pair of an example."""
         return super().describe(index // 2)
 
     @property
     def lengths(self) -> Lengths:
-        """Word-pieces and regions of the right pair."""
+        """Word-pieces and regions of each matching pair."""
         return np.repeat(self._lengths, 2)
 
 
 class RetrievalEvaluation(PairSplit):
-    """Every text with every image, ``chunk`` images at a time: all texts with the first images, and so on.
+    """Every text with every image, in chunks of images: all texts with the first chunk, and so on.
 
-    Images are ordered by their number of regions, so that those scored together need little padding.
-
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database they are.
-        chunk: images an example.
+    Images are sorted by their number of regions to reduce padding. Arguments as for ``DatabaseSplit``, and ``chunk``:
+    images per example.
     """
 
     def __init__(self, task: Retrieval, name: str, pair: Pair, rows: Integers, chunk: int) -> None:
@@ -176,12 +161,12 @@ class RetrievalEvaluation(PairSplit):
         return Example(f"{id}|{number}", (self.text(text),), None, features, boxes, None, reference)
 
     def describe(self, index: int) -> str:
-        """See the base class."""
+        """Describe the text of an example."""
         return super().describe(index % len(self.ids))
 
     @property
     def answered(self) -> bool:
-        """Every text has its image."""
+        """Always True: every text has its image."""
         return True
 
     @property
@@ -219,7 +204,7 @@ class RetrievalConfig(DatabaseConfig):
     eval_images: int = 400
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Check that the options are consistent."""
         super().check()
         for name in ("negative_size", "hard_negatives", "scored_at_once", "eval_images"):
             if getattr(self, name) < 1:
@@ -233,13 +218,13 @@ class RetrievalConfig(DatabaseConfig):
 
 @register_dataset("retrieval")
 class Retrieval(DatabaseTask):
-    """Retrieval. Examples hold several pairs, the right one first; evaluation scores every text with every image."""
+    """Retrieval. Examples hold several pairs, the matching one first; evaluation scores all texts with all images."""
 
     Config: ClassVar[type[DatasetConfig]] = RetrievalConfig
     config: RetrievalConfig
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
-        """Pairs with negatives to train on, or all texts with all images."""
+        """Return pairs with negatives for training, or all texts with all images."""
         rows = self.chosen(name, pair.text)
         if name != "train":
             return [RetrievalEvaluation(self, name, pair, rows, self.config.eval_images)]
@@ -249,11 +234,11 @@ class Retrieval(DatabaseTask):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Pad examples into a batch.
 
-        To evaluate, where examples have different numbers of images, the last image of an example is repeated: its
-        reference names the real ones. Candidates are not padded so, for they would be chosen.
+        In evaluation, the last image of an example is repeated up to a common number; the reference names the real
+        ones. Training candidates are not padded this way, because duplicates could be selected.
 
         Raises:
-            DataError: candidate images and candidate texts are in one batch.
+            DataError: a batch mixes candidate images and candidate texts.
         """
         if len({len(example.input_ids) for example in examples if example.input_ids is not None}) > 1:
             raise DataError("hard negatives are chosen for one example at a time; set batch.per_pass=1")
@@ -263,7 +248,7 @@ class Retrieval(DatabaseTask):
         return super().collate([_filled(example, most) for example in examples])
 
     def refine(self, batch: Batch, score: Callable[[Batch], Tensor]) -> Batch:
-        """Keep the right pair and the wrong pairs that score best; see the base class."""
+        """Keep the matching pair and the highest-scoring wrong pairs."""
         if self.config.negatives != "hard":
             return batch
         scores = torch.cat([score(part) for part in _parts(batch, self.config.scored_at_once)], dim=1)
@@ -271,7 +256,7 @@ class Retrieval(DatabaseTask):
         return _chosen(batch, torch.cat((torch.zeros_like(hardest[:, :1]), hardest), dim=1))
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best of the images scored, and all of them with their scores."""
+        """Return the best image, and all images with their scores."""
         references: list[RetrievalReference] = batch.references or []
         decoded = []
         for reference, scores in zip(references, logits.float().sigmoid().tolist(), strict=True):
@@ -290,7 +275,7 @@ class Retrieval(DatabaseTask):
 
 
 def _filled(example: Example, count: int) -> Example:
-    """Repeat the last image until there are ``count``."""
+    """Repeat the last image up to ``count`` images."""
     assert isinstance(example.features, tuple)
     assert isinstance(example.boxes, tuple)
     more = count - len(example.features)
@@ -299,21 +284,21 @@ def _filled(example: Example, count: int) -> Example:
 
 
 def _candidates(batch: Batch) -> tuple[str, ...]:
-    """Names of the fields of ``batch`` that hold its candidates: those of its images, or of its texts."""
+    """Return the names of the fields of ``batch`` with its candidates, images or texts."""
     assert batch.input_ids is not None
     images = ("features", "boxes", "region_mask")
     return images if batch.input_ids.shape[1] == 1 else ("input_ids", "attention_mask")
 
 
 def _parts(batch: Batch, size: int) -> list[Batch]:
-    """Cut a batch into parts of at most ``size`` candidates."""
+    """Split a batch into parts of at most ``size`` candidates."""
     split = {name: getattr(batch, name).split(size, dim=1) for name in _candidates(batch)}
     count = len(next(iter(split.values())))
     return [replace(batch, targets=None, **{name: parts[i] for name, parts in split.items()}) for i in range(count)]
 
 
 def _chosen(batch: Batch, index: Tensor) -> Batch:
-    """Return the batch with the candidates ``index [B, S]`` alone, without padding that all of them have."""
+    """Return the batch with only the candidates ``index [B, S]``, without common padding."""
     rows = torch.arange(len(index), device=index.device).unsqueeze(1)
     fields = {name: getattr(batch, name)[rows, index] for name in _candidates(batch)}
     mask = fields["region_mask" if "region_mask" in fields else "attention_mask"]

@@ -1,6 +1,6 @@
-"""Text databases in the format of UNITER and VILLA: an LMDB environment of examples beside JSON files.
+"""Text databases in the format of UNITER and VILLA: an LMDB environment of examples with JSON files.
 
-Values are ``lz4.frame``-compressed msgpack maps; ``id2len.json`` lists the examples in the order of the data set.
+Values are ``lz4.frame``-compressed msgpack maps; ``id2len.json`` defines the order of the examples.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from villa.errors import DataError, one_line
 from villa.files import regular_file
 from villa.json_values import parse_json
 
-#: Largest example after decompression, in bytes: damaged or hostile values claim more.
+#: Largest example in bytes after decompression; damaged or hostile values may claim more.
 MAX_EXAMPLE_BYTES = 1 << 26
-#: What the package writes beside the databases that it makes.
+#: Checksum file that villa writes beside its own databases.
 CHECKSUMS = f"db{SUFFIX}"
-#: Word-pieces that VCR has beyond its tokenizer's: names of objects.
+#: Tokens of VCR beyond its tokenizer's: object names.
 _EXTRA_WORDS = 81
 
 
 class TextStore:
-    """The examples of one split by row: their places in the list ``id2len.json``.
+    """The examples of one split by row, their position in ``id2len.json``.
 
     Args:
         path: the folder (``vqa_train.db``).
@@ -52,7 +52,7 @@ class TextStore:
     Attributes:
         path: the folder.
         meta: contents of ``meta.json``.
-        kind: ``""``, or ``qa`` or ``qar`` for the two lists of VCR.
+        kind: ``qa`` or ``qar`` for VCR's two lists, otherwise ``""``.
 
     Raises:
         DataError: the folder is not a text database.
@@ -70,7 +70,7 @@ class TextStore:
         check_meta(self.meta, f"'{path / 'meta.json'}'")
 
     def of_kind(self, kind: str) -> TextStore:
-        """Return the examples of another list of the database (``qa`` or ``qar`` of VCR)."""
+        """Return the examples of another list of the database (VCR's ``qa`` or ``qar``)."""
         if kind == self.kind:
             return self
         other = copy.copy(self)
@@ -79,7 +79,7 @@ class TextStore:
         return other
 
     def kinds(self) -> list[str]:
-        """Return the kinds of lists that the database has."""
+        """Return the kinds of the database's lists."""
         return [kind for kind in ("", "qa", "qar") if self.of_kind(kind).list_file.exists()]
 
     @property
@@ -99,29 +99,29 @@ class TextStore:
 
     @property
     def vocab_size(self) -> int:
-        """Number of word-pieces: the end of ``v_range``."""
+        """Vocabulary size: the end of ``v_range``."""
         return int(self.meta["v_range"][1])
 
     @property
     def tokenizer(self) -> str | None:
-        """Name of the tokenizer that made the ids, if the database says so."""
+        """Name of the tokenizer, if recorded."""
         return next((self.meta[key] for key in ("bert", "toker", "tokenizer") if key in self.meta), None)
 
     @cached_property
     def vocabulary(self) -> Tokenizer | None:
-        """The tokenizer that made the ids, if it lies in the folder, as `tools/make_text_db.py` puts it there."""
+        """The tokenizer in the folder, if ``tools/make_text_db.py`` put it there."""
         file = self.path / TOKENIZER_FILE
         return load_tokenizer(file) if file.is_file() else None
 
     @property
     def list_file(self) -> Path:
-        """The list of the examples and of their lengths."""
+        """File with the examples and their lengths."""
         kind, subset = (f"_{self.kind}" if self.kind else ""), (f".{self.subset}" if self.subset else "")
         return self.path / f"id2len{kind}{subset}.json"
 
     @property
     def images_file(self) -> Path:
-        """The list of the examples' images."""
+        """File with the examples' images."""
         return self.path / "txt2img.json"
 
     @property
@@ -131,7 +131,7 @@ class TextStore:
 
     @property
     def lengths(self) -> Integers:
-        """Number of word-pieces (without [CLS] and [SEP]) of every example ``[N]`` int32."""
+        """Number of word-pieces of every example, without [CLS] and [SEP] ``[N]`` int32."""
         return self._list[1]
 
     @cached_property
@@ -139,28 +139,28 @@ class TextStore:
         """Read ids and lengths.
 
         Raises:
-            DataError: the file is missing or holds something else.
+            DataError: the file is missing or has other contents.
         """
         with self._reading(self.list_file, "'{file}': the length of '{name}' is {value}, not a number"):
             table = read_numbers(self.list_file, 0)
         return Names(table["name"]), numbers_of(table["number"])
 
     def named_images(self) -> NamedImages:
-        """Read the name of the image, or names of the images, of every example of ``txt2img.json``.
+        """Read the image names of every example from ``txt2img.json``.
 
         Raises:
-            DataError: the file is missing or holds something else.
+            DataError: the file is missing or has other contents.
         """
         with self.reading_images():
             return read_images(self.images_file)
 
     def reading_images(self) -> AbstractContextManager[None]:
-        """Turn the errors of reading ``txt2img.json`` into one line."""
+        """Report errors in reading ``txt2img.json`` in one line."""
         return self._reading(self.images_file, "'{file}': '{name}' has {value}, not one or several file names")
 
     @cached_property
     def texts_of_images(self) -> Mapping[str, list[str]]:
-        """Ids of the texts about every image (``img2txts.json``; retrieval only)."""
+        """Ids of the texts of every image (``img2txts.json``; retrieval only)."""
         texts = self._read_object("img2txts.json")
         wrong = next((name for name, ids in texts.items() if not _are_texts(ids)), None)
         if wrong is not None:
@@ -174,7 +174,7 @@ class TextStore:
         """Read an example.
 
         Raises:
-            DataError: it is missing or damaged.
+            DataError: the example is missing or damaged.
         """
         id = self.ids[row]
         value = self._reader.get(id)
@@ -186,17 +186,17 @@ class TextStore:
             if not decompressor.eof:
                 raise ValueError("it does not end within its value")
             example = msgpack.unpackb(data, raw=False, strict_map_key=False)
-        except Exception as error:  # whatever the libraries come across in a damaged value
+        except Exception as error:  # a damaged value may raise anything
             raise self._damaged(id, one_line(error)) from error
         if not isinstance(example, dict):
             raise self._damaged(id, f"{type(example).__name__} instead of a map")
         return example
 
     def check(self, row: int) -> None:
-        """Read an example, and refuse word-pieces that the vocabulary has not.
+        """Read an example and check that its word-pieces are in the vocabulary.
 
         Raises:
-            DataError: it is missing or damaged, or holds such a word-piece.
+            DataError: the example is missing or damaged, or a word-piece is outside the vocabulary.
         """
         example = self[row]
         for name, text in example.items():
@@ -213,10 +213,10 @@ class TextStore:
         return self.vocab_size + _EXTRA_WORDS
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file of the database (``refs.json``, say).
+        """Read a JSON file of the database, such as ``refs.json``.
 
         Raises:
-            DataError: it is missing or not JSON.
+            DataError: the file is missing or not JSON.
         """
         try:
             regular_file(self.path / name)
@@ -225,7 +225,7 @@ class TextStore:
             raise self._unreadable(name, error) from error
 
     def fingerprint(self) -> str:
-        """Hash the lists of examples and some examples: equal on all machines that hold the same data."""
+        """Hash the lists of examples and some examples; equal on all machines with the same data."""
         digest = hashlib.blake2b(digest_size=16)
         for kind in self.kinds():
             store = self.of_kind(kind)
@@ -237,11 +237,11 @@ class TextStore:
 
     @contextmanager
     def _reading(self, file: Path, wrong: str) -> Iterator[None]:
-        """Turn the errors of reading a list into one line.
+        """Report errors in reading a list in one line.
 
         Args:
             file: the list.
-            wrong: what to say of a wrong entry: a format with ``file``, ``name`` and ``value``.
+            wrong: message for an invalid entry, a format string with ``file``, ``name`` and ``value``.
         """
         try:
             yield
@@ -272,7 +272,7 @@ class TextStore:
 
 
 def _digest(ids: Column) -> bytes:
-    """Hash the bytes of texts and their bounds."""
+    """Hash the bytes and bounds of strings."""
     chunks = list(map(bytes_of, ids.chunks))
     size = sum(len(data) for data, _ in chunks)
     kind = np.int32 if size + 8 <= np.iinfo(np.int32).max else np.int64
@@ -289,14 +289,14 @@ def _digest(ids: Column) -> bytes:
 
 
 def check_meta(meta: Mapping[str, Any], where: str) -> None:
-    """Refuse a ``meta.json`` without the ids that every task needs.
+    """Check that ``meta.json`` has the ids that every task needs.
 
     Args:
-        meta: its contents.
-        where: its name for messages.
+        meta: contents of the file.
+        where: name of the file for messages.
 
     Raises:
-        DataError: CLS, SEP, MASK or v_range is missing or wrong.
+        DataError: CLS, SEP, MASK or v_range is missing or invalid.
     """
     for key in ("CLS", "SEP", "MASK"):
         if type(meta.get(key)) is not int or meta[key] < 0:

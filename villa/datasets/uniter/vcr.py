@@ -1,4 +1,4 @@
-"""VCR on the released databases: choose an answer, and the rationale for it."""
+"""VCR on the released databases: select an answer and its rationale."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from villa.errors import ConfigError
 from villa.facts import CHOICES, VcrReference
 from villa.registry import register_dataset
 
-#: Word-pieces beyond the tokenizer's: names for the objects of an image.
+#: Tokens beyond the tokenizer's: object names.
 OBJECT_NAMES = 81
-#: Types of the words; 1 is the regions'.
+#: Token types; regions have type 1.
 QUESTION, ANSWER, RATIONALE = 0, 2, 3
 
 
@@ -49,7 +49,7 @@ class VcrConfig(DatabaseConfig):
     all_rationales: tuple[str, ...] = ("test",)
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Check that the options are consistent."""
         super().check()
         for split in SPLITS:
             for images in getattr(self, f"{split}_images"):
@@ -63,12 +63,7 @@ class VcrConfig(DatabaseConfig):
 class ChoiceSplit(DatabaseSplit):
     """Training examples: the four answers to a question, or the four rationales for its answer.
 
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database the examples are.
-        kind: ``qa`` or ``qar``.
+    Arguments as for ``DatabaseSplit``, and ``kind``: ``qa`` or ``qar``.
     """
 
     def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, kind: str) -> None:
@@ -76,7 +71,7 @@ class ChoiceSplit(DatabaseSplit):
         super().__init__(task, name, pair, rows)
 
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make an example of four choices; targets ``[4]`` mark the right one."""
+        """Build an example of four choices; targets ``[4]`` mark the right one."""
         choices = Choices(self, index, fields)
         texts = choices.answers() if self.kind == "qa" else choices.rationales(choices.right_answer())
         right = choices.right(f"{self.kind}_target")
@@ -86,14 +81,10 @@ class ChoiceSplit(DatabaseSplit):
 
 
 class VcrQuestionSplit(DatabaseSplit):
-    """Questions with their answers and rationales: 8 choices an example, or 20 where each answer's are wanted.
+    """Questions with answers and rationales: 8 choices per example, or 20 with each answer's rationales.
 
-    Args:
-        task: the task.
-        name: the split's name.
-        pair: the databases.
-        rows: which texts of the database the examples are.
-        all_rationales: whether rationales are given for each of the four answers, not for the right one alone.
+    Arguments as for ``DatabaseSplit``, and ``all_rationales``: include the rationales for all four answers instead of
+    only those for the right one.
     """
 
     def __init__(self, task: DatabaseTask, name: str, pair: Pair, rows: Integers, all_rationales: bool) -> None:
@@ -101,7 +92,7 @@ class VcrQuestionSplit(DatabaseSplit):
         super().__init__(task, name, pair, rows)
 
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make an example; targets mark the right answer and, after it, the right rationale."""
+        """Build an example; targets mark the right answer, followed by the right rationale."""
         choices = Choices(self, index, fields)
         reference = VcrReference(choices.right("qa_target"), choices.right("qar_target"))
         explained = range(CHOICES) if self.all_rationales else [choices.right_answer()]
@@ -115,14 +106,14 @@ class VcrQuestionSplit(DatabaseSplit):
 
 @register_dataset("vcr")
 class Vcr(DatabaseTask):
-    """VCR. Training mixes two kinds of example: four answers to a question, and four rationales for its answer."""
+    """VCR. Training mixes two kinds of examples: four answers to a question, and four rationales for its answer."""
 
     Config: ClassVar[type[DatasetConfig]] = VcrConfig
     config: VcrConfig
     extra_words = OBJECT_NAMES
 
     def parts(self, name: str, pair: Pair) -> list[Split]:
-        """Training examples of both kinds; or questions with all their answers and rationales."""
+        """Return training examples of both kinds, or questions with all answers and rationales."""
         if name != "train":
             asked = replace(pair, text=pair.text.of_kind("qar"))
             return [
@@ -132,17 +123,17 @@ class Vcr(DatabaseTask):
         return [ChoiceSplit(self, name, pair, self.chosen(name, pair.text), kind) for kind, pair in pairs]
 
     def open_images(self, paths: DatabasePaths) -> Images:
-        """Ground-truth boxes lie in a database with a fixed number, detected ones in the usual one."""
+        """Open ground-truth boxes with their fixed number, and detected ones as usual."""
         fixed = BoxSelection(fixed=self.config.ground_truth_boxes, compressed=self.config.compressed)
         detected = self.image_database(paths.images[1], self.config.detected_boxes())
         return PairedImageStore(self.image_database(paths.images[0], fixed), detected)
 
     def submission(self, split: str) -> str | None:
-        """Only predictions of all rationales can be submitted."""
+        """Return the format only for splits with all rationales, as submissions need them."""
         return super().submission(split) if split in self.config.all_rationales else None
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best answer and, four by four, the ``probabilities`` of all choices."""
+        """Return the best answer and the ``probabilities`` of all choices, normalised in groups of four."""
         groups = logits.float()[:, 1].reshape(len(batch), -1, CHOICES).softmax(-1)
         scores, answers = groups[:, 0].max(-1)
         columns = (answers.tolist(), scores.tolist(), groups.flatten(1).tolist())
@@ -152,22 +143,22 @@ class Vcr(DatabaseTask):
         ]
 
 
-#: Word-pieces ``[T]`` and their types ``[T]``.
+#: Tokens ``[T]`` and their types ``[T]``.
 Text = tuple[Tensor, Tensor]
 
 
 class Choices:
     """The texts of a question.
 
-    An answer's row is [CLS] question [SEP] answer [SEP]; a rationale's goes on with rationale [SEP].
+    An answer's row is [CLS] question [SEP] answer [SEP]; a rationale's continues with rationale [SEP].
 
     Args:
         split: the split, for its special tokens and for messages.
-        index: the number of the question in the split.
-        fields: what is stored about it.
+        index: index of the question in the split.
+        fields: the stored fields.
 
     Raises:
-        DataError: it does not have four answers and rationales.
+        DataError: the question does not have four answers and rationales.
     """
 
     def __init__(self, split: DatabaseSplit, index: int, fields: Mapping[str, Any]) -> None:
@@ -177,16 +168,16 @@ class Choices:
         self._rationales = self._four("input_ids_rs")
 
     def answers(self) -> list[Text]:
-        """The four answers."""
+        """Return the four answers."""
         return [self._text((self._question, answer), (QUESTION, ANSWER)) for answer in self._answers]
 
     def rationales(self, answer: int) -> list[Text]:
-        """The four rationales after answer number ``answer``."""
+        """Return the four rationales after answer ``answer``."""
         before = (self._question, self._answers[answer])
         return [self._text((*before, rationale), (QUESTION, ANSWER, RATIONALE)) for rationale in self._rationales]
 
     def right(self, name: str) -> int | None:
-        """The number under ``qa_target`` or ``qar_target``; None where it is -1 (test)."""
+        """Return the index in ``qa_target`` or ``qar_target``; None if it is -1 (test)."""
         value = self._split.field(self._fields, name, self._index)
         if type(value) is not int or not -1 <= value < CHOICES:
             raise self._split.unusable(
@@ -195,7 +186,7 @@ class Choices:
         return None if value < 0 else value
 
     def right_answer(self) -> int:
-        """The right answer, where it is needed to ask for its rationale."""
+        """Return the right answer, which rationales refer to."""
         answer = self.right("qa_target")
         if answer is None:
             raise self._split.unusable(
@@ -204,7 +195,7 @@ class Choices:
         return answer
 
     def _text(self, parts: Sequence[Sequence[int]], types: Sequence[int]) -> Text:
-        """[CLS] or [SEP] and the part, for every part; the last [SEP] has the last part's type."""
+        """Join the parts with [CLS] or [SEP] before each; the last [SEP] has the last part's type."""
         words = self._split.words(*parts, index=self._index)
         counts = torch.tensor([len(part) + 1 for part in parts])
         counts[-1] += 1
@@ -227,7 +218,7 @@ def _example(
     right: Sequence[int] | None,
     reference: VcrReference | None = None,
 ) -> Example:
-    """Make an example called ``name`` of a question's image and texts; ``right`` are the numbers of the right ones."""
+    """Build an example from a question's image and texts; ``right`` are the indices of the right choices."""
     features, boxes = split.regions(index)
     words, types = zip(*texts, strict=True)
     target = None if right is None else torch.zeros(len(texts), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""VQA v2 and SNLI-VE on the released databases: soft scores of a fixed list of answers."""
+"""VQA v2 and SNLI-VE on the released databases: soft scores over a fixed list of answers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _LOG = logging.getLogger(__name__)
 
 
 class SoftAnswerSplit(DatabaseSplit):
-    """Questions whose targets are scores of some answers."""
+    """Questions whose targets are scores of answers."""
 
     task: SoftAnswers
 
     def example(self, index: int, fields: Mapping[str, Any]) -> Example:
-        """Make an example; see the base class."""
+        """Build an example with soft targets."""
         features, boxes = self.regions(index)
         words = self.words(self.field(fields, "input_ids", index), index=index)
         target = self._target(fields, index) if self.training or self.stores_answers else None
         return Example(self.ids[index], words, None, features, boxes, target)
 
     def _target(self, fields: Mapping[str, Any], index: int) -> Tensor:
-        """Return the scores ``[labels]``; all 0 for an example without a known answer."""
+        """Return the scores ``[labels]``; all 0 without a known answer."""
         target, places = torch.zeros(self.task.num_labels() or 0), self.task.places(self.pair.text.path)
         stored = len(target) if places is None else len(places)
         given = self.field(fields, "target", index) if self.training else fields.get("target")
@@ -54,7 +54,7 @@ class SoftAnswerSplit(DatabaseSplit):
 
 
 def _are_scores(target: object, answers: int) -> bool:
-    """Whether an example's target is ``{"labels": [...], "scores": [...]}`` of a task with so many answers."""
+    """Return whether a target is ``{"labels": [...], "scores": [...]}`` with labels below ``answers``."""
     match target:
         case {"labels": list(labels), "scores": list(scores)} if len(labels) == len(scores):
             return all(type(label) is int and 0 <= label < answers for label in labels) and all(map(is_score, scores))
@@ -62,7 +62,7 @@ def _are_scores(target: object, answers: int) -> bool:
 
 
 class SoftAnswers(DatabaseTask):
-    """A task whose targets are scores of some of its answers."""
+    """A task whose targets are scores of answers."""
 
     Examples = SoftAnswerSplit
 
@@ -73,15 +73,15 @@ class SoftAnswers(DatabaseTask):
         return list(self.labels)
 
     def places(self, database: Path) -> Tensor | None:
-        """Label of the model for every label of a text database, -1 where it has none; None where they are the same."""
+        """Return the model's label for each label of a text database, -1 without one; None if they are the same."""
         return None
 
     def label_names(self) -> tuple[str, ...]:
-        """The answers."""
+        """Return the answers."""
         return tuple(self.answers)
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best answer of every row and its sigmoid score."""
+        """Return the best answer of every row with its sigmoid score."""
         return best_answers(logits.float().sigmoid(), self.answers)
 
 
@@ -99,7 +99,7 @@ class VqaConfig(DatabaseConfig):
 
 @register_dataset("vqa")
 class Vqa(SoftAnswers):
-    """VQA v2: an answer's score is what the annotators' agreement gives it."""
+    """VQA v2: an answer's score reflects the annotators' agreement."""
 
     Config: ClassVar[type[DatasetConfig]] = VqaConfig
     config: VqaConfig
@@ -113,10 +113,10 @@ class Vqa(SoftAnswers):
 
     @cache  # noqa: B019 (a data set lives as long as its run)
     def places(self, database: Path) -> Tensor | None:
-        """Find the labels by their answers, in what lies beside the examples or is listed; see the base class.
+        """Match labels by their answers, listed with the examples or in ``dataset.answers``.
 
         Raises:
-            DataError: the database's answers are all others than the model's.
+            DataError: the database and the model have no answer in common.
         """
         file = next((file for file in (database / ANSWERS, self._listed) if file.is_file()), None)
         stored = self.answers if file is None else read_answers(file)
@@ -136,11 +136,11 @@ class Vqa(SoftAnswers):
 
     @property
     def _listed(self) -> Path:
-        """The file of the answers that the databases' labels count."""
+        """File of the answers that the databases' labels index."""
         return self.root / plain_path(ANSWERS if self.config.synthetic else self.config.answers)
 
     def save_assets(self, folder: Path) -> None:
-        """Write the answers, and what every task writes."""
+        """Write the answers and the assets of every task."""
         super().save_assets(folder)
         write_json(folder / ANSWERS_FILE, self.answers)
 

@@ -1,7 +1,7 @@
-"""Writers of text and image databases in the format of UNITER and VILLA; the released code reads what they write.
+"""Writers of text and image databases in the format of UNITER and VILLA, which the released code can read.
 
-Both go on where a killed process was: ``has`` tells what is stored already. ``close`` finishes a database; leaving a
-``with`` block by an exception keeps it unfinished, to be gone on with.
+Both resume after a killed process: ``has`` tells whether an entry is stored. ``close`` finishes a database; leaving a
+``with`` block by an exception keeps it unfinished, to be resumed.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from villa.errors import DataError, one_line
 from villa.facts import CHOICES
 from villa.files import atomic_write, fsync, no_space, open_own
 
-#: What was put so far; a folder with it is unfinished.
+#: Journal of the entries so far; its presence marks an unfinished database.
 JOURNAL = "unfinished.jsonl"
-#: Puts, or bytes of values, of a transaction. What is not committed is lost in a kill.
+#: Entries, or bytes, per transaction. Uncommitted entries are lost when the process is killed.
 PUTS, BYTES = 1000, 1 << 26
-#: Size of the memory map to start with; it doubles when it is full (sparse files of terabytes are not for all disks).
+#: Initial size of the memory map; it doubles when full (not all disks support sparse files of terabytes).
 MAP_SIZE = 1 << 26
 LONGEST_KEY = 511
 
 
 class Filling:
-    """Puts values into a new environment, or goes on with an unfinished one.
+    """Puts values into a new environment, or resumes an unfinished one.
 
-    Beside each value it keeps a record (any JSON value) for files that are written in the end. The journal of records
-    is on the disk before the values are, and what it has more than the environment is dropped when it is read again.
+    With each value it keeps a record (any JSON value) for files that are written at the end. The journal of records is
+    flushed to disk before the values; records without a value are dropped on resuming.
 
     Args:
-        folder: folder of the environment; made if missing.
-        header: what is being made; an unfinished environment with another header is refused.
-        puts: puts a transaction.
+        folder: folder of the environment, created if missing.
+        header: description of the database; an unfinished one with another header is refused.
+        puts: entries per transaction.
 
     Attributes:
-        records: record of every key, in the order of their puts.
+        records: record of every key, in insertion order.
 
     Raises:
-        DataError: the folder holds a finished database or one of another header, or another process fills it.
+        DataError: the folder holds a finished database or one with another header, or another process writes to it.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], puts: int = PUTS) -> None:
@@ -79,10 +79,10 @@ class Filling:
             self._open = stack.pop_all()
 
     def put(self, key: str, value: bytes, record: Any) -> None:
-        """Store a value; it is safe from a kill when its transaction is full, or after ``flush``.
+        """Store a value; it is durable once its transaction is full, or after ``flush``.
 
         Raises:
-            DataError: the key is there already or too long, or the disk is full.
+            DataError: the key exists or is too long, or the disk is full.
         """
         encoded = key.encode()
         if key in self.records:
@@ -96,7 +96,7 @@ class Filling:
             self.flush()
 
     def flush(self) -> None:
-        """Bring everything put so far to the disk."""
+        """Commit everything put so far to disk."""
         keys = [key.decode() for key, _ in self._pending]
         try:
             with open_own(self._journal_file, "a") as file:
@@ -109,7 +109,7 @@ class Filling:
         self._pending, self._pending_bytes = [], 0
 
     def finish(self, last: Mapping[str, bytes] | None = None) -> None:
-        """Close the environment as finished, after putting last values without records."""
+        """Put the ``last`` values, without records, and close the environment as finished."""
         self.flush()
         try:
             self._commit([(key.encode(), value) for key, value in (last or {}).items()])
@@ -120,7 +120,7 @@ class Filling:
         self._open.close()
 
     def release(self) -> None:
-        """Close the environment as unfinished: it can be gone on with."""
+        """Close the environment as unfinished, to be resumed."""
         try:
             self.flush()
         finally:
@@ -140,7 +140,7 @@ class Filling:
         if (self.folder / DATA_FILE).exists() and not self._journal_file.exists():
             raise DataError(f"'{self.folder}' holds a finished database; remove it, or give another folder")
         try:
-            if not self._journal_file.exists():  # before the environment: without it that would count as finished
+            if not self._journal_file.exists():  # first: an environment without a journal counts as finished
                 atomic_write(self._journal_file, self._header + "\n")
             for name in (DATA_FILE, LOCK_FILE):  # LMDB would follow a link
                 open_own(self.folder / name).close()
@@ -149,7 +149,7 @@ class Filling:
             raise self._failed(error) from error
 
     def _resume(self) -> None:
-        """Read the journal, without a line that a kill cut off, and drop what the environment lacks."""
+        """Read the journal, except a truncated last line, and drop records without a value."""
         try:
             header, *lines = self._journal_file.read_text(encoding="utf-8").split("\n")[:-1] or [""]
             with self._environment.begin() as transaction:
@@ -171,14 +171,14 @@ class Filling:
 
 
 def _lock(folder: Path) -> int:
-    """Lock a folder against other writers for as long as the returned descriptor is open."""
+    """Lock a folder against other writers while the returned descriptor is open."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise DataError(f"'{folder}' is being written by another process; wait for it") from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system does not support locks
         pass
     return descriptor
 
@@ -188,19 +188,19 @@ def _line(value: Any) -> str:
 
 
 class _Writer:
-    """What both writers share: a database being filled, as a context manager."""
+    """Base of both writers: a database being filled, as a context manager."""
 
     _filling: Filling
 
     def has(self, key: str) -> bool:
-        """Whether an entry is stored already: its caller may skip it."""
+        """Return whether an entry is stored, so that the caller may skip it."""
         return key in self._filling.records
 
     def __len__(self) -> int:
         return len(self._filling.records)
 
     def close(self) -> None:
-        """Write what belongs beside the entries, and finish the database.
+        """Write the files beside the entries, and finish the database.
 
         Raises:
             DataError: the disk is full or cannot be written.
@@ -218,16 +218,16 @@ class _Writer:
 
 
 class TextDatabaseWriter(_Writer):
-    """Writes a text database, or goes on with an unfinished one.
+    """Writes a text database, or resumes an unfinished one.
 
     Args:
-        path: its folder (``vqa_train.db``).
+        path: folder of the database (``vqa_train.db``).
         meta: contents of ``meta.json``: at least CLS, SEP, MASK and v_range.
-        texts_of_images: write ``img2txts.json`` as well (retrieval).
-        puts: entries a transaction.
+        texts_of_images: also write ``img2txts.json`` (retrieval).
+        puts: entries per transaction.
 
     Raises:
-        DataError: ``meta`` lacks something, or the folder holds a finished or another database.
+        DataError: ``meta`` is incomplete, or the folder holds a finished or another database.
     """
 
     def __init__(self, path: Path, meta: Mapping[str, Any], *, texts_of_images: bool = False, puts: int = PUTS) -> None:
@@ -244,22 +244,22 @@ class TextDatabaseWriter(_Writer):
         length: int | Mapping[str, int],
         images: str | list[str] | None = None,
     ) -> None:
-        """Add an example; the order of the calls is that of the data set.
+        """Add an example; the data set keeps the order of the calls.
 
         Args:
-            id: unique within the database.
-            example: what the task reads: ``input_ids`` without [CLS] and [SEP], ``img_fname``, ``target``, ...
-            length: number of word-pieces, or one for each kind (``{"qa": 12, "qar": 20}``, VCR).
-            images: name, or names, of the image in its database; None for tasks without ``txt2img.json``.
+            id: id, unique within the database.
+            example: fields that the task reads: ``input_ids`` without [CLS] and [SEP], ``img_fname``, ``target``, ...
+            length: number of word-pieces, or one per kind (``{"qa": 12, "qar": 20}``, VCR).
+            images: image name or names in the image database; None for tasks without ``txt2img.json``.
 
         Raises:
-            DataError: the id was added already, or the disk is full.
+            DataError: the id exists, or the disk is full.
         """
         value = lz4.frame.compress(msgpack.packb(dict(example), use_bin_type=True))
         self._filling.put(id, value, [dict(length) if isinstance(length, Mapping) else length, images])
 
     def close(self) -> None:
-        """Write ``id2len.json`` (or one for each kind), ``txt2img.json`` and so on, and finish the database."""
+        """Write ``id2len.json`` (or one per kind), ``txt2img.json`` and so on, and finish the database."""
         lengths: dict[str, dict[str, int]] = {}
         images: dict[str, str | list[str]] = {}
         texts: dict[str, list[str]] = {}
@@ -283,16 +283,16 @@ class TextDatabaseWriter(_Writer):
 
 
 class ImageDatabaseWriter(_Writer):
-    """Writes the region features of images for one choice of boxes, or goes on with an unfinished database.
+    """Writes the region features of images for one box selection, or resumes an unfinished database.
 
     Args:
-        folder: folder of the environments of all choices (``coco_train2014``).
-        boxes: the choice.
-        puts: images a transaction.
+        folder: folder of the environments of all box selections (``coco_train2014``).
+        boxes: the box selection.
+        puts: images per transaction.
         allow_empty_boxes: accept boxes without area.
 
     Raises:
-        DataError: the folder holds a finished database for this choice.
+        DataError: the folder holds a finished database for this selection.
     """
 
     def __init__(self, folder: Path, boxes: BoxSelection, *, puts: int = PUTS, allow_empty_boxes: bool = False) -> None:
@@ -309,18 +309,18 @@ class ImageDatabaseWriter(_Writer):
         conf: npt.ArrayLike,
         soft_labels: npt.ArrayLike | None = None,
     ) -> None:
-        """Add an image; its surest boxes are kept, as many as the choice of boxes wants, by falling confidence.
+        """Add an image with its most confident boxes, as many as the selection asks for, by descending confidence.
 
         Args:
-            name: unique within the database (``coco_train2014_000000000009.npz``).
+            name: name, unique within the database (``coco_train2014_000000000009.npz``).
             features: region features ``[R, D]``.
-            norm_bb: boxes ``[R, 6]``: x1, y1, x2, y2, width, height, each divided by the image's.
+            norm_bb: boxes ``[R, 6]``: x1, y1, x2, y2, width, height, normalised by the image size.
             conf: confidences ``[R]``.
             soft_labels: class distributions ``[R, classes]``, column 0 the background.
 
         Raises:
-            DataError: the shapes do not fit, a box or a confidence cannot be, a value is too large for float16, the
-                name was added already, or the disk is full.
+            DataError: shapes do not match, a box or confidence is invalid, a value is too large for float16, the name
+                exists, or the disk is full.
         """
         given = {"features": features, "norm_bb": norm_bb, "conf": conf}
         if soft_labels is not None:
@@ -351,7 +351,7 @@ class ImageDatabaseWriter(_Writer):
 
 
 def _check(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Refuse arrays that are not floats of fitting shapes."""
+    """Check that the arrays are floats of matching shapes."""
     rows = len(arrays["features"]) if arrays["features"].ndim else 0
     forms = {"features": "[R, D]", "norm_bb": "[R, 6]", "conf": "[R]", "soft_labels": "[R, classes]"}
     for key, array in arrays.items():
@@ -364,7 +364,7 @@ def _check(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 
 
 def _msgpack(arrays: Mapping[str, npt.NDArray[np.float16]]) -> bytes:
-    """Pack arrays as the package msgpack-numpy does."""
+    """Pack arrays as msgpack-numpy does."""
     packed = {
         key: {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
         for key, array in arrays.items()
@@ -379,15 +379,15 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
 
 
 def _write_ordered(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON whose order of keys has a meaning."""
+    """Write JSON, preserving the order of keys."""
     atomic_write(path, json.dumps(value, ensure_ascii=False))
 
 
 def vcr_lengths(ids: Mapping[str, Any]) -> dict[str, int]:
-    """Return what ``id2len_qa.json`` and ``id2len_qar.json`` hold for an example, as in the released databases.
+    """Return an example's lengths for ``id2len_qa.json`` and ``id2len_qar.json``, as in the released databases.
 
-    ``qa`` is four times the question with the longest answer, ``qar`` the same and the longest rationale once: sizes
-    for batching and for ``max_txt_len`` (220 in the released recipes), not numbers of word-pieces.
+    ``qa`` is four times the length of the question with the longest answer; ``qar`` adds the longest rationale once.
+    These sizes serve batching and ``max_txt_len`` (220 in the released recipes); they are not numbers of word-pieces.
 
     Args:
         ids: word-piece ids of ``input_ids``, ``input_ids_as`` and ``input_ids_rs``.
