@@ -1,1 +1,1 @@
-"""What happens around updates: logging, evaluation, checkpoints, signals."""
+"""Callbacks around updates: logging, evaluation, checkpoints and signals."""

@@ -1,4 +1,4 @@
-"""Saving checkpoints while training."""
+"""Checkpoints during training, also when a signal ends the run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from villa.engine.loop import Training
 
 
-#: Writes what a process has to write into a folder, and returns a listing of it.
+#: Writes a process's files into a folder and returns their listing.
 _Write = Callable[[Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A checkpoint that is being written: of an update, perhaps the best; ``files`` waits for this process's files."""
+    """A checkpoint being written; ``files`` waits for this process's files."""
 
     update: int
     best: bool
@@ -37,22 +37,22 @@ class _UnderWay:
 
 
 class CheckpointCallback(Callback):
-    """Saves every so many updates, at a new best, at the end, and before a signal ends the run.
+    """Saves at intervals, at a new best, at the end, and before a signal ends the run.
 
-    It stands after every callback whose state it saves.
+    It must come after every callback whose state it saves.
 
     Args:
-        store: where checkpoints go.
-        every: updates between checkpoints; None saves on the other occasions only.
+        store: the run's checkpoints.
+        every: updates between checkpoints; None saves only on the other occasions.
         config_yaml: the resolved recipe, saved beside the weights.
         assets: writes the data set's vocabulary and labels into a folder.
         provenance: fingerprint of the data, versions; saved with the state.
-        sharded: every process writes what it has, instead of the main one all.
-        asynchronous: write copies of the tensors in a thread while training goes on. The next checkpoint, a signal and
-            the end wait for it. Processes agree between updates, never in the thread, that all of them are done.
+        sharded: every process writes its own shard, instead of rank 0 everything.
+        asynchronous: write copies of the tensors in a thread during training. The next checkpoint, a signal and the end
+            wait for it. Processes agree on completion between updates, never in the thread.
 
     Raises:
-        ConfigError: torch is too old for shards.
+        ConfigError: torch is too old for checkpoint shards.
     """
 
     name = "checkpoint"
@@ -73,10 +73,10 @@ class CheckpointCallback(Callback):
         self.sharded, self.asynchronous = sharded, asynchronous
         self._under_way: _UnderWay | None = None
         if sharded:
-            import villa.checkpoints.shards  # noqa: F401 - a torch that is too old is refused now
+            import villa.checkpoints.shards  # noqa: F401 - refuses an old torch now
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Save when it is due; give a checkpoint that is complete its name."""
+        """Save when due; publish a checkpoint once it is complete."""
         progress, processes = training.progress, training.updater.strategy.processes
         periodic = self.every is not None and progress.update % self.every == 0
         is_best = progress.best_update == progress.update
@@ -90,7 +90,7 @@ class CheckpointCallback(Callback):
                 self._finish(processes)
 
     def on_end(self, training: Training) -> None:
-        """After an error, finish what needs no other process: they may be anywhere."""
+        """Finish what needs no communication: after an error, other processes may be anywhere."""
         under_way, self._under_way = self._under_way, None
         processes = training.updater.strategy.processes
         if under_way is None or not processes.is_main:
@@ -99,18 +99,18 @@ class CheckpointCallback(Callback):
             if processes.world_size == 1 or not self.sharded:
                 self.store.publish(under_way.update, under_way.files(), best=under_way.best)
         except CheckpointError as error:
-            print(error, flush=True)  # the other error is the one that ends the run
+            print(error, flush=True)  # another error is already ending the run
         finally:
             self.store.discard(under_way.update)
 
     def _begin(self, training: Training, is_best: bool) -> None:
-        """Collect the state, and let it be written."""
+        """Collect the state and start writing it."""
         update, processes = training.progress.update, training.updater.strategy.processes
         write = self._of_shards(training) if self.sharded else self._of_whole(training)
         if processes.is_main:
             self.store.begin(update, self.config_yaml, self.assets)
         if self.sharded:
-            processes.barrier()  # the folder is there
+            processes.barrier()  # until the folder exists
 
         def run() -> dict[str, Any]:
             with self.store.writing(update):
@@ -120,7 +120,7 @@ class CheckpointCallback(Callback):
         self._under_way = _UnderWay(update, is_best, future.result if future else run, future)
 
     def _of_whole(self, training: Training) -> _Write:
-        """The main process writes the state of all; all put it together."""
+        """Gather the state on rank 0, which writes all of it."""
         strategy = training.updater.strategy
         weights, state = strategy.state_dict(training.model), training.state_dict()
         if not strategy.processes.is_main:
@@ -135,7 +135,7 @@ class CheckpointCallback(Callback):
         return write
 
     def _of_shards(self, training: Training) -> _Write:
-        """Every process writes its part, and the main one what is small."""
+        """Prepare a shard per process; rank 0 also writes the rest of the state."""
         from villa.checkpoints.shards import part_of, split_optimizer, split_trainer
 
         strategy, state = training.updater.strategy, training.state_dict(whole=False)
@@ -156,15 +156,15 @@ class CheckpointCallback(Callback):
         return write
 
     def _written(self, under_way: _UnderWay, processes: Processes) -> bool:
-        """Whether all processes have written their files, or failed to."""
+        """Return whether all processes have written their files, or failed."""
         done = under_way.future is None or under_way.future.done()
         return processes.total([float(done)]) == [processes.world_size]
 
     def _finish(self, processes: Processes) -> None:
-        """Wait for all files, and give the checkpoint its name.
+        """Wait for all files and publish the checkpoint.
 
         Raises:
-            CheckpointError: on all processes, when one could not write its files.
+            CheckpointError: a process could not write its files; raised on all processes.
         """
         under_way, self._under_way = self._under_way, None
         assert under_way is not None
@@ -195,12 +195,12 @@ def _in_thread(run: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
 
 
 class SignalCallback(Callback):
-    """Notes signals from the first update on, and ends the run where ``training.check`` finds one.
+    """Defers signals from the first update on; ``training.check`` ends the run.
 
-    It stands after the checkpoint callback, which saves when ``training.interrupt`` is set.
+    It must come after the checkpoint callback, which saves if ``training.interrupt`` is set.
 
     Args:
-        saving: the checkpoint callback; None saves nothing between two updates.
+        saving: the checkpoint callback; None does not save after an interrupted update.
     """
 
     name = "signals"
@@ -211,20 +211,20 @@ class SignalCallback(Callback):
         self._begun = 0
 
     def on_start(self, training: Training) -> None:
-        """From now on signals wait."""
+        """Start deferring signals."""
         self._begun = training.progress.update
         self._noting.enter_context(deferred())
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """End a run whose evaluation a signal has cut short."""
+        """End a run whose evaluation was interrupted by a signal."""
         if training.interrupt is not None:
             training.check()
 
     def on_interrupt(self, training: Training) -> None:
-        """Have the state saved, unless it is that which the run started with."""
+        """Save the state, unless no update has been done since the start."""
         if self.saving is not None and training.progress.update > self._begun:
             self.saving.on_update_end(training, {})
 
     def on_end(self, training: Training) -> None:
-        """From now on signals end the process wherever it is."""
+        """Stop deferring signals."""
         self._noting.close()

@@ -1,4 +1,4 @@
-"""Evaluation on the way, the best update so far, and early stopping."""
+"""Evaluation during training, the best update so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from villa.trainers.base import Logs
 
 
 class Batches(Protocol):
-    """Gives a split's batches anew."""
+    """Iterates over a split's batches anew with every call."""
 
     def __call__(self, first: bool = False) -> Iterable[Batch | StandIn]:
-        """Return all batches; or the first one alone, of each part where a split has parts."""
+        """Return all batches, or only the first of each part of a mixture."""
 
 
 class EvaluationCallback(Callback):
-    """Evaluates every so many updates and at the end; remembers the best; stops when it stops improving.
+    """Evaluates at intervals and at the end, tracks the best update, and stops when there is no more progress.
 
     Args:
         evaluator: scores the batches.
-        batches: gives the validation split's batches anew.
-        config: how often, which value decides, patience.
-        trackers: get a ``val`` record each time.
+        batches: iterates over the validation split's batches.
+        config: interval, monitored metric and patience.
+        trackers: receive a ``val`` record per evaluation.
         display: shows the values.
     """
 
@@ -51,17 +51,17 @@ class EvaluationCallback(Callback):
         self.values: dict[str, float] = {}
 
     def on_start(self, training: Training) -> None:
-        """Try a batch of every part, so that a metric that cannot read it is found now; stop a run that had stopped.
+        """Evaluate one batch of every part, to find unsuitable metrics early; stop a run that had already stopped.
 
         Raises:
-            ConfigError: no metric gives the monitored value.
-            DataError: the targets are missing, or of a form that the loss or a metric cannot read.
+            ConfigError: no metric has the monitored value.
+            DataError: the targets are missing, or unsuitable for the loss or a metric.
         """
         self._monitored(self.evaluator.evaluate(self.batches(first=True)))
         self._stop_without_patience(training)
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Evaluate when it is due; after a signal, the run that goes on from here does it again."""
+        """Evaluate when due; a run resumed after a signal repeats an interrupted evaluation."""
         progress = training.progress
         due = self.config.every is not None and progress.update % self.config.every == 0
         if not (due or progress.finished):
@@ -77,7 +77,7 @@ class EvaluationCallback(Callback):
         self._stop_without_patience(training)
 
     def state_dict(self) -> dict[str, Any]:
-        """The count towards the patience, and the last values."""
+        """Return the evaluations without progress and the last values."""
         return {"without_improvement": self.without_improvement, "values": dict(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Logging of training values: means over an interval to the trackers, speed to the timing log and the bar."""
+"""Logging of training: interval means to the trackers, speed to the timing log and the progress bar."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from villa.progress import TrainingProgress
 from villa.tracking import Trackers
 from villa.trainers.base import Logs
 
-#: What updates of different labels have in common.
+#: Values shared by updates of all labels.
 _SHARED = ("loss", "gradient_norm")
 
 
 class Means:
-    """Means over an interval's updates, each over the updates that have the value."""
+    """Means over the updates of an interval, each over the updates that have the value."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -26,11 +26,11 @@ class Means:
         self._updates: dict[str, int] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is a value."""
+        """Return whether there are values."""
         return bool(self._counts)
 
     def add(self, logs: Logs, label: str | None) -> None:
-        """Add an update's values; with a label, what all updates share, and everything below the label."""
+        """Add an update's values; with a label, all of them under it, and shared ones also without."""
         if label is None:
             values = dict(logs)
         else:
@@ -42,14 +42,14 @@ class Means:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """Return the means by name, with ``<label>/updates`` for every label, and start anew."""
+        """Return the means by name, with ``<label>/updates`` for every label, and reset them."""
         means = {name: value.item() / self._counts[name] for name, value in self._sums.items()}
         means |= {f"{label}/updates": float(count) for label, count in self._updates.items()}
         self._sums, self._counts, self._updates = {}, {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, and what they are divided by."""
+        """Return the sums and counts."""
         sums = {name: value.item() for name, value in self._sums.items()}
         return {"sums": sums, "counts": dict(self._counts), "updates": dict(self._updates)}
 
@@ -63,7 +63,7 @@ class Means:
 
 
 class Speed:
-    """Examples a second over an interval, and those of each label. A resumed run starts anew: times are no results."""
+    """Examples per second over an interval, in total and by label. Not saved: a resumed run starts afresh."""
 
     def __init__(self) -> None:
         self._before = (0.0, 0.0, 0)
@@ -72,7 +72,7 @@ class Speed:
         self._waited = 0.0
 
     def add(self, busy: float, waited: float, examples: int, label: str | None) -> None:
-        """Take in how the totals stand after an update: seconds of work, seconds of waiting for data, examples."""
+        """Record the totals after an update: seconds of work, seconds of waiting for data, examples."""
         old_busy, old_waited, old_examples = self._before
         self._before = (busy, waited, examples)
         self._waited += waited - old_waited
@@ -82,7 +82,7 @@ class Speed:
             self._examples[prefix] = self._examples.get(prefix, 0) + examples - old_examples
 
     def take(self) -> dict[str, float]:
-        """Return ``examples_per_second`` (also by label) and ``data_wait``, a share in [0, 1]; start anew."""
+        """Return ``examples_per_second`` (also by label) and ``data_wait``, a share in [0, 1]; reset both."""
         seconds = {prefix: max(value, 1e-9) for prefix, value in self._seconds.items()}
         speeds = {f"{p}examples_per_second": self._examples[p] / seconds[p] for p in seconds}
         share = self._waited / seconds.get("", 1e-9)
@@ -91,14 +91,13 @@ class Speed:
 
 
 class LoggingCallback(Callback):
-    """Writes a ``train`` record (deterministic) and a ``timing`` record (not) every so many updates.
+    """Writes a ``train`` record (deterministic) and a ``timing`` record (not) at intervals.
 
-    A value is the mean over the interval's updates that have it. Where updates have labels (the objectives of a
-    mixture), a record holds each label's values and number of ``updates``, and for all of them ``loss`` and
-    ``gradient_norm`` alone.
+    Values are means over the interval's updates that have them. If updates have labels (the objectives of a mixture),
+    a record holds each label's values and number of ``updates``, and overall only ``loss`` and ``gradient_norm``.
 
     Args:
-        trackers: where records go.
+        trackers: receive the records.
         progress: the progress display.
         every: updates between records.
     """
@@ -115,7 +114,7 @@ class LoggingCallback(Callback):
         self.progress.start(training.progress.update)
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Add up the update's values; write them when it is due."""
+        """Accumulate the update's values; write them when due."""
         label = training.stream.label
         self._means.add(logs, label)
         self._speed.add(training.seconds, training.stream.waited, training.examples, label)
@@ -123,7 +122,7 @@ class LoggingCallback(Callback):
             self.write(training)
 
     def write(self, training: Training) -> None:
-        """Write the means since the last record, if there were updates."""
+        """Write the means since the last record, if there are any."""
         if not self._means:
             return
         update = training.progress.update
@@ -135,15 +134,15 @@ class LoggingCallback(Callback):
         self.progress.advance(update, {**means, **timing}, best=training.progress.best)
 
     def on_end(self, training: Training) -> None:
-        """Close the display and the trackers' buffers."""
+        """Close the progress display."""
         self.progress.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """The means of the present interval so far, and where the log files stand."""
+        """Return the means of the current interval and the positions in the log files."""
         return {"means": self._means.state_dict(), "trackers": self.trackers.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict()``; later records are taken back from the log."""
+        """Restore ``state_dict()``, truncating later records in the log."""
         self._means.load_state_dict(state["means"])
         self.trackers.load_state_dict(state["trackers"])
 
@@ -151,11 +150,11 @@ class LoggingCallback(Callback):
 class LastIntervalCallback(Callback):
     """Writes the records of an interval that early stopping cuts short.
 
-    It stands after the callback that stops the run and before the one that saves checkpoints, so that a stopped run
-    that is resumed has them already.
+    It must come after the callback that stops the run and before the one that saves checkpoints, so that a resumed run
+    does not write them again.
 
     Args:
-        logging: has the values.
+        logging: callback with the values.
     """
 
     name = "last_interval"
@@ -164,6 +163,6 @@ class LastIntervalCallback(Callback):
         self.logging = logging
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Write when the run is stopped."""
+        """Write the records if the run has been stopped."""
         if training.progress.stopped is not None:
             self.logging.write(training)
