@@ -22,7 +22,7 @@ class Perturbation:
         delta: the value that the next pass adds; None before the first pass.
         relative_size: mean over rows of ||delta|| / ||embedding|| in the last pass (l2).
         gradient_norm: mean over rows of the gradient's norm, set by the ascent step.
-        frozen: whether the perturbation requires no gradient.
+        frozen: whether the perturbation needs no gradient.
     """
 
     def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:

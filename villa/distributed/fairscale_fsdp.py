@@ -96,7 +96,7 @@ class Unit(FullyShardedDataParallel):  # type: ignore[misc] # fairscale has no t
         super()._post_backward_hook(param)
 
     def _register_pre_backward_hooks(self, outputs: Any) -> Any:
-        """Pass all outputs through one gate, so that parameters are gathered once, before any gradient."""
+        """Gate all outputs, so that the backward pass first gathers the parameters, once."""
         if not torch.is_grad_enabled():
             return outputs
         gated, entrances = _through_gate(outputs)

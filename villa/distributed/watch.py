@@ -26,7 +26,7 @@ from villa.errors import ConfigError, ConnectionLostError
 _GRACE = 10.0
 #: Seconds that a process has to identify itself.
 _HELLO = 60.0
-#: Seconds between checks whether rank 0 is done, and the longest line in bytes.
+#: Seconds between checks of whether rank 0 is done, and the longest line in bytes.
 _LOOK, _LINE = 0.2, 4096
 _KEY = "watch"
 
@@ -63,7 +63,7 @@ class Watch:
         store: the shared store.
 
     Raises:
-        OSError: rank 0 cannot be reached; on rank 0: processes have not connected, with their ranks.
+        OSError: rank 0 cannot be reached; or, on rank 0, processes have not connected (the message gives their ranks).
         RuntimeError: the store cannot be read.
     """
 

@@ -162,7 +162,7 @@ def within_memory(model: str) -> Iterator[None]:
 
 
 def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> Model:
-    """Build the model with fresh weights or those of ``model.checkpoint``; ``load_model`` loads the rest later."""
+    """Build the model with fresh weights or those of ``model.checkpoint``; a run's checkpoint is loaded afterwards."""
     kind: type[Model] = MODELS.get(config.model.name)
     if assets is not None:
         return kind.restore(config.model, data.facts(), assets)
