@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_files import WriteJson
 
-from villa.convert import entries as scanner
-from villa.convert.annotations import count_gqa, gqa_answers, read_gqa
-from villa.convert.entries import read_entries
+from villa.convert import annotations as scanner
+from villa.convert.annotations import count_gqa, gqa_answers, read_entries, read_gqa
 from villa.errors import DataError
 
 QUESTIONS = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from villa.distributed.blocks import separate_blocks
 from villa.distributed.data_parallel import copy_from_main
-from villa.distributed.fairscale_base import FairscaleStrategy
+from villa.distributed.fairscale_sdp import FairscaleStrategy
 from villa.errors import ConfigError
 from villa.models.base import Model
 
