@@ -52,7 +52,7 @@ class Epoch(Sequence[Update]):
         return Epoch(Ragged(np.concatenate([ours.values, theirs.values])[: bounds[-1]], bounds), self.passes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Epoch) and (self.batches, self.passes) == (other.batches, other.passes)
+        return isinstance(other, Epoch) and [*self] == [*other]
 
     __hash__ = None  # type: ignore[assignment]
 

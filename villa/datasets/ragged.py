@@ -60,13 +60,6 @@ class Ragged:
         sums: Integers = np.concatenate([[0], np.cumsum(numbers)])
         return sums[self.bounds[1:]] - sums[self.bounds[:-1]]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ragged) and (
-            np.array_equal(self.values, other.values) and np.array_equal(self.bounds, other.bounds)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 class Lists:
     """Short lists of numbers that are added one by one; without bounds while all are equally long.
