@@ -78,10 +78,10 @@ class Lists:
 
     def append(self, values: Collection[float]) -> None:
         """Add a list."""
-        if not self._count:
-            self._size = len(values)
-        elif len(values) != self._size and not self._bounds:
-            self._bounds.extend(self._size * number for number in range(self._count + 1))
+        if not self._bounds and len(values) != self._size:
+            if self._count:
+                self._bounds.extend(self._size * number for number in range(self._count + 1))
+            self._size = len(values)  # of the first list
         self.values.extend(values)
         self._count += 1
         if self._bounds:

@@ -51,7 +51,7 @@ class AnnotatedSplit(Split):
         self._words, self._answered = words, False
         self._texts = Lists("B")
         self._names: dict[str, int] = {}
-        self._images = Lists()
+        self._images = array("i")
         self._scored, self._scores = array("i"), Lists("f")
         for file in files:
             self._read(file)
@@ -118,7 +118,8 @@ class AnnotatedSplit(Split):
         return self._texts.values[self._texts.places(index)].tobytes().decode()
 
     def _names_of(self, index: int) -> list[str]:
-        return [self._image_names[number] for number in self._images[index]]
+        each = len(self.image_fields)
+        return [self._image_names[number] for number in self._images[index * each : (index + 1) * each]]
 
     def _target(self, index: int) -> int | Tensor:
         return self.target(dict(zip(self._scored[self._scores.places(index)], self._scores[index], strict=True)))
@@ -144,8 +145,9 @@ class AnnotatedSplit(Split):
         known.add(str(id))
         self.ids.append(str(id))
         self._texts.append(array("B", text_field(record, "sent", where).encode()))
-        names = [text_field(record, field, where) for field in self.image_fields]
-        self._images.append([self._names.setdefault(name, len(self._names)) for name in names])
+        for field in self.image_fields:
+            name = text_field(record, field, where)
+            self._images.append(self._names.setdefault(name, len(self._names)))
         scores = self.scores(record["label"], where) if self._answered else {}
         self._scored.extend(scores)
         self._scores.append(scores.values())
