@@ -57,7 +57,7 @@ def test_an_epoch_takes_no_more_than_a_few_bytes_an_example(batch: BatchConfig) 
     epoch = sampler.epoch(0)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(epoch.order) == count
+    assert len(epoch.batches.values) == count
     assert kept < 5 * count  # 4 for the index; lists of Python's integers take 40
     assert peak < 24 * count
 

@@ -15,7 +15,8 @@ import pytest
 from villa.datasets.own import split as jsonl_split
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.own.records import JsonLines
-from villa.datasets.own.split import JsonlSplit, Lists
+from villa.datasets.own.split import JsonlSplit
+from villa.datasets.ragged import Lists
 from villa.datasets.stores import files_digest
 from villa.datasets.text import encode_texts
 from villa.errors import DataError

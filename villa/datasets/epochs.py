@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from villa.config.schema import BatchConfig
+from villa.datasets.ragged import Ragged
 from villa.errors import ConfigError
 from villa.rng import derive_seed
 
@@ -23,16 +23,15 @@ class Epoch(Sequence[Update]):
     """The updates of an epoch; lists are created on access.
 
     Args:
-        order: indices of examples ``[E]`` in training order.
-        parts: start of each micro-batch in ``order``, and the end of the last: ``[P + 1]``.
-        passes: micro-batches per update; the last update may have fewer.
+        batches: the micro-batches, of indices of examples, in the order in which they are trained on.
+        passes: micro-batches of an update; the last update may have fewer.
     """
 
-    def __init__(self, order: Indices, parts: Indices, passes: int) -> None:
-        self.order, self.parts, self.passes = order, parts, passes
+    def __init__(self, batches: Ragged, passes: int) -> None:
+        self.batches, self.passes = batches, passes
 
     def __len__(self) -> int:
-        return math.ceil((len(self.parts) - 1) / self.passes)
+        return math.ceil(len(self.batches) / self.passes)
 
     @overload
     def __getitem__(self, index: int) -> Update: ...
@@ -44,20 +43,16 @@ class Epoch(Sequence[Update]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         first = range(len(self))[index] * self.passes  # IndexError if out of range
-        ends = self.parts[first : first + self.passes + 1].tolist()
-        items = self.order[ends[0] : ends[-1]].tolist()
-        return [items[start - ends[0] : end - ends[0]] for start, end in pairwise(ends)]
+        return self.batches.rows(first, first + self.passes)
 
     def followed_by(self, other: Epoch, most: int) -> Epoch:
         """Return these micro-batches followed by another epoch's, ``most`` in all."""
-        parts = np.concatenate([self.parts, self.parts[-1] + other.parts[1:]])[: most + 1]
-        return Epoch(np.concatenate([self.order, other.order])[: parts[-1]], parts, self.passes)
+        ours, theirs = self.batches, other.batches
+        bounds = np.concatenate([ours.bounds, ours.bounds[-1] + theirs.bounds[1:]])[: most + 1]
+        return Epoch(Ragged(np.concatenate([ours.values, theirs.values])[: bounds[-1]], bounds), self.passes)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Epoch) and all(
-            np.array_equal(ours, theirs)
-            for ours, theirs in ((self.order, other.order), (self.parts, other.parts), (self.passes, other.passes))
-        )
+        return isinstance(other, Epoch) and [*self] == [*other]
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -86,7 +81,7 @@ def cut_by_examples(order: Indices, size: int, passes: int, drop_last: bool) -> 
     if rest and not drop_last:
         last = _even(rest, math.ceil(rest / math.ceil(size / passes)))
         parts = np.concatenate([parts, whole * size + last])
-    return Epoch(order[: parts[-1]], parts, passes)
+    return Epoch(Ragged(order[: parts[-1]], parts), passes)
 
 
 def cut_by_tokens(
@@ -105,7 +100,7 @@ def cut_by_tokens(
     batches = _token_batches(order, lengths, budget, batch)
     drawn = [batches[index] for index in random.permutation(len(batches)).tolist()]
     parts = np.cumsum([0, *map(len, drawn)])
-    return Epoch(np.concatenate(drawn) if drawn else order[:0], parts, passes)
+    return Epoch(Ragged(np.concatenate(drawn) if drawn else order[:0], parts), passes)
 
 
 def _even(count: int, parts: int) -> Indices:

@@ -166,7 +166,7 @@ class UpdateSampler(Sampler):
                 f"batch.{unit}={self.size} is not reachable: the whole training split has {available} {unit}, "
                 "so an update is one epoch"
             )
-        if self.batch.drop_last and (left := self.count - len(self.epoch(0).order)):
+        if self.batch.drop_last and (left := self.count - len(self.epoch(0).batches.values)):
             found.append(f"batch.drop_last leaves out {left:,} of {self.count:,} examples in every epoch")
         asked = self.batch.per_pass
         if asked is not None and asked < self.size and asked != self.per_pass:
@@ -180,7 +180,7 @@ class UpdateSampler(Sampler):
         random = np.random.default_rng(derive_seed("updates", self.seed, epoch))
         cut = self._cut_once(random)
         # As in the released pre-training loop, an update that is longer than an epoch continues into the next.
-        while self.batch.sampler == "released" and len(cut.parts) - 1 < self.passes:
+        while self.batch.sampler == "released" and len(cut.batches) < self.passes:
             cut = cut.followed_by(self._cut_once(random), self.passes)
         return cut
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from villa.datasets.ragged import Ragged
 from villa.datasets.uniter import index
-from villa.datasets.uniter.index import Built, Names, Ragged, cached, find, hashes_of, in_order, refuse_twice
+from villa.datasets.uniter.index import Built, Names, cached, find, hashes_of, in_order, refuse_twice
 
 SCHEMA = pa.schema([("name", pa.string()), ("number", pa.int32())])
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))

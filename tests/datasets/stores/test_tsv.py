@@ -224,6 +224,13 @@ def test_a_file_replaced_under_an_open_index_is_noticed(path: Path, images: Arra
         file["img_1"]
 
 
+def test_a_file_that_is_gone_when_it_is_read_is_named_with_the_line(path: Path) -> None:
+    file = TsvFile(path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train_obj36\.tsv:2: cannot be read \(No such file or directory\); check the"):
+        file["img_1"]
+
+
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read '.*nowhere\.tsv'"):
         TsvFile(tmp_path / "nowhere.tsv")

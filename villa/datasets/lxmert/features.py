@@ -7,14 +7,13 @@ import binascii
 import hashlib
 import json
 import logging
-import os
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
 from villa.datasets.cache import cache_root
+from villa.datasets.lines import LineFile
 from villa.errors import DataError, one_line
 from villa.files import locked, regular_file, write_json
 from villa.progress import Display
@@ -166,7 +166,7 @@ LONGEST_LINE = 1 << 29
 _MIB = 1 << 20
 
 
-class TsvFile:
+class TsvFile(LineFile):
     """The images of a feature file by name.
 
     Line offsets are stored in villa's cache folder (``$VILLA_CACHE``), so that the feature file is scanned once and
@@ -185,28 +185,16 @@ class TsvFile:
     """
 
     def __init__(self, path: Path, *, allow_empty_boxes: bool = False) -> None:
-        self.path = path
+        index = _index(path)
+        super().__init__(path, array("q", [*index["starts"], index["size"]]))
         self._allow_empty = allow_empty_boxes
-        self._file: BinaryIO | None = None
-        index = self._index()
         self.dim: int = index["dim"]
         self._names: list[str] = index["names"]
-        self._bounds, self._regions = array("q", [*index["starts"], self._size]), array("i", index["regions"])
+        self._regions = array("i", index["regions"])
         self._places = {name: place for place, name in enumerate(self._names)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # an open file cannot be pickled
-
-    def __del__(self) -> None:
-        file: BinaryIO | None = getattr(self, "_file", None)  # missing if indexing failed
-        if file is not None:
-            file.close()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -224,50 +212,18 @@ class TsvFile:
         """
         place = self._places[name]
         try:
-            found, features, boxes = read_regions(self._line(place), allow_empty=self._allow_empty)
+            line = self._read(place, *self._bounds[place : place + 2])
+            found, features, boxes = read_regions(line, allow_empty=self._allow_empty)
         except ValueError as error:
             raise _unusable(self.path, place + 1, str(error)) from error
         if found != name or features.shape != (self._regions[place], self.dim):
             raise _unusable(self.path, place + 1, "the file has changed since it was indexed; start the run again")
         return torch.from_numpy(features), torch.from_numpy(boxes)
 
-    def _line(self, place: int) -> bytes:
-        """Read a line, without memory-mapping: truncation of a mapped file would kill the process."""
-        start, end = self._bounds[place : place + 2]
-        try:
-            if self._file is None:
-                self._file = self.path.open("rb", buffering=0)
-            return os.pread(self._file.fileno(), end - start, start)
-        except OSError as error:
-            raise DataError(f"cannot read '{self.path}' ({one_line(error)}); check the disk") from error
-
     def fingerprint(self) -> str:
         """Return a hash of names, offsets and numbers of regions, equal on all machines with the same data."""
         rows = [self._names, self._bounds[:-1].tolist(), self._regions.tolist(), self.dim]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
-
-    def _index(self) -> dict[str, Any]:
-        """Read the index file, or create it."""
-        try:
-            stat = regular_file(self.path)
-        except OSError as error:
-            raise DataError(f"cannot read '{self.path}' ({error.strerror}); mend the path") from error
-        self._size = stat.st_size
-        described = {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
-        place = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
-        file = cache_root(None) / "tsv" / f"{self.path.stem}-{place}.json"
-        index = _stored(file, described)
-        if index is not None:
-            return index
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with locked(file.with_suffix(".lock")):
-                index = _stored(file, described) or described | _scan(self.path, stat.st_size)
-                write_json(file, index)
-        except OSError as error:
-            logger.warning("the index of %s is not kept: %s", self.path, error.strerror or error)
-            index = index or described | _scan(self.path, stat.st_size)
-        return index
 
 
 class TsvStore:
@@ -326,6 +282,29 @@ class TsvStore:
 
     def _holder(self, name: str) -> TsvFile:
         return next(file for file in self.files if name in file)
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """Read the index file, or create it."""
+    try:
+        stat = regular_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read '{path}' ({error.strerror}); mend the path") from error
+    described = {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    file = cache_root(None) / "tsv" / f"{path.stem}-{place}.json"
+    index = _stored(file, described)
+    if index is not None:
+        return index
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_suffix(".lock")):
+            index = _stored(file, described) or described | _scan(path, stat.st_size)
+            write_json(file, index)
+    except OSError as error:
+        logger.warning("the index of %s is not kept: %s", path, error.strerror or error)
+        index = index or described | _scan(path, stat.st_size)
+    return index
 
 
 def _stored(file: Path, described: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from villa.datasets.base import Example, Split
 from villa.datasets.lxmert.features import TsvStore
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.own.records import text_field
+from villa.datasets.ragged import Lists
 from villa.datasets.text import CutTexts
 from villa.errors import DataError, about
 from villa.files import read_json
@@ -48,10 +49,10 @@ class AnnotatedSplit(Split):
         self.store, self.labels = store, labels
         self.ids: list[str] = []
         self._words, self._answered = words, False
-        self._texts, self._text_ends = bytearray(), array("q", [0])
+        self._texts = Lists("B")
         self._names: dict[str, int] = {}
         self._images = array("i")
-        self._scored, self._scores, self._score_ends = array("i"), array("f"), array("q", [0])
+        self._scored, self._scores = array("i"), Lists("f")
         for file in files:
             self._read(file)
         self._image_names = list(self._names)
@@ -114,15 +115,14 @@ class AnnotatedSplit(Split):
 
     def text(self, index: int) -> str:
         """Return the question or sentence of an example."""
-        return self._texts[self._text_ends[index] : self._text_ends[index + 1]].decode()
+        return self._texts.values[self._texts.places(index)].tobytes().decode()
 
     def _names_of(self, index: int) -> list[str]:
         each = len(self.image_fields)
         return [self._image_names[number] for number in self._images[index * each : (index + 1) * each]]
 
     def _target(self, index: int) -> int | Tensor:
-        places = slice(self._score_ends[index], self._score_ends[index + 1])
-        return self.target(dict(zip(self._scored[places], self._scores[places], strict=True)))
+        return self.target(dict(zip(self._scored[self._scores.places(index)], self._scores[index], strict=True)))
 
     def _read(self, file: Path) -> None:
         records = read_records(file)
@@ -144,15 +144,13 @@ class AnnotatedSplit(Split):
             raise DataError(f"{where} has {has} label, but the first record has {first}; give all of a split one")
         known.add(str(id))
         self.ids.append(str(id))
-        self._texts += text_field(record, "sent", where).encode()
-        self._text_ends.append(len(self._texts))
+        self._texts.append(array("B", text_field(record, "sent", where).encode()))
         for field in self.image_fields:
             name = text_field(record, field, where)
             self._images.append(self._names.setdefault(name, len(self._names)))
         scores = self.scores(record["label"], where) if self._answered else {}
         self._scored.extend(scores)
-        self._scores.extend(scores.values())
-        self._score_ends.append(len(self._scored))
+        self._scores.append(scores.values())
 
 
 class QuestionSplit(AnnotatedSplit):

@@ -1,145 +1,17 @@
-"""Records (JSON objects of a user's questions): their fields, and files of lines read by index."""
+"""Records (JSON objects of a user's questions): their fields, and files of them that are read by index."""
 
 from __future__ import annotations
 
-import os
-import weakref
-from array import array
-from bisect import bisect_right
-from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-
-import numpy as np
+from typing import Any, Literal
 
 from villa.datasets.base import plain_answer
+from villa.datasets.lines import TextLines
 from villa.errors import DataError
 from villa.json_values import is_number, is_score, parse_json
-
-#: Maximum length of a line in bytes, so that a file without line ends does not exhaust memory.
-LONGEST_LINE = 1 << 26
-#: Bytes per read when scanning for lines, and lines that are read together.
-_BLOCK, _TOGETHER = 1 << 20, 256
-#: Whether a byte is white space for ``bytes.strip``.
-_WHITE = np.array([not bytes([code]).strip() for code in range(256)])
-
-
-class LineFile:
-    """The non-blank lines of a file.
-
-    Lines are read on demand by offset, so that a file truncated meanwhile is an error, not a crash. The object can be
-    sent to forked and spawned workers.
-
-    Args:
-        path: the file; UTF-8, with or without a byte-order mark.
-
-    Raises:
-        DataError: the file cannot be read, or a line is too long.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._name = path, str(path)
-        self._file: int | None = None
-        self._starts, self._end = array("q"), 0
-        # For each gap of blank lines: the first record after it, and the number of blank lines so far.
-        self._behind, self._blank = array("q", [0]), array("q", [0])
-        try:
-            if path.exists() and not (
-                path.is_file() or path.is_dir()
-            ):  # a pipe has no offsets, a device may have no end
-                raise DataError(f"'{path}' is no regular file; write the lines to one")
-            with path.open("rb", buffering=0) as file:
-                self._scan(file)
-        except (OSError, ValueError) as error:  # ValueError: no possible path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise DataError(f"cannot read '{path}' ({reason}); mend the path") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # an open file cannot be pickled
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def line(self, index: int) -> bytes:
-        """Read a line without its line end."""
-        start = self._starts[index]
-        end = self._starts[index + 1] if index + 1 < len(self) else self._end
-        return self._read(index, start, min(end, start + LONGEST_LINE + 1)).partition(b"\n")[0]
-
-    def lines(self) -> Iterator[bytes]:
-        """Yield all lines in order without their line ends, reading several at a time."""
-        for first in range(0, len(self), _TOGETHER):
-            bounds = self._starts[first : first + _TOGETHER + 1]
-            if len(bounds) <= _TOGETHER:
-                bounds.append(self._end)
-            if bounds[-1] - bounds[0] > LONGEST_LINE:
-                yield from map(self.line, range(first, first + len(bounds) - 1))
-                continue
-            data = self._read(first, bounds[0], bounds[-1])
-            whole = data.removesuffix(b"\n").split(b"\n")
-            if len(whole) == len(bounds) - 1:  # no blank lines among them
-                yield from whole
-                continue
-            for start, end in pairwise(bound - bounds[0] for bound in bounds):
-                yield data[start:end].partition(b"\n")[0]
-
-    def number(self, index: int) -> int:
-        """Return the line number in the file, from 1, blank lines included."""
-        if len(self._behind) == 1:  # the usual case
-            return index + 1
-        return index + 1 + self._blank[bisect_right(self._behind, index) - 1]
-
-    def where(self, index: int) -> str:
-        """Return ``file:line``, for messages."""
-        return f"{self._name}:{self.number(index)}"
-
-    def _read(self, index: int, start: int, end: int) -> bytes:
-        try:
-            if self._file is None:
-                self._file = os.open(self.path, os.O_RDONLY)
-                weakref.finalize(self, os.close, self._file)
-            return os.pread(self._file, end - start, start)
-        except OSError as error:
-            raise DataError(f"{self.where(index)}: cannot be read ({error.strerror}); mend the path") from error
-
-    def _scan(self, file: BinaryIO) -> None:
-        """Scan the file for lines."""
-        self._end = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-        file.seek(self._end)
-        rest, number = b"", 0
-        while block := file.read(max(_BLOCK, len(rest))):
-            data = rest + block
-            whole = data.rfind(b"\n") + 1
-            number += self._add(data[:whole], number)
-            rest = data[whole:]
-            if len(rest) > LONGEST_LINE:
-                raise DataError(
-                    f"{self.path}:{number + 1}: the line has more than {LONGEST_LINE:,} bytes; write one object a line"
-                )
-        self._add(rest, number)
-
-    def _add(self, data: bytes, number: int) -> int:
-        """Add the lines of ``data``, which follow ``number`` others; return how many there are."""
-        codes = np.frombuffer(data, np.uint8)
-        begins = np.append(0, np.flatnonzero(codes == ord("\n")) + 1)
-        ends = begins[1:] if data.endswith(b"\n") or not data else np.append(begins[1:], len(data))
-        begins = begins[: len(ends)]
-        blank = _WHITE[codes[begins]]
-        for row in np.flatnonzero(blank).tolist():
-            blank[row] = not data[begins[row] : ends[row]].strip()
-        kept = np.flatnonzero(~blank)
-        records = len(self) + np.arange(len(kept))
-        left_out = kept + number - records
-        (changes,) = np.nonzero(np.diff(left_out, prepend=self._blank[-1]))
-        self._behind.frombytes(records[changes].tobytes())
-        self._blank.frombytes(left_out[changes].tobytes())
-        self._starts.frombytes((begins[kept] + self._end).tobytes())
-        self._end += len(data)
-        return len(begins)
-
 
 #: Source of the regions: the grid of the image, a feature file, whole images, or none (text only).
 Regions = Literal["grid", "files", "pixels", "none"]
@@ -154,7 +26,7 @@ TEXT_FIELDS = ("question", "text")
 FULL_AGREEMENT = 3
 
 
-class JsonLines(LineFile):
+class JsonLines(TextLines):
     """The objects of a JSON-lines file by index; blank lines are skipped.
 
     Args:

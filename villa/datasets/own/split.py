@@ -18,6 +18,7 @@ from villa.datasets.base import Example, Split
 from villa.datasets.own.assets import Assets
 from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import JsonLines, answer_scores, record_files, record_id, record_texts
+from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
 from villa.datasets.stores import SourceFiles, Sources
 from villa.datasets.text import CutTexts
@@ -25,8 +26,6 @@ from villa.errors import DataError, about
 from villa.progress import track
 
 logger = logging.getLogger(__name__)
-
-Numbers = npt.NDArray[np.integer]
 
 
 class JsonlSplit(Split):
@@ -126,7 +125,7 @@ class JsonlSplit(Split):
         """Return how many texts are truncated."""
         return self._cut.warnings()
 
-    def image_lengths(self, images: Iterable[int]) -> Numbers:
+    def image_lengths(self, images: Iterable[int]) -> Integers:
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
@@ -193,50 +192,10 @@ class JsonlSplit(Split):
         return target
 
 
-class Lists:
-    """A compact sequence of short lists of numbers; without bounds while all are equally long."""
-
-    def __init__(self) -> None:
-        self._values, self._ends = array("i"), array("q")
-        self._count, self._size = 0, 0
-
-    def append(self, values: Sequence[int]) -> None:
-        """Add a list."""
-        if not (values or self._values):
-            self._count += 1
-            return
-        self._size = self._size if self._count else len(values)
-        if not self._ends and len(values) != self._size:
-            self._ends.extend(self._size * number for number in range(1, self._count + 1))
-        self._values.extend(values)
-        self._count += 1
-        if self._ends or len(values) != self._size:
-            self._ends.append(len(self._values))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[int, ...]:
-        if self._ends:
-            return tuple(self._values[self._ends[index - 1] if index else 0 : self._ends[index]])
-        return tuple(self._values[self._size * index : self._size * (index + 1)])
-
-    def sums(self, of: Callable[[Iterable[int]], Numbers]) -> Numbers:
-        """Return for each list the sum of its numbers' values, ``[N]``; ``of`` maps 0, 1, ... to values."""
-        values = np.frombuffer(self._values, np.int32)
-        if not len(values):
-            return np.zeros(self._count, np.int32)
-        found = of(range(int(values.max()) + 1))[values]
-        if not self._ends:
-            summed: Numbers = found.reshape(-1, self._size).sum(1, dtype=np.int32)
-            return summed
-        return np.diff(np.append(0, np.cumsum(found))[self._ends], prepend=0)
-
-
 class _Lengths(Sequence[int]):
     """Text lengths plus numbers of regions, which are looked up on access, or all at once as an array."""
 
-    def __init__(self, texts: array[int], images: Lists, regions: Callable[[Iterable[int]], Numbers]) -> None:
+    def __init__(self, texts: array[int], images: Lists, regions: Callable[[Iterable[int]], Integers]) -> None:
         self._texts, self._images, self._regions = texts, images, regions
 
     def __len__(self) -> int:
@@ -248,7 +207,7 @@ class _Lengths(Sequence[int]):
         place = range(len(self))[index]
         return self._texts[place] + int(self._regions(self._images[place]).sum())
 
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Numbers:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Integers:
         texts = np.frombuffer(self._texts, np.int32)
         return (texts + self._images.sums(self._regions)).astype(dtype or np.int32)
 

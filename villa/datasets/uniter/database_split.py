@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from villa.datasets.base import DatasetConfig, Example, Split
+from villa.datasets.ragged import Integers, Ragged
 from villa.datasets.samplers import Lengths
 from villa.datasets.uniter.image_lmdb import ImageStore, PairedImageStore
-from villa.datasets.uniter.index import Built, Column, Integers, Names, Ragged, cached, find
+from villa.datasets.uniter.index import Built, Column, Names, cached, find
 from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import DataError
 from villa.files import regular_file

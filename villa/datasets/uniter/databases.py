@@ -19,12 +19,12 @@ from villa.datasets.base import DatasetConfig, Split
 from villa.datasets.epochs import check_fraction, share_rows
 from villa.datasets.names import text_facts
 from villa.datasets.paths import SPLITS, DatabasePaths, describe_missing
+from villa.datasets.ragged import Integers
 from villa.datasets.released import ReleasedFilesConfig, ReleasedFilesTask
 from villa.datasets.synthetic.overlay import SMALL
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
 from villa.datasets.uniter.image_lmdb import ImageStore
-from villa.datasets.uniter.index import Integers
 from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import ConfigError, DataError, MissingDataError
 from villa.facts import DataFacts

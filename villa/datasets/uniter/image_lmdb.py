@@ -19,19 +19,9 @@ from torch import Tensor
 
 from villa.datasets.boxes import check_boxes, check_confidences, check_features, sampled
 from villa.datasets.checksums import SUFFIX, check_sizes
+from villa.datasets.ragged import Integers
 from villa.datasets.uniter.box_selection import BoxSelection, Rows, surest
-from villa.datasets.uniter.index import (
-    Built,
-    Column,
-    Integers,
-    Names,
-    cached,
-    find,
-    hashes_of,
-    in_order,
-    mix,
-    numbers_of,
-)
+from villa.datasets.uniter.index import Built, Column, Names, cached, find, hashes_of, in_order, mix, numbers_of
 from villa.datasets.uniter.json_tables import (
     NAME,
     NUMBER,

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from villa.datasets.cache import cache_root
+from villa.datasets.ragged import Integers
 from villa.files import locked, regular_file, replacing
 from villa.mapped_files import name_damaged_files
 
 logger = logging.getLogger(__name__)
 
-Integers = npt.NDArray[np.integer[Any]]
 Hashes = npt.NDArray[np.uint64]
 Column: TypeAlias = pa.ChunkedArray
 Built: TypeAlias = Iterable[pa.Table]
@@ -85,48 +85,6 @@ class Names(Sequence[str]):
     def take(self, rows: Integers) -> Names:
         """Return the strings with these numbers; the column is shared."""
         return Names(self.column, rows if self.rows is None else self.rows[rows])
-
-
-class Ragged:
-    """Rows of varying length.
-
-    Args:
-        values: concatenated values of all rows ``[M]``.
-        bounds: start of each row, and the end of the last ``[N + 1]``.
-    """
-
-    def __init__(self, values: Integers, bounds: Integers) -> None:
-        self.values, self.bounds = values, bounds
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def __getitem__(self, row: int) -> list[int]:
-        values: list[int] = self.values[self.bounds[row] : self.bounds[row + 1]].tolist()
-        return values
-
-    @property
-    def sizes(self) -> Integers:
-        """Length of each row ``[N]``."""
-        return np.diff(self.bounds)
-
-    def take(self, rows: Integers) -> Ragged:
-        """Return these rows, without a copy if they are all rows in order."""
-        if len(rows) == len(self) and (rows == np.arange(len(rows), dtype=rows.dtype)).all():
-            return self
-        sizes = self.sizes[rows]
-        bounds = np.zeros(len(rows) + 1, self.bounds.dtype)
-        np.cumsum(sizes, out=bounds[1:])
-        places = np.repeat(self.bounds[rows] - bounds[:-1], sizes)
-        places += np.arange(len(places), dtype=places.dtype)
-        return Ragged(self.values[places], bounds)
-
-    def sums(self, numbers: Integers) -> Integers:
-        """Sum numbers ``[M]``, one per value, within each row ``[N]``."""
-        if len(self.values) == len(self) and (self.sizes == 1).all():
-            return numbers
-        sums: Integers = np.concatenate([[0], np.cumsum(numbers)])
-        return sums[self.bounds[1:]] - sums[self.bounds[:-1]]
 
 
 def in_order(rows: Integers, count: int) -> Integers:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from villa.datasets.uniter.index import CHUNK, LARGE, Built, Column, Integers, cached, refuse_twice
+from villa.datasets.ragged import Integers
+from villa.datasets.uniter.index import CHUNK, LARGE, Built, Column, cached, refuse_twice
 from villa.progress import track
 
 #: Bytes read at a time, and the longest entry in bytes.

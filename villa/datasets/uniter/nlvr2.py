@@ -10,9 +10,9 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.base import DatasetConfig, Example, best_answers
+from villa.datasets.ragged import Ragged
 from villa.datasets.uniter.database_split import DatabaseSplit
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
-from villa.datasets.uniter.index import Ragged
 from villa.errors import DataError
 from villa.registry import register_dataset
 

@@ -19,11 +19,12 @@ from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
+from villa.datasets.ragged import Integers
 from villa.datasets.samplers import MixedSampler, MixtureShare, Sampler
 from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Pair
 from villa.datasets.uniter.databases import DatabaseTask
 from villa.datasets.uniter.image_lmdb import PairedImageStore
-from villa.datasets.uniter.index import Integers, in_order
+from villa.datasets.uniter.index import in_order
 from villa.datasets.uniter.vcr import ANSWER, QUESTION, RATIONALE, Choices
 from villa.errors import DataError
 from villa.objectives import OBJECTIVES

@@ -14,12 +14,13 @@ from villa.batch import Batch
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.paths import DatabasePaths
+from villa.datasets.ragged import Integers, Ragged
 from villa.datasets.synthetic.overlay import SMALL_REFERRING
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.uniter.image_lmdb import ImageStore
-from villa.datasets.uniter.index import Integers, Names, Ragged
+from villa.datasets.uniter.index import Names
 from villa.errors import ConfigError, DataError
 from villa.facts import RegionReference
 from villa.json_values import is_number

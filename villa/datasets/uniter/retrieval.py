@@ -16,12 +16,12 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split
+from villa.datasets.ragged import Integers, Ragged
 from villa.datasets.samplers import Lengths
 from villa.datasets.synthetic.overlay import SMALL_RETRIEVAL
 from villa.datasets.uniter.database_split import DatabaseSplit, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.uniter.image_lmdb import ImageStore
-from villa.datasets.uniter.index import Integers, Ragged
 from villa.errors import ConfigError, DataError
 from villa.facts import RetrievalReference
 from villa.registry import register_dataset

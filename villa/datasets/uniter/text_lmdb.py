@@ -19,8 +19,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from villa.datasets.checksums import SUFFIX, check_sizes
+from villa.datasets.ragged import Integers
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer
-from villa.datasets.uniter.index import Column, Integers, Names, bytes_of, numbers_of
+from villa.datasets.uniter.index import Column, Names, bytes_of, numbers_of
 from villa.datasets.uniter.json_tables import (
     UNREADABLE,
     NamedImages,

@@ -13,12 +13,12 @@ from villa.batch import Batch
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, Example, Split
 from villa.datasets.paths import SPLITS, DatabasePaths
+from villa.datasets.ragged import Integers
 from villa.datasets.synthetic.overlay import SMALL_VCR
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import DatabaseSplit, Images, Pair
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
 from villa.datasets.uniter.image_lmdb import PairedImageStore
-from villa.datasets.uniter.index import Integers
 from villa.errors import ConfigError
 from villa.facts import CHOICES, VcrReference
 from villa.registry import register_dataset
