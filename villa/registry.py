@@ -143,7 +143,7 @@ METRICS: Registry[Any] = Registry(
         "pair_retrieval": "villa.evaluation.retrieval",
         "referring": "villa.evaluation.metrics",
         "retrieval": "villa.evaluation.retrieval",
-        "vcr": "villa.evaluation.vcr",
+        "vcr": "villa.evaluation.metrics",
     },
 )
 OPTIMIZERS: Registry[Any] = Registry(

@@ -5,7 +5,7 @@ import torch
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.vcr import VcrAccuracy, given_answer
+from villa.evaluation.metrics import VcrAccuracy, given_answer
 from villa.facts import VcrReference
 from villa.models.base import ModelOutput
 

@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     for notice in (notice for stage in stages for notice in stage.notices):
         print(f"villa_run: {notice}", file=sys.stderr)
     if options.perturbation_points:
-        from villa.planning.points import describe_points
+        from villa.planning.dry_run import describe_points
 
         return show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
     if options.dry_run:
