@@ -97,7 +97,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_every_built_in_can_be_imported(kind: str) -> None:
     registry = REGISTRIES[kind]
-    for name in registry.names():
+    for name in registry._builtin:  # other tests register plug-ins
         cls = registry.get(name)
         assert issubclass(cls, registry.base)
         assert cls.__doc__, f"{name} has no documentation to list"
