@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,7 +49,9 @@ def run_command(name: str, action: Callable[[], int]) -> int:
         try:
             with interruptible():
                 return _reported(name, action)
-        except Interrupted as interrupted:
+        except Interrupted as interrupted:  # sent before the action began, or while its error was reported
+            with suppress(KeyboardInterrupt):
+                print(f"ended by {interrupted}", flush=True)
             return interrupted.exit_code
         except KeyboardInterrupt:
             return _INTERRUPTED

@@ -322,3 +322,15 @@ def test_signals_while_another_is_reported_show_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_signal_that_waited_for_the_command_to_begin_is_reported() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from villa.command import run_command\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os._exit(run_command('villa_run', lambda: time.sleep(5)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "ended by SIGTERM\n", "")
