@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from villa.errors import ConfigError, MissingDataError, StorageError, VillaError
-from villa.files import plain_path
+from villa.files import no_space, plain_path
 from villa.mapped_files import name_damaged_files
 from villa.signals import Interrupted, interruptible
 from villa.streams import is_broken_pipe, lasting, unprinted
@@ -67,8 +67,6 @@ def _reported(name: str, action: Callable[[], int]) -> int:
         print(f"ended by {interrupted}", flush=True)
         return interrupted.exit_code
     except Exception as error:
-        from villa.files import no_space
-
         full = no_space(error)
         if full is None:
             raise

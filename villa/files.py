@@ -113,6 +113,11 @@ def regular_file(path: Path) -> os.stat_result:
     return found
 
 
+def is_endless(path: Path) -> bool:
+    """Say whether a path is a pipe, socket or device, reading which may never end."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
     """Refuse to download the URLs of a stored recipe, which is not trusted, unless the user gives them too.
 

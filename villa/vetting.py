@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from villa.errors import CheckpointError
+from villa.files import is_endless
 
 # Kernels are compiled code from the hub, loaded for some architectures without being asked for.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
@@ -280,7 +281,7 @@ _READERS: dict[str, Callable[[Values, Path], tuple[Values, list[str]]]] = {
 
 
 def _refuse_pipes(folder: Path) -> None:
-    found = (path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir()))
+    found = filter(is_endless, folder.iterdir())
     if (path := next(found, None)) is not None:
         raise CheckpointError(f"'{path}' is a pipe, socket or device, not a file; remove it, or copy the folder again")
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from villa.errors import DataError
+from villa.files import is_endless
 
 #: Maximum length of a line in bytes, so that a file without line ends does not exhaust memory.
 LONGEST_LINE = 1 << 26
@@ -81,7 +82,7 @@ class TextLines(LineFile):
         # For each gap of blank lines: the first line after it, and the number of blank lines so far.
         self._behind, self._blank = array("q", [0]), array("q", [0])
         try:
-            if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, or a device that may have no end
+            if is_endless(path):
                 raise DataError(f"'{path}' is no regular file; write the lines to one")
             with path.open("rb", buffering=0) as file:
                 self._scan(file)

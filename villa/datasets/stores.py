@@ -23,6 +23,9 @@ from villa.files import plain_path, regular_file
 #: Relative paths that ``plain_path`` and ``Path`` leave as they are.
 _PLAIN = re.compile(r"[^/.~:\0][^/:\0]*(?:/[^/.:\0][^/:\0]*)*")
 
+#: Files that are listed without an index.
+_FEW = 10_000
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -50,7 +53,7 @@ class ImageSource:
 
 
 class SourceFiles(Sequence[ImageSource]):
-    """A sequence of source files, at some 40 bytes each.
+    """A sequence of source files; of many, at some 40 bytes each.
 
     Args:
         folder: folder that the names are relative to.
@@ -117,9 +120,12 @@ class Sources:
 
     def build(self) -> SourceFiles:
         """Return the collected files."""
-        from villa.datasets.uniter.index import Names  # slow to import
+        names: Sequence[str] = list(self._places)
+        if len(names) > _FEW:
+            from villa.datasets.uniter.index import Names  # slow to import
 
-        return SourceFiles(self.folder, Names.of(self._places), self._mentions[:], self._where)
+            names = Names.of(names)
+        return SourceFiles(self.folder, names, self._mentions[:], self._where)
 
     def _plain(self, name: str, mention: int) -> str:
         """Normalise a name: ``./a`` to ``a``."""

@@ -46,6 +46,20 @@ def separate_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: block for name, block in blocks.items() if not shared.intersection(block.parameters())}
 
 
+def _required_blocks(model: nn.Module, option: str, use: str) -> dict[str, nn.Module]:
+    """Return the blocks that an option of ``distributed`` needs.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise ConfigError(
+            f"distributed.{option}: {type(model).__name__} has no list of layers that could {use}; set it to false"
+        )
+    return blocks
+
+
 def checkpoint_activations(model: Model, contexts: _Contexts = noop_context_fn) -> None:
     """Checkpoint the activations of every block: recompute it in the backward pass, with the same dropout.
 
@@ -56,12 +70,7 @@ def checkpoint_activations(model: Model, contexts: _Contexts = noop_context_fn) 
     Raises:
         ConfigError: the model has no blocks, or is perturbed within one.
     """
-    blocks = repeated_blocks(model)
-    if not blocks:
-        raise ConfigError(
-            f"distributed.activation_checkpointing: {type(model).__name__} has no list of layers that could "
-            "be computed twice; set it to false"
-        )
+    blocks = _required_blocks(model, "activation_checkpointing", "be computed twice")
     for modality, point in model.perturbation_points().items():
         if any(f"{point.module}.".startswith(f"{name}.") for name in blocks):
             raise ConfigError(
@@ -125,11 +134,7 @@ def compile_blocks(model: Model) -> None:
     Raises:
         ConfigError: the model has no blocks, or this machine cannot compile.
     """
-    blocks = repeated_blocks(model)
-    if not blocks:
-        raise ConfigError(
-            f"distributed.compile: {type(model).__name__} has no list of layers that could be compiled; set it to false"
-        )
+    blocks = _required_blocks(model, "compile", "be compiled")
     _try(next(model.parameters()).device)
     for block in blocks.values():
         setattr(block, "forward", torch.compile(block.forward, **_OPTIONS))  # noqa: B010 - a method to mypy

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from villa.config.schema import RunConfig
+from villa.config.validate import TRAINING_RUNS
 from villa.datasets.base import TaskDataset
 from villa.engine.run_folder import is_finished, refuse_used
-from villa.engine.train import train
 from villa.errors import about
 from villa.registry import DATASETS
 
@@ -19,7 +19,7 @@ def run(config: RunConfig) -> int:
     Raises:
         VillaError: the recipe, data or checkpoints cannot be used.
     """
-    if config.run_type in ("train", "train_val_test"):
+    if config.run_type in TRAINING_RUNS:
         from villa.engine.train import train
 
         return train(config)
@@ -52,7 +52,7 @@ def run_stages(configs: Sequence[RunConfig]) -> int:
         if number not in waiting:
             continue
         with about(f"stage {number}"):
-            code = train(config)
+            code = run(config)
         if code:
             return code
     return 0

@@ -76,8 +76,6 @@ def derived(initial: InitialRows, weights: Mapping[str, Tensor]) -> tuple[dict[s
     return made, notes
 
 
-__all__ = ["LoadReport", "load_weights"]
-
 Weights = dict[str, Tensor]
 #: Parameters that a file may lack, with the tensor and rows that initialise them instead:
 #: ``{"rank_output.bias": ("itm_output.bias", (1,))}``.

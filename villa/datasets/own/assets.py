@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
+from villa.checkpoints.layout import ASSETS, OWN
 from villa.checkpoints.transformers_folder import is_hub_name, is_transformers_folder, stored_config
 from villa.checkpoints.weight_files import FOLDER_FILES
 from villa.datasets.names import image_reading, pixel_reading, text_facts
@@ -186,13 +187,13 @@ def assets_beside(source: str) -> Path | None:
     """Return the assets folder of a checkpoint or saved folder, if there is one."""
     path = Path(source).expanduser()
     folder = path.parent if path.name in FOLDER_FILES else path
-    places = (folder / "villa" / "assets", folder / "assets")
-    return next((place for place in places if (place / "dataset.json").is_file()), None)
+    places = (folder / OWN / ASSETS, folder / ASSETS)
+    return next((place for place in places if (place / META_FILE).is_file()), None)
 
 
 def _of_assets(assets: Path) -> DataFacts:
     """Return the facts that a data set saved beside a checkpoint."""
-    kept = _json(assets / "dataset.json")
+    kept = _json(assets / META_FILE)
     kept = kept if isinstance(kept, dict) else {}
     if "regions" in kept:
         try:
@@ -201,7 +202,7 @@ def _of_assets(assets: Path) -> DataFacts:
             return DataFacts()
         return replace(facts, vocab_size=None, reading={**facts.reading, **_scaled(assets, kept["regions"])})
     facts = _of_tokenizer(assets) if (assets / TOKENIZER_FILE).is_file() else DataFacts()
-    answers, tokens, reading = _json(assets / "answers.json"), kept.get("tokens"), kept.get("reading")
+    answers, tokens, reading = _json(assets / ANSWERS_FILE), kept.get("tokens"), kept.get("reading")
     labels = answers if answers is not None else kept.get("labels")
     named = {"tokenizer": kept["tokenizer"]} if isinstance(kept.get("tokenizer"), str) else {}
     return replace(

@@ -29,6 +29,8 @@ from villa.errors import ConfigError, DataError
 from villa.files import locked, no_space, sha256
 from villa.progress import track
 
+logger = logging.getLogger(__name__)
+
 #: Stride of the network's last feature map in pixels.
 STRIDE = 32
 #: Batch size of the network.
@@ -156,9 +158,6 @@ def _all_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-logger = logging.getLogger(__name__)
 
 
 class GridStore(RegionStore):

@@ -69,13 +69,7 @@ def write_lxmert(task: str, examples: int, root: Path) -> None:
 
 def _question(world: World, split: str, number: int, features: BinaryIO) -> Record:
     """Return a question for the kind or colour of an image's object, or whether it is of some kind."""
-    thing = world.thing()
-    shown = thing.kind if world.below(2) else world.other_kind(thing.kind)
-    question, answer = [
-        ("what is it ?", KINDS[thing.kind]),
-        ("which colour is it ?", COLOURS[thing.colour]),
-        (f"is it a {KINDS[shown]} ?", "yes" if shown == thing.kind else "no"),
-    ][world.below(3)]
+    thing, question, answer = world.question()
     name = f"{split}_{number}"
     _add_image(features, name, world, thing)
     id = 1_000_000 * (1 + SPLITS.index(split)) + number

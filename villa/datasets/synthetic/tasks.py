@@ -131,13 +131,7 @@ def write_databases(task: str, examples: int, root: Path) -> None:
 
 def _write_vqa(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
     for number in range(count):
-        thing = world.thing()
-        shown = thing.kind if world.below(2) else world.other_kind(thing.kind)
-        question, answer = [
-            ("what is it ?", KINDS[thing.kind]),
-            ("which colour is it ?", COLOURS[thing.colour]),
-            (f"is it a {KINDS[shown]} ?", "yes" if shown == thing.kind else "no"),
-        ][world.below(3)]
+        thing, question, answer = world.question()
         target = {"labels": [_LABELS[answer]], "scores": [1.0]}
         # Question ids of VQA are numbers, unique across splits.
         id = str(1_000_000 * (1 + SPLITS.index(split)) + number)

@@ -111,6 +111,17 @@ class World:
         """Draw another kind."""
         return (kind + 1 + self.below(len(KINDS) - 1)) % len(KINDS)
 
+    def question(self) -> tuple[Thing, str, str]:
+        """Draw a thing, a question about its kind or colour, or whether it is of some kind, and the answer."""
+        thing = self.thing()
+        shown = thing.kind if self.below(2) else self.other_kind(thing.kind)
+        question, answer = [
+            ("what is it ?", KINDS[thing.kind]),
+            ("which colour is it ?", COLOURS[thing.colour]),
+            (f"is it a {KINDS[shown]} ?", "yes" if shown == thing.kind else "no"),
+        ][self.below(3)]
+        return thing, question, answer
+
     def number_of_regions(self) -> int:
         """Draw the number of regions of an image."""
         return int(self.random.integers(REGIONS[0], REGIONS[1] + 1))
