@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from villa.adversarial.ascent import AscentSettings
@@ -99,8 +101,8 @@ class AscendingVilla(VillaTrainer):
             found.append({modality: delta.delta.clone() for modality, delta in deltas.items()})
         return found
 
-    def move(self, perturbations: dict[str, Perturbation], passes: Passes, step: int) -> None:  # type: ignore[override]
+    def move(self, perturbations: Mapping[str, Perturbation], gradient_scale: float, step: int) -> None:
         """Keep what VILLA's own ascent has led to."""
-        super().move(perturbations, passes, step)
+        super().move(perturbations, gradient_scale, step)
         if step + 1 < self.config.steps:
             self.own.append({m: p.delta.detach().clone() for m, p in perturbations.items()})

@@ -18,10 +18,10 @@ from villa.trainers.base import Trainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
 _ASCENTS, _METHODS = (
-    ("text", "image", "both", "alternating", "bf16", "fp16"),
+    ("text", "image", "both", "alternating", "merged", "bf16", "fp16"),
     ("smart", "sam", "awp", "elsewhere", "averaging"),
 )
-_OPTIONS = ("both", "smart_without_dropout")
+_OPTIONS = ("both", "merged", "smart_without_dropout")
 #: Strategies with their options, the type of the weights under each, and the cases that are tried.
 STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
     "ddp": ({}, torch.float64, (*_ASCENTS, *_METHODS, "overflowing")),
@@ -47,6 +47,7 @@ ASCENTS: dict[str, tuple[VillaConfig, dict[str, Any]]] = {
     "text": (villa(modality="text"), {"count": 3}),
     "image": (villa(modality="image", clean_logits="detached"), {"count": 2}),
     "alternating": (villa(modality="alternating"), {"count": 2}),
+    "merged": (villa(modality="alternating", init="zero", dropout="shared"), {"count": 3}),
     # A weight of 1, so that bf16 and fp16 round the same gradients.
     "bf16": (villa(modality="both"), {"count": 2, "precision": "bf16", "accumulation": "sum", "dtype": torch.float32}),
     "fp16": (villa(modality="both"), {"count": 2, "precision": "fp16", "accumulation": "sum", "dtype": torch.float32}),

@@ -42,6 +42,9 @@ TRAINERS_TRIED: dict[str, dict[str, Any]] = {
     "villa_both": {**_VILLA, "modality": "both", "steps": 2},
     "villa_alternating": {**_VILLA, "modality": "alternating", "steps": 2},
     "villa_both_detached": {**_VILLA, "modality": "both", "clean_logits": "detached", "dropout": "shared"},
+    # The clean pass is the first of both views.
+    "villa_merged": {**_VILLA, "modality": "alternating", "init": "zero", "dropout": "shared"},
+    "villa_merged_detached": {**_VILLA, "init": "zero", "clean_logits": "detached", "dropout": "shared"},
 }
 
 #: Name of a case to its trainer, the number of micro-batches of an update, and other options of ``run``.

@@ -39,8 +39,17 @@ def score(model: AverageModel, batch: Batch, text: Tensor, image: Tensor) -> Ten
 @pytest.mark.parametrize("clean_logits", ["attached", "detached"])
 @pytest.mark.parametrize("clean_loss", [True, False])
 @pytest.mark.parametrize(("norm", "reduction", "average"), [("l2", "batchmean", False), ("linf", "mean", True)])
+@pytest.mark.parametrize("dropout", ["fresh", "shared"])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_gradients_and_perturbations_equal_the_loop_without_hooks(
-    modality: Any, clean_logits: Any, clean_loss: bool, norm: Any, reduction: Any, average: bool
+    modality: Any,
+    clean_logits: Any,
+    clean_loss: bool,
+    norm: Any,
+    reduction: Any,
+    average: bool,
+    dropout: Any,
+    steps: int,
 ) -> None:
     config = VillaConfig(
         **OPTIONS,
@@ -51,6 +60,8 @@ def test_gradients_and_perturbations_equal_the_loop_without_hooks(
         kl_reduction=reduction,
         average_views=average,
         init="zero",
+        dropout=dropout,
+        steps=steps,
     )
     model, batch = tiny_model(), tiny_batch()
     widths = {"text": model.words.embedding_dim, "image": model.regions.in_features}
@@ -60,15 +71,24 @@ def test_gradients_and_perturbations_equal_the_loop_without_hooks(
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-11, atol=1e-13)
     views = 2 if modality == "alternating" else 1
+    merged = dropout == "shared"  # the clean pass is the first of every view
     for t, step in enumerate(used):
-        mine = {m: d for v in range(views) for m, d in passes.used[1 + t * views + v].items()}
+        taken = range(1 + (t - merged) * views, 1 + (t - merged + 1) * views) if t or not merged else [0]
+        mine = {m: d for place in taken for m, d in passes.used[place].items()}
         assert mine.keys() == step.keys()
         for m in step:
             torch.testing.assert_close(mine[m], step[m], rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("config", [VillaConfig(), VillaConfig(modality="text"), VillaConfig(clean_loss=False)])
-def test_the_clean_graph_is_back_propagated_once_and_cost_counts_the_passes(config: VillaConfig) -> None:
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("fast", [{}, {"init": "zero", "dropout": "shared"}, {"init_scale": 0.0, "dropout": "shared"}])
+@pytest.mark.parametrize(
+    "config", [VillaConfig(), VillaConfig(modality="text"), VillaConfig(clean_loss=False), VillaConfig(steps=1)]
+)
+def test_the_clean_graph_is_back_propagated_once_and_cost_counts_the_passes(
+    config: VillaConfig, fast: dict[str, Any], detached: bool
+) -> None:
+    config = replace(config, **fast, clean_logits="detached" if detached else "attached")
     model, batch = tiny_model(), tiny_batch()
     counts = {"forward": 0, "backward": 0}
     model.head.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
@@ -76,7 +96,8 @@ def test_the_clean_graph_is_back_propagated_once_and_cost_counts_the_passes(conf
     trainer = VillaTrainer(config)
     passes = RecordingPasses(model)
     trainer.step(batch, passes)
-    assert (counts["forward"], counts["backward"]) == trainer.cost()
+    forwards, backwards, *ascents = trainer.cost()
+    assert (counts["forward"], counts["backward"]) == (forwards, backwards + sum(ascents))
     assert passes.backwards == [False] * (len(passes.backwards) - 1) + [True]
 
 
@@ -86,6 +107,36 @@ def test_relative_cost_of_the_papers_settings() -> None:
     assert text.relative_cost() == 4  # 12 forward-equivalents to 3
     assert alternating.relative_cost() == 7  # 21 to 3
     assert VillaTrainer(VillaConfig(modality="text", clean_logits="detached", clean_loss=False)).cost() == (4, 3)
+
+
+@pytest.mark.parametrize("clean_logits", ["attached", "detached"])
+@pytest.mark.parametrize("modality", ["both", "alternating"])
+def test_merged_passes_log_and_train_what_separate_passes_with_the_same_masks_do(
+    modality: Any, clean_logits: Any
+) -> None:
+    results, logs = [], []
+    options = VillaConfig(**OPTIONS, modality=modality, clean_logits=clean_logits, init="zero", dropout="shared")
+    for merged in (True, False):
+        model = tiny_model()
+        model.head.insert(1, torch.nn.Dropout(0.5))
+        trainer = VillaTrainer(options)
+        assert trainer.merged
+        trainer.merged = merged
+        logs.append(trainer.step(tiny_batch(), RecordingPasses(model)))
+        results.append(gradients(model))
+    assert logs[0].keys() == logs[1].keys()
+    for ours, theirs in (logs, results):
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("modality", "attached", "detached"), [("text", 10, 9), ("both", 10, 9), ("alternating", 16, 15)]
+)
+def test_relative_cost_if_the_first_passes_are_the_clean_one(modality: Any, attached: int, detached: int) -> None:
+    config = VillaConfig(modality=modality, init="zero", dropout="shared")
+    assert VillaTrainer(config).relative_cost() == pytest.approx(attached / 3)
+    assert VillaTrainer(replace(config, clean_logits="detached")).relative_cost() == pytest.approx(detached / 3)
 
 
 def test_one_step_of_freelb_from_zero_is_standard_training() -> None:
@@ -142,9 +193,9 @@ def test_shared_dropout_repeats_the_masks_and_fresh_dropout_does_not() -> None:
         model = tiny_model()
         model.head.insert(1, torch.nn.Dropout(0.5))
         passes = RecordingPasses(model)
-        config = VillaConfig(modality="text", init="zero", dropout=dropout)  # type: ignore[arg-type]
+        config = VillaConfig(modality="text", init="zero", dropout=dropout, text_step_size=0)  # type: ignore[arg-type]
         VillaTrainer(config).step(batch, passes)
-        clean, first = passes.outputs[0].logits, passes.outputs[1].logits  # the first perturbation is zero
+        clean, first = passes.outputs[0].logits, passes.outputs[1].logits  # all perturbations are zero
         assert torch.equal(clean, first) is equal
 
 

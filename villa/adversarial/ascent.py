@@ -41,6 +41,11 @@ class AscentSettings:
     mask_padding: bool = True
     fp32_gradient: bool = False
 
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the initial perturbation is zero."""
+        return self.init == "zero" or self.init_scale == 0
+
 
 def row_norm(values: Tensor, norm: Norm) -> Tensor:
     """Return the norm of every row, shaped ``[rows, 1, ...]`` for broadcasting."""
@@ -66,7 +71,7 @@ def initialise(like: Tensor, settings: AscentSettings, mask: Tensor | None, seed
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     delta = torch.zeros(like.shape, dtype=dtype, device=like.device)
-    if settings.init == "zero" or settings.init_scale == 0:
+    if settings.starts_at_zero:
         return delta
     source = torch.Generator(device=like.device).manual_seed(seed)
     if settings.init == "uniform":

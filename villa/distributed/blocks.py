@@ -6,7 +6,7 @@ Perturbations are added before the blocks, so that recomputation does not add th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -105,13 +105,29 @@ def _in_equal_modes(
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return contexts in which the recomputation runs modules in the modes (dropout or not) of the first pass."""
     first, second = contexts()
-    return first, _both(modes([(module, module.training) for module in block.modules()]), second)
+    return first, _Recomputation([(module, module.training) for module in block.modules()], second)
 
 
-@contextmanager
-def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
-        yield
+class _Recomputation(AbstractContextManager[None]):
+    """The context of a block's recomputation, entered in each backward pass through a retained graph.
+
+    Args:
+        given: modules and their modes.
+        inner: another context, which may be entered more than once.
+    """
+
+    def __init__(self, given: Sequence[tuple[nn.Module, bool]], inner: AbstractContextManager[Any]) -> None:
+        self._given, self._inner = given, inner
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(modes(self._given))
+            stack.enter_context(self._inner)
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 def _is_stack(module: nn.Module) -> bool:

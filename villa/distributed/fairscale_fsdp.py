@@ -242,12 +242,12 @@ class FairscaleFullySharded(FairscaleStrategy):
             yield
             self._finish_reduction()
 
-    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``inputs``, keeping fairscale's hooks from expecting parameter gradients."""
         if not self._units:
-            return super().gradient(loss, inputs)
+            return super().gradient(loss, inputs, retain=retain)
         with self._units[-1].no_sync(), self._units[-1].without_parameters():
-            found = super().gradient(loss, inputs)
+            found = super().gradient(loss, inputs, retain=retain)
         self.put_away()
         return found
 

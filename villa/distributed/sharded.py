@@ -52,12 +52,12 @@ class Sharded(SharedStrategy):
             self._model.set_is_last_backward(summed)
         yield
 
-    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``inputs`` without reducing any."""
         if self._model is not None:
             self._model.set_requires_gradient_sync(False)
             self._model.set_is_last_backward(False)
-        return super().gradient(loss, inputs)
+        return super().gradient(loss, inputs, retain=retain)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Return the global gradient norm as a plain tensor."""

@@ -77,12 +77,17 @@ class Strategy:
         """
         return nullcontext()
 
-    def gradient(self, loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> tuple[Tensor | None, ...]:
         """Return the gradients of a loss with respect to ``inputs`` alone, None where it does not depend on one.
 
         Gradients of parameters are neither computed nor changed nor sent; processes communicate parameters at most.
+
+        Args:
+            loss: the loss.
+            inputs: leaves of its graph.
+            retain: keep the graph for a backward pass.
         """
-        return torch.autograd.grad(loss, inputs, allow_unused=True)
+        return torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Return the global norm of the reduced gradients."""

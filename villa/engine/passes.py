@@ -157,11 +157,11 @@ class ModelPasses:
         """Return the loss's divergence between perturbed and clean predictions."""
         return self.loss_function.consistency(output, clean, batch, reduction)
 
-    def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
+    def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation], *, retain: bool = False) -> None:
         """Set the gradient of ``loss`` on perturbations alone; see ``villa.trainers.base.Passes``."""
         deltas = [perturbation.trained() for perturbation in perturbations.values()]
         scale = self.precision.loss_scale
-        gradients = self.strategy.gradient(loss * scale if scale != 1.0 else loss, deltas)
+        gradients = self.strategy.gradient(loss * scale if scale != 1.0 else loss, deltas, retain=retain)
         if self._turn.own:
             self.losses.append((self._place, loss.detach()))
         for modality, delta, gradient in zip(perturbations, deltas, gradients, strict=True):

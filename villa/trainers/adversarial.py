@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -125,16 +126,28 @@ class AdversarialTrainer(Trainer):
             perturbation.frozen = self.config.steps == 1
         return made
 
+    @cached_property
+    def merged(self) -> bool:
+        """Whether the first pass of every view is the clean pass: zero perturbations, the same dropout masks."""
+        same = self.config.dropout == "shared"
+        return same and all(self.config.ascent(modality).starts_at_zero for modality in self.modalities())
+
     def pass_index(self, index: int) -> int:
         """Return the index that selects the dropout masks of pass ``index`` (0: the clean pass)."""
         return 0 if self.config.dropout == "shared" else index
 
-    def move(self, perturbations: Mapping[str, Perturbation], passes: Passes, step: int) -> None:
-        """Take the ascent step after pass ``step``; freeze the perturbations before the last pass."""
+    def move(self, perturbations: Mapping[str, Perturbation], gradient_scale: float, step: int) -> None:
+        """Take the ascent step after pass ``step``; freeze the perturbations before the last pass.
+
+        Args:
+            perturbations: by modality, with gradients.
+            gradient_scale: factor on these gradients.
+            step: number of the pass, from 0.
+        """
         if step + 1 == self.config.steps:
             return
         for perturbation in perturbations.values():
-            perturbation.ascend(passes.gradient_scale)
+            perturbation.ascend(gradient_scale)
             perturbation.frozen = step + 2 == self.config.steps
 
 

@@ -69,13 +69,18 @@ class Passes(Protocol):
     def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
         """Return the loss's divergence between perturbed and clean predictions."""
 
-    def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation]) -> None:
+    def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation], *, retain: bool = False) -> None:
         """Set the gradient of a loss on perturbations alone, for ``perturbation.ascend()`` to step along.
 
         It is the gradient of ``loss`` itself, without loss scale and micro-batch weight, and is not summed over
         processes. Gradients of parameters do not change; they are not computed at all, which saves about a third of the
-        pass. Each perturbation must have been added by the forward pass of the loss, whose graph is freed. An fp16
-        overflow skips the update and lowers the loss scale; other non-finite gradients are treated as in ``backward``.
+        pass. Each perturbation must have been added by the forward pass of the loss. An fp16 overflow skips the update
+        and lowers the loss scale; other non-finite gradients are treated as in ``backward``.
+
+        Args:
+            loss: the loss.
+            perturbations: by modality.
+            retain: keep the graph of the loss for a backward pass to come; otherwise it is freed.
 
         Raises:
             RuntimeError: a perturbation is frozen, or has moved since its last forward pass.

@@ -42,7 +42,7 @@ class FreeLBTrainer(AdversarialTrainer):
                 loss = passes.loss(output, batch)
                 passes.backward(loss * weight, last=index == steps * len(self.views))
                 losses.append(loss.detach())
-            self.move(deltas, passes, t)
+            self.move(deltas, passes.gradient_scale, t)
             loss = torch.stack(losses).mean()
             total = total.to(loss) + loss / steps
             logs |= pass_logs(t, deltas, loss=loss)
