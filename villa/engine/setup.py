@@ -196,6 +196,7 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
         ConfigError: the method perturbs a modality that the model does not have.
     """
     trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+    trainer.stochastic = model.stochastic()
     points = model.perturbation_points()
     missing = [modality for modality in trainer.modalities() if modality not in points]
     if missing:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
@@ -177,6 +178,20 @@ class Model(nn.Module, ABC):
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the perturbation point of each modality: ``{"text": ..., "image": ...}``; either may be absent."""
 
+    def stochastic(self) -> bool:
+        """Return whether training passes draw random numbers, such as dropout masks; True if this is not known.
+
+        If not, methods may share passes that would otherwise differ in their draws.
+        """
+        return True
+
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the parameter-name prefixes of the task head, which may have its own learning rate."""
         return ()
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model has dropout: layers, or rates above 0 in attributes that are named so."""
+    layers = (module.p for module in model.modules() if isinstance(module, _DropoutNd))
+    named = (value for module in model.modules() for name, value in vars(module).items() if "drop" in name)
+    return any(isinstance(rate, float) and rate > 0 for rate in (*layers, *named))

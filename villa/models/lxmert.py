@@ -18,7 +18,7 @@ from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.errors import CheckpointError, DataError
 from villa.facts import DataFacts
 from villa.files import read_json
-from villa.models.base import Model, ModelOutput, Point
+from villa.models.base import Model, ModelOutput, Point, has_dropout
 from villa.models.matching import Matching, rows_of
 from villa.models.rows import RowLayout, Rows
 from villa.models.transformers_model import load_matched, word_modules
@@ -217,6 +217,10 @@ class Lxmert(Model):
             whole = LxmertForQuestionAnswering(config)
         whole.lxmert, whole.answer_head.logit_fc = self.lxmert, self.logit_fc
         return whole
+
+    def stochastic(self) -> bool:
+        """Return whether there is dropout."""
+        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the region features before their projection (image)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts
-from villa.models.base import Model, ModelOutput, Point
+from villa.models.base import Model, ModelOutput, Point, has_dropout
 from villa.models.rows import given_mask
 from villa.models.two_heads import OneStreamConfig, score_mask
 from villa.registry import register_model
@@ -222,6 +222,10 @@ class Vilt(Model):
             whole = kind(copy.deepcopy(self.vilt.config))
         whole.vilt, whole.classifier = self.vilt, self.classifier
         return whole
+
+    def stochastic(self) -> bool:
+        """Return whether there is dropout."""
+        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the projected patches before positions are added (image)."""

@@ -14,7 +14,7 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
 from villa.facts import DataFacts
-from villa.models.base import Model, ModelOutput, Point
+from villa.models.base import Model, ModelOutput, Point, has_dropout
 from villa.models.matching import Matching
 from villa.models.rows import RowLayout, Rows, given_mask
 from villa.models.two_heads import OneStreamConfig, score_mask, settle
@@ -144,6 +144,10 @@ class VisualBert(Model):
             whole = kind(copy.deepcopy(self.visual_bert.config))
         whole.visual_bert, whole.cls = self.visual_bert, self.cls
         return whole
+
+    def stochastic(self) -> bool:
+        """Return whether there is dropout."""
+        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the region features before their projection (image)."""

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from villa.batch import Batch
 from villa.config.schema import RunConfig
+from villa.engine.setup import build_trainer
 from villa.losses.base import Loss
 from villa.models.base import Model
 from villa.planning.meta import MetaTensors, meta_batch, tensors_in
 from villa.planning.passes import PlannedPasses, layers_as
-from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
-from villa.trainers.base import Trainer
+from villa.registry import LOSSES, OPTIMIZERS
 
 #: ``held`` outlives a step (parameters, optimiser state); ``gradient`` is a parameter's; ``other`` is everything else
 #: in a step: activations saved by autograd, perturbations, temporary results.
@@ -144,7 +144,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     Raises:
         ConfigError: the model does not support ``distributed.activation_checkpointing``.
     """
-    trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+    trainer = build_trainer(config, model)
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     passes = PlannedPasses(model, loss, config.training.precision, device)
     ledger, batch = Ledger(), meta_batch(batch)

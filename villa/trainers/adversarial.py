@@ -129,7 +129,7 @@ class AdversarialTrainer(Trainer):
     @cached_property
     def merged(self) -> bool:
         """Whether the first pass of every view is the clean pass: zero perturbations, the same dropout masks."""
-        same = self.config.dropout == "shared"
+        same = self.config.dropout == "shared" or not self.stochastic
         return same and all(self.config.ascent(modality).starts_at_zero for modality in self.modalities())
 
     def pass_index(self, index: int) -> int:

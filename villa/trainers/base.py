@@ -141,10 +141,15 @@ class Frame(Protocol):
 
 
 class Trainer(ABC):
-    """An adversarial method: the passes to run, their perturbations, and the losses to back-propagate."""
+    """An adversarial method: the passes to run, their perturbations, and the losses to back-propagate.
+
+    Attributes:
+        stochastic: whether the model's training passes draw random numbers (``Model.stochastic``), set before training.
+    """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     config: TrainerConfig
+    stochastic: bool = True
 
     def __init__(self, config: Any = None) -> None:
         self.config = config if config is not None else self.Config()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.facts import DataFacts
-from villa.models.base import Model, ModelOutput, Point
+from villa.models.base import Model, ModelOutput, Point, has_dropout
 from villa.models.rows import Packing, RowLayout, Rows
 from villa.models.two_heads import settle
 from villa.models.uniter.config import HEADS, LAYER_NORM_EPS, UniterConfig, UniterSizes
@@ -144,6 +144,10 @@ class Uniter(Model):
         encoded = self.uniter(self.layout.rows(batch), attentions)
         logits, pooled = self.score(encoded)
         return ModelOutput(logits, pooled, encoded.states if hidden_states else (), encoded.attentions)
+
+    def stochastic(self) -> bool:
+        """Return whether there is dropout."""
+        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the region features before their projection (image)."""
