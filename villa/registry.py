@@ -129,7 +129,11 @@ TRAINERS: Registry[Any] = Registry(
     "villa.trainers.base:Trainer",
     {
         "standard": "villa.trainers.standard",
+        **dict.fromkeys(("fgm", "pgd"), "villa.trainers.pgd"),
         "freelb": "villa.trainers.freelb",
+        "noise": "villa.trainers.noise",
+        "rdrop": "villa.trainers.rdrop",
+        "smart": "villa.trainers.smart",
         "villa": "villa.trainers.villa",
     },
 )

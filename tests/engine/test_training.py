@@ -165,7 +165,7 @@ COMBINATIONS = [
     ("trainer=freelb", "optimizer=adam", "scheduler=cosine", "training.precision=bf16"),
     ("trainer=villa", "optimizer=adamax", "scheduler=noam", "training.workers=2"),
     ("trainer=villa", "optimizer=bert_adamw", "scheduler=constant", "batch.per_pass=3"),
-    ("trainer=fgm", "optimizer=adamw", "scheduler=linear", "training.nonfinite=skip"),
+    ("trainer=one_step", "optimizer=adamw", "scheduler=linear", "training.nonfinite=skip"),
 ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts
-from villa.losses.base import symmetric_kl
+from villa.losses.base import divergence
 from villa.losses.lxmert import PARTS
 from villa.losses.pretraining import Pretraining, PretrainingConfig
 from villa.models.base import ModelOutput
@@ -198,11 +198,11 @@ def test_the_divergence_sums_that_of_the_parts() -> None:
     clean = model(batch)
     output = model(replace(batch, features=batch.features + 0.1))
     ours, them = output.extras, clean.extras
-    regions = sum(symmetric_kl(ours[name], them[name]) for name in ("objects", "attributes"))
+    regions = sum(divergence(ours[name], them[name]) for name in ("objects", "attributes"))
     regions = regions + F.mse_loss(ours["features"], them["features"])
     known = [0, 2]
-    expected = sum(symmetric_kl(ours[name], them[name]) for name in ("words", "matched"))
-    expected = expected + symmetric_kl(ours["answers"][known], them["answers"][known]) + 6.67 * regions * 4 / 15
+    expected = sum(divergence(ours[name], them[name]) for name in ("words", "matched"))
+    expected = expected + divergence(ours["answers"][known], them["answers"][known]) + 6.67 * regions * 4 / 15
     torch.testing.assert_close(LOSS.consistency(output, clean, batch), expected)
     assert LOSS.consistency(clean, clean, batch) == 0
 

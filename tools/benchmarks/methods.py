@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from villa.batch import Batch
 from villa.engine.passes import ModelPasses, Precision
 from villa.facts import DataFacts
-from villa.losses.base import symmetric_kl
+from villa.losses.base import divergence
 from villa.losses.classification import CrossEntropy
 from villa.models.base import Model
 from villa.models.uniter.config import UniterConfig
@@ -43,7 +43,7 @@ class ReleasedLoop(VillaTrainer):
         deltas = self.perturbations(passes)
         for t in range(self.config.steps):
             output = passes.forward(batch, deltas, index=t + 1)
-            kl = symmetric_kl(output.logits, clean.logits)
+            kl = divergence(output.logits, clean.logits)
             loss = (passes.loss(output, batch) + self.config.kl_weight * kl) / self.config.steps
             torch.autograd.backward(loss, retain_graph=True)
             self.move(deltas, passes, t)

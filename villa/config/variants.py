@@ -105,7 +105,7 @@ def drop_foreign(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> tu
 
 
 def preset(section: str, variant: Variant, values: Layer) -> Layer:
-    """Return the options that the section's ``reference`` sets, from the ``PRESETS`` of its ``Config``.
+    """Return the options that the section's ``preset`` or ``reference`` sets, from the ``PRESETS`` of its ``Config``.
 
     Raises:
         ConfigError: no preset has that name.
@@ -113,8 +113,10 @@ def preset(section: str, variant: Variant, values: Layer) -> Layer:
     presets: Mapping[str, Mapping[str, Any]] | None = getattr(variant.config, "PRESETS", None)
     if presets is None:
         return {}
-    key = f"{section}.reference"
-    given = values.get(key, Value(dataclass_options(variant.config)["reference"].default, DEFAULT))
+    options = dataclass_options(variant.config)
+    name = "preset" if "preset" in options else "reference"
+    key = f"{section}.{name}"
+    given = values.get(key, Value(options[name].default, DEFAULT))
     if given.data is None:
         return {}
     if given.data not in list(presets):

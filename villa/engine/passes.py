@@ -14,7 +14,7 @@ from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.distributed.blocks import modes
 from villa.distributed.strategy import Strategy
-from villa.losses.base import Loss, Reduction
+from villa.losses.base import Direction, Loss, Reduction
 from villa.losses.classification import widened
 from villa.models.base import Model, ModelOutput, Point
 from villa.rng import micro_batch_seed, seed_pass
@@ -153,9 +153,17 @@ class ModelPasses:
         value: Tensor = self.loss_function(output, batch)
         return value
 
-    def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
+    def consistency(
+        self,
+        output: ModelOutput,
+        clean: ModelOutput,
+        batch: Batch,
+        reduction: Reduction = "batchmean",
+        direction: Direction = "symmetric",
+    ) -> Tensor:
         """Return the loss's divergence between perturbed and clean predictions."""
-        return self.loss_function.consistency(output, clean, batch, reduction)
+        asked = {} if direction == "symmetric" else {"direction": direction}  # a loss may know this one alone
+        return self.loss_function.consistency(output, clean, batch, reduction, **asked)
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation], *, retain: bool = False) -> None:
         """Set the gradient of ``loss`` on perturbations alone; see ``villa.trainers.base.Passes``."""

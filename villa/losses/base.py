@@ -14,20 +14,27 @@ from villa.batch import Batch
 from villa.models.base import ModelOutput
 
 Reduction = Literal["batchmean", "mean"]
+#: Of perturbed p and clean q: ``symmetric`` is KL(p||q) + KL(q||p), ``forward`` KL(q||p) (VAT, TRADES), and ``reverse``
+#: KL(p||q).
+Direction = Literal["symmetric", "forward", "reverse"]
 
 
-def symmetric_kl(logits: Tensor, clean_logits: Tensor, reduction: Reduction = "batchmean") -> Tensor:
-    """Return KL(p||q) + KL(q||p) of the two softmax distributions (VILLA, the L_kl of R_kl).
+def divergence(
+    logits: Tensor, clean_logits: Tensor, reduction: Reduction = "batchmean", direction: Direction = "symmetric"
+) -> Tensor:
+    """Return the Kullback-Leibler divergence of two softmax distributions (symmetric: the L_kl of VILLA's R_kl).
 
     Args:
         logits: ``[rows, labels]`` on perturbed inputs.
         clean_logits: ``[rows, labels]`` on clean inputs; gradients flow into both.
         reduction: ``batchmean`` sums over labels and averages over rows; ``mean`` averages over both, as the released
             code does for VCR (half of ``batchmean`` with two labels).
+        direction: see ``Direction``.
     """
     log_p, log_q = F.log_softmax(logits, -1), F.log_softmax(clean_logits, -1)
-    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    terms = terms + F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    pairs = {"symmetric": ((log_q, log_p), (log_p, log_q)), "forward": ((log_p, log_q),), "reverse": ((log_q, log_p),)}
+    kinds = [F.kl_div(given, target, reduction="none", log_target=True) for given, target in pairs[direction]]
+    terms = kinds[0] if len(kinds) == 1 else kinds[0] + kinds[1]
     return terms.mean() if reduction == "mean" else terms.sum(-1).mean()
 
 
@@ -57,7 +64,12 @@ class Loss(nn.Module, ABC):
         """
 
     def consistency(
-        self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
+        self,
+        output: ModelOutput,
+        clean: ModelOutput,
+        batch: Batch,
+        reduction: Reduction = "batchmean",
+        direction: Direction = "symmetric",
     ) -> Tensor:
         """Return the divergence of predictions from those on clean inputs (VILLA's L_kl).
 
@@ -65,9 +77,10 @@ class Loss(nn.Module, ABC):
             output: output on perturbed inputs.
             clean: output on clean inputs; only its logits and extras may be read, and gradients flow into both.
             batch: the batch that both were computed from.
-            reduction: see ``symmetric_kl``.
+            reduction: see ``divergence``.
+            direction: see ``Direction``; a loss whose methods ask for symmetric divergences alone may leave it out.
         """
-        return symmetric_kl(output.logits, clean.logits, reduction)
+        return divergence(output.logits, clean.logits, reduction, direction)
 
     def compares_examples(self, objectives: Collection[str]) -> bool:
         """Return whether an example's loss depends on the others of its micro-batch.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.losses.base import Reduction, symmetric_kl
+from villa.losses.base import Direction, Reduction, divergence
 from villa.losses.classification import widened
 from villa.models.base import ModelOutput
 from villa.objectives import asked_parts
@@ -44,7 +44,12 @@ def joint_loss(output: ModelOutput, batch: Batch, region_weight: float) -> Tenso
 
 
 def joint_consistency(
-    output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction, region_weight: float
+    output: ModelOutput,
+    clean: ModelOutput,
+    batch: Batch,
+    region_weight: float,
+    reduction: Reduction,
+    direction: Direction,
 ) -> Tensor:
     """Sum the divergences of the parts, weighted like their losses.
 
@@ -58,7 +63,7 @@ def joint_consistency(
             ours, theirs = ours[known], theirs[known]
         if not len(ours):
             continue
-        term = F.mse_loss(ours, theirs) if name == "features" else symmetric_kl(ours, theirs, reduction)
+        term = F.mse_loss(ours, theirs) if name == "features" else divergence(ours, theirs, reduction, direction)
         terms.append(term * (region_weight * len(ours) / regions if name in REGION_PARTS else 1))
     return torch.stack(terms).sum() if terms else output.logits.sum() * 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.losses.base import Loss, LossConfig, Reduction, symmetric_kl
+from villa.losses.base import Direction, Loss, LossConfig, Reduction, divergence
 from villa.losses.classification import CrossEntropy, class_indices, widened
 from villa.losses.lxmert import joint_consistency, joint_loss
 from villa.models.base import ModelOutput
@@ -114,14 +114,20 @@ class Contrastive(Loss):
         return (_soft_cross_entropy(logits, matches) + _soft_cross_entropy(logits.T, matches.T)) / 2
 
     def consistency(
-        self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
+        self,
+        output: ModelOutput,
+        clean: ModelOutput,
+        batch: Batch,
+        reduction: Reduction = "batchmean",
+        direction: Direction = "symmetric",
     ) -> Tensor:
         """Return the divergence of the loss's distributions: over texts and over images, or of each pair."""
         ours, theirs = output.logits, clean.logits
         if self.config.form == "sigmoid":
-            divergence = symmetric_kl(_match_or_not(ours), _match_or_not(theirs), reduction)
-            return divergence if reduction == "mean" else divergence * ours.shape[-1]
-        return (symmetric_kl(ours, theirs, reduction) + symmetric_kl(ours.T, theirs.T, reduction)) / 2
+            found = divergence(_match_or_not(ours), _match_or_not(theirs), reduction, direction)
+            return found if reduction == "mean" else found * ours.shape[-1]
+        rows, columns = ((ours, theirs), (ours.T, theirs.T))
+        return (divergence(*rows, reduction, direction) + divergence(*columns, reduction, direction)) / 2
 
     def compares_examples(self, objectives: Collection[str]) -> bool:
         """Return True: the other examples are the negatives."""
@@ -208,22 +214,28 @@ class Pretraining(Loss):
         return self.config.weights.get(objective, 1.0) * self._terms[OBJECTIVES[objective].loss](output, batch)
 
     def consistency(
-        self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction = "batchmean"
+        self,
+        output: ModelOutput,
+        clean: ModelOutput,
+        batch: Batch,
+        reduction: Reduction = "batchmean",
+        direction: Direction = "symmetric",
     ) -> Tensor:
         """Return the divergence for the batch's objective, weighted.
 
-        It is the symmetric KL, except for regressed features: their mean squared difference, whatever the reduction.
+        It is the KL divergence, except for regressed features: their mean squared difference, whatever the reduction
+        and direction.
         """
         objective = named_objective(batch)
         weight = self.config.weights.get(objective, 1.0)
         term = OBJECTIVES[objective].loss
         if term == "lxmert":
-            return weight * joint_consistency(output, clean, batch, reduction, self.config.region_weight)
+            return weight * joint_consistency(output, clean, batch, self.config.region_weight, reduction, direction)
         if term == "features":
             return weight * mean_squared_difference(output, clean)
         if term == "contrastive":
-            return weight * self._contrastive.consistency(output, clean, batch, reduction)
-        return weight * symmetric_kl(output.logits, clean.logits, reduction)
+            return weight * self._contrastive.consistency(output, clean, batch, reduction, direction)
+        return weight * divergence(output.logits, clean.logits, reduction, direction)
 
     def compares_examples(self, objectives: Collection[str]) -> bool:
         """Return whether ``contrastive`` is one of the objectives."""

@@ -1,4 +1,4 @@
-"""Base of the multi-step methods (FreeLB, VILLA): options and bookkeeping of perturbations."""
+"""Bases of the methods that perturb: their options, and the bookkeeping of perturbations."""
 
 from __future__ import annotations
 
@@ -31,12 +31,25 @@ VIEWS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+class PerturbationConfig(TrainerConfig):
+    """The options that every perturbing method has; not a dataclass, so that subclasses order them."""
+
+    modality: Any
+    dropout: Literal["fresh", "shared"]
+    objectives: list[str] | None
+
+    def ascent(self, modality: str) -> AscentSettings:
+        """Return the settings of one modality's perturbation."""
+        raise NotImplementedError
+
+
 @dataclass
-class AdversarialConfig(TrainerConfig):
-    """Options of the multi-step methods.
+class AdversarialConfig(PerturbationConfig):
+    """Options of the methods that perturb by gradients.
 
     Attributes:
-        steps: K, the perturbed passes of an update; the perturbation moves K - 1 times between them.
+        steps: K. In methods that train on every pass, the perturbed passes of an update, between which the
+            perturbation moves K - 1 times; in others, how often it moves.
         modality: what is perturbed: ``text``, ``image``, ``both`` in the same pass, or ``alternating`` (a pass
             for each, as in the paper).
         text_step_size: length of an ascent step on the word embeddings.
@@ -52,6 +65,8 @@ class AdversarialConfig(TrainerConfig):
         objectives: in pre-training, the objectives that are trained adversarially; batches of others take one clean
             pass. None perturbs every batch.
     """
+
+    LEAST_STEPS: ClassVar[int] = 1
 
     steps: int = 3
     modality: Modality = "both"
@@ -70,12 +85,10 @@ class AdversarialConfig(TrainerConfig):
     def check(self) -> None:
         """Raise ConfigError for values out of range."""
         check_objectives("trainer.objectives", self.objectives or ())
-        if not 1 <= self.steps <= _MOST_STEPS:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1 and at most {_MOST_STEPS:,}")
-        for name in ("text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} is {value}; it must be a finite number of at least 0")
+        if not self.LEAST_STEPS <= self.steps <= _MOST_STEPS:
+            least = f"at least {self.LEAST_STEPS} and at most {_MOST_STEPS:,}"
+            raise ConfigError(f"steps is {self.steps}; it must be {least}")
+        check_finite(self, "text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale")
 
     def ascent(self, modality: str) -> AscentSettings:
         """Return the settings of one modality's perturbation."""
@@ -93,11 +106,23 @@ class AdversarialConfig(TrainerConfig):
         )
 
 
+def check_finite(config: TrainerConfig, *names: str) -> None:
+    """Check that options, if given, are finite and not negative.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"{name} is {value}; it must be a finite number of at least 0")
+
+
 class AdversarialTrainer(Trainer):
-    """Base of the multi-step methods."""
+    """Base of the methods that perturb."""
 
     Config: ClassVar[type[TrainerConfig]] = AdversarialConfig
-    config: AdversarialConfig
+    config: PerturbationConfig
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -121,10 +146,17 @@ class AdversarialTrainer(Trainer):
 
     def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
         """Create the perturbations of a micro-batch by modality."""
-        made = {m: Perturbation(self.config.ascent(m), passes.seed(m)) for m in self.modalities()}
-        for perturbation in made.values():
-            perturbation.frozen = self.config.steps == 1
-        return made
+        return {m: Perturbation(self.config.ascent(m), passes.seed(m)) for m in self.modalities()}
+
+    def pass_index(self, index: int) -> int:
+        """Return the index that selects the dropout masks of pass ``index`` (0: the clean pass)."""
+        return 0 if self.config.dropout == "shared" else index
+
+
+class MultiStepTrainer(AdversarialTrainer):
+    """Base of the methods that train on every pass on the way (FreeLB, VILLA)."""
+
+    config: AdversarialConfig
 
     @cached_property
     def merged(self) -> bool:
@@ -132,9 +164,12 @@ class AdversarialTrainer(Trainer):
         same = self.config.dropout == "shared" or not self.stochastic
         return same and all(self.config.ascent(modality).starts_at_zero for modality in self.modalities())
 
-    def pass_index(self, index: int) -> int:
-        """Return the index that selects the dropout masks of pass ``index`` (0: the clean pass)."""
-        return 0 if self.config.dropout == "shared" else index
+    def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
+        """Create the perturbations of a micro-batch, which never move if there is a single pass."""
+        made = super().perturbations(passes)
+        for perturbation in made.values():
+            perturbation.frozen = self.config.steps == 1
+        return made
 
     def move(self, perturbations: Mapping[str, Perturbation], gradient_scale: float, step: int) -> None:
         """Take the ascent step after pass ``step``; freeze the perturbations before the last pass.

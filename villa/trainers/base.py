@@ -13,7 +13,7 @@ from torch import Tensor
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.losses.base import Reduction
+from villa.losses.base import Direction, Reduction
 from villa.models.base import ModelOutput
 
 #: Detached values to log, by name; a trainer prefixes per-pass values with ``pass<t>/``.
@@ -66,8 +66,15 @@ class Passes(Protocol):
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""
 
-    def consistency(self, output: ModelOutput, clean: ModelOutput, batch: Batch, reduction: Reduction) -> Tensor:
-        """Return the loss's divergence between perturbed and clean predictions."""
+    def consistency(
+        self,
+        output: ModelOutput,
+        clean: ModelOutput,
+        batch: Batch,
+        reduction: Reduction = "batchmean",
+        direction: Direction = "symmetric",
+    ) -> Tensor:
+        """Return the loss's divergence between perturbed and clean predictions; see ``Loss.consistency``."""
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation], *, retain: bool = False) -> None:
         """Set the gradient of a loss on perturbations alone, for ``perturbation.ascend()`` to step along.

@@ -8,7 +8,7 @@ import torch
 
 from villa.batch import Batch
 from villa.registry import register_trainer
-from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, pass_logs
+from villa.trainers.adversarial import AdversarialConfig, MultiStepTrainer, pass_logs
 from villa.trainers.base import Logs, Passes, TrainerConfig
 from villa.trainers.standard import clean_step
 
@@ -18,7 +18,7 @@ class FreeLBConfig(AdversarialConfig):
 
 
 @register_trainer("freelb")
-class FreeLBTrainer(AdversarialTrainer):
+class FreeLBTrainer(MultiStepTrainer):
     """FreeLB: every ascent step's backward also trains the parameters.
 
     The loss of an update is (1/K) sum_t L(f(x + delta_t), y); the clean input is seen only if delta_0 = 0.

@@ -16,7 +16,7 @@ from villa.losses.base import Reduction
 from villa.models.base import ModelOutput
 from villa.objectives import check_objectives
 from villa.registry import register_trainer
-from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, Modality, pass_logs
+from villa.trainers.adversarial import AdversarialConfig, Modality, MultiStepTrainer, pass_logs
 from villa.trainers.base import Cost, Logs, Passes, TrainerConfig
 from villa.trainers.standard import CLEAN_COST, clean_step
 
@@ -113,7 +113,7 @@ def _scores(output: ModelOutput) -> tuple[Tensor, ...]:
 
 
 @register_trainer("villa")
-class VillaTrainer(AdversarialTrainer):
+class VillaTrainer(MultiStepTrainer):
     """VILLA: (1/K) sum_t [L(f(x + delta_t), y) + alpha KL(f(x + delta_t), f(x))], with L(f(x), y) in the paper.
 
     See ``docs/villa.md`` for the differences between the released code and the paper.

@@ -18,7 +18,7 @@ class FGMConfig(TrainerConfig):
     step_size: float = 0.1
 
 
-@register_trainer("fgm")
+@register_trainer("one_step")
 class FGMTrainer(Trainer):
     """Two passes; the first one's gradient is the direction of the second one's perturbation."""
 
