@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from updaters import adamw, cut, make, set_scale
 
 from villa.batch import Batch
+from villa.config.schema import WeightPerturbationConfig
 from villa.engine.updater import Updater
-from villa.errors import NonFiniteError
+from villa.errors import ConfigError, NonFiniteError
 from villa.losses.classification import CrossEntropy
 from villa.models.base import ModelOutput
 from villa.signals import Interrupted
 from villa.trainers.base import Frame, Logs
 from villa.trainers.standard import StandardTrainer
+from villa.trainers.villa import VillaConfig, VillaTrainer
 
 SIZES = (4, 2)
 
@@ -75,6 +77,48 @@ def test_a_method_that_moves_weights_equals_a_loop_by_hand(
     other = make(plain, optimizer=adamw(plain))
     other.update(1, cut(tiny_batch(start=6), SIZES))
     assert not ours.state_dict()["words.weight"].equal(plain.state_dict()["words.weight"])
+
+
+def of_option(model: AverageModel, batch: Batch, name: str, radius: float, adaptive: bool) -> dict[str, Tensor]:
+    """The gradients at moved weights: SAM, its adaptive form, or AWP on matrices alone."""
+    up, weights = slopes(model, batch), dict(model.named_parameters())
+    moves = {n: weights[n] ** 2 * slope if adaptive else slope for n, slope in up.items()}
+    norm = torch.cat([(weights[n].abs() * up[n] if adaptive else up[n]).flatten() for n in up]).norm()
+    if name == "awp":
+        moves = {n: weights[n].norm() * slope / slope.norm() for n, slope in up.items() if slope.dim() > 1}
+    above = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, move in moves.items():
+            above.get_parameter(n).add_(radius * move / (1.0 if name == "awp" else norm))
+    return slopes(above, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "radius", "adaptive"), [("sam", 0.5, False), ("sam", 2.0, True), ("awp", 0.05, False)]
+)
+def test_perturbed_weights_as_an_option_equal_a_loop_by_hand(name: Any, radius: float, adaptive: bool) -> None:
+    ours, theirs = tiny_model(), tiny_model()
+    option = WeightPerturbationConfig(name, radius, adaptive, after=1)
+    updater = make(ours, optimizer=adamw(ours), weight_perturbation=option)
+    optimizer = adamw(theirs)
+    for number in (1, 2, 3):
+        batch = tiny_batch(start=6 * number)
+        logs = updater.update(number, cut(batch, SIZES))
+        assert ("perturbed_weights_loss" in logs) == (number > 1)
+        plain = slopes(theirs, batch) if number == 1 else of_option(theirs, batch, name, radius, adaptive)
+        for parameter, gradient in plain.items():
+            theirs.get_parameter(parameter).grad = gradient
+        optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+def test_perturbed_weights_go_around_any_method_that_has_no_update_of_its_own() -> None:
+    model = tiny_model()
+    option = WeightPerturbationConfig("sam", 0.1)
+    logs = make(model, VillaTrainer(VillaConfig()), adamw(model), weight_perturbation=option).update(1, [tiny_batch()])
+    assert logs["perturbed_weights_loss"] > logs["loss"]
+    with pytest.raises(ConfigError, match="acts on the weights itself; set it to none"):
+        make(model, SamTrainer(SamConfig()), weight_perturbation=option)
 
 
 def test_an_average_of_weights_equals_one_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""NEFTune, R3F and R-Drop against tensors that their authors' code computed (``tests/golden/methods``)."""
+"""NEFTune, R3F, R-Drop and SAM against tensors that their authors' code computed (``tests/golden/methods``)."""
 
 from typing import Any
 
@@ -12,10 +12,16 @@ from transformers import BertConfig
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
+from villa.config.schema import TrainingConfig, WeightPerturbationConfig
+from villa.engine.passes import ModelPasses, Precision
+from villa.engine.schedules import ConstantSchedule, ScheduleConfig
+from villa.engine.updater import Updater
+from villa.losses.classification import CrossEntropy
 from villa.models.text_classifier import TextClassifier
 from villa.trainers.base import Passes
 from villa.trainers.noise import NoiseConfig, NoiseTrainer
 from villa.trainers.rdrop import RDropConfig, RDropTrainer
+from villa.trainers.standard import StandardTrainer
 
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
 WORDS = "transformer.bert.embeddings.word_embeddings.weight"
@@ -110,3 +116,22 @@ def test_rdrop_has_the_released_gradients_under_the_released_masks(monkeypatch: 
     torch.testing.assert_close(2 * logs["loss"], case["loss"], **CLOSE)  # type: ignore[arg-type]
     assert next(masks, None) is None
     assert_gradients(model, case["grads"], 2.0)
+
+
+def test_sam_ends_with_the_released_weights() -> None:
+    case, model, batch = golden("sam")
+    options, (released,) = case["opts"], case["updates"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=options["weight_decay"])
+    optimizer.param_groups[0]["lr_multiplier"] = 1.0
+    updater = Updater(
+        ModelPasses(model, CrossEntropy(), Precision("fp32", torch.device("cpu")), 0),
+        StandardTrainer(),
+        optimizer,
+        ConstantSchedule(ScheduleConfig(), 10),
+        TrainingConfig(weight_perturbation=WeightPerturbationConfig("sam", options["rho"])),
+    )
+    logs = updater.update(1, [batch])
+    torch.testing.assert_close(logs["loss"], released["loss_1"], **CLOSE)  # type: ignore[arg-type]
+    torch.testing.assert_close(logs["perturbed_weights_loss"], released["loss_2"], **CLOSE)  # type: ignore[arg-type]
+    for name, weight in model.transformer.named_parameters():
+        torch.testing.assert_close(weight.detach(), released["params_after"][name], rtol=1e-8, atol=1e-10)

@@ -53,6 +53,26 @@ class BatchConfig:
 
 
 @dataclass
+class WeightPerturbationConfig:
+    """Perturbation of the weights: the micro-batches of an update run twice, and only the second run trains.
+
+    In between, the weights move to where the loss is higher; the optimiser steps from where they were.
+
+    Attributes:
+        name: ``none``; ``sam`` (Foret et al., ICLR 2021) moves all weights along their gradient; ``awp`` (Wu et al.,
+            NeurIPS 2020) moves every matrix by a share of its own norm.
+        radius: l2 norm of the move (``sam``), or of a matrix's move relative to the matrix (``awp``: 0.005 to 0.01).
+        adaptive: scale the gradient of ``sam`` by the squared weights (ASAM), for a radius about ten times as large.
+        after: updates before it begins.
+    """
+
+    name: Literal["none", "sam", "awp"] = "none"
+    radius: float = 0.05
+    adaptive: bool = False
+    after: int = 0
+
+
+@dataclass
 class TrainingConfig:
     """The training loop.
 
@@ -68,6 +88,7 @@ class TrainingConfig:
         workers: data loading processes.
         data_timeout: seconds that reading an example may take before a warning names it; a worker that takes ten times
             as long ends the run.
+        weight_perturbation: SAM or AWP around the trainer's passes.
     """
 
     updates: int | None = None
@@ -79,6 +100,11 @@ class TrainingConfig:
     threads: int | None = None
     workers: int = 0
     data_timeout: float = 60.0
+    weight_perturbation: WeightPerturbationConfig = field(default_factory=WeightPerturbationConfig)
+
+    def passes(self) -> int:
+        """Return how often each micro-batch of an update runs."""
+        return 1 if self.weight_perturbation.name == "none" else 2
 
 
 @dataclass

@@ -35,7 +35,7 @@ _POSITIVE = (
 )
 #: Most threads or processes; no machine has more cores, and asking torch for too many ends the process.
 _MOST_OF_A_MACHINE = 10_000
-_NOT_NEGATIVE = ("seed", "training.workers")
+_NOT_NEGATIVE = ("seed", "training.workers", "training.weight_perturbation.after")
 #: With batch.tokens every epoch is cut into batches to count all updates.
 _MOST_EPOCHS = 1_000_000
 #: Layers are built one by one, which would take hours before memory runs out.
@@ -109,6 +109,11 @@ def _training(config: RunConfig) -> Iterator[tuple[str, str]]:
             "training.epochs",
             f"training.updates is {training.updates} too; give one of the two and set the other to null",
         )
+    moved = training.weight_perturbation
+    if not 0 <= moved.radius < float("inf"):
+        yield "training.weight_perturbation.radius", "must be a finite number of at least 0"
+    if moved.adaptive and moved.name != "sam":
+        yield "training.weight_perturbation.adaptive", "is an option of training.weight_perturbation.name=sam"
     if training.updates is None and training.epochs is None:
         yield "training.updates", "give the length of the training: training.updates or training.epochs"
 

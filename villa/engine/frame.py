@@ -120,6 +120,10 @@ class UpdateFrame:
         self._check_finite(losses, ascents)
         return dict(self.logs)
 
+    def dimensions(self, name: str) -> int:
+        """Return the number of dimensions of a whole weight."""
+        return len(self.strategy.shape(self._trained[name]))
+
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the joint l2 norm of tensors keyed by weight name; a collective call."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack([*self.norms(tensors).values()]))

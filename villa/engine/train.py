@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
     trainer = build_trainer(config, parts.model)
     updater = _updater(parts, trainer, total)
-    cost = trainer.relative_cost(config.dataset.objectives())
+    cost = config.training.passes() * trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
     for warning in (*warnings_of_run(config, split, sampler, total), *idle_note(batch, share.world_size)):
@@ -160,16 +160,19 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
     processes = "1 process" if count == 1 else f"{count} processes ({config.distributed.strategy})"
     return (
         f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}: "
-        f"{total} updates, {sampler.describe()} on {processes}; {_cost(trainer, config.dataset.objectives())}"
+        f"{total} updates, {sampler.describe()} on {processes}; {_cost(trainer, config)}"
     )
 
 
-def _cost(trainer: Trainer, objectives: Mapping[str, float]) -> str:
+def _cost(trainer: Trainer, config: RunConfig) -> str:
     """Describe the passes of a micro-batch, by objective if they differ, and their mean cost."""
+    objectives, times = config.dataset.objectives(), config.training.passes()
     groups: dict[Cost, list[str]] = {}
     for name in objectives:
         groups.setdefault(trainer.cost_of(name), []).append(name)
-    relative = f"{trainer.relative_cost(objectives):.1f}x standard training"
+    relative = f"{times * trainer.relative_cost(objectives):.1f}x standard training"
+    if times > 1:
+        relative = f"run twice ({config.training.weight_perturbation.name}), {relative}"
     cost, *others = groups or [trainer.cost()]
     if not others:
         return f"{_passes(cost)} a micro-batch, {relative}"

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.checkpoints.tensors import named_parameters, parameter_indices
-from villa.config.schema import TrainingConfig
+from villa.config.schema import TrainingConfig, WeightPerturbationConfig
 from villa.distributed.strategy import Strategy
 from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame, put_back
 from villa.engine.optimizers import BertAdamW
 from villa.engine.passes import ModelPasses
 from villa.engine.schedules import Schedule
-from villa.errors import NonFiniteError
+from villa.errors import ConfigError, NonFiniteError
 from villa.json_values import is_count, is_number
 from villa.share import Turn
 from villa.signals import Interrupted
@@ -56,6 +56,11 @@ class Updater:
         self.optimizer, self.schedule, self.config = optimizer, schedule, config
         self.model, self.precision, self.strategy = passes.model, passes.precision, passes.strategy
         self.skipped = 0
+        if config.passes() > 1 and type(trainer).update is not Trainer.update:
+            raise ConfigError(
+                f"training.weight_perturbation.name={config.weight_perturbation.name}: trainer "
+                f"'{trainer.config.name}' acts on the weights itself; set it to none"
+            )
 
     def update(
         self,
@@ -83,7 +88,9 @@ class Updater:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         state = copy.deepcopy(self.trainer.state_dict())
         try:
-            logs = self.trainer.update(frame)
+            moved = self.config.weight_perturbation
+            perturbs = moved.name != "none" and number > moved.after
+            logs = perturb_weights(frame, moved) if perturbs else self.trainer.update(frame)
             if not frame.stepped:
                 raise RuntimeError(f"{type(self.trainer).__name__}.update has not called frame.step()")
             self.skipped = 0
@@ -176,6 +183,28 @@ class Updater:
         if not isinstance(whole, Tensor) or whole.shape != shape:
             raise ValueError(f"the trainer's '{word}' of '{name}' is not that of a parameter of this model")
         return self.strategy.part_like(whole, parameters[name])
+
+
+def perturb_weights(frame: UpdateFrame, config: WeightPerturbationConfig) -> Logs:
+    """Run an update whose gradients are those at weights that have moved up the loss (SAM, AWP).
+
+    Returns:
+        The values of the first run, and the loss at the moved weights.
+    """
+    logs = frame.accumulate()
+    weights, gradients = frame.weights, frame.gradients
+    if config.name == "sam":
+        scaled = {n: weights[n].abs() * g if config.adaptive else g for n, g in gradients.items()}
+        scale = config.radius / (frame.norm(scaled) + 1e-12)
+        moves = {n: scale * (weights[n].abs() * g if config.adaptive else g) for n, g in scaled.items()}
+    else:
+        matrices = {n: g for n, g in gradients.items() if frame.dimensions(n) > 1}
+        lengths, slopes = frame.norms(weights), frame.norms(matrices)
+        moves = {n: config.radius * lengths[n] / (slopes[n] + 1e-20) * g for n, g in matrices.items()}
+    with frame.moved(moves):
+        perturbed = frame.accumulate()
+    frame.step()
+    return logs | {"perturbed_weights_loss": perturbed["loss"]}
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], strategy: Strategy) -> None:
