@@ -15,11 +15,14 @@ from strangers import AscendingVilla, AwpVilla, Elsewhere, Overflowing
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
 from villa.trainers.base import Trainer
+from villa.trainers.noise import NoiseConfig, NoiseTrainer
+from villa.trainers.pgd import PgdConfig, PgdTrainer
+from villa.trainers.rdrop import RDropConfig, RDropTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
 _ASCENTS, _METHODS = (
     ("text", "image", "both", "alternating", "merged", "bf16", "fp16"),
-    ("smart", "sam", "awp", "elsewhere", "averaging"),
+    ("smart", "sam", "awp", "elsewhere", "averaging", "pgd", "rdrop", "noise"),
 )
 _OPTIONS = ("both", "merged", "smart_without_dropout")
 #: Strategies with their options, the type of the weights under each, and the cases that are tried.
@@ -53,12 +56,16 @@ ASCENTS: dict[str, tuple[VillaConfig, dict[str, Any]]] = {
     "fp16": (villa(modality="both"), {"count": 2, "precision": "fp16", "accumulation": "sum", "dtype": torch.float32}),
 }
 
+_SIZES: dict[str, Any] = {"steps": 2, "text_step_size": 0.1, "image_step_size": 0.1}
 #: Methods whose updates are compared with those of one process.
 METHODS: dict[str, Callable[[], Trainer]] = {
     "smart": lambda: SmartTrainer(SmartConfig(steps=2, step_size=0.1, noise=0.1, radius=0.2)),
     "smart_without_dropout": lambda: SmartTrainer(SmartConfig(step_size=0.1, noise=0.1, radius=0.2, dropout=False)),
     "sam": lambda: SamTrainer(SamConfig(rho=0.5)),
     "awp": lambda: AwpVilla(villa(steps=2)),
+    "pgd": lambda: PgdTrainer(PgdConfig(**_SIZES, init="zero", modality="alternating", clean_loss=True)),
+    "rdrop": lambda: RDropTrainer(RDropConfig()),
+    "noise": lambda: NoiseTrainer(NoiseConfig(modality="both", consistency_weight=1.0)),
     "averaging": lambda: AveragingTrainer(AverageConfig(decay=0.5)),
     "elsewhere": Elsewhere,
     "overflowing": Overflowing,

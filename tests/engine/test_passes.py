@@ -1,5 +1,9 @@
 """The passes that the loop lends a trainer: randomness, scaling, and what they remember."""
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 from shapes.model import AverageModel
 from tiny import CPU, gradients, tiny_batch, tiny_model
@@ -88,3 +92,21 @@ def test_losses_are_remembered_for_the_update_unscaled_and_detached() -> None:
 
 def test_without_gradients_there_is_no_graph() -> None:
     assert not passes(tiny_model()).forward(BATCH, grad=False).logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("precision", "size", "warned"), [("bf16", 1e-5, True), ("bf16", 0.1, False), ("fp32", 1e-5, False)]
+)
+def test_a_perturbation_that_the_precision_rounds_away_is_named_once(
+    precision: Any, size: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = tiny_model(torch.float32), tiny_batch(dtype=torch.float32)
+    lent = ModelPasses(model, CrossEntropy(), Precision(precision, CPU), 0)
+    settings = AscentSettings(step_size=0.0, norm="linf", init="uniform", init_scale=size)
+    for number in (1, 2):
+        lent.begin(number, 0, 1.0)
+        lent.forward(batch, {"text": Perturbation(replace(settings, init_scale=0.0))})
+        lent.forward(batch, {"text": Perturbation(settings)})
+    found = [record.message for record in caplog.records if "rounds away in most entries" in record.message]
+    assert len(found) == warned
+    assert all("(text)" in message and "bfloat16" in message for message in found)

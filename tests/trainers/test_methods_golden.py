@@ -9,19 +9,15 @@ from golden_utils import load
 from tiny import RecordingPasses, gradients
 from torch import Tensor
 from transformers import BertConfig
+from updaters import make
 
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.config.schema import TrainingConfig, WeightPerturbationConfig
-from villa.engine.passes import ModelPasses, Precision
-from villa.engine.schedules import ConstantSchedule, ScheduleConfig
-from villa.engine.updater import Updater
-from villa.losses.classification import CrossEntropy
+from villa.config.schema import WeightPerturbationConfig
 from villa.models.text_classifier import TextClassifier
 from villa.trainers.base import Passes
 from villa.trainers.noise import NoiseConfig, NoiseTrainer
 from villa.trainers.rdrop import RDropConfig, RDropTrainer
-from villa.trainers.standard import StandardTrainer
 
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
 WORDS = "transformer.bert.embeddings.word_embeddings.weight"
@@ -122,14 +118,8 @@ def test_sam_ends_with_the_released_weights() -> None:
     case, model, batch = golden("sam")
     options, (released,) = case["opts"], case["updates"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=options["weight_decay"])
-    optimizer.param_groups[0]["lr_multiplier"] = 1.0
-    updater = Updater(
-        ModelPasses(model, CrossEntropy(), Precision("fp32", torch.device("cpu")), 0),
-        StandardTrainer(),
-        optimizer,
-        ConstantSchedule(ScheduleConfig(), 10),
-        TrainingConfig(weight_perturbation=WeightPerturbationConfig("sam", options["rho"])),
-    )
+    optimizer.param_groups[0] |= {"lr_multiplier": 1.0, "names": [name for name, _ in model.named_parameters()]}
+    updater = make(model, optimizer=optimizer, weight_perturbation=WeightPerturbationConfig("sam", options["rho"]))
     logs = updater.update(1, [batch])
     torch.testing.assert_close(logs["loss"], released["loss_1"], **CLOSE)  # type: ignore[arg-type]
     torch.testing.assert_close(logs["perturbed_weights_loss"], released["loss_2"], **CLOSE)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -24,6 +25,12 @@ PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 #: Autocast types.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+#: Relative size, in units of the precision, below which less than a tenth of the entries change.
+_LOST = 1 / 16
+
+logger = logging.getLogger(__name__)
 
 
 class Precision:
@@ -94,6 +101,7 @@ class ModelPasses:
         self._turn = Turn(0)
         self._weight = 1.0
         self._last = True
+        self._unmeasured = set(self.points) if precision.dtype is not None else set()
 
     def begin(
         self,
@@ -146,7 +154,10 @@ class ModelPasses:
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         mode = nullcontext() if train else evaluating(self.model)
         with torch.set_grad_enabled(grad), mode, injected:
-            return self.precision.run(self.model, batch)
+            output = self.precision.run(self.model, batch)
+        if self._unmeasured and perturbations:
+            self._warn_of_rounding(perturbations)
+        return output
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""
@@ -183,6 +194,18 @@ class ModelPasses:
             self.losses.append((self._place, loss.detach()))
         with self.strategy.backward(reduce=last and self._last):
             torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))
+
+    def _warn_of_rounding(self, perturbations: Mapping[str, Perturbation]) -> None:
+        """Warn, once a modality, if autocast rounds most of the first perturbation that is not zero away."""
+        assert self.precision.dtype is not None
+        for modality in self._unmeasured & perturbations.keys():
+            size = perturbations[modality].relative_size
+            share = 0.0 if size is None else size.item()
+            if share:
+                self._unmeasured.discard(modality)
+            if 0 < share < torch.finfo(self.precision.dtype).eps * _LOST:
+                text = "the perturbation (%s) is %.0e of the embedding, which %s rounds away in most entries: use fp32"
+                logger.warning(text, modality, share, str(self.precision.dtype).removeprefix("torch."))
 
 
 def _no_check() -> None:
