@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.checkpoints.tensors import named_parameters
+from villa.checkpoints.tensors import local_part, named_parameters
 from villa.distributed.strategy import overflows
+from villa.engine.fused_adam import FusedAdam
 from villa.engine.passes import ModelPasses
 from villa.share import Turn
 from villa.trainers.base import Logs, Trainer
@@ -158,9 +159,16 @@ class UpdateFrame:
         if not self._runs or self.stepped or self._moved:
             raise RuntimeError("step() comes once an update: after accumulate(), and outside of moved()")
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self.gradient_norm)
+            self._clip(self.clip_norm)
         self.scaler.step(self.optimizer)
         self.stepped = True
+
+    def _clip(self, bound: float) -> None:
+        """Shrink the gradients to a bound on their norm; our optimisers do so in their own pass over them."""
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.grad_scale = ((self.gradient_norm + 1e-6) / bound).clamp_min(1.0).float()
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), bound, self.gradient_norm)
 
     @cached_property
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -271,15 +279,9 @@ def describe_nonfinite(
             examples = _ids(batches[micro_batch : micro_batch + 1])
             return f"the gradient of a perturbation ({modality}) is not finite; examples: {examples}"
     for name, parameter in parameters:
-        if parameter.grad is not None and not _local_part(parameter.grad).isfinite().all():
+        if parameter.grad is not None and not local_part(parameter.grad).isfinite().all():
             return f"the gradient of {name} is not finite; examples: {_ids(batches)}"
     return f"the norm of all gradients together is too large for a float; examples: {_ids(batches)}"
-
-
-def _local_part(gradient: Tensor) -> Tensor:
-    """Return this process's part of a gradient that may be sharded."""
-    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return part
 
 
 def _ids(batches: Sequence[Batch]) -> str:
