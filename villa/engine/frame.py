@@ -116,7 +116,7 @@ class UpdateFrame:
         self._runs += 1
         logs = self._run()
         self.strategy.unscale(self.scaler, self.optimizer)
-        self.gradient_norm = self.strategy.gradient_norm(self.model.parameters())
+        self.gradient_norm = self.strategy.gradient_norm(self.passes.parameters)
         self.logs, losses, ascents = self._combine(logs)
         self._check_finite(losses, ascents)
         return dict(self.logs)
@@ -168,7 +168,7 @@ class UpdateFrame:
         if isinstance(self.optimizer, FusedAdam):
             self.optimizer.grad_scale = ((self.gradient_norm + 1e-6) / bound).clamp_min(1.0).float()
         else:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), bound, self.gradient_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.passes.parameters, bound, self.gradient_norm)
 
     @cached_property
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -193,8 +193,10 @@ class UpdateFrame:
 
     def _combine(self, logs: Logs) -> tuple[Logs, Tensor, Tensor]:
         """Return the values to log over all processes, and whether all losses and all ascents are finite."""
-        losses = _all(torch.isfinite(loss.float()) for _, loss in self.passes.losses)
-        ascents = _all(finite for *_, finite in self.passes.ascents)
+        values = [loss.float() for _, loss in self.passes.losses]
+        losses = torch.stack(values).isfinite().all() if values else torch.tensor(True)
+        flags = [finite for *_, finite in self.passes.ascents]
+        ascents = torch.stack(flags).all() if flags else torch.tensor(True)
         if self.strategy.processes.world_size == 1:
             return logs, losses, ascents
         found = (~losses, ~ascents, *logs.values())
@@ -227,11 +229,6 @@ def put_back(before: Sequence[tuple[Tensor, Tensor]]) -> None:
             tensor.copy_(value)
 
 
-def _all(flags: Iterator[Tensor]) -> Tensor:
-    found = [*flags]
-    return torch.stack(found).all() if found else torch.tensor(True)
-
-
 def _numbers(values: Sequence[Tensor]) -> list[float]:
     """Copy numbers from the device in one transfer."""
     device = values[-1].device
@@ -247,7 +244,8 @@ def _first_cause(found: Sequence[str]) -> str:
 
 def _add(total: Logs, values: Logs, weight: float) -> None:
     for name, value in values.items():
-        total[name] = total.get(name, torch.zeros_like(value)) + value * weight
+        share = value if weight == 1.0 else value * weight
+        total[name] = total[name] + share if name in total else share
 
 
 def describe_nonfinite(
