@@ -174,7 +174,7 @@ def check_provenance(value: Any) -> None:
         ValueError: it could not.
     """
     known = isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("packages", "git"))
-    if not known:
+    if not known or not isinstance(value.get("processes"), int | None):
         raise ValueError(f"{value!r:.60} is not a provenance")
 
 

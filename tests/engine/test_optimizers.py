@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from villa.registry import OPTIMIZERS
 GOLDEN = Path(__file__).parents[1] / "golden" / "misc"
 GROUPS = json.loads((GOLDEN / "parameter_groups.json").read_text())
 NAMES = ("adamw", "adam", "adamax", "bert_adamw")
+FUSED = ("adamw", "adam", "bert_adamw", "bert_adam")
 
 
 class NamedParameters(Model):
@@ -229,7 +232,7 @@ def test_every_optimizer_lowers_the_loss_and_takes_the_options(name: str) -> Non
     assert model(Batch(ids=["0"])).logits.item() < 0.9 * before
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam"])
+@pytest.mark.parametrize("name", FUSED)
 def test_fused_and_unfused_agree(name: str) -> None:
     fused, unfused = (small_model().double() for _ in range(2))
     unfused.load_state_dict(fused.state_dict())
@@ -239,6 +242,75 @@ def test_fused_and_unfused_agree(name: str) -> None:
     train(optimizers[1], unfused, 5)
     for expected, actual in zip(unfused.parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_torchs_variants_equal_torch_bit_for_bit_and_take_over_its_state(name: str, theirs: Any) -> None:
+    ours, reference = small_model(), small_model()
+    reference.load_state_dict(ours.state_dict())
+    optimizer, options = build(name, ours, lr=0.05, weight_decay=0.1), {"betas": (0.9, 0.98), "eps": 1e-6}
+    expected = theirs(parameter_groups(reference, lr=0.05, weight_decay=0.1), **options, fused=True)
+    train(optimizer, ours, 2)
+    train(expected, reference, 2)
+    state = copy.deepcopy(expected.state_dict())  # counts steps in tensors
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    train(optimizer, ours, 2)
+    train(expected, reference, 2)
+    assert all(map(torch.equal, ours.parameters(), reference.parameters()))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_gradients_are_divided_by_the_scale(name: str) -> None:
+    scaled, by_hand = small_model(), small_model()
+    by_hand.load_state_dict(scaled.state_dict())
+    for model, scale in ((scaled, 4.0), (by_hand, 1.0)):
+        optimizer: Any = build(name, model, lr=0.05)
+        for _ in range(3):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, scale * (number + 1))
+            optimizer.grad_scale = torch.tensor(scale) if scale > 1 else None
+            optimizer.step()
+            assert optimizer.grad_scale is None
+    assert all(map(torch.equal, scaled.parameters(), by_hand.parameters()))
+
+
+def test_tensors_that_the_kernel_would_read_in_the_wrong_order_are_updated_alike() -> None:
+    """The kernel ignores strides."""
+    values, gradients = torch.randn(2, 3, 4)
+    results = []
+    for weight, gradient in ((values, gradients), (values.t().contiguous().t(), gradients), (values, gradients.t())):
+        parameter = nn.Parameter(weight.clone(memory_format=torch.preserve_format))
+        optimizer = BertAdamW([parameter], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            parameter.grad = gradient.contiguous().t() if gradient.shape != weight.shape else gradient.clone()
+            optimizer.step()
+        results.append(parameter.detach())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+def test_a_decay_to_zero_leaves_zero() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    BertAdamW([parameter], lr=0.5, weight_decay=2.0).step()
+    assert not parameter.any()
+
+
+def test_no_compiler_is_imported() -> None:
+    code = """
+import sys, torch
+from villa.registry import OPTIMIZERS
+import villa.engine.optimizers
+from villa.engine.fused_adam import FusedAdam
+parameter = torch.nn.Parameter(torch.ones(2))
+optimizer = FusedAdam([parameter])
+parameter.grad = torch.ones(2)
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

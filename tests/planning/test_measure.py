@@ -129,12 +129,12 @@ def test_the_state_of_optimisers(name: str, copies: int) -> None:
     model = model_of(config)
     planned = count(config, model, batch_of())
     assert planned.optimizer == pytest.approx(copies * bytes_of(model), rel=0.02)
-    assert (planned.step < 1000) == (name == "adamw")  # the fused kernel makes nothing
+    assert (planned.step < 1000) == (name != "adamax")  # the fused kernel makes nothing
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_step_of_an_optimiser_is_what_real_tensors_take() -> None:
-    config = recipe("optimizer=bert_adamw")
+    config = recipe("optimizer=bert_adamw", "optimizer.fused=off")
     model = model_of(config, "cpu")
     step(config, model, batch_of())
     optimizer = OPTIMIZERS.get("bert_adamw")(config.optimizer).build(model)

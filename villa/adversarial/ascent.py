@@ -6,6 +6,7 @@ A perturbation is a ``[rows, tokens, width]`` tensor; norms are taken over all t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,9 +50,13 @@ class AscentSettings:
 
 def row_norm(values: Tensor, norm: Norm) -> Tensor:
     """Return the norm of every row, shaped ``[rows, 1, ...]`` for broadcasting."""
-    order = 2.0 if norm == "l2" else float("inf")
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
-    return norms.view(-1, *[1] * (values.dim() - 1))
+    return flat_norm(values, norm).view(-1, *[1] * (values.dim() - 1))
+
+
+def flat_norm(values: Tensor, norm: Norm) -> Tensor:
+    """Return the norm of every row, shaped ``[rows]``."""
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), ord=2.0 if norm == "l2" else math.inf, dim=1)
+    return norms
 
 
 def initialise(like: Tensor, settings: AscentSettings, mask: Tensor | None, seed: int) -> Tensor:
@@ -98,8 +103,7 @@ def ascend(delta: Tensor, gradient: Tensor, settings: AscentSettings, mask: Tens
         gradient = gradient * mask.unsqueeze(-1)
     norms = row_norm(gradient, settings.norm).clamp_min(SMALLEST_NORM)
     step = settings.step_size * gradient / norms
-    step = torch.where(norms.isfinite(), step, torch.zeros((), dtype=step.dtype, device=step.device))
-    return project(delta + step, settings)
+    return project(delta + torch.where(norms < math.inf, step, 0.0), settings)  # NaN compares as False
 
 
 def project(delta: Tensor, settings: AscentSettings) -> Tensor:

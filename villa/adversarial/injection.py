@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,14 +32,16 @@ def inject(
     Raises:
         RuntimeError: on leaving, when a point's module was not called exactly once.
     """
-    with ExitStack() as stack:
-        calls = dict.fromkeys(perturbations, 0)
+    calls, handles = dict.fromkeys(perturbations, 0), []
+    try:
         for modality, perturbation in perturbations.items():
             point = points[modality]
             perturbation.begin(point.mask(batch), confined=point.confined)
-            handle = _register(model.get_submodule(point.module), point, modality, perturbation, calls)
-            stack.callback(handle.remove)
+            handles.append(_register(model.get_submodule(point.module), point, modality, perturbation, calls))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
     for modality, count in calls.items():
         if count != 1:
             module = points[modality].module

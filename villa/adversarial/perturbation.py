@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from villa.adversarial.ascent import AscentSettings, ascend, initialise, row_norm
+from villa.adversarial.ascent import AscentSettings, ascend, flat_norm, initialise
 
 
 class Perturbation:
@@ -70,12 +70,12 @@ class Perturbation:
         if self.delta is None or self.delta.grad is None:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
-        self.gradient_norm = row_norm(gradient, self.settings.norm).mean()
+        self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
         self.delta = ascend(self.delta.detach(), gradient, self.settings, self._mask)
 
     def _measure(self, embedding: Tensor) -> None:
         assert self.delta is not None
         if self._mask is not None:
             embedding = embedding * self._mask.unsqueeze(-1)
-        size = row_norm(self.delta.detach(), "l2")
-        self.relative_size = (size / row_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)).mean()
+        size = flat_norm(self.delta.detach(), "l2")
+        self.relative_size = (size / flat_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)).mean()

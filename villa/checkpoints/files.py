@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from villa.provenance import check_provenance
 
 _FORMAT = 1
 _ADVICE = "use another one"
+
+#: Files that are flushed or hashed at once: a checkpoint has two large ones.
+_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,12 @@ def write_whole(folder: Path, model_state: Mapping[str, Tensor], training_state:
         TypeError: ``training_state`` holds an object that could not be loaded again.
         OSError: the disk is full or the folder cannot be written; torch and safetensors raise their own errors.
     """
-    write_training_state(folder, training_state)
     tensors, aliases = unshared(model_state)
-    save_file(tensors, folder / MODEL, metadata={"aliases": json.dumps(aliases, sort_keys=True)})
+    metadata = {"aliases": json.dumps(aliases, sort_keys=True)}
+    with ThreadPoolExecutor(1, "weights") as pool:  # beside the training state
+        weights = pool.submit(save_file, tensors, folder / MODEL, metadata=metadata)
+        write_training_state(folder, training_state)
+    weights.result()
 
 
 def write_training_state(folder: Path, training_state: Mapping[str, Any]) -> None:
@@ -157,11 +164,16 @@ def listed(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, Any]:
     """
     if paths is None:
         paths = (path for path in folder.rglob("*") if path.is_file() and path.parent != folder / SHARDS)
-    found = {}
-    for path in sorted(paths):
+    files = sorted(paths)
+    for path in files:
         follow_umask(path)
-        fsync(path)
-        found[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    with ThreadPoolExecutor(_AT_ONCE, "flush") as pool:  # one thread waits for the disk while others compute
+        flushed = pool.map(fsync, files)
+        found = {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, pool.map(sha256, files), strict=True)
+        }
+        list(flushed)  # raises what was raised
     return found
 
 

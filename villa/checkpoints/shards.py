@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from villa.checkpoints.layout import INDEX, SHARDS
-from villa.checkpoints.tensors import parameter_indices, staged, unshared
+from villa.checkpoints.tensors import local_part, parameter_indices, staged, unshared
 from villa.errors import CheckpointError, ConfigError, reading
 from villa.files import write_json
 from villa.json_values import read_own
@@ -100,7 +100,7 @@ def part_of(
     buffers = state.keys() - {MODEL_STATE + name for name, _ in model.named_parameters(remove_duplicate=False)}
     state |= {OPTIMIZER_STATE + name: value for name, value in optimizer.items()}
     state |= {TRAINER_STATE + name: value for name, value in (trainer or {}).items()}
-    local, aliases = unshared({name: _local(value) for name, value in state.items()})
+    local, aliases = unshared({name: local_part(value) for name, value in state.items()})
     whole = {name: value for name, value in local.items() if not isinstance(state[name], DTensor)}
     owners = _owners(whole, buffers, share.world_size)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -128,10 +128,6 @@ def _owners(tensors: Mapping[str, Tensor], main_only: Collection[str], count: in
         owners[name] = 0 if name in main_only else load.index(min(load))
         load[owners[name]] += tensors[name].nbytes
     return owners
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

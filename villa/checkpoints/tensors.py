@@ -62,6 +62,12 @@ def _identity(tensor: Tensor) -> _Identity:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def parameter_indices(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Map the name of each parameter in an optimiser's state to its index."""
     return {n: i for group in groups for n, i in zip(group["names"], group["params"], strict=True)}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from villa.batch import Batch
-from villa.checkpoints.tensors import named_parameters
+from villa.checkpoints.tensors import local_part, named_parameters
 from villa.distributed.strategy import overflows
+from villa.engine.fused_adam import FusedAdam
 from villa.engine.passes import ModelPasses
 from villa.share import Turn
 from villa.trainers.base import Logs, Trainer
@@ -115,7 +116,7 @@ class UpdateFrame:
         self._runs += 1
         logs = self._run()
         self.strategy.unscale(self.scaler, self.optimizer)
-        self.gradient_norm = self.strategy.gradient_norm(self.model.parameters())
+        self.gradient_norm = self.strategy.gradient_norm(self.passes.parameters)
         self.logs, losses, ascents = self._combine(logs)
         self._check_finite(losses, ascents)
         return dict(self.logs)
@@ -162,9 +163,16 @@ class UpdateFrame:
         if not self._runs or self.stepped or self._moved:
             raise RuntimeError("step() comes once an update: after accumulate(), and outside of moved()")
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self.gradient_norm)
+            self._clip(self.clip_norm)
         self.scaler.step(self.optimizer)
         self.stepped = True
+
+    def _clip(self, bound: float) -> None:
+        """Shrink the gradients to a bound on their norm; our optimisers do so in their own pass over them."""
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.grad_scale = ((self.gradient_norm + 1e-6) / bound).clamp_min(1.0).float()
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.passes.parameters, bound, self.gradient_norm)
 
     @cached_property
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -189,8 +197,10 @@ class UpdateFrame:
 
     def _combine(self, logs: Logs) -> tuple[Logs, Tensor, Tensor]:
         """Return the values to log over all processes, and whether all losses and all ascents are finite."""
-        losses = _all(torch.isfinite(loss.float()) for _, loss in self.passes.losses)
-        ascents = _all(finite for *_, finite in self.passes.ascents)
+        values = [loss.float() for _, loss in self.passes.losses]
+        losses = torch.stack(values).isfinite().all() if values else torch.tensor(True)
+        flags = [finite for *_, finite in self.passes.ascents]
+        ascents = torch.stack(flags).all() if flags else torch.tensor(True)
         if self.strategy.processes.world_size == 1:
             return logs, losses, ascents
         found = (~losses, ~ascents, *logs.values())
@@ -223,11 +233,6 @@ def put_back(before: Sequence[tuple[Tensor, Tensor]]) -> None:
             tensor.copy_(value)
 
 
-def _all(flags: Iterator[Tensor]) -> Tensor:
-    found = [*flags]
-    return torch.stack(found).all() if found else torch.tensor(True)
-
-
 def _numbers(values: Sequence[Tensor]) -> list[float]:
     """Copy numbers from the device in one transfer."""
     device = values[-1].device
@@ -243,7 +248,8 @@ def _first_cause(found: Sequence[str]) -> str:
 
 def _add(total: Logs, values: Logs, weight: float) -> None:
     for name, value in values.items():
-        total[name] = total.get(name, torch.zeros_like(value)) + value * weight
+        share = value if weight == 1.0 else value * weight
+        total[name] = total[name] + share if name in total else share
 
 
 def describe_nonfinite(
@@ -275,15 +281,9 @@ def describe_nonfinite(
             examples = _ids(batches[micro_batch : micro_batch + 1])
             return f"the gradient of a perturbation ({modality}) is not finite; examples: {examples}"
     for name, parameter in parameters:
-        if parameter.grad is not None and not _local_part(parameter.grad).isfinite().all():
+        if parameter.grad is not None and not local_part(parameter.grad).isfinite().all():
             return f"the gradient of {name} is not finite; examples: {_ids(batches)}"
     return f"the norm of all gradients together is too large for a float; examples: {_ids(batches)}"
-
-
-def _local_part(gradient: Tensor) -> Tensor:
-    """Return this process's part of a gradient that may be sharded."""
-    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return part
 
 
 def _ids(batches: Sequence[Batch]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -54,7 +55,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context; it does nothing in fp32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype is not None else nullcontext()
 
     @property
     def loss_scale(self) -> float:
@@ -130,6 +131,11 @@ class ModelPasses:
         self._update, self._place, self._weight = update, place, weight
         self._turn, self._last = turn or Turn(place), last
 
+    @cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The model's parameters: walking through its modules in every update takes longer than a small one's step."""
+        return tuple(self.model.parameters())
+
     @property
     def gradient_scale(self) -> float:
         """Loss scale x micro-batch weight; only the loss scale if the weight, and thus every gradient, is 0."""
@@ -193,7 +199,8 @@ class ModelPasses:
         if self._turn.own:
             self.losses.append((self._place, loss.detach()))
         with self.strategy.backward(reduce=last and self._last):
-            torch.autograd.backward(self.precision.scaler.scale(loss * self._weight))
+            weighted = loss if self._weight == 1.0 else loss * self._weight
+            torch.autograd.backward(self.precision.scaler.scale(weighted))
 
     def _warn_of_rounding(self, perturbations: Mapping[str, Perturbation]) -> None:
         """Warn, once a modality, if autocast rounds most of the first perturbation that is not zero away."""

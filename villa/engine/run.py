@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,28 @@ from villa.datasets.base import TaskDataset
 from villa.engine.run_folder import is_finished, refuse_used
 from villa.errors import about
 from villa.registry import DATASETS
+
+#: glibc's options of ``mallopt``, and thresholds in bytes: the second one is the largest that old versions take.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_THRESHOLDS = (1 << 30, 1 << 25)
+
+
+def keep_freed_memory() -> bool:
+    """Make malloc keep memory that is freed: else each update gets its large tensors as new pages of zeros.
+
+    Nothing happens with another C library than glibc, or with ``VILLA_MALLOC=off``.
+
+    Returns:
+        Whether malloc was told to.
+    """
+    if os.environ.get("VILLA_MALLOC") == "off":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    mapped = any(mallopt(_MMAP_THRESHOLD, threshold) for threshold in _THRESHOLDS)
+    return bool(mallopt(_TRIM_THRESHOLD, -1)) and mapped
 
 
 def run(config: RunConfig) -> int:
@@ -22,6 +46,7 @@ def run(config: RunConfig) -> int:
     if config.run_type in TRAINING_RUNS:
         from villa.engine.train import train
 
+        keep_freed_memory()
         return train(config)
     from villa.engine import inference
 

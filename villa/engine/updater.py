@@ -14,7 +14,7 @@ from villa.checkpoints.tensors import named_parameters, parameter_indices
 from villa.config.schema import TrainingConfig, WeightPerturbationConfig
 from villa.distributed.strategy import Strategy
 from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame, put_back
-from villa.engine.optimizers import BertAdamW
+from villa.engine.fused_adam import FusedAdam
 from villa.engine.passes import ModelPasses
 from villa.engine.schedules import Schedule
 from villa.errors import ConfigError, NonFiniteError
@@ -26,7 +26,7 @@ from villa.trainers.base import Logs, Trainer
 #: State entries of the shape of the parameter, by optimiser.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
     torch.optim.Adamax: ("exp_avg", "exp_inf"),
-    **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW, BertAdamW), ("exp_avg", "exp_avg_sq")),
+    **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW, FusedAdam), ("exp_avg", "exp_avg_sq")),
 }
 
 

@@ -43,7 +43,7 @@ class FreeLBTrainer(MultiStepTrainer):
                 passes.backward(loss * weight, last=index == steps * len(self.views))
                 losses.append(loss.detach())
             self.move(deltas, passes.gradient_scale, t)
-            loss = torch.stack(losses).mean()
+            loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
             total = total.to(loss) + loss / steps
             logs |= pass_logs(t, deltas, loss=loss)
         return {"loss": total, **logs}
