@@ -1,0 +1,142 @@
+"""Sequences without padding: the real positions of all rows one after the other, padded for attention alone.
+
+Everything but attention treats positions separately, and runs on the real ones. Attention needs rows, into which its
+queries, keys and values are spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from villa.models.rows import Reads, Rows, given_mask
+
+#: Whether to leave padding out: always, never, or where it saves more than spreading costs.
+PaddingFree = Literal["auto", "on", "off"]
+
+#: Share of padding from which ``auto`` leaves it out.
+_WORTHWHILE = 0.05
+
+
+class Blocks(NamedTuple):
+    """P positions as a padded block of rows.
+
+    Attributes:
+        rows: number of rows N.
+        width: positions of a row, padding included.
+        places: ``[P]`` place of every position in the flattened block; None if they fill it in order.
+    """
+
+    rows: int
+    width: int
+    places: Tensor | None = None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return ``[P, D]`` as ``[N, width, D]``, with zeros for padding."""
+        if self.places is not None:
+            block = values.new_zeros(self.rows * self.width, values.shape[-1])
+            values = block.index_copy(0, self.places, values)
+        return values.view(self.rows, self.width, values.shape[-1])
+
+    def collect(self, block: Tensor) -> Tensor:
+        """Return the positions ``[P, D]`` of a block ``[N, width, D]``."""
+        flat = block.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+class Selection(NamedTuple):
+    """Q positions that a head reads, row by row.
+
+    Attributes:
+        chosen: ``[Q]`` indices among all positions.
+        blocks: their rows for attention, in which they are the queries.
+        origin: their places in text followed by regions, ``[N, T + R]``.
+    """
+
+    chosen: Tensor
+    blocks: Blocks
+    origin: Blocks
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The P positions of a batch of rows, each row's tokens before its regions.
+
+    Attributes:
+        blocks: rows of the length L of the longest, for attention.
+        origin: places in text followed by regions, ``[N, T + R]``.
+        mask: ``[N, L]`` bool, True on real positions of ``blocks``, or None when all are real.
+        selection: what the head reads; None for everything.
+    """
+
+    blocks: Blocks
+    origin: Blocks
+    mask: Tensor | None = None
+    selection: Selection | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, reads: Reads = "all", padding_free: PaddingFree = "off") -> Packing:
+        """Derive the positions from the masks of ``rows``.
+
+        Args:
+            rows: the rows.
+            reads: what the head reads.
+            padding_free: whether to leave padding out; otherwise every row has L positions, real ones first.
+        """
+        read = rows.read(reads)
+        if rows.text_mask is None and rows.region_mask is None and read is None:
+            whole = Blocks(len(rows.input_ids), rows.input_ids.shape[1] + rows.features.shape[1])
+            starts = torch.arange(whole.rows, device=rows.input_ids.device) * whole.width
+            return cls(whole, whole, selection=_first(starts, whole) if reads == "pooled" else None)
+        text = given_mask(rows.text_mask, rows.input_ids)
+        valid = torch.cat((text, given_mask(rows.region_mask, rows.features[..., 0])), dim=1)
+        lengths, asked = valid.sum(dim=1), (valid if read is None else read).sum(dim=1)
+        # All shapes depend on these five numbers: the only host synchronisation of a pass.
+        facts = torch.stack((lengths.amax(), lengths.amin(), lengths.sum(), asked.amax(), asked.sum()))
+        longest, shortest, real, widest, wanted = facts.tolist()
+        count, width = valid.shape
+        first = torch.arange(count, device=valid.device).unsqueeze(1)
+        within = valid.cumsum(dim=1) - 1
+        if _leaves_out(padding_free, real, count * longest):
+            origin = _true(valid, real)
+            blocks = Blocks(count, longest, (first * longest + within).flatten()[origin])
+            places, starts = valid.flatten().cumsum(0) - 1, lengths.cumsum(0) - lengths
+        else:
+            # A stable sort keeps the order of tokens and regions.
+            order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+            origin, blocks = (first * width + order).flatten(), Blocks(count, longest)
+            places, starts = (first * longest + within).flatten(), first.squeeze(1) * longest
+        mask = None if shortest == longest else torch.arange(longest, device=valid.device) < lengths.unsqueeze(1)
+        whole, selection = Blocks(count, width, None if real == count * width else origin), None
+        if reads == "pooled":
+            selection = _first(starts, whole)
+        elif read is not None:
+            chosen, widest = _true(read, wanted), max(widest, 1)
+            spread = (first * widest + read.cumsum(dim=1) - 1).flatten()[chosen]
+            rowwise = Blocks(count, widest, None if wanted == count * widest else spread)
+            selection = Selection(places[chosen], rowwise, Blocks(count, width, chosen))
+        return cls(blocks, whole, mask, selection)
+
+    def pack(self, text: Tensor, image: Tensor) -> Tensor:
+        """Pack ``[N, T, hidden]`` and ``[N, R, hidden]`` into ``[P, hidden]``."""
+        return self.origin.collect(torch.cat((text, image), dim=1))
+
+
+def _leaves_out(padding_free: PaddingFree, real: int, all_of_them: int) -> bool:
+    if padding_free == "auto":
+        return real <= (1 - _WORTHWHILE) * all_of_them
+    return padding_free == "on" and real < all_of_them
+
+
+def _first(starts: Tensor, origin: Blocks) -> Selection:
+    """Select the first position of every row."""
+    first = torch.arange(origin.rows, device=starts.device) * origin.width
+    return Selection(starts, Blocks(origin.rows, 1), Blocks(origin.rows, origin.width, first))
+
+
+def _true(mask: Tensor, count: int) -> Tensor:
+    """Return the flat indices of the ``count`` True elements of a mask, in order, without a synchronisation."""
+    return mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:count]
