@@ -52,7 +52,7 @@ class Rows:
         if reads in ("all", "pooled"):
             return None
         words = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        regions = torch.zeros_like(self.features[..., 0], dtype=torch.bool)
+        regions = words.new_zeros(self.features.shape[:2])
         if reads == "masked_tokens":
             assert self.masked_tokens is not None
             words = self.masked_tokens
