@@ -6,8 +6,10 @@ queries, keys and values are spread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,36 +95,75 @@ class Packing:
             return cls(whole, whole, selection=_first(starts, whole) if reads == "pooled" else None)
         text = given_mask(rows.text_mask, rows.input_ids)
         valid = torch.cat((text, given_mask(rows.region_mask, rows.features[..., 0])), dim=1)
+        return cls.of_mask(valid, padding_free, read, pooled=reads == "pooled")
+
+    @classmethod
+    def of_mask(
+        cls, valid: Tensor, padding_free: PaddingFree, read: Tensor | None = None, *, pooled: bool = False
+    ) -> Packing:
+        """Derive the positions from a mask.
+
+        Args:
+            valid: ``[N, W]`` bool, True on real positions; at least one a row.
+            padding_free: as above.
+            read: ``[N, W]`` bool, True on what the head reads; None for everything, or with ``pooled``.
+            pooled: the head reads the first position of every row.
+        """
         lengths, asked = valid.sum(dim=1), (valid if read is None else read).sum(dim=1)
         # All shapes depend on these five numbers: the only host synchronisation of a pass.
         facts = torch.stack((lengths.amax(), lengths.amin(), lengths.sum(), asked.amax(), asked.sum()))
         longest, shortest, real, widest, wanted = facts.tolist()
         count, width = valid.shape
-        first = torch.arange(count, device=valid.device).unsqueeze(1)
-        within = valid.cumsum(dim=1) - 1
+        row = torch.arange(count, device=valid.device).unsqueeze(1)
+        within = row * longest + valid.cumsum(dim=1) - 1
         if _leaves_out(padding_free, real, count * longest):
             origin = _true(valid, real)
-            blocks = Blocks(count, longest, (first * longest + within).flatten()[origin])
+            blocks = Blocks(count, longest, within.flatten()[origin])
             places, starts = valid.flatten().cumsum(0) - 1, lengths.cumsum(0) - lengths
         else:
             # A stable sort keeps the order of tokens and regions.
             order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-            origin, blocks = (first * width + order).flatten(), Blocks(count, longest)
-            places, starts = (first * longest + within).flatten(), first.squeeze(1) * longest
+            origin, blocks = (row * width + order).flatten(), Blocks(count, longest)
+            places, starts = within.flatten(), row.squeeze(1) * longest
         mask = None if shortest == longest else torch.arange(longest, device=valid.device) < lengths.unsqueeze(1)
         whole, selection = Blocks(count, width, None if real == count * width else origin), None
-        if reads == "pooled":
+        if pooled:
             selection = _first(starts, whole)
         elif read is not None:
             chosen, widest = _true(read, wanted), max(widest, 1)
-            spread = (first * widest + read.cumsum(dim=1) - 1).flatten()[chosen]
-            rowwise = Blocks(count, widest, None if wanted == count * widest else spread)
-            selection = Selection(places[chosen], rowwise, Blocks(count, width, chosen))
+            spread = (row * widest + read.cumsum(dim=1) - 1).flatten()[chosen]
+            asking = Blocks(count, widest, None if wanted == count * widest else spread)
+            selection = Selection(places[chosen], asking, Blocks(count, width, chosen))
         return cls(blocks, whole, mask, selection)
+
+    @classmethod
+    def padded(cls, like: Tensor, mask: Tensor | None) -> Packing:
+        """Keep all positions of ``like [N, W, ...]`` in their order, with a mask ``[N, W]``."""
+        whole = Blocks(*like.shape[:2])
+        return cls(whole, whole, mask)
 
     def pack(self, text: Tensor, image: Tensor) -> Tensor:
         """Pack ``[N, T, hidden]`` and ``[N, R, hidden]`` into ``[P, hidden]``."""
         return self.origin.collect(torch.cat((text, image), dim=1))
+
+
+class RowMask(NamedTuple):
+    """The attention mask that layers of transformers hand on: the additive mask, and the rows of all positions."""
+
+    mask: Tensor | None
+    rows: Blocks
+
+
+def attend_in_rows(attention: Any) -> None:
+    """Let a self-attention of transformers, which takes rows, take ``[P, hidden]`` with a ``RowMask`` as well."""
+    attention.forward = partial(_in_rows, attention.forward)
+
+
+def _in_rows(forward: Callable[..., Any], hidden: Tensor, mask: Any = None, *others: Any, **named: Any) -> Any:
+    if not isinstance(mask, RowMask):
+        return forward(hidden, mask, *others, **named)
+    context, *maps = forward(mask.rows.spread(hidden), mask.mask, *others, **named)
+    return mask.rows.collect(context), *maps
 
 
 def _leaves_out(padding_free: PaddingFree, real: int, all_of_them: int) -> bool:

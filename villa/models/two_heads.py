@@ -10,7 +10,8 @@ from torch import Tensor
 
 from villa.errors import ConfigError
 from villa.facts import DataFacts
-from villa.models.base import ModelConfig
+from villa.models.base import Model, ModelConfig
+from villa.models.packing import Packing, PaddingFree
 
 
 def settle(option: str, given: int | None, found: int | None) -> int:
@@ -148,9 +149,12 @@ class OneStreamConfig(TwoHeadConfig):
 
     Attributes:
         num_layers: transformer layers.
+        padding_free: ``on`` computes layers without padding, besides attention, ``off`` with it; ``auto`` leaves it out
+            where there is enough of it to save time. Logits are the same.
     """
 
     num_layers: int = 12
+    padding_free: PaddingFree = "auto"
 
     def check(self, *sizes: str) -> None:
         """Check that the options are consistent."""
@@ -163,6 +167,24 @@ class OneStreamConfig(TwoHeadConfig):
             "num_hidden_layers": self.num_layers,
             "pad_token_id": 0 if facts.padding is None else facts.padding,
         }
+
+
+class OneStream(Model):
+    """Base of single-stream models on transformers' layers.
+
+    Args:
+        padding_free: see ``OneStreamConfig``.
+    """
+
+    def __init__(self, padding_free: PaddingFree) -> None:
+        super().__init__()
+        self.padding_free: PaddingFree = padding_free
+
+    def packing(self, embedded: Tensor, mask: Tensor | None, attentions: bool) -> Packing:
+        """Return the positions to compute of ``embedded [N, L, hidden]``; all of them if attention maps are wanted."""
+        if mask is None or attentions or self.padding_free == "off":
+            return Packing.padded(embedded, mask)
+        return Packing.of_mask(mask, self.padding_free)
 
 
 def score_mask(mask: Tensor | None, like: Tensor, lowest: float | None = None) -> Tensor | None:
