@@ -6,10 +6,10 @@ queries, keys and values are spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -47,6 +47,25 @@ class Blocks(NamedTuple):
         """Return the positions ``[P, D]`` of a block ``[N, width, D]``."""
         flat = block.flatten(0, 1)
         return flat if self.places is None else flat.index_select(0, self.places)
+
+
+class States(Sequence[Tensor]):
+    """Outputs of layers, ``[P, D]`` each, which are padded to ``[N, width, D]`` when they are read."""
+
+    def __init__(self, outputs: Sequence[Tensor], blocks: Blocks) -> None:
+        self._outputs, self._blocks = outputs, blocks
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> States: ...
+    def __getitem__(self, place: int | slice) -> Tensor | States:
+        """Pad one output; of a slice, nothing yet."""
+        found = self._outputs[place]
+        return self._blocks.spread(found) if isinstance(found, Tensor) else States(found, self._blocks)
 
 
 class Selection(NamedTuple):
@@ -95,29 +114,51 @@ class Packing:
             return cls(whole, whole, selection=_first(starts, whole) if reads == "pooled" else None)
         text = given_mask(rows.text_mask, rows.input_ids)
         valid = torch.cat((text, given_mask(rows.region_mask, rows.features[..., 0])), dim=1)
-        return cls.of_mask(valid, padding_free, read, pooled=reads == "pooled")
+        facts = _facts(valid, valid if read is None else read).tolist()
+        return cls._arranged(valid, facts, padding_free, read, pooled=reads == "pooled")
 
     @classmethod
-    def of_mask(
-        cls, valid: Tensor, padding_free: PaddingFree, read: Tensor | None = None, *, pooled: bool = False
+    def of_streams(cls, streams: Sequence[tuple[Tensor, Tensor | None]], padding_free: PaddingFree) -> list[Packing]:
+        """Derive the positions of streams.
+
+        Args:
+            streams: values ``[N, W, hidden]`` and their mask ``[N, W]`` bool, or None when all are real.
+            padding_free: whether to leave padding out; ``off`` keeps all positions where they are.
+        """
+        masks = [mask for _, mask in streams if mask is not None and padding_free != "off"]
+        facts = iter(torch.stack([_facts(mask, mask) for mask in masks]).tolist() if masks else [])
+        return [
+            cls.padded(values, mask)
+            if mask is None or padding_free == "off"
+            else cls._arranged(mask, next(facts), padding_free)
+            for values, mask in streams
+        ]
+
+    @classmethod
+    def _arranged(
+        cls,
+        valid: Tensor,
+        facts: Sequence[int],
+        padding_free: PaddingFree,
+        read: Tensor | None = None,
+        *,
+        pooled: bool = False,
     ) -> Packing:
         """Derive the positions from a mask.
 
         Args:
             valid: ``[N, W]`` bool, True on real positions; at least one a row.
+            facts: see ``_facts``.
             padding_free: as above.
             read: ``[N, W]`` bool, True on what the head reads; None for everything, or with ``pooled``.
             pooled: the head reads the first position of every row.
         """
-        lengths, asked = valid.sum(dim=1), (valid if read is None else read).sum(dim=1)
-        # All shapes depend on these five numbers: the only host synchronisation of a pass.
-        facts = torch.stack((lengths.amax(), lengths.amin(), lengths.sum(), asked.amax(), asked.sum()))
-        longest, shortest, real, widest, wanted = facts.tolist()
+        longest, shortest, real, widest, wanted = facts
         count, width = valid.shape
         row = torch.arange(count, device=valid.device).unsqueeze(1)
         within = row * longest + valid.cumsum(dim=1) - 1
         if _leaves_out(padding_free, real, count * longest):
-            origin = _true(valid, real)
+            origin, lengths = _true(valid, real), valid.sum(dim=1)
             blocks = Blocks(count, longest, within.flatten()[origin])
             places, starts = valid.flatten().cumsum(0) - 1, lengths.cumsum(0) - lengths
         else:
@@ -125,7 +166,9 @@ class Packing:
             order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
             origin, blocks = (row * width + order).flatten(), Blocks(count, longest)
             places, starts = within.flatten(), row.squeeze(1) * longest
-        mask = None if shortest == longest else torch.arange(longest, device=valid.device) < lengths.unsqueeze(1)
+        mask = None
+        if shortest < longest:
+            mask = torch.arange(longest, device=valid.device) < valid.sum(dim=1, keepdim=True)
         whole, selection = Blocks(count, width, None if real == count * width else origin), None
         if pooled:
             selection = _first(starts, whole)
@@ -148,22 +191,44 @@ class Packing:
 
 
 class RowMask(NamedTuple):
-    """The attention mask that layers of transformers hand on: the additive mask, and the rows of all positions."""
+    """The attention mask that layers of transformers hand on.
+
+    Attributes:
+        mask: the additive mask of what is attended to, or None.
+        rows: rows of the positions that are attended to.
+        others: rows of those that attend from another stream.
+    """
 
     mask: Tensor | None
     rows: Blocks
+    others: Blocks | None = None
 
 
 def attend_in_rows(attention: Any) -> None:
-    """Let a self-attention of transformers, which takes rows, take ``[P, hidden]`` with a ``RowMask`` as well."""
+    """Let an attention module of transformers, which takes rows, take ``[P, hidden]`` with a ``RowMask`` as well."""
     attention.forward = partial(_in_rows, attention.forward)
 
 
-def _in_rows(forward: Callable[..., Any], hidden: Tensor, mask: Any = None, *others: Any, **named: Any) -> Any:
-    if not isinstance(mask, RowMask):
-        return forward(hidden, mask, *others, **named)
-    context, *maps = forward(mask.rows.spread(hidden), mask.mask, *others, **named)
-    return mask.rows.collect(context), *maps
+def _in_rows(forward: Callable[..., Any], hidden: Tensor, *given: Any, **named: Any) -> Any:
+    place = next((place for place, value in enumerate(given) if isinstance(value, RowMask)), None)
+    if place is None:
+        return forward(hidden, *given, **named)
+    mask, (*context,) = given[place], given[:place]  # the context of cross-attention comes before the mask
+    across = mask.others is not None and context and context[0] is not hidden
+    queries = mask.others if across else mask.rows
+    context = [mask.rows.spread(each) for each in context]
+    output, *maps = forward(queries.spread(hidden), *context, mask.mask, *given[place + 1 :], **named)
+    return queries.collect(output), *maps
+
+
+def _facts(valid: Tensor, asked: Tensor) -> Tensor:
+    """Return the numbers that all shapes depend on; reading them is the only host synchronisation of a pass.
+
+    These are, of the real positions of a row, the most, the fewest and the sum; of those asked for, the most and the
+    sum.
+    """
+    lengths, read = valid.sum(dim=1), asked.sum(dim=1)
+    return torch.stack((lengths.amax(), lengths.amin(), lengths.sum(), read.amax(), read.sum()))
 
 
 def _leaves_out(padding_free: PaddingFree, real: int, all_of_them: int) -> bool:

@@ -67,6 +67,8 @@ class TwoHeadConfig(ModelConfig):
         hidden_dropout: dropout after embeddings and linear maps.
         attention_dropout: dropout of attention weights.
         initializer_range: standard deviation of fresh weights.
+        padding_free: ``on`` computes layers without padding, besides attention, ``off`` with it; ``auto`` leaves it out
+            where there is enough of it to save time. Logits are the same.
     """
 
     head: Literal["answers", "nlvr2"] = "answers"
@@ -80,6 +82,7 @@ class TwoHeadConfig(ModelConfig):
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
+    padding_free: PaddingFree = "auto"
 
     def check(self, *sizes: str) -> None:
         """Check that the options are consistent.
@@ -149,12 +152,9 @@ class OneStreamConfig(TwoHeadConfig):
 
     Attributes:
         num_layers: transformer layers.
-        padding_free: ``on`` computes layers without padding, besides attention, ``off`` with it; ``auto`` leaves it out
-            where there is enough of it to save time. Logits are the same.
     """
 
     num_layers: int = 12
-    padding_free: PaddingFree = "auto"
 
     def check(self, *sizes: str) -> None:
         """Check that the options are consistent."""
@@ -169,22 +169,23 @@ class OneStreamConfig(TwoHeadConfig):
         }
 
 
-class OneStream(Model):
-    """Base of single-stream models on transformers' layers.
+class TwoHeadModel(Model):
+    """Base of models on transformers' layers, which may leave padding out.
 
     Args:
-        padding_free: see ``OneStreamConfig``.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     def __init__(self, padding_free: PaddingFree) -> None:
         super().__init__()
         self.padding_free: PaddingFree = padding_free
 
-    def packing(self, embedded: Tensor, mask: Tensor | None, attentions: bool) -> Packing:
-        """Return the positions to compute of ``embedded [N, L, hidden]``; all of them if attention maps are wanted."""
-        if mask is None or attentions or self.padding_free == "off":
-            return Packing.padded(embedded, mask)
-        return Packing.of_mask(mask, self.padding_free)
+    def packings(self, *streams: tuple[Tensor, Tensor | None], attentions: bool) -> list[Packing]:
+        """Return the positions to compute of embedded streams ``[N, L, hidden]`` with masks ``[N, L]``.
+
+        If attention maps are wanted, these are all.
+        """
+        return Packing.of_streams(streams, "off" if attentions else self.padding_free)
 
 
 def score_mask(mask: Tensor | None, like: Tensor, lowest: float | None = None) -> Tensor | None:

@@ -17,7 +17,7 @@ from villa.facts import DataFacts
 from villa.models.base import ModelOutput, Point
 from villa.models.packing import PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import given_mask
-from villa.models.two_heads import OneStream, OneStreamConfig, score_mask
+from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask
 from villa.registry import register_model
 
 
@@ -145,7 +145,7 @@ def _stretched(square: Tensor, size: tuple[int, int], whole: tuple[int, int]) ->
 
 
 @register_model("vilt")
-class Vilt(OneStream):
+class Vilt(TwoHeadModel):
     """ViLT with an answer head, or the head for two images (NLVR2).
 
     Parameters have their names in transformers: those of ``ViltModel`` below ``vilt``, and the head's
@@ -154,7 +154,7 @@ class Vilt(OneStream):
 
     Args:
         config: transformers configuration; ``num_images`` and ``num_labels`` determine the head.
-        padding_free: see ``OneStreamConfig``.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     Config = ViltConfig
@@ -211,7 +211,7 @@ class Vilt(OneStream):
         mask = None
         if text_mask is not None or image_mask is not None:
             mask = torch.cat((given_mask(text_mask, texts[..., 0]), given_mask(image_mask, seen[..., 0])), dim=1)
-        packing = self.packing(both, mask, attentions)
+        (packing,) = self.packings((both, mask), attentions=attentions)
         encoded = self.vilt.encoder(
             packing.origin.collect(both),
             RowMask(score_mask(packing.mask, both), packing.blocks),

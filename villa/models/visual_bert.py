@@ -18,7 +18,7 @@ from villa.models.base import ModelOutput, Point
 from villa.models.matching import Matching
 from villa.models.packing import PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import RowLayout, Rows, given_mask
-from villa.models.two_heads import OneStream, OneStreamConfig, score_mask, settle
+from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask, settle
 from villa.registry import register_model
 
 
@@ -55,7 +55,7 @@ _TABLES = ("token_type_embeddings", "position_embeddings")
 
 
 @register_model("visual_bert")
-class VisualBert(OneStream):
+class VisualBert(TwoHeadModel):
     """VisualBERT with an answer head, or the head for two images (NLVR2).
 
     Parameters have their names in transformers: those of ``VisualBertModel`` below ``visual_bert``, and the head's
@@ -65,7 +65,7 @@ class VisualBert(OneStream):
     Args:
         config: transformers configuration, with ``num_labels``.
         images: images per example.
-        padding_free: see ``OneStreamConfig``.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     Config = VisualBertConfig
@@ -128,7 +128,7 @@ class VisualBert(OneStream):
             visual_embeds=rows.features,
             visual_token_type_ids=self._types(rows),
         )
-        packing = self.packing(embedded, _both_masks(rows), attentions)
+        (packing,) = self.packings((embedded, _both_masks(rows)), attentions=attentions)
         encoded = self.visual_bert.encoder(
             packing.origin.collect(embedded),
             RowMask(score_mask(packing.mask, embedded), packing.blocks),

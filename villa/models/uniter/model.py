@@ -6,8 +6,8 @@ Parameters have their released names, so that the files of UNITER and VILLA load
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, overload
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,31 +15,12 @@ from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.facts import DataFacts
 from villa.models.base import Model, ModelOutput, Point
-from villa.models.packing import Packing
+from villa.models.packing import Packing, States
 from villa.models.rows import Reads, RowLayout, Rows
 from villa.models.two_heads import settle
 from villa.models.uniter.config import HEADS, LAYER_NORM_EPS, UniterConfig, UniterSizes
 from villa.models.uniter.layers import Encoder, ImageEmbeddings, Pooler, TextEmbeddings
 from villa.registry import register_model
-
-
-class States(Sequence[Tensor]):
-    """Outputs of layers, ``[N, L, hidden]`` each, padded when they are read; padding is arbitrary."""
-
-    def __init__(self, outputs: Sequence[Tensor], packing: Packing) -> None:
-        self._outputs, self._packing = outputs, packing
-
-    def __len__(self) -> int:
-        return len(self._outputs)
-
-    @overload
-    def __getitem__(self, place: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, place: slice) -> States: ...
-    def __getitem__(self, place: int | slice) -> Tensor | States:
-        """Pad one output; of a slice, nothing yet."""
-        found = self._outputs[place]
-        return States(found, self._packing) if isinstance(found, Sequence) else self._packing.blocks.spread(found)
 
 
 class Encoded(NamedTuple):
@@ -71,7 +52,7 @@ class Encoded(NamedTuple):
             raise RuntimeError(
                 "the last layer was computed at the positions that the head reads alone; set reads='all'"
             )
-        return States(self.outputs, self.packing)
+        return States(self.outputs, self.packing.blocks)
 
     @property
     def mask(self) -> Tensor | None:
