@@ -11,7 +11,8 @@ from database_tasks import assert_same_batch, open_task
 from golden_utils import load, to_batch
 
 from villa.errors import ConfigError, DataError
-from villa.models.rows import Packing, RowLayout
+from villa.models.packing import Packing
+from villa.models.rows import RowLayout
 
 
 @pytest.fixture
@@ -20,12 +21,14 @@ def referring(official_db: Path) -> Any:
 
 
 def assert_rows(batch: Any, golden: dict[str, Any]) -> None:
-    packing = Packing.of(RowLayout().rows(batch))
+    rows = RowLayout().rows(batch)
+    packing = Packing.of(rows)
     assert torch.equal(batch.region_mask, golden["obj_masks"] == 0)
     real = golden["attn_masks"].bool()
     assert torch.equal(packing.mask, real)
-    assert torch.equal(packing.order[real], golden["gather_index"][real])
-    assert packing.text_lengths.tolist() == golden["txt_lens"]
+    order = packing.origin.places.view(real.shape) % packing.origin.width
+    assert torch.equal(order[real], golden["gather_index"][real])
+    assert rows.text_mask.sum(dim=1).tolist() == golden["txt_lens"]
 
 
 def test_a_training_batch_is_that_of_the_release(referring: Any) -> None:

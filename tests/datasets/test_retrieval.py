@@ -16,7 +16,8 @@ from villa.datasets.uniter.retrieval import RetrievalConfig
 from villa.errors import ConfigError, DataError
 from villa.evaluation.retrieval import RetrievalRecall
 from villa.models.base import ModelOutput
-from villa.models.rows import Packing, RowLayout
+from villa.models.packing import Packing
+from villa.models.rows import RowLayout
 
 LAYOUT = RowLayout(images=None)
 
@@ -49,8 +50,9 @@ def assert_rows(batch: Batch, golden: dict[str, Any]) -> None:
     real = golden["attn_masks"].bool()
     mask = torch.ones_like(real) if packing.mask is None else packing.mask
     assert torch.equal(mask, real)
-    if packing.order is not None:
-        assert torch.equal(packing.order[real], golden["gather_index"][real])
+    positions = torch.arange(packing.origin.rows * packing.origin.width) if packing.origin.places is None else None
+    order = (packing.origin.places if positions is None else positions).view(real.shape) % packing.origin.width
+    assert torch.equal(order[real], golden["gather_index"][real])
 
 
 def test_pairs_with_random_negatives_are_those_of_the_release(official_db: Path) -> None:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden_utils import GOLDEN, load
+from padding_free import assert_padding_is_left_out
 from perturbed import assert_points_move_logits
 from random_batches import random_batch
 from safetensors.torch import save_file
@@ -275,3 +277,13 @@ def test_damaged_weights_are_not_told_to_be_made(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vqa\.pth") as caught:
         build().load_weights(str(tmp_path / "vqa.pth"))
     assert "answer_head" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("head", "labels", "images"), [("answers", 6, (3, 5)), ("nlvr2", 2, (3, 2, 5))])
+def test_layers_of_both_streams_may_leave_padding_out(head: str, labels: int, images: tuple[int, ...]) -> None:
+    batch = random_batch(images=images)
+    assert batch.attention_mask is not None
+    batch.attention_mask[1, 3:] = False
+    made = partial(build, replace(FACTS, num_labels=labels), head=head)
+    for inner in ("intermediate.dense", "lang_inter.dense", "visn_inter.dense"):
+        assert_padding_is_left_out(made, batch, inner)

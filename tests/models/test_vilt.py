@@ -1,12 +1,14 @@
 """ViLT: against transformers' own classes, padding, perturbation points, released layouts, and what is refused."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from padding_free import assert_padding_is_left_out
 from perturbed import assert_points_move_logits
 from saved_models import assert_read, save_random
 from torch import Tensor
@@ -246,3 +248,8 @@ def test_data_that_does_not_fit_is_refused(change: dict[str, Any], message: str)
     batch = replace(pictures(padded=False), inputs=None, token_type_ids=None)
     with pytest.raises(DataError, match=message):
         build()(replace(batch, **change))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_layers_may_leave_padding_out(head: str) -> None:
+    assert_padding_is_left_out(partial(build, head), pictures(head), "intermediate.dense")

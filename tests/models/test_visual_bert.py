@@ -1,12 +1,14 @@
 """VisualBERT: against transformers' own classes, padding, perturbation points, released layouts, and refusals."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from padding_free import assert_padding_is_left_out
 from perturbed import assert_points_move_logits
 from random_batches import random_batch
 from saved_models import assert_read, save_random
@@ -114,7 +116,7 @@ def test_states_and_attention_on_request(head: str) -> None:
     model, batch = build(head), regions(head)
     plain, full = model(batch), model(batch, hidden_states=True, attentions=True)
     assert plain.hidden_states == plain.attentions == ()
-    assert torch.equal(plain.logits, full.logits)
+    torch.testing.assert_close(plain.logits, full.logits)
     theirs = reference(model, batch, output_hidden_states=True, output_attentions=True)
     for ours, expected in (
         *zip(full.hidden_states, theirs.hidden_states, strict=True),
@@ -223,3 +225,8 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 def test_data_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         build()(replace(regions(padded=False), **change))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_layers_may_leave_padding_out(head: str) -> None:
+    assert_padding_is_left_out(partial(build, head), regions(head), "intermediate.dense")

@@ -104,7 +104,8 @@ def test_layers_that_are_computed_again_keep_their_inputs(precision: str, device
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_autocast_halves_what_matrix_products_keep(precision: str) -> None:
     def activations(name: str, device: str) -> int:
-        config = recipe("trainer=standard", f"training.precision={name}", "model.hidden_size=64")
+        sizes = "model.hidden_size=64", "model.num_layers=6"
+        config = recipe("trainer=standard", f"training.precision={name}", *sizes)
         return count(config, model_of(config), batch_of(64), device).activations
 
     assert 0.4 < activations(precision, "cpu") / activations("fp32", "cpu") < 0.85

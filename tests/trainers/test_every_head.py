@@ -15,7 +15,7 @@ from villa.facts import DataFacts
 from villa.losses.base import Loss
 from villa.losses.classification import BinaryCrossEntropy, CrossEntropy
 from villa.losses.ranking import MarginRanking, RegionRanking, RegionRankingConfig
-from villa.models.rows import Packing
+from villa.models.packing import Packing
 from villa.models.uniter.config import HEADS
 from villa.models.uniter.model import Encoded, Uniter
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
@@ -84,7 +84,7 @@ def score(model: Uniter, batch: Batch, text: Tensor, image: Tensor) -> Tensor:
     embedded = embedded + words.position_embeddings(places) + words.token_type_embeddings(rows.token_types)
     seen = regions(rows.features + image, rows.boxes, words.token_type_embeddings(rows.image_types))
     packing = Packing.of(rows)
-    states, maps = model.uniter.encoder(packing.pack(words.LayerNorm(embedded), seen), packing.mask, False)
+    states, maps = model.uniter.encoder(packing.pack(words.LayerNorm(embedded), seen), packing)
     return model.score(Encoded(states, maps, rows, packing))[0]
 
 

@@ -17,7 +17,7 @@ from villa.facts import DataFacts
 from villa.losses.pretraining import Pretraining, PretrainingConfig
 from villa.models.base import ModelOutput
 from villa.models.lxmert_pretraining import LxmertForPretraining, LxmertPretrainingConfig
-from villa.models.rows import Packing
+from villa.models.packing import Packing
 from villa.models.uniter.model import Encoded, Uniter
 from villa.models.uniter.pretraining import align
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
@@ -47,7 +47,7 @@ def score(model: Any, batch: Batch, text: Tensor, image: Tensor) -> Tensor:
         features = torch.where(rows.masked_regions[..., None], regions.mask_embedding.weight[1], features)
     seen = regions(features, rows.boxes, words.token_type_embeddings(rows.image_types))
     packing = Packing.of(rows)
-    states, maps = model.uniter.encoder(packing.pack(words.LayerNorm(embedded), seen), packing.mask, False)
+    states, maps = model.uniter.encoder(packing.pack(words.LayerNorm(embedded), seen), packing)
     encoded = Encoded(states, maps, rows, packing)
     if batch.objective == "mlm":
         return F.linear(
@@ -60,7 +60,7 @@ def score(model: Any, batch: Batch, text: Tensor, image: Tensor) -> Tensor:
         return hidden @ regions.img_linear.weight + model.feat_regress.bias
     if str(batch.objective).startswith("mrc"):
         return model.region_classifier.net(encoded.regions[batch.masked_regions])
-    logits = model.itm_output(model.uniter.pooler(states[-1]))
+    logits = model.itm_output(model.uniter.pooler(encoded.states[-1]))
     if batch.objective == "itm_wra":
         distance = align(encoded.words, encoded.regions, rows.text_mask, rows.region_mask).distance
         return torch.cat((logits, distance[:, None]), 1)

@@ -18,11 +18,12 @@ from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.errors import CheckpointError, DataError
 from villa.facts import DataFacts
 from villa.files import read_json
-from villa.models.base import Model, ModelOutput, Point, has_dropout
+from villa.models.base import ModelOutput, Point
 from villa.models.matching import Matching, rows_of
+from villa.models.packing import PaddingFree, RowMask, States, attend_in_rows
 from villa.models.rows import RowLayout, Rows
 from villa.models.transformers_model import load_matched, word_modules
-from villa.models.two_heads import TwoHeadConfig, score_mask, settle
+from villa.models.two_heads import TwoHeadConfig, TwoHeadModel, score_mask, settle
 from villa.registry import register_model
 
 
@@ -87,7 +88,7 @@ class LxmertEncoded(NamedTuple):
         examples: number of examples B.
     """
 
-    text: tuple[Tensor, ...]
+    text: States
     regions: Tensor
     pooled: Tensor
     attentions: tuple[Tensor, ...]
@@ -95,7 +96,7 @@ class LxmertEncoded(NamedTuple):
 
 
 @register_model("lxmert")
-class Lxmert(Model):
+class Lxmert(TwoHeadModel):
     """LXMERT with an answer head, or the head for two images (NLVR2).
 
     The head's parameters have the released names ``logit_fc.{0,2,3}``, the transformer's those of ``LxmertModel``
@@ -106,17 +107,30 @@ class Lxmert(Model):
         images: images per example; the head reads their concatenated pooled outputs.
         num_labels: classes of the head.
         released: see ``LxmertConfig``.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     Config = LxmertConfig
 
-    def __init__(self, config: Any, *, images: int, num_labels: int, released: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        config: Any,
+        *,
+        images: int,
+        num_labels: int,
+        released: bool = False,
+        padding_free: PaddingFree = "auto",
+    ) -> None:
+        super().__init__(padding_free)
         from transformers import LxmertModel
+        from transformers.models.lxmert.modeling_lxmert import LxmertAttention
 
         self.layout = RowLayout(images)
         self.released = released
-        self.lxmert = LxmertModel(config)
+        self.lxmert: Any = LxmertModel(config)
+        for module in self.lxmert.encoder.modules():
+            if isinstance(module, LxmertAttention):
+                attend_in_rows(module)
         wide = 2 * config.hidden_size
         self.logit_fc = nn.Sequential(
             nn.Linear(images * config.hidden_size, wide),
@@ -144,6 +158,7 @@ class Lxmert(Model):
             images=config.images,
             num_labels=config.labels(facts),
             released=config.released,
+            padding_free=config.padding_free,
         )
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
@@ -179,7 +194,7 @@ class Lxmert(Model):
         """
         encoded = self.encode(batch, attentions)
         logits = self.logit_fc(encoded.pooled.reshape(encoded.examples, -1))
-        return ModelOutput(logits, encoded.pooled, encoded.text if hidden_states else (), encoded.attentions)
+        return ModelOutput(logits, encoded.pooled, tuple(encoded.text) if hidden_states else (), encoded.attentions)
 
     def encode(self, batch: Batch, attentions: bool = False) -> LxmertEncoded:
         """Run the transformer.
@@ -187,23 +202,28 @@ class Lxmert(Model):
         Raises:
             DataError: as ``forward``.
         """
-        rows = self.layout.rows(batch)
-        text = self._embed(rows)
-        vision, language, crossed = self.lxmert.encoder(
-            text,
-            self._score_mask(rows.text_mask, text),
-            rows.features,
-            self._boxes(rows),
-            self._score_mask(rows.region_mask, text),
-            output_attentions=attentions,
-        )
-        return LxmertEncoded(
-            (text, *language[0]),
-            vision[0][-1],
-            self.lxmert.pooler(language[0][-1]),
-            (*language[1], *vision[1], *crossed) if attentions else (),
-            rows.examples,
-        )
+        rows, encoder = self.layout.rows(batch), self.lxmert.encoder
+        text, seen = self._embed(rows), encoder.visn_fc(rows.features, self._boxes(rows))
+        streams = (text, rows.text_mask), (seen, rows.region_mask)
+        words, regions = self.packings(*streams, attentions=attentions)
+        text_mask = RowMask(self._score_mask(words.mask, text), words.blocks, regions.blocks)
+        region_mask = RowMask(self._score_mask(regions.mask, text), regions.blocks, words.blocks)
+        states, maps = [words.origin.collect(text)], []
+        seen = regions.origin.collect(seen)
+        for layer in encoder.layer:
+            state, *attention = layer(states[-1], text_mask, output_attentions=attentions)
+            states.append(state)
+            maps += attention
+        for layer in encoder.r_layers:
+            seen, *attention = layer(seen, region_mask, output_attentions=attentions)
+            maps += attention
+        for layer in encoder.x_layers:
+            state, seen, *attention = layer(states[-1], text_mask, seen, region_mask, output_attentions=attentions)
+            states.append(state)
+            maps += attention
+        padded = States(states, words.origin)
+        pooled = self.lxmert.pooler(padded[-1])
+        return LxmertEncoded(padded, regions.origin.spread(seen), pooled, tuple(maps), rows.examples)
 
     def pretrained(self) -> Any:
         """Return transformers' question-answering model, or for NLVR2 the transformer without its head."""
@@ -217,10 +237,6 @@ class Lxmert(Model):
             whole = LxmertForQuestionAnswering(config)
         whole.lxmert, whole.answer_head.logit_fc = self.lxmert, self.logit_fc
         return whole
-
-    def stochastic(self) -> bool:
-        """Return whether there is dropout."""
-        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the region features before their projection (image)."""

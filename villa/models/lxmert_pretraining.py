@@ -13,6 +13,7 @@ from villa.errors import ConfigError
 from villa.facts import DataFacts
 from villa.models.base import ModelOutput, Point
 from villa.models.lxmert import Lxmert, LxmertConfig, LxmertEncoded
+from villa.models.packing import PaddingFree
 from villa.models.two_heads import settle
 from villa.models.uniter.pretraining import Transform, WordPrediction, head_of, required_mask
 from villa.objectives import LXMERT_PARTS, asked_parts
@@ -60,14 +61,22 @@ class LxmertForPretraining(Lxmert):
         num_attributes: attribute classes.
         num_answers: answers.
         released: see ``LxmertConfig``.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     Config = LxmertPretrainingConfig
 
     def __init__(
-        self, config: Any, *, num_labels: int, num_attributes: int, num_answers: int, released: bool = False
+        self,
+        config: Any,
+        *,
+        num_labels: int,
+        num_attributes: int,
+        num_answers: int,
+        released: bool = False,
+        padding_free: PaddingFree = "auto",
     ) -> None:
-        super().__init__(config, images=1, num_labels=num_answers, released=released)
+        super().__init__(config, images=1, num_labels=num_answers, released=released, padding_free=padding_free)
         self.answer_head = nn.ModuleDict({"logit_fc": self.logit_fc})
         del self.logit_fc
         hidden = config.hidden_size
@@ -97,6 +106,7 @@ class LxmertForPretraining(Lxmert):
             num_attributes=config.num_attributes,
             num_answers=config.num_answers,
             released=config.released,
+            padding_free=config.padding_free,
         )
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
@@ -111,7 +121,9 @@ class LxmertForPretraining(Lxmert):
         scores = {name: self._score(name, encoded, batch) for name in asked}
         logits = scores.get("matched", scores[asked[0]])
         output = ModelOutput(logits, encoded.pooled, extras=scores if part is None else {})
-        return replace(output, hidden_states=encoded.text if hidden_states else (), attentions=encoded.attentions)
+        return replace(
+            output, hidden_states=tuple(encoded.text) if hidden_states else (), attentions=encoded.attentions
+        )
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the points of ``Lxmert``, with masked regions excluded."""

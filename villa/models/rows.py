@@ -1,15 +1,19 @@
-"""Arranging a batch as the rows that UNITER reads: one text and one image each, packed without padding between."""
+"""Arranging a batch as the rows that UNITER reads: one text and one image each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
+
+#: What a head reads of the last layer: the first position of every row (for the pooler), its regions, its masked tokens
+#: or regions, or all of it. Nothing else of that layer is computed.
+Reads = Literal["pooled", "regions", "masked_tokens", "masked_regions", "all"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Rows:
         image_types: ``[N | 1, R | 1]`` type of each region.
         examples: number of examples B.
         masked_regions: ``[N, R]`` bool, True where masked region modelling hides a region; None if it hides none.
+        masked_tokens: ``[N, T]`` bool, True where masked language modelling asks for a token; None if nowhere.
     """
 
     input_ids: Tensor
@@ -37,6 +42,26 @@ class Rows:
     image_types: Tensor
     examples: int
     masked_regions: Tensor | None = None
+    masked_tokens: Tensor | None = None
+
+    def read(self, reads: Reads) -> Tensor | None:
+        """Return where the read tokens or regions are in text followed by regions, ``[N, T + R]`` bool.
+
+        None stands for all positions, and for the first of every row. Masks that a head reads by have to be there.
+        """
+        if reads in ("all", "pooled"):
+            return None
+        words = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        regions = words.new_zeros(self.features.shape[:2])
+        if reads == "masked_tokens":
+            assert self.masked_tokens is not None
+            words = self.masked_tokens
+        elif reads == "masked_regions":
+            assert self.masked_regions is not None
+            regions = self.masked_regions
+        else:
+            regions = given_mask(self.region_mask, regions)
+        return torch.cat((words, regions), dim=1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,7 @@ class RowLayout:
             image_types=self._image_types(batch.features),
             examples=len(batch.input_ids),
             masked_regions=None if batch.masked_regions is None else self._image_rows(batch.masked_regions, batch),
+            masked_tokens=None if batch.masked_tokens is None else self._text_rows(batch.masked_tokens, batch),
         )
 
     def _counts(self, batch: Batch) -> tuple[int, int]:
@@ -128,70 +154,6 @@ class RowLayout:
         if self.joint:
             return types.repeat_interleave(features.shape[2]).unsqueeze(0)
         return types.repeat(features.shape[0]).unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The packing of each row's tokens and regions into one sequence, real positions first.
-
-    Attributes:
-        length: length L of the longest row.
-        text_lengths: ``[N]`` real tokens per row, or their common number.
-        order: ``[N, L]`` indices into text followed by regions, or None when no reordering is needed.
-        mask: ``[N, L]`` bool, True on real positions, or None when all are real.
-    """
-
-    length: int
-    text_lengths: Tensor | int
-    order: Tensor | None = None
-    mask: Tensor | None = None
-
-    @classmethod
-    def of(cls, rows: Rows) -> Packing:
-        """Derive the packing from the masks of ``rows``."""
-        if rows.text_mask is None and rows.region_mask is None:
-            width = rows.input_ids.shape[1]
-            return cls(width + rows.features.shape[1], width)
-        text = given_mask(rows.text_mask, rows.input_ids)
-        valid = torch.cat((text, given_mask(rows.region_mask, rows.features[..., 0])), dim=1)
-        lengths, text_lengths = valid.sum(dim=1), text.sum(dim=1)
-        # The following shapes depend on these three numbers: the only host synchronisation of a pass.
-        facts = torch.stack((lengths.amax(), lengths.amin(), text_lengths.amin()))
-        longest, shortest, shortest_text = facts.tolist()
-        order = None
-        if shortest_text < text.shape[1]:
-            # A stable sort keeps the order of tokens and regions.
-            order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-        if shortest == longest:
-            return cls(longest, text_lengths, order)
-        places = torch.arange(longest, device=lengths.device)
-        return cls(longest, text_lengths, order, places < lengths.unsqueeze(1))
-
-    def pack(self, text: Tensor, image: Tensor) -> Tensor:
-        """Pack ``[N, T, hidden]`` and ``[N, R, hidden]`` into ``[N, L, hidden]``."""
-        if self.order is None:
-            return torch.cat((text, image[:, : self.length - text.shape[1]]), dim=1)
-        both = torch.cat((text, image), dim=1)
-        return both.gather(1, self.order.unsqueeze(-1).expand(-1, -1, both.shape[-1]))
-
-    def words(self, states: Tensor, count: int) -> Tensor:
-        """Return the states ``[N, count, hidden]`` of the first ``count`` tokens of packed ``[N, L, hidden]``.
-
-        Values beyond a row's tokens are arbitrary.
-        """
-        missing = count - states.shape[1]
-        return states[:, :count] if missing <= 0 else F.pad(states, (0, 0, 0, missing))
-
-    def regions(self, states: Tensor, count: int) -> Tensor:
-        """Return the states ``[N, count, hidden]`` of the first ``count`` regions of packed ``[N, L, hidden]``.
-
-        Values beyond a row's regions are arbitrary.
-        """
-        places = torch.arange(count, device=states.device)
-        if isinstance(self.text_lengths, int):
-            return states[:, self.text_lengths : self.text_lengths + count]
-        index = (self.text_lengths.unsqueeze(1) + places).clamp(max=self.length - 1)
-        return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 def given_mask(mask: Tensor | None, like: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts
-from villa.models.base import Model, ModelOutput, Point, has_dropout
+from villa.models.base import ModelOutput, Point
+from villa.models.packing import PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import given_mask
-from villa.models.two_heads import OneStreamConfig, score_mask
+from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask
 from villa.registry import register_model
 
 
@@ -144,7 +145,7 @@ def _stretched(square: Tensor, size: tuple[int, int], whole: tuple[int, int]) ->
 
 
 @register_model("vilt")
-class Vilt(Model):
+class Vilt(TwoHeadModel):
     """ViLT with an answer head, or the head for two images (NLVR2).
 
     Parameters have their names in transformers: those of ``ViltModel`` below ``vilt``, and the head's
@@ -153,17 +154,21 @@ class Vilt(Model):
 
     Args:
         config: transformers configuration; ``num_images`` and ``num_labels`` determine the head.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     Config = ViltConfig
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
+    def __init__(self, config: Any, padding_free: PaddingFree = "auto") -> None:
+        super().__init__(padding_free)
         from transformers import ViltModel
 
         self.images: int = config.num_images
         self.patch_size: int = config.patch_size
         self.vilt: Any = ViltModel(config)
+        layers: Any = self.vilt.encoder.layer
+        for layer in layers:
+            attend_in_rows(layer.attention.attention)
         for table in (self.vilt.embeddings.cls_token, self.vilt.embeddings.position_embeddings):
             nn.init.normal_(table, std=config.initializer_range)  # transformers leaves them at 0
         read = config.hidden_size * self.images
@@ -181,7 +186,7 @@ class Vilt(Model):
             ConfigError: the configuration contradicts the data or itself.
         """
         config.check()
-        return cls(config.transformer(facts))
+        return cls(config.transformer(facts), config.padding_free)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score a batch of texts and images.
@@ -206,12 +211,17 @@ class Vilt(Model):
         mask = None
         if text_mask is not None or image_mask is not None:
             mask = torch.cat((given_mask(text_mask, texts[..., 0]), given_mask(image_mask, seen[..., 0])), dim=1)
+        (packing,) = self.packings((both, mask), attentions=attentions)
         encoded = self.vilt.encoder(
-            both, score_mask(mask, both), output_attentions=attentions, output_hidden_states=hidden_states
+            packing.origin.collect(both),
+            RowMask(score_mask(packing.mask, both), packing.blocks),
+            output_attentions=attentions,
+            output_hidden_states=hidden_states,
         )
-        pooled = self.vilt.pooler(self.vilt.layernorm(encoded.last_hidden_state))
+        pooled = self.vilt.pooler(self.vilt.layernorm(packing.origin.spread(encoded.last_hidden_state)))
         logits = self.classifier(pooled.reshape(len(batch), -1))
-        return ModelOutput(logits, pooled, encoded.hidden_states or (), encoded.attentions or ())
+        layers = tuple(map(packing.origin.spread, encoded.hidden_states or ()))
+        return ModelOutput(logits, pooled, layers, encoded.attentions or ())
 
     def pretrained(self) -> Any:
         """Return the transformers model with the same head, sharing the parameters."""
@@ -222,10 +232,6 @@ class Vilt(Model):
             whole = kind(copy.deepcopy(self.vilt.config))
         whole.vilt, whole.classifier = self.vilt, self.classifier
         return whole
-
-    def stochastic(self) -> bool:
-        """Return whether there is dropout."""
-        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the projected patches before positions are added (image)."""

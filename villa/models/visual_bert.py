@@ -14,10 +14,11 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
 from villa.facts import DataFacts
-from villa.models.base import Model, ModelOutput, Point, has_dropout
+from villa.models.base import ModelOutput, Point
 from villa.models.matching import Matching
+from villa.models.packing import PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import RowLayout, Rows, given_mask
-from villa.models.two_heads import OneStreamConfig, score_mask, settle
+from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask, settle
 from villa.registry import register_model
 
 
@@ -54,7 +55,7 @@ _TABLES = ("token_type_embeddings", "position_embeddings")
 
 
 @register_model("visual_bert")
-class VisualBert(Model):
+class VisualBert(TwoHeadModel):
     """VisualBERT with an answer head, or the head for two images (NLVR2).
 
     Parameters have their names in transformers: those of ``VisualBertModel`` below ``visual_bert``, and the head's
@@ -64,17 +65,21 @@ class VisualBert(Model):
     Args:
         config: transformers configuration, with ``num_labels``.
         images: images per example.
+        padding_free: see ``TwoHeadConfig``.
     """
 
     Config = VisualBertConfig
 
-    def __init__(self, config: Any, *, images: int) -> None:
-        super().__init__()
+    def __init__(self, config: Any, *, images: int, padding_free: PaddingFree = "auto") -> None:
+        super().__init__(padding_free)
         from transformers import VisualBertModel
 
         self.images = images
         self.layout = RowLayout(images, joint=images > 1, typed_images=images > 1)
         self.visual_bert: Any = VisualBertModel(config)
+        layers: Any = self.visual_bert.encoder.layer
+        for layer in layers:
+            attend_in_rows(layer.attention.self)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.cls = nn.Linear(config.hidden_size, config.num_labels)
         nn.init.normal_(self.cls.weight, std=config.initializer_range)
@@ -88,7 +93,7 @@ class VisualBert(Model):
             ConfigError: the configuration contradicts the data or itself.
         """
         config.check()
-        return cls(config.transformer(facts), images=config.images)
+        return cls(config.transformer(facts), images=config.images, padding_free=config.padding_free)
 
     def load_weights(self, source: str, matching: Matching | None = None) -> LoadReport:
         """Load the weights that ``model.checkpoint`` names.
@@ -123,17 +128,19 @@ class VisualBert(Model):
             visual_embeds=rows.features,
             visual_token_type_ids=self._types(rows),
         )
+        (packing,) = self.packings((embedded, _both_masks(rows)), attentions=attentions)
         encoded = self.visual_bert.encoder(
-            embedded,
-            score_mask(_both_masks(rows), embedded),
+            packing.origin.collect(embedded),
+            RowMask(score_mask(packing.mask, embedded), packing.blocks),
             output_attentions=attentions,
             output_hidden_states=hidden_states,
         )
-        states = encoded.last_hidden_state
+        states = packing.origin.spread(encoded.last_hidden_state)
         pooled = self.visual_bert.pooler(states)
         read = pooled if self.images > 1 else states[torch.arange(len(states), device=states.device), _last(rows)]
         logits = self.cls(self.dropout(read))
-        return ModelOutput(logits, pooled, encoded.hidden_states or (), encoded.attentions or ())
+        layers = tuple(map(packing.origin.spread, encoded.hidden_states or ()))
+        return ModelOutput(logits, pooled, layers, encoded.attentions or ())
 
     def pretrained(self) -> Any:
         """Return the transformers model with the same head, sharing the parameters."""
@@ -144,10 +151,6 @@ class VisualBert(Model):
             whole = kind(copy.deepcopy(self.visual_bert.config))
         whole.visual_bert, whole.cls = self.visual_bert, self.cls
         return whole
-
-    def stochastic(self) -> bool:
-        """Return whether there is dropout."""
-        return has_dropout(self)
 
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the looked-up word embedding (text) and the region features before their projection (image)."""

@@ -16,13 +16,15 @@ from villa.models.uniter.model import Encoded, Uniter, mlp
 class UniterForClassification(Uniter):
     """Classification (VQA, SNLI-VE, GQA): logits ``[B, labels]`` from the pooled output."""
 
+    reads = "pooled"
+
     def add_head(self) -> None:
         """Add ``vqa_output``."""
         self.vqa_output = mlp(self.sizes, nn.GELU(), self.num_labels)
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Score each row."""
-        pooled = self.uniter.pooler(encoded.states[-1])
+        pooled = self.pooled(encoded)
         return self.vqa_output(pooled), pooled
 
     def head_prefixes(self) -> tuple[str, ...]:
@@ -39,6 +41,7 @@ class UniterForMultipleChoice(Uniter):
 
     types = 4
     labels = 2
+    reads = "pooled"
 
     def add_head(self) -> None:
         """Add ``vcr_output``."""
@@ -46,7 +49,7 @@ class UniterForMultipleChoice(Uniter):
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Score each row."""
-        pooled = self.uniter.pooler(encoded.states[-1])
+        pooled = self.pooled(encoded)
         return self.vcr_output(pooled), pooled
 
     def head_prefixes(self) -> tuple[str, ...]:
@@ -61,6 +64,7 @@ class UniterForNlvr2Paired(Uniter):
     images = 2
     types = 3
     labels = 2
+    reads = "pooled"
 
     def add_head(self) -> None:
         """Add ``nlvr2_output``."""
@@ -68,7 +72,7 @@ class UniterForNlvr2Paired(Uniter):
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Score each pair of rows."""
-        pooled = self.uniter.pooler(encoded.states[-1])
+        pooled = self.pooled(encoded)
         return self.nlvr2_output(pooled.view(-1, 2 * self.sizes.hidden_size)), pooled
 
 
@@ -80,6 +84,7 @@ class UniterForNlvr2Triplet(Uniter):
     joint = True
     types = 3
     labels = 2
+    reads = "pooled"
 
     def add_head(self) -> None:
         """Add ``nlvr2_output``."""
@@ -87,7 +92,7 @@ class UniterForNlvr2Triplet(Uniter):
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Score each row."""
-        pooled = self.uniter.pooler(encoded.states[-1])
+        pooled = self.pooled(encoded)
         return self.nlvr2_output(pooled), pooled
 
 
@@ -154,6 +159,7 @@ class UniterForRanking(Uniter):
 
     images = None
     labels = 1
+    reads = "pooled"
     # Row 1 of the pre-training head is "they match". A file that has rank_output keeps its own.
     initial_rows: ClassVar[InitialRows] = {
         "rank_output.weight": ("itm_output.weight", (1,)),
@@ -167,7 +173,7 @@ class UniterForRanking(Uniter):
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Score each row, grouped by example."""
-        pooled = self.uniter.pooler(encoded.states[-1])
+        pooled = self.pooled(encoded)
         return self.rank_output(pooled).view(encoded.rows.examples, -1), pooled
 
     def head_prefixes(self) -> tuple[str, ...]:
@@ -184,6 +190,7 @@ class UniterForRegions(Uniter):
     """Referring expressions: logits ``[B, R]`` from the last region states by a linear layer (released: ``mlp: 1``)."""
 
     labels = 1
+    reads = "regions"
 
     def add_head(self) -> None:
         """Add ``re_output``."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from villa.errors import DataError
+from villa.models.packing import Blocks, Packing, Selection
 from villa.models.uniter.config import LAYER_NORM_EPS, UniterSizes
 
 
@@ -23,30 +24,35 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(sizes.hidden_size, sizes.hidden_size)
         self.value = nn.Linear(sizes.hidden_size, sizes.hidden_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, asking: Tensor, hidden: Tensor, queries: Blocks, keys: Blocks, mask: Tensor | None, attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend within each row.
 
         Args:
-            hidden: ``[N, L, hidden]``.
+            asking: ``[Q, hidden]`` positions that attend.
+            hidden: ``[P, hidden]`` positions that are attended to.
+            queries: rows of ``asking``.
+            keys: rows of ``hidden``, of length L.
             mask: ``[N, 1, 1, L]`` bool, True on positions that may be attended to; None for all.
             attentions: compute the attention maps explicitly and return them; the context is the same.
 
         Returns:
-            The context ``[N, L, hidden]``, and the maps ``[N, heads, L, L]`` before dropout, or None.
+            The context ``[Q, hidden]``, and the maps ``[N, heads, queries, L]`` before dropout, or None.
         """
-        query, key, value = (self._split(part(hidden)) for part in (self.query, self.key, self.value))
+        query = self._split(queries.spread(self.query(asking)))
+        key, value = (self._split(keys.spread(part(hidden))) for part in (self.key, self.value))
         rate = self.dropout if self.training else 0.0
         maps = _attention_maps(query, key, mask) if attentions else None
         if maps is None:
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
         else:
             context = F.dropout(maps, rate) @ value
-        return context.transpose(1, 2).flatten(2), maps
+        return queries.collect(context.transpose(1, 2).flatten(2)), maps
 
     def _split(self, projected: Tensor) -> Tensor:
         """Reshape ``[N, L, hidden]`` to ``[N, heads, L, hidden / heads]``."""
-        rows, length, width = projected.shape
-        return projected.view(rows, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+        return projected.view(*projected.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 def _attention_maps(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,7 +72,7 @@ class ResidualOutput(nn.Module):
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, inner: Tensor, residual: Tensor) -> Tensor:
-        """Map ``inner [N, L, width]`` and add ``residual [N, L, hidden]``."""
+        """Map ``inner [P, width]`` and add ``residual [P, hidden]``."""
         normalised: Tensor = self.LayerNorm(self.dropout(self.dense(inner)) + residual)
         return normalised
 
@@ -79,10 +85,15 @@ class Attention(nn.Module):
         self.self = SelfAttention(sizes)
         self.output = ResidualOutput(sizes.hidden_size, sizes)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Run self-attention, its projection and the residual; see ``SelfAttention.forward``."""
-        context, maps = self.self(hidden, mask, attentions)
-        return self.output(context, hidden), maps
+    def forward(
+        self, hidden: Tensor, keys: Blocks, mask: Tensor | None, selection: Selection | None, attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run self-attention, its projection and the residual; see ``Layer.forward``."""
+        asking, queries = hidden, keys
+        if selection is not None:
+            asking, queries = hidden.index_select(0, selection.chosen), selection.blocks
+        context, maps = self.self(asking, hidden, queries, keys, mask, attentions)
+        return self.output(context, asking), maps
 
 
 class Intermediate(nn.Module):
@@ -93,7 +104,7 @@ class Intermediate(nn.Module):
         self.dense = nn.Linear(sizes.hidden_size, sizes.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map ``[N, L, hidden]`` to ``[N, L, intermediate]``."""
+        """Map ``[P, hidden]`` to ``[P, intermediate]``."""
         return F.gelu(self.dense(hidden))
 
 
@@ -106,9 +117,27 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(sizes)
         self.output = ResidualOutput(sizes.intermediate_size, sizes)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Run the whole layer; see ``SelfAttention.forward``."""
-        attended, maps = self.attention(hidden, mask, attentions)
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Blocks,
+        mask: Tensor | None,
+        selection: Selection | None = None,
+        attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the layer.
+
+        Args:
+            hidden: ``[P, hidden]``.
+            keys: the positions' rows, of length L.
+            mask: ``[N, 1, 1, L]`` bool, True on real positions; None for all.
+            selection: the Q positions to compute; None for all.
+            attentions: return the attention maps too.
+
+        Returns:
+            ``[Q, hidden]``, and the maps ``[N, heads, queries, L]`` before dropout, or None.
+        """
+        attended, maps = self.attention(hidden, keys, mask, selection, attentions)
         return self.output(self.intermediate(attended), attended), maps
 
 
@@ -120,22 +149,24 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(sizes) for _ in range(sizes.num_layers))
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, attentions: bool = False
+        self, hidden: Tensor, packing: Packing, *, whole: bool = True, attentions: bool = False
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Run all layers.
 
         Args:
-            hidden: embedding output, ``[N, L, hidden]``.
-            mask: ``[N, L]`` bool, True on real positions; None for all.
+            hidden: embedding output, ``[P, hidden]``.
+            packing: the positions.
+            whole: run the last layer on all positions, and not just on those that the head reads.
             attentions: return the attention maps too.
 
         Returns:
             The embedding output followed by the output of every layer; the maps of every layer, or nothing.
         """
         states, maps = [hidden], []
-        keys = None if mask is None else mask[:, None, None, :]
-        for layer in self.layer:
-            hidden, attention = layer(hidden, keys, attentions)
+        mask = None if packing.mask is None else packing.mask[:, None, None, :]
+        for number, layer in enumerate(self.layer, start=1):
+            selection = packing.selection if number == len(self.layer) and not whole else None
+            hidden, attention = layer(hidden, packing.blocks, mask, selection, attentions)
             states.append(hidden)
             if attention is not None:
                 maps.append(attention)
@@ -185,7 +216,7 @@ def box_geometry(boxes: Tensor) -> Tensor:
 
 
 class TextEmbeddings(nn.Module):
-    """Sum of word, position and type embeddings, with LayerNorm and dropout."""
+    """Sum of word, position and type embeddings, with LayerNorm."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
@@ -193,7 +224,6 @@ class TextEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(sizes.max_positions, sizes.hidden_size)
         self.token_type_embeddings = nn.Embedding(sizes.type_vocab_size, sizes.hidden_size)
         self.LayerNorm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """Embed ``[N, T]`` tokens with types ``[N, T]`` or ``[1, 1]``; return ``[N, T, hidden]``.
@@ -207,12 +237,12 @@ class TextEmbeddings(nn.Module):
         places = torch.arange(length, device=input_ids.device)
         embedded = self.word_embeddings(input_ids) + self.position_embeddings(places)
         embedded = embedded + self.token_type_embeddings(token_type_ids)
-        normalised: Tensor = self.dropout(self.LayerNorm(embedded))
+        normalised: Tensor = self.LayerNorm(embedded)
         return normalised
 
 
 class ImageEmbeddings(nn.Module):
-    """Sum of projected region features, projected box geometry and type embedding, with LayerNorm and dropout."""
+    """Sum of projected region features, projected box geometry and type embedding, with LayerNorm."""
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
@@ -222,7 +252,6 @@ class ImageEmbeddings(nn.Module):
         self.pos_linear = nn.Linear(BOX_COLUMNS, sizes.hidden_size)
         self.mask_embedding = nn.Embedding(2, sizes.feature_dim, padding_idx=0)
         self.LayerNorm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, features: Tensor, boxes: Tensor, types: Tensor, masked_regions: Tensor | None = None) -> Tensor:
         """Embed the regions of ``N`` images.
@@ -241,5 +270,5 @@ class ImageEmbeddings(nn.Module):
             features = features + masked_regions.unsqueeze(-1) * self.mask_embedding.weight[1]
         seen = self.img_layer_norm(self.img_linear(features))
         placed = self.pos_layer_norm(self.pos_linear(box_geometry(boxes)))
-        normalised: Tensor = self.dropout(self.LayerNorm(seen + placed + types))
+        normalised: Tensor = self.LayerNorm(seen + placed + types)
         return normalised

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,7 +15,8 @@ from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.facts import DataFacts
 from villa.models.base import Model, ModelOutput, Point, has_dropout
-from villa.models.rows import Packing, RowLayout, Rows
+from villa.models.packing import Packing, States
+from villa.models.rows import Reads, RowLayout, Rows
 from villa.models.two_heads import settle
 from villa.models.uniter.config import HEADS, LAYER_NORM_EPS, UniterConfig, UniterSizes
 from villa.models.uniter.layers import Encoder, ImageEmbeddings, Pooler, TextEmbeddings
@@ -26,16 +27,32 @@ class Encoded(NamedTuple):
     """The transformer's output for N rows.
 
     Attributes:
-        states: embedding output and output of every layer, ``[N, L, hidden]`` each.
+        outputs: embedding output and output of every layer, ``[P, hidden]`` each. The last is the read part alone,
+            ``[Q, hidden]``, unless all positions were asked for.
         attentions: maps of every layer, ``[N, heads, L, L]`` each, on request.
         rows: the encoded rows.
-        packing: positions of each row's tokens and regions in the sequence.
+        packing: the positions.
+        whole: whether the last layer was computed at all positions.
     """
 
-    states: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     attentions: tuple[Tensor, ...]
     rows: Rows
     packing: Packing
+    whole: bool = True
+
+    @property
+    def states(self) -> States:
+        """Embedding output and output of every layer, ``[N, L, hidden]`` each.
+
+        Raises:
+            RuntimeError: the head says that it does not read all positions (``Uniter.reads``).
+        """
+        if not self.whole:
+            raise RuntimeError(
+                "the last layer was computed at the positions that the head reads alone; set reads='all'"
+            )
+        return States(self.outputs, self.packing.blocks)
 
     @property
     def mask(self) -> Tensor | None:
@@ -43,14 +60,25 @@ class Encoded(NamedTuple):
         return self.packing.mask
 
     @property
+    def read(self) -> Tensor:
+        """Last states of the positions that the head reads, row by row, ``[Q, hidden]``."""
+        selection = self.packing.selection
+        return self.outputs[-1].index_select(0, selection.chosen) if self.whole and selection else self.outputs[-1]
+
+    @property
     def words(self) -> Tensor:
-        """Last token states, ``[N, T, hidden]``; arbitrary where ``rows.text_mask`` is False."""
-        return self.packing.words(self.states[-1], self.rows.input_ids.shape[1])
+        """Last token states, ``[N, T, hidden]``; arbitrary where they were not read, or ``text_mask`` is False."""
+        return self._originals[:, : self.rows.input_ids.shape[1]]
 
     @property
     def regions(self) -> Tensor:
-        """Last region states, ``[N, R, hidden]``; arbitrary where ``rows.region_mask`` is False."""
-        return self.packing.regions(self.states[-1], self.rows.features.shape[1])
+        """Last region states, ``[N, R, hidden]``; arbitrary where they were not read, or ``region_mask`` is False."""
+        return self._originals[:, self.rows.input_ids.shape[1] :]
+
+    @property
+    def _originals(self) -> Tensor:
+        selection = self.packing.selection
+        return (selection.origin if selection else self.packing.origin).spread(self.read)
 
 
 class UniterModel(nn.Module):
@@ -58,22 +86,36 @@ class UniterModel(nn.Module):
 
     def __init__(self, sizes: UniterSizes) -> None:
         super().__init__()
+        self.padding_free = sizes.padding_free
         self.embeddings = TextEmbeddings(sizes)
         self.img_embeddings = ImageEmbeddings(sizes)
+        self.dropout = nn.Dropout(sizes.hidden_dropout)
         self.encoder = Encoder(sizes)
         self.pooler = Pooler(sizes)
 
-    def forward(self, rows: Rows, attentions: bool = False) -> Encoded:
-        """Encode rows as sequences of the length L of the longest."""
+    def forward(
+        self, rows: Rows, reads: Reads = "all", *, hidden_states: bool = False, attentions: bool = False
+    ) -> Encoded:
+        """Encode rows.
+
+        Args:
+            rows: the rows.
+            reads: what the head reads of the last layer.
+            hidden_states: compute every layer at all positions.
+            attentions: do so, and return attention maps.
+        """
         text = self.embeddings(rows.input_ids, rows.token_types)
         types = self.embeddings.token_type_embeddings(rows.image_types)
         masked, features = rows.masked_regions, rows.features
         if masked is not None:
             features = features.masked_fill(masked.unsqueeze(-1), 0)
         image = self.img_embeddings(features, rows.boxes, types, masked)
-        packing = Packing.of(rows)
-        states, maps = self.encoder(packing.pack(text, image), packing.mask, attentions)
-        return Encoded(states, maps, rows, packing)
+        packing = Packing.of(rows, reads, self.padding_free)
+        # What is dropped does not depend on how far the batch is padded.
+        packed = self.dropout(packing.pack(text, image))
+        whole = hidden_states or attentions or packing.selection is None
+        outputs, maps = self.encoder(packed, packing, whole=whole, attentions=attentions)
+        return Encoded(outputs, maps, rows, packing, whole)
 
 
 @register_model("uniter")
@@ -90,6 +132,8 @@ class Uniter(Model):
         types: default number of rows of the type embedding.
         labels: number of classes, if the task fixes it.
         fallback_labels: number of classes if neither the task nor the data gives one.
+        reads: what ``score`` reads of the last layer, of which nothing else is computed. A subclass that defines
+            ``score`` reads everything unless it says otherwise.
     """
 
     Config = UniterConfig
@@ -98,6 +142,13 @@ class Uniter(Model):
     types: ClassVar[int] = 2
     labels: ClassVar[int | None] = None
     fallback_labels: ClassVar[int | None] = None
+    reads: ClassVar[Reads] = "all"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a ``score`` of another class's ``reads`` have everything."""
+        super().__init_subclass__(**options)
+        if "score" in vars(cls) and "reads" not in vars(cls):
+            cls.reads = "all"
 
     def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
         super().__init__()
@@ -141,9 +192,22 @@ class Uniter(Model):
         Raises:
             DataError: the batch lacks text, features or boxes, or they do not fit the head.
         """
-        encoded = self.uniter(self.layout.rows(batch), attentions)
+        encoded = self.encode(batch, self.reads, hidden_states, attentions)
         logits, pooled = self.score(encoded)
-        return ModelOutput(logits, pooled, encoded.states if hidden_states else (), encoded.attentions)
+        return ModelOutput(logits, pooled, tuple(encoded.states) if hidden_states else (), encoded.attentions)
+
+    def encode(self, batch: Batch, reads: Reads, hidden_states: bool, attentions: bool) -> Encoded:
+        """Run the transformer; see ``UniterModel.forward``."""
+        encoded: Encoded = self.uniter(
+            self.layout.rows(batch), reads, hidden_states=hidden_states, attentions=attentions
+        )
+        return encoded
+
+    def pooled(self, encoded: Encoded) -> Tensor:
+        """Return the pooled output ``[N, hidden]`` of a head that reads ``pooled`` or ``all``."""
+        first = encoded.states[-1] if encoded.packing.selection is None else encoded.read.unsqueeze(1)
+        output: Tensor = self.uniter.pooler(first)
+        return output
 
     def stochastic(self) -> bool:
         """Return whether there is dropout."""

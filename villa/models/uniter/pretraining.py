@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import DataError
 from villa.models.base import ModelOutput, Point
-from villa.models.rows import given_mask
+from villa.models.rows import Reads, given_mask
 from villa.models.uniter.config import LAYER_NORM_EPS, UniterSizes, register_head
 from villa.models.uniter.model import Encoded, Uniter
 from villa.objectives import OBJECTIVES
@@ -226,14 +226,14 @@ class UniterForPretraining(Uniter):
 
     def __init__(self, sizes: UniterSizes, num_labels: int) -> None:
         super().__init__(sizes, num_labels)
-        self._heads: dict[str, Callable[[Encoded, Batch], ModelOutput]] = {
-            "words": self._words,
-            "features": self._features,
-            "matched": self._match,
-            "aligned": self._aligned_match,
+        self._heads: dict[str, tuple[Reads, Callable[[Encoded], ModelOutput]]] = {
+            "words": ("masked_tokens", self._words),
+            "features": ("masked_regions", self._features),
+            "matched": ("pooled", self._match),
+            "aligned": ("all", self._aligned_match),
         }
         if num_labels:
-            self._heads["objects"] = self._classes
+            self._heads["objects"] = ("masked_regions", self._classes)
         self.register_load_state_dict_post_hook(_clear_unmasked_row)  # type: ignore[no-untyped-call]
         _clear_unmasked_row(self)
 
@@ -252,14 +252,16 @@ class UniterForPretraining(Uniter):
         Raises:
             DataError: the batch lacks text, features, boxes or masks, or the model has no head for its objective.
         """
-        head = head_of(batch, self._heads)
-        encoded = self.uniter(self.layout.rows(batch), attentions)
-        states = encoded.states if hidden_states else ()
-        return replace(head(encoded, batch), hidden_states=states, attentions=encoded.attentions)
+        reads, head = head_of(batch, self._heads)
+        if reads.startswith("masked"):
+            required_mask(reads, batch)
+        encoded = self.encode(batch, reads, hidden_states, attentions)
+        states = tuple(encoded.states) if hidden_states else ()
+        return replace(head(encoded), hidden_states=states, attentions=encoded.attentions)
 
     def score(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Score whether each text matches its image: ``[B, 2]``."""
-        pooled = self.uniter.pooler(encoded.states[-1])
+        pooled = self.pooled(encoded)
         return self.itm_output(pooled), pooled
 
     def perturbation_points(self) -> Mapping[str, Point]:
@@ -267,28 +269,22 @@ class UniterForPretraining(Uniter):
         points = super().perturbation_points()
         return {**points, "image": replace(points["image"], mask=self.layout.visible_regions, confined=True)}
 
-    def _words(self, encoded: Encoded, batch: Batch) -> ModelOutput:
-        masked = required_mask("masked_tokens", batch)
-        return ModelOutput(self.cls["predictions"](encoded.words[masked]))
+    def _words(self, encoded: Encoded) -> ModelOutput:
+        return ModelOutput(self.cls["predictions"](encoded.read))
 
-    def _features(self, encoded: Encoded, batch: Batch) -> ModelOutput:
-        return ModelOutput(self.feat_regress(_masked_regions(encoded, batch)))
+    def _features(self, encoded: Encoded) -> ModelOutput:
+        return ModelOutput(self.feat_regress(encoded.read))
 
-    def _classes(self, encoded: Encoded, batch: Batch) -> ModelOutput:
-        return ModelOutput(self.region_classifier(_masked_regions(encoded, batch)))
+    def _classes(self, encoded: Encoded) -> ModelOutput:
+        return ModelOutput(self.region_classifier(encoded.read))
 
-    def _match(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+    def _match(self, encoded: Encoded) -> ModelOutput:
         return ModelOutput(*self.score(encoded))
 
-    def _aligned_match(self, encoded: Encoded, batch: Batch) -> ModelOutput:
+    def _aligned_match(self, encoded: Encoded) -> ModelOutput:
         rows, words, regions = encoded.rows, encoded.words, encoded.regions
         masks = given_mask(rows.text_mask, words[..., 0]), given_mask(rows.region_mask, regions[..., 0])
-        return replace(self._match(encoded, batch), extras={"transport": align(words, regions, *masks).distance})
-
-
-def _masked_regions(encoded: Encoded, batch: Batch) -> Tensor:
-    """Return the states of the masked regions, ``[M, hidden]``."""
-    return encoded.regions[required_mask("masked_regions", batch)]
+        return replace(self._match(encoded), extras={"transport": align(words, regions, *masks).distance})
 
 
 def _clear_unmasked_row(model: nn.Module, _: Any = None) -> None:
