@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from villa.adversarial.ascent import AscentSettings, ascend, initialise, project, row_norm
+from villa.adversarial.ascent import STEPS, AscentSettings, ascend, initialise, project, row_norm
+from villa.adversarial.injection import inject
+from villa.adversarial.perturbation import Perturbation
+from villa.batch import Batch
+from villa.errors import ConfigError
+from villa.models.base import Point
 
 ROWS, TOKENS, WIDTH = 4, 5, 3
 
@@ -35,6 +40,78 @@ def test_step_follows_the_formula_row_by_row(norm: str, radius: float | None) ->
         elif radius and expected.norm() > radius:
             expected = expected * (radius / expected.norm())
         torch.testing.assert_close(moved[row], expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("step", ["normalised", "sign", "raw", "power"])
+@pytest.mark.parametrize("projection", ["ball", "sphere"])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_every_step_and_projection_follows_its_formula_token_by_token(
+    step: str, projection: str, norm: str, relative: bool
+) -> None:
+    delta, gradient, mask = make()
+    settings = AscentSettings(0.3, 0.7, norm, scope="token", step=step, projection=projection)  # type: ignore[arg-type]
+    unit = torch.rand(ROWS, TOKENS, 1, dtype=torch.float64) + 0.5 if relative else None
+    moved = ascend(delta, gradient, settings, mask, unit)
+    for row, token in mask.nonzero().tolist():
+        g, d, u = gradient[row, token], delta[row, token], 1.0 if unit is None else unit[row, token].item()
+        order = 2.0 if norm == "l2" else math.inf
+        expected = {
+            "normalised": d + 0.3 * u * g / g.norm(order),
+            "sign": d + 0.3 * u * g.sign(),
+            "raw": d + 0.3 * u * g,
+            "power": 0.3 * u * g / g.norm(order),
+        }[step]
+        if projection == "sphere":
+            expected = expected * 0.7 * u / expected.norm(order)
+        elif norm == "linf":
+            expected = expected.clamp(-0.7 * u, 0.7 * u)
+        elif expected.norm() > 0.7 * u:
+            expected = expected * 0.7 * u / expected.norm()
+        torch.testing.assert_close(moved[row, token], expected, rtol=1e-13, atol=1e-15)
+    assert (moved[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("step", ["normalised", "sign", "raw"])
+def test_a_token_with_an_overflown_gradient_stays_and_the_others_move(step: str) -> None:
+    delta, gradient, _ = make()
+    gradient[2, 0] = float("nan")
+    moved = ascend(delta, gradient, AscentSettings(step_size=1.0, scope="token", step=step), None)
+    assert torch.equal(moved[2, 0], delta[2, 0])
+    assert not torch.equal(moved[2, 1], delta[2, 1])
+
+
+@pytest.mark.parametrize("scope", ["row", "token"])
+@pytest.mark.parametrize("relative_to", ["embedding", "table"])
+def test_sizes_may_be_relative_to_the_embedding_or_to_its_table(scope: str, relative_to: str) -> None:
+    table, ids = torch.nn.Embedding(20, WIDTH), torch.arange(TOKENS * ROWS).view(ROWS, TOKENS)
+    mask = make()[2]
+    settings = AscentSettings(0.2, 0.5, init="normal", init_scale=0.3, scope=scope, relative_to=relative_to)  # type: ignore[arg-type]
+    plain = AscentSettings(0.2, 0.5, init="normal", init_scale=0.3, scope=scope)  # type: ignore[arg-type]
+    perturbation = Perturbation(settings, seed=3)
+    points = {"text": Point("0", "output", lambda _: mask)}
+    with inject(torch.nn.Sequential(table), points, {"text": perturbation}, Batch(list("abcd"))):
+        table(ids)
+    embedding = table(ids).detach() * mask[..., None]
+    unit = table.weight.norm(dim=1).mean() if relative_to == "table" else row_norm(embedding, "l2", scope)  # type: ignore[arg-type]
+    assert perturbation.delta is not None
+    first = perturbation.delta.detach()
+    torch.testing.assert_close(first, initialise(embedding, plain, mask, 3) * unit)
+    perturbation.delta.grad = torch.randn(ROWS, TOKENS, WIDTH)
+    expected = ascend(first, perturbation.delta.grad, settings, mask, unit)
+    perturbation.ascend()
+    torch.testing.assert_close(perturbation.delta, expected)
+    bound = 0.5 * unit.expand(ROWS, *unit.shape[1:]) if unit.dim() else 0.5 * unit
+    assert (row_norm(perturbation.delta, "l2", scope) <= bound * (1 + 1e-5)).all()  # type: ignore[arg-type]
+
+
+def test_a_step_of_ones_own_is_used_by_its_name() -> None:
+    delta, gradient, mask = make()
+    STEPS.register("backwards")(lambda delta, gradient, size, settings: delta - size * gradient)
+    moved = ascend(delta, gradient, AscentSettings(0.5, step="backwards"), mask)
+    torch.testing.assert_close(moved, delta - 0.5 * gradient * mask[..., None])
+    with pytest.raises(ConfigError, match="step is 'backward'; did you mean 'backwards'"):
+        AscentSettings(0.5, step="backward").check()
 
 
 def test_padding_stays_zero_only_when_it_is_masked() -> None:

@@ -205,6 +205,7 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("other.yaml", "did you mean 'config=other.yaml'?"),
         ("config=", "config='' (command line): give the path of a YAML file"),
         ("includes=x", "includes (command line): unknown key"),
+        ("trainer.name={a: 1}", "trainer (command line): no trainer is called '{a: 1}'"),
         ("user_dir=nowhere", "user_dir 'nowhere' does not exist; give a package folder or a .py file (command line)"),
         ("user_dir=${name}", "give a plain path"),
         ("user_dir=~nobody-here/x", "not a usable path: '~nobody-here/x' starts with '~', but there is no such home"),

@@ -115,17 +115,25 @@ def divergence(perturbed: Tensor, clean: Tensor, direction: str) -> Tensor:
 
 
 def moved(subject: Subject, config: Any, deltas: Deltas, slopes: Deltas) -> Deltas:
-    """A normalised step, back onto the ball."""
+    """A step, then back onto the ball or sphere, norms being those of rows or tokens."""
+
+    def norm(values: Tensor) -> Tensor:
+        flat = values if config.scope == "token" else values.flatten(1)
+        size = flat.norm(dim=-1) if config.norm == "l2" else flat.abs().amax(-1)
+        return size.unsqueeze(-1) if config.scope == "token" else size[:, None, None]
+
     made = {}
     for m, slope in slopes.items():
-        g, radius = slope * subject.masks[m][..., None], getattr(config, f"{m}_radius")
-        l2 = config.norm == "l2"
-        size = g.flatten(1).norm(dim=1) if l2 else g.flatten(1).abs().amax(1)
-        delta = deltas[m] + getattr(config, f"{m}_step_size") * g / size.clamp(min=1e-8)[:, None, None]
-        if radius and l2:
-            length = delta.flatten(1).norm(dim=1)[:, None, None]
-            delta = torch.where(length > radius, delta * radius / length, delta)
-        made[m] = delta.clamp(-radius, radius) if radius and not l2 else delta
+        masked = config.mask_padding or subject.model.perturbation_points()[m].confined
+        g = slope * subject.masks[m][..., None] if masked else slope
+        radius, size = getattr(config, f"{m}_radius"), getattr(config, f"{m}_step_size")
+        direction = {"sign": g.sign(), "raw": g}.get(config.step, g / norm(g).clamp(min=1e-8))
+        delta = size * direction if config.step == "power" else deltas[m] + size * direction
+        if radius and config.projection == "sphere":
+            delta = delta * radius / norm(delta).clamp(min=1e-8)
+        elif radius and config.norm == "l2":
+            delta = torch.where(norm(delta) > radius, delta * radius / norm(delta), delta)
+        made[m] = delta.clamp(-radius, radius) if radius and config.norm == "linf" else delta
     return made
 
 
@@ -207,7 +215,7 @@ STEPS: dict[str, Any] = {"text_step_size": 0.3, "image_step_size": 0.4, "text_ra
 
 
 @pytest.mark.parametrize("modality", ["both", "alternating"])
-@pytest.mark.parametrize("name", ["smart", "vat", "alum", "trades"])
+@pytest.mark.parametrize("name", ["smart", "vat", "alum", "mtdnn", "trades"])
 def test_smart_and_its_presets_equal_the_loop(subject: Subject, name: str, modality: Any) -> None:
     config = smart(name, **STEPS, init_scale=0.1, modality=modality, weight=1.5)
     if name == "trades":
@@ -217,7 +225,7 @@ def test_smart_and_its_presets_equal_the_loop(subject: Subject, name: str, modal
     start = {m: next(used[m] for used in passes.used if m in used) for m in subject.masks}
     assert all((delta[subject.masks[m]] != 0).any() for m, delta in start.items())
     fixed = subject.logits({}).detach()
-    ascended = "symmetric" if name == "smart" else "forward"
+    ascended = {"smart": "symmetric", "mtdnn": "reverse"}.get(name, "forward")
     deltas = searched(subject, config, start, lambda logits: divergence(logits, fixed, ascended))
     clean, terms = subject.logits({}), []
     for view in VIEWS[modality]:
@@ -227,6 +235,7 @@ def test_smart_and_its_presets_equal_the_loop(subject: Subject, name: str, modal
                 "smart": lambda p: divergence(p, clean, "symmetric"),
                 "vat": lambda p: divergence(p, clean.detach(), "forward"),
                 "alum": lambda p: kl(clean.detach(), p) + kl(p.detach(), clean),
+                "mtdnn": lambda p: kl(clean.detach(), p) + kl(p.detach(), clean),
                 "trades": lambda p: divergence(p, clean, "forward"),
             }[name](logits)
         )

@@ -54,9 +54,10 @@ def _register(
     module: nn.Module, point: Point, modality: str, perturbation: Perturbation, calls: dict[str, int]
 ) -> RemovableHandle:
     def perturb(value: Tensor) -> Tensor:
+        table = module.weight if isinstance(module, nn.Embedding) else None
         calls[modality] += 1
         rows = _to_rows(value, point)
-        return _from_rows(perturbation.apply(rows), value.shape, point)
+        return _from_rows(perturbation.apply(rows, table), value.shape, point)
 
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         if point.argument is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from villa.adversarial.ascent import AscentSettings, ascend, flat_norm, initialise
+from villa.adversarial.ascent import AscentSettings, ascend, flat_norm, initialise, row_norm
 
 
 class Perturbation:
@@ -33,15 +34,23 @@ class Perturbation:
         self.relative_size: Tensor | None = None
         self.gradient_norm: Tensor | None = None
         self._mask: Tensor | None = None
+        self._unit: Tensor | None = None
 
     def begin(self, mask: Tensor | None, *, confined: bool = False) -> None:
         """Prepare a forward pass with the given ``[rows, tokens]`` mask; see ``Point.confined``."""
         self._mask = mask if self.settings.mask_padding or confined else None
 
-    def apply(self, embedding: Tensor) -> Tensor:
-        """Return the perturbed embedding in its own dtype; the sum is computed in fp32 or wider."""
+    def apply(self, embedding: Tensor, table: Tensor | None = None) -> Tensor:
+        """Return the perturbed embedding in its own dtype; the sum is computed in fp32 or wider.
+
+        Args:
+            embedding: ``[rows, tokens, width]``.
+            table: ``[entries, width]`` weight that it was looked up in, if it was.
+        """
+        if self._unit is None and self.settings.relative_to != "none":
+            self._unit = self._measure_unit(embedding.detach(), table)
         if self.delta is None:
-            self.delta = initialise(embedding, self.settings, self._mask, self.seed)
+            self.delta = initialise(embedding, self.settings, self._mask, self.seed, self._unit)
         self.delta = self.delta.detach().requires_grad_(not self.frozen)
         self.gradient_norm = None
         self._measure(embedding.detach())
@@ -71,7 +80,21 @@ class Perturbation:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
         self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
-        self.delta = ascend(self.delta.detach(), gradient, self.settings, self._mask)
+        self.delta = ascend(self.delta.detach(), gradient, self.settings, self._mask, self._unit)
+
+    def _measure_unit(self, embedding: Tensor, table: Tensor | None) -> Tensor:
+        """Return the unit of all sizes, which stays that of the first pass."""
+        settings = self.settings
+        if settings.relative_to == "table":
+            if table is None:
+                raise RuntimeError("relative_to=table: the perturbed value is not looked up in a table")
+            norms: Tensor = torch.linalg.vector_norm(table.detach().float(), dim=-1)
+            return norms.mean()
+        if self._mask is not None:
+            embedding = embedding * self._mask.unsqueeze(-1)
+        return row_norm(
+            embedding.to(torch.promote_types(embedding.dtype, torch.float32)), settings.norm, settings.scope
+        )
 
     def _measure(self, embedding: Tensor) -> None:
         assert self.delta is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 from villa.config.options import Option, alternatives, find, fixed_options, is_text
+from villa.config.schema import VARIANTS
 from villa.config.values import COMMAND_LINE, Layer, Origin, Value, Written, is_one_line, show, texts
 from villa.config.yaml_text import is_null, parse, write
 from villa.errors import ConfigError, DataError
@@ -156,7 +157,8 @@ def parse_overrides(args: Iterable[str]) -> tuple[str | None, Layer]:
             _add_override(_values(key, text), layer)
     if config is not None and not (config and is_one_line(config)):
         raise ConfigError(f"config={config!r:.80} (command line): give the path of a YAML file")
-    return config, take_text(layer, fixed_options())
+    names = {f"{section}.name": Option(str, "", "") for section in VARIANTS}  # text, whatever they look like
+    return config, take_text(layer, fixed_options() | names)
 
 
 def take_text(layer: Layer, options: Mapping[str, Option]) -> Layer:

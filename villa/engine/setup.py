@@ -205,6 +205,7 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
             f"trainer '{config.trainer.name}' perturbs {' and '.join(missing)}, but model '{config.model.name}' can "
             f"be perturbed in {possible}; set trainer.modality accordingly"
         )
+    trainer.check(model)
     return trainer
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from villa.adversarial.ascent import AscentSettings, Init, Norm
+from villa.adversarial.ascent import AscentSettings, Norm, RelativeTo, Scope
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.errors import ConfigError
+from villa.models.base import Model
 from villa.objectives import check_objectives
 from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 from villa.trainers.standard import CLEAN_COST
@@ -57,13 +58,20 @@ class AdversarialConfig(PerturbationConfig):
         text_radius: bound on the norm of the text perturbation; None or 0 for none.
         image_radius: the same for the image.
         norm: ``l2`` or ``linf``, over all tokens of an example.
-        init: distribution of the first perturbation.
+        init: distribution of the first perturbation: ``zero``, ``uniform``, ``normal``, or a registered initialiser.
         init_scale: its scale; None takes the radius, or the step size where there is no radius.
         mask_padding: padding neither moves nor counts in a norm.
         dropout: ``fresh`` masks in every pass, or ``shared`` by all passes of a micro-batch.
         fp32_gradient: round the perturbation's gradient to fp32 even in fp64 runs (released code).
         objectives: in pre-training, the objectives that are trained adversarially; batches of others take one clean
             pass. None perturbs every batch.
+        scope: norms are those of a whole example (``row``), or of every ``token``.
+        step: direction of an ascent: the ``normalised`` gradient, its ``sign``, the ``raw`` gradient, ``power`` (from
+            zero along the normalised gradient at the perturbation: VAT), or a registered step.
+        projection: onto the ``ball`` of the radius, onto the ``sphere`` (always as long as the radius), or a registered
+            projection.
+        relative_to: unit of step sizes, radii and ``init_scale``: ``none`` is 1; ``embedding``, the norm of what is
+            perturbed; ``table``, the mean norm of the rows of the embedding table (with ``scope=token``).
     """
 
     LEAST_STEPS: ClassVar[int] = 1
@@ -75,12 +83,16 @@ class AdversarialConfig(PerturbationConfig):
     text_radius: float | None = None
     image_radius: float | None = None
     norm: Norm = "l2"
-    init: Init = "uniform"
+    init: str = "uniform"
     init_scale: float | None = None
     mask_padding: bool = True
     dropout: Literal["fresh", "shared"] = "fresh"
     fp32_gradient: bool = False
     objectives: list[str] | None = None
+    scope: Scope = "row"
+    step: str = "normalised"
+    projection: str = "ball"
+    relative_to: RelativeTo = "none"
 
     def check(self) -> None:
         """Raise ConfigError for values out of range."""
@@ -89,6 +101,9 @@ class AdversarialConfig(PerturbationConfig):
             least = f"at least {self.LEAST_STEPS} and at most {_MOST_STEPS:,}"
             raise ConfigError(f"steps is {self.steps}; it must be {least}")
         check_finite(self, "text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale")
+        self.ascent("text").check()
+        if self.relative_to == "table" and self.scope != "token":
+            raise ConfigError("relative_to=table is the norm of a token; set scope to token")
 
     def ascent(self, modality: str) -> AscentSettings:
         """Return the settings of one modality's perturbation."""
@@ -103,6 +118,10 @@ class AdversarialConfig(PerturbationConfig):
             init_scale=scale,
             mask_padding=self.mask_padding,
             fp32_gradient=self.fp32_gradient,
+            scope=self.scope,
+            step=self.step,
+            projection=self.projection,
+            relative_to=self.relative_to,
         )
 
 
@@ -139,6 +158,16 @@ class AdversarialTrainer(Trainer):
     def cost_of(self, objective: str) -> Cost:
         """Return the cost of an objective: one clean pass unless it is trained adversarially."""
         return self.cost() if self.asks_for(objective) else CLEAN_COST
+
+    def check(self, model: Model) -> None:
+        """Refuse sizes relative to a table where there is none."""
+        points = model.perturbation_points()
+        for modality in self.modalities() if getattr(self.config, "relative_to", "none") == "table" else ():
+            if not isinstance(model.get_submodule(points[modality].module), nn.Embedding):
+                raise ConfigError(
+                    f"trainer.relative_to=table: what is perturbed in the {modality} is not looked up in a table; set "
+                    "it to embedding"
+                )
 
     def modalities(self) -> tuple[str, ...]:
         """Return the perturbed modalities."""

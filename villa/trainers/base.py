@@ -14,7 +14,7 @@ from torch import Tensor
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.losses.base import Direction, Reduction
-from villa.models.base import ModelOutput
+from villa.models.base import Model, ModelOutput
 
 #: Detached values to log, by name; a trainer prefixes per-pass values with ``pass<t>/``.
 Logs = dict[str, Tensor]
@@ -224,6 +224,13 @@ class Trainer(ABC):
     def modalities(self) -> tuple[str, ...]:
         """Return the perturbed modalities, which are checked against the model's points before training."""
         return ()
+
+    def check(self, model: Model) -> None:  # noqa: B027 - a method need not check
+        """Check that the options fit a model, which has the points of ``modalities``; by default they do.
+
+        Raises:
+            ConfigError: they do not.
+        """
 
 
 def forward_equivalents(cost: Cost) -> int:

@@ -101,7 +101,7 @@ class FgmConfig(PgdConfig):
     """Options of FGM: those of PGD, with one ascent from the clean input, whose loss is trained too."""
 
     steps: int = 1
-    init: Literal["zero", "uniform", "normal"] = "zero"
+    init: str = "zero"
     clean_loss: bool = True
 
 

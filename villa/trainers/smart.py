@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from villa.adversarial.ascent import Init, Norm
+from villa.adversarial.ascent import Norm
 from villa.batch import Batch
 from villa.losses.base import Direction
 from villa.models.base import ModelOutput
@@ -35,11 +35,29 @@ class SmartConfig(AdversarialConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "smart": {"norm": "linf", "direction": "symmetric", "ascent_direction": "symmetric", "target": "attached"},
-        "vat": {"norm": "l2", "direction": "forward", "ascent_direction": "forward", "target": "detached"},
-        "alum": {"norm": "linf", "direction": "symmetric", "ascent_direction": "forward", "target": "each"},
+        "vat": {
+            "norm": "l2",
+            "step": "power",
+            "direction": "forward",
+            "ascent_direction": "forward",
+            "target": "detached",
+        },
+        "alum": {"norm": "linf", "scope": "token", "ascent_direction": "forward", "target": "each"},
+        "mtdnn": {
+            "norm": "linf",
+            "scope": "token",
+            "step": "raw",
+            "projection": "sphere",
+            "text_radius": 1.0,
+            "image_radius": 1.0,
+            "mask_padding": False,
+            "ascent_direction": "reverse",
+            "target": "each",
+        },
         "trades": {
             "norm": "linf",
             "steps": 10,
+            "step": "sign",
             "direction": "forward",
             "ascent_direction": "forward",
             "target": "attached",
@@ -47,12 +65,12 @@ class SmartConfig(AdversarialConfig):
         },
     }
 
-    preset: Literal["smart", "vat", "alum", "trades"] = "smart"
+    preset: Literal["smart", "vat", "alum", "mtdnn", "trades"] = "smart"
     steps: int = 1
     text_radius: float | None = 1e-3
     image_radius: float | None = 1e-3
     norm: Norm = "linf"
-    init: Init = "normal"
+    init: str = "normal"
     init_scale: float | None = 1e-5
     weight: float = 1.0
     direction: Direction = "symmetric"
