@@ -80,7 +80,7 @@ def bare(model: Small, batch: Batch, optimizer: torch.optim.Optimizer, passes: i
             moves = step + 1 < passes
             if delta is not None:
                 delta = delta.detach().requires_grad_(moves)
-            (F.cross_entropy(predict(delta), targets) / (passes or 1)).backward()
+            torch.autograd.backward(F.cross_entropy(predict(delta), targets) / (passes or 1))
             if moves and delta is not None:
                 assert delta.grad is not None
                 gradient = delta.grad * passes * mask
