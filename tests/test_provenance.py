@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from villa.provenance import provenance
+from villa.provenance import check_provenance, provenance
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -170,3 +170,14 @@ def test_versions_are_recorded_and_no_path_is(repository: Path) -> None:
     value = provenance(repository)
     assert value["packages"]["torch"] == torch.__version__
     assert "/" not in json.dumps(value)
+
+
+@pytest.mark.parametrize("value", [3, {"git": 3}, {"packages": []}, {"processes": torch.ones(2)}, {"processes": "2"}])
+def test_what_no_run_has_written_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="is not a provenance"):
+        check_provenance(value)
+
+
+def test_a_provenance_of_earlier_versions_may_lack_anything() -> None:
+    for value in ({}, {"processes": None}, {"processes": 2, "git": None, "packages": {}}):
+        check_provenance(value)

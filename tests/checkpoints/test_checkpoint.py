@@ -401,7 +401,8 @@ def test_a_valid_newest_checkpoint_survives_every_kill(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     draws = random.Random(0)
     start = time.monotonic()
-    save(store, 1)
+    first = {"config_yaml": "update: 1", "assets": lambda folder: (folder / "labels.txt").write_text("1") and None}
+    store.save(1, {"w": torch.full((50, 50), 1.0)}, {"update": 1}, **first)  # type: ignore[arg-type]
     span = max(0.1, 3 * (time.monotonic() - start))  # of a few saves, however busy the machine is
     newest = 1
     for _ in range(30):

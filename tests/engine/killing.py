@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import torch
-import torch._dynamo  # what optimizers import on first use
 
 import villa.engine.train  # noqa: F401
 

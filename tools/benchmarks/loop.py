@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.config.schema import TrainingConfig
+from villa.engine.fused_adam import FusedAdam
 from villa.engine.parameter_groups import parameter_groups
 from villa.engine.passes import ModelPasses, Precision
 from villa.engine.schedules import ConstantSchedule, ScheduleConfig
@@ -79,7 +80,7 @@ def bare(model: Small, batch: Batch, optimizer: torch.optim.Optimizer, passes: i
             moves = step + 1 < passes
             if delta is not None:
                 delta = delta.detach().requires_grad_(moves)
-            (F.cross_entropy(predict(delta), targets) / (passes or 1)).backward()
+            torch.autograd.backward(F.cross_entropy(predict(delta), targets) / (passes or 1))
             if moves and delta is not None:
                 assert delta.grad is not None
                 gradient = delta.grad * passes * mask
@@ -130,7 +131,7 @@ def main() -> None:
     added: dict[int, float] = {}
     for passes in (0, 1, 2, 5):
         model = Small()
-        optimizer = torch.optim.SGD(parameter_groups(model, lr=0.01, weight_decay=0.0))
+        optimizer = FusedAdam(parameter_groups(model, lr=1e-5, weight_decay=0.01))
         options = FreeLBConfig(steps=passes or 1, modality="text", init="zero", text_step_size=_STEP)
         trainer: Trainer = FreeLBTrainer(options) if passes else StandardTrainer()
         updates = bare(model, batch, optimizer, passes), looped(model, batch, optimizer, trainer)
