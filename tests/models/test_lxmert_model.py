@@ -287,3 +287,11 @@ def test_layers_of_both_streams_may_leave_padding_out(head: str, labels: int, im
     made = partial(build, replace(FACTS, num_labels=labels), head=head)
     for inner in ("intermediate.dense", "lang_inter.dense", "visn_inter.dense"):
         assert_padding_is_left_out(made, batch, inner)
+
+
+def test_an_image_without_regions_is_read_as_before() -> None:
+    batch = random_batch()
+    assert batch.region_mask is not None
+    batch.region_mask[1] = False
+    found = [build(padding_free=choice)(batch).logits for choice in ("on", "off")]
+    torch.testing.assert_close(*found)

@@ -167,6 +167,16 @@ def test_padding_stays_where_there_is_little() -> None:
     assert Packing.of(rows, "pooled", "on").blocks.places is None  # there is nothing to leave out
 
 
+def test_nothing_may_be_masked() -> None:
+    batch = ragged_batch("pretraining", "mlm")
+    batch = replace(batch, masked_tokens=torch.zeros_like(batch.masked_tokens))
+    model = build("pretraining", padding_free="on")
+    output = model(batch)
+    assert output.logits.shape == (0, 50)
+    output.logits.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_batch_without_masks_has_no_padding() -> None:
     batch = replace(ragged_batch(), attention_mask=None, region_mask=None)
     model = build(padding_free="on")

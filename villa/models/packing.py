@@ -125,14 +125,16 @@ class Packing:
             streams: values ``[N, W, hidden]`` and their mask ``[N, W]`` bool, or None when all are real.
             padding_free: whether to leave padding out; ``off`` keeps all positions where they are.
         """
-        masks = [mask for _, mask in streams if mask is not None and padding_free != "off"]
-        facts = iter(torch.stack([_facts(mask, mask) for mask in masks]).tolist() if masks else [])
-        return [
-            cls.padded(values, mask)
-            if mask is None or padding_free == "off"
-            else cls._arranged(mask, next(facts), padding_free)
-            for values, mask in streams
-        ]
+        asked = [mask for _, mask in streams if mask is not None and padding_free != "off"]
+        facts = iter(torch.stack([_facts(mask, mask) for mask in asked]).tolist() if asked else [])
+        found = []
+        for values, mask in streams:
+            numbers = None if mask is None or padding_free == "off" else next(facts)
+            if mask is None or numbers is None or not numbers[1]:  # rows without anything attend to their padding
+                found.append(cls.padded(values, mask))
+            else:
+                found.append(cls._arranged(mask, numbers, padding_free))
+        return found
 
     @classmethod
     def _arranged(
@@ -147,7 +149,7 @@ class Packing:
         """Derive the positions from a mask.
 
         Args:
-            valid: ``[N, W]`` bool, True on real positions; at least one a row.
+            valid: ``[N, W]`` bool, True on real positions.
             facts: see ``_facts``.
             padding_free: as above.
             read: ``[N, W]`` bool, True on what the head reads; None for everything, or with ``pooled``.
@@ -157,7 +159,7 @@ class Packing:
         count, width = valid.shape
         row = torch.arange(count, device=valid.device).unsqueeze(1)
         within = row * longest + valid.cumsum(dim=1) - 1
-        if _leaves_out(padding_free, real, count * longest):
+        if shortest and _leaves_out(padding_free, real, count * longest):
             origin, lengths = _true(valid, real), valid.sum(dim=1)
             blocks = Blocks(count, longest, within.flatten()[origin])
             places, starts = valid.flatten().cumsum(0) - 1, lengths.cumsum(0) - lengths
