@@ -98,18 +98,19 @@ class Registry(Generic[T]):
 
 @cache
 def _documents(module: str) -> dict[str, str]:
-    """Return the docstrings of the classes that a module's source registers, by name.
+    """Return the docstrings of the classes that a module's source registers, by name; none if it has no source.
 
     Importing all built-ins takes seconds, for most of them import torch.
     """
     import ast
-    from importlib.abc import InspectLoader
+    from pathlib import Path
 
     spec = importlib.util.find_spec(module)
-    loader = None if spec is None else spec.loader
-    source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return {}
+    source = Path(spec.origin).read_text(encoding="utf-8")
     found: dict[str, str] = {}
-    for node in (node for node in ast.parse(source or "").body if isinstance(node, ast.ClassDef)):
+    for node in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
         for decorator in node.decorator_list:
             match decorator:
                 case ast.Call(args=[ast.Constant(value=str(name))]):
