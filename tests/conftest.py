@@ -4,6 +4,7 @@ import os
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,51 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; read before the fir
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--probes", type=Path, metavar="FILE", help="measure coverage: FILE.* of coverage.py")
     parser.addoption("--fuzz", type=int, metavar="N", help="examples a fuzz test (or VILLA_FUZZ_EXAMPLES; 50)")
 
 
+#: Files that take long, or wait long: the first to begin, so that no process has one left at the end.
+_LONG = (
+    "launch/test_slurm_jobs.py",
+    "launch/test_storms.py",
+    "docs/test_docs.py",
+    "models/test_huggingface_runs.py",
+    "launch/test_slurm_sweeps.py",
+    "launch/test_srun.py",
+    "engine/test_training.py",
+    "datasets/test_broken_databases.py",
+    "checkpoints/test_damaged_checkpoints.py",
+    "distributed/",
+    "projects/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((place for place, name in enumerate(_LONG) if path.startswith(name)), len(_LONG))
+
+    items.sort(key=rank)
+
+
+_PROBES = pytest.StashKey[Any]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--probes") is not None:  # before villa is imported
+        from probes import Probes
+
+        config.stash[_PROBES] = Probes(ROOT / "villa")
     if config.getoption("--fuzz") is not None:  # before the tests' modules read it
         os.environ["VILLA_FUZZ_EXAMPLES"] = str(config.getoption("--fuzz"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _PROBES in session.config.stash:
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        file: Path = session.config.getoption("--probes")
+        session.config.stash[_PROBES].save(file.with_name(f"{file.name}.{worker}"))
 
 
 @pytest.fixture(scope="session")

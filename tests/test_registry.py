@@ -101,11 +101,19 @@ def test_every_built_in_can_be_imported(kind: str) -> None:
         cls = registry.get(name)
         assert issubclass(cls, registry.base)
         assert cls.__doc__, f"{name} has no documentation to list"
+        fresh = Registry(registry.kind, registry._base, registry._builtin)  # in which no class is registered yet
+        assert fresh.summary(name) == registry.summary(name) == cls.__doc__.partition("\n")[0]
 
 
 def test_importing_villa_imports_no_backbone(python: Callable[[str], str]) -> None:
     slow = python("import sys, villa, villa.registry; print({'transformers', 'lmdb', 'torch'} & set(sys.modules))")
     assert slow == "set()\n"
+
+
+def test_what_is_listed_is_not_imported(python: Callable[[str], str]) -> None:
+    code = "import sys; from villa.cli.run import main; main(['--list']); print('torch' in sys.modules)"
+    *listed, imported = python(code).splitlines()
+    assert (listed[0], imported) == ("models:", "False")
 
 
 def test_a_trainer_is_found_without_importing_transformers(python: Callable[[str], str]) -> None:

@@ -7,7 +7,9 @@ so that importing ``villa`` imports no backbone and one broken optional package 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
 from villa import plugins
@@ -80,6 +82,40 @@ class Registry(Generic[T]):
                 f"no {self.kind} is called '{name}'{nearest(name, self.names())} (known: {known}){broken}"
             )
         return cast("type[T]", self._classes[name])
+
+    def summary(self, name: str) -> str:
+        """Return the first line of the documentation of a known class; a built-in's is read, not imported.
+
+        Raises:
+            ImportError: the source of the built-in is not there, and it cannot be imported.
+        """
+        if name in self._classes:
+            document = self._classes[name].__doc__
+        else:
+            document = _documents(self._builtin[name]).get(name) or self.get(name).__doc__
+        return (document or "").partition("\n")[0]
+
+
+@cache
+def _documents(module: str) -> dict[str, str]:
+    """Return the docstrings of the classes that a module's source registers, by name; none if it has no source.
+
+    Importing all built-ins takes seconds, for most of them import torch.
+    """
+    import ast
+    from pathlib import Path
+
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return {}
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    for node in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        for decorator in node.decorator_list:
+            match decorator:
+                case ast.Call(args=[ast.Constant(value=str(name))]):
+                    found[name] = ast.get_docstring(node) or ""
+    return found
 
 
 MODELS: Registry[Any] = Registry(

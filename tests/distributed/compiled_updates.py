@@ -44,3 +44,10 @@ def work(output: str) -> None:
             found[name] = ascending(used, name)
     if used.processes.is_main:
         torch.save(found, output)
+
+
+def work_alone(output: str) -> None:
+    """Three updates of one process with compiled layers, each computed twice; write the parameters after them."""
+    torch.set_num_threads(1)
+    used = updates.connected("single", compile=True, activation_checkpointing=True)
+    torch.save(updates.run(used, **updates.CASES[CASE])["parameters"], output)

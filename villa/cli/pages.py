@@ -132,7 +132,7 @@ def _entries(registry: Registry[object], problems: list[str]) -> Iterator[str]:
     width = max(map(len, names), default=0)
     for name in names:
         try:
-            summary = (registry.get(name).__doc__ or "").partition("\n")[0]
+            summary = registry.summary(name)
         except (ImportError, VillaError) as error:
             problems.append(f"{registry.kind} '{name}' cannot be used: {one_line(error)}")
             continue
