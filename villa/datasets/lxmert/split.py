@@ -144,9 +144,10 @@ class AnnotatedSplit(Split):
             raise DataError(f"{where} has {has} label, but the first record has {first}; give all of a split one")
         known.add(str(id))
         self.ids.append(str(id))
-        self._texts.append(array("B", text_field(record, "sent", where).encode()))
-        for field in self.image_fields:
-            name = text_field(record, field, where)
+        with about(where):
+            text, names = text_field(record, "sent"), [text_field(record, field) for field in self.image_fields]
+        self._texts.append(array("B", text.encode()))
+        for name in names:
             self._images.append(self._names.setdefault(name, len(self._names)))
         scores = self.scores(record["label"], where) if self._answered else {}
         self._scored.extend(scores)

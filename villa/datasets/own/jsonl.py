@@ -34,7 +34,7 @@ from villa.datasets.stores import ImageSource, SourceFiles, Sources, files_diges
 from villa.datasets.synthetic import EXAMPLES, databases
 from villa.datasets.synthetic.pictures import SMALL_PICTURES, write_pictures
 from villa.datasets.text import build_tokenizer, load_tokenizer
-from villa.errors import ConfigError, DataError, nearest
+from villa.errors import ConfigError, DataError, about, nearest
 from villa.files import local_path, sha256
 from villa.registry import register_dataset
 
@@ -241,7 +241,9 @@ class Jsonl(QuestionAnswering):
         """Return the distinct files that lines refer to."""
         sources = Sources(self._folder(lines.path), lines.where)
         for index, record in enumerate(lines):
-            for name in record_files(record, self.vocabulary.regions, lines.where(index)):
+            with about(lines.where(index)):
+                names = record_files(record, self.vocabulary.regions)
+            for name in names:
                 sources.add(name, index)
         return sources.build()
 
@@ -270,11 +272,13 @@ class Jsonl(QuestionAnswering):
         """Yield the texts of the training lines, and count the answers on the way."""
         lines = self._train
         for index, record in enumerate(lines):
-            where = lines.where(index)
-            if counts is not None:
-                for answer in answer_scores(record, where) or ():
-                    counts[answer] += 1
-            text, pair = record_texts(record, where)
+            try:
+                if counts is not None:
+                    for answer in answer_scores(record) or ():
+                        counts[answer] += 1
+                text, pair = record_texts(record)
+            except DataError as error:
+                raise DataError(f"{lines.where(index)}: {error}") from error
             yield text
             if pair is not None:
                 yield pair
@@ -283,7 +287,9 @@ class Jsonl(QuestionAnswering):
         if regions != "files":
             return GridExtractor.dim if regions == "grid" else None
         sources = Sources(self._folder(self._train.path), self._train.where)
-        for name in record_files(self._train[0], regions, self._train.where(0)):
+        with about(self._train.where(0)):
+            names = record_files(self._train[0], regions)
+        for name in names:
             sources.add(name, 0)
         return self._feature_files(sources.build()).dim
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from villa.datasets.base import plain_answer
 from villa.datasets.lines import TextLines
 from villa.errors import DataError
-from villa.json_values import is_number, is_score, parse_json
+from villa.json_values import is_number, is_score, parse_json, parse_objects
 
 #: Source of the regions: the grid of the image, a feature file, whole images, or none (text only).
 Regions = Literal["grid", "files", "pixels", "none"]
@@ -50,7 +50,17 @@ class JsonLines(TextLines):
         return self._parse(index, self.line(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self._parse, count(), self.lines())
+        first = 0
+        for lines in self.blocks():
+            yield from self._parse_together(first, lines)
+            first += len(lines)
+
+    def _parse_together(self, first: int, lines: list[bytes]) -> Iterable[dict[str, Any]]:
+        try:
+            records = parse_objects([line.decode() for line in lines])
+        except UnicodeDecodeError:
+            records = None
+        return map(self._parse, count(first), lines) if records is None else records
 
     def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:
@@ -77,7 +87,7 @@ class Request(dict[str, Any]):
         self.where = where
 
 
-def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
+def text_field(record: Mapping[str, Any], name: str) -> str:
     """Return a field that must be a non-empty text.
 
     Raises:
@@ -88,10 +98,10 @@ def text_field(record: Mapping[str, Any], name: str, where: str) -> str:
         return value
     present = ", ".join(map(str, record)) or "nothing"
     given = f"'{name}' is {value!r:.40}" if name in record else f"'{name}' is missing (present: {present})"
-    raise DataError(f"{where}: {given}; it must be a text that is not empty")
+    raise DataError(f"{given}; it must be a text that is not empty")
 
 
-def record_id(record: Mapping[str, Any], default: str, where: str) -> str:
+def record_id(record: Mapping[str, Any], default: str) -> str:
     """Return the id of a record, or ``default`` if it has none.
 
     Raises:
@@ -100,10 +110,10 @@ def record_id(record: Mapping[str, Any], default: str, where: str) -> str:
     value = record.get("id", default)
     if (isinstance(value, str) and value) or is_number(value):
         return str(value)
-    raise DataError(f"{where}: 'id' is {value!r:.40}; it must be a text or a number, or be left out")
+    raise DataError(f"'id' is {value!r:.40}; it must be a text or a number, or be left out")
 
 
-def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+def record_texts(record: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the text of a record (``question`` or ``text``), and its second text (``text_pair``) or None.
 
     Raises:
@@ -111,11 +121,11 @@ def record_texts(record: Mapping[str, Any], where: str) -> tuple[str, str | None
     """
     first, other = TEXT_FIELDS
     name = other if other in record and first not in record else first
-    pair = None if record.get("text_pair") is None else text_field(record, "text_pair", where)
-    return text_field(record, name, where), pair
+    pair = None if record.get("text_pair") is None else text_field(record, "text_pair")
+    return text_field(record, name), pair
 
 
-def record_files(record: Mapping[str, Any], regions: Regions, where: str) -> list[str]:
+def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
     """Return the files that a record names: one, several ``images``, or none for text only.
 
     Raises:
@@ -126,9 +136,9 @@ def record_files(record: Mapping[str, Any], regions: Regions, where: str) -> lis
     if regions == "pixels" and "images" in record:
         images = record["images"]
         if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
-            raise DataError(f"{where}: 'images' is {images!r:.40}; it must be a list of paths")
+            raise DataError(f"'images' is {images!r:.40}; it must be a list of paths")
         return images
-    return [text_field(record, REGION_FIELDS[regions], where)]
+    return [text_field(record, REGION_FIELDS[regions])]
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def guess_regions(record: Mapping[str, Any]) -> Regions:
     return "grid" if "image" in record else "none"
 
 
-def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = False) -> dict[str, float] | None:
+def answer_scores(record: Mapping[str, Any], *, written: bool = False) -> dict[str, float] | None:
     """Return the scores in [0, 1] of a record's answers, or None if it has none.
 
     ``"answer": text`` scores 1, ``"answers": {text: score}`` gives the scores, and in ``"answers": [texts]`` of human
@@ -165,7 +175,6 @@ def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = Fals
 
     Args:
         record: the record.
-        where: its place, for messages.
         written: keep answers to the letter, as texts to generate; otherwise apply ``plain_answer``.
 
     Raises:
@@ -173,7 +182,7 @@ def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = Fals
     """
     plain: Callable[[str], str] = str if written else plain_answer
     if "answers" not in record:
-        return None if record.get("answer") is None else {plain(text_field(record, "answer", where)): 1.0}
+        return None if record.get("answer") is None else {plain(text_field(record, "answer")): 1.0}
     answers = record["answers"]
     if isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers):
         return {answer: min(count / FULL_AGREEMENT, 1.0) for answer, count in Counter(map(plain, answers)).items()}
@@ -182,4 +191,4 @@ def answer_scores(record: Mapping[str, Any], where: str, *, written: bool = Fals
         for answer, score in answers.items():
             scores[plain(answer)] = max(float(score), scores.get(plain(answer), 0.0))
         return scores
-    raise DataError(f"{where}: 'answers' must be {{answer: score in [0, 1]}} or a list of texts, not {answers!r:.60}")
+    raise DataError(f"'answers' must be {{answer: score in [0, 1]}} or a list of texts, not {answers!r:.60}")

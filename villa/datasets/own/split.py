@@ -67,18 +67,16 @@ class JsonlSplit(Split):
         """
         sources, ids, dropped = Sources(folder, self._lines.where), array("q"), array("q")
         for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
-            where = self._lines.where(index)
-            texts = record_texts(record, where)
-            files = record_files(record, self._vocabulary.regions, where)
-            self._check_form(texts[1] is not None, len(files), where)
-            ids.append(hash(self._id(index, record, where)))
-            if not self._is_kept(record, where):
-                dropped.append(index)
-                continue
-            try:
+            try:  # not with ``about``: entering it takes as long as all of this
+                texts, files = record_texts(record), record_files(record, self._vocabulary.regions)
+                self._check_form(texts[1] is not None, len(files))
+                ids.append(hash(self._id(index, record)))
+                if not self._is_kept(record):
+                    dropped.append(index)
+                    continue
                 read, whole = self._reader.text_lengths(*texts, images=bool(files))
             except DataError as error:
-                raise DataError(f"{where}: {error}") from error
+                raise DataError(f"{self._lines.where(index)}: {error}") from error
             self._cut.add(read, whole)
             self._text_lengths.append(read)
             self._images.append([sources.add(name, index) for name in files])
@@ -93,12 +91,13 @@ class JsonlSplit(Split):
     def __getitem__(self, index: int) -> Example:
         line = self._kept[index]
         record = self._lines[line]
-        where = self._lines.where(line)
         written = self._vocabulary.kind == "text"
-        scores = answer_scores(record, where, written=written) if self._has_answers else None
+        with about(self._lines.where(line)):
+            scores = answer_scores(record, written=written) if self._has_answers else None
+            name, texts = self._id(line, record), record_texts(record)
         example = Record(
-            self._id(line, record, where),
-            *record_texts(record, where),
+            name,
+            *texts,
             images=self.images(index),
             target=None if scores is None or written else self._target(scores),
             answer=max(scores, key=lambda answer: scores[answer]) if scores and written else None,
@@ -118,8 +117,8 @@ class JsonlSplit(Split):
         """Tokens plus regions of every question; headers of feature files are read on access."""
         return _Lengths(self._text_lengths, self._images, self.image_lengths)
 
-    def _id(self, line: int, record: Mapping[str, Any], where: str) -> str:
-        return record_id(record, "", where) if "id" in record else str(self._lines.number(line))
+    def _id(self, line: int, record: Mapping[str, Any]) -> str:
+        return record_id(record, "") if "id" in record else str(self._lines.number(line))
 
     def warnings(self) -> list[str]:
         """Return how many texts are truncated."""
@@ -136,9 +135,9 @@ class JsonlSplit(Split):
         suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
         seen: set[str] = set()
         for index, record in enumerate(self._lines if suspects else ()):
-            where = self._lines.where(index)
-            name = self._id(index, record, where)
+            name = self._id(index, record)
             if name in seen:
+                where = self._lines.where(index)
                 raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
             if hash(name) in suspects:
                 seen.add(name)
@@ -152,32 +151,32 @@ class JsonlSplit(Split):
         if not self._kept:
             raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
 
-    def _check_form(self, paired: bool, images: int, where: str) -> None:
+    def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
         kind = self._vocabulary.kind
         if kind != "label" and paired:
-            raise DataError(f"{where}: 'text_pair' has no place with dataset.target={kind}; put both texts in one")
+            raise DataError(f"'text_pair' has no place with dataset.target={kind}; put both texts in one")
         if kind == "pair" and images != 1:
-            raise DataError(f"{where}: the line has {images} images; dataset.target=pair needs one")
+            raise DataError(f"the line has {images} images; dataset.target=pair needs one")
         self._form = self._form or (paired, images)
         if kind == "label" and (paired, images) != self._form:
             here, first = (
                 f"{n} image(s) and {'a' if p else 'no'} text_pair" for p, n in ((paired, images), self._form)
             )
-            raise DataError(f"{where}: the line has {here}, the first {first}; give all lines of a file the same")
+            raise DataError(f"the line has {here}, the first {first}; give all lines of a file the same")
 
-    def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
+    def _is_kept(self, record: Mapping[str, Any]) -> bool:
         if self._pairs:
             return True
         if _has_answer(record) != self._has_answers:
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
-            raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
-        scores = answer_scores(record, where)
+            raise DataError(f"the line {problem}; give all lines of a file an answer, or none")
+        scores = answer_scores(record)
         if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
             return True
         if not (self._train or self._vocabulary.soft):
             raise DataError(
-                f"{where}: the answer '{next(iter(scores))}' is none of the {len(self._vocabulary.answers)} labels; "
+                f"the answer '{next(iter(scores))}' is none of the {len(self._vocabulary.answers)} labels; "
                 "list it in dataset.answers, or set dataset.target=soft and a loss for it to count it as wrong"
             )
         return not self._train
