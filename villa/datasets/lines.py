@@ -95,7 +95,7 @@ class TextLines(LineFile):
         start, end = self._bounds[index], self._bounds[index + 1]
         return self._read(index, start, min(end, start + LONGEST_LINE + 1)).partition(b"\n")[0]
 
-    def blocks(self) -> Iterator[list[bytes]]:
+    def line_blocks(self) -> Iterator[list[bytes]]:
         """Yield all lines in order without their line ends, in lists of several that are read together."""
         for first in range(0, len(self), _TOGETHER):
             bounds = self._bounds[first : first + _TOGETHER + 1]

@@ -26,7 +26,7 @@ def check(lines: TextLines, contents: bytes) -> None:
     rows = contents.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     expected = [(number, row) for number, row in enumerate(rows, start=1) if row.strip()]
     assert [lines.number(index) for index in range(len(lines))] == [number for number, _ in expected]
-    assert list(chain.from_iterable(lines.blocks())) == [row for _, row in expected]
+    assert list(chain.from_iterable(lines.line_blocks())) == [row for _, row in expected]
     assert [lines.line(index) for index in range(len(lines))] == [row for _, row in expected]
 
 

@@ -108,9 +108,9 @@ class AnnotatedSplit(Split):
         for index in track(range(len(self)), "tokenising"):
             names = self._names_of(index)
             with about(self.describe(index)):
-                read, whole = self._words.lengths(self.text(index), None)
-            cut.add(read, whole)
-            lengths.append(len(names) * read + sum(map(self.store.count, names)))
+                measured = self._words.lengths([(self.text(index), None)])
+            cut.add(measured)
+            lengths.append(len(names) * int(measured[0, 0]) + sum(map(self.store.count, names)))
         return lengths, cut
 
     def text(self, index: int) -> str:

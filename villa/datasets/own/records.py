@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from villa.datasets.base import plain_answer
 from villa.datasets.lines import TextLines
-from villa.errors import DataError
+from villa.datasets.text import Texts
+from villa.errors import DataError, about
 from villa.json_values import is_number, is_score, parse_json, parse_objects
+
+T = TypeVar("T")
 
 #: Source of the regions: the grid of the image, a feature file, whole images, or none (text only).
 Regions = Literal["grid", "files", "pixels", "none"]
@@ -50,17 +53,37 @@ class JsonLines(TextLines):
         return self._parse(index, self.line(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return chain.from_iterable(records for _, records in self.blocks())
+
+    def blocks(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yield all records in order, in lists of some hundred with the index of the first."""
         first = 0
-        for lines in self.blocks():
-            yield from self._parse_together(first, lines)
+        for lines in self.line_blocks():
+            try:
+                records = parse_objects([line.decode() for line in lines])
+            except UnicodeDecodeError:
+                records = None
+            if records is not None:
+                yield first, records
+            else:
+                yield from ((index, [self._parse(index, line)]) for index, line in enumerate(lines, first))
             first += len(lines)
 
-    def _parse_together(self, first: int, lines: list[bytes]) -> Iterable[dict[str, Any]]:
-        try:
-            records = parse_objects([line.decode() for line in lines])
-        except UnicodeDecodeError:
-            records = None
-        return map(self._parse, count(first), lines) if records is None else records
+    def read(self, what: Callable[[int, list[dict[str, Any]]], T]) -> Iterator[tuple[int, T]]:
+        """Yield what a function returns for each of the ``blocks``, with the index of the first record.
+
+        Raises:
+            DataError: the function's, about the first record that it raises one for.
+        """
+        for first, records in self.blocks():
+            try:
+                found = what(first, records)
+            except DataError:
+                for index, record in enumerate(records, first):
+                    with about(self.where(index)):
+                        what(index, [record])
+                raise
+            yield first, found
 
     def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:
@@ -113,7 +136,7 @@ def record_id(record: Mapping[str, Any], default: str) -> str:
     raise DataError(f"'id' is {value!r:.40}; it must be a text or a number, or be left out")
 
 
-def record_texts(record: Mapping[str, Any]) -> tuple[str, str | None]:
+def record_texts(record: Mapping[str, Any]) -> Texts:
     """Return the text of a record (``question`` or ``text``), and its second text (``text_pair``) or None.
 
     Raises:
@@ -123,6 +146,21 @@ def record_texts(record: Mapping[str, Any]) -> tuple[str, str | None]:
     name = other if other in record and first not in record else first
     pair = None if record.get("text_pair") is None else text_field(record, "text_pair")
     return text_field(record, name), pair
+
+
+def texts_of(records: Sequence[Mapping[str, Any]]) -> list[Texts]:
+    """Return what ``record_texts`` returns for each of several records, much faster."""
+    texts = _plain(records, TEXT_FIELDS[0])
+    if texts is None or any("text_pair" in record for record in records):
+        return list(map(record_texts, records))
+    return [(text, None) for text in texts]
+
+
+def _plain(records: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:
+    """Return a field of records, or None if it is not a text in each of them that ``text_field`` accepts."""
+    values = [record.get(name) for record in records]
+    texts = [value for value in values if type(value) is str and value.strip()]
+    return texts if len(texts) == len(values) else None
 
 
 def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
@@ -192,3 +230,11 @@ def answer_scores(record: Mapping[str, Any], *, written: bool = False) -> dict[s
             scores[plain(answer)] = max(float(score), scores.get(plain(answer), 0.0))
         return scores
     raise DataError(f"'answers' must be {{answer: score in [0, 1]}} or a list of texts, not {answers!r:.60}")
+
+
+def scores_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float] | None]:
+    """Return what ``answer_scores`` returns for each of several records, much faster."""
+    answers = _plain(records, "answer")
+    if answers is None or any("answers" in record for record in records):
+        return list(map(answer_scores, records))
+    return [{plain_answer(answer): 1.0} for answer in answers]

@@ -17,11 +17,19 @@ from torch import Tensor
 from villa.datasets.base import Example, Split
 from villa.datasets.own.assets import Assets
 from villa.datasets.own.readers import Reader, Record
-from villa.datasets.own.records import JsonLines, answer_scores, record_files, record_id, record_texts
+from villa.datasets.own.records import (
+    JsonLines,
+    answer_scores,
+    record_files,
+    record_id,
+    record_texts,
+    scores_of,
+    texts_of,
+)
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
 from villa.datasets.stores import SourceFiles, Sources
-from villa.datasets.text import CutTexts
+from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
@@ -66,20 +74,22 @@ class JsonlSplit(Split):
             DataError: naming the file and line of the first bad record.
         """
         sources, ids, dropped = Sources(folder, self._lines.where), array("q"), array("q")
-        for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
-            try:  # not with ``about``: entering it takes as long as all of this
-                texts, files = record_texts(record), record_files(record, self._vocabulary.regions)
-                self._check_form(texts[1] is not None, len(files))
-                ids.append(hash(self._id(index, record)))
-                if not self._is_kept(record):
-                    dropped.append(index)
-                    continue
-                read, whole = self._reader.text_lengths(*texts, images=bool(files))
-            except DataError as error:
-                raise DataError(f"{self._lines.where(index)}: {error}") from error
-            self._cut.add(read, whole)
-            self._text_lengths.append(read)
-            self._images.append([sources.add(name, index) for name in files])
+        waiting: dict[int, Texts] = {}  # by line, to be measured together
+        try:
+            blocks = self._lines.read(self._checked)
+            shown = f"checking {self._lines.path.name}"
+            for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
+                for index, (name, texts, files, kept) in enumerate(checked, first):
+                    ids.append(hash(name))
+                    if not kept:
+                        dropped.append(index)
+                        continue
+                    self._images.append([sources.add(file, index) for file in files])
+                    waiting[index] = texts
+                if len(waiting) >= TOGETHER:
+                    self._measure(waiting)
+        finally:  # also after an error, as an earlier line may have one
+            self._measure(waiting)
         self._check_ids(ids)
         if dropped:
             self._leave_out(dropped)
@@ -128,6 +138,29 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+        """Return the id, texts and files of every record, and whether it is kept."""
+        regions = self._vocabulary.regions
+        texts, files = texts_of(records), [record_files(record, regions) for record in records]
+        for form in dict.fromkeys(zip((pair is not None for _, pair in texts), map(len, files), strict=True)):
+            self._check_form(*form)
+        names = [self._id(index, record) for index, record in enumerate(records, first)]
+        return list(zip(names, texts, files, self._are_kept(records), strict=True))
+
+    def _measure(self, waiting: dict[int, Texts]) -> None:
+        """Count the tokens of lines, and forget their texts."""
+        images = self._vocabulary.regions != "none"
+        try:
+            lengths = self._reader.text_lengths([*waiting.values()], images=images)
+        except DataError:
+            for index, texts in waiting.items():
+                with about(self._lines.where(index)):
+                    self._reader.text_lengths([texts], images=images)
+            raise
+        self._cut.add(lengths)
+        self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
+        waiting.clear()
+
     def _check_ids(self, hashes: array[int]) -> None:
         """Refuse an id that occurs twice, comparing only ids with equal hashes."""
         ordered = np.frombuffer(hashes, np.int64)
@@ -165,13 +198,15 @@ class JsonlSplit(Split):
             )
             raise DataError(f"the line has {here}, the first {first}; give all lines of a file the same")
 
-    def _is_kept(self, record: Mapping[str, Any]) -> bool:
+    def _are_kept(self, records: Sequence[Mapping[str, Any]]) -> list[bool]:
         if self._pairs:
-            return True
-        if _has_answer(record) != self._has_answers:
+            return [True] * len(records)
+        if not all(_has_answer(record) == self._has_answers for record in records):
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             raise DataError(f"the line {problem}; give all lines of a file an answer, or none")
-        scores = answer_scores(record)
+        return list(map(self._is_kept, scores_of(records)))
+
+    def _is_kept(self, scores: Mapping[str, float] | None) -> bool:
         if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
             return True
         if not (self._train or self._vocabulary.soft):
@@ -243,21 +278,20 @@ class TableSplit(Split):
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
         images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
-        return [read + more for (read, _), more in zip(self._text_lengths, images, strict=True)]
+        return [int(read) + more for read, more in zip(self._text_lengths[:, 0], images, strict=True)]
 
     def warnings(self) -> list[str]:
         """Return what the options leave out, and how many texts are truncated."""
         cut = CutTexts()
-        for read, whole in self._text_lengths:
-            cut.add(read, whole)
+        cut.add(self._text_lengths)
         return [*self._left_out, *cut.warnings()]
 
     @cached_property
-    def _text_lengths(self) -> list[tuple[int, int]]:
-        """Numbers of tokens of every record's text after and before truncation."""
-        return list(map(self._measure, range(len(self))))
+    def _text_lengths(self) -> Integers:
+        """Numbers of tokens ``[N, 2]`` of every record's text after and before truncation."""
+        return np.concatenate([np.zeros((0, 2), np.int64), *map(self._measure, range(len(self)))])
 
-    def _measure(self, index: int) -> tuple[int, int]:
+    def _measure(self, index: int) -> Integers:
         record = self._records[index]
         with about(record.where or self.describe(index)):
-            return self._reader.text_lengths(record.text, record.pair, images=bool(record.images))
+            return self._reader.text_lengths([(record.text, record.pair)], images=bool(record.images))
