@@ -32,7 +32,7 @@ _GAPS = 100_000
 #: Size of the cache of texts; many data sets have few distinct questions.
 KEPT_TEXTS = 4096
 #: Size of the cache of parts of texts, and number of texts that are split together.
-KEPT_PARTS, TOGETHER = 1 << 16, 8192
+KEPT_PARTS, TOGETHER = 1 << 16, 1 << 13
 #: Number of tokens of a part that cannot be read alone.
 _UNREADABLE = -(1 << 40)
 #: One or two texts that are read together.

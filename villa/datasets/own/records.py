@@ -148,19 +148,19 @@ def record_texts(record: Mapping[str, Any]) -> Texts:
     return text_field(record, name), pair
 
 
-def texts_of(records: Sequence[Mapping[str, Any]]) -> list[Texts]:
-    """Return what ``record_texts`` returns for each of several records, much faster."""
-    texts = _plain(records, TEXT_FIELDS[0])
-    if texts is None or any("text_pair" in record for record in records):
-        return list(map(record_texts, records))
-    return [(text, None) for text in texts]
-
-
-def _plain(records: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:
-    """Return a field of records, or None if it is not a text in each of them that ``text_field`` accepts."""
+def plain_texts(records: Sequence[Mapping[str, Any]], name: str) -> list[str] | None:
+    """Return a field of several records, or None if in some ``text_field`` refuses it."""
     values = [record.get(name) for record in records]
     texts = [value for value in values if type(value) is str and value.strip()]
     return texts if len(texts) == len(values) else None
+
+
+def texts_of(records: Sequence[Mapping[str, Any]]) -> list[Texts]:
+    """Return what ``record_texts`` returns for each of several records, much faster."""
+    texts = plain_texts(records, TEXT_FIELDS[0])
+    if texts is None or any("text_pair" in record for record in records):
+        return list(map(record_texts, records))
+    return [(text, None) for text in texts]
 
 
 def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
@@ -234,7 +234,7 @@ def answer_scores(record: Mapping[str, Any], *, written: bool = False) -> dict[s
 
 def scores_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float] | None]:
     """Return what ``answer_scores`` returns for each of several records, much faster."""
-    answers = _plain(records, "answer")
+    answers = plain_texts(records, "answer")
     if answers is None or any("answers" in record for record in records):
         return list(map(answer_scores, records))
     return [{plain_answer(answer): 1.0} for answer in answers]

@@ -20,6 +20,7 @@ from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
     JsonLines,
     answer_scores,
+    plain_texts,
     record_files,
     record_id,
     record_texts,
@@ -144,7 +145,7 @@ class JsonlSplit(Split):
         texts, files = texts_of(records), [record_files(record, regions) for record in records]
         for form in dict.fromkeys(zip((pair is not None for _, pair in texts), map(len, files), strict=True)):
             self._check_form(*form)
-        names = [self._id(index, record) for index, record in enumerate(records, first)]
+        names = plain_texts(records, "id") or [self._id(index, record) for index, record in enumerate(records, first)]
         return list(zip(names, texts, files, self._are_kept(records), strict=True))
 
     def _measure(self, waiting: dict[int, Texts]) -> None:
@@ -204,17 +205,16 @@ class JsonlSplit(Split):
         if not all(_has_answer(record) == self._has_answers for record in records):
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
             raise DataError(f"the line {problem}; give all lines of a file an answer, or none")
-        return list(map(self._is_kept, scores_of(records)))
-
-    def _is_kept(self, scores: Mapping[str, float] | None) -> bool:
-        if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
-            return True
-        if not (self._train or self._vocabulary.soft):
+        scores, labels = scores_of(records), self._vocabulary.labels.keys()
+        written = self._vocabulary.kind == "text"
+        kept = [written or answers is None or not labels.isdisjoint(answers) for answers in scores]
+        if not (self._train or self._vocabulary.soft or all(kept)):
+            unknown = next(iter(scores[kept.index(False)] or ()))
             raise DataError(
-                f"the answer '{next(iter(scores))}' is none of the {len(self._vocabulary.answers)} labels; "
-                "list it in dataset.answers, or set dataset.target=soft and a loss for it to count it as wrong"
+                f"the answer '{unknown}' is none of the {len(labels)} labels; list it in dataset.answers, or set "
+                "dataset.target=soft and a loss for it to count it as wrong"
             )
-        return not self._train
+        return kept if self._train else [True] * len(records)
 
     def _target(self, scores: Mapping[str, float]) -> int | Tensor:
         labels = self._vocabulary.labels
