@@ -250,7 +250,7 @@ class QuestionAnswering(TaskDataset):
         store: RegionStore = GridStore(sources, self.config) if regions == "grid" else self._feature_files(sources)
         if store.dim != self.vocabulary.feature_dim:
             raise DataError(
-                f"{sources[0].named_by}: features are {store.dim} wide, in training they were "
+                f"{sources[0].place}features are {store.dim} wide, in training they were "
                 f"{self.vocabulary.feature_dim}: another detector made them"
             )
         return store
