@@ -4,10 +4,10 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from villa.json_values import is_number, parse_json
+from villa.json_values import is_number, parse_json, parse_objects
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, sys.float_info.max, -sys.float_info.max])
@@ -58,3 +58,39 @@ values = st.recursive(
 @given(values, st.sampled_from([None, 1]), st.booleans())
 def test_any_value_is_read_back(value: Any, indent: int | None, ascii_only: bool) -> None:
     assert parse_json(json.dumps(value, indent=indent, ensure_ascii=ascii_only)) == value
+
+
+#: What lines of objects are made of, and what could make one object of two lines.
+PIECES = st.sampled_from(
+    [
+        *('{"a":"b"}', '{"a":1,', '{"a":[1', "{}", "{}]}", "}", '"c":{"d":2}}', '"c":1}', ",", "5", '{"a":"x', 'y"}'),
+        *(
+            '{"a":"b:"}',
+            '{"a":1,"a":2}',
+            '{"a":"\\ud800"}',
+            '{"a":"\\"b"}',
+            '{"e":"\\u00e9"}',
+            '{"a":["x"]}',
+            "[[",
+            "]]",
+        ),
+        *(" ", "\r", "NaN"),
+    ]
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.lists(PIECES, min_size=1, max_size=3).map("".join), min_size=1, max_size=4))
+@example(['{"a":1', '"c":1},{}'])
+@example(['{"a":[1', "{}]},5"])
+@example(['{"a":"x', '{y"},{"b":1}'])
+@example(['{"a":1}', '{"b":"\\"", "c":[]}\r', ' {"d":2}'])
+def test_lines_parsed_together_are_as_one_by_one(lines: list[str]) -> None:
+    together = parse_objects(lines)
+    if together is not None:
+        assert repr(together) == repr([parse_json(line) for line in lines])
+
+
+def test_plain_lines_are_parsed_together() -> None:
+    lines = ['{"question": "a\\tb?", "images": ["x", "y"]}\r', "{}", '{"id": 1}']
+    assert parse_objects(lines) == [{"question": "a\tb?", "images": ["x", "y"]}, {}, {"id": 1}]

@@ -82,19 +82,27 @@ def is_url(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
+def from_home(text: str | Path) -> Path:
+    """Return a path in which a leading ``~`` is the home folder, or ``~name`` that of a user.
+
+    Raises:
+        DataError: there is no such user, or the path contains a NUL.
+    """
+    if "\0" in str(text):
+        raise DataError(f"the path {text!r:.60} holds a NUL, which no file name can have; mend it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"'{text}' starts with '~', but there is no such home folder; give a full path") from error
+
+
 def plain_path(text: str) -> Path:
     """Return the path of a file or folder of this machine; ``~`` is the home folder.
 
     Raises:
-        DataError: it is a URL (which ``Path`` would turn into ``https:/...``), contains a NUL, or starts with the home
-            folder of an unknown user.
+        DataError: it is a URL (which ``Path`` would turn into ``https:/...``), or ``from_home`` refuses it.
     """
-    if "\0" in text:
-        raise DataError(f"the path {text!r:.60} holds a NUL, which no file name can have; mend it")
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"'{text}' starts with '~', but there is no such home folder; give a full path") from error
+    path = from_home(text)
     if is_url(text) and not os.path.exists(path):  # noqa: PTH110 (pathlib raises for a name that is too long)
         raise DataError(f"'{text}' is a URL, and is not fetched here; download it and give the path of what you have")
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Literal, TextIO, TypeVar, cast
 
 from rich.console import Console, RenderableType
@@ -43,13 +43,16 @@ class Display:
         self._printed = time.monotonic()
         self._bars = _Bars(self.console, disable=not self._shown or self._lines)
 
-    def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    def track(
+        self, iterable: Iterable[T], description: str, total: int | None = None, size: Callable[[T], int] = lambda _: 1
+    ) -> Iterator[T]:
         """Yield the items while showing how far they have come.
 
         Args:
             iterable: the items.
             description: a word or two for what is being done.
             total: number of items; by default the iterable's length, if it has one.
+            size: number of items that one of the iterable counts as.
         """
         outermost = not self._bars.tasks
         if total is None and isinstance(iterable, Sized):
@@ -57,8 +60,9 @@ class Display:
         task = self.add(description, total)
         done, shown, due = 0, 0, time.monotonic()
         try:
-            for done, item in enumerate(iterable, start=1):
+            for item in iterable:
                 yield item
+                done += size(item)
                 if (now := time.monotonic()) >= due:
                     self.show(task, done)
                     shown, due = done, now + min(_REDRAWN, self._interval)
@@ -185,9 +189,16 @@ class _Bars(Progress):
                 yield Text(task.fields["status"], style="dim")
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None, *, mode: Mode = "auto") -> Iterator[T]:
+def track(
+    iterable: Iterable[T],
+    description: str,
+    total: int | None = None,
+    *,
+    mode: Mode = "auto",
+    size: Callable[[T], int] = lambda _: 1,
+) -> Iterator[T]:
     """Yield the items of a long operation with a display of its own; see ``Display.track``."""
-    return Display(mode).track(iterable, description, total)
+    return Display(mode).track(iterable, description, total, size)
 
 
 def named_value(name: str, value: float) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from villa.errors import CheckpointError
-from villa.files import is_endless
+from villa.files import from_home, is_endless
 
 # Kernels are compiled code from the hub, loaded for some architectures without being asked for.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
@@ -137,7 +137,7 @@ def vetted_source(source: str | Path, files: Iterable[str], *, local: bool = Fal
         CheckpointError: as for ``vetted``.
         Exception: whatever the hub's client raises.
     """
-    folder = Path(source).expanduser()
+    folder = from_home(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from villa.cli.validate import main
 from villa.datasets.cache import FeatureCache
@@ -139,6 +140,27 @@ PLACES = {
 def test_data_are_read_through(made: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([place]) == 0
     assert capsys.readouterr().out == f"{PLACES[place]}\n"
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize(
+    ("sure", "message"),
+    [
+        ([0.5, 0.2, 0.0], ""),
+        ([0.5, float("nan"), 0.0], "the confidence of box 2 is nan; it must be within [0, 1]"),
+        ([0.5, 0.2, 1.5], "the confidence of box 3 is 1.5; it must be within [0, 1]"),
+        ([0.5, 0.2], "conf has the shape [2]; it must be [3]"),
+    ],
+)
+def test_confidences_of_feature_files_are_checked(
+    suffix: str, sure: list[float], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = np.array([[0, 0.25, 0.5, 1]] * 3, np.float32)
+    arrays = {"features": np.ones((3, 4), np.float32), "boxes": boxes, "conf": np.array(sure, np.float32)}
+    file = tmp_path / f"a{suffix}"
+    np.savez(file, **arrays) if suffix == ".npz" else save_file(arrays, file)
+    assert main([str(file)]) == (2 if message else 0)
+    assert capsys.readouterr().err == (f"villa_validate: error: '{file}': {message}\n" if message else "")
 
 
 @pytest.mark.parametrize(

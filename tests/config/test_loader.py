@@ -210,10 +210,22 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("user_dir=${name}", "give a plain path"),
         ("user_dir=~nobody-here/x", "not a usable path: '~nobody-here/x' starts with '~', but there is no such home"),
         (f"user_dir={'x' * 300}", "not a usable path"),
+        ("output_dir=~nobody-here/x", "output_dir = '~nobody-here/x' (command line): '~nobody-here/x' starts with '~'"),
+        (
+            "predict.output=~nobody-here/x",
+            "(command line): '~nobody-here/x' starts with '~', but there is no such home",
+        ),
     ],
 )
 def test_every_mistake_is_one_line_with_key_and_origin(recipe: str, override: str, message: str) -> None:
     assert message in error(recipe, override)
+
+
+def test_a_run_writes_below_the_home_folder(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load([recipe, "output_dir=~/runs/a", "predict.output=${output_dir}/p.jsonl"]).config
+    assert (config.output_dir, config.predict.output) == (f"{tmp_path}/runs/a", f"{tmp_path}/runs/a/p.jsonl")
+    assert load([recipe, "output_dir=./runs/~/"]).config.output_dir == "./runs/~/"
 
 
 @pytest.mark.parametrize(

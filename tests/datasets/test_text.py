@@ -260,8 +260,10 @@ def test_tokens_are_counted_as_they_are_made(text: list[str], pair: list[str] | 
         first, second = "a is the " + "".join(text), None if pair is None else "is the" + "".join(pair)
         counter = TokenCounter(tokenizer)
         tokenizer.enable_truncation(3)  # left over from a text that was read
-        counted = counter(first, second), counter(first, second), pickle.loads(pickle.dumps(counter))(first, second)
-        assert counted == (len(encode_texts(tokenizer, first, second, None)[0]),) * 3
+        texts = [(first, second), ("is", None), (first, second)]
+        expected = [len(encode_texts(tokenizer, *each, None)[0]) for each in texts]
+        assert counter(texts).tolist() == counter(texts).tolist() == expected
+        assert pickle.loads(pickle.dumps(counter))(texts[1:]).tolist() == expected[1:]
 
 
 def test_only_what_is_known_is_counted_by_parts() -> None:
@@ -273,6 +275,6 @@ def test_more_parts_than_are_remembered_are_counted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("villa.datasets.text.KEPT_PARTS", 2)
     tokenizer = build_tokenizer(TEXTS, 200)
     counter = TokenCounter(tokenizer)
-    for text in TEXTS * 2:
-        assert counter(text, None) == len(encode_texts(tokenizer, text, None, None)[0])
+    for texts in [[(text, None)] for text in TEXTS * 2]:
+        assert counter(texts).tolist() == [len(encode_texts(tokenizer, *texts[0], None)[0])]
     assert build_tokenizer(TEXTS, 200).get_vocab() == tokenizer.get_vocab()

@@ -11,7 +11,7 @@ from pathlib import Path
 from villa.checkpoints.files import file_problem, read_manifest, write_manifest
 from villa.checkpoints.layout import SAVED
 from villa.errors import CheckpointError, VillaError, one_line
-from villa.files import fsync
+from villa.files import from_home, fsync
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def published(target: Path, update: int, manifest: str = SAVED) -> Iterator[Path
     Raises:
         CheckpointError: the folder holds something else, or cannot be written.
     """
-    target = target.expanduser().absolute()
+    target = from_home(target).absolute()
     refuse_foreign(target, manifest)
     token = secrets.token_hex(4)
     temporary, old = (target.with_name(f".{target.name}.{token}.{kind}") for kind in ("saving", "replaced"))

@@ -16,6 +16,7 @@ from villa.checkpoints.load_report import LoadReport, listed
 from villa.checkpoints.tensors import check_archive
 from villa.checkpoints.weight_files import SAFETENSORS, refuse_not_finite
 from villa.errors import CheckpointError, ConfigError, nearest, reading
+from villa.files import from_home
 from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
 
 CONFIG_FILE = "config.json"
@@ -34,12 +35,12 @@ _WHOLE = ("F64", "F32", "F16", "BF16")
 
 def is_transformers_folder(path: str | Path) -> bool:
     """Return whether a path is a folder with a ``config.json``, as transformers saves a model."""
-    return (Path(path).expanduser() / CONFIG_FILE).is_file()
+    return (from_home(path) / CONFIG_FILE).is_file()
 
 
 def describing(source: str) -> str:
     """Return the architecture of a checkpoint's model for ``find_config``: its folder or name, or a run's assets."""
-    saved = Path(source).expanduser() / "assets" / ASSETS
+    saved = from_home(source) / "assets" / ASSETS
     return str(saved) if is_transformers_folder(saved) else source
 
 
@@ -60,7 +61,7 @@ def find_config(architecture: str, options: Mapping[str, Any], option: str = "mo
     options = _nested(options)
     with reading(f"{option}='{architecture}' cannot be built", "mend its options or its files", ConfigError):
         if is_transformers_folder(architecture):
-            check_claims(Path(architecture).expanduser())
+            check_claims(from_home(architecture))
         if is_transformers_folder(architecture) or is_hub_name(architecture):
             return _changed(stored_config(architecture), options)
         if architecture in CONFIG_MAPPING:
@@ -130,7 +131,7 @@ def load_pretrained(kind: Any, source: str, config: Any) -> tuple[Any, LoadRepor
         CheckpointError: the files cannot be read, or have tensors of other shapes or with values that are not finite.
     """
     with reading(f"'{source}' cannot be loaded", "check the folder or name", CheckpointError), quiet():
-        for archive in Path(source).expanduser().glob("*.bin"):
+        for archive in from_home(source).glob("*.bin"):
             check_archive(archive)
         folder = _with_weights(source)
         _refuse_quantised(source, folder)
@@ -208,7 +209,7 @@ def _refuse_quantised(source: str, folder: Path) -> None:
 def is_hub_name(architecture: str) -> bool:
     """Return whether a text is ``owner/name`` and not an existing path."""
     owner, slash, name = architecture.partition("/")
-    return bool(slash and owner and name) and "/" not in name and not Path(architecture).expanduser().exists()
+    return bool(slash and owner and name) and "/" not in name and not from_home(architecture).exists()
 
 
 def stored_config(source: str) -> Any:
@@ -225,7 +226,7 @@ def _with_weights(source: str) -> Path:
     """Return a vetted folder of a model; pickled weights are downloaded only if the hub has no others."""
     described = [CONFIG_FILE, GENERATION, ADAPTER]
     folder = vetted_source(source, [*described, "model*.safetensors", "model.safetensors.index.json"])
-    if not Path(source).expanduser().is_dir() and not any(folder.glob("model*.safetensors")):
+    if not from_home(source).is_dir() and not any(folder.glob("model*.safetensors")):
         folder = vetted_source(source, [*described, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
     return folder
 

@@ -112,6 +112,7 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
     config = build({section: variant.config for section, variant in variants.items()}, values)
     origins = {key: _origin(key, values) for key in leaves(config)}
     validate(config, origins)
+    _find_home(config)
     _refuse_stored_addresses(config, origins)
     return Loaded(config, origins, notices)
 
@@ -163,6 +164,16 @@ def import_user_dir(layers: Sequence[Layer]) -> None:
         raise ConfigError(f"{error} ({given.origin})") from error
     except (DataError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"user_dir = {show(path)} ({given.origin}): not a usable path: {error}") from error
+
+
+def _find_home(config: RunConfig) -> None:
+    """Replace ``~`` in the paths that a run writes to; other paths are opened by ``local_path`` or ``plain_path``."""
+    from villa.files import from_home
+
+    if config.output_dir.startswith("~"):
+        config.output_dir = str(from_home(config.output_dir))
+    if config.predict.output is not None and config.predict.output.startswith("~"):
+        config.predict.output = str(from_home(config.predict.output))
 
 
 def _refuse_stored_addresses(config: RunConfig, origins: Mapping[str, Origin]) -> None:

@@ -9,8 +9,8 @@ from villa.config.options import LARGEST
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
-from villa.errors import ConfigError, nearest
-from villa.files import is_url
+from villa.errors import ConfigError, DataError, nearest
+from villa.files import from_home, is_url
 from villa.registry import METRICS
 
 TRAINING_RUNS = ("train", "train_val_test")
@@ -84,6 +84,10 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in ("output_dir", "predict.output"):
         if is_url(str(values[key])):
             yield key, "is a URL; give a path on this machine"
+        try:
+            from_home(values[key] or "")
+        except DataError as error:
+            yield key, str(error)
 
 
 def _batch(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from villa.checkpoints.weight_files import FOLDER_FILES, INDEX, SAFETENSORS, rea
 from villa.checkpoints.weight_names import is_image_side, plain_names
 from villa.convert.answers import ARTICLES, NUMBER_WORDS
 from villa.errors import CheckpointError, DataError, one_line
-from villa.files import local_path, read_json
+from villa.files import from_home, local_path, read_json
 
 Layout = Literal["uniter", "villa"]
 Format = Literal["pt", "safetensors"]
@@ -113,9 +113,9 @@ def _checked_target(output: str | Path, file_format: Format | None, force: bool)
         wanted = f"end in {SAFETENSORS}" if file_format == "safetensors" else f"not end in {SAFETENSORS}"
         raise CheckpointError(f"the format is {file_format}, but the output is '{output}': its name should {wanted}")
     try:
-        path = Path(output).expanduser()
+        path = from_home(output)
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:
+    except (OSError, DataError) as error:
         raise CheckpointError(f"output '{output}' cannot be written: {one_line(error)}; choose another") from error
     if is_folder:
         raise CheckpointError(f"output '{output}' is a folder; give the name of a file")

@@ -15,7 +15,7 @@ from villa.convert.example import RawExample, Words, read_object
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, vocabulary_size
 from villa.datasets.uniter.writers import JOURNAL, TextDatabaseWriter
 from villa.errors import DataError, one_line
-from villa.files import atomic_write
+from villa.files import atomic_write, from_home
 from villa.progress import Mode, track
 from villa.vetting import OF_PROCESSORS, vetted_source
 
@@ -83,7 +83,7 @@ class RawWordPieces:
 
 
 def _load(source: str) -> Tokenizer:
-    path = Path(source).expanduser()
+    path = from_home(source)
     if not path.exists() and not _looks_like_path(source):
         return _from_transformers(source)
     tokenizer = load_tokenizer(path)

@@ -95,20 +95,20 @@ class TextLines(LineFile):
         start, end = self._bounds[index], self._bounds[index + 1]
         return self._read(index, start, min(end, start + LONGEST_LINE + 1)).partition(b"\n")[0]
 
-    def lines(self) -> Iterator[bytes]:
-        """Yield all lines in order without their line ends, reading several at a time."""
+    def line_blocks(self) -> Iterator[list[bytes]]:
+        """Yield all lines in order without their line ends, in lists of several that are read together."""
         for first in range(0, len(self), _TOGETHER):
             bounds = self._bounds[first : first + _TOGETHER + 1]
             if bounds[-1] - bounds[0] > LONGEST_LINE:
-                yield from map(self.line, range(first, first + len(bounds) - 1))
+                yield from ([self.line(index)] for index in range(first, first + len(bounds) - 1))
                 continue
             data = self._read(first, bounds[0], bounds[-1])
             whole = data.removesuffix(b"\n").split(b"\n")
             if len(whole) == len(bounds) - 1:  # no blank lines among them
-                yield from whole
+                yield whole
                 continue
-            for start, end in pairwise(bound - bounds[0] for bound in bounds):
-                yield data[start:end].partition(b"\n")[0]
+            places = pairwise(bound - bounds[0] for bound in bounds)
+            yield [data[start:end].partition(b"\n")[0] for start, end in places]
 
     def number(self, index: int) -> int:
         """Return the line number in the file, from 1, blank lines included."""

@@ -33,11 +33,16 @@ class ImageSource:
 
     Attributes:
         path: the file.
-        named_by: where the user named it (``train.jsonl:3``), for messages.
+        named_by: where the user named it (``train.jsonl:3``), for messages; empty on the command line.
     """
 
     path: Path
     named_by: str
+
+    @property
+    def place(self) -> str:
+        """Beginning of a message: ``"train.jsonl:3: "``."""
+        return f"{self.named_by}: " if self.named_by else ""
 
     def stat(self) -> os.stat_result:
         """Return the file's size and times.
@@ -49,7 +54,7 @@ class ImageSource:
             return regular_file(self.path)
         except (OSError, ValueError) as error:  # ValueError: no possible path, such as one with a NUL
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.named_by}: cannot read '{self.path}' ({reason}); mend the path") from error
+            raise DataError(f"{self.place}cannot read '{self.path}' ({reason}); mend the path") from error
 
 
 class SourceFiles(Sequence[ImageSource]):

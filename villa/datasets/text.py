@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 # Data loading forks: a tokenizer whose thread pool was running before a fork can hang in the child.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokenizers.normalizers import Normalizer
 from torch import Tensor
 
+from villa.datasets.ragged import Integers
 from villa.errors import DataError, one_line, reading
 from villa.files import lines_of, read_json, read_text
 
@@ -28,7 +32,11 @@ _GAPS = 100_000
 #: Size of the cache of texts; many data sets have few distinct questions.
 KEPT_TEXTS = 4096
 #: Size of the cache of parts of texts, and number of texts that are split together.
-KEPT_PARTS, _TOGETHER = 1 << 15, 256
+KEPT_PARTS, TOGETHER = 1 << 16, 1 << 13
+#: Number of tokens of a part that cannot be read alone.
+_UNREADABLE = -(1 << 40)
+#: One or two texts that are read together.
+Texts: TypeAlias = tuple[str, str | None]
 #: Smallest length that holds [CLS], one word-piece and [SEP].
 SHORTEST = 3
 
@@ -163,39 +171,65 @@ class TokenCounter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._around = _tokens_around(tokenizer)
-        self._counts: dict[object, int] = {}  # of parts between spaces, or of texts
+        self._forget()
+
+    def _forget(self) -> None:
+        self._parts, self._counts = pa.array([], pa.string()), np.zeros(0, np.int64)  # between spaces
+        self._texts: dict[tuple[str, str | None], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_counts": {}}
+        return {"tokenizer": self.tokenizer, "_around": self._around}
 
-    def __call__(self, text: str, pair: str | None) -> int:
-        """Return the number of tokens of one or two texts, special tokens included.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._forget()
+
+    def __call__(self, texts: Sequence[Texts]) -> Integers:
+        """Return the number of tokens ``[N]`` of every text or two texts, special tokens included.
 
         Raises:
             DataError: as for ``encode_texts``.
         """
-        if self._around is None:
-            return self._remembered((text, pair), text, pair)
+        counts: Integers = np.zeros(len(texts), np.int64)
+        if self._around is not None:
+            paired = np.array([pair is not None for _, pair in texts], np.bool_)
+            counts = self._inside([text for text, _ in texts])
+            if paired.any():
+                counts += self._inside([pair or "" for _, pair in texts])
+            counts[counts > 0] += np.array(self._around)[paired[counts > 0].astype(np.int64)]
+        for row in np.flatnonzero(counts <= 0).tolist():
+            counts[row] = self._whole(texts[row])
+        return counts
+
+    def _inside(self, texts: Sequence[str]) -> Integers:
+        """Return the numbers of tokens ``[N]`` without special ones; below 1 if a text must be read as a whole."""
         try:
-            inside = self._inside(text) if pair is None else self._inside(text) + self._inside(pair)
+            split = _split(texts)
+        except UnicodeEncodeError:  # half a character, in one of them
+            return np.full(len(texts), _UNREADABLE)
+        places = pc.index_in(split.values, value_set=self._parts)
+        if places.null_count:
+            new = split.values.filter(places.is_null()).unique()
+            parts = pa.concat_arrays([self._parts, new])
+            counts = np.append(self._counts, np.fromiter(map(self._part, new.to_pylist()), np.int64))
+            places = pc.index_in(split.values, value_set=parts)
+            self._parts, self._counts = parts[:KEPT_PARTS], counts[:KEPT_PARTS]
+        else:
+            counts = self._counts
+        return np.add.reduceat(counts[places.to_numpy()], split.offsets.to_numpy()[:-1])
+
+    def _part(self, part: str) -> int:
+        try:
+            return len(_encode(self.tokenizer, part, None, None, around=False).ids)
         except DataError:  # its message names only a part of the text
-            inside = 0
-        return inside + self._around[pair is not None] if inside else self._remembered((text, pair), text, pair)
+            return _UNREADABLE
 
-    def _inside(self, text: str) -> int:
-        parts = text.split(" ")
-        try:
-            return sum(map(self._counts.__getitem__, parts))
-        except KeyError:
-            return sum(self._remembered(part, part) for part in parts)
-
-    def _remembered(self, key: object, text: str, pair: str | None = None) -> int:
-        """Return the number of tokens of a part (cached under itself as ``key``), or of texts."""
-        count = self._counts.get(key)
+    def _whole(self, texts: Texts) -> int:
+        count = self._texts.get(texts)
         if count is None:
-            count = len(_encode(self.tokenizer, text, pair, None, around=key != text).ids)
-            if len(self._counts) < (KEPT_TEXTS if self._around is None else KEPT_PARTS):
-                self._counts[key] = count
+            count = len(_encode(self.tokenizer, *texts, None).ids)
+            if len(self._texts) < KEPT_TEXTS:
+                self._texts[texts] = count
         return count
 
 
@@ -238,12 +272,13 @@ class CutTexts:
     def __init__(self) -> None:
         self._texts = self._cut = self._read = self._longest = 0
 
-    def add(self, read: int, whole: int) -> None:
-        """Count a text with ``whole`` tokens, of which the first ``read`` are read."""
-        self._texts += 1
-        if read < whole:
-            self._cut += 1
-            self._read, self._longest = read, max(self._longest, whole)
+    def add(self, lengths: Integers) -> None:
+        """Count texts by their numbers of tokens ``[N, 2]`` after and before truncation."""
+        self._texts += len(lengths)
+        cut = lengths[lengths[:, 0] < lengths[:, 1]]
+        if len(cut):
+            self._cut += len(cut)
+            self._read, self._longest = int(cut[-1, 0]), max(self._longest, int(cut[:, 1].max()))
 
     def warnings(self) -> list[str]:
         """Return a line about truncated texts, if there are any."""
@@ -255,16 +290,34 @@ class CutTexts:
         ]
 
 
+def _split(texts: Iterable[str]) -> pa.ListArray:
+    """Split texts at spaces: one part or more of each."""
+    return pc.split_pattern(pa.array(texts, pa.string()), " ")
+
+
 def _parts(texts: Iterable[str]) -> Iterator[tuple[str, int]]:
     """Yield the space-separated parts of texts with their counts; few parts are yielded twice."""
-    counts: Counter[str] = Counter()
+    schema = pa.schema([("values", pa.string()), ("counts", pa.int64())])
+    counted = schema.empty_table()
     source = iter(texts)
-    while some := list(islice(source, _TOGETHER)):
-        counts.update(" ".join(some).split(" "))
-        if len(counts) > KEPT_PARTS:
-            yield from counts.items()
-            counts.clear()
-    yield from counts.items()
+    while some := list(islice(source, TOGETHER)):
+        found = pa.Table.from_struct_array(pc.value_counts(_split(some).values))
+        counted = pa.concat_tables([counted, found])
+        if len(counted) > 4 * KEPT_PARTS:
+            counted = _added_up(counted)
+            if len(counted) > KEPT_PARTS:
+                yield from _rows(counted)
+                counted = schema.empty_table()
+    yield from _rows(_added_up(counted))
+
+
+def _added_up(counted: pa.Table) -> pa.Table:
+    sums = counted.group_by("values", use_threads=False).aggregate([("counts", "sum")])
+    return sums.rename_columns({"counts_sum": "counts"}).select(["values", "counts"])
+
+
+def _rows(counted: pa.Table) -> Iterator[tuple[str, int]]:
+    return zip(counted["values"].to_pylist(), counted["counts"].to_pylist(), strict=True)
 
 
 def _ranked(counts: Counter[str]) -> list[str]:

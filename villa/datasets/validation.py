@@ -117,7 +117,7 @@ def _checked(files: int) -> str:
 
 
 def _feature_files(paths: Iterable[Path], allow_empty: bool) -> str:
-    store = FileStore([ImageSource(path, "villa_validate") for path in paths], allow_empty_boxes=allow_empty)
+    store = FileStore([ImageSource(path, "") for path in paths], allow_empty_boxes=allow_empty)
     for index in track(range(len(store)), "read features"):
-        store[index]
+        store.check(index)
     return f"{len(store):,} images, valid region features"

@@ -14,7 +14,7 @@ from villa.engine.answers import submission_path, write_answers, write_submissio
 from villa.engine.report import about_split, protocol, score, show
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts, build
-from villa.errors import ConfigError, DataError, StorageError, one_line
+from villa.errors import ConfigError, DataError, StorageError, about, one_line
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write, local_path
 from villa.hub.opening import open_source
@@ -105,7 +105,8 @@ def read_requests(path: Path) -> Iterator[Request]:
     ids: set[str] = set()
     for index, record in enumerate(lines):
         where = lines.where(index)
-        name = record_id(record, str(lines.number(index)), where)
+        with about(where):
+            name = record_id(record, str(lines.number(index)))
         if name in ids:
             raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
         ids.add(name)

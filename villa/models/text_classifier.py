@@ -14,6 +14,7 @@ from villa.batch import Batch
 from villa.checkpoints.transformers_folder import ASSETS, describing, find_config, is_transformers_folder
 from villa.errors import ConfigError, DataError, one_line
 from villa.facts import DataFacts
+from villa.files import from_home
 from villa.models.base import ModelConfig, ModelOutput, Point
 from villa.models.transformers_model import TransformersModel, name_labels
 from villa.models.two_heads import settle
@@ -238,5 +239,5 @@ def _architecture(config: TextClassifierConfig) -> str:
         return describing(config.architecture)
     if config.checkpoint is None:
         return "bert"
-    found, path = describing(config.checkpoint), Path(config.checkpoint).expanduser()
+    found, path = describing(config.checkpoint), from_home(config.checkpoint)
     return found if is_transformers_folder(found) or not path.exists() else "bert"

@@ -16,6 +16,7 @@ from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.transformers_folder import ASSETS, is_transformers_folder, load_pretrained, stored_config
 from villa.errors import CheckpointError
 from villa.facts import DataFacts, RowKind
+from villa.files import from_home
 from villa.models.base import Model
 from villa.models.matching import Matching, rows_of
 from villa.models.two_heads import settle
@@ -190,7 +191,7 @@ class TransformersModel(Model):
         Raises:
             CheckpointError: they cannot be read or belong to another model.
         """
-        path = Path(source).expanduser()
+        path = from_home(source)
         if path.exists() and not is_transformers_folder(path):
             return super().load_weights(source, matching)
         heads = [prefix.removeprefix("transformer.") for prefix in self.head_prefixes()]

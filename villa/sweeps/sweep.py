@@ -10,6 +10,7 @@ from villa.config.layers import parse_overrides
 from villa.config.loader import load_stages
 from villa.errors import ConfigError
 from villa.evaluation.figures import write_png
+from villa.files import from_home
 from villa.launch.folder import JOBS
 from villa.sweeps.axes import Axis, Point, points
 from villa.sweeps.results import FIGURE, MARKDOWN, RUNS, TABLE, group, read_score, sweep_figure, write_tables
@@ -126,5 +127,5 @@ def _default_folder(arguments: Sequence[str], point: Point) -> Path:
     if given is not None and not given.text:
         raise ConfigError("output_dir= (command line): give the folder of the sweep")
     if given is not None:
-        return Path(str(given.text))
+        return from_home(str(given.text))
     return Path(f"outputs/{load_stages([*arguments, *point.overrides])[-1].config.name}_sweep")

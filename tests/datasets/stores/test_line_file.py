@@ -7,6 +7,7 @@ import pickle
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def check(lines: TextLines, contents: bytes) -> None:
     rows = contents.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     expected = [(number, row) for number, row in enumerate(rows, start=1) if row.strip()]
     assert [lines.number(index) for index in range(len(lines))] == [number for number, _ in expected]
-    assert list(lines.lines()) == [row for _, row in expected]
+    assert list(chain.from_iterable(lines.line_blocks())) == [row for _, row in expected]
     assert [lines.line(index) for index in range(len(lines))] == [row for _, row in expected]
 
 

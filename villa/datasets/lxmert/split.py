@@ -108,9 +108,9 @@ class AnnotatedSplit(Split):
         for index in track(range(len(self)), "tokenising"):
             names = self._names_of(index)
             with about(self.describe(index)):
-                read, whole = self._words.lengths(self.text(index), None)
-            cut.add(read, whole)
-            lengths.append(len(names) * read + sum(map(self.store.count, names)))
+                measured = self._words.lengths([(self.text(index), None)])
+            cut.add(measured)
+            lengths.append(len(names) * int(measured[0, 0]) + sum(map(self.store.count, names)))
         return lengths, cut
 
     def text(self, index: int) -> str:
@@ -144,9 +144,10 @@ class AnnotatedSplit(Split):
             raise DataError(f"{where} has {has} label, but the first record has {first}; give all of a split one")
         known.add(str(id))
         self.ids.append(str(id))
-        self._texts.append(array("B", text_field(record, "sent", where).encode()))
-        for field in self.image_fields:
-            name = text_field(record, field, where)
+        with about(where):
+            text, names = text_field(record, "sent"), [text_field(record, field) for field in self.image_fields]
+        self._texts.append(array("B", text.encode()))
+        for name in names:
             self._images.append(self._names.setdefault(name, len(self._names)))
         scores = self.scores(record["label"], where) if self._answered else {}
         self._scored.extend(scores)

@@ -23,7 +23,7 @@ from villa.datasets.stores import STATISTICS_FILE, scaled_reading
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, VillaError, reading
 from villa.facts import DataFacts, Task
-from villa.files import sha256, write_json
+from villa.files import from_home, sha256, write_json
 from villa.json_values import is_count, read_own
 
 ANSWERS_FILE, META_FILE, PROCESSOR = "answers.json", "dataset.json", "processor"
@@ -171,7 +171,7 @@ def facts_beside(source: str) -> DataFacts:
     Returns:
         The facts; empty if there are no names, or they cannot be read.
     """
-    path, assets = Path(source).expanduser(), assets_beside(source)
+    path, assets = from_home(source), assets_beside(source)
     if assets is not None:
         return _of_assets(assets)
     folder = path.parent if path.name in FOLDER_FILES else path
@@ -185,7 +185,7 @@ def facts_beside(source: str) -> DataFacts:
 
 def assets_beside(source: str) -> Path | None:
     """Return the assets folder of a checkpoint or saved folder, if there is one."""
-    path = Path(source).expanduser()
+    path = from_home(source)
     folder = path.parent if path.name in FOLDER_FILES else path
     places = (folder / OWN / ASSETS, folder / ASSETS)
     return next((place for place in places if (place / META_FILE).is_file()), None)
@@ -252,6 +252,6 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_own(path)
     except (OSError, ValueError):
         return None

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from villa.datasets.boxes import WIDTHS, check_boxes, check_features, sampled
+from villa.datasets.boxes import WIDTHS, check_boxes, check_confidences, check_features, sampled
 from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.uniter.packed_arrays import MAX_ARRAY_BYTES
 from villa.errors import DataError, reading
@@ -127,8 +127,26 @@ class FileStore(RegionStore):
             boxes = boxes.float()
             check_boxes(boxes.numpy(), allow_empty=self._allow_empty)
         except ValueError as error:
-            raise DataError(f"{source.named_by}: '{source.path}': {error}") from error
+            raise DataError(f"{source.place}'{source.path}': {error}") from error
         return features, boxes
+
+    def check(self, index: int) -> None:
+        """Check what is read from a file, and the confidences ``conf [R]`` that released feature files have.
+
+        Raises:
+            DataError: as for reading it; or a confidence is outside [0, 1].
+        """
+        source, regions = self.sources[index], len(self[index][0])
+        with _reading(source):
+            sure = _array(source.path, "conf")
+        if sure is None:
+            return
+        try:
+            if sure.size != regions:
+                raise ValueError(f"conf has the shape {list(sure.shape)}; it must be [{regions}]")
+            check_confidences(sure.reshape(-1))
+        except ValueError as error:
+            raise DataError(f"{source.place}'{source.path}': {error}") from error
 
     def regions(self, index: int) -> int:
         """Return the number of regions of a file, from its header."""
@@ -156,12 +174,25 @@ def _read(source: ImageSource) -> tuple[Tensor, Tensor]:
             return tensors.get_tensor("features"), tensors.get_tensor(name)
 
 
+def _array(path: Path, name: str) -> npt.NDArray[Any] | None:
+    """Read an array by name, if the file has it."""
+    if path.suffix == ".npz":
+        with NpzFile(path) as arrays:
+            return arrays[name] if name in arrays.names else None
+    with safe_open(path, framework="pt") as tensors:
+        if name not in tensors.keys():  # noqa: SIM118 (not a mapping)
+            return None
+        _check_size(tensors.get_slice(name).get_shape())
+        found: npt.NDArray[Any] = tensors.get_tensor(name).float().numpy()
+        return found
+
+
 def _feature_shape(source: ImageSource) -> tuple[int, int]:
     """Read the shape of ``features`` from a file's header."""
     with _reading(source):
         shape = _npz_shape(source.path) if source.path.suffix == ".npz" else _safetensors_shape(source.path)
     if len(shape) != 2:
-        raise DataError(f"{source.named_by}: features in '{source.path}' have shape {shape}; it must be [R, D]")
+        raise DataError(f"{source.place}features in '{source.path}' have shape {shape}; it must be [R, D]")
     return shape[0], shape[1]
 
 
@@ -200,7 +231,7 @@ def _check_shapes(features: Tensor, boxes: Tensor, dim: int) -> None:
 def _check_suffix(source: ImageSource) -> None:
     source.stat()
     if source.path.suffix not in SUFFIXES:
-        raise DataError(f"{source.named_by}: '{source.path}' is not a feature file; give {' or '.join(SUFFIXES)}")
+        raise DataError(f"{source.place}'{source.path}' is not a feature file; give {' or '.join(SUFFIXES)}")
 
 
 def _box_name(names: set[str]) -> str:
@@ -212,4 +243,4 @@ def _box_name(names: set[str]) -> str:
 
 def _reading(source: ImageSource) -> AbstractContextManager[None]:
     _check_suffix(source)
-    return reading(f"{source.named_by}: cannot read features from '{source.path}'", "extract them again")
+    return reading(f"{source.place}cannot read features from '{source.path}'", "extract them again")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,17 +25,17 @@ from villa.datasets.own.readers import Kind
 from villa.datasets.own.records import (
     JsonLines,
     Regions,
-    answer_scores,
     guess_regions,
     record_files,
-    record_texts,
+    scores_of,
+    texts_of,
 )
 from villa.datasets.own.split import JsonlSplit
 from villa.datasets.stores import ImageSource, SourceFiles, Sources, files_digest
 from villa.datasets.synthetic import EXAMPLES, databases
 from villa.datasets.synthetic.pictures import SMALL_PICTURES, write_pictures
-from villa.datasets.text import build_tokenizer, load_tokenizer
-from villa.errors import ConfigError, DataError, nearest
+from villa.datasets.text import Texts, build_tokenizer, load_tokenizer
+from villa.errors import ConfigError, DataError, about, nearest
 from villa.files import local_path, sha256
 from villa.registry import register_dataset
 
@@ -241,7 +242,9 @@ class Jsonl(QuestionAnswering):
         """Return the distinct files that lines refer to."""
         sources = Sources(self._folder(lines.path), lines.where)
         for index, record in enumerate(lines):
-            for name in record_files(record, self.vocabulary.regions, lines.where(index)):
+            with about(lines.where(index)):
+                names = record_files(record, self.vocabulary.regions)
+            for name in names:
                 sources.add(name, index)
         return sources.build()
 
@@ -268,25 +271,27 @@ class Jsonl(QuestionAnswering):
 
     def _training_texts(self, counts: Counter[str] | None) -> Iterator[str]:
         """Yield the texts of the training lines, and count the answers on the way."""
-        lines = self._train
-        for index, record in enumerate(lines):
-            where = lines.where(index)
+        for _, (scores, texts) in self._train.read(partial(_scores_and_texts, scored=counts is not None)):
             if counts is not None:
-                for answer in answer_scores(record, where) or ():
-                    counts[answer] += 1
-            text, pair = record_texts(record, where)
-            yield text
-            if pair is not None:
-                yield pair
+                counts.update(chain.from_iterable(answers for answers in scores if answers is not None))
+            yield from (text for pair in texts for text in pair if text is not None)
 
     def _feature_dim(self, regions: Regions) -> int | None:
         if regions != "files":
             return GridExtractor.dim if regions == "grid" else None
         sources = Sources(self._folder(self._train.path), self._train.where)
-        for name in record_files(self._train[0], regions, self._train.where(0)):
+        with about(self._train.where(0)):
+            names = record_files(self._train[0], regions)
+        for name in names:
             sources.add(name, 0)
         return self._feature_files(sources.build()).dim
 
 
 def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:
     write_pictures(task, examples, root)
+
+
+def _scores_and_texts(
+    _: int, records: Sequence[Mapping[str, Any]], *, scored: bool
+) -> tuple[list[dict[str, float] | None], list[Texts]]:
+    return scores_of(records) if scored else [], texts_of(records)

@@ -93,9 +93,7 @@ def read_picture(source: ImageSource, background: str = BACKGROUND) -> Image.Ima
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is in none of the formats that Pillow reads" if unknown else one_line(error)
         advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "replace the file"
-        raise DataError(
-            f"{source.named_by}: '{source.path}' cannot be read as an image ({reason}); {advice}"
-        ) from error
+        raise DataError(f"{source.place}'{source.path}' cannot be read as an image ({reason}); {advice}") from error
 
 
 def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "an image") -> Image.Image:

@@ -43,7 +43,7 @@ from villa.datasets.stores import (
     scaled_reading,
 )
 from villa.datasets.text import SHORTEST
-from villa.errors import ConfigError, DataError
+from villa.errors import ConfigError, DataError, about
 from villa.facts import DataFacts, Written
 from villa.files import local_path
 
@@ -202,10 +202,10 @@ class QuestionAnswering(TaskDataset):
             place = record.where if isinstance(record, Request) else ""
             where = place or f"record {record.get('id', number)}"
             places.append(where)
-            images = tuple(
-                sources.add(file, number - 1) for file in record_files(record, self.vocabulary.regions, where)
-            )
-            name, texts = record_id(record, str(number), where), record_texts(record, where)
+            with about(where):
+                files = record_files(record, self.vocabulary.regions)
+                name, texts = record_id(record, str(number)), record_texts(record)
+            images = tuple(sources.add(file, number - 1) for file in files)
             rows.append(Record(name, *texts, images, where=place))
         store = self.open_store(sources.build())
         return TableSplit(rows, self.reader, store)
@@ -250,7 +250,7 @@ class QuestionAnswering(TaskDataset):
         store: RegionStore = GridStore(sources, self.config) if regions == "grid" else self._feature_files(sources)
         if store.dim != self.vocabulary.feature_dim:
             raise DataError(
-                f"{sources[0].named_by}: features are {store.dim} wide, in training they were "
+                f"{sources[0].place}features are {store.dim} wide, in training they were "
                 f"{self.vocabulary.feature_dim}: another detector made them"
             )
         return store

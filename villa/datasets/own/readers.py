@@ -17,8 +17,9 @@ from villa.datasets.base import Example
 from villa.datasets.collation import collate, stack_targets
 from villa.datasets.own.pictures import BACKGROUND, PictureStore
 from villa.datasets.own.processors import QUESTION, Prompts, append
+from villa.datasets.ragged import Integers
 from villa.datasets.stores import ImageSource, RegionStore
-from villa.datasets.text import KEPT_TEXTS, TokenCounter, encode_texts, nothing_left
+from villa.datasets.text import KEPT_TEXTS, Texts, TokenCounter, encode_texts, nothing_left
 from villa.errors import DataError, one_line
 
 #: Default side of whole images in pixels.
@@ -56,16 +57,15 @@ class Reader(ABC):
         """Return a store of images or region features of these files; None if no images are read."""
 
     @abstractmethod
-    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
-        """Return the numbers of tokens of one or two texts after and before truncation.
+    def text_lengths(self, texts: Sequence[Texts], *, images: bool) -> Integers:
+        """Return the numbers of tokens ``[N, 2]`` after and before truncation, of one or two texts a record.
 
         Args:
-            text: the text.
-            pair: a second text, or None.
-            images: whether the record has images.
+            texts: the texts.
+            images: whether the records have images.
 
         Raises:
-            DataError: the text cannot be read, or has no tokens.
+            DataError: a text cannot be read, or has no tokens.
         """
 
     @abstractmethod
@@ -94,14 +94,14 @@ class WordPieces:
         self._kept: dict[tuple[str, str | None], tuple[Tensor, Tensor | None]] = {}
         self._count = TokenCounter(tokenizer)
 
-    def lengths(self, text: str, pair: str | None) -> tuple[int, int]:
-        """Return the numbers of tokens of one or two texts after and before truncation.
+    def lengths(self, texts: Sequence[Texts]) -> Integers:
+        """Return the numbers of tokens ``[N, 2]`` after and before truncation, of one or two texts each.
 
         Raises:
             DataError: see ``encode_texts``.
         """
-        whole = self._count(text, pair)
-        return min(whole, self.max_length), whole
+        whole = self._count(texts)
+        return np.stack([np.minimum(whole, self.max_length), whole], 1)
 
     def __call__(self, text: str, pair: str | None) -> tuple[Tensor, Tensor | None]:
         """Return ids ``[T]`` and, for two texts, types ``[T]``.
@@ -133,9 +133,9 @@ class RegionReader(Reader):
         """Return the store of region features, which its ``prepare`` makes readable."""
         return self._open_store(sources)
 
-    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+    def text_lengths(self, texts: Sequence[Texts], *, images: bool) -> Integers:
         """Return the numbers of tokens after and before truncation."""
-        return self.words.lengths(text, pair)
+        return self.words.lengths(texts)
 
     def image_length(self, store: RegionStore | None, image: int) -> int:
         """Return the number of regions."""
@@ -166,9 +166,9 @@ class PixelReader(Reader):
         """Return the images."""
         return PictureStore(sources, self.background)
 
-    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+    def text_lengths(self, texts: Sequence[Texts], *, images: bool) -> Integers:
         """Return the numbers of tokens after and before truncation."""
-        return self.words.lengths(text, pair)
+        return self.words.lengths(texts)
 
     def image_length(self, store: Any, image: int) -> int:
         """Return 0: all images add the same length."""
@@ -249,8 +249,11 @@ class ProcessorReader(Reader):
         """Return the images."""
         return PictureStore(sources, self.reading.background) if sources else None
 
-    def text_lengths(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
+    def text_lengths(self, texts: Sequence[Texts], *, images: bool) -> Integers:
         """Return the numbers of tokens after and before truncation, image placeholders excluded."""
+        return np.array([self._text_length(*each, images=images) for each in texts]).reshape(-1, 2)
+
+    def _text_length(self, text: str, pair: str | None, *, images: bool) -> tuple[int, int]:
         whole = self._lengths.get((text, pair))
         if whole is None:
             filled = text if self.reading.kind == "text" else self._fill_prompt(text)

@@ -17,11 +17,20 @@ from torch import Tensor
 from villa.datasets.base import Example, Split
 from villa.datasets.own.assets import Assets
 from villa.datasets.own.readers import Reader, Record
-from villa.datasets.own.records import JsonLines, answer_scores, record_files, record_id, record_texts
+from villa.datasets.own.records import (
+    JsonLines,
+    answer_scores,
+    plain_texts,
+    record_files,
+    record_id,
+    record_texts,
+    scores_of,
+    texts_of,
+)
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
 from villa.datasets.stores import SourceFiles, Sources
-from villa.datasets.text import CutTexts
+from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
@@ -66,22 +75,22 @@ class JsonlSplit(Split):
             DataError: naming the file and line of the first bad record.
         """
         sources, ids, dropped = Sources(folder, self._lines.where), array("q"), array("q")
-        for index, record in enumerate(track(self._lines, f"checking {self._lines.path.name}", len(self._lines))):
-            where = self._lines.where(index)
-            texts = record_texts(record, where)
-            files = record_files(record, self._vocabulary.regions, where)
-            self._check_form(texts[1] is not None, len(files), where)
-            ids.append(hash(self._id(index, record, where)))
-            if not self._is_kept(record, where):
-                dropped.append(index)
-                continue
-            try:
-                read, whole = self._reader.text_lengths(*texts, images=bool(files))
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            self._cut.add(read, whole)
-            self._text_lengths.append(read)
-            self._images.append([sources.add(name, index) for name in files])
+        waiting: dict[int, Texts] = {}  # by line, to be measured together
+        try:
+            blocks = self._lines.read(self._checked)
+            shown = f"checking {self._lines.path.name}"
+            for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
+                for index, (name, texts, files, kept) in enumerate(checked, first):
+                    ids.append(hash(name))
+                    if not kept:
+                        dropped.append(index)
+                        continue
+                    self._images.append([sources.add(file, index) for file in files])
+                    waiting[index] = texts
+                if len(waiting) >= TOGETHER:
+                    self._measure(waiting)
+        finally:  # also after an error, as an earlier line may have one
+            self._measure(waiting)
         self._check_ids(ids)
         if dropped:
             self._leave_out(dropped)
@@ -93,12 +102,13 @@ class JsonlSplit(Split):
     def __getitem__(self, index: int) -> Example:
         line = self._kept[index]
         record = self._lines[line]
-        where = self._lines.where(line)
         written = self._vocabulary.kind == "text"
-        scores = answer_scores(record, where, written=written) if self._has_answers else None
+        with about(self._lines.where(line)):
+            scores = answer_scores(record, written=written) if self._has_answers else None
+            name, texts = self._id(line, record), record_texts(record)
         example = Record(
-            self._id(line, record, where),
-            *record_texts(record, where),
+            name,
+            *texts,
             images=self.images(index),
             target=None if scores is None or written else self._target(scores),
             answer=max(scores, key=lambda answer: scores[answer]) if scores and written else None,
@@ -118,8 +128,8 @@ class JsonlSplit(Split):
         """Tokens plus regions of every question; headers of feature files are read on access."""
         return _Lengths(self._text_lengths, self._images, self.image_lengths)
 
-    def _id(self, line: int, record: Mapping[str, Any], where: str) -> str:
-        return record_id(record, "", where) if "id" in record else str(self._lines.number(line))
+    def _id(self, line: int, record: Mapping[str, Any]) -> str:
+        return record_id(record, "") if "id" in record else str(self._lines.number(line))
 
     def warnings(self) -> list[str]:
         """Return how many texts are truncated."""
@@ -129,6 +139,29 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+        """Return the id, texts and files of every record, and whether it is kept."""
+        regions = self._vocabulary.regions
+        texts, files = texts_of(records), [record_files(record, regions) for record in records]
+        for form in dict.fromkeys(zip((pair is not None for _, pair in texts), map(len, files), strict=True)):
+            self._check_form(*form)
+        names = plain_texts(records, "id") or [self._id(index, record) for index, record in enumerate(records, first)]
+        return list(zip(names, texts, files, self._are_kept(records), strict=True))
+
+    def _measure(self, waiting: dict[int, Texts]) -> None:
+        """Count the tokens of lines, and forget their texts."""
+        images = self._vocabulary.regions != "none"
+        try:
+            lengths = self._reader.text_lengths([*waiting.values()], images=images)
+        except DataError:
+            for index, texts in waiting.items():
+                with about(self._lines.where(index)):
+                    self._reader.text_lengths([texts], images=images)
+            raise
+        self._cut.add(lengths)
+        self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
+        waiting.clear()
+
     def _check_ids(self, hashes: array[int]) -> None:
         """Refuse an id that occurs twice, comparing only ids with equal hashes."""
         ordered = np.frombuffer(hashes, np.int64)
@@ -136,9 +169,9 @@ class JsonlSplit(Split):
         suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
         seen: set[str] = set()
         for index, record in enumerate(self._lines if suspects else ()):
-            where = self._lines.where(index)
-            name = self._id(index, record, where)
+            name = self._id(index, record)
             if name in seen:
+                where = self._lines.where(index)
                 raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
             if hash(name) in suspects:
                 seen.add(name)
@@ -152,35 +185,36 @@ class JsonlSplit(Split):
         if not self._kept:
             raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
 
-    def _check_form(self, paired: bool, images: int, where: str) -> None:
+    def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
         kind = self._vocabulary.kind
         if kind != "label" and paired:
-            raise DataError(f"{where}: 'text_pair' has no place with dataset.target={kind}; put both texts in one")
+            raise DataError(f"'text_pair' has no place with dataset.target={kind}; put both texts in one")
         if kind == "pair" and images != 1:
-            raise DataError(f"{where}: the line has {images} images; dataset.target=pair needs one")
+            raise DataError(f"the line has {images} images; dataset.target=pair needs one")
         self._form = self._form or (paired, images)
         if kind == "label" and (paired, images) != self._form:
             here, first = (
                 f"{n} image(s) and {'a' if p else 'no'} text_pair" for p, n in ((paired, images), self._form)
             )
-            raise DataError(f"{where}: the line has {here}, the first {first}; give all lines of a file the same")
+            raise DataError(f"the line has {here}, the first {first}; give all lines of a file the same")
 
-    def _is_kept(self, record: Mapping[str, Any], where: str) -> bool:
+    def _are_kept(self, records: Sequence[Mapping[str, Any]]) -> list[bool]:
         if self._pairs:
-            return True
-        if _has_answer(record) != self._has_answers:
+            return [True] * len(records)
+        if not all(_has_answer(record) == self._has_answers for record in records):
             problem = "has no 'answer' (or 'answers')" if self._has_answers else "has an answer, the first has none"
-            raise DataError(f"{where}: the line {problem}; give all lines of a file an answer, or none")
-        scores = answer_scores(record, where)
-        if scores is None or self._vocabulary.kind == "text" or not self._vocabulary.labels.keys().isdisjoint(scores):
-            return True
-        if not (self._train or self._vocabulary.soft):
+            raise DataError(f"the line {problem}; give all lines of a file an answer, or none")
+        scores, labels = scores_of(records), self._vocabulary.labels.keys()
+        written = self._vocabulary.kind == "text"
+        kept = [written or answers is None or not labels.isdisjoint(answers) for answers in scores]
+        if not (self._train or self._vocabulary.soft or all(kept)):
+            unknown = next(iter(scores[kept.index(False)] or ()))
             raise DataError(
-                f"{where}: the answer '{next(iter(scores))}' is none of the {len(self._vocabulary.answers)} labels; "
-                "list it in dataset.answers, or set dataset.target=soft and a loss for it to count it as wrong"
+                f"the answer '{unknown}' is none of the {len(labels)} labels; list it in dataset.answers, or set "
+                "dataset.target=soft and a loss for it to count it as wrong"
             )
-        return not self._train
+        return kept if self._train else [True] * len(records)
 
     def _target(self, scores: Mapping[str, float]) -> int | Tensor:
         labels = self._vocabulary.labels
@@ -244,21 +278,20 @@ class TableSplit(Split):
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
         images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
-        return [read + more for (read, _), more in zip(self._text_lengths, images, strict=True)]
+        return [int(read) + more for read, more in zip(self._text_lengths[:, 0], images, strict=True)]
 
     def warnings(self) -> list[str]:
         """Return what the options leave out, and how many texts are truncated."""
         cut = CutTexts()
-        for read, whole in self._text_lengths:
-            cut.add(read, whole)
+        cut.add(self._text_lengths)
         return [*self._left_out, *cut.warnings()]
 
     @cached_property
-    def _text_lengths(self) -> list[tuple[int, int]]:
-        """Numbers of tokens of every record's text after and before truncation."""
-        return list(map(self._measure, range(len(self))))
+    def _text_lengths(self) -> Integers:
+        """Numbers of tokens ``[N, 2]`` of every record's text after and before truncation."""
+        return np.concatenate([np.zeros((0, 2), np.int64), *map(self._measure, range(len(self)))])
 
-    def _measure(self, index: int) -> tuple[int, int]:
+    def _measure(self, index: int) -> Integers:
         record = self._records[index]
         with about(record.where or self.describe(index)):
-            return self._reader.text_lengths(record.text, record.pair, images=bool(record.images))
+            return self._reader.text_lengths([(record.text, record.pair)], images=bool(record.images))

@@ -17,6 +17,7 @@ from villa.checkpoints.transformers_folder import ASSETS, HEAD, describing, find
 from villa.checkpoints.weight_files import read_weights
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts, Task, Written
+from villa.files import from_home
 from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
@@ -85,7 +86,7 @@ class HuggingFaceModel(TransformersModel):
         self._prepare()
         if self.head is None:
             return report
-        file = Path(source).expanduser() / HEAD
+        file = from_home(source) / HEAD
         weights = read_weights(file) if file.is_file() else {}
         own = {name: value for name, value in self.state_dict().items() if name.startswith("head.")}
         notes = () if matching is None else matching.notes(weights, own, self.named_rows())
