@@ -1,5 +1,8 @@
 """Autocast and loss scaling."""
 
+import platform
+from typing import Any
+
 import pytest
 import torch
 from tiny import CPU, tiny_batch, tiny_model
@@ -26,3 +29,15 @@ def test_fp64_stays_as_it_is() -> None:
 def test_only_fp16_scales_the_loss() -> None:
     assert [Precision(name, CPU).loss_scale for name in ("fp32", "bf16")] == [1.0, 1.0]
     assert Precision("fp16", CPU).loss_scale == 2.0**16
+
+
+@pytest.mark.parametrize(
+    ("precision", "able", "noted"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_bf16_on_a_cpu_without_its_instructions_is_noted(
+    precision: Any, able: bool, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: able)
+    assert bool(Precision(precision, torch.device("cpu")).notes()) == noted

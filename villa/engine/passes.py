@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -57,10 +58,23 @@ class Precision:
         """Return the autocast context; it does nothing in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype is not None else nullcontext()
 
+    def notes(self) -> list[str]:
+        """Return a note if this CPU multiplies no bf16 by itself."""
+        slow = self.dtype == torch.bfloat16 and self.device.type == "cpu" and not _multiplies_bf16()
+        return ["bf16 on this CPU, which has neither AVX512-BF16 nor AMX, may be slower than fp32"] if slow else []
+
     @property
     def loss_scale(self) -> float:
         """Current loss scale; 1 without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+
+
+def _multiplies_bf16() -> bool:
+    """Return whether this machine's CPU has instructions for products of bf16; True if that is not known."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported is None or supported() for supported in known)
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

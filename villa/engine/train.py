@@ -146,7 +146,11 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     cost = config.training.passes() * trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
-    for warning in (*warnings_of_run(config, split, sampler, total), *idle_note(batch, share.world_size)):
+    for warning in (
+        *warnings_of_run(config, split, sampler, total),
+        *idle_note(batch, share.world_size),
+        *parts.precision.notes(),
+    ):
         print(f"  note: {warning}", flush=True)
     callbacks = _callbacks(parts, store, trackers, display)
     return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
