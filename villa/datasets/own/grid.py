@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from villa.datasets.cache import CHUNK, FeatureCache, cache_root
 from villa.datasets.own.pictures import BACKGROUND, READING, read_picture
@@ -120,7 +122,7 @@ class GridExtractor:
         features = []
         with torch.inference_mode(), _all_threads():
             for part in torch.split(torch.from_numpy(pixels), PASS):
-                scaled = (part.to(device, torch.float32) - 127) / 128
+                scaled = part.to(device, torch.float32, memory_format=torch.channels_last).sub_(127).div_(128)
                 maps = F.avg_pool2d(network.extract_features(scaled), cells)
                 features.append(maps.flatten(2).transpose(1, 2).half().cpu())
         return torch.cat(features).numpy()
@@ -129,7 +131,24 @@ class GridExtractor:
         """Load the network; its file is read as weights only."""
         network = _network_package().EfficientNet.from_name("efficientnet-lite0", image_size=self.image_size)
         network.load_state_dict(torch.load(self._weights, map_location="cpu", weights_only=True))
-        return network.eval()
+        return _fuse(network.eval())
+
+
+def _fuse(network: nn.Module) -> nn.Module:
+    """Fold normalisations and symmetric padding into the convolutions before them, in place, for half the time."""
+    for module in [*network.modules()]:
+        for (place, conv), (after, norm) in pairwise([*module.named_children()]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                fused: Any = fuse_conv_bn_eval(conv, norm)
+                left, right, top, bottom = getattr(fused.static_padding, "padding", (0, 0, 0, 0))
+                if (left, top) == (right, bottom):
+                    fused.padding, fused.static_padding = (top, left), nn.Identity()
+                setattr(module, place, fused)
+                setattr(module, after, nn.Identity())
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _weights_file() -> Path:
@@ -224,9 +243,14 @@ class GridStore(RegionStore):
         text = f"extracting features of {sum(len(self._cache.rows(chunk)) for chunk in chunks)} images"
         network = self._extractor.load()
         with ThreadPoolExecutor() as pool:
-            for chunk in track(chunks, text):
-                sources = [self.sources[row] for row in self._cache.rows(chunk)]
-                pixels = np.stack(list(pool.map(self._extractor.read, sources)))
+
+            def read(chunk: int) -> Iterator[npt.NDArray[np.uint8]]:
+                return pool.map(self._extractor.read, [self.sources[row] for row in self._cache.rows(chunk)])
+
+            images, following = read(chunks[0]), chunks[1:]
+            for place, chunk in enumerate(track(chunks, text)):
+                pixels = np.stack([*images])
+                images = iter(()) if place == len(following) else read(following[place])  # while the network runs
                 self._cache.write(chunk, self._extractor(network, pixels))
 
     def _key(self) -> str:
