@@ -1,6 +1,7 @@
-"""The benchmark of updates at a tiny size, for what it computes; times are not asserted."""
+"""The benchmarks of updates at a tiny size, for what they compute; times are not asserted."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +33,11 @@ def test_updates_are_timed_and_counted(benchmark) -> None:  # type: ignore[no-un
     assert reference[6] == reference[7] == reference[10] == "1.00"
     assert float(villa[10]) < 1  # one clean backward instead of three
     assert float(villa[9]) > 0
+
+
+def test_two_processes_halve_the_operations_of_each(root: Path) -> None:
+    command = [sys.executable, "tools/benchmarks/scaling.py", "--size=tiny", "--rounds=1", "--factor", "processes"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    one, two = ([cell.strip() for cell in row.split("|")[1:-1]] for row in done.stdout.splitlines()[-2:])
+    assert [one[:2], two[:2]] == [["processes", "1"], ["processes", "2"]]
+    assert 0.4 < float(two[-1]) < 0.7  # the halves differ in padding
