@@ -16,7 +16,7 @@ from test_every_head import score as score_head
 from test_two_heads import build as build_two
 from test_two_heads import padded_batch as two_batch
 from test_two_heads import score as score_two
-from tiny import RecordingPasses, gradients
+from tiny import RecordingPasses, gradients, tiny_batch, tiny_model
 from torch import Tensor
 
 from villa.batch import Batch
@@ -29,10 +29,12 @@ from villa.models.base import Model, ModelOutput
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
 from villa.trainers.adversarial import VIEWS
+from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.noise import NoiseConfig, NoiseTrainer
 from villa.trainers.pgd import FgmConfig, FgmTrainer, PgdConfig, PgdTrainer
 from villa.trainers.rdrop import RDropConfig, RDropTrainer
 from villa.trainers.smart import SmartConfig, SmartTrainer
+from villa.trainers.standard import StandardTrainer
 
 Deltas = dict[str, Tensor]
 
@@ -261,3 +263,66 @@ def test_rdrop_without_dropout_is_standard_training(subject: Subject) -> None:
     _, logs = ran(subject, RDropTrainer(RDropConfig(weight=3.0)))
     assert logs["divergence"].abs() < 1e-12
     assert_equal(subject, subject.task(subject.logits({})))
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        FgmTrainer(FgmConfig()),
+        FgmTrainer(FgmConfig(modality="alternating", steps=3)),
+        PgdTrainer(PgdConfig(steps=2)),
+        PgdTrainer(PgdConfig(modality="alternating", clean_loss=True)),
+        PgdTrainer(PgdConfig(steps=0)),
+        SmartTrainer(SmartConfig(steps=2)),
+        SmartTrainer(SmartConfig(modality="alternating")),
+        NoiseTrainer(NoiseConfig()),
+        NoiseTrainer(NoiseConfig(consistency_weight=1.0)),
+        RDropTrainer(RDropConfig()),
+    ],
+)
+def test_cost_counts_the_passes(trainer: Any) -> None:
+    model, counts = tiny_model(), {"forward": 0, "backward": 0}
+    model.head.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+    model.head.register_full_backward_hook(lambda *_: counts.update(backward=counts["backward"] + 1))
+    passes = RecordingPasses(model)
+    gradient, asked = passes.gradient, []
+    passes.gradient = lambda *given, **named: (asked.append(given), gradient(*given, **named))[1]  # type: ignore[func-returns-value, method-assign]
+    trainer.step(tiny_batch(), passes)
+    forwards, backwards, *ascents = trainer.cost()
+    assert (counts["forward"], counts["backward"]) == (forwards, backwards + sum(ascents))
+    assert len(asked) == sum(ascents)
+
+
+def test_fgm_is_twice_freelb_of_two_steps_from_zero() -> None:
+    results = []
+    for trainer in (
+        FgmTrainer(FgmConfig(text_step_size=0.3, image_step_size=0.4)),
+        FreeLBTrainer(FreeLBConfig(steps=2, init="zero", text_step_size=0.3, image_step_size=0.4)),
+    ):
+        model = tiny_model()
+        trainer.step(tiny_batch(), RecordingPasses(model))
+        results.append(gradients(model))
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, 2 * results[1][name], rtol=1e-12, atol=1e-14)
+
+
+def test_the_divergence_of_smart_knows_no_labels_and_shrinks_with_the_square_of_the_radius() -> None:
+    found = []
+    for radius, targets in ((0.02, [0, 1, 0, 1, 0, 1]), (0.02, [1, 0, 1, 0, 1, 0]), (0.01, [0, 1, 0, 1, 0, 1])):
+        size = {"text_step_size": radius, "image_step_size": radius, "text_radius": radius, "image_radius": radius}
+        trainer = SmartTrainer(SmartConfig(**size, norm="l2", init_scale=radius / 100, projection="sphere"))
+        batch = replace(tiny_batch(), targets=torch.tensor(targets))
+        found.append(trainer.step(batch, RecordingPasses(tiny_model()))["pass1/divergence"].item())
+    assert found[0] == found[1]
+    assert found[0] / found[2] == pytest.approx(4, rel=0.05)
+
+
+def test_without_noise_or_step_smart_is_standard_training() -> None:
+    results = []
+    config = SmartConfig(text_step_size=0.0, init_scale=0.0, modality="text")
+    for method in (SmartTrainer(config), StandardTrainer()):
+        model = tiny_model()
+        method.step(tiny_batch(), RecordingPasses(model))
+        results.append(gradients(model))
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-12, atol=1e-14)
