@@ -37,6 +37,19 @@ def test_the_order_is_the_one_of_the_first_release_for_lists_and_arrays(
     assert hashlib.sha256(order.encode()).hexdigest()[:16] == digest
 
 
+def test_batches_of_real_tokens_are_as_full_as_they_can_be() -> None:
+    batch = BatchConfig(tokens=2000, per_pass=500, bucket=300, sampler="real")
+    real, tight = (
+        UpdateSampler(LENGTHS, dataclasses.replace(batch, sampler=s), 11).epoch(0) for s in ("real", "tight")
+    )  # type: ignore[arg-type]
+    parts = [part for update in real for part in update]
+    assert sorted(index for part in parts for index in part) == list(range(3000))
+    sizes = [int(LENGTHS[part].sum()) for part in parts]
+    assert max(sizes) <= 500
+    assert sum(size + int(LENGTHS[part].max()) <= 500 for size, part in zip(sizes, parts, strict=True)) <= 1
+    assert len(parts) < sum(map(len, tight))
+
+
 def test_an_epoch_reads_like_a_list_of_updates() -> None:
     epoch = UpdateSampler(LENGTHS, BatchConfig(examples=70, per_pass=9), 0).epoch(0)
     updates = list(epoch)

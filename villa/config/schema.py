@@ -27,7 +27,7 @@ class BatchConfig:
 
     Attributes:
         examples: examples per update over all processes; or
-        tokens: padded text tokens plus regions per update over all processes.
+        tokens: text tokens plus regions per update over all processes, padding included (see ``sampler``).
         per_pass: at most this many (examples or tokens) go through the model at once; the number of
             accumulated micro-batches follows from it. None: all at once.
         accumulation: ``mean`` over all examples of the update, the ``sum`` of the micro-batches' means (as in
@@ -39,7 +39,7 @@ class BatchConfig:
         sampler: how batches are cut by tokens: ``tight`` counts each batch as padded to its own longest example, and
             carries the rest of a bucket over into the next; ``released``, as in UNITER, counts all batches of a bucket
             as padded to the bucket's longest example, and ends every bucket with a smaller batch (or, with
-            ``drop_last``, without it).
+            ``drop_last``, without it); ``real`` counts no padding, as models compute none (``model.padding_free``).
     """
 
     examples: int | None = None
@@ -49,7 +49,7 @@ class BatchConfig:
     bucket: int = 8192
     multiple: int = 1
     drop_last: bool = False
-    sampler: Literal["tight", "released"] = "tight"
+    sampler: Literal["tight", "released", "real"] = "tight"
 
 
 @dataclass

@@ -94,8 +94,9 @@ def _batch(config: RunConfig) -> Iterator[tuple[str, str]]:
     batch = config.batch
     if batch.examples is not None and batch.tokens is not None:
         yield "batch.tokens", f"batch.examples is {batch.examples} too; give one of the two and set the other to null"
-    if batch.sampler == "released" and batch.tokens is None:
-        yield "batch.sampler", "the released sampler cuts by tokens: give batch.tokens, and set batch.examples to null"
+    if batch.sampler != "tight" and batch.tokens is None:
+        problem = f"the sampler '{batch.sampler}' cuts by tokens: give batch.tokens, and set batch.examples to null"
+        yield "batch.sampler", problem
     size = batch.tokens if batch.examples is None else batch.examples
     if size is None and config.run_type in TRAINING_RUNS:
         yield "batch.examples", "give the size of an update: batch.examples or batch.tokens"

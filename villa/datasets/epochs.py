@@ -87,12 +87,12 @@ def cut_by_examples(order: Indices, size: int, passes: int, drop_last: bool) -> 
 def cut_by_tokens(
     order: Indices, lengths: Indices, budget: int, passes: int, batch: BatchConfig, random: np.random.Generator
 ) -> Epoch:
-    """Cut into micro-batches of at most ``budget`` padded tokens, and shuffle the micro-batches.
+    """Cut into micro-batches of at most ``budget`` tokens, padded or real, and shuffle the micro-batches.
 
     Args:
         order: shuffled indices of examples.
         lengths: text tokens and regions of every example.
-        budget: padded tokens of a micro-batch.
+        budget: tokens of a micro-batch.
         passes: micro-batches per update.
         batch: ``bucket``, ``multiple``, ``drop_last`` and ``sampler``.
         random: shuffles the micro-batches.
@@ -112,20 +112,26 @@ def _even(count: int, parts: int) -> Indices:
 def _token_batches(order: Indices, lengths: Indices, budget: int, batch: BatchConfig) -> list[Indices]:
     batches: list[Indices] = []
     left = order[:0]
-    released = batch.sampler == "released"
     for start in range(0, len(order), batch.bucket):
         items = np.concatenate([left, order[start : start + batch.bucket]])
         items = items[np.argsort(-lengths[items], kind="stable")]
         longest = int(lengths[items[0]])
-        while len(items) > (count := _multiple(budget // longest, batch.multiple)):
+        while len(items) > (count := _multiple(_fitting(lengths[items], longest, budget, batch), batch.multiple)):
             batches.append(items[:count])
             items = items[count:]
-            longest = longest if released else int(lengths[items[0]])
         left = items
-        if released:  # training drops a bucket's last batch, even a full one
+        if batch.sampler == "released":  # training drops a bucket's last batch, even a full one
             batches += [] if batch.drop_last else [left]
             left = order[:0]
     return [*batches, left] if len(left) and not batch.drop_last else batches
+
+
+def _fitting(lengths: Indices, longest: int, budget: int, batch: BatchConfig) -> int:
+    """Return how many examples fit into a micro-batch, by their falling lengths and the bucket's longest."""
+    if batch.sampler == "real":
+        most = budget // max(1, int(lengths[-1])) + 1
+        return int(np.searchsorted(lengths[:most].cumsum(), budget, side="right"))
+    return budget // (longest if batch.sampler == "released" else int(lengths[0]))
 
 
 def _multiple(count: int, of: int) -> int:

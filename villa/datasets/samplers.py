@@ -81,7 +81,7 @@ class UpdateSampler(Sampler):
     By examples: into updates of ``examples``, each split into even micro-batches of at most ``per_pass``. By tokens:
     into buckets sorted by length, from which micro-batches are filled while longest x count stays within the budget;
     the rest of a bucket joins the next one, so that nothing is dropped without ``drop_last``.
-    ``batch.sampler=released`` cuts buckets like the released ``TokenBucketSampler`` instead.
+    ``batch.sampler=released`` cuts buckets like the released ``TokenBucketSampler``, ``real`` counts no padding.
 
     Args:
         lengths: tokens plus regions of every example; only their number matters when cutting by examples.
