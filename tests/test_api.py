@@ -73,7 +73,7 @@ def test_code_that_only_a_checkpoint_names_is_not_run(tmp_path: Path, root: Path
         file.write_text(file.read_text().replace("from shapes import", "from shapes_of_another import"))
         for kind in ("model", "dataset", "loss", "trainer"):
             file.write_text(file.read_text().replace(f'@register_{kind}("', f'@register_{kind}("other_'))
-    names = {"model": "other_average", "dataset": "other_shapes", "loss": "other_focal", "trainer": "other_fgm"}
+    names = {"model": "other_average", "dataset": "other_shapes", "loss": "other_focal", "trainer": "other_one_step"}
     run = tmp_path / "run"
     settings = [f"{section}={name}" for section, name in names.items()]
     assert main([*settings, f"user_dir={package}", "batch.examples=64", "training.updates=2", f"output_dir={run}"]) == 0

@@ -132,7 +132,7 @@ def run_command(command: str, where: str) -> None:
     elif program == "pip":
         check_install(command)
     else:  # the checks of the code, which .ci/run runs as a contributor would
-        assert re.search(rf"^{command}\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE), f"{where}: {command}"
+        assert re.search(rf"^\s*{command}\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE), f"{where}: {command}"
 
 
 def check_install(command: str) -> None:

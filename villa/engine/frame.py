@@ -170,7 +170,7 @@ class UpdateFrame:
     def _clip(self, bound: float) -> None:
         """Shrink the gradients to a bound on their norm; our optimisers do so in their own pass over them."""
         if isinstance(self.optimizer, FusedAdam):
-            self.optimizer.grad_scale = ((self.gradient_norm + 1e-6) / bound).clamp_min(1.0).float()
+            self.optimizer.grad_scale = ((self.gradient_norm + 1e-6) / bound).clamp_min(1.0)
         else:
             torch.nn.utils.clip_grads_with_norm_(self.passes.parameters, bound, self.gradient_norm)
 

@@ -47,7 +47,7 @@ class FusedAdam(Optimizer):
         fused: use the fused kernel; other parameters than contiguous ones take torch's foreach operations.
 
     Attributes:
-        grad_scale: positive scalar in fp32 by which the next step divides all gradients; None for 1.
+        grad_scale: positive scalar by which the next step divides all gradients; None for 1.
     """
 
     grad_scale: Tensor | None = None
@@ -144,7 +144,7 @@ class FusedAdam(Optimizer):
             eps=group["eps"] if group["corrected_eps"] else group["eps"] / root,
             amsgrad=False,
             maximize=False,
-            grad_scale=scale,
+            grad_scale=None if scale is None else scale.float(),
         )
 
 
