@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from villa.adversarial.ascent import AscentSettings, Norm, RelativeTo, Scope
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.errors import ConfigError
-from villa.models.base import Model
+from villa.models.base import Model, ModelOutput
 from villa.objectives import check_objectives
 from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 from villa.trainers.standard import CLEAN_COST
@@ -213,6 +214,79 @@ class MultiStepTrainer(AdversarialTrainer):
         for perturbation in perturbations.values():
             perturbation.ascend(gradient_scale)
             perturbation.frozen = step + 2 == self.config.steps
+
+
+@dataclass
+class SearchConfig(AdversarialConfig):
+    """Options of the methods that search a perturbation first, besides those of ``AdversarialConfig``.
+
+    ``steps`` counts ascents.
+
+    Attributes:
+        weight: weight of what is trained on perturbed inputs.
+        ascent_mode: ``eval`` runs the ascents without dropout.
+    """
+
+    LEAST_STEPS: ClassVar[int] = 0
+
+    weight: float = 1.0
+    ascent_mode: Literal["train", "eval"] = "train"
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range."""
+        super().check()
+        check_finite(self, "weight")
+
+
+class SearchTrainer(AdversarialTrainer):
+    """Base of the methods that search a perturbation, and train on it afterwards (PGD, SMART)."""
+
+    config: SearchConfig
+
+    def search(
+        self,
+        batch: Batch,
+        passes: Passes,
+        perturbations: Mapping[str, Perturbation],
+        objective: Callable[[ModelOutput], Tensor],
+        name: str,
+        first: int = 0,
+    ) -> Logs:
+        """Ascend an objective of the output of every view, leaving the gradients of the parameters alone.
+
+        Args:
+            batch: the micro-batch.
+            passes: its passes.
+            perturbations: by modality.
+            objective: maps an output to what is raised.
+            name: name of the objective in the log.
+            first: number of the first ascent.
+
+        Returns:
+            Values to log.
+        """
+        logs, views, train = Logs(), len(self.views), self.config.ascent_mode == "train"
+        for t in range(first, self.config.steps):
+            values = []
+            for v, view in enumerate(self.views):
+                perturbed, index = {m: perturbations[m] for m in view}, self.pass_index(t * views + v + 1)
+                values.append(objective(passes.forward(batch, perturbed, index=index, train=train)))
+                passes.gradient(values[-1], perturbed)
+            for perturbation in perturbations.values():
+                perturbation.ascend()
+            logs |= pass_logs(t, perturbations, **{name: torch.stack(values).mean()})
+        return logs
+
+    def found(
+        self, batch: Batch, passes: Passes, perturbations: Mapping[str, Perturbation]
+    ) -> Iterator[tuple[bool, ModelOutput]]:
+        """Yield the outputs of every view on the perturbations found, to train on, and whether it is the last."""
+        views = len(self.views)
+        for v, view in enumerate(self.views):
+            for modality in view:
+                perturbations[modality].frozen = True
+            index = self.pass_index(self.config.steps * views + v + 1)
+            yield v + 1 == views, passes.forward(batch, {m: perturbations[m] for m in view}, index=index)
 
 
 def pass_logs(step: int, perturbations: Mapping[str, Perturbation], **values: Tensor) -> Logs:

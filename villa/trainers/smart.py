@@ -13,24 +13,22 @@ from villa.batch import Batch
 from villa.losses.base import Direction
 from villa.models.base import ModelOutput
 from villa.registry import register_trainer
-from villa.trainers.adversarial import AdversarialConfig, AdversarialTrainer, check_finite, pass_logs
+from villa.trainers.adversarial import SearchConfig, SearchTrainer, pass_logs
 from villa.trainers.base import Cost, Logs, Passes, TrainerConfig
 from villa.trainers.standard import clean_step
 
 
 @dataclass
-class SmartConfig(AdversarialConfig):
-    """Options of SMART, besides those of ``AdversarialConfig``; ``steps`` counts ascents.
+class SmartConfig(SearchConfig):
+    """Options of SMART, besides those of ``SearchConfig``.
 
     Attributes:
         preset: sets the options below that differ between the methods; an option given explicitly wins. See
             ``docs/methods.md``.
-        weight: weight of the divergence.
         direction: ``symmetric``, ``forward`` (of the clean prediction from the perturbed one) or ``reverse``.
         ascent_direction: the same for the divergence that the ascents raise, whose clean side is detached.
         target: the side of the clean prediction is ``attached`` (trained, too) or ``detached``; ``each`` detaches the
             target of either term of a symmetric divergence, so that both predictions are trained, each by one term.
-        ascent_mode: ``eval`` runs the ascents without dropout.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -72,20 +70,13 @@ class SmartConfig(AdversarialConfig):
     norm: Norm = "linf"
     init: str = "normal"
     init_scale: float | None = 1e-5
-    weight: float = 1.0
     direction: Direction = "symmetric"
     ascent_direction: Direction = "symmetric"
     target: Literal["attached", "detached", "each"] = "attached"
-    ascent_mode: Literal["train", "eval"] = "train"
-
-    def check(self) -> None:
-        """Raise ConfigError for values out of range."""
-        super().check()
-        check_finite(self, "weight")
 
 
 @register_trainer("smart")
-class SmartTrainer(AdversarialTrainer):
+class SmartTrainer(SearchTrainer):
     """SMART's regulariser (Jiang et al., ACL 2020): L(f(x), y) + w D(f(x), f(x + delta_K)), without labels in D.
 
     delta ascends the divergence D from a random start: at delta = 0 its gradient is zero.
@@ -98,30 +89,20 @@ class SmartTrainer(AdversarialTrainer):
         """Ascend the divergence K times, then train on the loss and on the divergence of every view."""
         if not self.perturbs(batch):
             return clean_step(batch, passes)
-        deltas, logs, config = self.perturbations(passes), Logs(), self.config
-        clean, views = passes.forward(batch, index=0), len(self.views)
-        fixed = clean.map_scores(Tensor.detach)
-        for t in range(config.steps):
-            terms = []
-            for v, view in enumerate(self.views):
-                perturbed, index = {m: deltas[m] for m in view}, self.pass_index(t * views + v + 1)
-                output = passes.forward(batch, perturbed, index=index, train=config.ascent_mode == "train")
-                terms.append(passes.consistency(output, fixed, batch, direction=config.ascent_direction))
-                passes.gradient(terms[-1], perturbed)
-            for delta in deltas.values():
-                delta.ascend()
-            logs |= pass_logs(t, deltas, divergence=torch.stack(terms).mean())
-        terms = []
-        for v, view in enumerate(self.views):
-            for modality in view:
-                deltas[modality].frozen = True
-            index = self.pass_index(config.steps * views + v + 1)
-            output = passes.forward(batch, {m: deltas[m] for m in view}, index=index)
-            terms.append(self._divergence(output, clean, batch, passes))
+        deltas, clean = self.perturbations(passes), passes.forward(batch, index=0)
+        fixed, direction = clean.map_scores(Tensor.detach), self.config.ascent_direction
+        logs = self.search(
+            batch,
+            passes,
+            deltas,
+            lambda output: passes.consistency(output, fixed, batch, direction=direction),
+            "divergence",
+        )
+        terms = [self._divergence(output, clean, batch, passes) for _, output in self.found(batch, passes, deltas)]
         loss, divergence = passes.loss(clean, batch), torch.stack(terms).mean()
-        total = loss + config.weight * divergence
+        total = loss + self.config.weight * divergence
         passes.backward(total, last=True)
-        logs |= pass_logs(config.steps, deltas, divergence=divergence)
+        logs |= pass_logs(self.config.steps, deltas, divergence=divergence)
         return {"loss": total.detach(), "clean_loss": loss.detach(), **logs}
 
     def cost(self) -> Cost:
