@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from villa.datasets.base import Example
-from villa.datasets.collation import collate
+from villa.datasets.collation import collate, reading
 from villa.datasets.uniter.database_split import Pair
 from villa.datasets.uniter.image_lmdb import BoxSelection, ImageStore
 from villa.datasets.uniter.text_lmdb import TextStore
@@ -79,7 +79,9 @@ def villa_reader(folder: Path, boxes: BoxSelection) -> Read:
         return Example(id, torch.tensor([texts.cls_id, *text["input_ids"], texts.sep_id]), None, features, norm_bb)
 
     def read(ids: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        batch = collate([example(id) for id in ids])
+        rows = image_rows.take(np.array([int(id) for id in ids])).values
+        with reading(images.counts(rows).tolist()):  # as a data loader does
+            batch = collate([example(id) for id in ids])
         assert batch.input_ids is not None
         assert batch.features is not None
         assert batch.boxes is not None
