@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from villa.batch import Batch
 from villa.datasets.base import Example, Ragged
@@ -76,6 +75,7 @@ class _Slots(threading.local):
         """Plan for images with these numbers of regions."""
         self.lengths, self.taken = lengths, 0
         self.padded: Tensor | None = None
+        self.places: Sequence[Tensor] = ()
 
     def take(self, length: int, width: int) -> Tensor | None:
         """Return the next place ``[R, D]``, unless an image of another size was expected there."""
@@ -84,16 +84,19 @@ class _Slots(threading.local):
             return None
         if self.padded is None:
             self.padded = empty(len(self.lengths), max(self.lengths), width, dtype=torch.float32)
-        return self.padded[place, :length] if self.padded.shape[2] == width else None
+            self.places = self.padded.unbind()
+        return self.places[place][:length] if self.padded.shape[2] == width else None
 
     def filled(self, rows: Sequence[Tensor]) -> Tensor | None:
         """Return the buffer if each row lies in its place, and nothing else."""
-        padded, shapes = self.padded, [(length, *rows[0].shape[1:]) for length in self.lengths]
-        if padded is None or [row.shape for row in rows] != shapes:
+        padded = self.padded
+        if padded is None or rows[0].data_ptr() != padded.data_ptr() or len(rows) != len(padded):
             return None
-        places = range(padded.data_ptr(), padded.data_ptr() + padded.nbytes, padded[0].nbytes)
-        placed = all(row.data_ptr() == place for row, place in zip(rows, places, strict=True))
-        return padded if placed and all(row.dtype == padded.dtype and row.is_contiguous() for row in rows) else None
+        for row, length, place in zip(rows, self.lengths, self.places, strict=True):
+            own = row.data_ptr() == place.data_ptr() and row.dtype == padded.dtype and row.is_contiguous()
+            if not own or row.shape != (length, *place.shape[1:]):
+                return None
+        return padded
 
 
 _slots = _Slots()
@@ -104,7 +107,7 @@ def reading(lengths: Sequence[int]) -> Iterator[None]:
     """Let ``placed`` copy features straight to where ``collate`` would, while a batch is read and collated.
 
     Args:
-        lengths: number of regions of each image in the order of the batch; of other images, features are copied twice.
+        lengths: numbers of regions of the images of the batch, in order; features of any other image are copied twice.
     """
     _slots.clear(lengths)
     try:
@@ -129,8 +132,8 @@ class _Readable:
     """An array that torch does not warn about; it is only read."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
-        self.array = array
-        self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+        self.array, self.__array_interface__ = array, array.__array_interface__
+        self.__array_interface__["data"] = (self.__array_interface__["data"][0], False)
 
 
 T = TypeVar("T")
@@ -184,7 +187,10 @@ def _padded(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
     filled = _slots.filled(rows)
     size = len(rows) * max(lengths) * rows[0].shape[1:].numel() * dtype.itemsize
     if filled is None and size < LARGE and all(row.dtype == dtype for row in rows):
-        return pad_sequence(rows, batch_first=True)  # fewer calls than below
+        small = np.zeros((len(rows), max(lengths), *rows[0].shape[1:]), rows[0].numpy().dtype)
+        for place, row, length in zip(small, rows, lengths, strict=True):
+            place[:length] = row.numpy()  # with less ado than torch
+        return torch.from_numpy(small)
     padded = empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype) if filled is None else filled
     if filled is None:
         for target, row, length in zip(padded.unbind(), rows, lengths, strict=True):
