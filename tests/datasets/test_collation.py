@@ -169,3 +169,16 @@ def test_an_error_leaves_no_batch_half_read() -> None:
     assert placed(STORED[0]).dtype == torch.float16
     with reading([5]):
         assert placed(STORED[1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_are_read_from_wherever_they_lie(dtype: type[np.floating[Any]]) -> None:
+    values = (np.arange(60) / 7).astype(dtype).reshape(20, 3)
+    unaligned = np.frombuffer(b"\0" + values.tobytes(), dtype, offset=1).reshape(20, 3)
+    for features in (values, unaligned, np.asfortranarray(values), values[::2], values[[5, 3, 9]]):
+        with reading([len(features), len(features)]):
+            images = [placed(features), placed(features)]
+            batch = collate([Example("a", torch.ones(1), None, image, torch.ones(len(image), 4)) for image in images])
+        assert batch.features is not None
+        assert batch.features.data_ptr() == images[0].data_ptr()
+        assert np.array_equal(batch.features.numpy(), np.stack([features, features]).astype(np.float32))
