@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from named_stores import lengths_of, read_image, read_text
 
+from villa.batch import Batch
+from villa.config.schema import BatchConfig
 from villa.datasets.paths import SPLITS, DatabasePaths
+from villa.datasets.stream import UpdateStream, evaluation_batches
 from villa.datasets.synthetic import databases
 from villa.datasets.synthetic.tasks import ANSWERS, TASKS
 from villa.datasets.synthetic.world import COLOURS, FEATURE_DIM, KINDS, REGIONS, VOCABULARY, WORDS
@@ -47,6 +51,36 @@ def test_every_split_has_answered_examples_within_the_bounds(task: str) -> None:
         batch = data.collate([split[index] for index in range(8)])
         assert batch.input_ids is not None
         assert batch.input_ids.max() < facts.vocab_size
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_what_their_examples_hold(task: str, workers: int) -> None:
+    data = data_set(task, **({"mix": {"mlm": 1, "mrfr": 1, "itm": 1}} if task == "pretraining" else {}))
+    train, val = data.split("train"), data.split("val")
+    if task in ("vqa", "snli_ve", "nlvr2"):  # these are read straight into the batch
+        images = train[0].features if isinstance(train[0].features, tuple) else [train[0].features]
+        assert list(train.region_counts(0)) == [len(features) for features in images]
+    sampler = train.sampler(BatchConfig(examples=8, per_pass=4 if task != "retrieval" else 2), seed=1)
+    stream = UpdateStream(train, data.collate, sampler, workers)
+    for _ in range(6):
+        position = stream.position
+        for batch, part in zip(next(stream), sampler.update(position), strict=True):
+            same(batch, data.collate([train.draw(index, sampler.example_seed(position, index)) for index in part]))
+    for number, batch in zip(range(3), evaluation_batches(val, data.collate, 4, workers), strict=False):
+        same(batch, data.collate([val[4 * number + index] for index in range(4)]))
+
+
+def same(one: Batch, other: Batch) -> None:
+    """Compare all tensors of two batches, bit by bit."""
+    assert one.ids == other.ids
+    for field in fields(Batch):
+        value, expected = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(expected, torch.Tensor):
+            assert (value.dtype, value.stride()) == (expected.dtype, expected.stride()), field.name
+            assert torch.equal(value, expected), field.name
+        else:
+            assert value == expected, field.name
 
 
 @pytest.mark.parametrize("task", TASKS)

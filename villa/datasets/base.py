@@ -100,6 +100,14 @@ class Split(Dataset[Example], ABC):
     def lengths(self) -> Lengths:
         """Tokens plus regions of every example, for batches by tokens."""
 
+    def region_counts(self, index: int) -> Sequence[int]:
+        """Return the number of regions of each image of an example, if known without reading it.
+
+        A batch of known sizes is read straight into its buffer; any other is copied there. The features of its examples
+        are valid until the batch is put together.
+        """
+        return ()
+
     def warnings(self) -> list[str]:
         """Return what the user should know about the examples before a run, one line each."""
         return []

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,17 +52,88 @@ def _take(size: int) -> mmap.mmap:
     """Return a free buffer that is large enough, but not twice as large as needed, or a new one."""
     for _ in range(KEPT):
         try:
-            memory = _free.popleft()  # atomic: tensors may be freed in other threads
+            memory = _free.pop()  # the last one, in cache at best; atomic: other threads may free tensors
         except IndexError:
             break
         if size <= len(memory) <= 2 * size:
             return memory
-        _free.append(memory)
+        _free.appendleft(memory)
     # A little more than needed, as the next batch may be larger.
     memory = mmap.mmap(-1, -(-size * 5 // 4 // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+class _Slots(threading.local):
+    """The places of region features in the batch that this thread reads."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self, lengths: Sequence[int] = ()) -> None:
+        """Plan for images with these numbers of regions."""
+        self.lengths, self.taken = lengths, 0
+        self.padded: Tensor | None = None
+        self.places: Sequence[Tensor] = ()
+
+    def take(self, length: int, width: int) -> Tensor | None:
+        """Return the next place ``[R, D]``, unless an image of another size was expected there."""
+        place, self.taken = self.taken, self.taken + 1
+        if place >= len(self.lengths) or self.lengths[place] != length:
+            return None
+        if self.padded is None:
+            self.padded = empty(len(self.lengths), max(self.lengths), width, dtype=torch.float32)
+            self.places = self.padded.unbind()
+        return self.places[place][:length] if self.padded.shape[2] == width else None
+
+    def filled(self, rows: Sequence[Tensor]) -> Tensor | None:
+        """Return the buffer if each row lies in its place, and nothing else."""
+        padded = self.padded
+        if padded is None or rows[0].data_ptr() != padded.data_ptr() or len(rows) != len(padded):
+            return None
+        for row, length, place in zip(rows, self.lengths, self.places, strict=True):
+            own = row.data_ptr() == place.data_ptr() and row.dtype == padded.dtype and row.is_contiguous()
+            if not own or row.shape != (length, *place.shape[1:]):
+                return None
+        return padded
+
+
+_slots = _Slots()
+
+
+@contextlib.contextmanager
+def reading(lengths: Sequence[int]) -> Iterator[None]:
+    """Let ``placed`` copy features straight to where ``collate`` would, while a batch is read and collated.
+
+    Args:
+        lengths: numbers of regions of the images of the batch, in order; features of any other image are copied twice.
+    """
+    _slots.clear(lengths)
+    try:
+        yield
+    finally:
+        _slots.clear()
+
+
+def placed(features: npt.NDArray[np.floating[Any]]) -> Tensor:
+    """Copy the features ``[R, D]`` of an image out of a file's memory.
+
+    Returns:
+        A tensor of their type or, while a batch is read, one of type float32 within that batch.
+    """
+    place = _slots.take(*features.shape) if _slots.lengths else None
+    if place is None:
+        return torch.from_numpy(features if features.flags.writeable else np.array(features))
+    return place.copy_(torch.from_numpy(np.asarray(_Readable(features))))
+
+
+class _Readable:
+    """An array that torch does not warn about; it is only read."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array, self.__array_interface__ = array, array.__array_interface__
+        self.__array_interface__["data"] = (self.__array_interface__["data"][0], False)
 
 
 T = TypeVar("T")
@@ -103,18 +177,33 @@ def _pad(values: Sequence[Ragged], dtype: torch.dtype, ids: list[str]) -> Tensor
     widths = {row.shape[1:] for row in rows}
     if len(widths) > 1:
         raise DataError(f"a batch mixes rows of width {' and '.join(str(list(w)) for w in widths)} (first: '{ids[0]}')")
-    lengths = [len(row) for row in rows]
-    # Only the padding is zeroed: everything else is written anyway.
-    padded = empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype)
-    for target, row, length in zip(padded.unbind(), rows, lengths, strict=True):
-        target[:length] = row
-        target[length:] = 0
+    padded = _padded(rows, dtype)
     return padded if per_example is None else padded.view(-1, per_example, *padded.shape[1:])
+
+
+def _padded(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Stack rows, zero-padded at the end of the first dimension."""
+    lengths = [row.shape[0] for row in rows]
+    filled = _slots.filled(rows)
+    size = len(rows) * max(lengths) * rows[0].shape[1:].numel() * dtype.itemsize
+    if filled is None and size < LARGE and all(row.dtype == dtype for row in rows):
+        small = np.zeros((len(rows), max(lengths), *rows[0].shape[1:]), rows[0].numpy().dtype)
+        for place, row, length in zip(small, rows, lengths, strict=True):
+            place[:length] = row.numpy()  # with less ado than torch
+        return torch.from_numpy(small)
+    padded = empty(len(rows), max(lengths), *rows[0].shape[1:], dtype=dtype) if filled is None else filled
+    if filled is None:
+        for target, row, length in zip(padded.unbind(), rows, lengths, strict=True):
+            target[:length] = row
+    # Only the padding is zeroed: everything else is written anyway. Filling bytes need not read the memory first.
+    for place, length in zip(padded.view(torch.uint8).numpy(), lengths, strict=True):
+        place[length:].fill(0)
+    return padded
 
 
 def _mask(values: Sequence[Ragged], ids: list[str]) -> Tensor:
     rows, per_example = _rows(values, ids)
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([row.shape[0] for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return mask if per_example is None else mask.view(-1, per_example, mask.shape[-1])
 

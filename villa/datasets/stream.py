@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
+from villa.datasets.collation import reading
 from villa.datasets.samplers import Position, Sampler
 from villa.datasets.workers import TIMEOUT, Board, look_every, out_of_descriptors, watched
 from villa.errors import CheckpointError, VillaError
@@ -167,9 +169,11 @@ class _MicroBatches(Dataset[Batch | VillaError]):
 
     def __getitem__(self, items: list[_Item]) -> Batch | VillaError:
         try:
-            examples = [self._read(*item) for item in items]
-            self.board.begin(items[0][0], len(items) - 1)
-            return self._checked_descriptors(self.collate(examples))
+            counts = [self.split.region_counts(index) for index, _ in items]
+            with reading(list(chain(*counts)) if all(counts) else ()):
+                examples = [self._read(*item) for item in items]
+                self.board.begin(items[0][0], len(items) - 1)
+                return self._checked_descriptors(self.collate(examples))
         except VillaError as error:
             return error
         except MemoryError:

@@ -16,6 +16,8 @@ from golden_utils import load
 from named_stores import images_of, read_image, row_of, rows_of
 from torch.utils.data import DataLoader, Dataset
 
+from villa.datasets.base import Example
+from villa.datasets.collation import collate, reading
 from villa.datasets.uniter.database_split import Pair
 from villa.datasets.uniter.image_lmdb import (
     BoxSelection,
@@ -154,6 +156,26 @@ def test_what_is_read_may_be_written_to(images: Path) -> None:
         features.zero_()
         boxes.zero_()
         assert read_image(database, IMAGE)[0].any()
+
+
+def test_a_batch_holds_what_its_images_hold(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "coco_train2014", tmp_path / "uncounted")
+    for counts in (tmp_path / "uncounted").glob("*.json"):
+        counts.unlink()
+    stores = [ImageStore(images / "coco_train2014", choice) for choice in CHOICES.values()]
+    stores.append(ImageStore(tmp_path / "uncounted", BoxSelection(threshold=0.3, max_boxes=12)))
+    for database in stores:
+        alone = [database[row] for row in range(len(database))]
+        with reading([database.count(row) for row in range(len(database))]):
+            examples = [Example(str(row), torch.ones(1), None, *database[row]) for row in range(len(database))]
+            batch = collate(examples)
+        assert batch.features is not None
+        assert batch.boxes is not None
+        for row, (features, boxes) in enumerate(alone):
+            assert features.dtype == torch.float16
+            assert torch.equal(batch.features[row, : len(features)], features.float())
+            assert torch.equal(batch.boxes[row, : len(boxes)], boxes)
+            assert not batch.features[row, len(features) :].any()
 
 
 class _Regions(Dataset[Any]):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from villa.datasets.boxes import check_boxes, check_confidences, check_features, sampled
 from villa.datasets.checksums import SUFFIX, check_sizes
+from villa.datasets.collation import placed
 from villa.datasets.ragged import Integers
 from villa.datasets.uniter.box_selection import BoxSelection, Rows, surest
 from villa.datasets.uniter.index import Built, Column, Names, cached, find, hashes_of, in_order, mix, numbers_of
@@ -114,7 +115,8 @@ class ImageStore:
 
     def count(self, row: int) -> int:
         """Return an image's number of selected boxes; see ``counts``."""
-        return int(self.counts(np.array([row]))[0])
+        count = self.boxes.fixed or int(self._counts[row])
+        return count if count >= 0 else int(self.counts(np.array([row]))[0])
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         """Read an image's regions: ``count(row)``, or fewer if fewer are stored.
@@ -135,9 +137,7 @@ class ImageStore:
         used = self._used(row, len(features))
         features, boxes = features[used], boxes[used].astype(np.float32)
         self._check_once(row, boxes)
-        if not features.flags.writeable:  # a view of the mapped file, or of bytes
-            features = np.array(features)
-        return torch.from_numpy(features), torch.from_numpy(boxes)
+        return placed(features), torch.from_numpy(boxes)
 
     def soft_labels(self, row: int) -> Tensor:
         """Read an image's detector class distributions ``[R, classes]`` float32 (column 0: background).

@@ -72,16 +72,24 @@ def _scan(value: memoryview, names: Collection[str]) -> dict[str, Array]:
         match = _PACKED_ARRAY.match(value, position)
         if match is None:
             raise _OtherLayoutError
-        dtype, *shape, size8, size16, size32 = match.groups()
-        size, position = int.from_bytes(size8 or size16 or size32, "big"), match.end()
-        name = str(value[start : match.start()], "ascii", "replace")
+        dtype, shape, size = _parsed(match[0])
+        name, position = str(value[start : match.start()], "ascii", "replace"), match.end()
         if name in names:
-            dimensions = [_integer(number) for number in shape if number is not None]
-            arrays[name] = _view(value[position : position + size], dtype.decode(), dimensions)
+            arrays[name] = _view(value[position : position + size], dtype, shape)
             if len(arrays) == len(names):
                 break
         position += size
     return arrays
+
+
+@lru_cache(maxsize=1024)
+def _parsed(header: bytes) -> tuple[str, tuple[int, ...], int]:
+    """Return dtype, shape and size in bytes of an array, given what ``_PACKED_ARRAY`` matches."""
+    match = _PACKED_ARRAY.match(header)
+    assert match is not None
+    dtype, *shape, size8, size16, size32 = match.groups()
+    dimensions = tuple(_integer(number) for number in shape if number is not None)
+    return dtype.decode(), dimensions, int.from_bytes(size8 or size16 or size32, "big")
 
 
 def _integer(packed: bytes) -> int:

@@ -211,6 +211,10 @@ class ObjectiveSplit(DatabaseSplit):
         """Return the text of an example."""
         return Words([self.field(self.fields(index), "input_ids", index)])
 
+    def region_counts(self, index: int) -> Sequence[int]:
+        """Return the number of regions, unless they are masked or those of a drawn image."""
+        return super().region_counts(index) if OBJECTIVES[self.settings.objective].example == "tokens" else ()
+
     def _masked_words(self, index: int, draws: random.Random) -> ObjectiveExample:
         database, text = self.pair.text, self.text(index)
         original = self.words(*text.parts, index=index)

@@ -51,6 +51,10 @@ class PairSplit(DatabaseSplit, ABC):
         """Build an example of a text and its image."""
         return self.pairs(self.ids[index], [index], [self.image_of[index]])
 
+    def region_counts(self, index: int) -> Sequence[int]:
+        """Return nothing: which images are read is drawn, or they are kept for other texts."""
+        return ()
+
     def text(self, index: int) -> Tensor:
         """Return a text's tokens ``[T]``."""
         return self.words(self.field(self.fields(index), "input_ids", index), index=index)

@@ -37,6 +37,8 @@ from villa.json_values import parse_json
 
 #: Largest example in bytes after decompression; damaged or hostile values may claim more.
 MAX_EXAMPLE_BYTES = 1 << 26
+#: Largest number of bytes that LZ4 decompresses from one.
+MAX_EXPANSION = 255
 #: Checksum file that villa writes beside its own databases.
 CHECKSUMS = f"db{SUFFIX}"
 #: Tokens of VCR beyond its tokenizer's: object names.
@@ -183,7 +185,8 @@ class TextStore:
             raise DataError(f"text database '{self.path}' has no example '{id}', but a list of ids names it")
         try:
             decompressor = lz4.frame.LZ4FrameDecompressor()
-            data = decompressor.decompress(value, max_length=MAX_EXAMPLE_BYTES)
+            # Memory for the limit is allocated first, hence no more than the value can expand to.
+            data = decompressor.decompress(value, max_length=min(MAX_EXPANSION * len(value), MAX_EXAMPLE_BYTES))
             if not decompressor.eof:
                 raise ValueError("it does not end within its value")
             example = msgpack.unpackb(data, raw=False, strict_map_key=False)

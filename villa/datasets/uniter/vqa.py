@@ -9,11 +9,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from villa.batch import Batch
 from villa.datasets.base import DatasetConfig, Example, best_answers, read_answers
+from villa.datasets.ragged import Integers
 from villa.datasets.released import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
 from villa.datasets.uniter.database_split import DatabaseSplit
@@ -40,17 +42,19 @@ class SoftAnswerSplit(DatabaseSplit):
 
     def _target(self, fields: Mapping[str, Any], index: int) -> Tensor:
         """Return the scores ``[labels]``; all 0 without a known answer."""
-        target, places = torch.zeros(self.task.num_labels() or 0), self.task.places(self.pair.text.path)
+        target = np.zeros(len(self.task.answers), np.float32)
+        places = self.task.places(self.pair.text.path)
         stored = len(target) if places is None else len(places)
         given = self.field(fields, "target", index) if self.training else fields.get("target")
         given = {"labels": [], "scores": []} if given in (None, {}) else given
         if not _are_scores(given, stored):
             needed = f"labels below {stored}, as many as answers are known, and a score in [0, 1] for each"
             raise self.unusable(index, f"the target {given!r:.80}; needed are {needed}")
-        labels = torch.tensor(given["labels"], dtype=torch.long)
+        labels: Integers = np.array(given["labels"], np.int64)
+        scores = np.array(given["scores"], np.float32)
         labels = labels if places is None else places[labels]
-        target[labels[labels >= 0]] = torch.tensor(given["scores"], dtype=torch.float)[labels >= 0]
-        return target
+        target[labels[labels >= 0]] = scores[labels >= 0]
+        return torch.from_numpy(target)
 
 
 def _are_scores(target: object, answers: int) -> bool:
@@ -72,7 +76,7 @@ class SoftAnswers(DatabaseTask):
         assert self.labels is not None
         return list(self.labels)
 
-    def places(self, database: Path) -> Tensor | None:
+    def places(self, database: Path) -> Integers | None:
         """Return the model's label for each label of a text database, -1 without one; None if they are the same."""
         return None
 
@@ -112,7 +116,7 @@ class Vqa(SoftAnswers):
         return read_answers(self._listed)
 
     @cache  # noqa: B019 (a data set lives as long as its run)
-    def places(self, database: Path) -> Tensor | None:
+    def places(self, database: Path) -> Integers | None:
         """Match labels by their answers, listed with the examples or in ``dataset.answers``.
 
         Raises:
@@ -123,7 +127,7 @@ class Vqa(SoftAnswers):
         if stored == self.answers:
             return None
         labels = {answer: label for label, answer in enumerate(self.answers)}
-        places = torch.tensor([labels.get(answer, -1) for answer in stored])
+        places = np.array([labels.get(answer, -1) for answer in stored])
         lost = int((places < 0).sum())
         if lost == len(places):
             raise DataError(
