@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,12 +138,20 @@ def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def _wait_for_the_next_second() -> None:
+    """TensorBoard reads files of one second in the order of their numbers as text: 10 before 9."""
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.01)
+
+
 def test_tensorboard_shows_no_point_twice_after_a_resume(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path)
     _log(tracker, 1, 4)
     state = tracker.state_dict()
     _log(tracker, 5, 7)
     tracker.close()
+    _wait_for_the_next_second()
     resumed = TensorBoardTracker(tmp_path)
     resumed.load_state_dict(state)
     _log(resumed, 5, 8)
@@ -154,6 +163,7 @@ def test_a_fresh_start_hides_the_events_of_an_older_run(tmp_path: Path) -> None:
     old = TensorBoardTracker(tmp_path)
     old.log(1, "train", {"loss": 9.0})
     old.close()
+    _wait_for_the_next_second()
     new = TensorBoardTracker(tmp_path)
     new.log(2, "train", {"loss": 1.0})
     new.close()
@@ -170,6 +180,7 @@ def test_times_stay_out_of_the_deterministic_log(tmp_path: Path) -> None:
     assert [r["kind"] for r in read_log(tmp_path / "log.jsonl")] == ["train"]
     with (tmp_path / "timing.jsonl").open("ab") as file:
         file.write(b'{"torn')
+    _wait_for_the_next_second()
     resumed = run_trackers(tmp_path)
     resumed.load_state_dict(state)
     resumed.log(2, "timing", {"seconds": 0.9})
