@@ -61,8 +61,8 @@ class Functions(Generic[F]):
 
 #: Fill a perturbation of zeros with numbers of magnitude 1, using a generator.
 INITIALISERS: Functions[Callable[[Tensor, torch.Generator], Tensor]] = Functions("init")
-#: Return the next perturbation from ``delta``, ``gradient``, step size and settings. Where the gradient is not finite
-#: (fp16 overflow), it has been set to zero.
+#: Return the next perturbation from ``delta``, ``gradient``, step size and settings. What has no finite gradient (fp16
+#: overflow) must stay where it is.
 STEPS: Functions[Callable[[Tensor, Tensor, Tensor | float, AscentSettings], Tensor]] = Functions("step")
 #: Return a perturbation within a radius above 0, from ``delta``, the radius and the settings.
 PROJECTIONS: Functions[Callable[[Tensor, Tensor | float, AscentSettings], Tensor]] = Functions("projection")

@@ -148,6 +148,11 @@ class AdversarialTrainer(Trainer):
         super().__init__(config)
         self.views = VIEWS[self.config.modality]
 
+    @cached_property
+    def starts_at_zero(self) -> bool:
+        """Whether all perturbations are zero at first."""
+        return all(self.config.ascent(modality).starts_at_zero for modality in self.modalities())
+
     def perturbs(self, batch: Batch) -> bool:
         """Return whether to perturb a batch; one without a pre-training objective always is."""
         return batch.objective is None or self.asks_for(batch.objective)
@@ -163,8 +168,9 @@ class AdversarialTrainer(Trainer):
     def check(self, model: Model) -> None:
         """Refuse sizes relative to a table where there is none."""
         points = model.perturbation_points()
-        for modality in self.modalities() if getattr(self.config, "relative_to", "none") == "table" else ():
-            if not isinstance(model.get_submodule(points[modality].module), nn.Embedding):
+        for modality in self.modalities():
+            asked = self.config.ascent(modality).relative_to == "table"
+            if asked and not isinstance(model.get_submodule(points[modality].module), nn.Embedding):
                 raise ConfigError(
                     f"trainer.relative_to=table: what is perturbed in the {modality} is not looked up in a table; set "
                     "it to embedding"
@@ -192,7 +198,7 @@ class MultiStepTrainer(AdversarialTrainer):
     def merged(self) -> bool:
         """Whether the first pass of every view is the clean pass: zero perturbations, the same dropout masks."""
         same = self.config.dropout == "shared" or not self.stochastic
-        return same and all(self.config.ascent(modality).starts_at_zero for modality in self.modalities())
+        return same and self.starts_at_zero
 
     def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
         """Create the perturbations of a micro-batch, which never move if there is a single pass."""

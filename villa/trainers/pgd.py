@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -64,12 +65,12 @@ class PgdTrainer(SearchTrainer):
         ascents = views * (self.config.steps - self._shares)
         return (ascents + views + clean, views + clean, *([ascents] if ascents else []))  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def _shares(self) -> bool:
         """Whether the clean pass is the pass of the first ascent, too."""
         config = self.config
         wanted = config.clean_loss and config.steps > 0 and config.ascent_mode == "train"
-        return wanted and all(config.ascent(modality).starts_at_zero for modality in self.modalities())
+        return wanted and self.starts_at_zero
 
 
 @dataclass
