@@ -31,6 +31,7 @@ from villa.facts import Written
 from villa.files import local_path
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
+from villa.models.dropout import draw_fast
 from villa.models.matching import Matching
 from villa.registry import DATASETS, LOSSES, METRICS, MODELS, TRAINERS
 from villa.rng import seed_pass
@@ -138,6 +139,7 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)
+    draw_fast(model)
     model.to(device)
     strategy = strategy_of(config.distributed)
     evaluator = Evaluator(model, loss, metrics, precision, strategy)

@@ -15,6 +15,7 @@ from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
 from villa.facts import DataFacts
 from villa.models.base import ModelOutput, Point
+from villa.models.dropout import Dropout
 from villa.models.matching import Matching
 from villa.models.packing import PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import RowLayout, Rows, given_mask
@@ -80,7 +81,7 @@ class VisualBert(TwoHeadModel):
         layers: Any = self.visual_bert.encoder.layer
         for layer in layers:
             attend_in_rows(layer.attention.self)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.cls = nn.Linear(config.hidden_size, config.num_labels)
         nn.init.normal_(self.cls.weight, std=config.initializer_range)
         nn.init.zeros_(self.cls.bias)

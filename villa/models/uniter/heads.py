@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from villa.models.base import InitialRows
+from villa.models.dropout import Dropout
 from villa.models.uniter.config import LAYER_NORM_EPS, register_head
 from villa.models.uniter.model import Encoded, Uniter, mlp
 
@@ -109,7 +110,7 @@ class UniterForNlvr2PairedAttention(Uniter):
         hidden, heads, rate = self.sizes.hidden_size, self.sizes.num_heads, self.sizes.attention_dropout
         self.attn1 = nn.MultiheadAttention(hidden, heads, dropout=rate, batch_first=True)
         self.attn2 = nn.MultiheadAttention(hidden, heads, dropout=rate, batch_first=True)
-        self.fc = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.ReLU(), nn.Dropout(self.sizes.hidden_dropout))
+        self.fc = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.ReLU(), Dropout(self.sizes.hidden_dropout))
         self.attn_pool = AttentionPool(hidden, rate)
         self.nlvr2_output = nn.Linear(2 * hidden, self.num_labels)
 
@@ -137,7 +138,7 @@ class AttentionPool(nn.Module):
     def __init__(self, hidden: int, dropout: float) -> None:
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(hidden, 1), nn.ReLU())
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, sequence: Tensor, padding: Tensor | None) -> Tensor:
         """Pool ``[B, L, hidden]`` to ``[B, hidden]``, ignoring positions where ``padding [B, L]`` is True."""

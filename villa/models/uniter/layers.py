@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from villa.errors import DataError
+from villa.models.dropout import Dropout, dropout
 from villa.models.packing import Blocks, Packing, Selection
 from villa.models.uniter.config import LAYER_NORM_EPS, UniterSizes
 
@@ -43,12 +44,13 @@ class SelfAttention(nn.Module):
         query = self._split(queries.spread(self.query(asking)))
         key, value = (self._split(keys.spread(part(hidden))) for part in (self.key, self.value))
         rate = self.dropout if self.training else 0.0
-        maps = _attention_maps(query, key, mask) if attentions else None
-        if maps is None:
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        if attentions or (rate and query.device.type == "cpu"):  # torch's own draws dropout slowly on a CPU
+            maps = _attention_maps(query, key, mask)
+            context = dropout(maps, rate) @ value
         else:
-            context = F.dropout(maps, rate) @ value
-        return queries.collect(context.transpose(1, 2).flatten(2)), maps
+            maps = None
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        return queries.collect(context.transpose(1, 2).flatten(2)), maps if attentions else None
 
     def _split(self, projected: Tensor) -> Tensor:
         """Reshape ``[N, L, hidden]`` to ``[N, heads, L, hidden / heads]``."""
@@ -69,7 +71,7 @@ class ResidualOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width, sizes.hidden_size)
         self.LayerNorm = nn.LayerNorm(sizes.hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(sizes.hidden_dropout)
+        self.dropout = Dropout(sizes.hidden_dropout)
 
     def forward(self, inner: Tensor, residual: Tensor) -> Tensor:
         """Map ``inner [P, width]`` and add ``residual [P, hidden]``."""

@@ -15,6 +15,7 @@ from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.facts import DataFacts
 from villa.models.base import Model, ModelOutput, Point, has_dropout
+from villa.models.dropout import Dropout
 from villa.models.packing import Packing, States
 from villa.models.rows import Reads, RowLayout, Rows
 from villa.models.two_heads import settle
@@ -89,7 +90,7 @@ class UniterModel(nn.Module):
         self.padding_free = sizes.padding_free
         self.embeddings = TextEmbeddings(sizes)
         self.img_embeddings = ImageEmbeddings(sizes)
-        self.dropout = nn.Dropout(sizes.hidden_dropout)
+        self.dropout = Dropout(sizes.hidden_dropout)
         self.encoder = Encoder(sizes)
         self.pooler = Pooler(sizes)
 
