@@ -19,6 +19,7 @@ from villa.distributed.blocks import checkpoint_activations, repeated_blocks
 from villa.engine.passes import AUTOCAST, ModelPasses, Precision, PrecisionName
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
+from villa.models.dropout import PLANNED
 
 #: Functions that autocast runs in the lower precision, and those in fp32 (PyTorch's documentation of autocast), as far
 #: as models call them; all others run in the type of their arguments.
@@ -57,12 +58,14 @@ class Kernels(TorchFunctionMode):
         """Redirect autocast and generators of the meta device to the CPU; contexts may be nested."""
         self._before.append((torch.autocast, torch.Generator))
         _replace(_Autocast, _Generator)
+        PLANNED.append("cuda" if self._cuda else "cpu")
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Undo ``__enter__``."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        PLANNED.pop()
         _replace(*self._before.pop())
 
     @contextmanager

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from villa.errors import DataError
-from villa.models.dropout import Dropout, dropout
+from villa.models.dropout import Dropout, draws_slowly, dropout
 from villa.models.packing import Blocks, Packing, Selection
 from villa.models.uniter.config import LAYER_NORM_EPS, UniterSizes
 
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         query = self._split(queries.spread(self.query(asking)))
         key, value = (self._split(keys.spread(part(hidden))) for part in (self.key, self.value))
         rate = self.dropout if self.training else 0.0
-        if attentions or (rate and query.device.type == "cpu"):  # torch's own draws dropout slowly on a CPU
+        if attentions or (rate and draws_slowly(query.device)):
             maps = _attention_maps(query, key, mask)
             context = dropout(maps, rate) @ value
         else:
