@@ -11,7 +11,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
-from villa.registry import METRICS
+from villa.registry import ATTACKS, METRICS
 
 TRAINING_RUNS = ("train", "train_val_test")
 _POSITIVE = (
@@ -32,12 +32,22 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "logging.every",
+    "robustness.steps",
+    "robustness.examples",
 )
 #: Most threads or processes; no machine has more cores, and asking torch for too many ends the process.
 _MOST_OF_A_MACHINE = 10_000
-_NOT_NEGATIVE = ("seed", "training.workers", "training.weight_perturbation.after")
+_NOT_NEGATIVE = (
+    "seed",
+    "training.workers",
+    "training.weight_perturbation.after",
+    "robustness.restarts",
+    "robustness.seed",
+)
 #: With batch.tokens every epoch is cut into batches to count all updates.
 _MOST_EPOCHS = 1_000_000
+#: More passes would never finish.
+_MOST_STEPS = 100_000
 #: Layers are built one by one, which would take hours before memory runs out.
 _LAYERS, _MOST_LAYERS = re.compile(r"model\..*layers"), 4096
 #: Strategies that can write sharded checkpoints.
@@ -55,7 +65,7 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
     """
-    problems = (_ranges, _batch, _training, _evaluation, _distributed, _run_type)
+    problems = (_ranges, _batch, _training, _evaluation, _distributed, _run_type, _robustness)
     for key, problem in (found for check in problems for found in check(config)):
         origin = origins.get(key, DEFAULT)
         raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")
@@ -170,6 +180,34 @@ def _run_type(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.run_type == "val" and config.evaluation.split is None:
         yield "evaluation.split", "run_type=val needs a split"
+
+
+def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
+    robustness = config.robustness
+    if config.run_type != "robustness":
+        return
+    for key in ("steps", "restarts"):
+        if getattr(robustness, key) > _MOST_STEPS:
+            yield f"robustness.{key}", f"must be at most {_MOST_STEPS:,}"
+    for name in robustness.attacks:
+        try:
+            ATTACKS.get(name)
+        except ConfigError as error:
+            yield "robustness.attacks", str(error)
+    for key, allowed in (("losses", ("task", "margin")), ("modalities", ("text", "image", "both")), ("attacks", None)):
+        given = getattr(robustness, key)
+        if len(set(given)) < len(given):
+            yield f"robustness.{key}", "one is named twice"
+        unknown = [name for name in given if allowed is not None and name not in allowed]
+        if unknown:
+            yield f"robustness.{key}", f"'{unknown[0]}' is none of {', '.join(allowed or ())}"
+        if not given and key != "modalities":
+            yield f"robustness.{key}", "give at least one"
+    radii = robustness.radii
+    if not radii or radii != sorted(set(radii)) or not 0 < radii[0] <= radii[-1] < float("inf"):
+        yield "robustness.radii", "give ascending numbers above 0"
+    if robustness.relative_to == "table" and robustness.scope != "token":
+        yield "robustness.relative_to", "is the norm of a token: set robustness.scope=token"
 
 
 def _check_variant(section: str, options: object, origins: Mapping[str, Origin]) -> None:
