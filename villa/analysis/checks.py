@@ -86,8 +86,9 @@ def _checks(
     curve = _means(outcomes[main])
     flat = mean(outcome.flat for outcome in outcomes[main])
     yield Check("gradients are not zero", flat <= _FEW, f"zero or not finite for {flat:.0%} of the examples")
-    risen = mean(outcome.losses[0] > clean_losses[outcome.id] for outcome in outcomes[main])
-    yield Check("the loss rises along the gradient", risen >= 1 - _FEW, f"for {risen:.0%} at the smallest radius")
+    risen = mean(outcome.losses[-1] > clean_losses[outcome.id] for outcome in outcomes[main])
+    share = f"for {risen:.0%} of the examples, at the largest radius"
+    yield Check("the loss rises along the gradient", risen >= 1 - _FEW, share)
     yield Check(
         "accuracy falls with the radius",
         all(later <= earlier for earlier, later in pairwise(curve)) and curve[-1] < 1,
