@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 JSON, CSV, FIGURE = "robustness.json", "robustness.csv", "robustness.png"
+#: The worst case of every example.
+EXAMPLES = "robustness_examples.jsonl"
 _COLUMNS = ("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size")
 _COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red"}
 

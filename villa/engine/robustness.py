@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from villa.analysis.checks import checks, extra_cases
-from villa.analysis.report import Clean, curves, summary, table, verdicts, worst, write
+from villa.analysis.report import EXAMPLES, Clean, curves, summary, table, verdicts, worst, write
 from villa.analysis.robustness import Case, Outcome, attack, cases, chosen
 from villa.analysis.victim import Measure, Victim
 from villa.checkpoints.layout import CONFIG, UNFINISHED
@@ -29,13 +29,12 @@ from villa.evaluation.metrics import Metric
 from villa.evaluation.results import print_table
 from villa.files import atomic_write, room_for
 from villa.progress import track
-from villa.registry import METRICS
+from villa.registry import METRICS, TRAINERS
 from villa.rng import derive_seed
+from villa.trainers.base import Trainer
 
 #: Most examples that are attacked at once.
 _AT_ONCE = 32
-#: The worst case of every example.
-EXAMPLES = "robustness_examples.jsonl"
 
 
 def robustness(config: RunConfig) -> int:
@@ -117,8 +116,12 @@ class _Run:
         own = {case: self.outcomes[case] for case in self.cases}
         found = curves(own, self.clean)
         verdict = {name: checks(main, self.outcomes, self.clean.losses) for name, main in self.checked.items()}
-        content = summary(own, self.clean, found, verdict, self._facts(), self.metric)
-        name = self.parts.config.name
+        config = self.parts.config
+        trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+        cost = trainer.relative_cost(config.dataset.objectives())
+        run = {"name": config.name, "method": config.trainer.name, "seed": config.seed, "cost": cost}
+        content = summary(own, self.clean, found, verdict, self._facts(), self.metric) | {"run": run}
+        name = config.name
         write(self.folder, content, found, self.config.norm, name)
         self._write_examples(own)
         print_table(table(found, content["clean"], self.metric, f"{name}, {self.config.split}"))
