@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import colours, error, lines, metrics
+from tiny_runs import colours, error, lines, log, metrics
 
 from villa.cli.run import main
-from villa.engine import robustness
+from villa.engine import attacking
 from villa.registry import ATTACKS
 
 
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     attacked(name="whole")
     ran = 0
-    true = robustness.attack
+    true = attacking.attack
 
     def falter(*given: Any) -> Any:
         nonlocal ran
@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return true(*given)
 
-    monkeypatch.setattr(robustness, "attack", falter)
+    monkeypatch.setattr(attacking, "attack", falter)
     attacked(name="cut", code=130)
     file = tmp_path / "cut" / "robustness_unfinished.jsonl"
     file.write_text(file.read_text() + '[0, {"id": "cut of')
@@ -135,7 +135,7 @@ def test_attacks_of_other_options_are_not_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(robustness, "attack", interrupt)
+        patched.setattr(attacking, "attack", interrupt)
         attacked(code=130)
     given = [f"checkpoint.path={trained}", f"output_dir={tmp_path / 'out'}", "robustness.steps=6"]
     assert main(["run_type=robustness", *given]) == 2
@@ -196,3 +196,46 @@ def test_no_value_of_a_file_is_infinite(attacked: Callable[..., dict[str, Any]])
     assert ("noise", "margin") not in labels
     assert ("pgd", "margin") in labels
     assert all(math.isfinite(entry["mean_loss"]) for entry in content["attacks"] if entry["success_on_correct"])
+
+
+def test_a_run_may_be_attacked_on_the_way_and_chosen_by_that(tmp_path: Path) -> None:
+    recipe = [*colours(tmp_path), "training.updates=20", "evaluation.every=5", "optimizer.lr=0.02"]
+    attack = ["evaluation.robustness.attacks=[pgd,noise]", "evaluation.robustness.radius=0.5"]
+    chosen = ["evaluation.monitor=robust_accuracy", f"output_dir={tmp_path / 'run'}"]
+    assert main([*recipe, *attack, *chosen]) == 0
+    records = log(tmp_path / "run", "val")
+    assert [record["update"] for record in records] == [5, 10, 15, 20]
+    robust = [record["robust_accuracy"] for record in records]
+    assert all(value <= record["accuracy"] for value, record in zip(robust, records, strict=True))
+    assert robust[-1] < records[-1]["accuracy"]
+    best = records[robust.index(max(robust))]["update"]
+    assert metrics(tmp_path / "run")["protocol"]["update"] == best
+    # The training is that of a run without attacks.
+    assert main([*recipe, f"output_dir={tmp_path / 'plain'}"]) == 0
+    losses = [[record["loss"] for record in log(tmp_path / name, "train")] for name in ("run", "plain")]
+    assert losses[0] == losses[1]
+    # The last value is that of attacks on the checkpoint.
+    last = f"checkpoint.path={tmp_path / 'run' / 'checkpoints' / 'update_00000020'}"
+    options = ["robustness.attacks=[pgd,noise]", "robustness.radii=[0.5]", "robustness.steps=5", "robustness.split=val"]
+    given = [*options, "robustness.modalities=[both]", f"output_dir={tmp_path / 'out'}"]
+    assert main(["run_type=robustness", last, *given]) == 0
+    content = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert content["worst_case"]["both"][0]["accuracy"] == robust[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["evaluation.robustness.every=7"], "must be a multiple of evaluation.every = 5"),
+        (["evaluation.robustness.attacks=[pdg]"], "no attack is called 'pdg'"),
+        (["evaluation.robustness.radius=0"], "give a number above 0"),
+        (["evaluation.robustness.every=10", "evaluation.monitor=robust_accuracy"], "must be one of loss, accuracy"),
+        (["evaluation.robustness.attacks=[]", "evaluation.monitor=robust_accuracy"], "must be one of loss, accuracy"),
+    ],
+)
+def test_attacks_on_the_way_that_cannot_be_are_one_line(
+    options: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = [*colours(tmp_path), "training.updates=20", "evaluation.every=5", f"output_dir={tmp_path / 'run'}"]
+    assert main([*recipe, "evaluation.robustness.attacks=[pgd]", *options]) == 2
+    assert problem in error(capsys.readouterr().err)

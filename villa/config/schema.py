@@ -108,6 +108,27 @@ class TrainingConfig:
 
 
 @dataclass
+class RobustEvaluationConfig:
+    """Attacks on the validation split while training; see ``RobustnessConfig`` for what the options mean.
+
+    Attributes:
+        attacks: registered attacks; none by default.
+        every: updates between attacks, a multiple of ``evaluation.every``; None attacks at every evaluation.
+        modality: what to perturb: ``text``, ``image``, or ``both``.
+        radius: size of the perturbations, relative to the embedding.
+        steps: gradient steps of an iterated attack.
+        examples: number of examples, always the same.
+    """
+
+    attacks: list[str] = field(default_factory=list)
+    every: int | None = None
+    modality: Literal["text", "image", "both"] = "both"
+    radius: float = 0.1
+    steps: int = 5
+    examples: int = 100
+
+
+@dataclass
 class EvaluationConfig:
     """Evaluation and early stopping.
 
@@ -120,6 +141,7 @@ class EvaluationConfig:
         mode: whether a higher (``max``) or lower (``min``) value of ``monitor`` is better.
         patience: evaluations without improvement before training stops; None never stops early.
         examples: examples per evaluation batch.
+        robustness: attacks on the way; their worst case is the value ``robust_<first metric>``.
     """
 
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
@@ -130,6 +152,7 @@ class EvaluationConfig:
     mode: Literal["max", "min"] = "max"
     patience: int | None = None
     examples: int = 256
+    robustness: RobustEvaluationConfig = field(default_factory=RobustEvaluationConfig)
 
 
 @dataclass

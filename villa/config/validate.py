@@ -34,6 +34,9 @@ _POSITIVE = (
     "logging.every",
     "robustness.steps",
     "robustness.examples",
+    "evaluation.robustness.every",
+    "evaluation.robustness.steps",
+    "evaluation.robustness.examples",
 )
 #: Most threads or processes; no machine has more cores, and asking torch for too many ends the process.
 _MOST_OF_A_MACHINE = 10_000
@@ -65,7 +68,7 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
     """
-    problems = (_ranges, _batch, _training, _evaluation, _distributed, _run_type, _robustness)
+    problems = (_ranges, _batch, _training, _evaluation, _robust_evaluation, _distributed, _run_type, _robustness)
     for key, problem in (found for check in problems for found in check(config)):
         origin = origins.get(key, DEFAULT)
         raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")
@@ -144,6 +147,9 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
             best[name] = "max" if METRICS.get(name).higher_is_better else "min"
         except ConfigError as error:
             yield "evaluation.metrics", str(error)
+    robust = evaluation.robustness
+    if robust.attacks and evaluation.metrics and robust.every is None:  # a monitored value is one of every evaluation
+        best |= {f"robust_{name}": best[name] for name in evaluation.metrics[:1] if name in best}
     if evaluation.monitor not in best:
         losses = "the loss" if len(objectives) < 2 else "the loss, that of an objective of the mixture,"
         hint = nearest(evaluation.monitor, best)
@@ -155,6 +161,30 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if evaluation.patience is not None and (evaluation.every is None or evaluation.split is None):
         yield "evaluation.patience", "needs evaluation.every and evaluation.split: early stopping counts evaluations"
+
+
+def _robust_evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
+    evaluation = config.evaluation
+    robust = evaluation.robustness
+    if not robust.attacks:
+        return
+    yield from _attacks("evaluation.robustness.attacks", robust.attacks)
+    if evaluation.split is None:
+        yield "evaluation.robustness.attacks", "needs evaluation.split: it is the validation split that is attacked"
+    if robust.every is not None and (evaluation.every is None or robust.every % evaluation.every):
+        yield "evaluation.robustness.every", f"must be a multiple of evaluation.every = {evaluation.every}"
+    if not 0 < robust.radius < float("inf"):
+        yield "evaluation.robustness.radius", "give a number above 0"
+    if robust.steps > _MOST_STEPS:
+        yield "evaluation.robustness.steps", f"must be at most {_MOST_STEPS:,}"
+
+
+def _attacks(key: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            ATTACKS.get(name)
+        except ConfigError as error:
+            yield key, str(error)
 
 
 def _distributed(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -189,11 +219,7 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in ("steps", "restarts"):
         if getattr(robustness, key) > _MOST_STEPS:
             yield f"robustness.{key}", f"must be at most {_MOST_STEPS:,}"
-    for name in robustness.attacks:
-        try:
-            ATTACKS.get(name)
-        except ConfigError as error:
-            yield "robustness.attacks", str(error)
+    yield from _attacks("robustness.attacks", robustness.attacks)
     for key, allowed in (("losses", ("task", "margin")), ("modalities", ("text", "image", "both")), ("attacks", None)):
         given = getattr(robustness, key)
         if len(set(given)) < len(given):

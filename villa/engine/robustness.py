@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from villa.analysis.checks import checks, extra_cases
-from villa.analysis.report import EXAMPLES, Clean, curves, summary, table, verdicts, worst, write
-from villa.analysis.robustness import Case, Outcome, attack, cases, chosen
-from villa.analysis.victim import Measure, Victim
+from villa.analysis.report import EXAMPLES, curves, summary, table, verdicts, worst, write
+from villa.analysis.robustness import Case, Outcome
 from villa.checkpoints.layout import CONFIG, UNFINISHED
-from villa.config.loader import load
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.distributed.strategy import strategy_of
+from villa.engine.attacking import Attacked, Attacks
 from villa.engine.inference import restore_parts
-from villa.engine.passes import ModelPasses
 from villa.engine.report import about_split, protocol
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
-from villa.evaluation.metrics import Metric
 from villa.evaluation.results import print_table
 from villa.files import atomic_write, room_for
 from villa.progress import track
-from villa.registry import METRICS, TRAINERS
+from villa.registry import TRAINERS
 from villa.rng import derive_seed
 from villa.trainers.base import Trainer
-
-#: Most examples that are attacked at once.
-_AT_ONCE = 32
 
 
 def robustness(config: RunConfig) -> int:
@@ -59,13 +52,6 @@ def robustness(config: RunConfig) -> int:
     return 0
 
 
-class _Attacked(NamedTuple):
-    """An example that is right without an attack: its place in the split, and its id."""
-
-    place: int
-    id: str
-
-
 class _Run:
     """Attacks on one model.
 
@@ -78,13 +64,8 @@ class _Run:
     def __init__(self, parts: Parts, folder: Path, update: int) -> None:
         self.parts, self.folder, self.update = parts, folder, update
         self.config, self.processes = parts.config.robustness, parts.strategy.processes
-        self.metric, metric = _metric(parts)
-        self.measures = {name: Measure(parts.loss, metric, name) for name in ("task", "margin")}
-        self.cases = cases(self.config, parts.model)
-        self.split = parts.split(self.config.split, "robustness.split")
-        self.indices = chosen(len(self.split), self.config.examples, self.config.seed)
-        self.passes = ModelPasses(parts.model, parts.loss, parts.precision, self.config.seed, parts.strategy)
-        self.guide = None if self.config.source is None else _guide(parts, self.config.source)
+        self.attacks = Attacks(parts, self.config)
+        self.cases, self.metric = self.attacks.cases, self.attacks.metric
         wanted = [case for case in self.cases if (case.attack, case.loss) == ("pgd", "task")]
         self.checked = {case.modality: case for case in wanted} if self.config.checks else {}
         extras = [case for main in self.checked.values() for case in extra_cases(main) if case is not None]
@@ -93,22 +74,17 @@ class _Run:
     def attack(self) -> None:
         """Run all attacks, or the rest of them."""
         if self.processes.is_main:
-            for warning in about_split(self.config.split, self.split):
+            for warning in about_split(self.config.split, self.attacks.split):
                 print(f"note: {warning}")
-        self.clean, attacked, seconds = self._run_clean()
+        self.clean, attacked, seconds = self.attacks.run_clean()
         if self.processes.is_main:
             print(self._plan(len(attacked), seconds), flush=True)
         notes = _Notes(self.folder / UNFINISHED, self._facts(), self.all_cases)
         self.processes.barrier()  # every process has read what there is
         with notes.open(self.processes.is_main) as file:
-            work = [
-                (case, chunk)
-                for case in self.all_cases
-                for chunk in _chunks(notes.missing(case, attacked), self._at_once)
-            ]
-            for case, chunk in track(work, "attack", mode=self.parts.config.logging.progress):
-                for outcomes in self.processes.gather([asdict(one) for one in self._attack(case, chunk)]):
-                    notes.add(case, [Outcome(**one) for one in outcomes], file)
+            work = [(c, part) for c in self.all_cases for part in self.attacks.work(c, notes.missing(c, attacked))]
+            for case, part in track(work, "attack", mode=self.parts.config.logging.progress):
+                notes.add(case, self.attacks.run(case, part), file)
         self.outcomes = {case: [notes.found[case][one.id] for one in attacked] for case in self.all_cases}
 
     def report(self) -> None:
@@ -127,63 +103,6 @@ class _Run:
         print_table(table(found, content["clean"], self.metric, f"{name}, {self.config.split}"))
         for line in verdicts(verdict):
             print(line)
-
-    @property
-    def _at_once(self) -> int:
-        return min(_AT_ONCE, self.parts.config.evaluation.examples) * self.processes.world_size
-
-    def _run_clean(self) -> tuple[Clean, list[_Attacked], float]:
-        """Return results without an attack, the examples that are right, and seconds an example."""
-        scores: dict[str, float] = {}
-        losses: dict[str, float] = {}
-        attacked: list[_Attacked] = []
-        began = time.perf_counter()
-        for chunk in _chunks(self.indices, self.parts.config.evaluation.examples * self.processes.world_size):
-            rows: list[list[Any]] = []
-            mine, own = self._share(chunk)
-            victim = self._victim(mine, "task")
-            loss, score = victim.clean()
-            if own:
-                rows = [list(row) for row in zip(mine, victim.batch.ids, loss.tolist(), score.tolist(), strict=True)]
-            for index, id_, loss_, score_ in sorted(row for part in self.processes.gather(rows) for row in part):
-                scores[id_], losses[id_] = score_, loss_
-                attacked += [_Attacked(index, id_)] if score_ > 0 else []
-        seconds = (time.perf_counter() - began) / max(1, len(self.indices))
-        return Clean(scores, losses), attacked, seconds
-
-    def _attack(self, case: Case, chunk: Sequence[_Attacked]) -> list[Outcome]:
-        """Attack this process's share of the examples."""
-        mine, own = self._share([one.place for one in chunk])
-        first = self._victim(mine, case.loss)
-
-        def make() -> Victim:
-            return Victim(
-                self.passes,
-                first.batch,
-                self.measures[case.loss],
-                self._seeds(first.batch.ids),
-                self._any,
-                self.guide if case.transferred else None,
-            )
-
-        outcomes = attack(case, self.config, first.batch, make)
-        return outcomes if own else []
-
-    def _victim(self, indices: Sequence[int], loss: str) -> Victim:
-        self.passes.begin(0, 0, 1.0)
-        batch = self.parts.data.collate([self.split[index] for index in indices]).to(self.parts.precision.device)
-        return Victim(self.passes, batch, self.measures[loss], self._seeds(batch.ids), self._any)
-
-    def _seeds(self, ids: Sequence[str]) -> list[int]:
-        return [derive_seed("attack", self.config.seed, id_) for id_ in ids]
-
-    def _any(self, mine: bool) -> bool:
-        return bool(self.processes.largest(int(mine)))
-
-    def _share(self, indices: Sequence[int]) -> tuple[Sequence[int], bool]:
-        """Return this process's part of some examples; one that has none repeats the first."""
-        mine = indices[self.processes.rank :: self.processes.world_size]
-        return (mine, True) if mine else (indices[:1], False)
 
     def _plan(self, attacked: int, seconds: float) -> str:
         """Return what is ahead: examples, attacks, passes, and about how long they take at most."""
@@ -249,7 +168,7 @@ class _Notes:
         except (ValueError, TypeError, IndexError) as error:
             raise DataError(f"'{path}' is damaged; remove it, and the attacks begin anew") from error
 
-    def missing(self, case: Case, attacked: Sequence[_Attacked]) -> list[_Attacked]:
+    def missing(self, case: Case, attacked: Sequence[Attacked]) -> list[Attacked]:
         """Return the examples of a case without an outcome."""
         return [one for one in attacked if one.id not in self.found[case]]
 
@@ -277,46 +196,3 @@ class _Notes:
         yield self.facts
         for place, outcomes in enumerate(self.found.values()):
             yield from (json.dumps([place, asdict(one)]) for one in outcomes.values())
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _metric(parts: Parts) -> tuple[str, Metric]:
-    """Return the recipe's first metric that scores each example by itself.
-
-    Raises:
-        ConfigError: there is none, or the loss compares examples.
-    """
-    config = parts.config
-    if config.dataset.objectives() or parts.loss.compares_examples(()):
-        raise ConfigError(
-            "run_type=robustness attacks each example by itself, but the examples of this task have no score of their "
-            "own; attack a model that was finetuned on questions, pairs or texts with labels"
-        )
-    for name in config.evaluation.metrics:
-        kind: type[Metric] = METRICS.get(name)
-        if kind.of_examples:
-            return name, kind()
-    raise ConfigError(
-        f"run_type=robustness needs a metric that scores each example, which {', '.join(config.evaluation.metrics)} "
-        "does not; set evaluation.metrics, for instance to [accuracy]"
-    )
-
-
-def _guide(parts: Parts, path: str) -> ModelPasses:
-    """Return the passes of the model whose gradients are followed.
-
-    Raises:
-        ConfigError: it has other perturbation points.
-    """
-    stored = load([f"checkpoint.path={json.dumps(path)}", "run_type=robustness"]).config
-    other, _ = restore_parts(replace(stored, distributed=parts.config.distributed, device=parts.config.device))
-    other.distribute()
-    if set(other.model.perturbation_points()) != set(parts.model.perturbation_points()):
-        raise ConfigError(
-            f"robustness.source='{path}' is perturbed in {' and '.join(other.model.perturbation_points())}, and the "
-            f"model that is attacked in {' and '.join(parts.model.perturbation_points())}; give one of the same kind"
-        )
-    return ModelPasses(other.model, other.loss, other.precision, parts.config.robustness.seed, other.strategy)
