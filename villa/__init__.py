@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from villa.registry import (
+    register_attack,
     register_dataset,
     register_loss,
     register_metric,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "from_pretrained",
+    "register_attack",
     "register_dataset",
     "register_loss",
     "register_metric",

@@ -209,6 +209,11 @@ SUBMISSIONS: Registry[Any] = Registry(
         "retrieval": "villa.evaluation.submissions.retrieval",
     },
 )
+ATTACKS: Registry[Any] = Registry(
+    "attack",
+    "villa.analysis.attacks:Attack",
+    dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
+)
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -221,6 +226,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "schedulers": SCHEDULERS,
     "launchers": LAUNCHERS,
     "submissions": SUBMISSIONS,
+    "attacks": ATTACKS,
 }
 
 register_model = MODELS.register
@@ -232,3 +238,4 @@ register_optimizer = OPTIMIZERS.register
 register_scheduler = SCHEDULERS.register
 register_launcher = LAUNCHERS.register
 register_submission = SUBMISSIONS.register
+register_attack = ATTACKS.register

@@ -172,12 +172,19 @@ def ascend(
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero; None for everywhere.
         unit: unit of the sizes, broadcast to ``delta``; None for 1.
     """
+    return project(advance(delta, gradient, settings, mask, unit), settings, unit)
+
+
+def advance(
+    delta: Tensor, gradient: Tensor, settings: AscentSettings, mask: Tensor | None, unit: Tensor | None = None
+) -> Tensor:
+    """Take an ascent step without projecting; see ``ascend``."""
     wide = torch.float32 if settings.fp32_gradient else torch.promote_types(gradient.dtype, torch.float32)
     gradient = gradient.to(wide)
     if mask is not None:
         gradient = gradient * mask.unsqueeze(-1)
     size = settings.step_size if unit is None else settings.step_size * unit
-    return project(STEPS.get(settings.step)(delta, gradient, size, settings), settings, unit)
+    return STEPS.get(settings.step)(delta, gradient, size, settings)
 
 
 def project(delta: Tensor, settings: AscentSettings, unit: Tensor | None = None) -> Tensor:

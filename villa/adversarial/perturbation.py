@@ -21,9 +21,11 @@ class Perturbation:
 
     Attributes:
         delta: the value that the next pass adds; None before the first pass.
-        relative_size: mean over rows of ||delta|| / ||embedding|| in the last pass (l2).
+        relative_sizes: ||delta|| / ||embedding|| of every row in the last pass (l2).
         gradient_norm: mean over rows of the gradient's norm, set by the ascent step.
         frozen: whether the perturbation needs no gradient.
+        mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero in this pass; None for everywhere.
+        unit: unit of all sizes, broadcast to ``delta``; None for 1.
     """
 
     def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:
@@ -31,14 +33,14 @@ class Perturbation:
         self.seed = seed
         self.delta = initial
         self.frozen = False
-        self.relative_size: Tensor | None = None
+        self.relative_sizes: Tensor | None = None
         self.gradient_norm: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._unit: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.unit: Tensor | None = None
 
     def begin(self, mask: Tensor | None, *, confined: bool = False) -> None:
         """Prepare a forward pass with the given ``[rows, tokens]`` mask; see ``Point.confined``."""
-        self._mask = mask if self.settings.mask_padding or confined else None
+        self.mask = mask if self.settings.mask_padding or confined else None
 
     def apply(self, embedding: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the perturbed embedding in its own dtype; the sum is computed in fp32 or wider.
@@ -47,14 +49,23 @@ class Perturbation:
             embedding: ``[rows, tokens, width]``.
             table: ``[entries, width]`` weight that it was looked up in, if it was.
         """
-        if self._unit is None and self.settings.relative_to != "none":
-            self._unit = self._measure_unit(embedding.detach(), table)
+        if self.unit is None and self.settings.relative_to != "none":
+            self.unit = self._measure_unit(embedding.detach(), table)
         if self.delta is None:
-            self.delta = initialise(embedding, self.settings, self._mask, self.seed, self._unit)
+            self.delta = self.start(embedding)
         self.delta = self.delta.detach().requires_grad_(not self.frozen)
         self.gradient_norm = None
         self._measure(embedding.detach())
         return (embedding + self.delta).to(embedding.dtype)
+
+    def start(self, embedding: Tensor) -> Tensor:
+        """Return the first value for an embedding ``[rows, tokens, width]``."""
+        return initialise(embedding, self.settings, self.mask, self.seed, self.unit)
+
+    @property
+    def relative_size(self) -> Tensor | None:
+        """Mean over rows of ``relative_sizes``."""
+        return None if self.relative_sizes is None else self.relative_sizes.mean()
 
     def trained(self) -> Tensor:
         """Return the value added by the last pass, as a leaf to differentiate a loss by.
@@ -80,7 +91,7 @@ class Perturbation:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
         self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
-        self.delta = ascend(self.delta.detach(), gradient, self.settings, self._mask, self._unit)
+        self.delta = ascend(self.delta.detach(), gradient, self.settings, self.mask, self.unit)
 
     def _measure_unit(self, embedding: Tensor, table: Tensor | None) -> Tensor:
         """Return the unit of all sizes, which stays that of the first pass."""
@@ -90,15 +101,15 @@ class Perturbation:
                 raise RuntimeError("relative_to=table: the perturbed value is not looked up in a table")
             norms: Tensor = torch.linalg.vector_norm(table.detach().float(), dim=-1)
             return norms.mean()
-        if self._mask is not None:
-            embedding = embedding * self._mask.unsqueeze(-1)
+        if self.mask is not None:
+            embedding = embedding * self.mask.unsqueeze(-1)
         return row_norm(
             embedding.to(torch.promote_types(embedding.dtype, torch.float32)), settings.norm, settings.scope
         )
 
     def _measure(self, embedding: Tensor) -> None:
         assert self.delta is not None
-        if self._mask is not None:
-            embedding = embedding * self._mask.unsqueeze(-1)
+        if self.mask is not None:
+            embedding = embedding * self.mask.unsqueeze(-1)
         size = flat_norm(self.delta.detach(), "l2")
-        self.relative_size = (size / flat_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)).mean()
+        self.relative_sizes = size / flat_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)

@@ -7,6 +7,7 @@ from pathlib import Path
 #: In the folder of a run.
 CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
 FINISHED = "finished.json"
+UNFINISHED = "robustness_unfinished.jsonl"
 CHECKPOINTS = "checkpoints"
 
 #: In the folder of a checkpoint, besides ``CONFIG``.

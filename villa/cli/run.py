@@ -36,6 +36,8 @@ def _main(argv: Sequence[str]) -> int:
         return show(help_text(options.values))
     if options.list is not None:
         return _list(options.list, options.values)
+    if options.compare is not None:
+        return _compare(options)
     from villa.distributed.joining import run_joined
 
     _join_started(options)
@@ -103,6 +105,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", nargs="?", const="all")
     parser.add_argument("--sweep", nargs="+")
     parser.add_argument("--at-once", type=int)
+    parser.add_argument("--compare", nargs="+")
     return parser.parse_intermixed_args(list(argv))
 
 
@@ -119,6 +122,12 @@ def _sweep(options: argparse.Namespace) -> int:
     if any(run.finished for run in sweep.runs):
         sweep.report()
     return code
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from villa.analysis.comparison import report
+
+    return report([*options.values, *options.compare])
 
 
 def _refuse_several(what: str) -> None:

@@ -108,6 +108,27 @@ class TrainingConfig:
 
 
 @dataclass
+class RobustEvaluationConfig:
+    """Attacks on the validation split while training; see ``RobustnessConfig`` for what the options mean.
+
+    Attributes:
+        attacks: registered attacks; none by default.
+        every: updates between attacks, a multiple of ``evaluation.every``; None attacks at every evaluation.
+        modality: what to perturb: ``text``, ``image``, or ``both``.
+        radius: size of the perturbations, relative to the embedding.
+        steps: gradient steps of an iterated attack.
+        examples: number of examples, always the same.
+    """
+
+    attacks: list[str] = field(default_factory=list)
+    every: int | None = None
+    modality: Literal["text", "image", "both"] = "both"
+    radius: float = 0.1
+    steps: int = 5
+    examples: int = 100
+
+
+@dataclass
 class EvaluationConfig:
     """Evaluation and early stopping.
 
@@ -120,6 +141,7 @@ class EvaluationConfig:
         mode: whether a higher (``max``) or lower (``min``) value of ``monitor`` is better.
         patience: evaluations without improvement before training stops; None never stops early.
         examples: examples per evaluation batch.
+        robustness: attacks on the way; their worst case is the value ``robust_<first metric>``.
     """
 
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])
@@ -130,6 +152,7 @@ class EvaluationConfig:
     mode: Literal["max", "min"] = "max"
     patience: int | None = None
     examples: int = 256
+    robustness: RobustEvaluationConfig = field(default_factory=RobustEvaluationConfig)
 
 
 @dataclass
@@ -187,6 +210,45 @@ class PredictConfig:
 
 
 @dataclass
+class RobustnessConfig:
+    """Attacks on a trained model (``run_type=robustness``).
+
+    Attributes:
+        attacks: registered attacks.
+        modalities: what to perturb: ``text``, ``image``, ``both``; empty for all that the model has.
+        radii: sizes of the perturbations, ascending; see ``relative_to``.
+        norm: ``l2`` or ``linf``, over all tokens of an example.
+        scope: norms are those of a whole example (``row``), or of every ``token``.
+        relative_to: unit of the radii: ``embedding``, the norm of what is perturbed; ``table``, the mean norm of the
+            rows of the embedding table (with ``scope=token``); or ``none``, 1.
+        losses: what attacks raise: the ``task``'s loss, or the ``margin`` of the best wrong label over the right one.
+        steps: gradient steps of an iterated attack.
+        restarts: random starts, besides the first one.
+        split: split to attack.
+        examples: number of examples, the same for all models of the data; null for the whole split.
+        seed: seed of all draws.
+        checks: whether to check that gradients show the model's weaknesses, with some more attacks.
+        source: a trained model whose gradients are followed instead, in the form of ``checkpoint.path``: attacks that
+            are transferred.
+    """
+
+    attacks: list[str] = field(default_factory=lambda: ["noise", "fgm", "pgd", "apgd"])
+    modalities: list[str] = field(default_factory=list)
+    radii: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1, 0.2, 0.5])
+    norm: Literal["l2", "linf"] = "l2"
+    scope: Literal["row", "token"] = "row"
+    relative_to: Literal["none", "embedding", "table"] = "embedding"
+    losses: list[str] = field(default_factory=lambda: ["task"])
+    steps: int = 20
+    restarts: int = 0
+    split: str = "test"
+    examples: int | None = 100
+    seed: int = 0
+    checks: bool = True
+    source: str | None = None
+
+
+@dataclass
 class DistributedConfig:
     """How a run is distributed over several processes, started by ``torchrun`` or a launcher.
 
@@ -228,7 +290,7 @@ class RunConfig:
             ``slurm``.
     """
 
-    run_type: Literal["train", "val", "test", "predict", "train_val_test"] = "train_val_test"
+    run_type: Literal["train", "val", "test", "predict", "robustness", "train_val_test"] = "train_val_test"
     name: str = "run"
     output_dir: str = "outputs/run"
     seed: int = 0
@@ -247,4 +309,5 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

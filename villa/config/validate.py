@@ -11,7 +11,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
-from villa.registry import METRICS
+from villa.registry import ATTACKS, METRICS
 
 TRAINING_RUNS = ("train", "train_val_test")
 _POSITIVE = (
@@ -32,12 +32,25 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "logging.every",
+    "robustness.steps",
+    "robustness.examples",
+    "evaluation.robustness.every",
+    "evaluation.robustness.steps",
+    "evaluation.robustness.examples",
 )
 #: Most threads or processes; no machine has more cores, and asking torch for too many ends the process.
 _MOST_OF_A_MACHINE = 10_000
-_NOT_NEGATIVE = ("seed", "training.workers", "training.weight_perturbation.after")
+_NOT_NEGATIVE = (
+    "seed",
+    "training.workers",
+    "training.weight_perturbation.after",
+    "robustness.restarts",
+    "robustness.seed",
+)
 #: With batch.tokens every epoch is cut into batches to count all updates.
 _MOST_EPOCHS = 1_000_000
+#: More passes would never finish.
+_MOST_STEPS = 100_000
 #: Layers are built one by one, which would take hours before memory runs out.
 _LAYERS, _MOST_LAYERS = re.compile(r"model\..*layers"), 4096
 #: Strategies that can write sharded checkpoints.
@@ -55,7 +68,7 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
     """
-    problems = (_ranges, _batch, _training, _evaluation, _distributed, _run_type)
+    problems = (_ranges, _batch, _training, _evaluation, _robust_evaluation, _distributed, _run_type, _robustness)
     for key, problem in (found for check in problems for found in check(config)):
         origin = origins.get(key, DEFAULT)
         raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")
@@ -134,6 +147,9 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
             best[name] = "max" if METRICS.get(name).higher_is_better else "min"
         except ConfigError as error:
             yield "evaluation.metrics", str(error)
+    robust = evaluation.robustness
+    if robust.attacks and evaluation.metrics and robust.every is None:  # a monitored value is one of every evaluation
+        best |= {f"robust_{name}": best[name] for name in evaluation.metrics[:1] if name in best}
     if evaluation.monitor not in best:
         losses = "the loss" if len(objectives) < 2 else "the loss, that of an objective of the mixture,"
         hint = nearest(evaluation.monitor, best)
@@ -145,6 +161,30 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if evaluation.patience is not None and (evaluation.every is None or evaluation.split is None):
         yield "evaluation.patience", "needs evaluation.every and evaluation.split: early stopping counts evaluations"
+
+
+def _robust_evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
+    evaluation = config.evaluation
+    robust = evaluation.robustness
+    if not robust.attacks:
+        return
+    yield from _attacks("evaluation.robustness.attacks", robust.attacks)
+    if evaluation.split is None:
+        yield "evaluation.robustness.attacks", "needs evaluation.split: it is the validation split that is attacked"
+    if robust.every is not None and (evaluation.every is None or robust.every % evaluation.every):
+        yield "evaluation.robustness.every", f"must be a multiple of evaluation.every = {evaluation.every}"
+    if not 0 < robust.radius < float("inf"):
+        yield "evaluation.robustness.radius", "give a number above 0"
+    if robust.steps > _MOST_STEPS:
+        yield "evaluation.robustness.steps", f"must be at most {_MOST_STEPS:,}"
+
+
+def _attacks(key: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            ATTACKS.get(name)
+        except ConfigError as error:
+            yield key, str(error)
 
 
 def _distributed(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -170,6 +210,30 @@ def _run_type(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.run_type == "val" and config.evaluation.split is None:
         yield "evaluation.split", "run_type=val needs a split"
+
+
+def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
+    robustness = config.robustness
+    if config.run_type != "robustness":
+        return
+    for key in ("steps", "restarts"):
+        if getattr(robustness, key) > _MOST_STEPS:
+            yield f"robustness.{key}", f"must be at most {_MOST_STEPS:,}"
+    yield from _attacks("robustness.attacks", robustness.attacks)
+    for key, allowed in (("losses", ("task", "margin")), ("modalities", ("text", "image", "both")), ("attacks", None)):
+        given = getattr(robustness, key)
+        if len(set(given)) < len(given):
+            yield f"robustness.{key}", "one is named twice"
+        unknown = [name for name in given if allowed is not None and name not in allowed]
+        if unknown:
+            yield f"robustness.{key}", f"'{unknown[0]}' is none of {', '.join(allowed or ())}"
+        if not given and key != "modalities":
+            yield f"robustness.{key}", "give at least one"
+    radii = robustness.radii
+    if not radii or radii != sorted(set(radii)) or not 0 < radii[0] <= radii[-1] < float("inf"):
+        yield "robustness.radii", "give ascending numbers above 0"
+    if robustness.relative_to == "table" and robustness.scope != "token":
+        yield "robustness.relative_to", "is the norm of a token: set robustness.scope=token"
 
 
 def _check_variant(section: str, options: object, origins: Mapping[str, Origin]) -> None:

@@ -48,6 +48,10 @@ def run(config: RunConfig) -> int:
 
         keep_freed_memory()
         return train(config)
+    if config.run_type == "robustness":
+        from villa.engine.robustness import robustness
+
+        return robustness(config)
     from villa.engine import inference
 
     return inference.predict(config) if config.run_type == "predict" else inference.evaluate(config)

@@ -19,6 +19,7 @@ from villa.datasets.samplers import Sampler
 from villa.datasets.stream import StandIn, UpdateStream
 from villa.distributed.processes import Processes
 from villa.distributed.strategy import strategy_of
+from villa.engine.attacking import robust_values
 from villa.engine.callbacks.checkpointing import CheckpointCallback, SignalCallback
 from villa.engine.callbacks.evaluation import EvaluationCallback
 from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
@@ -275,7 +276,8 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
             plain, count = parts.evaluation_batches(split, first=first)
             return display.track(plain, str(evaluation.split), count)
 
-        validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display)
+        attack = robust_values(parts) if evaluation.robustness.attacks else None
+        validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display, attack)
         callbacks += [validation, LastIntervalCallback(logging)]
     checkpoints = CheckpointCallback(
         store,

@@ -22,9 +22,11 @@ class Metric(ABC):
 
     Attributes:
         higher_is_better: whether higher values are better.
+        of_examples: whether the value of a split is the mean of its examples' own values.
     """
 
     higher_is_better: ClassVar[bool] = True
+    of_examples: ClassVar[bool] = True
 
     @abstractmethod
     def update(self, output: ModelOutput, batch: Batch) -> None:

@@ -155,7 +155,16 @@ def print_results(
     Raises:
         ConfigError: a result has no value called ``metric``.
     """
-    table = result_table(results, references, metric=metric, title=title)
+    print_table(result_table(results, references, metric=metric, title=title), console)
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print a table; if not to a terminal, as Markdown at full width.
+
+    Args:
+        table: the table.
+        console: where to print; standard output by default.
+    """
     console = console or Console(file=drawable(sys.stdout))
     if not console.is_terminal:
         table.box = box.MARKDOWN

@@ -52,6 +52,7 @@ class RetrievalRecall(Metric):
     """
 
     name: ClassVar[str] = "retrieval"
+    of_examples: ClassVar[bool] = False
 
     _scores: Tensor | None
     _right: Tensor
@@ -115,6 +116,8 @@ class PairRetrieval(Metric):
     An image shared by several examples counts once, and all its texts are right; likewise a shared text. Images and
     texts are identified by ``image`` and ``text`` of the examples' references; without these all are distinct.
     """
+
+    of_examples: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.reset()

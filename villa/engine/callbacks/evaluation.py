@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from villa.batch import Batch
 from villa.config.schema import EvaluationConfig
 from villa.datasets.stream import StandIn
 from villa.engine.evaluator import Evaluator
-from villa.engine.loop import Callback, Training
+from villa.engine.loop import Callback, Progress, Training
 from villa.errors import ConfigError, nearest
 from villa.progress import TrainingProgress
 from villa.signals import Interrupted
@@ -33,6 +33,7 @@ class EvaluationCallback(Callback):
         config: interval, monitored metric and patience.
         trackers: receive a ``val`` record per evaluation.
         display: shows the values.
+        attack: returns values under attack by name, when they are due.
     """
 
     name = "evaluation"
@@ -44,8 +45,9 @@ class EvaluationCallback(Callback):
         config: EvaluationConfig,
         trackers: Trackers,
         display: TrainingProgress,
+        attack: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        self.evaluator, self.batches, self.config = evaluator, batches, config
+        self.evaluator, self.batches, self.config, self.attack = evaluator, batches, config, attack
         self.trackers, self.display = trackers, display
         self.without_improvement = 0
         self.values: dict[str, float] = {}
@@ -57,7 +59,9 @@ class EvaluationCallback(Callback):
             ConfigError: no metric has the monitored value.
             DataError: the targets are missing, or unsuitable for the loss or a metric.
         """
-        self._monitored(self.evaluator.evaluate(self.batches(first=True)))
+        values = self.evaluator.evaluate(self.batches(first=True))
+        if self.attack is None or not self.config.monitor.startswith("robust_"):
+            self._monitored(values)
         self._stop_without_patience(training)
 
     def on_update_end(self, training: Training, logs: Logs) -> None:
@@ -68,6 +72,9 @@ class EvaluationCallback(Callback):
             return
         try:
             self.values = self.evaluator.evaluate(training.checked(self.batches()))
+            if self.attack is not None and self._attacks_at(progress):
+                training.check()
+                self.values |= self.attack()
         except Interrupted:
             progress.pending = self.name
             return
@@ -84,6 +91,10 @@ class EvaluationCallback(Callback):
         """Restore ``state_dict()``."""
         self.without_improvement = int(state.get("without_improvement", 0))
         self.values = {str(name): float(value) for name, value in state.get("values", {}).items()}
+
+    def _attacks_at(self, progress: Progress) -> bool:
+        every = self.config.robustness.every
+        return every is None or progress.update % every == 0 or progress.finished
 
     def _monitored(self, values: Mapping[str, float]) -> float:
         if self.config.monitor not in values:

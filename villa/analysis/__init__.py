@@ -1,0 +1,1 @@
+"""What trained models do under attack."""

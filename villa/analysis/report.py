@@ -1,0 +1,259 @@
+"""The results of attacks: ``robustness.json``, a table for spreadsheets, a figure, and a short table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from villa.analysis.checks import Check
+from villa.analysis.robustness import Case, Outcome, area, interval
+from villa.evaluation.figures import write_png
+from villa.files import atomic_write, write_json
+from villa.tracking import json_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+JSON, CSV, FIGURE = "robustness.json", "robustness.csv", "robustness.png"
+#: The worst case of every example.
+EXAMPLES = "robustness_examples.jsonl"
+_COLUMNS = ("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size")
+_COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red"}
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Results without an attack.
+
+    Attributes:
+        scores: of every example, by id.
+        losses: likewise.
+    """
+
+    scores: Mapping[str, float]
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean scores by radius, with a 95 % bootstrap interval over examples.
+
+    Attributes:
+        modality: what was perturbed.
+        label: name of the attack, and of what it raises.
+        radii: sizes.
+        scores: means over all examples.
+        bounds: intervals.
+        area: area under the curve; see ``area``.
+    """
+
+    modality: str
+    label: str
+    radii: Sequence[float]
+    scores: Sequence[float]
+    bounds: Sequence[tuple[float, float]]
+    area: float
+
+
+def curve(label: str, modality: str, radii: Sequence[float], rows: Sequence[Sequence[float]], clean: float) -> Curve:
+    """Return the curve of the scores ``rows [examples][radii]``."""
+    columns = list(zip(*rows, strict=True))
+    means = [mean(column) for column in columns]
+    return Curve(modality, label, radii, means, [interval(column) for column in columns], area(radii, means, clean))
+
+
+def scores_of(outcomes: Sequence[Outcome], clean: Clean, count: int) -> list[list[float]]:
+    """Return the scores at every radius of all examples; those that are wrong without an attack stay so."""
+    found = {outcome.id: outcome.scores for outcome in outcomes}
+    return [found.get(id_, [score] * count) for id_, score in clean.scores.items()]
+
+
+def worst(outcomes: Mapping[Case, Sequence[Outcome]], clean: Clean, count: int) -> list[list[float]]:
+    """Return the lowest score of every example over attacks, at every radius."""
+    tables = [scores_of(found, clean, count) for found in outcomes.values()]
+    return [[min(values) for values in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+
+def curves(outcomes: Mapping[Case, Sequence[Outcome]], clean: Clean) -> list[Curve]:
+    """Return the curve of every case and, for each modality, of the worst of all attacks."""
+    found, base = [], mean(clean.scores.values())
+    for modality in dict.fromkeys(case.modality for case in outcomes):
+        own = {case: its for case, its in outcomes.items() if case.modality == modality}
+        for case, its in own.items():
+            rows = scores_of(its, clean, len(case.radii))
+            found.append(curve(label(case), modality, case.radii, rows, base))
+        radii = next(iter(own)).radii
+        found.append(curve("worst", modality, radii, worst(own, clean, len(radii)), base))
+    return found
+
+
+def label(case: Case) -> str:
+    """Return the name of an attack, with what it raises if that is not the task's loss."""
+    return case.attack if case.loss == "task" else f"{case.attack}, {case.loss}"
+
+
+def summary(
+    outcomes: Mapping[Case, Sequence[Outcome]],
+    clean: Clean,
+    found: Sequence[Curve],
+    checks: Mapping[str, Sequence[Check]],
+    protocol: Mapping[str, Any],
+    metric: str,
+) -> dict[str, Any]:
+    """Return the content of ``robustness.json``; the same arguments give the same."""
+    low, high = interval(list(clean.scores.values()))
+    return {
+        "protocol": dict(protocol),
+        "metric": metric,
+        "clean": {
+            metric: mean(clean.scores.values()),
+            "interval": [low, high],
+            "loss": json_number(mean(clean.losses.values())),
+            "n": len(clean.scores),
+        },
+        "attacks": [
+            entry | {metric: entry["score"]} for case, its in outcomes.items() for entry in _entries(case, its, clean)
+        ],
+        "worst_case": {
+            c.modality: [
+                {"radius": radius, metric: score, "interval": list(bounds)}
+                for radius, score, bounds in zip(c.radii, c.scores, c.bounds, strict=True)
+            ]
+            for c in found
+            if c.label == "worst"
+        },
+        "area_under_curve": {
+            modality: {c.label: c.area for c in found if c.modality == modality}
+            | {"radius_max": next(c.radii[-1] for c in found if c.modality == modality)}
+            for modality in dict.fromkeys(c.modality for c in found)
+        },
+        "checks": {name: [check._asdict() for check in its] for name, its in checks.items()},
+    }
+
+
+def _entries(case: Case, outcomes: Sequence[Outcome], clean: Clean) -> list[dict[str, Any]]:
+    rows = scores_of(outcomes, clean, len(case.radii))
+    entries = []
+    for place, radius in enumerate(case.radii):
+        column = [row[place] for row in rows]
+        low, high = interval(column)
+        fell = [its.scores[place] < clean.scores[its.id] for its in outcomes]
+        entries.append(
+            {
+                "modality": case.modality,
+                "attack": case.attack,
+                "loss": case.loss,
+                "radius": radius,
+                "steps": case.steps,
+                "restarts": case.restarts,
+                "score": mean(column),
+                "interval": [low, high],
+                "mean_loss": json_number(mean(o.losses[place] for o in outcomes)) if outcomes else None,
+                "success_on_correct": mean(fell) if fell else None,
+                "size": mean(o.sizes[place] for o in outcomes) if outcomes else None,
+                "forwards": mean(o.forwards[place] for o in outcomes) if outcomes else 0,
+                "backwards": mean(o.backwards[place] for o in outcomes) if outcomes else 0,
+                "n": len(column),
+            }
+        )
+    return entries
+
+
+def write(folder: Path, content: Mapping[str, Any], found: Sequence[Curve], norm: str, name: str) -> list[str]:
+    """Write the results into a folder; return the names of the files."""
+    write_json(folder / JSON, content)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for entry in content["attacks"]:
+        low, high = entry["interval"]
+        values = {**entry, "norm": norm, "low": low, "high": high, "success": entry["success_on_correct"]}
+        writer.writerow([values[column] for column in _COLUMNS])
+    atomic_write(folder / CSV, buffer.getvalue())
+    draw(found, content["clean"], content["metric"], folder / FIGURE, f"{name} (n = {content['clean']['n']})")
+    return [JSON, CSV, FIGURE]
+
+
+def draw(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, output: Path, title: str) -> None:
+    """Draw the curves, a panel for each modality."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    modalities = list(dict.fromkeys(c.modality for c in found))
+    figure = Figure(figsize=(5.2 * len(modalities), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(modalities), sharey=True, squeeze=False)[0]
+    for axes, modality in zip(panels, modalities, strict=True):
+        _panel(axes, [c for c in found if c.modality == modality], clean[metric])
+        axes.set_title(f"{modality} perturbed")
+    panels[0].set_ylabel(f"{metric.replace('_', ' ')} (%)")
+    figure.suptitle(f"{title}; bands: 95 % bootstrap intervals over examples")
+    write_png(figure, output)
+
+
+def _panel(axes: Axes, found: Sequence[Curve], clean: float) -> None:
+    axes.axhline(100 * clean, color="black", linewidth=1, linestyle=":", label=f"clean ({100 * clean:.1f} %)")
+    for c in found:
+        xs, ys = [0.0, *c.radii], [100 * clean, *(100 * score for score in c.scores)]
+        style: dict[str, Any] = {"color": _COLORS.get(c.label.partition(",")[0]), "marker": "o", "markersize": 3}
+        if c.label == "worst":
+            style |= {"color": "black", "linewidth": 2, "zorder": 3}
+        if c.label == "noise":
+            style |= {"linestyle": "--"}
+        if "margin" in c.label:
+            style |= {"linestyle": "-."}
+        (line,) = axes.plot(xs, ys, label=f"{c.label} (area {100 * c.area:.1f})", **style)
+        if c.label in ("worst", "noise"):
+            lows, highs = zip(*c.bounds, strict=True)
+            axes.fill_between(
+                c.radii, [100 * low for low in lows], [100 * high for high in highs], alpha=0.15, color=line.get_color()
+            )
+    axes.set_xscale("symlog", linthresh=found[0].radii[0])
+    ticks = [0.0, *found[0].radii]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("radius")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def table(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, title: str) -> Table:
+    """Return a table with a row for each attack and modality: scores in percent by radius."""
+    low, high = clean["interval"]
+    heading = (
+        f"{title}: {metric.replace('_', ' ')} %, clean {100 * clean[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    )
+    shown = Table(title=Text(f"{heading}, n = {clean['n']}"), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("perturbed", "attack"):
+        shown.add_column(column)
+    for radius in found[0].radii:
+        shown.add_column(f"{radius:g}", justify="right")
+    shown.add_column("area", justify="right")
+    for c in found:
+        cells = [f"{100 * score:.1f}" for score in c.scores]
+        shown.add_row(c.modality, c.label, *cells, f"{100 * c.area:.1f}", style="bold" if c.label == "worst" else "")
+        if c.label == "worst":
+            shown.add_section()
+    return shown
+
+
+def verdicts(checks: Mapping[str, Sequence[Check]]) -> list[str]:
+    """Return lines on the checks: how many hold, and those that do not."""
+    every = [(name, check) for name, its in checks.items() for check in its]
+    held = sum(check.passed for _, check in every)
+    lines = [f"checks: {held} of {len(every)} hold"]
+    for name, check in every:
+        if not check.passed:
+            lines.append(f"upper bound only ({name}): not '{check.name}': {check.detail}")
+    return lines

@@ -1,0 +1,189 @@
+"""Attacks on the model of a run: which examples, by which processes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from villa.analysis.report import Clean, worst
+from villa.analysis.robustness import Case, Outcome, attack, cases, chosen
+from villa.analysis.victim import Measure, Victim
+from villa.config.loader import load
+from villa.config.schema import RobustnessConfig
+from villa.engine.inference import restore_parts
+from villa.engine.passes import ModelPasses
+from villa.engine.setup import Parts
+from villa.errors import ConfigError
+from villa.evaluation.metrics import Metric
+from villa.registry import METRICS
+from villa.rng import derive_seed
+
+#: Most examples that are attacked at once.
+_AT_ONCE = 32
+
+
+class Attacked(NamedTuple):
+    """An example that is right without an attack: its place in the split, and its id."""
+
+    place: int
+    id: str
+
+
+class Attacks:
+    """Attacks on a model.
+
+    Args:
+        parts: the model and its data.
+        config: attacks, examples and options.
+        option: the section of the recipe that they are from, for messages.
+
+    Attributes:
+        metric: name of the score.
+        cases: what the configuration asks for.
+        processes: the processes that share the examples.
+
+    Raises:
+        ConfigError: the task or the model cannot be attacked so.
+    """
+
+    def __init__(self, parts: Parts, config: RobustnessConfig, option: str = "robustness") -> None:
+        self.parts, self.config, self.processes = parts, config, parts.strategy.processes
+        self.metric, metric = _metric(parts)
+        self._measures = {name: Measure(parts.loss, metric, name) for name in ("task", "margin")}
+        self.cases = cases(config, parts.model, option)
+        self.split = parts.split(config.split, f"{option}.split")
+        self._indices = chosen(len(self.split), config.examples, config.seed)
+        self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
+        self._guide = None if config.source is None else _guide(parts, config.source)
+
+    def robust_score(self) -> float:
+        """Return the mean over examples of the worst score of all cases, at their largest radius."""
+        clean, attacked, _ = self.run_clean()
+        outcomes = {
+            case: [one for part in self.work(case, attacked) for one in self.run(case, part)] for case in self.cases
+        }
+        return fmean(scores[-1] for scores in worst(outcomes, clean, len(self.config.radii)))
+
+    def work(self, case: Case, attacked: Sequence[Attacked]) -> Iterator[Sequence[Attacked]]:
+        """Yield examples in parts that all processes attack together."""
+        return _chunks(attacked, min(_AT_ONCE, self.parts.config.evaluation.examples) * self.processes.world_size)
+
+    def run_clean(self) -> tuple[Clean, list[Attacked], float]:
+        """Return results without an attack, the examples that are right, and seconds an example."""
+        scores: dict[str, float] = {}
+        losses: dict[str, float] = {}
+        attacked: list[Attacked] = []
+        began = time.perf_counter()
+        for chunk in _chunks(self._indices, self.parts.config.evaluation.examples * self.processes.world_size):
+            rows: list[list[Any]] = []
+            mine, own = self._share(chunk)
+            victim = self._victim(mine, "task")
+            loss, score = victim.clean()
+            if own:
+                rows = [list(row) for row in zip(mine, victim.batch.ids, loss.tolist(), score.tolist(), strict=True)]
+            for index, id_, loss_, score_ in sorted(row for part in self.processes.gather(rows) for row in part):
+                scores[id_], losses[id_] = score_, loss_
+                attacked += [Attacked(index, id_)] if score_ > 0 else []
+        seconds = (time.perf_counter() - began) / max(1, len(self._indices))
+        return Clean(scores, losses), attacked, seconds
+
+    def run(self, case: Case, chunk: Sequence[Attacked]) -> list[Outcome]:
+        """Attack some examples, each process a share of them; a collective call."""
+        mine, own = self._share([one.place for one in chunk])
+        first = self._victim(mine, case.loss)
+
+        def make() -> Victim:
+            return Victim(
+                self._passes,
+                first.batch,
+                self._measures[case.loss],
+                self._seeds(first.batch.ids),
+                self._any,
+                self._guide if case.transferred else None,
+            )
+
+        outcomes = attack(case, self.config, first.batch, make)
+        parts = self.processes.gather([asdict(one) for one in outcomes] if own else [])
+        return [Outcome(**one) for part in parts for one in part]
+
+    def _victim(self, indices: Sequence[int], loss: str) -> Victim:
+        self._passes.begin(0, 0, 1.0)
+        batch = self.parts.data.collate([self.split[index] for index in indices]).to(self.parts.precision.device)
+        return Victim(self._passes, batch, self._measures[loss], self._seeds(batch.ids), self._any)
+
+    def _seeds(self, ids: Sequence[str]) -> list[int]:
+        return [derive_seed("attack", self.config.seed, id_) for id_ in ids]
+
+    def _any(self, mine: bool) -> bool:
+        return bool(self.processes.largest(int(mine)))
+
+    def _share(self, indices: Sequence[int]) -> tuple[Sequence[int], bool]:
+        """Return this process's part of some examples; one that has none repeats the first."""
+        mine = indices[self.processes.rank :: self.processes.world_size]
+        return (mine, True) if mine else (indices[:1], False)
+
+
+def robust_values(parts: Parts) -> Callable[[], dict[str, float]]:
+    """Return a function that attacks the model on the validation split, and returns ``robust_<metric>``.
+
+    Raises:
+        ConfigError: the task or the model cannot be attacked so.
+    """
+    options = parts.config.evaluation.robustness
+    config = RobustnessConfig(
+        attacks=options.attacks,
+        modalities=[options.modality],
+        radii=[options.radius],
+        steps=options.steps,
+        split=str(parts.config.evaluation.split),
+        examples=options.examples,
+    )
+    attacks = Attacks(parts, config, "evaluation.robustness")
+    return lambda: {f"robust_{attacks.metric}": attacks.robust_score()}
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _metric(parts: Parts) -> tuple[str, Metric]:
+    """Return the recipe's first metric that scores each example by itself.
+
+    Raises:
+        ConfigError: there is none, or the loss compares examples.
+    """
+    config = parts.config
+    if config.dataset.objectives() or parts.loss.compares_examples(()):
+        raise ConfigError(
+            "run_type=robustness attacks each example by itself, but the examples of this task have no score of their "
+            "own; attack a model that was finetuned on questions, pairs or texts with labels"
+        )
+    for name in config.evaluation.metrics:
+        kind: type[Metric] = METRICS.get(name)
+        if kind.of_examples:
+            return name, kind()
+    raise ConfigError(
+        f"run_type=robustness needs a metric that scores each example, which {', '.join(config.evaluation.metrics)} "
+        "does not; set evaluation.metrics, for instance to [accuracy]"
+    )
+
+
+def _guide(parts: Parts, path: str) -> ModelPasses:
+    """Return the passes of the model whose gradients are followed.
+
+    Raises:
+        ConfigError: it has other perturbation points.
+    """
+    stored = load([f"checkpoint.path={json.dumps(path)}", "run_type=robustness"]).config
+    other, _ = restore_parts(replace(stored, distributed=parts.config.distributed, device=parts.config.device))
+    other.distribute()
+    if set(other.model.perturbation_points()) != set(parts.model.perturbation_points()):
+        raise ConfigError(
+            f"robustness.source='{path}' is perturbed in {' and '.join(other.model.perturbation_points())}, and the "
+            f"model that is attacked in {' and '.join(parts.model.perturbation_points())}; give one of the same kind"
+        )
+    return ModelPasses(other.model, other.loss, other.precision, parts.config.robustness.seed, other.strategy)

@@ -1,0 +1,198 @@
+"""``run_type=robustness``: attacks on a trained model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from villa.analysis.checks import checks, extra_cases
+from villa.analysis.report import EXAMPLES, curves, summary, table, verdicts, worst, write
+from villa.analysis.robustness import Case, Outcome
+from villa.checkpoints.layout import CONFIG, UNFINISHED
+from villa.config.printer import to_yaml
+from villa.config.schema import RunConfig
+from villa.distributed.strategy import strategy_of
+from villa.engine.attacking import Attacked, Attacks
+from villa.engine.inference import restore_parts
+from villa.engine.report import about_split, protocol
+from villa.engine.run_folder import claim
+from villa.engine.setup import Parts
+from villa.errors import ConfigError, DataError
+from villa.evaluation.results import print_table
+from villa.files import atomic_write, room_for
+from villa.progress import track
+from villa.registry import TRAINERS
+from villa.rng import derive_seed
+from villa.trainers.base import Trainer
+
+
+def robustness(config: RunConfig) -> int:
+    """Attack a trained model; write ``robustness.json``, tables and a figure to ``output_dir``.
+
+    A run that was interrupted goes on if it is started again with the same ``output_dir``.
+    """
+    processes = strategy_of(config.distributed).connect()
+    folder = Path(config.output_dir)
+    resumes = (folder / UNFINISHED).is_file()
+    with claim(folder, resume=resumes, trains=False, processes=processes):
+        parts, source = restore_parts(config)
+        parts.distribute()
+        run = _Run(parts, folder, source.update)
+        run.attack()
+        if not processes.is_main:
+            return 0
+        run.report()
+        atomic_write(folder / CONFIG, to_yaml(config))
+        (folder / UNFINISHED).unlink()
+    print(f"written to {folder}")
+    return 0
+
+
+class _Run:
+    """Attacks on one model.
+
+    Args:
+        parts: the model and its data.
+        folder: where results go.
+        update: update of the checkpoint.
+    """
+
+    def __init__(self, parts: Parts, folder: Path, update: int) -> None:
+        self.parts, self.folder, self.update = parts, folder, update
+        self.config, self.processes = parts.config.robustness, parts.strategy.processes
+        self.attacks = Attacks(parts, self.config)
+        self.cases, self.metric = self.attacks.cases, self.attacks.metric
+        wanted = [case for case in self.cases if (case.attack, case.loss) == ("pgd", "task")]
+        self.checked = {case.modality: case for case in wanted} if self.config.checks else {}
+        extras = [case for main in self.checked.values() for case in extra_cases(main) if case is not None]
+        self.all_cases = list(dict.fromkeys([*self.cases, *extras]))
+
+    def attack(self) -> None:
+        """Run all attacks, or the rest of them."""
+        if self.processes.is_main:
+            for warning in about_split(self.config.split, self.attacks.split):
+                print(f"note: {warning}")
+        self.clean, attacked, seconds = self.attacks.run_clean()
+        if self.processes.is_main:
+            print(self._plan(len(attacked), seconds), flush=True)
+        notes = _Notes(self.folder / UNFINISHED, self._facts(), self.all_cases)
+        self.processes.barrier()  # every process has read what there is
+        with notes.open(self.processes.is_main) as file:
+            work = [(c, part) for c in self.all_cases for part in self.attacks.work(c, notes.missing(c, attacked))]
+            for case, part in track(work, "attack", mode=self.parts.config.logging.progress):
+                notes.add(case, self.attacks.run(case, part), file)
+        self.outcomes = {case: [notes.found[case][one.id] for one in attacked] for case in self.all_cases}
+
+    def report(self) -> None:
+        """Write the results, and print a table."""
+        own = {case: self.outcomes[case] for case in self.cases}
+        found = curves(own, self.clean)
+        verdict = {name: checks(main, self.outcomes, self.clean.losses) for name, main in self.checked.items()}
+        config = self.parts.config
+        trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+        cost = trainer.relative_cost(config.dataset.objectives())
+        run = {"name": config.name, "method": config.trainer.name, "seed": config.seed, "cost": cost}
+        content = summary(own, self.clean, found, verdict, self._facts(), self.metric) | {"run": run}
+        name = config.name
+        write(self.folder, content, found, self.config.norm, name)
+        self._write_examples(own)
+        print_table(table(found, content["clean"], self.metric, f"{name}, {self.config.split}"))
+        for line in verdicts(verdict):
+            print(line)
+
+    def _plan(self, attacked: int, seconds: float) -> str:
+        """Return what is ahead: examples, attacks, passes, and about how long they take at most."""
+        forwards, backwards = (sum(case.passes()[place] for case in self.all_cases) for place in (0, 1))
+        minutes = attacked * seconds * (forwards + 2 * backwards) / 60
+        own, extra = len(self.cases), len(self.all_cases) - len(self.cases)
+        checking = f" and {extra} checks" if extra else ""
+        return (
+            f"{len(self.clean.scores)} examples, {attacked} of them right; {own} attacks at {len(self.config.radii)} "
+            f"radii{checking}: at most {forwards:,} forward and {backwards:,} backward passes an example, about "
+            f"{minutes:.1f} minutes"
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        options = asdict(self.config)
+        if self.config.source is not None:  # results hold no path
+            options["source"] = derive_seed("source", self.config.source)
+        return {**asdict(protocol(self.parts, self.update, "given")), "robustness": options}
+
+    def _write_examples(self, own: Mapping[Case, Sequence[Outcome]]) -> None:
+        """Write a line for each example and modality: its score without an attack, and the worst by radius."""
+        radii = self.config.radii
+        lines = []
+        for modality in dict.fromkeys(case.modality for case in own):
+            its = {case: outcomes for case, outcomes in own.items() if case.modality == modality}
+            lowest = worst(its, self.clean, len(radii))
+            for (id_, clean), scores in zip(self.clean.scores.items(), lowest, strict=True):
+                line = {"id": id_, "modality": modality, "clean": clean, "radii": radii, "worst": scores}
+                lines.append(json.dumps(line, ensure_ascii=False))
+        atomic_write(self.folder / EXAMPLES, "".join(f"{line}\n" for line in lines))
+
+
+class _Notes:
+    """Outcomes that are known, kept in a file so that an interrupted run goes on.
+
+    Args:
+        path: the file: a line of what the outcomes depend on, and one for each outcome.
+        facts: what they depend on.
+        known: the cases of the run.
+
+    Attributes:
+        found: outcomes by case and example.
+
+    Raises:
+        ConfigError: the file is of another run.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], known: Sequence[Case]) -> None:
+        self.path, self.facts = path, json.dumps(facts, sort_keys=True)
+        self.found: dict[Case, dict[str, Outcome]] = {case: {} for case in known}
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # the last may be cut off
+        if lines and lines[0] != self.facts:
+            raise ConfigError(
+                f"output_dir '{path.parent}' holds attacks that were interrupted, of another model or with other "
+                "options (robustness.*); give the same ones, or another output_dir"
+            )
+        self._lines = len(lines)
+        try:
+            for line in lines[1:]:
+                place, outcome = json.loads(line)
+                one = Outcome(**outcome)
+                self.found[known[place]][one.id] = one
+        except (ValueError, TypeError, IndexError) as error:
+            raise DataError(f"'{path}' is damaged; remove it, and the attacks begin anew") from error
+
+    def missing(self, case: Case, attacked: Sequence[Attacked]) -> list[Attacked]:
+        """Return the examples of a case without an outcome."""
+        return [one for one in attacked if one.id not in self.found[case]]
+
+    @contextmanager
+    def open(self, writes: bool) -> Iterator[TextIO | None]:
+        """Open the file to add outcomes; None if another process writes them."""
+        if not writes:
+            yield None
+            return
+        kept = "".join(f"{line}\n" for line in self._kept())
+        atomic_write(self.path, kept)
+        with room_for(self.path), self.path.open("a", encoding="utf-8") as file:
+            yield file
+
+    def add(self, case: Case, outcomes: Sequence[Outcome], file: TextIO | None) -> None:
+        """Add outcomes."""
+        self.found[case] |= {one.id: one for one in outcomes}
+        if file is not None and outcomes:
+            place = list(self.found).index(case)
+            file.writelines(f"{json.dumps([place, asdict(one)])}\n" for one in outcomes)
+            file.flush()
+
+    def _kept(self) -> Iterator[str]:
+        """Yield the lines of what is known, without one that was cut off."""
+        yield self.facts
+        for place, outcomes in enumerate(self.found.values()):
+            yield from (json.dumps([place, asdict(one)]) for one in outcomes.values())
