@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
@@ -106,7 +106,7 @@ class ModelPasses:
         self.model = model
         self.loss_function = loss
         self.precision = precision
-        self.points: Mapping[str, Point] = model.perturbation_points()
+        self.points: Mapping[str, Point] = {**model.perturbation_points(), **model.other_points()}
         self.losses: list[tuple[int, Tensor]] = []
         self.ascents: list[tuple[int, str, Tensor]] = []
         self.strategy = strategy or Strategy()
@@ -151,6 +151,16 @@ class ModelPasses:
         return tuple(self.model.parameters())
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights themselves, or this process's part of each."""
+        self.strategy.put_away()
+        return {name: self.strategy.local(parameter) for name, parameter in self._trained.items()}
+
+    @cached_property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
     def gradient_scale(self) -> float:
         """Loss scale x micro-batch weight; only the loss scale if the weight, and thus every gradient, is 0."""
         return self.precision.loss_scale * (self._weight or 1.0)
@@ -167,17 +177,38 @@ class ModelPasses:
         index: int = 0,
         grad: bool = True,
         train: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; return logits in fp32 or wider."""
         self._check()
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         mode = nullcontext() if train else evaluating(self.model)
-        with torch.set_grad_enabled(grad), mode, injected:
+        others = nullcontext() if weights is None else self._holding(weights)
+        if grad and weights is not None:
+            raise RuntimeError("a pass with other weights has no gradient: give grad=False")
+        with torch.set_grad_enabled(grad), mode, others, injected:
             output = self.precision.run(self.model, batch)
         if self._unmeasured and perturbations:
             self._warn_of_rounding(perturbations)
         return output
+
+    @contextmanager
+    def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the trained weights other values within the context; afterwards restore them bit for bit."""
+        own = self.weights
+        before = {name: own[name].clone() for name in weights}
+        try:
+            self._set(own, weights)
+            yield
+        finally:
+            self._set(own, before)
+
+    def _set(self, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+        self.strategy.put_away()
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""

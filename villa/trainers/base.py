@@ -41,6 +41,10 @@ class Passes(Protocol):
     def gradient_scale(self) -> float:
         """Current factor on every gradient (loss scale x micro-batch weight)."""
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights themselves, by name; see ``Frame.weights``."""
+
     def seed(self, name: str) -> int:
         """Return a seed for the random draws called ``name`` of this micro-batch."""
 
@@ -52,6 +56,7 @@ class Passes(Protocol):
         index: int = 0,
         grad: bool = True,
         train: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model, with perturbations added at their points.
 
@@ -61,6 +66,8 @@ class Passes(Protocol):
             index: selects the random state: equal indices get equal dropout masks.
             grad: False runs without an autograd graph.
             train: False runs the model in evaluation mode, without dropout.
+            weights: values of trained weights to run with instead, by name, as in ``weight_state``; without ``grad``,
+                and before the passes whose graphs are still needed.
         """
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, nearest
-from villa.models.base import Point
+from villa.facts import PixelScale
+from villa.models.base import Point, layer_points, pixel_points
+from villa.models.transformers_model import layer_names
 
 #: Names of patch embeddings that are not convolutions.
 _PATCH_NAMES = ("patch_embedding", "patch_embed", "patch_embeddings", "patch_embedder", "img_projection")
@@ -37,13 +39,74 @@ def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str,
     words = word_embedding(model)
     image_token = _image_token(model) if generative else None
     if words is not None:
-        points["text"] = Point(f"{prefix}.{words}", "output", _text_mask(_pad_token(model), image_token))
+        mask = _text_mask(_pad_token(model), image_token)
+        points["text"] = Point(f"{prefix}.{words}", "output", mask, confined=generative)
     reader = None if words is None or image_token is None else _language_model(model, words)
     if reader is not None and image_token is not None:
         points["image"] = _image_point(model.get_submodule(reader), f"{prefix}.{reader}", image_token)
     elif (patches := _patch_embedding(model)) is not None:
         points["image"] = _patch_point(patches[1], f"{prefix}.{patches[0]}")
     return points
+
+
+def find_other_points(
+    model: nn.Module, prefix: str, usual: Mapping[str, Point], *, generative: bool, scale: PixelScale | None
+) -> dict[str, Point]:
+    """Find the points of whole images and of layers.
+
+    Layers are those of a language model that reads images (at its text, and at its image tokens), or of each tower of a
+    model that reads text and image apart. Layers of models that do neither are not found, because their positions are
+    not known.
+
+    Args:
+        model: a transformers model.
+        prefix: see ``find_points``.
+        usual: what ``find_points`` has found.
+        generative: whether the model generates text.
+        scale: scale of pixel values, or None if it is unknown.
+    """
+    found: dict[str, Point] = {}
+    words, patches = word_embedding(model), _patch_embedding(model)
+    if patches is not None and isinstance(patches[1], nn.Conv2d):
+        found |= pixel_points(f"{prefix}.{patches[0]}", _pixel_mask, scale)
+    image_token = _image_token(model) if generative else None
+    reader = None if words is None or image_token is None else _language_model(model, words)
+    if reader is not None and image_token is not None:
+        masks = {"text": usual["text"].mask}
+        if usual["image"].argument != _BESIDE:
+            masks["image"] = _image_token_mask(image_token)
+        layers = layer_names(model.get_submodule(reader), f"{prefix}.{reader}")
+        return found | layer_points(layers, masks)
+    towers = {"text": words, "image": None if patches is None else patches[0]}
+    for modality, path in towers.items():
+        tower = None if path is None else _tower(model, path, [other for other in towers.values() if other != path])
+        if tower is not None and not generative:
+            mask = usual["text"].mask if modality == "text" else _everywhere
+            layers = layer_names(model.get_submodule(tower), f"{prefix}.{tower}")
+            found |= layer_points(layers, {modality: mask})
+    return found
+
+
+def _tower(model: nn.Module, path: str, others: Sequence[str | None]) -> str | None:
+    """Return the path of the smallest module around ``path`` that has layers, if nothing of ``others`` is in it."""
+    while path:
+        path = path.rpartition(".")[0]
+        if not path or any(other is None or other.startswith(f"{path}.") for other in others):
+            return None
+        if layer_names(model.get_submodule(path)):
+            return path
+    return None
+
+
+def _everywhere(batch: Batch) -> None:
+    """Mask nothing: all positions of an image tower are real."""
+
+
+def _pixel_mask(batch: Batch) -> Tensor | None:
+    """Return where pixels are real, ``[images, H * W]`` bool, or None when all of them are."""
+    inputs = batch.inputs or {}
+    mask = next((inputs[name] for name in ("pixel_mask", "pixel_attention_mask") if name in inputs), None)
+    return None if mask is None or mask.dim() < 3 else mask.flatten(0, -3).flatten(1) > 0
 
 
 def override(points: Mapping[str, Point], given: Mapping[str, str], model: nn.Module) -> dict[str, Point]:
