@@ -1,6 +1,6 @@
 """Put the image encoder of a dual encoder into a model that generates text, such as a robust CLIP into a LLaVA.
 
-    python projects/huggingface/replace_vision_tower.py outputs/robust_clip llava-hf/llava-1.5-7b-hf outputs/robust_llava
+    python projects/huggingface/replace_vision_tower.py outputs/robust_clip llava-hf/llava-1.5-7b-hf outputs/llava
 
 The first is a folder that tools/save_pretrained.py (or transformers) wrote. Everything else of the second model stays,
 its processor included, so that the two must read images alike: LLaVA 1.5 reads openai/clip-vit-large-patch14-336.
@@ -50,8 +50,8 @@ def _replace(argv: Sequence[str] | None) -> int:
     processors = [load_processor(source) for source in (options.encoder, options.model)]
     if len({pixel_scale(processor) for processor in processors}) > 1:
         raise CheckpointError(
-            f"the processors of '{options.encoder}' and '{options.model}' normalise pixels differently; train the encoder "
-            "with images as the model reads them"
+            f"the processors of '{options.encoder}' and '{options.model}' normalise pixels differently; train the "
+            "encoder with images as the model reads them"
         )
     theirs.load_state_dict(ours.state_dict())
     model.save_pretrained(output)

@@ -152,8 +152,8 @@ def test_pgd_in_layers_equals_the_loop(name: str, folder: Path) -> None:
     passes = RecordingPasses(model, loss)
     logs = trainer.step(batch, passes)
     points = {**model.perturbation_points(), **model.other_points()}
-    masks = {key: point.mask(batch) for key, point in points.items() if key in trainer.keys()}
-    assert [*masks] == ["text", *masks.keys() - {"text"}] or len(masks) == 3
+    masks = {key: point.mask(batch) for key, point in points.items() if key in {*trainer.keys()}}
+    assert len(masks) == 3
     deltas = passes.used[0]
 
     def task(moved: dict[str, Tensor]) -> Tensor:
@@ -187,7 +187,9 @@ def test_pgd_in_layers_equals_the_loop(name: str, folder: Path) -> None:
     for key, parameter in named.items():
         zeros = torch.zeros_like(parameter)
         theirs = zeros if wanted[key] is None else wanted[key]
-        torch.testing.assert_close(mine.get(key, zeros), theirs, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}")  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            mine.get(key, zeros), theirs, rtol=1e-9, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}"
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["classification", "nlvr2_paired_attn", "visual_bert", "vilt", "lxmert"])
@@ -210,7 +212,7 @@ def test_padding_makes_no_difference(name: str, folder: Path) -> None:
 
 
 def test_an_example_alone_moves_as_in_a_padded_batch(folder: Path) -> None:
-    """The perturbation of a layer is that of its tokens: each example by itself, without padding, has the same logits."""
+    """The perturbation of a layer is that of its tokens: each example alone, without padding, has the same logits."""
     model, batch, _ = subject("classification", folder)
     model.eval()
     points, settings = model.other_points(), AscentSettings(0.1, init="normal", init_scale=1.0)
@@ -293,7 +295,10 @@ def test_unknown_points_are_refused(points: Any, words: str, folder: Path) -> No
         ({"points": {"text": []}}, r"points\.text is \[\]; give the name of a point, or a list"),
         ({"points": {"text": 3}}, r"points\.text is 3; give the name"),
         ({"points": {"text": ["layer.0", "layer.0"]}}, "names a point twice"),
-        ({"points": {"image": "pixels"}, "modality": "text"}, r"points\.image has no effect with trainer\.modality=text"),
+        (
+            {"points": {"image": "pixels"}, "modality": "text"},
+            r"points\.image has no effect with trainer\.modality=text",
+        ),
         ({"points": {"sound": "layer.0"}}, r"points\.sound has no effect.*text and image"),
         ({"channels": [1.0, 1.0, 1.0]}, "channels are those of pixels"),
         (

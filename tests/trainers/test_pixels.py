@@ -121,10 +121,8 @@ def norms(values: Tensor) -> Tensor:
     return values.flatten(1).norm(dim=1)[:, None, None, None]
 
 
-def attacked(
-    subject: Subject, config: SearchConfig, start: Tensor, objective: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The perturbation after ``config.steps`` ascents, each projected to its ball and then to the colours that exist."""
+def attacked(subject: Subject, config: SearchConfig, start: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """The perturbation after ``config.steps`` ascents, each projected to its ball, then to the colours that exist."""
     colours = subject.pixels * channels(SCALE.std) + channels(SCALE.mean)
     size, eps = config.image_step_size, config.image_radius
     assert eps is not None
@@ -195,7 +193,9 @@ def test_pgd_on_pixels_equals_the_loop(subject: Subject, name: str) -> None:
     [
         FreeLBTrainer(FreeLBConfig(**PIXELS, image_step_size=0.5, image_radius=1.0)),
         VillaTrainer(VillaConfig(**PIXELS, image_step_size=0.5, image_radius=1.0)),
-        VillaTrainer(VillaConfig(modality="alternating", points={"image": ["embeddings", "pixels"]}, image_step_size=0.5)),
+        VillaTrainer(
+            VillaConfig(modality="alternating", points={"image": ["embeddings", "pixels"]}, image_step_size=0.5)
+        ),
         SmartTrainer(SmartConfig(**PIXELS, steps=2, image_step_size=0.02, image_radius=0.05, init_scale=0.01)),
         NoiseTrainer(NoiseConfig(**PIXELS, image_noise=3.0, consistency_weight=1.0)),
     ],
@@ -306,7 +306,8 @@ def test_tecoa_equals_the_loop(folder: Path) -> None:
     trainer.step(subject.batch, passes)
     inner: Any = subject.model.transformer
     texts = [inner.get_text_features(input_ids=torch.tensor([text])).pooler_output[0] for text in LABELS]
-    unit = torch.nn.functional.normalize(torch.stack(texts), dim=-1).detach()
+    unit: Any = subject.model.label_embeddings  # in single precision, as the weights were loaded
+    torch.testing.assert_close(unit, torch.nn.functional.normalize(torch.stack(texts), dim=-1), rtol=0, atol=1e-6)
     scale = inner.logit_scale.detach().exp()
 
     def loss(colours: Tensor) -> Tensor:
@@ -339,7 +340,9 @@ def test_cost_of_fare_is_that_of_its_operations(name: str, labels: bool, folder:
 
 def test_refusals_say_what_would_do(folder: Path) -> None:
     vilt = of_vilt().model
-    with pytest.raises(ConfigError, match=r"compares embeddings of images, but Vilt has none.*dual encoder.*trainer=smart"):
+    with pytest.raises(
+        ConfigError, match=r"compares embeddings of images, but Vilt has none.*dual encoder.*trainer=smart"
+    ):
         FareTrainer().check(vilt)
     with pytest.raises(ConfigError, match=r"texts of classes.*dataset\.label_prompt='a photo of a \{label\}'"):
         TecoaTrainer().check(of_transformers("clip", folder).model)

@@ -22,7 +22,7 @@ Norm = Literal["l2", "linf"]
 Scope = Literal["row", "token"]
 RelativeTo = Literal["none", "embedding", "table"]
 
-#: Lower and upper bounds on a perturbation, of its shape; it lies between them after every initialisation and projection.
+#: Lower and upper bounds on a perturbation, of its shape, within which it starts and stays.
 Bounds = tuple[Tensor, Tensor]
 
 #: Lower bound on gradient norms (released code: ``clamp(min=1e-8)``).

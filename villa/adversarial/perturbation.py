@@ -148,8 +148,8 @@ def _colours(values: Tensor, scale: PixelScale) -> Tensor:
 def _recoloured(values: Tensor, delta: Tensor, scale: PixelScale) -> Tensor:
     """Return pixel values with ``delta`` added to their colours.
 
-    They are at most those of the colours 0 and 1 to the bit, or the given values where these lie beyond. The gradient is
-    that of the sum: a pixel at its bound can still move back.
+    They stay between those of the colours 0 and 1 to the bit, or the given values where these lie beyond. The gradient
+    is that of the sum: a pixel at its bound can still move back.
     """
     mean, std = _coding(values, scale)
     moved = values + delta / std

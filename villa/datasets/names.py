@@ -52,7 +52,7 @@ def image_reading(processor: Any) -> dict[str, str]:
 
 def pixel_scale(processor: Any) -> PixelScale | None:
     """Return the scale of the pixel values that a transformers image processor makes; None if it does not say."""
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     options: dict[str, Any] = images.to_dict() if hasattr(images, "to_dict") else {}
     if not options:
         return None

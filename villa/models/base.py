@@ -231,9 +231,7 @@ def layer_points(
     }
 
 
-def pixel_points(
-    module: str, mask: Callable[[Batch], Tensor | None], scale: PixelScale | None
-) -> dict[str, Point]:
+def pixel_points(module: str, mask: Callable[[Batch], Tensor | None], scale: PixelScale | None) -> dict[str, Point]:
     """Return the point of whole images at a module that reads them, or nothing if their scale is not known."""
     if scale is None:
         return {}

@@ -248,13 +248,15 @@ class Lxmert(TwoHeadModel):
         }
 
     def other_points(self) -> Mapping[str, Point]:
-        """Return the inputs of the layers: text's language layers, regions' vision layers, and then the cross layers."""
+        """Return the inputs of language layers (text) and vision layers (image), and then of cross layers (both)."""
         encoder, layout = "lxmert.encoder", self.layout
         config = self.lxmert.config
         cross = [f"{encoder}.x_layers.{n}" for n in range(config.x_layers)]
         language = [f"{encoder}.layer.{n}" for n in range(config.l_layers)]
         vision = [f"{encoder}.r_layers.{n}" for n in range(config.r_layers)]
-        text = layer_points((*language, *cross), {"text": layout.text_mask}, blocks=lambda batch: self._places(batch)[0])
+        text = layer_points(
+            (*language, *cross), {"text": layout.text_mask}, blocks=lambda batch: self._places(batch)[0]
+        )
         image = layer_points(vision + cross, {"image": layout.region_mask}, blocks=lambda batch: self._places(batch)[1])
         seen = {key: replace(point, argument=_SEEN) for key, point in image.items() if point.module in cross}
         return {**text, **image, **seen}

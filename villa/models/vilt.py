@@ -160,9 +160,7 @@ class Vilt(TwoHeadModel):
 
     Config = ViltConfig
 
-    def __init__(
-        self, config: Any, padding_free: PaddingFree = "auto", pixel_scale: PixelScale | None = None
-    ) -> None:
+    def __init__(self, config: Any, padding_free: PaddingFree = "auto", pixel_scale: PixelScale | None = None) -> None:
         super().__init__(padding_free)
         self.pixel_scale = pixel_scale
         from transformers import ViltModel

@@ -201,7 +201,9 @@ class AdversarialTrainer(Trainer):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         keys = self.config.keys
-        self.views = tuple(tuple(k for modality in view for k in keys(modality)) for view in VIEWS[self.config.modality])
+        self.views = tuple(
+            tuple(k for modality in view for k in keys(modality)) for view in VIEWS[self.config.modality]
+        )
 
     @cached_property
     def starts_at_zero(self) -> bool:

@@ -113,7 +113,7 @@ class TecoaTrainer(PgdTrainer):
         """Refuse models that do not score images against the texts of classes."""
         if not model.scores_label_texts():
             raise ConfigError(
-                f"trainer '{self.config.name}' scores images against the texts of classes, and there are none here: set "
+                f"trainer '{self.config.name}' scores images against texts of classes, of which there are none: set "
                 "dataset.target=class and dataset.label_prompt='a photo of a {label}', with a dual encoder "
                 "(model.name=huggingface); or use trainer=fare, which needs no classes"
             )

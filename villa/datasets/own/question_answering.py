@@ -47,7 +47,6 @@ from villa.errors import ConfigError, DataError, about
 from villa.facts import DataFacts, Written
 from villa.files import local_path
 
-
 #: Place of a label in ``label_prompt``.
 LABEL = "{label}"
 

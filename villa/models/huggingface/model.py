@@ -271,12 +271,13 @@ class HuggingFaceModel(TransformersModel):
 
     def _label_logits(self, features: Tensor) -> Tensor:
         """Return the logits ``[B, labels]`` of images against the texts of labels, at the model's own scale."""
-        logits = nn.functional.normalize(features, dim=-1) @ self.label_embeddings.T.to(features.dtype)
-        scale, bias = getattr(self.transformer, "logit_scale", None), getattr(self.transformer, "logit_bias", None)
-        if scale is None:  # ALIGN's
-            return logits / self.transformer.temperature.detach()
-        scaled: Tensor = logits * scale.detach().exp()
-        return scaled if bias is None else scaled + bias.detach()
+        inner, bias = self.transformer, getattr(self.transformer, "logit_bias", None)
+        scale = (
+            inner.logit_scale.exp() if hasattr(inner, "logit_scale") else 1 / inner.temperature
+        )  # ALIGN has the latter
+        similar = nn.functional.normalize(features, dim=-1) @ self.label_embeddings.T.to(features.dtype)
+        logits: Tensor = similar * scale.detach()
+        return logits if bias is None else logits + bias.detach()
 
     def _has_encoder(self) -> bool:
         """Return whether the model is an encoder-decoder."""
