@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -22,6 +22,8 @@ _CHANNELS = 3
 #: Argument of language models that attend to images by cross-attention.
 _BESIDE = "cross_attention_states"
 _SIDES = ("input", "output")
+#: Models whose layers take images as ``[tokens, rows, width]``.
+_TIME_FIRST = ("bridgetower",)
 
 
 def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str, Point]:
@@ -77,25 +79,24 @@ def find_other_points(
             masks["image"] = _image_token_mask(image_token)
         layers = layer_names(model.get_submodule(reader), f"{prefix}.{reader}")
         return found | layer_points(layers, masks)
-    towers = {"text": words, "image": None if patches is None else patches[0]}
-    for modality, path in towers.items():
-        tower = None if path is None else _tower(model, path, [other for other in towers.values() if other != path])
-        if tower is not None and not generative:
-            mask = usual["text"].mask if modality == "text" else _everywhere
-            layers = layer_names(model.get_submodule(tower), f"{prefix}.{tower}")
-            found |= layer_points(layers, {modality: mask})
-    return found
+    if words is None or patches is None or generative or cast("Any", model).config.model_type in _TIME_FIRST:
+        return found
+    found |= layer_points(_tower(model, prefix, words, patches[0]), {"text": usual["text"].mask})
+    return found | layer_points(_tower(model, prefix, patches[0], words), {"image": _everywhere})
 
 
-def _tower(model: nn.Module, path: str, others: Sequence[str | None]) -> str | None:
-    """Return the path of the smallest module around ``path`` that has layers, if nothing of ``others`` is in it."""
-    while path:
+def _tower(model: nn.Module, prefix: str, path: str, other: str) -> list[str]:
+    """Return the paths of the layers of the smallest module that has any around ``path`` and not around ``other``."""
+    layers: list[str] = []
+    while not layers:
         path = path.rpartition(".")[0]
-        if not path or any(other is None or other.startswith(f"{path}.") for other in others):
-            return None
-        if layer_names(model.get_submodule(path)):
-            return path
-    return None
+        if not path or other.startswith(f"{path}."):
+            return []
+        layers = layer_names(model.get_submodule(path), f"{prefix}.{path}")
+    whole = cast("Any", model).config
+    parts = (getattr(whole, name, None) for name in ("text_config", "vision_config", "image_config"))
+    counts = [getattr(part, "num_hidden_layers", None) for part in parts]
+    return layers if len(layers) in counts else []  # else they are no transformer's
 
 
 def _everywhere(batch: Batch) -> None:
