@@ -132,6 +132,7 @@ def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
     """Assemble a training run from its parts and print its plan."""
     config = parts.config
+    trainer = build_trainer(config, parts.model)  # refuses what the model cannot have before examples are read
     parts.distribute()
     split, share = parts.split("train", "the training split"), parts.strategy.share
     compares = parts.loss.compares_examples(config.dataset.objectives())
@@ -141,7 +142,6 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     workers, timeout = config.training.workers, config.training.data_timeout
     stream = UpdateStream(split, parts.data.collate, sampler, workers, pin=pin, share=share, timeout=timeout)
     total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
-    trainer = build_trainer(config, parts.model)
     updater = _updater(parts, trainer, total)
     cost = config.training.passes() * trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
