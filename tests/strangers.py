@@ -50,6 +50,20 @@ class Elsewhere(StandardTrainer):
         return logs
 
 
+class FromStart(StandardTrainer):
+    """Ordinary training that also keeps to the predictions of the weights it started from."""
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Run a pass at the start's weights, without a gradient, and the clean pass."""
+        if "start" not in self.weight_state:
+            self.weight_state["start"] = {name: weight.clone() for name, weight in passes.weights.items()}
+        start = passes.forward(batch, grad=False, train=False, weights=self.weight_state["start"])
+        output = passes.forward(batch, index=1)
+        loss = passes.loss(output, batch) + passes.consistency(output, start, batch)
+        passes.backward(loss, last=True)
+        return {"loss": loss.detach()}
+
+
 class Overflowing(StandardTrainer):
     """Ordinary training after an ascent whose gradient is infinite in fp16, in the micro-batch with example 9."""
 

@@ -10,7 +10,7 @@ import updates
 from fairscale_updates import PLAIN
 from shapes.smart import SmartConfig, SmartTrainer
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
-from strangers import AscendingVilla, AwpVilla, Elsewhere, Overflowing
+from strangers import AscendingVilla, AwpVilla, Elsewhere, FromStart, Overflowing
 
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
@@ -22,9 +22,9 @@ from villa.trainers.villa import VillaConfig, VillaTrainer
 
 _ASCENTS, _METHODS = (
     ("text", "image", "both", "alternating", "merged", "bf16", "fp16"),
-    ("smart", "sam", "awp", "elsewhere", "averaging", "pgd", "rdrop", "noise"),
+    ("smart", "sam", "awp", "elsewhere", "averaging", "from_start", "pgd", "layers", "rdrop", "noise"),
 )
-_OPTIONS = ("both", "merged", "smart_without_dropout")
+_OPTIONS = ("both", "merged", "smart_without_dropout", "layers", "from_start")
 #: Strategies with their options, the type of the weights under each, and the cases that are tried.
 STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
     "ddp": ({}, torch.float64, (*_ASCENTS, *_METHODS, "overflowing")),
@@ -66,6 +66,10 @@ METHODS: dict[str, Callable[[], Trainer]] = {
     "pgd": lambda: PgdTrainer(PgdConfig(**_SIZES, init="zero", modality="alternating", clean_loss=True)),
     "rdrop": lambda: RDropTrainer(RDropConfig()),
     "noise": lambda: NoiseTrainer(NoiseConfig(modality="both", consistency_weight=1.0)),
+    "layers": lambda: PgdTrainer(
+        PgdConfig(**_SIZES, init="zero", momentum=0.5, points={"text": ["embeddings", "layer.1"], "image": "layer.0"})
+    ),
+    "from_start": FromStart,
     "averaging": lambda: AveragingTrainer(AverageConfig(decay=0.5)),
     "elsewhere": Elsewhere,
     "overflowing": Overflowing,
