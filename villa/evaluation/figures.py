@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Points ``(update, value)`` by ``(kind, name)`` of log records.
 Curves = dict[tuple[str, str], list[tuple[int, float]]]
 
-_PER_PASS = re.compile(r"pass(?P<step>\d+)/(?:(?P<modality>\w+)_)?(?P<what>\w+)")
+_PER_PASS = re.compile(r"pass(?P<step>\d+)/(?:(?P<modality>[\w.]+)_)?(?P<what>\w+)")
 _SHADES = {"loss": "Purples", "kl": "Greens", "text": "Blues", "image": "Oranges"}
 
 
@@ -159,7 +159,7 @@ def _per_pass(curves: Curves, what: str) -> Iterator[_Line]:
         if match["what"] != what:
             continue
         group, step = match["modality"] or what, int(match["step"])
-        color = colormaps[_SHADES.get(group, "Greys")](0.9 - 0.5 * (last - step) / max(last, 1))
+        color = colormaps[_SHADES.get(group.partition(".")[0], "Greys")](0.9 - 0.5 * (last - step) / max(last, 1))
         prefix = f"{group}, " if match["modality"] else ""
         yield _Line(f"{prefix}pass {step}", points, {"color": color, "linewidth": 1.2})
 

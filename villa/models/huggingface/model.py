@@ -264,7 +264,8 @@ class HuggingFaceModel(TransformersModel):
         lengths = torch.tensor([len(text) for text in texts], device=device)
         mask = (torch.arange(longest, device=device) < lengths.unsqueeze(1)).long()
         self.transformer.eval()
-        found = self.transformer.get_text_features(input_ids=ids, attention_mask=mask)
+        # The library reads values of masks, which the meta device does not have.
+        found = self.transformer.get_text_features(input_ids=ids, attention_mask=None if mask.is_meta else mask)
         self.transformer.train(mode)
         embeddings: Tensor = found if isinstance(found, Tensor) else found.pooler_output
         return nn.functional.normalize(embeddings, dim=-1)
