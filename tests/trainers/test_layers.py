@@ -300,7 +300,7 @@ def test_unknown_points_are_refused(points: Any, words: str, folder: Path) -> No
             r"points\.image has no effect with trainer\.modality=text",
         ),
         ({"points": {"sound": "layer.0"}}, r"points\.sound has no effect.*text and image"),
-        ({"channels": [1.0, 1.0, 1.0]}, "channels are those of pixels"),
+        ({"channels": [1.0, 1.0, 1.0]}, "factors for pixels in linf: set points.image"),
         (
             {"channels": [1.0], "points": {"image": "pixels"}, "norm": "linf"},
             "give three finite numbers",

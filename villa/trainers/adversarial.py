@@ -153,7 +153,9 @@ class AdversarialConfig(PerturbationConfig):
         if self.channels is None:
             return
         if self.norm != "linf" or not any(key.endswith(f".{_PIXELS}") for key in self.keys("image")):
-            raise ConfigError("channels are those of pixels in linf: set points.image to pixels and norm to linf")
+            raise ConfigError(
+                f"channels is {self.channels}, factors for pixels in linf: set points.image to pixels and norm to linf"
+            )
         if len(self.channels) != _CHANNELS or not all(0 <= factor < float("inf") for factor in self.channels):
             raise ConfigError(f"channels is {self.channels}; give three finite numbers of at least 0, for RGB")
 
