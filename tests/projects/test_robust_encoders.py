@@ -167,6 +167,23 @@ def test_a_fusion_encoder_has_no_fare(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "'pixels' is no point of " in capsys.readouterr().err
 
 
+def test_labels_have_texts_for_dual_encoders_alone(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in (
+        ("vilt", "architecture 'vilt' is not for contrastive"),
+        ("", "model 'vilt' does not score images"),
+    ):
+        sizes = ["model.vocab_size=500", "model.hidden_size=16", "model.num_heads=2", "model.num_layers=1"]
+        fresh = ["model=vilt", "model.checkpoint=null", *sizes]
+        model = [f"model.checkpoint={tiny_folder('vilt', work)}"] if name else fresh
+        processor = f"dataset.processor={tiny_folder('clip', work)}"
+        assert run("tecoa", work, tmp_path / "run", "training.updates=1", processor, *model) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "dataset.label_prompt" in error
+        assert words in error
+
+
 def test_accuracy_of_labels_without_training(work: Path, tmp_path: Path) -> None:
     """What a dual encoder predicts against the texts of labels is what transformers' zero-shot classifier does."""
     from PIL import Image

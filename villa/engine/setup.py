@@ -135,6 +135,11 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     seed_pass(config.seed, 0, 0, 0)  # initial weights are drawn as update 0
     with within_memory(config.model.name):
         model = _build_model(config, data, assets)
+    if getattr(config.dataset, "label_prompt", None) is not None and not model.scores_label_texts():
+        raise ConfigError(
+            f"dataset.label_prompt has no effect: model '{config.model.name}' does not score images against texts; "
+            "leave it out, or use a dual encoder (model.name=huggingface)"
+        )
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)

@@ -15,7 +15,7 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.transformers_folder import ASSETS, HEAD, describing, find_config
 from villa.checkpoints.weight_files import read_weights
-from villa.errors import ConfigError, DataError
+from villa.errors import ConfigError, DataError, about
 from villa.facts import DataFacts, PixelScale, Task, Written
 from villa.files import from_home
 from villa.models.base import ModelOutput, Point
@@ -153,8 +153,9 @@ class HuggingFaceModel(TransformersModel):
         return find_other_points(self.transformer, "transformer", usual, generative=generative, scale=scale)
 
     def embeds_images(self) -> bool:
-        """Return whether the model is a dual encoder."""
-        return self.task == "contrastive" or self.label_texts is not None
+        """Return whether the model is a dual encoder that can do so."""
+        apart = self.task == "contrastive" or self.label_texts is not None
+        return apart and hasattr(self.transformer, "get_image_features")
 
     def scores_label_texts(self) -> bool:
         """Return whether the data gives the labels texts."""
@@ -172,7 +173,11 @@ class HuggingFaceModel(TransformersModel):
         task = choose_task(described, config.task, facts.task)
         if task == "classification":
             name_labels(described, config.num_labels, facts)
-        kind = model_class(described, "contrastive" if facts.label_texts else task, config.model_class)
+        if facts.label_texts is None:
+            kind = model_class(described, task, config.model_class)
+        else:
+            with about("dataset.label_prompt"):
+                kind = model_class(described, "contrastive", config.model_class)
         try:
             transformer = kind._from_config(described) if hasattr(kind, "_from_config") else kind(described)
         except Exception as error:  # the library hardly validates configurations
