@@ -55,7 +55,7 @@ class DataFacts:
     tokens: tuple[str | None, ...] | None = None
     padding: int | None = None
     reading: Mapping[str, str] = field(default_factory=dict)
-    pixels: PixelScale | None = None
+    pixels: PixelScale | None = field(default=None, compare=False)  # ``reading`` has it as words
     label_texts: tuple[tuple[int, ...], ...] | None = None
 
 
