@@ -245,6 +245,10 @@ class Lxmert(TwoHeadModel):
             "image": Point("lxmert.encoder.visn_fc.visn_fc", "input", self.layout.region_mask),
         }
 
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the prefix of the cross-attention layers, which follow those of text and regions."""
+        return ("lxmert.encoder.x_layers",)
+
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the answer head."""
         return ("logit_fc",)
