@@ -36,11 +36,11 @@ def by_hand(weights: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]
     return average
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_perturbation": WeightPerturbationConfig("sam", 0.1)}])
-@pytest.mark.parametrize("trainer", [None, Elsewhere()])
-def test_the_average_is_that_of_a_loop_by_hand(options: Any, trainer: Any) -> None:
-    if options and trainer is not None:
-        pytest.skip("a trainer that moves weights itself")
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [(None, {}), (None, {"weight_perturbation": WeightPerturbationConfig("sam", 0.1)}), (Elsewhere(), {})],
+)
+def test_the_average_is_that_of_a_loop_by_hand(trainer: Any, options: Any) -> None:
     model = tiny_model()
     updater = make(model, trainer, adamw(model), ema=0.15, **options)
     found = [{name: value.clone() for name, value in model.named_parameters()}]
@@ -112,7 +112,7 @@ def test_a_resumed_run_keeps_what_one_in_one_go_does(straight: Path, tmp_path: P
     ours, theirs = (at(folder, 4).averaged_state() for folder in (tmp_path, straight))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert at(tmp_path, 4).sharded == (SHARDED in options)
-    consolidate(tmp_path, tmp_path / "whole")
+    consolidate(at(tmp_path, 4).path, tmp_path / "whole")
     torch.testing.assert_close(load(tmp_path / "whole").averaged_state(), theirs, rtol=0, atol=0)
 
 

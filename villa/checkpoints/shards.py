@@ -169,7 +169,7 @@ def join_optimizer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, 
 
 def split_kept(updater: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split an updater's state into what is small, and what is kept per weight: ``<part>.<word>.<parameter>``."""
-    small, tensors = dict(updater), {}
+    small, tensors = dict(updater), dict[str, Tensor]()
     for part in (part for part in KEPT if part in updater):
         kept = updater[part]["weights"]
         tensors |= {f"{part}.{word}.{name}": value for word, of in kept.items() for name, value in of.items()}
