@@ -110,9 +110,9 @@ class SmartTrainer(SearchTrainer):
         if not self.perturbs(batch):
             return clean_step(batch, passes)
         anchor = passes.reference(batch) if self.config.proximal_weight else None
-        steady = passes.forward(batch, grad=False, train=False) if self._steady else None
-        deltas, clean = self.perturbations(passes), passes.forward(batch, index=0)
-        fixed, direction = steady or clean.map_scores(Tensor.detach), self.config.ascent_direction
+        deltas, direction = self.perturbations(passes), self.config.ascent_direction
+        clean = None if self._steady else passes.forward(batch, index=0)
+        fixed = passes.forward(batch, grad=False, train=False) if clean is None else clean.map_scores(Tensor.detach)
         logs = self.search(
             batch,
             passes,
@@ -120,6 +120,7 @@ class SmartTrainer(SearchTrainer):
             lambda output: passes.consistency(output, fixed, batch, direction=direction),
             "divergence",
         )
+        clean = clean or passes.forward(batch, index=0)
         terms = [self._divergence(output, clean, batch, passes) for _, output in self.found(batch, passes, deltas)]
         loss, divergence = passes.loss(clean, batch), torch.stack(terms).mean()
         total = loss + self.config.weight * divergence
