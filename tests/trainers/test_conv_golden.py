@@ -1,4 +1,4 @@
-"""TRADES, AWP and SAM against what their authors' code computes on a small convolutional network in double precision."""
+"""TRADES, AWP and SAM against tensors of their authors' code on a small convolutional network in double precision."""
 
 from collections.abc import Mapping
 from typing import Any
