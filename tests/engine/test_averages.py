@@ -9,7 +9,7 @@ from strangers import Elsewhere
 from test_callbacks import saved
 from test_frame import InfiniteAbove
 from tiny import tiny_batch, tiny_model
-from tiny_runs import error, log, metrics, run
+from tiny_runs import error, log, metrics, run, training
 from torch import Tensor
 from updaters import adamw, cut, make
 
@@ -139,7 +139,12 @@ def test_a_run_is_tested_with_its_average_unless_the_live_weights_are_asked_for(
     by_default, live = metrics(tmp_path / "average")["test"], metrics(tmp_path / "live")["test"]
     assert by_default == metrics(straight)["test"]
     assert by_default["loss"] != live["loss"]
+    assert run(tmp_path / "more", "run_type=train", chosen, "checkpoint.weights=live", "training.updates=1") == 0
+    capsys.readouterr()
+    started = training(tmp_path / "again", f"model.checkpoint={straight}").model.state_dict()
+    assert "they are the running average of its weights" in capsys.readouterr().out
     model = from_pretrained(straight).parts.model
+    torch.testing.assert_close(dict(model.state_dict()), dict(started), rtol=0, atol=0)
     best = metrics(straight)["protocol"]["update"]
     torch.testing.assert_close(dict(model.state_dict()), at(straight, best).averaged_state(), rtol=0, atol=0)
     path = straight / CHECKPOINTS / "update_00000004"

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from processor_batches import tiny_folder
 from test_frame import slopes
 from tiny import tiny_batch, tiny_model
 from tiny_runs import error, run
@@ -15,6 +16,8 @@ from villa.engine.parameter_groups import layers_above, parameter_groups
 from villa.errors import ConfigError
 from villa.facts import DataFacts
 from villa.models.base import Model
+from villa.models.huggingface.config import HuggingFaceConfig
+from villa.models.huggingface.model import HuggingFaceModel
 from villa.models.lxmert import Lxmert, LxmertConfig
 from villa.models.uniter.config import UniterConfig
 from villa.models.uniter.model import Uniter
@@ -105,6 +108,44 @@ def test_rates_of_lxmert_count_the_cross_layers_above_both_of_its_stacks() -> No
     assert {above[n] for n in above if n.startswith("lxmert.embeddings.")} == {most}
     assert {above[n] for n in above if n.startswith("lxmert.encoder.visn_fc.")} == {most}
     assert {above[n] for n in above if n.startswith(("lxmert.pooler.", "logit_fc."))} == {0}
+
+
+@pytest.mark.parametrize("name", ["llava", "clip"])
+def test_rates_of_transformers_models_know_what_lies_behind_what(name: str, tmp_path: Path) -> None:
+    """A language model reads what a vision model has seen; the two of a CLIP lie side by side."""
+    path = tiny_folder(name, tmp_path)
+    kind = HuggingFaceModel.from_config(
+        HuggingFaceConfig(checkpoint=str(path)), DataFacts(task="generation" if name == "llava" else "contrastive")
+    )
+    above = {key.removeprefix("transformer."): value for key, value in layers_above(kind).items()}
+    expected = {
+        "llava": {
+            "model.vision_tower.embeddings.patch_embedding.weight": 5,
+            "model.vision_tower.encoder.layers.0.layer_norm1.weight": 4,
+            "model.vision_tower.encoder.layers.1.layer_norm1.weight": 3,
+            "model.vision_tower.post_layernorm.weight": 3,
+            "model.multi_modal_projector.linear_1.weight": 3,
+            "model.language_model.embed_tokens.weight": 3,
+            "model.language_model.layers.0.input_layernorm.weight": 2,
+            "model.language_model.layers.1.input_layernorm.weight": 1,
+            "model.language_model.norm.weight": 0,
+            "lm_head.weight": 0,
+        },
+        "clip": {
+            "logit_scale": 0,
+            **{
+                f"{side}_model.{part}": depth
+                for side in ("text", "vision")
+                for part, depth in (("encoder.layers.0.mlp.fc1.weight", 2), ("encoder.layers.1.mlp.fc1.weight", 1))
+            },
+            "text_model.embeddings.token_embedding.weight": 3,
+            "vision_model.pre_layrnorm.weight": 3,
+            "text_model.final_layer_norm.weight": 0,
+            "vision_model.post_layernorm.weight": 0,
+            "text_projection.weight": 0,
+        },
+    }[name]
+    assert {key: above[key] for key in expected} == expected
 
 
 def test_a_model_without_layers_is_refused_and_1_is_what_was(

@@ -13,6 +13,7 @@ from updaters import adamw, cut, make
 from villa.batch import Batch
 from villa.config.schema import WeightPerturbationConfig
 from villa.engine.updater import Updater
+from villa.errors import ConfigError
 from villa.losses.classification import CrossEntropy
 from villa.models.base import Model
 from villa.trainers.smart import SmartConfig, SmartTrainer
@@ -44,7 +45,7 @@ def test_updates_are_those_of_a_loop_by_hand_and_so_is_the_average() -> None:
                 kept = average.get_parameter(name)
                 kept.copy_(decay * kept + (1 - decay) * weight)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-11)
-    kept = trainer.weight_state["reference"]
+    kept = trainer.weight_state["reference_average"]
     torch.testing.assert_close(kept, dict(average.named_parameters()), rtol=1e-9, atol=1e-11, check_dtype=False)
 
 
@@ -86,7 +87,7 @@ def test_a_resumed_run_goes_on_to_the_bit(option: dict[str, Any]) -> None:
             second.load_state_dict(saved["updater"])
     torch.testing.assert_close(numbers(second), numbers(straight), rtol=0, atol=0)
     assert (
-        state(second)["updater"]["trainer"]["weights"]["reference"].keys()
+        state(second)["updater"]["trainer"]["weights"]["reference_average"].keys()
         == dict(straight.model.named_parameters()).keys()
     )
 
@@ -97,3 +98,18 @@ def test_without_the_term_no_average_is_kept() -> None:
     updater.update(1, [tiny_batch()])
     assert updater.state_dict()["trainer"] == {"state": {}, "weights": {}}
     assert "average" not in updater.state_dict()
+
+
+def test_an_average_that_nothing_asks_for_any_more_is_dropped() -> None:
+    model = tiny_model()
+    updater = make(model, SmartTrainer(SmartConfig(proximal_weight=1.0)), adamw(model))
+    updater.update(1, [tiny_batch()])
+    without = make(model, SmartTrainer(SmartConfig()), adamw(model))
+    without.load_state_dict(updater.state_dict())
+    assert without.state_dict()["trainer"]["weights"] == {}
+
+
+@pytest.mark.parametrize("options", [{"proximal_weight": -1.0}, {"proximal_decay": 1.0}, {"proximal_late_decay": -0.1}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is"):
+        SmartConfig(**options).check()

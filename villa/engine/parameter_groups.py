@@ -186,11 +186,16 @@ class _Order:
 
     def depth(self, name: str, top: int) -> int:
         """Return the depth of a parameter: just below the layers that come after it, or ``top`` if none does."""
-        parents = ["", *_dotted_prefixes(name)][:-1]
-        parent = next(prefix for prefix in reversed(parents) if prefix in self._below)
-        child = name.removeprefix(f"{parent}." if parent else "").partition(".")[0]
-        children = [key for key, _ in self._modules[parent].named_children()]
-        later = children[children.index(child) + 1 :] if child in children else children
-        paths = (f"{parent}.{key}" if parent else key for key in later)
-        depths = [depth for path in paths for depth in self._below.get(path, ())]
-        return min(depths) - 1 if depths else top
+        path, passed = name, 0
+        while path:
+            path, _, child = path.rpartition(".")
+            if path not in self._below:
+                continue
+            children = [key for key, _ in self._modules[path].named_children()]
+            later = children[children.index(child) + 1 :] if child in children else children
+            names = (f"{path}.{key}" if path else key for key in later)
+            above = [depth for name in names for depth in self._below.get(name, ()) if depth > passed]
+            if above:
+                return min(above) - 1
+            passed = max(self._below[path])
+        return top

@@ -34,7 +34,7 @@ _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
 }
 
 #: The average of ``training.ema`` in checkpoints, and that of ``Passes.reference`` among what the trainer keeps.
-_EMA, _REFERENCE = "ema", "reference"
+_EMA, _REFERENCE = "ema", "reference_average"
 
 
 class Updater:
@@ -168,6 +168,8 @@ class Updater:
         if "trainer" in state:  # earlier checkpoints have none
             self.trainer.load_state_dict(state["trainer"]["state"])
             self.trainer.weight_state = self._parts(state["trainer"]["weights"])
+            if self._reference_decay(1) is None:  # of a run whose options asked for it
+                self.trainer.weight_state.pop(_REFERENCE, None)
         if "average" in state and self.config.ema is not None:
             self.ema = self._parts(state["average"]["weights"])[_EMA]
             self._averaged = state["average"]["state"]["updates"]
@@ -214,11 +216,14 @@ class Updater:
 
     def _advance_averages(self, number: int) -> None:
         """Take the weights after an optimiser step into the averages."""
-        decay, weights = self._reference_decay(number), averages.local_weights(self.optimizer, self.strategy)
+        decay, ema = self._reference_decay(number), self.config.ema
+        if decay is None and ema is None:
+            return
+        weights = averages.local_weights(self.optimizer, self.strategy)
         if decay is not None:
             averages.advance(self.trainer.weight_state[_REFERENCE], weights, decay)
-        if self.config.ema is not None and self.ema is not None:
-            averages.advance(self.ema, weights, averages.warmed_up(self.config.ema, self._averaged))
+        if ema is not None and self.ema is not None:
+            averages.advance(self.ema, weights, averages.warmed_up(ema, self._averaged))
             self._averaged += 1
 
     def _reference_decay(self, number: int) -> float | None:
