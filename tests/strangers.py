@@ -50,20 +50,6 @@ class Elsewhere(StandardTrainer):
         return logs
 
 
-class FromStart(StandardTrainer):
-    """Ordinary training that also keeps to the predictions of the weights it started from."""
-
-    def step(self, batch: Batch, passes: Passes) -> Logs:
-        """Run a pass at the start's weights, without a gradient, and the clean pass."""
-        if "start" not in self.weight_state:
-            self.weight_state["start"] = {name: weight.clone() for name, weight in passes.weights.items()}
-        start = passes.forward(batch, grad=False, train=False, weights=self.weight_state["start"])
-        output = passes.forward(batch, index=1)
-        loss = passes.loss(output, batch) + passes.consistency(output, start, batch)
-        passes.backward(loss, last=True)
-        return {"loss": loss.detach()}
-
-
 class Overflowing(StandardTrainer):
     """Ordinary training after an ascent whose gradient is infinite in fp16, in the micro-batch with example 9."""
 
@@ -73,6 +59,25 @@ class Overflowing(StandardTrainer):
         loss = passes.loss(passes.forward(batch, {"text": delta}), batch)
         passes.gradient(loss * (1e37 if "9" in batch.ids else 1.0), {"text": delta})
         return super().step(batch, passes)
+
+
+class Astray(StandardTrainer):
+    """Training on perturbed texts whose ascent has an infinite gradient in the micro-batch with example 9."""
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Ascend, of a loss that is finite, and train where that has led to."""
+        delta = Perturbation(AscentSettings(step_size=0.1))
+        loss = passes.loss(passes.forward(batch, {"text": delta}, index=1), batch)
+        passes.gradient((loss - loss.detach()).sqrt() if "9" in batch.ids else loss, {"text": delta})
+        delta.ascend()
+        delta.frozen = True
+        loss = passes.loss(passes.forward(batch, {"text": delta}), batch)
+        passes.backward(loss, last=True)
+        return {"loss": loss.detach(), "perturbed_loss": loss.detach()}
+
+    def modalities(self) -> tuple[str, ...]:
+        """Only the text is perturbed."""
+        return ("text",)
 
 
 class AscendingVilla(VillaTrainer):

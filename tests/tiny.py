@@ -55,9 +55,8 @@ class RecordingPasses(ModelPasses):
         index: int = 0,
         grad: bool = True,
         train: bool = True,
-        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> ModelOutput:
-        output = super().forward(batch, perturbations, index=index, grad=grad, train=train, weights=weights)
+        output = super().forward(batch, perturbations, index=index, grad=grad, train=train)
         self.used.append({m: p.delta.detach().clone() for m, p in (perturbations or {}).items() if p.delta is not None})
         self.outputs.append(output)
         return output

@@ -55,7 +55,7 @@ def test_a_resumed_run_of_fare_keeps_its_start(work: Path, tmp_path: Path, optio
     assert run("fare", work, tmp_path / "cut", "training.updates=3", "checkpoint.resume=true", *options) == 0
     ours, theirs = last(tmp_path / "cut", 3), last(tmp_path / "straight", 3)
     torch.testing.assert_close(ours.model_state(), theirs.model_state(), rtol=0, atol=0)
-    kept = [each.training_state()["updater"]["trainer"]["weights"]["start"] for each in (ours, theirs)]
+    kept = [each.training_state()["updater"]["trainer"]["weights"]["reference_average"] for each in (ours, theirs)]
     torch.testing.assert_close(*kept, rtol=0, atol=0)
     # They are the weights of the checkpoint, of which the text encoder is not trained.
     given = villa_weights(tiny_folder("clip", work))

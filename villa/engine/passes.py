@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Literal
 
@@ -111,6 +111,7 @@ class ModelPasses:
         self.ascents: list[tuple[int, str, Tensor]] = []
         self.strategy = strategy or Strategy()
         self._check = _no_check
+        self._reference: Callable[[], AbstractContextManager[None]] = nullcontext
         self._seed = seed
         self._update = self._place = 0
         self._turn = Turn(0)
@@ -127,6 +128,7 @@ class ModelPasses:
         turn: Turn | None = None,
         last: bool = True,
         check: Callable[[], None] | None = None,
+        reference: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         """Start a micro-batch, whose losses will be multiplied by ``weight``.
 
@@ -137,11 +139,13 @@ class ModelPasses:
             turn: number of the micro-batch in the update; ``place`` by default.
             last: whether it is the last micro-batch of this process.
             check: called before every pass; raises to abort the update.
+            reference: returns a context in which the model's weights are those that ``reference`` runs; by default
+                they are its own.
         """
         if place == 0:
             self.losses.clear()
             self.ascents.clear()
-        self._check = check or _no_check
+        self._check, self._reference = check or _no_check, reference or nullcontext
         self._update, self._place, self._weight = update, place, weight
         self._turn, self._last = turn or Turn(place), last
 
@@ -149,16 +153,6 @@ class ModelPasses:
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The model's parameters: walking through its modules in every update takes longer than a small one's step."""
         return tuple(self.model.parameters())
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The trained weights themselves, or this process's part of each."""
-        self.strategy.put_away()
-        return {name: self.strategy.local(parameter) for name, parameter in self._trained.items()}
-
-    @cached_property
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     @property
     def gradient_scale(self) -> float:
@@ -177,38 +171,22 @@ class ModelPasses:
         index: int = 0,
         grad: bool = True,
         train: bool = True,
-        weights: Mapping[str, Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; return logits in fp32 or wider."""
         self._check()
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         mode = nullcontext() if train else evaluating(self.model)
-        others = nullcontext() if weights is None else self._holding(weights)
-        if grad and weights is not None:
-            raise RuntimeError("a pass with other weights has no gradient: give grad=False")
-        with torch.set_grad_enabled(grad), mode, others, injected:
+        with torch.set_grad_enabled(grad), mode, injected:
             output = self.precision.run(self.model, batch)
         if self._unmeasured and perturbations:
             self._warn_of_rounding(perturbations)
         return output
 
-    @contextmanager
-    def _holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give the trained weights other values within the context; afterwards restore them bit for bit."""
-        own = self.weights
-        before = {name: own[name].clone() for name in weights}
-        try:
-            self._set(own, weights)
-            yield
-        finally:
-            self._set(own, before)
-
-    def _set(self, own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                own[name].copy_(value)
-        self.strategy.put_away()
+    def reference(self, batch: Batch, *, train: bool = True) -> ModelOutput:
+        """Run the model at the running average of the weights; see ``villa.trainers.base.Passes``."""
+        with self._reference():
+            return self.forward(batch, grad=False, train=train)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""

@@ -132,7 +132,7 @@ def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
     """Assemble a training run from its parts and print its plan."""
     config = parts.config
-    trainer = build_trainer(config, parts.model)  # refuses what the model cannot have before examples are read
+    trainer = build_trainer(config, parts.model)  # before any work on data, as it may refuse the model
     parts.distribute()
     split, share = parts.split("train", "the training split"), parts.strategy.share
     compares = parts.loss.compares_examples(config.dataset.objectives())
@@ -148,6 +148,7 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     print(plan(parts, trainer, sampler, total), flush=True)
     for warning in (
         *warnings_of_run(config, split, sampler, total),
+        *trainer.notes(),
         *idle_note(batch, share.world_size),
         *parts.precision.notes(),
     ):
@@ -214,6 +215,8 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     if {"evaluation.monitor", "evaluation.split"} & {*changed}:
         training.progress.best = training.progress.best_update = None
     print(f"resuming after update {checkpoint.update}", flush=True)
+    if config.training.ema is not None and training.updater.ema is None:
+        print(f"  training.ema: the average starts with the weights of update {checkpoint.update}", flush=True)
     for key in changed:
         print(f"  changed since: {key}: {before.get(key)} -> {now.get(key)}", flush=True)
     for line in moved(state.get("provenance", {}).get("processes"), "distributed.strategy" in changed, config):

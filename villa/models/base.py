@@ -209,6 +209,13 @@ class Model(nn.Module, ABC):
         """
         return True
 
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the dotted prefixes of lists of layers that read the output of the other lists, in order.
+
+        By default all lists are taken to lie side by side, such as one for texts and one for images.
+        """
+        return ()
+
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the parameter-name prefixes of the task head, which may have its own learning rate."""
         return ()

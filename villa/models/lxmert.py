@@ -268,6 +268,10 @@ class Lxmert(TwoHeadModel):
         text, regions = self.packings(*streams, attentions=False)
         return text.origin, regions.origin
 
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the prefix of the cross-attention layers, which follow those of text and regions."""
+        return ("lxmert.encoder.x_layers",)
+
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the answer head."""
         return ("logit_fc",)

@@ -182,12 +182,11 @@ class PlannedPasses(ModelPasses):
         index: int = 0,
         grad: bool = True,
         train: bool = True,
-        weights: Mapping[str, Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model, and count the pass."""
         self.forwards += 1
         self.uses += 1 + grad
-        return super().forward(batch, perturbations, index=index, grad=grad, train=train, weights=weights)
+        return super().forward(batch, perturbations, index=index, grad=grad, train=train)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Back-propagate, and count the pass."""

@@ -41,10 +41,6 @@ class Passes(Protocol):
     def gradient_scale(self) -> float:
         """Current factor on every gradient (loss scale x micro-batch weight)."""
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The trained weights themselves, by name; see ``Frame.weights``."""
-
     def seed(self, name: str) -> int:
         """Return a seed for the random draws called ``name`` of this micro-batch."""
 
@@ -56,7 +52,6 @@ class Passes(Protocol):
         index: int = 0,
         grad: bool = True,
         train: bool = True,
-        weights: Mapping[str, Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model, with perturbations added at their points.
 
@@ -66,8 +61,13 @@ class Passes(Protocol):
             index: selects the random state: equal indices get equal dropout masks.
             grad: False runs without an autograd graph.
             train: False runs the model in evaluation mode, without dropout.
-            weights: values of trained weights to run with instead, by name, as in ``weight_state``; without ``grad``,
-                and before the passes whose graphs are still needed.
+        """
+
+    def reference(self, batch: Batch, *, train: bool = True) -> ModelOutput:
+        """Run the clean pass at the running average of the weights that ``Trainer.reference_decay`` asks for.
+
+        The output has no graph, and the dropout masks of ``forward(batch, index=0)``, or none with ``train=False``.
+        Call it before the passes whose graphs are back-propagated.
         """
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
@@ -176,6 +176,20 @@ class Trainer(ABC):
         """
         return {}
 
+    def reference_decay(self, progress: float) -> float | None:
+        """Return the decay of the running average of the weights that ``Passes.reference`` runs.
+
+        The average starts with the weights before the first update, takes in those after every optimiser step, and is
+        part of ``weight_state``.
+
+        Args:
+            progress: share of the training that the update ends, above 0 and at most 1.
+
+        Returns:
+            The decay, or None (the default) if the method has no use for the average. 1 keeps the weights of the start.
+        """
+        return None
+
     @abstractmethod
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run all passes of one micro-batch; return detached values to log, including ``loss``."""
@@ -231,6 +245,10 @@ class Trainer(ABC):
     def modalities(self) -> tuple[str, ...]:
         """Return the perturbed modalities, which are checked against the model's points before training."""
         return ()
+
+    def notes(self) -> list[str]:
+        """Return notes on options that have no effect on the model, one line each; see ``stochastic``."""
+        return []
 
     def check(self, model: Model) -> None:  # noqa: B027 - a method need not check
         """Check that the options fit a model, which has the points of ``modalities``; by default they do.

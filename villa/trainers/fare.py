@@ -53,11 +53,7 @@ class FareTrainer(SearchTrainer):
         if not self.perturbs(batch):
             return clean_step(batch, passes)
         images = images_of(batch)
-        if "start" not in self.weight_state:
-            self.weight_state["start"] = {name: weight.clone() for name, weight in passes.weights.items()}
-        start = self.weight_state["start"]
-        fixed = features(passes.forward(images, grad=False, train=False, weights=start))
-        deltas = self.perturbations(passes)
+        fixed, deltas = features(passes.reference(images, train=False)), self.perturbations(passes)
         logs = self.search(images, passes, deltas, lambda output: distance(output, fixed), "distance")
         for last, output in self.found(images, passes, deltas):
             loss = distance(output, fixed)
@@ -72,6 +68,10 @@ class FareTrainer(SearchTrainer):
     def cost_of(self, objective: str) -> Cost:
         """Return the cost of an objective."""
         return self.cost() if self.asks_for(objective) else CLEAN_COST
+
+    def reference_decay(self, progress: float) -> float:
+        """Keep the weights of the start as they are."""
+        return 1.0
 
     def check(self, model: Model) -> None:
         """Refuse models that do not embed images by themselves."""

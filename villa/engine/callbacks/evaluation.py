@@ -27,6 +27,9 @@ class Batches(Protocol):
 class EvaluationCallback(Callback):
     """Evaluates at intervals and at the end, tracks the best update, and stops when there is no more progress.
 
+    With ``training.ema``, it evaluates the running average of the weights; values of the weights themselves are called
+    ``live_<name>``.
+
     Args:
         evaluator: scores the batches.
         batches: iterates over the validation split's batches.
@@ -67,7 +70,7 @@ class EvaluationCallback(Callback):
         if not (due or progress.finished):
             return
         try:
-            self.values = self.evaluator.evaluate(training.checked(self.batches()))
+            self.values = self._evaluate(training)
         except Interrupted:
             progress.pending = self.name
             return
@@ -84,6 +87,14 @@ class EvaluationCallback(Callback):
         """Restore ``state_dict()``."""
         self.without_improvement = int(state.get("without_improvement", 0))
         self.values = {str(name): float(value) for name, value in state.get("values", {}).items()}
+
+    def _evaluate(self, training: Training) -> dict[str, float]:
+        with training.updater.averaged():
+            values = self.evaluator.evaluate(training.checked(self.batches()))
+        if training.updater.ema is not None:
+            live = self.evaluator.evaluate(training.checked(self.batches()))
+            values |= {f"live_{name}": value for name, value in live.items()}
+        return values
 
     def _monitored(self, values: Mapping[str, float]) -> float:
         if self.config.monitor not in values:

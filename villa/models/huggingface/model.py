@@ -22,7 +22,7 @@ from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
 from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, generate, pool, pooled_size, prompts
-from villa.models.huggingface.points import find_other_points, find_points, override
+from villa.models.huggingface.points import find_other_points, find_points, language_layers, override
 from villa.models.loading import check_shapes
 from villa.models.matching import Matching
 from villa.models.transformers_model import TransformersModel, name_labels
@@ -160,6 +160,11 @@ class HuggingFaceModel(TransformersModel):
     def scores_label_texts(self) -> bool:
         """Return whether the data gives the labels texts."""
         return self.label_texts is not None
+
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the prefix of a generative model's language model, which reads images that others have encoded."""
+        path = language_layers(self.transformer) if self.task == "generation" else None
+        return () if path is None else (f"transformer.{path}",)
 
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the classification head."""

@@ -153,6 +153,16 @@ def word_embedding(model: nn.Module) -> str | None:
     return next((name for name, table in tables if table.num_embeddings == rows), None)
 
 
+def language_layers(model: nn.Module) -> str | None:
+    """Return the dotted path of the innermost module with both the word embedding and a list of layers."""
+    path = word_embedding(model)
+    while path:
+        path = path.rpartition(".")[0]
+        if any(isinstance(module, nn.ModuleList) for module in model.get_submodule(path).modules()):
+            return path or None
+    return None
+
+
 def _named_point(module: nn.Module, path: str, side: str) -> Point:
     layout: Literal["tokens", "channels_first"] = "channels_first" if _is_convolution(module) else "tokens"
     if side in _SIDES:
