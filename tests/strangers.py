@@ -61,6 +61,25 @@ class Overflowing(StandardTrainer):
         return super().step(batch, passes)
 
 
+class Astray(StandardTrainer):
+    """Training on perturbed texts whose ascent has an infinite gradient in the micro-batch with example 9."""
+
+    def step(self, batch: Batch, passes: Passes) -> Logs:
+        """Ascend, of a loss that is finite, and train where that has led to."""
+        delta = Perturbation(AscentSettings(step_size=0.1))
+        loss = passes.loss(passes.forward(batch, {"text": delta}, index=1), batch)
+        passes.gradient((loss - loss.detach()).sqrt() if "9" in batch.ids else loss, {"text": delta})
+        delta.ascend()
+        delta.frozen = True
+        loss = passes.loss(passes.forward(batch, {"text": delta}), batch)
+        passes.backward(loss, last=True)
+        return {"loss": loss.detach(), "perturbed_loss": loss.detach()}
+
+    def modalities(self) -> tuple[str, ...]:
+        """Only the text is perturbed."""
+        return ("text",)
+
+
 class AscendingVilla(VillaTrainer):
     """VILLA, after all its perturbations were made by ``Passes.gradient`` alone; both are kept.
 

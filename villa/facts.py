@@ -23,6 +23,14 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
+class PixelScale:
+    """How a model's pixel values code colours in [0, 1]: ``value = (colour - mean) / std``, for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """What the data determine about a model, so that its configuration may leave it open.
 
@@ -35,6 +43,8 @@ class DataFacts:
         tokens: tokens by id (None for an unused id), or None if unknown.
         padding: id of the padding token, or None if unknown.
         reading: preprocessing that the weights depend on: ``{"image size": "224"}``.
+        pixels: scale of ``Batch.pixel_values``, or None without images or if it is unknown.
+        label_texts: token ids of the text that stands for each label, in the order of the logits, or None.
     """
 
     vocab_size: int | None = None
@@ -45,6 +55,8 @@ class DataFacts:
     tokens: tuple[str | None, ...] | None = None
     padding: int | None = None
     reading: Mapping[str, str] = field(default_factory=dict)
+    pixels: PixelScale | None = field(default=None, compare=False)  # ``reading`` has it as words
+    label_texts: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ TRAINERS: Registry[Any] = Registry(
     {
         "standard": "villa.trainers.standard",
         **dict.fromkeys(("fgm", "pgd"), "villa.trainers.pgd"),
+        **dict.fromkeys(("fare", "tecoa"), "villa.trainers.fare"),
         "freelb": "villa.trainers.freelb",
         "noise": "villa.trainers.noise",
         "rdrop": "villa.trainers.rdrop",

@@ -3,8 +3,8 @@
     python projects/own_data/draw.py outputs/own_data/data
 
 writes ``images/*.png``, ``train.jsonl``, ``val.jsonl`` and ``test.jsonl`` (questions with answers),
-``captions_*.jsonl`` (a caption for each image), and ``questions.jsonl`` (questions alone, to predict on). The same
-numbers are drawn every time.
+``captions_*.jsonl`` (a caption for each image), ``classes_*.jsonl`` (its colour, as a class), and ``questions.jsonl``
+(questions alone, to predict on). The same numbers are drawn every time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main() -> None:
         records = list(draw_split(folder, split, copies, random))
         write_lines(folder / f"{split}.jsonl", records)
         write_lines(folder / f"captions_{split}.jsonl", captions(split, copies))
+        asked = [record for record in records if record["answer"] in COLOURS]
+        write_lines(folder / f"classes_{split}.jsonl", asked)
         print(f"{folder / split}.jsonl: {len(records)} questions")
     write_lines(folder / "questions.jsonl", [{"image": r["image"], "question": r["question"]} for r in records[:6]])
 

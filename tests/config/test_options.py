@@ -4,6 +4,7 @@ from typing import Any, Literal
 import pytest
 
 from villa.config.options import attribute_docs, dataclass_options, describe, find, why_unknown
+from villa.errors import ConfigError
 
 
 @dataclass
@@ -85,3 +86,34 @@ def test_unknown_keys_are_explained() -> None:
 )
 def test_types_are_described_in_words(hint: Any, text: str) -> None:
     assert describe(hint) == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "wanted"),
+    [
+        ("trainer.image_radius=4/255", "trainer.image_radius", 4 / 255),
+        ("trainer.image_step_size=2.5 / 255", "trainer.image_step_size", 2.5 / 255),
+        ("trainer.channels=[1, 1/2, 0.25]", "trainer.channels", [1.0, 0.5, 0.25]),
+        ("optimizer.lr_multipliers.uniter=1/4", "optimizer.lr_multipliers", {"uniter": 0.25}),
+        ("name=4/255", "name", "4/255"),
+        ("dataset.train=1/2", "dataset.train", "1/2"),
+    ],
+)
+def test_numbers_may_be_fractions_and_texts_stay(argument: str, key: str, wanted: Any) -> None:
+    from villa.config import load
+
+    pixels = ("trainer=pgd", "trainer.norm=linf", "trainer.points.image=pixels")
+    found = load(["model=vilt", "dataset=jsonl", *pixels, "batch.examples=1", "training.updates=1", argument])
+    section, _, name = key.rpartition(".")
+    config = found.config
+    value = getattr(getattr(config, section) if section else config, name)
+    assert value == wanted
+    assert type(value) is type(wanted)
+
+
+@pytest.mark.parametrize("text", ["4/0", "4/-1", "-1/2", "1/2/3", "4/x", "/255"])
+def test_what_is_no_fraction_is_refused(text: str) -> None:
+    from villa.config import load
+
+    with pytest.raises(ConfigError, match="must be a number"):
+        load(["model=vilt", "dataset=jsonl", "trainer=pgd", "batch.examples=1", f"trainer.image_radius={text}"])

@@ -16,6 +16,7 @@ from processor_batches import ANSWERS, GENERATIVE, QUESTIONS, make_data, tiny, t
 
 from villa.batch import Batch
 from villa.config.schema import BatchConfig
+from villa.datasets.names import pixel_scale
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.own.processors import load_processor
 from villa.datasets.samplers import UpdateSampler
@@ -515,3 +516,23 @@ def test_the_processor_is_given_what_people_see(name: str, tmp_path: Path) -> No
     assert_equal(batch_of(make_data(stored / "questions.jsonl", folder, task, background="grey")), expected)
     on_white = fields(batch_of(make_data(stored / "questions.jsonl", folder, task)))
     assert not on_white["pixel_values"].equal(fields(expected)["pixel_values"])
+
+
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}, {"do_rescale": False}])
+@pytest.mark.parametrize("name", ["clip", "siglip", "vilt", "llava", "idefics3", "paligemma"])
+def test_the_scale_of_pixels_is_that_of_the_processor(name: str, options: dict[str, Any], work: Path) -> None:
+    """Black, grey and white come back as 0, 128/255 and 1, whatever the processor does to them."""
+    processor = load_processor(tiny_folder(name, work))
+    for option, value in options.items():
+        setattr(processor.image_processor, option, value)
+    scale = pixel_scale(processor)
+    assert scale is not None
+    for level in (0, 128, 255):
+        picture = Image.new("RGB", (32, 32), (level, level, level))
+        values = processor.image_processor([picture], return_tensors="pt")["pixel_values"].flatten(0, -4)
+        colours = values * torch.tensor(scale.std)[:, None, None] + torch.tensor(scale.mean)[:, None, None]
+        torch.testing.assert_close(colours, torch.full_like(colours, level / 255), rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_alone_has_no_scale_of_pixels(work: Path) -> None:
+    assert pixel_scale(load_processor(tiny_folder("clip", work)).tokenizer) is None

@@ -27,7 +27,7 @@ TRIED: dict[str, tuple[dict[str, Any], list[str], torch.dtype]] = {
         [
             *("standard_2", "standard_4", "freelb_2", "freelb_4", "villa_text_4", "villa_image_detached_2"),
             *("villa_both_2", "villa_both_4", "villa_alternating_2", "villa_alternating_4", "villa_both_detached_4"),
-            *("odd", "clipped", "words", "bf16", "fp16", "skipped", "adamw"),
+            *("odd", "clipped", "clipped_groups", "words", "bf16", "fp16", "skipped", "adamw"),
         ],
         torch.float32,
     ),

@@ -10,21 +10,28 @@ import updates
 from fairscale_updates import PLAIN
 from shapes.smart import SmartConfig, SmartTrainer
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
-from strangers import AscendingVilla, AwpVilla, Elsewhere, Overflowing
+from strangers import AscendingVilla, Astray, AwpVilla, Elsewhere, Overflowing
 
+from villa.config.schema import WeightPerturbationConfig
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
 from villa.trainers.base import Trainer
 from villa.trainers.noise import NoiseConfig, NoiseTrainer
 from villa.trainers.pgd import PgdConfig, PgdTrainer
 from villa.trainers.rdrop import RDropConfig, RDropTrainer
+from villa.trainers.smart import SmartConfig as SmartOptions
+from villa.trainers.smart import SmartTrainer as Smart
+from villa.trainers.standard import StandardTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
 _ASCENTS, _METHODS = (
     ("text", "image", "both", "alternating", "merged", "bf16", "fp16"),
-    ("smart", "sam", "awp", "elsewhere", "averaging", "pgd", "rdrop", "noise"),
+    (
+        *("smart", "sam", "awp", "elsewhere", "averaging", "pgd", "layers", "rdrop", "noise"),
+        *("proximal", "proximal_sam", "average", "astray"),
+    ),
 )
-_OPTIONS = ("both", "merged", "smart_without_dropout")
+_OPTIONS = ("both", "merged", "smart_without_dropout", "layers")
 #: Strategies with their options, the type of the weights under each, and the cases that are tried.
 STRATEGIES: dict[str, tuple[dict[str, Any], torch.dtype, tuple[str, ...]]] = {
     "ddp": ({}, torch.float64, (*_ASCENTS, *_METHODS, "overflowing")),
@@ -57,6 +64,13 @@ ASCENTS: dict[str, tuple[VillaConfig, dict[str, Any]]] = {
 }
 
 _SIZES: dict[str, Any] = {"steps": 2, "text_step_size": 0.1, "image_step_size": 0.1}
+
+
+def _proximal() -> Trainer:
+    sizes = {"text_radius": 0.2, "image_radius": 0.2, "init_scale": 0.1}
+    return Smart(SmartOptions(**_SIZES, **sizes, proximal_weight=2.0, proximal_late_decay=0.5))
+
+
 #: Methods whose updates are compared with those of one process.
 METHODS: dict[str, Callable[[], Trainer]] = {
     "smart": lambda: SmartTrainer(SmartConfig(steps=2, step_size=0.1, noise=0.1, radius=0.2)),
@@ -66,9 +80,22 @@ METHODS: dict[str, Callable[[], Trainer]] = {
     "pgd": lambda: PgdTrainer(PgdConfig(**_SIZES, init="zero", modality="alternating", clean_loss=True)),
     "rdrop": lambda: RDropTrainer(RDropConfig()),
     "noise": lambda: NoiseTrainer(NoiseConfig(modality="both", consistency_weight=1.0)),
+    "layers": lambda: PgdTrainer(
+        PgdConfig(**_SIZES, init="zero", momentum=0.5, points={"text": ["embeddings", "layer.1"], "image": "layer.0"})
+    ),
     "averaging": lambda: AveragingTrainer(AverageConfig(decay=0.5)),
     "elsewhere": Elsewhere,
     "overflowing": Overflowing,
+    "proximal": _proximal,
+    "proximal_sam": _proximal,
+    "average": StandardTrainer,
+    "astray": Astray,
+}
+#: Options of the update around some of them.
+TRAINING: dict[str, dict[str, Any]] = {
+    "proximal_sam": {"weight_perturbation": WeightPerturbationConfig("sam", 0.1), "ema": 0.05},
+    "average": {"ema": 0.9},
+    "astray": {"nonfinite": "skip"},
 }
 
 
@@ -87,6 +114,7 @@ def ascents(used: Strategy, case: str, dtype: torch.dtype) -> dict[str, Any]:
 def method(used: Strategy, name: str, dtype: torch.dtype) -> dict[str, Any]:
     """What comes out of two updates by a method, each after an evaluation, with what it keeps of weights."""
     options = {"precision": "fp16", "dtype": torch.float32} if name == "overflowing" else {"dtype": dtype}
+    options |= TRAINING.get(name, {})
     return updates.run(used, METHODS[name](), count=3, updates=2, evaluate=True, **PLAIN, **options)
 
 

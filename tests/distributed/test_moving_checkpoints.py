@@ -93,16 +93,16 @@ def test_what_a_method_keeps_of_weights_moves_with_the_run(context: Any, tmp_pat
     folder, straight = tmp_path / "run", tmp_path / "straight"
     places = (("fsdp", 2, SHARDED), ("single", 1, SHARDED), ("fairscale_fsdp", 2, BACKGROUND), ("fsdp", 2, BACKGROUND))
     for update, (strategy, count, option) in enumerate(places, 1):
-        go(context, folder, update, strategy, count, "trainer=averaging", option)
-    go(context, straight, 4, "single", 1, "trainer=averaging")
-    ours, theirs = (
-        load(CheckpointStore(run / CHECKPOINTS, keep=1).path(4)).training_state()["updater"]["trainer"]
-        for run in (folder, straight)
-    )
-    assert ours["state"] == theirs["state"] == {"seen": 4}
-    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=1e-4)
-    weights = load(CheckpointStore(folder / CHECKPOINTS, keep=1).path(4)).model_state()
-    assert any((value - weights[name]).abs().max() > 1e-3 for name, value in ours["weights"]["average"].items())
+        go(context, folder, update, strategy, count, "trainer=averaging", "training.ema=0.5", option)
+    go(context, straight, 4, "single", 1, "trainer=averaging", "training.ema=0.5")
+    ours, theirs = (load(CheckpointStore(run / CHECKPOINTS, keep=1).path(4)) for run in (folder, straight))
+    weights = ours.model_state()
+    for part, word, count in (("trainer", "average", {"seen": 4}), ("average", "ema", {"updates": 4})):
+        kept, expected = (checkpoint.training_state()["updater"][part] for checkpoint in (ours, theirs))
+        assert kept["state"] == expected["state"] == count
+        torch.testing.assert_close(kept["weights"], expected["weights"], rtol=0, atol=1e-4)
+        assert any((value - weights[name]).abs().max() > 1e-3 for name, value in kept["weights"][word].items())
+    torch.testing.assert_close(ours.averaged_state(), theirs.averaged_state(), rtol=0, atol=1e-4)
 
 
 def die(folder: str, rank: int, operation: int, *options: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pair
 import pytest
 import torch
+from processor_batches import tiny_folder
 from safetensors.torch import load_file
 
 PROJECTS = Path(__file__).parents[2] / "projects"
@@ -83,6 +84,21 @@ def assert_same_weights(two: Path, one: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-4)
+
+
+def test_fare_on_two_processes_ends_with_the_weights_of_one(context: Any, place: Path) -> None:
+    folder = tiny_folder("clip", place)
+    checkpoint = (f"model.checkpoint={folder}", f"dataset.processor={folder}")
+    quick = ("training.epochs=null", "evaluation.every=null", "batch.examples=8", "batch.per_pass=3", "trainer.steps=3")
+    large = ("optimizer.lr=0.01", "scheduler=constant", "run_type=train", "checkpoint.every=3")
+    # Neither a sign nor Adam turns a rounding error into a step.
+    smooth = ("trainer.norm=l2", "trainer.step=normalised", "trainer.image_step_size=1", "trainer.image_radius=2")
+    two, one = both(context, place, "huggingface/fare", *checkpoint, *quick, *large, *smooth, "optimizer.eps=0.01")
+    assert_same_weights(two, one)
+    start = load_file(folder / "model.safetensors")
+    ended = load_file(one / "checkpoints" / "update_00000003" / "model.safetensors")
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert (ended[f"transformer.{name}"] - start[name]).abs().mean() > 0.001
 
 
 def records(path: Path) -> list[dict[str, Any]]:

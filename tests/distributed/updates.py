@@ -55,6 +55,13 @@ CASES: dict[str, dict[str, Any]] = {
     "sum": {"trainer": "villa_text", "count": 3, "accumulation": "sum"},
     "total": {"trainer": "freelb", "count": 4, "accumulation": "total"},
     "clipped": {"trainer": "villa_alternating", "count": 3, "clip_norm": 0.05},
+    "clipped_groups": {
+        "trainer": "villa_alternating",
+        "count": 3,
+        "clip_norm": 0.05,
+        "clip_norms": {"uniter.embeddings": 0.01, "uniter.encoder.layer.1": 0.02},
+        "layer_decay": 0.5,
+    },
     "words": {"trainer": "villa_text", "count": 2, "objective": "mlm"},
     "features": {"trainer": "villa_text", "count": 3, "objective": "mrfr"},
     "bf16": {"trainer": "villa_text", "count": 2, "precision": "bf16", "dtype": torch.float32},
@@ -135,6 +142,7 @@ def make(
     optimizer: str = "bert_adamw",
     lr: float = 0.01,
     eps: float = 1e-6,
+    layer_decay: float = 1.0,
     seed: int = 0,
     **training: Any,
 ) -> Updater:
@@ -144,7 +152,8 @@ def make(
     if isinstance(trainer, str):
         method = TRAINERS.get(TRAINERS_TRIED[trainer]["name"])
         trainer = method(method.Config(**TRAINERS_TRIED[trainer]))
-    factory = OPTIMIZERS.get(optimizer)(OPTIMIZERS.get(optimizer).Config(name=optimizer, lr=lr, eps=eps))
+    kind = OPTIMIZERS.get(optimizer)
+    factory = kind(kind.Config(name=optimizer, lr=lr, eps=eps, layer_decay=layer_decay))
     loss = CrossEntropy() if objective is None else Pretraining()
     return Updater(
         ModelPasses(model, loss, Precision(precision, CPU), 0, used),
@@ -181,22 +190,25 @@ def run(
     evaluate: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Some updates; return all parameters, the values logged, and what the trainer keeps of weights."""
+    """Some updates; return all parameters, the values logged, and what is kept of weights."""
     updater = make(used, trainer, **options)
     updater.model.train()
     objective, logs = options.get("objective"), {}
     for number in range(1, updates + 1):
         if evaluate:
-            with used.without_gradients(), modes([(module, False) for module in updater.model.modules()]):
+            evaluating = modes([(module, False) for module in updater.model.modules()])
+            with updater.averaged(), used.without_gradients(), evaluating:
                 updater.precision.run(updater.model, examples(objective, next(updater.model.parameters()).dtype))
         logs = update(updater, number, count, objective, spoilt)
+    state = updater.state_dict()
     return {
         "parameters": {name: value.clone() for name, value in used.state_dict(updater.model).items()},
         "logs": {name: float(value) for name, value in logs.items()},
         "scale": updater.precision.loss_scale,
         "kept": {
             f"{word}.{name}": value.clone()
-            for word, of in updater.state_dict()["trainer"]["weights"].items()
+            for part in ("trainer", "average")
+            for word, of in state.get(part, {"weights": {}})["weights"].items()
             for name, value in of.items()
         },
     }

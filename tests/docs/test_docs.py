@@ -26,8 +26,10 @@ ALL = [ROOT / "README.md", *LINKED, *sorted((ROOT / "docs").glob("*.md")), *sort
 PAGES = list(dict.fromkeys(ALL))
 
 #: What cuts the training of a recipe short.
+EASY = ["training.updates=2", "dataset.limit=16", "evaluation.every=null"]
 QUICK = {
-    "config=projects/villa/easy_vqa.yaml": ["training.updates=2", "dataset.limit=16", "evaluation.every=null"],
+    "config=projects/villa/easy_vqa.yaml": EASY,
+    **{f"config=projects/villa/methods/{name}.yaml": EASY for name in ("smart", "awp", "ema")},
     "config=projects/own_data/own_data.yaml": ["training.epochs=null", "training.updates=2", "evaluation.every=null"],
 }
 #: The same for a script.

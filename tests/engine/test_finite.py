@@ -14,7 +14,9 @@ from torch import Tensor
 from updaters import adamw, cut, make, set_scale
 
 from villa.batch import Batch
+from villa.config.schema import WeightPerturbationConfig
 from villa.engine.frame import describe_nonfinite
+from villa.engine.passes import ModelPasses
 from villa.engine.updater import Updater
 from villa.errors import NonFiniteError
 from villa.losses.base import Loss, LossConfig
@@ -22,6 +24,9 @@ from villa.losses.classification import CrossEntropy
 from villa.models.base import ModelOutput
 from villa.registry import register_loss
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
+from villa.trainers.noise import NoiseConfig, NoiseTrainer
+from villa.trainers.pgd import FgmConfig, FgmTrainer, PgdConfig, PgdTrainer
+from villa.trainers.smart import SmartConfig, SmartTrainer
 from villa.trainers.villa import VillaConfig, VillaTrainer
 
 
@@ -118,6 +123,70 @@ def test_a_norm_that_overflows_is_said_to_although_every_gradient_is_finite() ->
         parameter.grad = torch.full_like(parameter, 1e38)
     found = describe_nonfinite([(0, torch.tensor(1.0))], {}, model.named_parameters(), [tiny_batch(examples=2)])
     assert found == "the norm of all gradients together is too large for a float; examples: 0, 1"
+
+
+class Astray(ModelPasses):
+    """Passes in which all that is perturbed has a gradient that is NaN, where example 4 is; losses are finite."""
+
+    def forward(self, batch: Batch, perturbations: Any = None, **named: Any) -> ModelOutput:
+        output = super().forward(batch, perturbations, **named)
+        if not perturbations or "4" not in batch.ids:
+            return output
+        return output.map_scores(lambda scores: scores + (scores - scores.detach()).abs().sum().sqrt())
+
+
+PERTURBING: dict[str, Any] = {
+    "fgm": FgmTrainer(FgmConfig()),
+    "pgd": PgdTrainer(PgdConfig(modality="alternating")),
+    "smart": SmartTrainer(SmartConfig()),
+    "noise": NoiseTrainer(NoiseConfig()),
+    "freelb": FreeLBTrainer(FreeLBConfig()),
+    "villa": VillaTrainer(VillaConfig()),
+}
+
+
+@pytest.mark.parametrize("option", [{}, {"weight_perturbation": WeightPerturbationConfig("sam", 0.1)}])
+@pytest.mark.parametrize("name", PERTURBING)
+def test_an_update_whose_perturbations_go_astray_is_trained_without_them(
+    name: str, option: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, plain = (
+        updater(CrossEntropy(), PERTURBING[name], nonfinite="skip", **option),
+        updater(CrossEntropy(), **option),
+    )
+    made.passes.__class__ = Astray
+    for each in (made, plain):
+        logs = each.update(1, cut(tiny_batch(), (4, 2)))
+        assert logs["loss"].isfinite()
+    torch.testing.assert_close(made.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+    searches = name in ("pgd", "smart")
+    found = "the gradient of a perturbation (text) is not finite; examples: 4, 5" if searches else "the gradient of "
+    assert f"trained on clean inputs alone in update 1: {found}" in capsys.readouterr().out
+    assert made.skipped == 1
+    made.update(2, cut(tiny_batch(start=6), (4, 2)))
+    assert made.skipped == 0
+    assert not capsys.readouterr().out
+    stopped = updater(CrossEntropy(), PERTURBING[name], **option)
+    stopped.passes.__class__ = Astray
+    with pytest.raises(NonFiniteError, match=r"is not finite; examples: .*4, 5"):
+        stopped.update(1, cut(tiny_batch(), (4, 2)))
+
+
+def test_too_many_updates_without_perturbations_end_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    made = updater(CrossEntropy(), PERTURBING["pgd"], nonfinite="skip", max_skips=2)
+    made.passes.__class__ = Astray
+    for number in (1, 2):
+        made.update(number, [tiny_batch()])
+    with pytest.raises(NonFiniteError, match="the 2 updates before it were trained on clean inputs alone"):
+        made.update(3, [tiny_batch()])
+
+
+def test_an_update_that_is_not_finite_on_clean_inputs_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    made = updater(Poisoned(PoisonedConfig(ids=["4"])), PERTURBING["villa"], nonfinite="skip")
+    weights = copy.deepcopy(made.model.state_dict())
+    made.update(1, [tiny_batch()])
+    assert capsys.readouterr().out.startswith("skipped update 1: the loss of backward pass 1 is nan")
+    torch.testing.assert_close(made.model.state_dict(), weights, rtol=0, atol=0)
 
 
 def test_skipping_leaves_weights_and_optimizer_untouched_and_goes_on() -> None:

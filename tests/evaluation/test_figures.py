@@ -137,3 +137,12 @@ def test_a_log_without_values_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no training or validation values to draw"):
         plot_curves(path, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_perturbations_at_several_points_have_a_line_each(tmp_path: Path) -> None:
+    tracker = JsonLinesTracker(tmp_path / "log.jsonl")
+    values = {"loss": 1.0} | {f"pass0/{key}_delta": 0.02 for key in ("text", "text.layer.3", "image.pixels")}
+    tracker.log(1, "train", values)
+    tracker.close()
+    panel = _panel(curves_figure(tmp_path / "log.jsonl"), "Perturbation size")
+    assert _labels(panel) == ["image.pixels, pass 0", "text, pass 0", "text.layer.3, pass 0"]

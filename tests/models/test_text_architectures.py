@@ -11,6 +11,9 @@ from adversarial_oracle import oracle
 from tiny import RecordingPasses
 from torch import Tensor
 
+from villa.adversarial.ascent import AscentSettings
+from villa.adversarial.injection import inject
+from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.datasets.base import Example
 from villa.datasets.collation import collate
@@ -80,6 +83,29 @@ def test_padding_does_not_change_a_text(name: str) -> None:
         alone = torch.cat([model(batch_of([text], types)).logits for text in TEXTS])
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert torch.equal(model(batch_of(TEXTS)).logits, together) == (name not in WITH_TYPES | {"roberta", "xlm-roberta"})
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_are_perturbed_at_the_tokens_of_each_text(name: str) -> None:
+    """ALBERT's layers are one, which runs twice: no point."""
+    model, batch = build(name), batch_of(TEXTS)
+    points = model.other_points()
+    assert [*points] == ([] if name == "albert" else ["text.layer.0", "text.layer.1"])
+    clean = model(batch).logits
+    for key, point in points.items():
+        perturbation = Perturbation(AscentSettings(0.1, init="normal", init_scale=3.0))
+        with inject(model, points, {key: perturbation}, batch):
+            moved = model(batch).logits
+        assert ((moved - clean).abs().amax(1) > 1e-4).all()
+        moved.square().sum().backward()
+        mask, delta = point.mask(batch), perturbation.delta
+        assert mask is not None
+        assert delta is not None
+        assert delta.grad is not None
+        assert delta.shape == (3, 8, 16)
+        assert (delta[~mask] == 0).all()
+        assert (delta.grad[~mask].abs() < 1e-6).all()
+        assert (delta.grad[mask].abs().amax(-1) > 0).all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -37,7 +37,10 @@ def step(config: RunConfig, model: Model, batch: Batch) -> None:
     TRAINERS.get(config.trainer.name)(config.trainer).step(batch, passes_of(config, model))
 
 
-@pytest.mark.parametrize("method", [*([m] for m in METHODS), TEXT, [METHODS[2], AGAIN]], ids="_".join)
+LAYERS = ["trainer=villa", "trainer.points={text: layer.1, image: [embeddings, layer.0]}"]
+
+
+@pytest.mark.parametrize("method", [*([m] for m in METHODS), TEXT, LAYERS, [METHODS[2], AGAIN]], ids="_".join)
 def test_memory_is_what_real_tensors_take(method: list[str]) -> None:
     config = recipe(*method, "trainer.init=zero" if "standard" not in method[0] else "seed=0")
     batch, model = batch_of(), model_of(config, "cpu")

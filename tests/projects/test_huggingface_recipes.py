@@ -13,7 +13,16 @@ from processor_batches import tiny_folder
 from villa.cli.run import main
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {"clip": "clip", "siglip": "siglip", "llava": "llava", "qwen2_vl": "qwen2_vl", "smolvlm": "smolvlm"}
+#: Recipe to the architecture of its checkpoint, and the start of its files' names.
+RECIPES = {
+    "clip": ("clip", "captions_"),
+    "fare": ("clip", "captions_"),
+    "tecoa": ("clip", "classes_"),
+    "siglip": ("siglip", "captions_"),
+    "llava": ("llava", ""),
+    "qwen2_vl": ("qwen2_vl", ""),
+    "smolvlm": ("smolvlm", ""),
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +34,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(recipe: str, work: Path, output: Path) -> list[str]:
-    text = (ROOT / f"projects/huggingface/{recipe}.yaml").read_text()
-    stem = "captions_" if "clip" in text.split("\n")[0].lower() or "clip.yaml" in text else ""
+    architecture, stem = RECIPES[recipe]
     files = [f"dataset.{split}={work}/data/{stem}{split}.jsonl" for split in ("train", "val", "test")]
-    folder = tiny_folder(RECIPES[recipe], work)
+    folder = tiny_folder(architecture, work)
     return [
         f"config={ROOT}/projects/huggingface/{recipe}.yaml",
         *files,
@@ -43,9 +51,9 @@ def test_all_recipes_are_here() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_a_recipe_runs_on_a_tiny_checkpoint(recipe: str, work: Path, tmp_path: Path) -> None:
-    quick = ["training.epochs=null", "training.updates=2", "evaluation.every=null", "model.freeze=[]"]
-    if recipe not in ("clip", "siglip"):
-        quick.append("model.lora_rank=4")
+    quick = ["training.epochs=null", "training.updates=2", "evaluation.every=null"]
+    if not RECIPES[recipe][1]:
+        quick += ["model.lora_rank=4", "model.freeze=[]"]
     assert main([*arguments(recipe, work, tmp_path / "run"), *quick, "logging.progress=off"]) == 0
     assert (tmp_path / "run" / "metrics.json").is_file()
 

@@ -25,7 +25,7 @@ RECIPES = sorted(
     for project in ("uniter", "villa")
     for path in (PROJECTS / project).rglob("*.yaml")
     if not path.name.startswith(("_", "two_stage")) and path.name != "easy_vqa.yaml"
-    if path.parent.name not in ("pretrain", "two_stage")
+    if path.parent.name not in ("methods", "pretrain", "two_stage")
 )
 #: Those with a path of their own through the code; the others differ in numbers that a synthetic run replaces.
 RUN = [

@@ -1,4 +1,4 @@
-"""NEFTune, R3F, R-Drop and SAM against tensors that their authors' code computed (``tests/golden/methods``)."""
+"""NEFTune, R3F, R-Drop, SAM and SMART against tensors that their authors' code computed (``tests/golden/methods``)."""
 
 from typing import Any
 
@@ -11,13 +11,16 @@ from torch import Tensor
 from transformers import BertConfig
 from updaters import make
 
+from villa.adversarial.ascent import ascend
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.config.schema import WeightPerturbationConfig
+from villa.models.base import ModelOutput
 from villa.models.text_classifier import TextClassifier
 from villa.trainers.base import Passes
 from villa.trainers.noise import NoiseConfig, NoiseTrainer
 from villa.trainers.rdrop import RDropConfig, RDropTrainer
+from villa.trainers.smart import SmartConfig, SmartTrainer
 
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
 WORDS = "transformer.bert.embeddings.word_embeddings.weight"
@@ -125,3 +128,47 @@ def test_sam_ends_with_the_released_weights() -> None:
     torch.testing.assert_close(logs["perturbed_weights_loss"], released["loss_2"], **CLOSE)  # type: ignore[arg-type]
     for name, weight in model.transformer.named_parameters():
         torch.testing.assert_close(weight.detach(), released["params_after"][name], rtol=1e-8, atol=1e-10)
+
+
+class Doubled(RecordingPasses):
+    """Passes whose perturbed ones embed what is embedded already, as in the released SMART."""
+
+    def forward(self, batch: Batch, perturbations: Any = None, **named: Any) -> ModelOutput:
+        if not perturbations:
+            return super().forward(batch, perturbations, **named)
+        embeddings: Any = self.model.get_submodule("transformer.bert.embeddings")
+        embedded = embeddings(batch.input_ids, token_type_ids=batch.token_type_ids)
+        handle = embeddings.word_embeddings.register_forward_hook(lambda *_: embedded)
+        try:
+            return super().forward(batch, perturbations, **named)
+        finally:
+            handle.remove()
+
+
+class Found(SmartTrainer):
+    """SMART at a given perturbation."""
+
+    given: Tensor
+
+    def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
+        return {"text": Perturbation(self.config.ascent("text"), initial=self.given)}
+
+
+def test_smart_has_the_released_step_loss_and_gradients() -> None:
+    case, model, batch = golden("smart")
+    options = SmartConfig.PRESETS["mtdnn"] | {"text_step_size": case["opts"]["step_size"], "modality": "text"}
+    trainer = Found(SmartConfig(**options, steps=0, weight=case["opts"]["alpha"]))
+    trainer.given = case["deltas_after"][-1]
+    settings = trainer.config.ascent("text")
+    moved = ascend(case["noise_init"], case["delta_grads"][0], settings, None)
+    size = (case["noise_init"] + case["opts"]["step_size"] * case["delta_grads"][0]).abs().amax(-1, keepdim=True)
+    guarded = size / (size + case["opts"]["epsilon"])  # "epsilon" is no radius, but guards the divisor
+    torch.testing.assert_close(moved * guarded, case["deltas_after"][0], **CLOSE)  # type: ignore[arg-type]
+    passes = Doubled(model)
+    logs = trainer.step(batch, passes)
+    for output, wanted in zip(passes.outputs, (case["pass_logits"][0], case["pass_logits"][-1]), strict=True):
+        torch.testing.assert_close(output.logits, wanted, **CLOSE)  # type: ignore[arg-type]
+    torch.testing.assert_close(logs["clean_loss"], case["task_loss"], **CLOSE)  # type: ignore[arg-type]
+    torch.testing.assert_close(logs["pass0/divergence"], case["adv_loss"], **CLOSE)  # type: ignore[arg-type]
+    torch.testing.assert_close(logs["loss"], case["loss"], **CLOSE)  # type: ignore[arg-type]
+    assert_gradients(model, case["grads"], 1.0)

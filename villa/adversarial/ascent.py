@@ -1,8 +1,9 @@
 """The arithmetic of a perturbation: initialisation, ascent step, projection.
 
 A perturbation is a ``[rows, tokens, width]`` tensor; norms are taken over all tokens and widths of a row
-(one row is one text with its image), as in Algorithm 1 of the VILLA paper, or of each token. Initialisers, steps and
-projections are functions by name: ``@STEPS.register("mine")`` adds one.
+(one row is one text with its image), as in Algorithm 1 of the VILLA paper, or of each token. In a perturbation of
+pixels, a row is an image, a token a pixel and the width its channels. Initialisers, steps and projections are functions
+by name: ``@STEPS.register("mine")`` adds one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from villa.errors import ConfigError, nearest
 Norm = Literal["l2", "linf"]
 Scope = Literal["row", "token"]
 RelativeTo = Literal["none", "embedding", "table"]
+
+#: Lower and upper bounds on a perturbation, of its shape, within which it starts and stays.
+Bounds = tuple[Tensor, Tensor]
 
 #: Lower bound on gradient norms (released code: ``clamp(min=1e-8)``).
 SMALLEST_NORM = 1e-8
@@ -85,6 +89,8 @@ class AscentSettings:
         projection: ``ball``, ``sphere``, or another projection.
         relative_to: unit of step size, radius and scale: ``none`` is 1, ``embedding`` the norm of what is perturbed (of
             the row or token), ``table`` the mean norm of the rows of the embedding table.
+        momentum: share of the last step's direction in the next one's.
+        channels: factors on step size, radius and scale for every channel of pixels; None for 1. Only for linf.
     """
 
     step_size: float
@@ -98,6 +104,8 @@ class AscentSettings:
     step: str = "normalised"
     projection: str = "ball"
     relative_to: RelativeTo = "none"
+    momentum: float = 0.0
+    channels: tuple[float, ...] | None = None
 
     @property
     def starts_at_zero(self) -> bool:
@@ -126,7 +134,12 @@ def flat_norm(values: Tensor, norm: Norm) -> Tensor:
 
 
 def initialise(
-    like: Tensor, settings: AscentSettings, mask: Tensor | None, seed: int, unit: Tensor | None = None
+    like: Tensor,
+    settings: AscentSettings,
+    mask: Tensor | None,
+    seed: int,
+    unit: Tensor | None = None,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """Draw the initial perturbation.
 
@@ -139,6 +152,7 @@ def initialise(
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero; None for everywhere.
         seed: seed of the draw.
         unit: unit of the scale, broadcast to ``like``; None for 1.
+        bounds: bounds on the result; None for none.
 
     Returns:
         A tensor like ``like``, in float32 or wider.
@@ -152,16 +166,21 @@ def initialise(
         delta *= mask.unsqueeze(-1)
     scale = settings.init_scale if unit is None else settings.init_scale * unit
     if settings.norm == "linf":
-        return delta * scale
+        return _within(delta * scale, bounds)
     if settings.scope == "token":
-        return delta * (scale / math.sqrt(delta.shape[-1]))
+        return _within(delta * (scale / math.sqrt(delta.shape[-1])), bounds)
     tokens = mask.sum(1) if mask is not None else torch.full((len(delta),), delta.shape[1], device=like.device)
     entries = (tokens * delta.shape[-1]).clamp_min(1).to(dtype)
-    return delta * (scale / entries.sqrt().view(-1, 1, 1))
+    return _within(delta * (scale / entries.sqrt().view(-1, 1, 1)), bounds)
 
 
 def ascend(
-    delta: Tensor, gradient: Tensor, settings: AscentSettings, mask: Tensor | None, unit: Tensor | None = None
+    delta: Tensor,
+    gradient: Tensor,
+    settings: AscentSettings,
+    mask: Tensor | None,
+    unit: Tensor | None = None,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """Take an ascent step and project the result.
 
@@ -171,28 +190,57 @@ def ascend(
         settings: step, projection and their sizes.
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero; None for everywhere.
         unit: unit of the sizes, broadcast to ``delta``; None for 1.
+        bounds: bounds on the result; None for none.
     """
-    return project(advance(delta, gradient, settings, mask, unit), settings, unit)
+    return project(advance(delta, gradient, settings, mask, unit), settings, unit, bounds)
 
 
 def advance(
     delta: Tensor, gradient: Tensor, settings: AscentSettings, mask: Tensor | None, unit: Tensor | None = None
 ) -> Tensor:
     """Take an ascent step without projecting; see ``ascend``."""
+    size = settings.step_size if unit is None else settings.step_size * unit
+    return STEPS.get(settings.step)(delta, _masked(gradient, settings, mask), size, settings)
+
+
+def direction(gradient: Tensor, before: Tensor | None, settings: AscentSettings, mask: Tensor | None) -> Tensor:
+    """Return the direction of a step with momentum, to step along instead of the gradient.
+
+    Each gradient counts by its own direction, not by its length, as in FARE's code.
+
+    Args:
+        gradient: see ``ascend``.
+        before: direction of the last step, or None.
+        settings: step and momentum.
+        mask: see ``ascend``.
+    """
+    step, zero = STEPS.get(settings.step), torch.zeros_like(gradient)
+    found = step(zero, _masked(gradient, settings, mask), 1.0, settings)
+    return found if before is None else step(zero, settings.momentum * before + found, 1.0, settings)
+
+
+def project(
+    delta: Tensor, settings: AscentSettings, unit: Tensor | None = None, bounds: Bounds | None = None
+) -> Tensor:
+    """Project a perturbation to its radius, if it has one, and then to its bounds, if it has any.
+
+    Bounds include 0, so that a clamp to them never takes a perturbation out of a ball around 0.
+    """
+    if not settings.radius:
+        return _within(delta, bounds)
+    radius = settings.radius if unit is None else settings.radius * unit
+    return _within(PROJECTIONS.get(settings.projection)(delta, radius, settings), bounds)
+
+
+def _masked(gradient: Tensor, settings: AscentSettings, mask: Tensor | None) -> Tensor:
+    """Return a gradient in fp32 or wider, zero where the mask is False."""
     wide = torch.float32 if settings.fp32_gradient else torch.promote_types(gradient.dtype, torch.float32)
     gradient = gradient.to(wide)
-    if mask is not None:
-        gradient = gradient * mask.unsqueeze(-1)
-    size = settings.step_size if unit is None else settings.step_size * unit
-    return STEPS.get(settings.step)(delta, gradient, size, settings)
+    return gradient if mask is None else gradient * mask.unsqueeze(-1)
 
 
-def project(delta: Tensor, settings: AscentSettings, unit: Tensor | None = None) -> Tensor:
-    """Project a perturbation to its radius; without one, return it unchanged."""
-    if not settings.radius:
-        return delta
-    radius = settings.radius if unit is None else settings.radius * unit
-    return PROJECTIONS.get(settings.projection)(delta, radius, settings)
+def _within(delta: Tensor, bounds: Bounds | None) -> Tensor:
+    return delta if bounds is None else delta.clamp(*bounds)
 
 
 @INITIALISERS.register("zero")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
 from villa.models.base import Point
+from villa.models.packing import Blocks
 
 _ROWS_TOKENS_WIDTH = 3
 
@@ -36,8 +38,10 @@ def inject(
     try:
         for modality, perturbation in perturbations.items():
             point = points[modality]
-            perturbation.begin(point.mask(batch), confined=point.confined)
-            handles.append(_register(model.get_submodule(point.module), point, modality, perturbation, calls))
+            perturbation.begin(point.mask(batch), confined=point.confined, scale=point.scale)
+            blocks = None if point.blocks is None else point.blocks(batch)
+            change = _changing(model.get_submodule(point.module), point, perturbation, blocks)
+            handles.append(_register(model.get_submodule(point.module), point, modality, change, calls))
         yield
     finally:
         for handle in handles:
@@ -50,19 +54,34 @@ def inject(
             )
 
 
+def _changing(
+    module: nn.Module, point: Point, perturbation: Perturbation, blocks: Blocks | None
+) -> Callable[[Tensor], Tensor]:
+    """Return the function that adds a perturbation to a tensor at its point, in the tensor's own layout."""
+    table = module.weight if isinstance(module, nn.Embedding) else None
+
+    def change(value: Tensor) -> Tensor:
+        if blocks is not None:  # without padding, [P, width]
+            return blocks.collect(perturbation.apply(blocks.spread(value), table))
+        return _from_rows(perturbation.apply(_to_rows(value, point), table), value.shape, point)
+
+    return change
+
+
 def _register(
-    module: nn.Module, point: Point, modality: str, perturbation: Perturbation, calls: dict[str, int]
+    module: nn.Module, point: Point, modality: str, change: Callable[[Tensor], Tensor], calls: dict[str, int]
 ) -> RemovableHandle:
     def perturb(value: Tensor) -> Tensor:
-        table = module.weight if isinstance(module, nn.Embedding) else None
         calls[modality] += 1
-        rows = _to_rows(value, point)
-        return _from_rows(perturbation.apply(rows, table), value.shape, point)
+        return change(value)
 
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        if point.argument is not None:
-            return arguments, named | {point.argument: perturb(named[point.argument])}
-        return (perturb(arguments[0]), *arguments[1:]), named
+        place = 0 if point.argument is None else point.argument
+        if isinstance(place, int) and place >= len(arguments):  # it is given by its name
+            place = [*inspect.signature(type(module).forward).parameters][place + 1]
+        if isinstance(place, str):
+            return arguments, named | {place: perturb(named[place])}
+        return (*arguments[:place], perturb(arguments[place]), *arguments[place + 1 :]), named
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
@@ -81,9 +100,11 @@ def _to_rows(value: Tensor, point: Point) -> Tensor:
             f"perturbation point '{point.module}' has a value of shape {list(value.shape)}, which does not say what "
             "belongs to which example; choose a module with [rows, tokens, width]"
         )
-    return value.flatten(2).transpose(1, 2) if point.layout == "channels_first" else value.flatten(1, -2)
+    if point.layout == "images":
+        value = value.flatten(0, -4)
+    return value.flatten(1, -2) if point.layout == "tokens" else value.flatten(2).transpose(1, 2)
 
 
 def _from_rows(rows: Tensor, shape: torch.Size, point: Point) -> Tensor:
     """Undo ``_to_rows``."""
-    return (rows.transpose(1, 2) if point.layout == "channels_first" else rows).reshape(shape)
+    return (rows if point.layout == "tokens" else rows.transpose(1, 2)).reshape(shape)

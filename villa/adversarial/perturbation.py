@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from villa.adversarial.ascent import AscentSettings, ascend, flat_norm, initialise, row_norm
+from villa.adversarial.ascent import AscentSettings, Bounds, ascend, direction, flat_norm, initialise, row_norm
+from villa.errors import ConfigError
+from villa.facts import PixelScale
 
 
 class Perturbation:
@@ -20,12 +22,13 @@ class Perturbation:
         initial: ``[rows, tokens, width]`` tensor to start from instead.
 
     Attributes:
-        delta: the value that the next pass adds; None before the first pass.
+        delta: the value that the next pass adds; None before the first pass. Of pixels, it is in units of colour.
         relative_sizes: ||delta|| / ||embedding|| of every row in the last pass (l2).
         gradient_norm: mean over rows of the gradient's norm, set by the ascent step.
         frozen: whether the perturbation needs no gradient.
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero in this pass; None for everywhere.
         unit: unit of all sizes, broadcast to ``delta``; None for 1.
+        bounds: smallest and largest values, of pixels; None for none.
     """
 
     def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:
@@ -37,10 +40,14 @@ class Perturbation:
         self.gradient_norm: Tensor | None = None
         self.mask: Tensor | None = None
         self.unit: Tensor | None = None
+        self._scale: PixelScale | None = None
+        self.bounds: Bounds | None = None
+        self._direction: Tensor | None = None
 
-    def begin(self, mask: Tensor | None, *, confined: bool = False) -> None:
-        """Prepare a forward pass with the given ``[rows, tokens]`` mask; see ``Point.confined``."""
+    def begin(self, mask: Tensor | None, *, confined: bool = False, scale: PixelScale | None = None) -> None:
+        """Prepare a forward pass with the given ``[rows, tokens]`` mask; see ``Point.confined`` and ``Point.scale``."""
         self.mask = mask if self.settings.mask_padding or confined else None
+        self._scale = scale
 
     def apply(self, embedding: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the perturbed embedding in its own dtype; the sum is computed in fp32 or wider.
@@ -49,18 +56,28 @@ class Perturbation:
             embedding: ``[rows, tokens, width]``.
             table: ``[entries, width]`` weight that it was looked up in, if it was.
         """
-        if self.unit is None and self.settings.relative_to != "none":
-            self.unit = self._measure_unit(embedding.detach(), table)
+        values = embedding.detach() if self._scale is None else _colours(embedding.detach(), self._scale)
+        if self.mask is not None and self.mask.shape != values.shape[:2]:
+            raise ConfigError(
+                f"a perturbation point has values of shape {list(values.shape)}, which are not those of tokens "
+                f"{list(self.mask.shape)}: choose a point where the model has a position for each of them"
+            )
+        if self.unit is None and (self.settings.relative_to != "none" or self.settings.channels):
+            self.unit = self._measure_unit(values, table)
+        if self.bounds is None and self._scale is not None:
+            self.bounds = (-values).clamp_max(0), (1 - values).clamp_min(0)
         if self.delta is None:
-            self.delta = self.start(embedding)
+            self.delta = self.start(values)
         self.delta = self.delta.detach().requires_grad_(not self.frozen)
         self.gradient_norm = None
-        self._measure(embedding.detach())
+        self._measure(values)
+        if self._scale is not None:
+            return _recoloured(embedding, self.delta, self._scale).to(embedding.dtype)
         return (embedding + self.delta).to(embedding.dtype)
 
-    def start(self, embedding: Tensor) -> Tensor:
-        """Return the first value for an embedding ``[rows, tokens, width]``."""
-        return initialise(embedding, self.settings, self.mask, self.seed, self.unit)
+    def start(self, values: Tensor) -> Tensor:
+        """Return the first perturbation of ``values [rows, tokens, width]``."""
+        return initialise(values, self.settings, self.mask, self.seed, self.unit, self.bounds)
 
     @property
     def relative_size(self) -> Tensor | None:
@@ -91,21 +108,31 @@ class Perturbation:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
         self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
-        self.delta = ascend(self.delta.detach(), gradient, self.settings, self.mask, self.unit)
+        if self.settings.momentum:
+            gradient = self._direction = direction(gradient, self._direction, self.settings, self.mask)
+        self.delta = ascend(self.delta.detach(), gradient, self.settings, self.mask, self.unit, self.bounds)
 
     def _measure_unit(self, embedding: Tensor, table: Tensor | None) -> Tensor:
         """Return the unit of all sizes, which stays that of the first pass."""
         settings = self.settings
+        if settings.channels is not None:
+            factors = torch.tensor(settings.channels, dtype=embedding.dtype, device=embedding.device)
+            if settings.relative_to == "none":
+                return factors
+            return factors * self._norm(embedding)
         if settings.relative_to == "table":
             if table is None:
                 raise RuntimeError("relative_to=table: the perturbed value is not looked up in a table")
             norms: Tensor = torch.linalg.vector_norm(table.detach().float(), dim=-1)
             return norms.mean()
+        return self._norm(embedding)
+
+    def _norm(self, embedding: Tensor) -> Tensor:
+        """Return the norm of what is perturbed, of each row or token."""
         if self.mask is not None:
             embedding = embedding * self.mask.unsqueeze(-1)
-        return row_norm(
-            embedding.to(torch.promote_types(embedding.dtype, torch.float32)), settings.norm, settings.scope
-        )
+        wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        return row_norm(wide, self.settings.norm, self.settings.scope)
 
     def _measure(self, embedding: Tensor) -> None:
         assert self.delta is not None
@@ -113,3 +140,30 @@ class Perturbation:
             embedding = embedding * self.mask.unsqueeze(-1)
         size = flat_norm(self.delta.detach(), "l2")
         self.relative_sizes = size / flat_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)
+
+
+def _coding(values: Tensor, scale: PixelScale) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the channels, ``[width]`` each, in fp32 or wider."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return (
+        torch.tensor(scale.mean, dtype=dtype, device=values.device),
+        torch.tensor(scale.std, dtype=dtype, device=values.device),
+    )
+
+
+def _colours(values: Tensor, scale: PixelScale) -> Tensor:
+    """Return the colours of pixel values ``[rows, pixels, channels]``."""
+    mean, std = _coding(values, scale)
+    return values * std + mean
+
+
+def _recoloured(values: Tensor, delta: Tensor, scale: PixelScale) -> Tensor:
+    """Return pixel values with ``delta`` added to their colours.
+
+    They stay between those of the colours 0 and 1 to the bit, or the given values where these lie beyond. The gradient
+    is that of the sum: a pixel at its bound can still move back.
+    """
+    mean, std = _coding(values, scale)
+    moved = values + delta / std
+    lowest, highest = torch.minimum(-mean / std, values), torch.maximum((1 - mean) / std, values)
+    return moved + (moved.clamp(lowest, highest) - moved).detach()

@@ -224,10 +224,10 @@ class _Climb:
     def move(self, name: str, perturbation: Perturbation, momentum: float) -> Tensor:
         """Return a modality's next point."""
         now, before = self.now[name], self.before[name]
-        settings, unit = perturbation.settings, perturbation.unit
+        settings, unit, bounds = perturbation.settings, perturbation.unit, perturbation.bounds
         size = _rows(self.sizes, now) if unit is None else _rows(self.sizes, now) * unit
-        there = project(advance(now, self.gradients[name], settings, perturbation.mask, size), settings, unit)
-        return project(now + momentum * (there - now) + (1 - momentum) * (now - before), settings, unit)
+        there = project(advance(now, self.gradients[name], settings, perturbation.mask, size), settings, unit, bounds)
+        return project(now + momentum * (there - now) + (1 - momentum) * (now - before), settings, unit, bounds)
 
     def follow(self, losses: Tensor, perturbations: dict[str, Perturbation], gradients: dict[str, Tensor]) -> None:
         """Take in the losses and gradients at the points that were moved to."""

@@ -34,21 +34,21 @@ class DrawnPerturbation(Perturbation):
         super().__init__(settings, initial=initial)
         self._seeds = seeds
 
-    def start(self, embedding: Tensor) -> Tensor:
-        """Draw the first value within the radius, row by row on the real tokens."""
+    def start(self, values: Tensor) -> Tensor:
+        """Draw the first perturbation within the radius, row by row on the real tokens."""
         if self.settings.starts_at_zero:
-            return super().start(embedding)
-        each = rows_of_each(len(embedding), len(self._seeds))
-        delta = torch.zeros_like(embedding, dtype=torch.promote_types(embedding.dtype, torch.float32))
-        for row, values in enumerate(embedding.detach()):
+            return super().start(values)
+        each = rows_of_each(len(values), len(self._seeds))
+        delta = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+        for row, own in enumerate(values):
             real = slice(None) if self.mask is None else self.mask[row]
             unit = self.unit if self.unit is None or self.unit.dim() == 0 else self.unit[row : row + 1]
             if unit is not None and unit.dim() > 1 and unit.shape[1] > 1:
                 unit = unit[:, real]
             seed = derive_seed(self._seeds[row // each], row % each)
-            drawn = initialise(values[real].unsqueeze(0), self.settings, None, seed, unit)
+            drawn = initialise(own[real].unsqueeze(0), self.settings, None, seed, unit)
             delta[row, real] = project(drawn, self.settings, unit)[0]
-        return delta
+        return delta if self.bounds is None else delta.clamp(*self.bounds)
 
 
 def rows_of_each(rows: int, examples: int) -> int:

@@ -19,6 +19,8 @@ from torch.nn import Parameter
 
 from villa.checkpoints.layout import ASSETS, CONFIG, INDEX, MANIFEST, MODEL, SHARDS, TRAINING_STATE
 from villa.checkpoints.tensors import check_archive, read_safetensors, unshared
+from villa.config.values import Origin
+from villa.config.yaml_text import parse
 from villa.errors import CheckpointError, one_line, reading
 from villa.files import atomic_write, follow_umask, fsync, sha256, write_json
 from villa.json_values import is_count, read_own
@@ -84,6 +86,42 @@ class Checkpoint:
         with reading(f"'{self.path / MODEL}' cannot be read", _ADVICE, CheckpointError):
             return read_safetensors(self.path / MODEL)
 
+    @property
+    def averaged(self) -> bool:
+        """Whether it holds a running average of the weights (``training.ema``)."""
+        if not (self.path / CONFIG).is_file():
+            return False
+        found = parse(self.config_yaml(), lambda line: Origin(CONFIG, line)).get("training.ema")
+        return found is not None and found.data is not None and "average" in self.plain_state().get("updater", {})
+
+    def averaged_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Read the weights to the CPU, with their running average for those that were trained, if it holds one.
+
+        Args:
+            like: see ``model_state``.
+
+        Raises:
+            CheckpointError: a file was damaged after the checkpoint was verified, or they do not belong together.
+        """
+        live = self.model_state(like)
+        if not self.averaged:
+            return live
+        with reading(f"the average of the weights in '{self.path}' cannot be used", _ADVICE, CheckpointError):
+            if self.sharded:
+                from villa.checkpoints.shards import AVERAGE_STATE, Shards
+
+                average = Shards(self.path).read(AVERAGE_STATE, like)
+            else:
+                average = self.plain_state()["updater"]["average"]["weights"]["ema"]
+            names: dict[int, list[str]] = {}
+            for name, tensor in live.items():  # tied weights have several
+                names.setdefault(id(tensor), []).append(name)
+            for name, value in average.items():
+                if value.shape != live[name].shape:
+                    raise ValueError(f"'{name}' has another shape")
+                live |= dict.fromkeys(names[id(live[name])], value.to(live[name].dtype))
+        return live
+
     def training_state(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read the state of optimiser, loop and callbacks, with tensors on the CPU, without running any code.
 
@@ -95,11 +133,11 @@ class Checkpoint:
         """
         state = self.plain_state()
         if self.sharded:
-            from villa.checkpoints.shards import Shards, join_optimizer, join_trainer
+            from villa.checkpoints.shards import Shards, join_kept, join_optimizer
 
             shards = Shards(self.path)
             join_optimizer(state, shards, like)
-            join_trainer(state, shards, like)
+            join_kept(state, shards, like)
         return state
 
     def plain_state(self) -> dict[str, Any]:

@@ -33,8 +33,12 @@ except ImportError as _error:  # torch before 2.9
         "or set checkpoint.sharded=false"
     ) from _error
 
-#: Prefixes of the names of weights, and of the states of an optimiser and a trainer.
-MODEL_STATE, OPTIMIZER_STATE, TRAINER_STATE = "model.", "optimizer.", "trainer."
+#: Prefixes of the names of weights, and of an optimiser's state.
+MODEL_STATE, OPTIMIZER_STATE = "model.", "optimizer."
+#: Parts of the updater's state with tensors per weight; they are also the first part of the names of these.
+KEPT = ("trainer", "average")
+#: Prefix of the names of the average that ``training.ema`` keeps.
+AVERAGE_STATE = "average.ema."
 
 _FORMAT = 1
 
@@ -85,7 +89,7 @@ def part_of(
     share: Share,
     *,
     copy: bool,
-    trainer: Mapping[str, Tensor] | None = None,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> RankPart:
     """Collect the tensors that this process writes, without communication.
 
@@ -94,20 +98,20 @@ def part_of(
         optimizer: tensors of its optimiser by name.
         share: rank and number of processes.
         copy: copy the tensors into main memory, so that training may continue.
-        trainer: tensors of the trainer's state by name.
+        kept: tensors that are kept per weight, as named by ``split_kept``.
     """
     state = {MODEL_STATE + name: value for name, value in model.state_dict().items()}
     buffers = state.keys() - {MODEL_STATE + name for name, _ in model.named_parameters(remove_duplicate=False)}
     state |= {OPTIMIZER_STATE + name: value for name, value in optimizer.items()}
-    state |= {TRAINER_STATE + name: value for name, value in (trainer or {}).items()}
+    state |= kept or {}
     local, aliases = unshared({name: local_part(value) for name, value in state.items()})
     whole = {name: value for name, value in local.items() if not isinstance(state[name], DTensor)}
     owners = _owners(whole, buffers, share.world_size)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     own = {name: state[name] for name in local if owners.get(name, share.rank) == share.rank}
     planner.set_up_planner(own, is_coordinator=True)
-    kept = {name for name, part in local.items() if part.numel() or name in owners or share.rank == 0}
-    items = [item for item in planner.create_local_plan().items if item.index.fqn in kept]  # some have no rows
+    filled = {name for name, part in local.items() if part.numel() or name in owners or share.rank == 0}
+    items = [item for item in planner.create_local_plan().items if item.index.fqn in filled]  # some have no rows
     tensors = {item.index.fqn: local[item.index.fqn] for item in items}
     index = {
         "format": _FORMAT,
@@ -163,26 +167,26 @@ def join_optimizer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, 
             optimizer["state"][indices[name]][key] = tensors[f"{name}.{key}"]
 
 
-def split_trainer(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split a trainer's state into what is small, and tensors called ``<word>.<parameter>``."""
-    kept = state["weights"].items()
-    tensors = {f"{word}.{name}": value for word, of in kept for name, value in of.items()}
-    return {**state, "weights": {word: {} for word in state["weights"]}}, tensors
+def split_kept(updater: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split an updater's state into what is small, and what is kept per weight: ``<part>.<word>.<parameter>``."""
+    small, tensors = dict(updater), dict[str, Tensor]()
+    for part in (part for part in KEPT if part in updater):
+        kept = updater[part]["weights"]
+        tensors |= {f"{part}.{word}.{name}": value for word, of in kept.items() for name, value in of.items()}
+        small[part] = {**updater[part], "weights": {word: {} for word in kept}}
+    return small, tensors
 
 
-def join_trainer(state: Mapping[str, Any], shards: Shards, like: Mapping[str, Tensor] | None) -> None:
-    """Put the tensors of a trainer back into the state that ``split_trainer`` has left; see ``join_optimizer``.
+def join_kept(state: Mapping[str, Any], shards: Shards, like: Mapping[str, Tensor] | None) -> None:
+    """Put the tensors back into the state that ``split_kept`` has left; see ``join_optimizer``.
 
     Raises:
         CheckpointError: they do not belong together.
     """
-    stored = [name.removeprefix(TRAINER_STATE) for name in shards.names(TRAINER_STATE)]
-    parameters = {name: (like or {}).get(name.partition(".")[2]) for name in stored}
-    tensors = shards.read(TRAINER_STATE, {name: p for name, p in parameters.items() if p is not None})
     with shards.broken():
-        for key, value in tensors.items():
-            word, _, name = key.partition(".")
-            state["updater"]["trainer"]["weights"][word][name] = value
+        kept = [(part, state["updater"][part]["weights"]) for part in KEPT if part in state["updater"]]
+        for part, weights in kept:
+            weights |= {word: shards.read(f"{part}.{word}.", like) for word in weights}
 
 
 class Shards:
@@ -219,7 +223,7 @@ class Shards:
         """Read the tensors whose names begin with ``prefix`` to the CPU, by the rest of their names.
 
         Args:
-            prefix: ``MODEL_STATE``, ``OPTIMIZER_STATE`` or ``TRAINER_STATE``.
+            prefix: ``MODEL_STATE``, ``OPTIMIZER_STATE``, or that of what is kept per weight.
             like: tensors by the rest of their names. For one that is sharded, only this process's part is read, to the
                 same device.
 

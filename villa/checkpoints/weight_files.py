@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from villa.checkpoints.files import Checkpoint
+from villa.checkpoints.layout import MANIFEST
 from villa.checkpoints.tensors import check_archive, read_safetensors
 from villa.errors import CheckpointError, DataError, StorageError, one_line, reading
 from villa.files import follow_umask, local_path, read_json, replacing
@@ -34,16 +35,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a ``.safetensors`` file; a file of ``torch.save`` with tensors only (perhaps under ``state_dict``,
-            ``model`` or another key), or its URL; or a folder with one of ``FOLDER_FILES``, with such a file split into
-            several with an index, or with checkpoint shards.
+            ``model`` or another key), or its URL; or a folder: a checkpoint, whose running average is preferred, or one
+            with one of ``FOLDER_FILES``, also split into several with an index.
 
     Raises:
         CheckpointError: there is no such file, it is corrupt, or it would have to execute code to be read.
         DataError: a URL cannot be downloaded.
     """
     place = local_path(str(path))
-    if _is(Path.is_dir, place) and Checkpoint(place, 0).sharded:
-        return Checkpoint(place, 0).model_state()
+    if _is(Path.is_dir, place) and ((place / MANIFEST).is_file() or Checkpoint(place, 0).sharded):
+        return Checkpoint(place, 0).averaged_state()
     file = _find(place)
     if file.name.endswith(INDEX):
         return _read_split(file)

@@ -55,8 +55,9 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
 
 
 def _without_places(layer: Layer) -> Layer:
-    """Leave out the launcher and the output file, which a folder from elsewhere must not choose."""
-    return {key: value for key, value in layer.items() if not key.startswith(("launcher", "predict.output"))}
+    """Leave out what a folder from elsewhere must not choose: launcher, output file, and which weights to take."""
+    left_out = ("launcher", "predict.output", "checkpoint.weights")
+    return {key: value for key, value in layer.items() if not key.startswith(left_out)}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import Layer, Value, show
 from villa.errors import ConfigError, nearest
 
+_FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*[1-9]\d*)\s*")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -237,7 +238,19 @@ def _set(tree: DictConfig, options: Mapping[str, Option], key: str, data: Any) -
 
 def _as_written(hint: Any, value: Value) -> Any:
     """Return the text of the recipe for an option that takes only strings (``007`` is not 7), else the value."""
-    return value.text if is_text(hint) and value.text is not None and value.data is not None else value.data
+    if is_text(hint) and value.text is not None and value.data is not None:
+        return value.text
+    return _as_numbers(hint, value.data)
+
+
+def _as_numbers(hint: Any, data: Any) -> Any:
+    """Return what a number option was given, with fractions (``4/255``) as numbers."""
+    parts = alternatives(hint)
+    if isinstance(data, list):
+        inner = next((get_args(part)[0] for part in parts if get_origin(part) is list), None)
+        return data if inner is None else [_as_numbers(inner, item) for item in data]
+    found = _FRACTION.fullmatch(data) if float in parts and str not in parts and isinstance(data, str) else None
+    return data if found is None else float(found[1]) / float(found[2])
 
 
 def _needs_quotes(hint: Any, data: Any) -> bool:

@@ -80,20 +80,26 @@ class TrainingConfig:
         updates: optimiser steps; or
         epochs: passes over the training split.
         clip_norm: largest global gradient norm; None does not clip.
+        clip_norms: largest gradient norm of a module's or parameter's own gradients, by its dotted name; the longest
+            match wins, and ``clip_norm`` is then for all others together.
         precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (with loss scaling). Perturbations, norms and
             losses stay in fp32.
-        nonfinite: what to do if a loss or gradient is NaN or infinite: ``stop``, or ``skip`` the update.
-        max_skips: stop after this many skipped updates in a row.
+        nonfinite: what to do if a loss or gradient is NaN or infinite: ``stop``, or ``skip`` the update. An update that
+            is finite without the method's perturbations is then trained without them.
+        max_skips: stop after this many updates in a row that were skipped, or trained without perturbations.
         threads: CPU threads; None leaves the choice to torch.
         workers: data loading processes.
         data_timeout: seconds that reading an example may take before a warning names it; a worker that takes ten times
             as long ends the run.
         weight_perturbation: SAM or AWP around the trainer's passes.
+        ema: decay of a running average of the weights (such as 0.999), which is then evaluated and used by default; the
+            decay is lower in the first updates, (1 + n) / (10 + n) after n of them. None keeps none.
     """
 
     updates: int | None = None
     epochs: int | None = None
     clip_norm: float | None = None
+    clip_norms: dict[str, float] = field(default_factory=dict)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skips: int = 10
@@ -101,6 +107,7 @@ class TrainingConfig:
     workers: int = 0
     data_timeout: float = 60.0
     weight_perturbation: WeightPerturbationConfig = field(default_factory=WeightPerturbationConfig)
+    ema: float | None = None
 
     def passes(self) -> int:
         """Return how often each micro-batch of an update runs."""
@@ -165,6 +172,8 @@ class CheckpointConfig:
         resume: resume from the newest intact checkpoint in ``output_dir``.
         path: trained model to evaluate, predict with or train further with a fresh optimiser: a run, a checkpoint, a
             saved folder (villa's or transformers') or its name on the hub. Its vocabulary and labels are used too.
+        weights: which weights of a run or checkpoint at ``path``: the ``average`` over updates if it keeps one
+            (``training.ema``), or the ``live`` ones.
         sharded: every process writes its shard of weights and optimiser states; otherwise the main process writes all.
         asynchronous: write checkpoints in the background while training continues.
     """
@@ -173,6 +182,7 @@ class CheckpointConfig:
     keep: int = 2
     resume: bool = False
     path: str | None = None
+    weights: Literal["average", "live"] = "average"
     sharded: bool = False
     asynchronous: bool = False
 

@@ -7,8 +7,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from villa.facts import PixelScale
+
 #: Padding tokens of BERT and RoBERTa.
 _PADDING = ("[PAD]", "<pad>")
+_CHANNELS = 3
+#: Scale of whole images without a processor.
+CENTRED = PixelScale((0.5,) * _CHANNELS, (0.5,) * _CHANNELS)
 
 
 def text_facts(reader: Any) -> dict[str, Any]:
@@ -45,9 +50,27 @@ def image_reading(processor: Any) -> dict[str, str]:
     return found
 
 
+def pixel_scale(processor: Any) -> PixelScale | None:
+    """Return the scale of the pixel values that a transformers image processor makes; None if it does not say."""
+    images: Any = getattr(processor, "image_processor", None)
+    options: dict[str, Any] = images.to_dict() if hasattr(images, "to_dict") else {}
+    if not options:
+        return None
+    normalised = options.get("do_normalize", True) and options.get("image_mean") and options.get("image_std")
+    mean, std = (options["image_mean"], options["image_std"]) if normalised else (0.0, 1.0)
+    if options.get("rescale_offset"):  # EfficientNet's, which ALIGN has, subtracts 1 before
+        mean = [value + 1 for value in (mean if isinstance(mean, list | tuple) else [mean])]
+    factor = 255 * (options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1.0)
+    means, stds = ([*value] if isinstance(value, list | tuple) else [value] for value in (mean, std))
+    means, stds = (value * _CHANNELS if len(value) == 1 else value for value in (means, stds))
+    if len(means) != _CHANNELS or len(stds) != _CHANNELS or factor <= 0:
+        return None
+    return PixelScale(tuple(value / factor for value in means), tuple(value / factor for value in stds))
+
+
 def pixel_reading(side: int) -> dict[str, str]:
     """Return the preprocessing of whole images without a processor: squares of ``side`` pixels, scaled to [-1, 1]."""
-    return {"image size": f"{side} x {side}", "pixel mean": _shown([0.5] * 3), "pixel std": _shown([0.5] * 3)}
+    return {"image size": f"{side} x {side}", "pixel mean": _shown(CENTRED.mean), "pixel std": _shown(CENTRED.std)}
 
 
 def _by_id(vocabulary: Mapping[str, int]) -> tuple[str | None, ...]:

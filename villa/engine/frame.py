@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.checkpoints.tensors import local_part, named_parameters
+from villa.config.schema import TrainingConfig
 from villa.distributed.strategy import overflows
+from villa.engine.averages import put_back
 from villa.engine.fused_adam import FusedAdam
+from villa.engine.parameter_groups import longest_match
 from villa.engine.passes import ModelPasses
 from villa.share import Turn
 from villa.trainers.base import Logs, Trainer
+from villa.trainers.standard import clean_step
 
 Accumulation = Literal["mean", "sum", "total"]
 
@@ -63,13 +68,16 @@ class UpdateFrame:
         trainer: the method; its ``step`` runs on each micro-batch.
         optimizer: optimiser of the model's parameters.
         work: the micro-batches.
-        clip_norm: bound on the global gradient norm, or None.
+        config: bounds on gradient norms, and the policy for NaN and infinity.
+        reference: returns a context in which the weights are those that ``passes.reference`` runs; see ``ModelPasses``.
 
     Attributes:
         number: number of the update.
         logs: values to log from the last ``accumulate``.
         gradient_norm: global gradient norm after the last ``accumulate``.
+        group_norms: values to log: norms of the gradients that are clipped by themselves.
         stepped: whether the optimiser step has been taken.
+        unperturbed: why the update trains on clean inputs alone, in one line; None if it does what the method says.
     """
 
     def __init__(
@@ -78,14 +86,17 @@ class UpdateFrame:
         trainer: Trainer,
         optimizer: torch.optim.Optimizer,
         work: MicroBatches,
-        clip_norm: float | None,
+        config: TrainingConfig,
+        reference: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.passes, self.trainer, self.optimizer = passes, trainer, optimizer
-        self.work, self.number, self.clip_norm = work, work.number, clip_norm
+        self.work, self.number, self.config, self.reference = work, work.number, config, reference
         self.model, self.strategy, self.scaler = passes.model, passes.strategy, passes.precision.scaler
         self.logs: Logs = {}
         self.gradient_norm = torch.zeros(())
+        self.group_norms: Logs = {}
         self.stepped = False
+        self.unperturbed: str | None = None
         self._runs = 0
         self._moved = False
 
@@ -103,12 +114,30 @@ class UpdateFrame:
     def accumulate(self) -> Logs:
         """Run all micro-batches; return the values to log, combined over all processes.
 
+        With ``nonfinite=skip``, an update that is not finite is run again without the method's perturbations.
+
         Raises:
             Interrupted: a signal ends the run.
             SkippedUpdateError: a loss or gradient is not finite.
         """
         if self.stepped:
             raise RuntimeError("the update's step was taken: accumulate() must come before step()")
+        if self.config.nonfinite == "stop" or self.unperturbed is not None or not self.trainer.modalities():
+            return self._accumulate()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        state = copy.deepcopy(self.trainer.state_dict())
+        try:
+            return self._accumulate()
+        except SkippedUpdateError as skipped:
+            if skipped.cause is None:
+                raise
+            self.unperturbed = skipped.cause
+        put_back(buffers)
+        self.trainer.load_state_dict(state)
+        return self._accumulate()
+
+    def _accumulate(self) -> Logs:
+        """Run all micro-batches once; see ``accumulate``."""
         if self._runs:
             self.optimizer.zero_grad(set_to_none=True)
             if self.scaler.is_enabled():  # the scaler unscales only once an update; there was no overflow
@@ -162,8 +191,10 @@ class UpdateFrame:
         """Clip the gradients and take the optimiser's step."""
         if not self._runs or self.stepped or self._moved:
             raise RuntimeError("step() comes once an update: after accumulate(), and outside of moved()")
-        if self.clip_norm is not None:
-            self._clip(self.clip_norm)
+        if self.config.clip_norms:
+            self._clip_groups(self.config.clip_norms)
+        elif self.config.clip_norm is not None:
+            self._clip(self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.stepped = True
 
@@ -174,6 +205,22 @@ class UpdateFrame:
         else:
             torch.nn.utils.clip_grads_with_norm_(self.passes.parameters, bound, self.gradient_norm)
 
+    def _clip_groups(self, bounds: Mapping[str, float]) -> None:
+        """Shrink the gradients below each named module to its own bound, and all others together to ``clip_norm``."""
+        gradients, squares = self.gradients, {n: norm.square() for n, norm in self.norms(self.gradients).items()}
+        members: dict[str, list[str]] = {}
+        for name in self._trained:
+            members.setdefault(longest_match(name, bounds) or "", []).append(name)
+        for group, names in members.items():
+            bound = bounds.get(group, self.config.clip_norm)
+            norm = torch.stack([squares[name] for name in names]).sum().sqrt()
+            if group:
+                self.group_norms[f"gradient_norm/{group}"] = norm
+            if bound is not None:
+                factor = (bound / (norm + 1e-6)).clamp_max(1.0)
+                for gradient in (gradients[name] for name in names if name in gradients):
+                    gradient.mul_(factor.to(gradient.dtype))
+
     @cached_property
     def _trained(self) -> dict[str, nn.Parameter]:
         return named_parameters(self.optimizer)
@@ -181,7 +228,7 @@ class UpdateFrame:
     def _run(self) -> Logs:
         """Run all passes of the micro-batches, accumulating gradients."""
         work, processes = self.work, self.strategy.processes
-        loss = self.passes.loss_function
+        loss, step = self.passes.loss_function, self.trainer.step if self.unperturbed is None else clean_step
         counts = [loss.count(b) if turn.own else 0 for b, turn in zip(work.batches, work.turns, strict=True)]
         (total,) = processes.total([sum(counts)])
         between = work.check if processes.world_size == 1 else None  # processes may run different numbers of passes
@@ -191,8 +238,8 @@ class UpdateFrame:
                 work.check()
             share, last = count / total, place + 1 == len(work.batches)
             weight = {"mean": share, "sum": float(turn.own), "total": float(count)}[work.accumulation]
-            self.passes.begin(work.number, place, weight, turn=turn, last=last, check=between)
-            _add(logs, self.trainer.step(batch, self.passes), share)
+            self.passes.begin(work.number, place, weight, turn=turn, last=last, check=between, reference=self.reference)
+            _add(logs, step(batch, self.passes), share)
         return logs
 
     def _combine(self, logs: Logs) -> tuple[Logs, Tensor, Tensor]:
@@ -224,13 +271,6 @@ class UpdateFrame:
             overflow.fill_(1.0)  # lowers the loss scale
         if any(overflow.item() for overflow in found_inf.values()):
             raise SkippedUpdateError
-
-
-def put_back(before: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Restore tensors to their saved values."""
-    with torch.no_grad():
-        for tensor, value in before:
-            tensor.copy_(value)
 
 
 def _numbers(values: Sequence[Tensor]) -> list[float]:

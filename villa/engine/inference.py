@@ -28,7 +28,7 @@ def restore_parts(config: RunConfig) -> tuple[Parts, Source]:
         CheckpointError: the trained model is missing, damaged or of another kind.
     """
     assert config.checkpoint.path is not None, "the configuration was not validated"
-    source = open_source(config.checkpoint.path)
+    source = open_source(config.checkpoint.path, config.checkpoint.weights)
     with source.assets() as assets:
         parts = build(config, assets=assets)
     source.load_into(parts.model)

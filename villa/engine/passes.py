@@ -106,11 +106,12 @@ class ModelPasses:
         self.model = model
         self.loss_function = loss
         self.precision = precision
-        self.points: Mapping[str, Point] = model.perturbation_points()
+        self.points: Mapping[str, Point] = {**model.perturbation_points(), **model.other_points()}
         self.losses: list[tuple[int, Tensor]] = []
         self.ascents: list[tuple[int, str, Tensor]] = []
         self.strategy = strategy or Strategy()
         self._check = _no_check
+        self._reference: Callable[[], AbstractContextManager[None]] = nullcontext
         self._seed = seed
         self._update = self._place = 0
         self._turn = Turn(0)
@@ -127,6 +128,7 @@ class ModelPasses:
         turn: Turn | None = None,
         last: bool = True,
         check: Callable[[], None] | None = None,
+        reference: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         """Start a micro-batch, whose losses will be multiplied by ``weight``.
 
@@ -137,11 +139,13 @@ class ModelPasses:
             turn: number of the micro-batch in the update; ``place`` by default.
             last: whether it is the last micro-batch of this process.
             check: called before every pass; raises to abort the update.
+            reference: returns a context in which the model's weights are those that ``reference`` runs; by default
+                they are its own.
         """
         if place == 0:
             self.losses.clear()
             self.ascents.clear()
-        self._check = check or _no_check
+        self._check, self._reference = check or _no_check, reference or nullcontext
         self._update, self._place, self._weight = update, place, weight
         self._turn, self._last = turn or Turn(place), last
 
@@ -178,6 +182,11 @@ class ModelPasses:
         if self._unmeasured and perturbations:
             self._warn_of_rounding(perturbations)
         return output
+
+    def reference(self, batch: Batch, *, train: bool = True) -> ModelOutput:
+        """Run the model at the running average of the weights; see ``villa.trainers.base.Passes``."""
+        with self._reference():
+            return self.forward(batch, grad=False, train=train)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""

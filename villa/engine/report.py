@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from villa.checkpoints.layout import CURVES, LOG, METRICS
@@ -31,8 +32,9 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
     split, update = evaluation.test_split, progress.best_update or progress.update
     parts.strategy.processes.barrier()  # rank 0 may still be writing a checkpoint
     if update != progress.update:
-        load_model(parts.model, store.load(update), parts.strategy)
-    values = _test(parts, folder)
+        load_model(parts.model, store.load(update), parts.strategy, averaged=True)
+    with training.updater.averaged() if update == progress.update else nullcontext():
+        values = _test(parts, folder)
     if not parts.strategy.processes.is_main:
         return
     results = {} if progress.best is None else {str(evaluation.split): {evaluation.monitor: progress.best}}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from villa.batch import Batch
-from villa.checkpoints.layout import CHECKPOINTS
+from villa.checkpoints.files import Checkpoint
+from villa.checkpoints.layout import CHECKPOINTS, MANIFEST
 from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.store import resolve
 from villa.config.schema import BatchConfig, RunConfig
@@ -136,6 +137,11 @@ def build(config: RunConfig, assets: Path | None = None) -> Parts:
     seed_pass(config.seed, 0, 0, 0)  # initial weights are drawn as update 0
     with within_memory(config.model.name):
         model = _build_model(config, data, assets)
+    if getattr(config.dataset, "label_prompt", None) is not None and not model.scores_label_texts():
+        raise ConfigError(
+            f"dataset.label_prompt has no effect: model '{config.model.name}' does not score images against texts; "
+            "leave it out, or use a dual encoder (model.name=huggingface)"
+        )
     loss: Loss = LOSSES.get(config.loss.name)(config.loss)
     metrics = {name: METRICS.get(name)() for name in config.evaluation.metrics}
     precision = Precision(config.training.precision, device)
@@ -178,7 +184,11 @@ def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> M
     matching = Matching(source, facts_beside(source), facts)
     model = kind.from_config(replace(config.model, checkpoint=source), facts)
     report = _loaded(model, source, matching)
-    rows = report.rows if carried is None else (*report.rows, carried)
+    notes = [] if carried is None else [carried]
+    kept = os.path.join(source, MANIFEST)  # noqa: PTH118 (a source may be a URL, whose name pathlib may not take)
+    if os.path.isfile(kept) and Checkpoint(Path(source), 0).averaged:  # noqa: PTH113
+        notes.append("they are the running average of its weights; its model.safetensors has the last ones")
+    rows = (*report.rows, *notes)
     print(replace(report, rows=rows, reading=matching.reading()))
     return model
 
@@ -203,9 +213,10 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
     missing = [modality for modality in trainer.modalities() if modality not in points]
     if missing:
         possible = f"{' and '.join(points)} only" if points else "nothing"
+        advice = "set trainer.modality accordingly" if points else "use standard or rdrop, or perturb its weights"
         raise ConfigError(
             f"trainer '{config.trainer.name}' perturbs {' and '.join(missing)}, but model '{config.model.name}' can "
-            f"be perturbed in {possible}; set trainer.modality accordingly"
+            f"be perturbed in {possible}; {advice}"
         )
     trainer.check(model)
     return trainer

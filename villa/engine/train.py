@@ -133,6 +133,7 @@ def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
 def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
     """Assemble a training run from its parts and print its plan."""
     config = parts.config
+    trainer = build_trainer(config, parts.model)  # before any work on data, as it may refuse the model
     parts.distribute()
     split, share = parts.split("train", "the training split"), parts.strategy.share
     compares = parts.loss.compares_examples(config.dataset.objectives())
@@ -142,13 +143,13 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
     workers, timeout = config.training.workers, config.training.data_timeout
     stream = UpdateStream(split, parts.data.collate, sampler, workers, pin=pin, share=share, timeout=timeout)
     total = config.training.updates or sampler.total_updates(config.training.epochs or 1)
-    trainer = build_trainer(config, parts.model)
     updater = _updater(parts, trainer, total)
     cost = config.training.passes() * trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
     print(plan(parts, trainer, sampler, total), flush=True)
     for warning in (
         *warnings_of_run(config, split, sampler, total),
+        *trainer.notes(),
         *idle_note(batch, share.world_size),
         *parts.precision.notes(),
     ):
@@ -215,6 +216,8 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     if {"evaluation.monitor", "evaluation.split"} & {*changed}:
         training.progress.best = training.progress.best_update = None
     print(f"resuming after update {checkpoint.update}", flush=True)
+    if config.training.ema is not None and training.updater.ema is None:
+        print(f"  training.ema: the average starts with the weights of update {checkpoint.update}", flush=True)
     for key in changed:
         print(f"  changed since: {key}: {before.get(key)} -> {now.get(key)}", flush=True)
     for line in moved(state.get("provenance", {}).get("processes"), "distributed.strategy" in changed, config):

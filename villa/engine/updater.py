@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from villa.batch import Batch
 from villa.checkpoints.tensors import named_parameters, parameter_indices
 from villa.config.schema import TrainingConfig, WeightPerturbationConfig
 from villa.distributed.strategy import Strategy
-from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame, put_back
+from villa.engine import averages
+from villa.engine.averages import Average, put_back
+from villa.engine.frame import Accumulation, MicroBatches, SkippedUpdateError, UpdateFrame
 from villa.engine.fused_adam import FusedAdam
+from villa.engine.parameter_groups import check_prefixes
 from villa.engine.passes import ModelPasses
 from villa.engine.schedules import Schedule
 from villa.errors import ConfigError, NonFiniteError
@@ -29,6 +33,9 @@ _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
     **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW, FusedAdam), ("exp_avg", "exp_avg_sq")),
 }
 
+#: The average of ``training.ema`` in checkpoints, and that of ``Passes.reference`` among what the trainer keeps.
+_EMA, _REFERENCE = "ema", "reference_average"
+
 
 class Updater:
     """Runs one optimiser step on the micro-batches of an update.
@@ -38,9 +45,13 @@ class Updater:
         trainer: the adversarial method.
         optimizer: optimiser whose groups have ``initial_lr``.
         schedule: learning rate by update.
-        config: clipping, and the policy for NaN and infinity.
+        config: clipping, averaging, and the policy for NaN and infinity.
         accumulation: ``mean`` over the update's examples, the ``sum`` of micro-batch means, or the ``total`` over
             examples.
+
+    Attributes:
+        skipped: updates in a row, up to the last one, that were skipped or trained without perturbations.
+        ema: running average of the weights, or None without ``training.ema`` and before the first update.
     """
 
     def __init__(
@@ -56,6 +67,9 @@ class Updater:
         self.optimizer, self.schedule, self.config = optimizer, schedule, config
         self.model, self.precision, self.strategy = passes.model, passes.precision, passes.strategy
         self.skipped = 0
+        self.ema: Average | None = None
+        self._averaged = 0
+        check_prefixes("training.clip_norms", config.clip_norms, self.model)
         if config.passes() > 1 and type(trainer).update is not Trainer.update:
             raise ConfigError(
                 f"training.weight_perturbation.name={config.weight_perturbation.name}: trainer "
@@ -84,7 +98,8 @@ class Updater:
         self.schedule.apply(self.optimizer, number)
         turns = turns or [Turn(place) for place in range(len(batches))]
         work = MicroBatches(number, batches, turns, self.accumulation, check)
-        frame = UpdateFrame(self.passes, self.trainer, self.optimizer, work, self.config.clip_norm)
+        self._start_averages(number)
+        frame = UpdateFrame(self.passes, self.trainer, self.optimizer, work, self.config, self._at_reference)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         state = copy.deepcopy(self.trainer.state_dict())
         try:
@@ -93,7 +108,12 @@ class Updater:
             logs = perturb_weights(frame, moved) if perturbs else self.trainer.update(frame)
             if not frame.stepped:
                 raise RuntimeError(f"{type(self.trainer).__name__}.update has not called frame.step()")
-            self.skipped = 0
+            self._advance_averages(number)
+            if frame.unperturbed is None:
+                self.skipped = 0
+            else:
+                print(f"trained on clean inputs alone in update {number}: {frame.unperturbed}", flush=True)
+                self._count_skip(number, frame.unperturbed, "trained on clean inputs alone")
         except SkippedUpdateError as skipped:
             logs = frame.logs
             self._undo(buffers, state)
@@ -105,21 +125,34 @@ class Updater:
             raise
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return logs | {"gradient_norm": frame.gradient_norm}
+        return logs | {"gradient_norm": frame.gradient_norm} | frame.group_norms
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the model's weights are their running average, if there is one."""
+        if self.ema is None:
+            return nullcontext()
+        return averages.in_place_of_weights(self.ema, self.optimizer, self.strategy)
 
     def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
-        """Return the state that a resumed run needs: optimiser, loss scale, consecutive skipped updates, trainer.
+        """Return the state that a resumed run needs: optimiser, loss scale, skipped updates, trainer, average.
 
         Args:
             whole: gather sharded tensors, which makes this a collective call.
         """
         strategy, optimizer = self.strategy, self.optimizer
-        return {
+        state = {
             "optimizer": strategy.optimizer_state(optimizer) if whole else optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "skipped": self.skipped,
-            "trainer": self._trainer_state(whole=whole),
+            "trainer": {
+                "state": self.trainer.state_dict(),
+                "weights": self._gathered(self.trainer.weight_state, whole=whole),
+            },
         }
+        if self.ema is None:
+            return state
+        average = {"state": {"updates": self._averaged}, "weights": self._gathered({_EMA: self.ema}, whole=whole)}
+        return {**state, "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``, except weight decay, betas and the like, which are this run's own.
@@ -133,7 +166,15 @@ class Updater:
             raise ValueError("the loss scale, or the updates that were skipped, are no numbers")
         self.precision.scaler.load_state_dict(scaler)
         if "trainer" in state:  # earlier checkpoints have none
-            self._load_trainer(state["trainer"])
+            self.trainer.load_state_dict(state["trainer"]["state"])
+            self.trainer.weight_state = self._parts(state["trainer"]["weights"])
+            if self._reference_decay(1) is None:  # of a run whose options asked for it
+                self.trainer.weight_state.pop(_REFERENCE, None)
+        if "average" in state and self.config.ema is not None:
+            self.ema = self._parts(state["average"]["weights"])[_EMA]
+            self._averaged = state["average"]["state"]["updates"]
+            if not is_count(self._averaged) or self.ema.keys() != named_parameters(self.optimizer).keys():
+                raise ValueError("the running average is not that of this model's weights")
 
     def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], state: Mapping[str, Any]) -> None:
         """Undo an update before its step: gradients, buffers and the trainer's state."""
@@ -145,35 +186,70 @@ class Updater:
         if cause is None:  # an fp16 overflow, which the loss scaler handles
             self.skipped = 0
             return
-        message = f"update {number}: {cause}"
         if self.config.nonfinite == "stop":
-            raise NonFiniteError(f"{message}; lower the learning rate or step sizes, or set training.nonfinite=skip")
+            advice = "lower the learning rate or step sizes, or set training.nonfinite=skip"
+            raise NonFiniteError(f"update {number}: {cause}; {advice}")
+        self._count_skip(number, cause, "skipped")
+        print(f"skipped update {number}: {cause}", flush=True)
+
+    def _count_skip(self, number: int, cause: str, done: str) -> None:
+        """Count an update that was not finite; stop if there were too many in a row."""
         if self.skipped == self.config.max_skips:
             raise NonFiniteError(
-                f"{message}; the {self.skipped} updates before it were skipped already (training.max_skips): "
-                "lower the learning rate or step sizes, or mend the data"
+                f"update {number}: {cause}; the {self.skipped} updates before it were {done} already "
+                "(training.max_skips): lower the learning rate or step sizes, or mend the data"
             )
         self.skipped += 1
-        print(f"skipped {message}", flush=True)
 
-    def _trainer_state(self, *, whole: bool) -> dict[str, Any]:
-        """Return the trainer's state and its tensors per weight, gathered or as this process's parts."""
+    def _start_averages(self, number: int) -> None:
+        """Start the averages that are asked for, and do not exist, with the weights before the update."""
+        kept = self.trainer.weight_state
+        referred = self._reference_decay(number) is not None and _REFERENCE not in kept
+        if not referred and (self.config.ema is None or self.ema is not None):
+            return
+        self.strategy.put_away()
+        weights = averages.local_weights(self.optimizer, self.strategy)
+        if referred:
+            kept[_REFERENCE] = averages.start(weights)
+        if self.config.ema is not None and self.ema is None:
+            self.ema = averages.start(weights)
+
+    def _advance_averages(self, number: int) -> None:
+        """Take the weights after an optimiser step into the averages."""
+        decay, ema = self._reference_decay(number), self.config.ema
+        if decay is None and ema is None:
+            return
+        weights = averages.local_weights(self.optimizer, self.strategy)
+        if decay is not None:
+            averages.advance(self.trainer.weight_state[_REFERENCE], weights, decay)
+        if ema is not None and self.ema is not None:
+            averages.advance(self.ema, weights, averages.warmed_up(ema, self._averaged))
+            self._averaged += 1
+
+    def _reference_decay(self, number: int) -> float | None:
+        schedule = self.schedule
+        return self.trainer.reference_decay((number + schedule.config.before) / schedule.total)
+
+    def _at_reference(self) -> AbstractContextManager[None]:
+        average = self.trainer.weight_state[_REFERENCE]
+        return averages.in_place_of_weights(average, self.optimizer, self.strategy)
+
+    def _gathered(self, kept: Mapping[str, Mapping[str, Tensor]], *, whole: bool) -> dict[str, dict[str, Tensor]]:
+        """Return tensors kept per weight: gathered, or this process's parts in the form of the parameters."""
         form = self.strategy.whole_like if whole else self.strategy.shared
-        kept = self.trainer.weight_state.items()
         parameters = named_parameters(self.optimizer) if kept else {}
-        weights = {word: {name: form(part, parameters[name]) for name, part in of.items()} for word, of in kept}
-        return {"state": self.trainer.state_dict(), "weights": weights}
+        return {word: {name: form(part, parameters[name]) for name, part in of.items()} for word, of in kept.items()}
 
-    def _load_trainer(self, saved: Mapping[str, Any]) -> None:
-        parameters = named_parameters(self.optimizer) if saved["weights"] else {}
-        self.trainer.load_state_dict(saved["state"])
-        self.trainer.weight_state = {
+    def _parts(self, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        """Return this process's parts of tensors kept per weight."""
+        parameters = named_parameters(self.optimizer) if saved else {}
+        return {
             word: {name: self._part_of_weight(word, name, value, parameters) for name, value in of.items()}
-            for word, of in saved["weights"].items()
+            for word, of in saved.items()
         }
 
     def _part_of_weight(self, word: str, name: str, whole: Any, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Return this process's part of a tensor that the trainer keeps for a weight.
+        """Return this process's part of a tensor that is kept for a weight.
 
         Raises:
             ValueError: there is no such weight, or its shape differs.
@@ -181,7 +257,7 @@ class Updater:
         # Parts loaded from checkpoint shards also have the whole shape.
         shape = self.strategy.shape(parameters[name]) if name in parameters else None
         if not isinstance(whole, Tensor) or whole.shape != shape:
-            raise ValueError(f"the trainer's '{word}' of '{name}' is not that of a parameter of this model")
+            raise ValueError(f"'{word}' of '{name}' is not that of a parameter of this model")
         return self.strategy.part_like(whole, parameters[name])
 
 

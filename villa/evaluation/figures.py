@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Points ``(update, value)`` by ``(kind, name)`` of log records.
 Curves = dict[tuple[str, str], list[tuple[int, float]]]
 
-_PER_PASS = re.compile(r"pass(?P<step>\d+)/(?:(?P<modality>\w+)_)?(?P<what>\w+)")
+_PER_PASS = re.compile(r"pass(?P<step>\d+)/(?:(?P<modality>[\w.]+)_)?(?P<what>\w+)")
 _SHADES = {"loss": "Purples", "kl": "Greens", "text": "Blues", "image": "Oranges"}
 
 
@@ -116,6 +116,7 @@ def _losses(curves: Curves) -> list[_Line]:
         ("train", "loss"): _Line("train, total", [], {"color": "black", "linewidth": 1.8, "zorder": 3}),
         ("train", "clean_loss"): _Line("train, clean", [], {"color": "tab:cyan", "linestyle": "--", "zorder": 3}),
         ("val", "loss"): _Line("validation", [], {"color": "tab:red", "marker": "o", "markersize": 4, "zorder": 4}),
+        ("val", "live_loss"): _Line("validation, live weights", [], {"color": "tab:red", "linestyle": ":"}),
     }
     found = [_Line(line.label, curves[key], line.style) for key, line in fixed.items() if key in curves]
     return found + list(_per_pass(curves, "loss"))
@@ -124,7 +125,7 @@ def _losses(curves: Curves) -> list[_Line]:
 def _scores(curves: Curves) -> list[_Line]:
     lines = []
     for (kind, name), points in curves.items():
-        if kind not in ("val", "test") or name == "loss":
+        if kind not in ("val", "test") or name.endswith("loss"):
             continue
         percent = _percent(points)
         update, best = max(percent, key=lambda point: point[1] if math.isfinite(point[1]) else -math.inf)
@@ -159,7 +160,7 @@ def _per_pass(curves: Curves, what: str) -> Iterator[_Line]:
         if match["what"] != what:
             continue
         group, step = match["modality"] or what, int(match["step"])
-        color = colormaps[_SHADES.get(group, "Greys")](0.9 - 0.5 * (last - step) / max(last, 1))
+        color = colormaps[_SHADES.get(group.partition(".")[0], "Greys")](0.9 - 0.5 * (last - step) / max(last, 1))
         prefix = f"{group}, " if match["modality"] else ""
         yield _Line(f"{prefix}pass {step}", points, {"color": color, "linewidth": 1.2})
 

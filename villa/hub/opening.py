@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from villa.checkpoints.files import load
 from villa.checkpoints.layout import CHECKPOINTS, MANIFEST, is_saved
@@ -21,12 +22,13 @@ _FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "
 _PICKLED = "pytorch_model*.bin"
 
 
-def open_source(place: str) -> Source:
+def open_source(place: str, weights: Literal["average", "live"] = "average") -> Source:
     """Return the trained model at a path or on the hub.
 
     Args:
         place: a run's output folder (its best checkpoint is used), a checkpoint's folder, a folder written by
             ``save_pretrained`` of villa or transformers, or the name of one on the hub (``owner/name``).
+        weights: see ``CheckpointSource``.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -40,7 +42,7 @@ def open_source(place: str) -> Source:
     except OSError as error:
         raise CheckpointError(f"'{place}' cannot be read: {one_line(error)}; give another path") from error
     checkpoint = load(resolve(path))
-    return CheckpointSource(checkpoint.path, checkpoint.update)
+    return CheckpointSource(checkpoint.path, checkpoint.update, weights)
 
 
 def fetch(name: str) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from villa.checkpoints.files import Checkpoint
 from villa.checkpoints.layout import CHECKPOINTS, CONFIG, METRICS, UNFINISHED
@@ -76,8 +76,15 @@ def place_name(path: Path) -> str:
     return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
+@dataclass(frozen=True)
 class CheckpointSource(Source):
-    """A verified checkpoint of a run."""
+    """A verified checkpoint of a run.
+
+    Attributes:
+        weights: which weights to load: the running ``average`` if there is one, or the ``live`` ones.
+    """
+
+    weights: Literal["average", "live"] = "average"
 
     def recipe(self) -> list[Layer]:
         """Read the recipe that was saved with the checkpoint."""
@@ -90,7 +97,10 @@ class CheckpointSource(Source):
 
     def load_into(self, model: Model) -> None:
         """Load the checkpoint's weights."""
-        load_model(model, self._checkpoint)
+        averaged = self.weights == "average" and self._checkpoint.averaged
+        load_model(model, self._checkpoint, averaged=averaged)
+        if averaged:
+            print(f"{self.path}: the running average of the weights (checkpoint.weights=live for the last ones)")
         refuse_not_finite(self.path, model.named_parameters())
 
     def results(self, run_type: str) -> Path:
@@ -116,20 +126,23 @@ class CheckpointSource(Source):
         return self.path.parents[1] if self.path.parent.name == CHECKPOINTS else self.path.parent
 
 
-def load_model(model: Model, checkpoint: Checkpoint, strategy: Strategy | None = None) -> None:
+def load_model(
+    model: Model, checkpoint: Checkpoint, strategy: Strategy | None = None, *, averaged: bool = False
+) -> None:
     """Load a checkpoint's weights.
 
     Args:
         model: the model, perhaps sharded.
         checkpoint: a checkpoint of the whole model.
         strategy: how the model is distributed; by default in one process.
+        averaged: load the running average of the weights, if the checkpoint holds one.
 
     Raises:
         CheckpointError: they cannot be read, or belong to another model.
     """
     strategy = strategy or Strategy()
     own = {name: strategy.shape(value) for name, value in model.state_dict(keep_vars=True).items()}
-    saved = checkpoint.model_state(model.state_dict())
+    saved = (checkpoint.averaged_state if averaged else checkpoint.model_state)(model.state_dict())
     for name in sorted(saved.keys() | own.keys()):
         ours = list(own[name]) if name in own else None
         theirs = list(saved[name].shape) if name in saved else None

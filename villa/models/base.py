@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,9 +13,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
-from villa.facts import DataFacts, RowKind, Task, Written
+from villa.facts import DataFacts, PixelScale, RowKind, Task, Written
 from villa.models.loading import InitialRows, load_weights
 from villa.models.matching import Matching, rows_of
+from villa.models.packing import Blocks
 
 __all__ = [
     "DataFacts",
@@ -42,6 +43,8 @@ class ModelOutput:
         hidden_states: embedding output and the output of every layer, ``[rows, L, hidden]`` each, on request.
         attentions: attention maps of every layer, ``[rows, heads, L, L]`` each, on request.
         embeddings: unit-length embeddings of images and texts, ``[B, D]`` each, of a dual encoder.
+        image_features: ``[B, D]`` embeddings of the images before they are scaled to unit length, of a dual encoder
+            that reads images alone.
         extras: other floating-point tensors that a loss reads, by name, such as the logits of an objective's parts.
     """
 
@@ -50,6 +53,7 @@ class ModelOutput:
     hidden_states: tuple[Tensor, ...] = ()
     attentions: tuple[Tensor, ...] = ()
     embeddings: tuple[Tensor, Tensor] | None = None
+    image_features: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map_scores(self, function: Callable[[Tensor], Tensor]) -> ModelOutput:
@@ -67,19 +71,23 @@ class Point:
         side: whether to perturb the module's ``"output"`` or its first ``"input"``; a ``[rows, tokens, width]`` tensor.
         mask: maps a batch to ``[rows, tokens]`` bool, True where the perturbation may be non-zero; None means
             everywhere.
-        argument: keyword argument to perturb instead of the first input.
+        argument: keyword, or position, of the argument to perturb instead of the first input.
         layout: ``channels_first`` for ``[rows, width, height, width]`` maps (patch embeddings), whose spatial
-            dimensions are flattened into ``tokens``.
+            dimensions are flattened into ``tokens``; ``images`` for ``[..., 3, height, width]``, whose rows are images.
         confined: never perturb positions outside the mask, even with ``mask_padding=false``: they are not padding but
             belong to another modality, or are masked.
+        blocks: maps a batch to the rows of a value without padding, ``[P, width]``; None if it has rows.
+        scale: scale of pixel values. The perturbation is then one of colours, which it keeps within [0, 1].
     """
 
     module: str
     side: Literal["input", "output"]
     mask: Callable[[Batch], Tensor | None] = field(default=lambda batch: None)
-    argument: str | None = None
-    layout: Literal["tokens", "channels_first"] = "tokens"
+    argument: str | int | None = None
+    layout: Literal["tokens", "channels_first", "images"] = "tokens"
     confined: bool = False
+    blocks: Callable[[Batch], Blocks] | None = None
+    scale: PixelScale | None = None
 
 
 @dataclass
@@ -178,6 +186,22 @@ class Model(nn.Module, ABC):
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the perturbation point of each modality: ``{"text": ..., "image": ...}``; either may be absent."""
 
+    def other_points(self) -> Mapping[str, Point]:
+        """Return further perturbation points by ``modality.name``; none by default.
+
+        ``image.pixels`` is that of whole images, and ``text.layer.3`` the text tokens in the input of a layer, counted
+        from 0.
+        """
+        return {}
+
+    def embeds_images(self) -> bool:
+        """Return whether a batch of images alone gets ``ModelOutput.image_features``, as in a dual encoder."""
+        return False
+
+    def scores_label_texts(self) -> bool:
+        """Return whether the logits are those of images against the texts of the labels, which are not trained."""
+        return False
+
     def stochastic(self) -> bool:
         """Return whether training passes draw random numbers, such as dropout masks; True if this is not known.
 
@@ -185,9 +209,48 @@ class Model(nn.Module, ABC):
         """
         return True
 
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the dotted prefixes of lists of layers that read the output of the other lists, in order.
+
+        By default all lists are taken to lie side by side, such as one for texts and one for images.
+        """
+        return ()
+
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the parameter-name prefixes of the task head, which may have its own learning rate."""
         return ()
+
+
+def layer_points(
+    layers: Iterable[str], masks: Mapping[str, Callable[[Batch], Tensor | None]], **options: Any
+) -> dict[str, Point]:
+    """Return a point for every layer and modality: the layer's input, at the positions of the modality alone.
+
+    Args:
+        layers: dotted paths of the layers, in order.
+        masks: by modality, the mask of its real positions.
+        options: other attributes of the points.
+    """
+    return {
+        f"{modality}.layer.{number}": Point(path, "input", mask, confined=True, **options)
+        for number, path in enumerate(layers)
+        for modality, mask in masks.items()
+    }
+
+
+def pixel_points(module: str, mask: Callable[[Batch], Tensor | None], scale: PixelScale | None) -> dict[str, Point]:
+    """Return the point of whole images at a module that reads them, or nothing if their scale is not known."""
+    if scale is None:
+        return {}
+    return {"image.pixels": Point(module, "input", mask, layout="images", confined=True, scale=scale)}
+
+
+def summary(points: Iterable[str]) -> list[str]:
+    """Return the names of a modality's points in ``Model.other_points``, with layers as ``layer.0 to layer.11``."""
+    names = [key.partition(".")[2] for key in points]
+    layers = [name for name in names if name.startswith("layer.")]
+    ranges = [f"{layers[0]} to {layers[-1]}"] if len(layers) > 1 else layers
+    return [name for name in names if name not in layers] + ranges
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os.path
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,9 +18,9 @@ from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.errors import CheckpointError, DataError
 from villa.facts import DataFacts
 from villa.files import read_json
-from villa.models.base import ModelOutput, Point
+from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.matching import Matching, rows_of
-from villa.models.packing import PaddingFree, RowMask, States, attend_in_rows
+from villa.models.packing import Blocks, PaddingFree, RowMask, States, attend_in_rows
 from villa.models.rows import RowLayout, Rows
 from villa.models.transformers_model import load_matched, word_modules
 from villa.models.two_heads import TwoHeadConfig, TwoHeadModel, score_mask, settle
@@ -75,6 +75,8 @@ class LxmertConfig(TwoHeadConfig):
 #: What the released code adds to the attention scores of masked positions.
 RELEASED_MASK = -10000.0
 _LAYER_NORM_EPS = 1e-12
+#: Place of the regions among the arguments of a cross layer.
+_SEEN = 2
 
 
 class LxmertEncoded(NamedTuple):
@@ -244,6 +246,31 @@ class Lxmert(TwoHeadModel):
             "text": Point("lxmert.embeddings.word_embeddings", "output", self.layout.text_mask),
             "image": Point("lxmert.encoder.visn_fc.visn_fc", "input", self.layout.region_mask),
         }
+
+    def other_points(self) -> Mapping[str, Point]:
+        """Return the inputs of language layers (text) and vision layers (image), and then of cross layers (both)."""
+        encoder, layout = "lxmert.encoder", self.layout
+        config = self.lxmert.config
+        cross = [f"{encoder}.x_layers.{n}" for n in range(config.x_layers)]
+        language = [f"{encoder}.layer.{n}" for n in range(config.l_layers)]
+        vision = [f"{encoder}.r_layers.{n}" for n in range(config.r_layers)]
+        text = layer_points(
+            (*language, *cross), {"text": layout.text_mask}, blocks=lambda batch: self._places(batch)[0]
+        )
+        image = layer_points(vision + cross, {"image": layout.region_mask}, blocks=lambda batch: self._places(batch)[1])
+        seen = {key: replace(point, argument=_SEEN) for key, point in image.items() if point.module in cross}
+        return {**text, **image, **seen}
+
+    def _places(self, batch: Batch) -> tuple[Blocks, Blocks]:
+        """Return where the positions that layers compute are in the text and among the regions."""
+        rows = self.layout.rows(batch)
+        streams = (rows.input_ids, rows.text_mask), (rows.features, rows.region_mask)
+        text, regions = self.packings(*streams, attentions=False)
+        return text.origin, regions.origin
+
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the prefix of the cross-attention layers, which follow those of text and regions."""
+        return ("lxmert.encoder.x_layers",)
 
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the answer head."""

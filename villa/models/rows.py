@@ -90,6 +90,18 @@ class RowLayout:
         """Return the rows' region mask, ``[N, R]`` bool, or None when every region is real."""
         return None if batch.region_mask is None else self._image_rows(batch.region_mask, batch)
 
+    def text_places(self, batch: Batch) -> Tensor:
+        """Return where text is real in a row's text followed by its regions, ``[N, T + R]`` bool."""
+        rows = self.rows(batch)
+        text = given_mask(rows.text_mask, rows.input_ids)
+        return torch.cat((text, text.new_zeros(rows.features.shape[:2])), dim=1)
+
+    def region_places(self, batch: Batch) -> Tensor:
+        """Return where regions are real in a row's text followed by its regions, ``[N, T + R]`` bool."""
+        rows = self.rows(batch)
+        regions = given_mask(rows.region_mask, rows.features[..., 0])
+        return torch.cat((regions.new_zeros(rows.input_ids.shape), regions), dim=1)
+
     def visible_regions(self, batch: Batch) -> Tensor | None:
         """Return ``region_mask`` without the regions that masked region modelling hides."""
         real = self.region_mask(batch)

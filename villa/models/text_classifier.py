@@ -15,8 +15,8 @@ from villa.checkpoints.transformers_folder import ASSETS, describing, find_confi
 from villa.errors import ConfigError, DataError, one_line
 from villa.facts import DataFacts
 from villa.files import from_home
-from villa.models.base import ModelConfig, ModelOutput, Point
-from villa.models.transformers_model import TransformersModel, name_labels
+from villa.models.base import ModelConfig, ModelOutput, Point, layer_points
+from villa.models.transformers_model import TransformersModel, layer_names, name_labels
 from villa.models.two_heads import settle
 from villa.registry import register_model
 
@@ -121,6 +121,14 @@ class TextClassifier(TransformersModel):
         if module is None or config.is_encoder_decoder or config.model_type in _OTHERWISE:
             return {}
         return {"text": Point(module, "output", _text_mask)}
+
+    def other_points(self) -> Mapping[str, Point]:
+        """Return the inputs of the layers, if the model is a stack of as many as its configuration says."""
+        encoder = self.transformer.base_model_prefix
+        layers = layer_names(getattr(self.transformer, encoder), f"transformer.{encoder}")
+        if not self.perturbation_points() or len(layers) != self.transformer.config.num_hidden_layers:
+            return {}
+        return layer_points(layers, {"text": _text_mask})
 
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefixes of everything but the encoder: the classifier and, in some models, a pooler."""

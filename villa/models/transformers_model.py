@@ -77,6 +77,21 @@ def word_modules(transformer: Any) -> list[nn.Module]:
     return list({id(module): module for module in found}.values())
 
 
+def layer_names(module: nn.Module, prefix: str = "") -> list[str]:
+    """Return the dotted paths of a module's layers: of the items of its only list of modules, else none.
+
+    Args:
+        module: the module.
+        prefix: dotted path of the module itself.
+    """
+    lists = {name: child for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        return []
+    start = f"{prefix}.{outer[0]}" if prefix else outer[0]
+    return [f"{start}.{number}" for number in range(len(lists[outer[0]]))]
+
+
 def _reported_words(model: Any) -> list[nn.Module]:
     """Return the word embedding and the decoder that a transformers model reports, if any."""
     found = []

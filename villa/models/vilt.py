@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.facts import DataFacts
-from villa.models.base import ModelOutput, Point
-from villa.models.packing import PaddingFree, RowMask, attend_in_rows
+from villa.facts import DataFacts, PixelScale
+from villa.models.base import ModelOutput, Point, layer_points, pixel_points
+from villa.models.packing import Packing, PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import given_mask
 from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask
 from villa.registry import register_model
@@ -155,12 +155,14 @@ class Vilt(TwoHeadModel):
     Args:
         config: transformers configuration; ``num_images`` and ``num_labels`` determine the head.
         padding_free: see ``TwoHeadConfig``.
+        pixel_scale: scale of the images' values, for perturbations of pixels; None if it is unknown.
     """
 
     Config = ViltConfig
 
-    def __init__(self, config: Any, padding_free: PaddingFree = "auto") -> None:
+    def __init__(self, config: Any, padding_free: PaddingFree = "auto", pixel_scale: PixelScale | None = None) -> None:
         super().__init__(padding_free)
+        self.pixel_scale = pixel_scale
         from transformers import ViltModel
 
         self.images: int = config.num_images
@@ -186,7 +188,7 @@ class Vilt(TwoHeadModel):
             ConfigError: the configuration contradicts the data or itself.
         """
         config.check()
-        return cls(config.transformer(facts), config.padding_free)
+        return cls(config.transformer(facts), config.padding_free, facts.pixels)
 
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Score a batch of texts and images.
@@ -240,6 +242,36 @@ class Vilt(TwoHeadModel):
             "text": Point(words, "output", self._text_mask),
             "image": Point(patches, "output", self._patch_mask, layout="channels_first"),
         }
+
+    def other_points(self) -> Mapping[str, Point]:
+        """Return the pixels, if their scale is known, and the inputs of the layers at text and at the image."""
+        layers = [f"vilt.encoder.layer.{number}" for number in range(self.vilt.config.num_hidden_layers)]
+        masks = {"text": lambda batch: self._places(batch)[0], "image": lambda batch: self._places(batch)[1]}
+        found = layer_points(layers, masks, blocks=lambda batch: self._packing(batch).origin)
+        return {**pixel_points("vilt.embeddings.patch_embeddings", self._real_pixels, self.pixel_scale), **found}
+
+    def _places(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return where the text, and the image, is real in the sequence of both, ``[B * images, T + 1 + P]`` bool."""
+        pixels = self._pixels(batch)
+        assert batch.input_ids is not None
+        words = self._repeated(batch.input_ids)
+        text = given_mask(self._text_mask(batch), words)
+        grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
+        patches = Patches.of(pixels.new_zeros(len(pixels), 1, *grid), self._pixel_mask(batch))
+        kept, mask = patches.packed(patches.values.flatten(2).transpose(1, 2))
+        seen = F.pad(given_mask(mask, kept[..., 0]), (1, 0), value=True)  # the image's own [CLS]
+        return F.pad(text, (0, seen.shape[1])), F.pad(seen, (text.shape[1], 0))
+
+    def _packing(self, batch: Batch) -> Packing:
+        """Return the positions that layers compute, of tokens, image [CLS] and patches."""
+        text, seen = self._places(batch)
+        padded = self._text_mask(batch) is not None or self._pixel_mask(batch) is not None
+        return self.packings((text, text | seen if padded else None), attentions=False)[0]
+
+    def _real_pixels(self, batch: Batch) -> Tensor | None:
+        """Return the pixel mask as ``[B * images, H * W]`` bool, or None."""
+        mask = self._pixel_mask(batch)
+        return None if mask is None else mask.flatten(1) > 0
 
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the classifier."""

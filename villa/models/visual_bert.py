@@ -14,10 +14,10 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
 from villa.facts import DataFacts
-from villa.models.base import ModelOutput, Point
+from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.dropout import Dropout
 from villa.models.matching import Matching
-from villa.models.packing import PaddingFree, RowMask, attend_in_rows
+from villa.models.packing import Blocks, PaddingFree, RowMask, attend_in_rows
 from villa.models.rows import RowLayout, Rows, given_mask
 from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask, settle
 from villa.registry import register_model
@@ -160,6 +160,18 @@ class VisualBert(TwoHeadModel):
             "text": Point(f"{embeddings}.word_embeddings", "output", self.layout.text_mask),
             "image": Point(f"{embeddings}.visual_projection", "input", self.layout.region_mask),
         }
+
+    def other_points(self) -> Mapping[str, Point]:
+        """Return the inputs of the layers, at text and at regions."""
+        layers = [f"visual_bert.encoder.layer.{n}" for n in range(self.visual_bert.config.num_hidden_layers)]
+        masks = {"text": self.layout.text_places, "image": self.layout.region_places}
+        return layer_points(layers, masks, blocks=self._places)
+
+    def _places(self, batch: Batch) -> Blocks:
+        """Return where the positions that layers compute are in text followed by regions."""
+        rows = self._rows(batch)
+        both = torch.cat((rows.input_ids, rows.features[..., 0]), dim=1)
+        return self.packings((both, _both_masks(rows)), attentions=False)[0].origin
 
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the classifier."""

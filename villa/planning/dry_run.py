@@ -14,13 +14,14 @@ from villa.config.loader import load_stages
 from villa.config.schema import RunConfig
 from villa.config.validate import TRAINING_RUNS
 from villa.datasets.base import Split, TaskDataset
+from villa.datasets.names import CENTRED
 from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.distributed.environment import Place
 from villa.engine.report import warnings_of_run
 from villa.engine.setup import build_trainer, choose_device, within_memory
 from villa.errors import ConfigError, DataError, MissingDataError, VillaError, one_line
 from villa.facts import DataFacts
-from villa.models.base import Model, Point
+from villa.models.base import Model, Point, summary
 from villa.planning.meta import MetaTensors
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
@@ -203,7 +204,7 @@ def _made_up(config: RunConfig, values: Sequence[str], stage: int, sizes: Sizes)
     source = _from_data(load_stages([*values, "dataset.synthetic=true"])[stage].config)
     known, found = source.facts, source.samples
     labels = CLASSES if any(sample.label or sample.batch.objective for sample in found) else known.num_labels
-    facts = DataFacts(VOCABULARY, labels, WIDTH, known.task)
+    facts = DataFacts(VOCABULARY, labels, WIDTH, known.task, pixels=known.pixels)
     batch = config.batch
     cut = UpdateSampler([1], batch, 0)
     made = []
@@ -219,7 +220,7 @@ def _objectives(config: RunConfig) -> Mapping[str, float]:
 
 
 #: Sizes used if the data is missing; the points do not depend on them.
-_ANY_DATA = DataFacts(vocab_size=30522, num_labels=2, feature_dim=2048)
+_ANY_DATA = DataFacts(vocab_size=30522, num_labels=2, feature_dim=2048, pixels=CENTRED)
 
 
 def describe_points(config: RunConfig) -> list[str]:
@@ -239,6 +240,10 @@ def describe_points(config: RunConfig) -> list[str]:
     lines = [f"model '{config.model.name}'{kind} can be perturbed in {' and '.join(points) or 'nothing'}:"]
     width = max(map(len, points), default=0)
     lines += [f"  {modality:{width}}  {_describe(model, point)}" for modality, point in points.items()]
+    others = model.other_points()
+    for modality in dict.fromkeys(key.partition(".")[0] for key in others):
+        names = summary(key for key in others if key.startswith(f"{modality}."))
+        lines.append(f"other points: trainer.points.{modality} may be embeddings (the above), {', '.join(names)}")
     if hasattr(config.model, "points"):
         lines.append("another place: model.points.<modality>=path.to.module, or path.to.module:input, or ...:argument")
     return lines

@@ -116,6 +116,7 @@ class Counted:
         backwards: number of backward passes, each of which may go through several graphs.
         uses: how often every layer is used: once per forward pass, and once more if that has a graph.
         assumed: whether the passes read values that do not exist on the meta device and were taken to be 1.
+        averages: bytes of running averages of the weights (``training.ema``, and the trainer's own).
     """
 
     parameters: int
@@ -130,6 +131,7 @@ class Counted:
     backwards: int
     uses: int
     assumed: bool = False
+    averages: int = 0
 
 
 def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") -> Counted:
@@ -165,6 +167,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
             hook.remove()
         model.zero_grad(set_to_none=True)
     gradients, activations, peak, flops = passed
+    averages = (config.training.ema is not None) + (trainer.reference_decay(1.0) is not None)
     return Counted(
         held,
         gradients,
@@ -178,6 +181,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
         passes.backwards,
         passes.uses,
         numbers.assumed,
+        averages * sum(p.numel() * max(p.element_size(), 4) for p in trained),
     )
 
 

@@ -89,7 +89,7 @@ class Plan:
         every = [p.numel() for p in self.model.parameters()]
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         ranks = f"{self.processes} ranks, {self.strategy}" if self.processes > 1 else "one process"
-        kinds = ("parameters", "gradients", "optimizer", "activations", "gathered")
+        kinds = ("parameters", "gradients", "optimizer", "averages", "activations", "gathered")
         named = [f"{kind} {in_bytes(getattr(memory, kind))}" for kind in kinds if getattr(memory, kind)]
         of = f" of {sample.label}" if sample.label and len(self.parts) > 1 else ""
         return [

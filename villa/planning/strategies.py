@@ -27,8 +27,9 @@ class RankMemory:
         optimizer: its part of the optimiser's state.
         activations: see ``Counted.activations``.
         gathered: parameters gathered for a time, and gradients being reduced.
-        peak: the most at once: parameters, optimiser state, and the larger of what the passes and the optimiser step
-            need. It may be less than the sum of the others, which need not coincide.
+        peak: the most at once: parameters, optimiser state, averages, and the larger of what the passes and the
+            optimiser step need. It may be less than the sum of the others, which need not coincide.
+        averages: its part of the running averages of the weights.
     """
 
     parameters: float
@@ -37,6 +38,7 @@ class RankMemory:
     activations: float
     gathered: float
     peak: float
+    averages: float = 0.0
 
 
 def rank_memory(
@@ -49,6 +51,8 @@ def rank_memory(
     each_pass: bool = False,
 ) -> RankMemory:
     """Return the memory of a rank.
+
+    Running averages are divided like the parameters.
 
     - ``ddp``: everything; at the end of the last backward pass also the buckets in which gradients are sent.
     - ``fsdp``, ``fairscale_fsdp``: 1 / processes of parameters and optimiser state, and gathered layers. Likewise
@@ -85,8 +89,9 @@ def rank_memory(
         passes = max(passes + gathered, gradients + 3 * rest + counted.batch)
     step = counted.gradients * part + counted.step * optimizer_part + counted.batch
     parameters, optimizer = counted.parameters * part, counted.optimizer * optimizer_part
-    peak = parameters + optimizer + max(passes, step)
-    return RankMemory(parameters, gradients, optimizer, counted.activations, gathered, peak)
+    averages = counted.averages * part
+    peak = parameters + optimizer + averages + max(passes, step)
+    return RankMemory(parameters, gradients, optimizer, counted.activations, gathered, peak, averages)
 
 
 def gathered_bytes(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from villa.adversarial.ascent import AscentSettings, Norm, RelativeTo, Scope
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
-from villa.errors import ConfigError
-from villa.models.base import Model, ModelOutput
+from villa.errors import ConfigError, nearest
+from villa.models.base import Model, ModelOutput, Point, summary
 from villa.objectives import check_objectives
 from villa.trainers.base import Cost, Logs, Passes, Trainer, TrainerConfig
 from villa.trainers.standard import CLEAN_COST
@@ -33,16 +33,48 @@ VIEWS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+#: Names of a modality's usual point, where it enters the model, and of whole images.
+_USUAL, _PIXELS = "embeddings", "pixels"
+_CHANNELS = 3
+
+
 class PerturbationConfig(TrainerConfig):
     """The options that every perturbing method has; not a dataclass, so that subclasses order them."""
 
     modality: Any
+    points: dict[str, Any]
     dropout: Literal["fresh", "shared"]
     objectives: list[str] | None
 
-    def ascent(self, modality: str) -> AscentSettings:
-        """Return the settings of one modality's perturbation."""
+    def ascent(self, key: str) -> AscentSettings:
+        """Return the settings of a perturbation; see ``keys``."""
         raise NotImplementedError
+
+    def keys(self, modality: str) -> tuple[str, ...]:
+        """Return the keys of a modality's perturbations: its own name at its usual point, else ``modality.point``."""
+        names = self.points.get(modality, _USUAL)
+        return tuple(
+            modality if name == _USUAL else f"{modality}.{name}"
+            for name in ([names] if isinstance(names, str) else names)
+        )
+
+    def check_points(self) -> None:
+        """Raise ConfigError for points that are not of the perturbed modalities, or not given as names."""
+        perturbed = [modality for view in VIEWS[self.modality] for modality in view]
+        for modality, given in self.points.items():
+            if modality not in perturbed:
+                raise ConfigError(
+                    f"trainer.points.{modality} has no effect with trainer.modality={self.modality}, which perturbs "
+                    f"{' and '.join(perturbed)}; leave it out"
+                )
+            names = [given] if isinstance(given, str) else given
+            if not (isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)):
+                raise ConfigError(
+                    f"trainer.points.{modality} is {given!r:.80}; give the name of a point, or a list of them, such as "
+                    f"[{_USUAL}, layer.3]"
+                )
+            if len({*names}) < len(names):
+                raise ConfigError(f"trainer.points.{modality} names a point twice: {', '.join(names)}")
 
 
 @dataclass
@@ -54,6 +86,9 @@ class AdversarialConfig(PerturbationConfig):
             perturbation moves K - 1 times; in others, how often it moves.
         modality: what is perturbed: ``text``, ``image``, ``both`` in the same pass, or ``alternating`` (a pass
             for each, as in the paper).
+        points: where a modality is perturbed, ``embeddings`` by default: a name or a list of names, each of which gets
+            its own perturbation of the given sizes. ``layer.3`` is the input of a layer, counted from 0, and ``pixels``
+            the image itself, whose sizes are those of colours in [0, 1] (``4/255``).
         text_step_size: length of an ascent step on the word embeddings.
         image_step_size: length of an ascent step on the region features.
         text_radius: bound on the norm of the text perturbation; None or 0 for none.
@@ -73,12 +108,15 @@ class AdversarialConfig(PerturbationConfig):
             projection.
         relative_to: unit of step sizes, radii and ``init_scale``: ``none`` is 1; ``embedding``, the norm of what is
             perturbed; ``table``, the mean norm of the rows of the embedding table (with ``scope=token``).
+        momentum: share of the last ascent's direction in the next one's; directions have length 1.
+        channels: factors on the sizes of a perturbation of pixels for red, green and blue, with ``norm=linf``.
     """
 
     LEAST_STEPS: ClassVar[int] = 1
 
     steps: int = 3
     modality: Modality = "both"
+    points: dict[str, Any] = field(default_factory=dict)
     text_step_size: float = 1e-3
     image_step_size: float = 1e-3
     text_radius: float | None = None
@@ -94,20 +132,36 @@ class AdversarialConfig(PerturbationConfig):
     step: str = "normalised"
     projection: str = "ball"
     relative_to: RelativeTo = "none"
+    momentum: float = 0.0
+    channels: list[float] | None = None
 
     def check(self) -> None:
         """Raise ConfigError for values out of range."""
         check_objectives("trainer.objectives", self.objectives or ())
+        self.check_points()
         if not self.LEAST_STEPS <= self.steps <= _MOST_STEPS:
             least = f"at least {self.LEAST_STEPS} and at most {_MOST_STEPS:,}"
             raise ConfigError(f"steps is {self.steps}; it must be {least}")
-        check_finite(self, "text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale")
+        check_finite(self, "text_step_size", "image_step_size", "text_radius", "image_radius", "init_scale", "momentum")
+        self._check_channels()
         self.ascent("text").check()
         if self.relative_to == "table" and self.scope != "token":
             raise ConfigError("relative_to=table is the norm of a token; set scope to token")
 
-    def ascent(self, modality: str) -> AscentSettings:
-        """Return the settings of one modality's perturbation."""
+    def _check_channels(self) -> None:
+        """Raise ConfigError for factors on channels that are none, or that nothing has."""
+        if self.channels is None:
+            return
+        if self.norm != "linf" or not any(key.endswith(f".{_PIXELS}") for key in self.keys("image")):
+            raise ConfigError(
+                f"channels is {self.channels}, factors for pixels in linf: set points.image to pixels and norm to linf"
+            )
+        if len(self.channels) != _CHANNELS or not all(0 <= factor < float("inf") for factor in self.channels):
+            raise ConfigError(f"channels is {self.channels}; give three finite numbers of at least 0, for RGB")
+
+    def ascent(self, key: str) -> AscentSettings:
+        """Return the settings of a perturbation; see ``keys``."""
+        modality, _, name = key.partition(".")
         step_size: float = getattr(self, f"{modality}_step_size")
         radius: float | None = getattr(self, f"{modality}_radius")
         scale = self.init_scale if self.init_scale is not None else (radius or step_size)
@@ -123,6 +177,8 @@ class AdversarialConfig(PerturbationConfig):
             step=self.step,
             projection=self.projection,
             relative_to=self.relative_to,
+            momentum=self.momentum,
+            channels=tuple(self.channels) if self.channels and name == _PIXELS else None,
         )
 
 
@@ -146,12 +202,15 @@ class AdversarialTrainer(Trainer):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        self.views = VIEWS[self.config.modality]
+        keys = self.config.keys
+        self.views = tuple(
+            tuple(k for modality in view for k in keys(modality)) for view in VIEWS[self.config.modality]
+        )
 
     @cached_property
     def starts_at_zero(self) -> bool:
         """Whether all perturbations are zero at first."""
-        return all(self.config.ascent(modality).starts_at_zero for modality in self.modalities())
+        return all(self.config.ascent(key).starts_at_zero for key in self.keys())
 
     def perturbs(self, batch: Batch) -> bool:
         """Return whether to perturb a batch; one without a pre-training objective always is."""
@@ -166,27 +225,44 @@ class AdversarialTrainer(Trainer):
         return self.cost() if self.asks_for(objective) else CLEAN_COST
 
     def check(self, model: Model) -> None:
-        """Refuse sizes relative to a table where there is none."""
-        points = model.perturbation_points()
-        for modality in self.modalities():
-            asked = self.config.ascent(modality).relative_to == "table"
-            if asked and not isinstance(model.get_submodule(points[modality].module), nn.Embedding):
+        """Refuse points that the model does not have, and sizes relative to a table where there is none."""
+        points = {**model.perturbation_points(), **model.other_points()}
+        for key in self.keys():
+            if key not in points:
+                raise ConfigError(_no_such_point(key, model, points))
+            asked = self.config.ascent(key).relative_to == "table"
+            if asked and not isinstance(model.get_submodule(points[key].module), nn.Embedding):
                 raise ConfigError(
-                    f"trainer.relative_to=table: what is perturbed in the {modality} is not looked up in a table; set "
-                    "it to embedding"
+                    f"trainer.relative_to=table: what is perturbed in the {key} is not looked up in a table; set it to "
+                    "embedding"
                 )
 
     def modalities(self) -> tuple[str, ...]:
         """Return the perturbed modalities."""
-        return tuple(modality for view in self.views for modality in view)
+        return tuple(dict.fromkeys(key.partition(".")[0] for key in self.keys()))
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys of all perturbations; see ``PerturbationConfig.keys``."""
+        return tuple(key for view in self.views for key in view)
 
     def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
-        """Create the perturbations of a micro-batch by modality."""
-        return {m: Perturbation(self.config.ascent(m), passes.seed(m)) for m in self.modalities()}
+        """Create the perturbations of a micro-batch by key."""
+        return {key: Perturbation(self.config.ascent(key), passes.seed(key)) for key in self.keys()}
 
     def pass_index(self, index: int) -> int:
         """Return the index that selects the dropout masks of pass ``index`` (0: the clean pass)."""
         return 0 if self.config.dropout == "shared" else index
+
+
+def _no_such_point(key: str, model: Model, points: Mapping[str, Point]) -> str:
+    """Say that a model has no such point, and which it has."""
+    modality, _, name = key.partition(".")
+    known = [_USUAL, *summary(other for other in points if other.startswith(f"{modality}."))]
+    pixels = "; pixels need a model that reads them" if name == _PIXELS else ""
+    return (
+        f"trainer.points.{modality}: '{name}' is no point of {type(model).__name__}{nearest(name, known)}; it has "
+        f"{', '.join(known)}{pixels}"
+    )
 
 
 class MultiStepTrainer(AdversarialTrainer):

@@ -63,6 +63,13 @@ class Passes(Protocol):
             train: False runs the model in evaluation mode, without dropout.
         """
 
+    def reference(self, batch: Batch, *, train: bool = True) -> ModelOutput:
+        """Run the clean pass at the running average of the weights that ``Trainer.reference_decay`` asks for.
+
+        The output has no graph, and the dropout masks of ``forward(batch, index=0)``, or none with ``train=False``.
+        Call it before the passes whose graphs are back-propagated.
+        """
+
     def loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the mean task loss of the micro-batch."""
 
@@ -169,6 +176,20 @@ class Trainer(ABC):
         """
         return {}
 
+    def reference_decay(self, progress: float) -> float | None:
+        """Return the decay of the running average of the weights that ``Passes.reference`` runs.
+
+        The average starts with the weights before the first update, takes in those after every optimiser step, and is
+        part of ``weight_state``.
+
+        Args:
+            progress: share of the training that the update ends, above 0 and at most 1.
+
+        Returns:
+            The decay, or None (the default) if the method has no use for the average. 1 keeps the weights of the start.
+        """
+        return None
+
     @abstractmethod
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run all passes of one micro-batch; return detached values to log, including ``loss``."""
@@ -224,6 +245,10 @@ class Trainer(ABC):
     def modalities(self) -> tuple[str, ...]:
         """Return the perturbed modalities, which are checked against the model's points before training."""
         return ()
+
+    def notes(self) -> list[str]:
+        """Return notes on options that have no effect on the model, one line each; see ``stochastic``."""
+        return []
 
     def check(self, model: Model) -> None:  # noqa: B027 - a method need not check
         """Check that the options fit a model, which has the points of ``modalities``; by default they do.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from villa.adversarial.ascent import AscentSettings, Norm
@@ -22,6 +22,7 @@ class NoiseConfig(PerturbationConfig):
         preset: sets ``norm``, ``text_noise`` and ``consistency_weight`` as in ``neftune`` or ``r3f``; an option given
             explicitly wins.
         modality: what gets noise: ``text``, ``image`` or ``both``.
+        points: where a modality gets noise, ``embeddings`` by default; see ``villa_run --help trainer=pgd``.
         text_noise: size of the noise on word embeddings. With ``l2``, entries are drawn up to ``text_noise`` over the
             square root of the number of an example's entries (NEFTune's alpha); with ``linf`` up to ``text_noise``.
         image_noise: the same for region features.
@@ -41,6 +42,7 @@ class NoiseConfig(PerturbationConfig):
 
     preset: Literal["neftune", "r3f"] = "neftune"
     modality: Literal["text", "image", "both"] = "text"
+    points: dict[str, Any] = field(default_factory=dict)
     text_noise: float = 5.0
     image_noise: float = 5.0
     norm: Norm = "l2"
@@ -53,11 +55,12 @@ class NoiseConfig(PerturbationConfig):
     def check(self) -> None:
         """Raise ConfigError for values out of range."""
         check_objectives("trainer.objectives", self.objectives or ())
+        self.check_points()
         check_finite(self, "text_noise", "image_noise", "consistency_weight")
 
-    def ascent(self, modality: str) -> AscentSettings:
-        """Return the settings of one modality's noise, which never moves."""
-        scale = getattr(self, f"{modality}_noise")
+    def ascent(self, key: str) -> AscentSettings:
+        """Return the settings of one point's noise, which never moves."""
+        scale = getattr(self, f"{key.partition('.')[0]}_noise")
         return AscentSettings(0.0, None, self.norm, self.distribution, scale, self.mask_padding)
 
 

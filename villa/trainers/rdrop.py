@@ -48,3 +48,11 @@ class RDropTrainer(Trainer):
     def cost(self) -> tuple[int, int]:
         """Return two forward and two backward passes."""
         return 2, 2
+
+    def notes(self) -> list[str]:
+        """Return a note if the two passes are the same."""
+        if self.stochastic:
+            return []
+        return [
+            "trainer 'rdrop' compares dropout masks, but the model has no dropout: this is standard training, twice"
+        ]

@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 from villa.checkpoints.layout import ASSETS, OWN
 from villa.checkpoints.transformers_folder import is_hub_name, is_transformers_folder, stored_config
 from villa.checkpoints.weight_files import FOLDER_FILES
-from villa.datasets.names import image_reading, pixel_reading, text_facts
+from villa.datasets.names import CENTRED, image_reading, pixel_reading, pixel_scale, text_facts
 from villa.datasets.own.processors import load_processor, save_processor
 from villa.datasets.own.readers import Kind
 from villa.datasets.own.records import REGION_FIELDS, Regions
 from villa.datasets.stores import STATISTICS_FILE, scaled_reading
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, VillaError, reading
-from villa.facts import DataFacts, Task
+from villa.facts import DataFacts, PixelScale, Task
 from villa.files import from_home, sha256, write_json
 from villa.json_values import is_count, read_own
 
@@ -78,11 +78,18 @@ class Assets:
             tokens=texts["tokens"],
             padding=texts["padding"],
             reading={**texts["reading"], **self._images()},
+            pixels=self._pixels(),
         )
 
     @cached_property
     def _texts(self) -> dict[str, Any]:
         return text_facts(self.tokenizer if self.tokenizer is not None else self.processor)
+
+    def _pixels(self) -> PixelScale | None:
+        """Return the scale of the images that a batch has."""
+        if self.processor is not None:
+            return pixel_scale(self.processor)
+        return CENTRED if self.regions == "pixels" else None
 
     def _images(self) -> dict[str, str]:
         """Return how images are read, as far as weights depend on it."""

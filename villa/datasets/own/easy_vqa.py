@@ -121,7 +121,9 @@ class EasyVqa(QuestionAnswering):
 
     def fingerprint(self) -> str:
         """Hash of questions, image files, options and extractor."""
-        parts: list[Any] = [asdict(self.config) | {"cache_dir": None, "processor": None}, self.vocabulary.extractor]
+        options = asdict(self.config) | {"cache_dir": None, "processor": None}
+        del options["label_prompt"]  # it changes no example
+        parts: list[Any] = [options, self.vocabulary.extractor]
         if self.vocabulary.processor is not None:
             parts.append(self.vocabulary.reading_fingerprint())
         for test in (False, True):

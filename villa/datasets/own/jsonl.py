@@ -160,6 +160,7 @@ class Jsonl(QuestionAnswering):
             "answers",
             "tokenizer",
             "processor",
+            "label_prompt",
             *_SYNTHETIC,
             "allow_empty_boxes",
         ):

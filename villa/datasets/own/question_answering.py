@@ -47,6 +47,9 @@ from villa.errors import ConfigError, DataError, about
 from villa.facts import DataFacts, Written
 from villa.files import local_path
 
+#: Place of a label in ``label_prompt``.
+LABEL = "{label}"
+
 
 @dataclass
 class QuestionAnsweringConfig(GridOptions, DatasetConfig):
@@ -62,6 +65,8 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
             max_text_length (as SigLIP was trained, with 64).
         prompt: prompt for a model with a processor, with ``{question}``, and optionally ``{image}`` where the images go
             (by default in front); None is the question alone. The processor's chat template is applied to it.
+        label_prompt: text of a label for a dual encoder, with ``{label}``, such as ``a photo of a {label}``. The model
+            then scores images against the texts of all labels, and does not read the questions.
     """
 
     max_text_length: int = 60
@@ -69,6 +74,7 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
     processor: str | None = None
     padding: Literal["longest", "max_length"] = "longest"
     prompt: str | None = None
+    label_prompt: str | None = None
 
     def check(self) -> None:
         """Check the ranges of the options.
@@ -80,6 +86,10 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
             raise ConfigError(f"dataset.max_text_length={self.max_text_length} is too small; give at least {SHORTEST}")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ConfigError(f"dataset.prompt='{self.prompt}' has no place for the question; write {{question}} in it")
+        if self.label_prompt is not None and LABEL not in self.label_prompt:
+            raise ConfigError(
+                f"dataset.label_prompt='{self.label_prompt}' has no place for the label; write {LABEL} in it"
+            )
         if self.image_size is not None and (self.image_size < 1 or self.processor is not None):
             why = "give at least 1" if self.image_size < 1 else "the processor has a size of its own; leave one out"
             raise ConfigError(f"dataset.image_size={self.image_size} is not allowed; {why}")
@@ -101,6 +111,8 @@ class QuestionAnsweringConfig(GridOptions, DatasetConfig):
             raise ConfigError(f"dataset.padding={self.padding} has no effect {without}; leave it out")
         if self.prompt is not None and (self.processor is None or kind == "pair"):
             raise ConfigError(f"dataset.prompt has no effect {without}; leave it out")
+        if self.label_prompt is not None and (self.processor is None or kind != "label"):
+            raise ConfigError(f"dataset.label_prompt has no effect {without}; leave it out")
 
 
 class QuestionAnswering(TaskDataset):
@@ -166,6 +178,9 @@ class QuestionAnswering(TaskDataset):
     def facts(self) -> DataFacts:
         """Return the vocabulary, the answers, the feature width and the task."""
         facts = self.vocabulary.facts()
+        if self.config.label_prompt is not None and isinstance(self.reader, ProcessorReader):
+            texts = [self.config.label_prompt.replace(LABEL, label) for label in self.vocabulary.answers]
+            facts = replace(facts, label_texts=self.reader.token_ids(texts))
         if self.vocabulary.regions in ("none", "pixels"):
             return facts
         return replace(facts, reading={**facts.reading, **scaled_reading(self.config.standardize)})

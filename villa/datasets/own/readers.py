@@ -249,6 +249,12 @@ class ProcessorReader(Reader):
         """Return the images."""
         return PictureStore(sources, self.reading.background) if sources else None
 
+    def token_ids(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of texts, padded only if ``reading.padding`` is ``max_length``."""
+        padding = self.reading.padding == "max_length" and self.reading.padding
+        options = {"truncation": True, "max_length": self._limit, "padding": padding}
+        return tuple(map(tuple, self.tokenizer(list(texts), **options)["input_ids"]))
+
     def text_lengths(self, texts: Sequence[Texts], *, images: bool) -> Integers:
         """Return the numbers of tokens after and before truncation, image placeholders excluded."""
         return np.array([self._text_length(*each, images=images) for each in texts]).reshape(-1, 2)

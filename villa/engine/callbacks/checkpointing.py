@@ -136,14 +136,13 @@ class CheckpointCallback(Callback):
 
     def _of_shards(self, training: Training) -> _Write:
         """Prepare a shard per process; rank 0 also writes the rest of the state."""
-        from villa.checkpoints.shards import part_of, split_optimizer, split_trainer
+        from villa.checkpoints.shards import part_of, split_kept, split_optimizer
 
         strategy, state = training.updater.strategy, training.state_dict(whole=False)
-        updater = state["updater"]
+        updater, kept = split_kept(state["updater"])
         optimizer, moments = split_optimizer(updater["optimizer"])
-        trainer, kept = split_trainer(updater["trainer"])
-        part = part_of(training.model, moments, strategy.share, copy=self.asynchronous, trainer=kept)
-        small = {**state, "updater": {**updater, "optimizer": optimizer, "trainer": trainer}}
+        part = part_of(training.model, moments, strategy.share, copy=self.asynchronous, kept=kept)
+        small = {**state, "updater": {**updater, "optimizer": optimizer}}
         state = staged({**small, "provenance": self.provenance})
 
         def write(folder: Path) -> dict[str, Any]:

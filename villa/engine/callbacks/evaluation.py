@@ -27,6 +27,9 @@ class Batches(Protocol):
 class EvaluationCallback(Callback):
     """Evaluates at intervals and at the end, tracks the best update, and stops when there is no more progress.
 
+    With ``training.ema``, it evaluates the running average of the weights; values of the weights themselves are called
+    ``live_<name>``.
+
     Args:
         evaluator: scores the batches.
         batches: iterates over the validation split's batches.
@@ -71,10 +74,7 @@ class EvaluationCallback(Callback):
         if not (due or progress.finished):
             return
         try:
-            self.values = self.evaluator.evaluate(training.checked(self.batches()))
-            if self.attack is not None and self._attacks_at(progress):
-                training.check()
-                self.values |= self.attack()
+            self.values = self._evaluate(training)
         except Interrupted:
             progress.pending = self.name
             return
@@ -95,6 +95,17 @@ class EvaluationCallback(Callback):
     def _attacks_at(self, progress: Progress) -> bool:
         every = self.config.robustness.every
         return every is None or progress.update % every == 0 or progress.finished
+
+    def _evaluate(self, training: Training) -> dict[str, float]:
+        with training.updater.averaged():
+            values = self.evaluator.evaluate(training.checked(self.batches()))
+            if self.attack is not None and self._attacks_at(training.progress):
+                training.check()
+                values |= self.attack()
+        if training.updater.ema is not None:
+            live = self.evaluator.evaluate(training.checked(self.batches()))
+            values |= {f"live_{name}": value for name, value in live.items()}
+        return values
 
     def _monitored(self, values: Mapping[str, float]) -> float:
         if self.config.monitor not in values:

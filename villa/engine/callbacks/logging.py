@@ -126,7 +126,8 @@ class LoggingCallback(Callback):
         if not self._means:
             return
         update = training.progress.update
-        rate = training.updater.optimizer.param_groups[-1]["lr"]
+        groups = training.updater.optimizer.param_groups
+        rate = min(groups, key=lambda group: abs(group["lr_multiplier"] - 1))["lr"]
         means = self._means.take()
         self.trackers.log(update, "train", {**means, "learning_rate": rate})
         timing = {"seconds": training.seconds + training.stream.waited, **self._speed.take()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.checkpoints.transformers_folder import ASSETS, HEAD, describing, find_config
 from villa.checkpoints.weight_files import read_weights
-from villa.errors import ConfigError, DataError
-from villa.facts import DataFacts, Task, Written
+from villa.errors import ConfigError, DataError, about
+from villa.facts import DataFacts, PixelScale, Task, Written
 from villa.files import from_home
 from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
 from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, generate, pool, pooled_size, prompts
-from villa.models.huggingface.points import find_points, override
+from villa.models.huggingface.points import find_other_points, find_points, language_layers, override
 from villa.models.loading import check_shapes
 from villa.models.matching import Matching
 from villa.models.transformers_model import TransformersModel, name_labels
@@ -44,22 +44,35 @@ class HuggingFaceModel(TransformersModel):
         transformer: the transformers model.
         task: task of the model.
         config: perturbation points, adapters and frozen parameters.
+        pixel_scale: scale of the images' values, for perturbations of pixels; None if it is unknown.
+        label_texts: token ids of the texts of labels, against which a dual encoder then scores images. Their embeddings
+            are computed whenever weights are loaded, and not trained.
     """
 
     Config = HuggingFaceConfig
+    label_embeddings: Tensor
 
-    def __init__(self, transformer: Any, task: Task, config: HuggingFaceConfig) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        task: Task,
+        config: HuggingFaceConfig,
+        pixel_scale: PixelScale | None = None,
+        label_texts: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.pixel_scale, self.label_texts = transformer, pixel_scale, label_texts
         self.task, self.options = task, config
         self._known = frozenset(inspect.signature(transformer.forward).parameters)
         self.head: nn.Linear | None = None
-        if task == "classification" and not self._has_own_head():
+        if label_texts is None and task == "classification" and not self._has_own_head():
             width = pooled_size(transformer, last=self._looks_back())
             self.head = nn.Linear(width, transformer.config.num_labels)
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
         self._prepare()
+        if label_texts is not None:
+            self.register_buffer("label_embeddings", self._embed_labels(label_texts))
 
     @classmethod
     def from_config(cls, config: HuggingFaceConfig, facts: DataFacts) -> HuggingFaceModel:
@@ -81,6 +94,8 @@ class HuggingFaceModel(TransformersModel):
         """Load weights, and those of ``head`` from the file beside them; without it the head stays fresh."""
         before = self.transformer
         report = super().load_weights(source, matching)
+        if self.label_texts is not None:
+            self.label_embeddings = self._embed_labels(self.label_texts)
         if self.transformer is before:
             return report
         self._prepare()
@@ -131,10 +146,30 @@ class HuggingFaceModel(TransformersModel):
         found = find_points(self.transformer, "transformer", generative=self._looks_back())
         return override(found, self.options.points, self)
 
+    def other_points(self) -> Mapping[str, Point]:
+        """Return the pixels, if their scale is known, and the layers of the language model or of both towers."""
+        usual = find_points(self.transformer, "transformer", generative=self._looks_back())
+        scale, generative = self.pixel_scale, self._looks_back()
+        return find_other_points(self.transformer, "transformer", usual, generative=generative, scale=scale)
+
+    def embeds_images(self) -> bool:
+        """Return whether the model is a dual encoder that can do so."""
+        apart = self.task == "contrastive" or self.label_texts is not None
+        return apart and hasattr(self.transformer, "get_image_features")
+
+    def scores_label_texts(self) -> bool:
+        """Return whether the data gives the labels texts."""
+        return self.label_texts is not None
+
+    def later_layers(self) -> tuple[str, ...]:
+        """Return the prefix of a generative model's language model, which reads images that others have encoded."""
+        path = language_layers(self.transformer) if self.task == "generation" else None
+        return () if path is None else (f"transformer.{path}",)
+
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the classification head."""
-        if self.head is not None:
-            return ("head",)
+        if self.head is not None or self.label_texts is not None:
+            return ("head",) if self.head is not None else ()
         own = next((name for name in _HEADS if hasattr(self.transformer, name)), "classifier")
         return (f"transformer.{own}",) if self.task == "classification" else ()
 
@@ -143,13 +178,17 @@ class HuggingFaceModel(TransformersModel):
         task = choose_task(described, config.task, facts.task)
         if task == "classification":
             name_labels(described, config.num_labels, facts)
-        kind = model_class(described, task, config.model_class)
+        if facts.label_texts is None:
+            kind = model_class(described, task, config.model_class)
+        else:
+            with about("dataset.label_prompt"):
+                kind = model_class(described, "contrastive", config.model_class)
         try:
             transformer = kind._from_config(described) if hasattr(kind, "_from_config") else kind(described)
         except Exception as error:  # the library hardly validates configurations
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigError(f"model.architecture: {kind.__name__} cannot be built: {reason.strip()}") from error
-        return cls(transformer, task, config)
+        return cls(transformer, task, config, facts.pixels, facts.label_texts)
 
     def _prepare(self) -> None:
         """Prepare the transformer for training: no cache, adapters, frozen parameters."""
@@ -166,6 +205,12 @@ class HuggingFaceModel(TransformersModel):
     def _score(self, batch: Batch, asked: dict[str, bool]) -> ModelOutput:
         if self.task == "generation":
             return self._score_answers(batch, asked)
+        if self.task == "contrastive" and batch.input_ids is None:
+            features = self._image_features(batch)
+            return ModelOutput(features, image_features=features)
+        if self.label_texts is not None:
+            features = self._image_features(batch)
+            return ModelOutput(self._label_logits(features), image_features=features)
         output = self.transformer(**self._arguments(batch), **asked, return_dict=True)
         common: dict[str, Any] = {name: getattr(output, name, None) or () for name in ("hidden_states", "attentions")}
         if self.task == "contrastive":
@@ -213,6 +258,38 @@ class HuggingFaceModel(TransformersModel):
         output = self.transformer(**arguments, decoder_input_ids=read, **asked, return_dict=True)
         return ModelOutput(output.logits[predicted])
 
+    def _image_features(self, batch: Batch) -> Tensor:
+        """Return the embeddings of the images, ``[B, D]``, before they are scaled to unit length."""
+        known = inspect.signature(self.transformer.get_image_features).parameters
+        found = self.transformer.get_image_features(**self._arguments(batch, known))
+        features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+        return features
+
+    @torch.no_grad()
+    def _embed_labels(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the unit-length embeddings of the texts of labels, ``[labels, D]``."""
+        mode, device = self.transformer.training, self.transformer.device
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*text, *[self._pad_token()] * (longest - len(text))] for text in texts], device=device)
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        mask = (torch.arange(longest, device=device) < lengths.unsqueeze(1)).long()
+        self.transformer.eval()
+        # The library reads values of masks, which the meta device does not have.
+        found = self.transformer.get_text_features(input_ids=ids, attention_mask=None if mask.is_meta else mask)
+        self.transformer.train(mode)
+        embeddings: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+        return nn.functional.normalize(embeddings, dim=-1)
+
+    def _label_logits(self, features: Tensor) -> Tensor:
+        """Return the logits ``[B, labels]`` of images against the texts of labels, at the model's own scale."""
+        inner, bias = self.transformer, getattr(self.transformer, "logit_bias", None)
+        scale = (
+            inner.logit_scale.exp() if hasattr(inner, "logit_scale") else 1 / inner.temperature
+        )  # ALIGN has the latter
+        similar = nn.functional.normalize(features, dim=-1) @ self.label_embeddings.T.to(features.dtype)
+        logits: Tensor = similar * scale.detach()
+        return logits if bias is None else logits + bias.detach()
+
     def _has_encoder(self) -> bool:
         """Return whether the model is an encoder-decoder."""
         config = self.transformer.config
@@ -226,14 +303,19 @@ class HuggingFaceModel(TransformersModel):
         starts = (getattr(part, "decoder_start_token_id", None) for part in parts)
         return next((int(start) for start in starts if start is not None), self._pad_token())
 
-    def _arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the fields of a batch that the model's ``forward`` takes, under its argument names."""
-        if batch.input_ids is None or batch.pixel_values is None:
-            lacking = "texts" if batch.input_ids is None else "images"
-            if lacking == "texts" or "pixel_values" in self._known:
+    def _arguments(self, batch: Batch, known: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return the fields of a batch that the model's ``forward`` takes, under its argument names.
+
+        Args:
+            batch: the batch.
+            known: the arguments of another method to call instead.
+        """
+        known = self._known if known is None else known
+        for field, lacking in (("input_ids", "texts"), ("pixel_values", "images")):
+            if getattr(batch, field) is None and field in known:
                 raise DataError(f"the model reads {lacking}, but the data has none; set dataset.regions=pixels")
         given = {name: getattr(batch, name) for name in _FIELDS if getattr(batch, name) is not None}
-        named = {name: value for name, value in {**given, **(batch.inputs or {})}.items() if name in self._known}
+        named = {name: value for name, value in {**given, **(batch.inputs or {})}.items() if name in known}
         if "attention_mask" in named:
             named["attention_mask"] = named["attention_mask"].long()  # some models compute cumulative sums of it
         return named

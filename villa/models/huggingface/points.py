@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from villa.batch import Batch
 from villa.errors import ConfigError, nearest
-from villa.models.base import Point
+from villa.facts import PixelScale
+from villa.models.base import Point, layer_points, pixel_points
+from villa.models.transformers_model import layer_names
 
 #: Names of patch embeddings that are not convolutions.
 _PATCH_NAMES = ("patch_embedding", "patch_embed", "patch_embeddings", "patch_embedder", "img_projection")
@@ -20,6 +22,8 @@ _CHANNELS = 3
 #: Argument of language models that attend to images by cross-attention.
 _BESIDE = "cross_attention_states"
 _SIDES = ("input", "output")
+#: Models whose layers take images as ``[tokens, rows, width]``.
+_TIME_FIRST = ("bridgetower",)
 
 
 def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str, Point]:
@@ -37,13 +41,73 @@ def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str,
     words = word_embedding(model)
     image_token = _image_token(model) if generative else None
     if words is not None:
-        points["text"] = Point(f"{prefix}.{words}", "output", _text_mask(_pad_token(model), image_token))
+        mask = _text_mask(_pad_token(model), image_token)
+        points["text"] = Point(f"{prefix}.{words}", "output", mask, confined=generative)
     reader = None if words is None or image_token is None else _language_model(model, words)
     if reader is not None and image_token is not None:
         points["image"] = _image_point(model.get_submodule(reader), f"{prefix}.{reader}", image_token)
     elif (patches := _patch_embedding(model)) is not None:
         points["image"] = _patch_point(patches[1], f"{prefix}.{patches[0]}")
     return points
+
+
+def find_other_points(
+    model: nn.Module, prefix: str, usual: Mapping[str, Point], *, generative: bool, scale: PixelScale | None
+) -> dict[str, Point]:
+    """Find the points of whole images and of layers.
+
+    Layers are those of a language model that reads images (at its text, and at its image tokens), or of each tower of a
+    model that reads text and image apart. Layers of models that do neither are not found, because their positions are
+    not known.
+
+    Args:
+        model: a transformers model.
+        prefix: see ``find_points``.
+        usual: what ``find_points`` has found.
+        generative: whether the model generates text.
+        scale: scale of pixel values, or None if it is unknown.
+    """
+    found: dict[str, Point] = {}
+    words, patches = word_embedding(model), _patch_embedding(model)
+    if patches is not None and isinstance(patches[1], nn.Conv2d):
+        found |= pixel_points(f"{prefix}.{patches[0]}", _pixel_mask, scale)
+    image_token = _image_token(model) if generative else None
+    reader = None if words is None or image_token is None else _language_model(model, words)
+    if reader is not None and image_token is not None:
+        masks = {"text": usual["text"].mask}
+        if usual["image"].argument != _BESIDE:
+            masks["image"] = _image_token_mask(image_token)
+        layers = layer_names(model.get_submodule(reader), f"{prefix}.{reader}")
+        return found | layer_points(layers, masks)
+    if words is None or patches is None or generative or cast("Any", model).config.model_type in _TIME_FIRST:
+        return found
+    found |= layer_points(_tower(model, prefix, words, patches[0]), {"text": usual["text"].mask})
+    return found | layer_points(_tower(model, prefix, patches[0], words), {"image": _everywhere})
+
+
+def _tower(model: nn.Module, prefix: str, path: str, other: str) -> list[str]:
+    """Return the paths of the layers of the smallest module that has any around ``path`` and not around ``other``."""
+    layers: list[str] = []
+    while not layers:
+        path = path.rpartition(".")[0]
+        if not path or other.startswith(f"{path}."):
+            return []
+        layers = layer_names(model.get_submodule(path), f"{prefix}.{path}")
+    whole = cast("Any", model).config
+    parts = (getattr(whole, name, None) for name in ("text_config", "vision_config", "image_config"))
+    counts = [getattr(part, "num_hidden_layers", None) for part in parts]
+    return layers if len(layers) in counts else []  # else they are no transformer's
+
+
+def _everywhere(batch: Batch) -> None:
+    """Mask nothing: all positions of an image tower are real."""
+
+
+def _pixel_mask(batch: Batch) -> Tensor | None:
+    """Return where pixels are real, ``[images, H * W]`` bool, or None when all of them are."""
+    inputs = batch.inputs or {}
+    mask = next((inputs[name] for name in ("pixel_mask", "pixel_attention_mask") if name in inputs), None)
+    return None if mask is None or mask.dim() < 3 else mask.flatten(0, -3).flatten(1) > 0
 
 
 def override(points: Mapping[str, Point], given: Mapping[str, str], model: nn.Module) -> dict[str, Point]:
@@ -87,6 +151,16 @@ def word_embedding(model: nn.Module) -> str | None:
     rows = getattr(_text_config(model), "vocab_size", None)
     tables = ((name, module) for module, name in names.items() if isinstance(module, nn.Embedding))
     return next((name for name, table in tables if table.num_embeddings == rows), None)
+
+
+def language_layers(model: nn.Module) -> str | None:
+    """Return the dotted path of the innermost module with both the word embedding and a list of layers."""
+    path = word_embedding(model)
+    while path:
+        path = path.rpartition(".")[0]
+        if any(isinstance(module, nn.ModuleList) for module in model.get_submodule(path).modules()):
+            return path or None
+    return None
 
 
 def _named_point(module: nn.Module, path: str, side: str) -> Point:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.facts import DataFacts
-from villa.models.base import Model, ModelOutput, Point, has_dropout
+from villa.models.base import Model, ModelOutput, Point, has_dropout, layer_points
 from villa.models.dropout import Dropout
-from villa.models.packing import Packing, States
+from villa.models.packing import Blocks, Packing, States
 from villa.models.rows import Reads, RowLayout, Rows
 from villa.models.two_heads import settle
 from villa.models.uniter.config import HEADS, LAYER_NORM_EPS, UniterConfig, UniterSizes
@@ -220,6 +220,16 @@ class Uniter(Model):
             "text": Point("uniter.embeddings.word_embeddings", "output", self.layout.text_mask),
             "image": Point("uniter.img_embeddings.img_linear", "input", self.layout.region_mask),
         }
+
+    def other_points(self) -> Mapping[str, Point]:
+        """Return the inputs of the layers, at text and at regions."""
+        layers = [f"uniter.encoder.layer.{number}" for number in range(len(self.uniter.encoder.layer))]
+        masks = {"text": self.layout.text_places, "image": self.layout.region_places}
+        return layer_points(layers, masks, blocks=self._places)
+
+    def _places(self, batch: Batch) -> Blocks:
+        """Return where the positions that layers compute are in text followed by regions."""
+        return Packing.of(self.layout.rows(batch), padding_free=self.uniter.padding_free).origin
 
     def _initialise(self, module: nn.Module) -> None:
         """Initialise a module as the release does; attention in NLVR2's head keeps torch's Xavier initialisation."""
