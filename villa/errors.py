@@ -78,7 +78,13 @@ def reading(problem: str, advice: str, kind: type[VillaError] = DataError) -> It
         raise kind(f"{problem}: {one_line(error)}; {advice}") from error
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Suggest the closest allowed name: ``"; did you mean 'x'?"``, or an empty string."""
-    match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
+def nearest(name: str, allowed: Iterable[str], least: float = 0.6) -> str:
+    """Suggest the closest allowed name: ``"; did you mean 'x'?"``, or an empty string.
+
+    Args:
+        name: what was given.
+        allowed: what is allowed.
+        least: least similarity of a suggestion, in [0, 1].
+    """
+    match = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=least)
     return f"; did you mean '{match[0]}'?" if match else ""

@@ -123,7 +123,7 @@ def why_unknown(options: Mapping[str, Option], key: str) -> str:
     inside = f"{section}." if section else ""
     beside = list(dict.fromkeys(_level(option, inside) for option in options if option.startswith(inside)))
     elsewhere = [option for option in options if option.rpartition(".")[2] == name]
-    hint = nearest(key, beside) or (f"; did you mean '{elsewhere[0]}'?" if elsewhere else nearest(key, options))
+    hint = nearest(key, beside) or nearest(key, elsewhere, least=0.0) or nearest(key, options)
     known = beside or list(dict.fromkeys(_level(option, "") for option in options))
     return f"unknown key{hint} (known: {_listed(known)})"
 
