@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.adversarial.ascent import AscentSettings, Norm, RelativeTo, Scope, advance, project
 from villa.adversarial.perturbation import Perturbation
-from villa.analysis.victim import DrawnPerturbation, Victim, rows_of_each
+from villa.analysis.victim import DrawnPerturbation, Victim, is_pixels, rows_of_each
 from villa.registry import register_attack
 
 #: Length of a step of PGD times the number of steps, in radii (Madry et al., 2018).
@@ -24,14 +24,14 @@ class Ball:
     """The perturbations that an attack may use.
 
     Attributes:
-        modalities: what is perturbed, together.
+        keys: what is perturbed, together: names of perturbation points.
         radius: largest size.
         norm: ``l2`` or ``linf``.
         scope: the norm is that of a whole ``row``, or of each ``token``.
-        relative_to: unit of the radius; see ``AscentSettings``.
+        relative_to: unit of the radius; see ``AscentSettings``. That of pixels is 1.
     """
 
-    modalities: tuple[str, ...]
+    keys: tuple[str, ...]
     radius: float
     norm: Norm = "l2"
     scope: Scope = "row"
@@ -62,10 +62,11 @@ class Ball:
             draw: number of the random draw.
             warm: start from the worst case so far, if there is one.
         """
-        return {
-            name: DrawnPerturbation(settings, victim.seeds(name, draw), initial=victim.kept.get(name) if warm else None)
-            for name in self.modalities
-        }
+        made: dict[str, Perturbation] = {}
+        for key in self.keys:
+            own = replace(settings, relative_to="none") if is_pixels(key) else settings
+            made[key] = DrawnPerturbation(own, victim.seeds(key, draw), initial=victim.kept.get(key) if warm else None)
+        return made
 
 
 class Attack(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from villa.analysis.attacks import Attack, Ball
 from villa.analysis.victim import Victim
 from villa.batch import Batch
 from villa.config.schema import RobustnessConfig
-from villa.errors import ConfigError
+from villa.errors import ConfigError, nearest
 from villa.models.base import Model
 from villa.registry import ATTACKS
 from villa.rng import derive_seed
@@ -92,6 +92,13 @@ def cases(config: RobustnessConfig, model: Model, option: str = "robustness") ->
             )
     if not possible:
         raise ConfigError("this model has no perturbation points, so that it cannot be attacked in its embeddings")
+    for modality, name in config.points.items():
+        key, known = f"{modality}.{name}", model.other_points()
+        if key not in known:
+            raise ConfigError(
+                f"{option}.points names {key}, which this model does not have{nearest(key, known)}; see villa_run "
+                "--perturbation-points"
+            )
     if config.relative_to == "table" and any("image" in VIEWS[name] for name in config.modalities or possible):
         raise ConfigError(f"{option}.relative_to=table is for modalities=[text]: images are not looked up in a table")
     return [
@@ -100,6 +107,11 @@ def cases(config: RobustnessConfig, model: Model, option: str = "robustness") ->
         for attack in config.attacks
         for loss in (config.losses if attack != "noise" else config.losses[:1])
     ]
+
+
+def point_keys(modality: str, points: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the keys of the perturbation points of a view."""
+    return tuple(f"{name}.{points[name]}" if name in points else name for name in VIEWS[modality])
 
 
 def chosen(count: int, examples: int | None, seed: int) -> list[int]:
@@ -126,12 +138,14 @@ def attack(
     """
     method, found, before = case.build(), [], None
     for radius in case.radii:
-        ball = Ball(VIEWS[case.modality], radius, config.norm, config.scope, config.relative_to)
+        keys = point_keys(case.modality, config.points)
+        ball = Ball(keys, radius, config.norm, config.scope, config.relative_to)
         victim = make()
         if before is not None and method.nested:
             victim.inherit(before)
         if not victim.done():
             method.search(victim, ball)
+            victim.round_images()
         found.append(victim)
         before = victim
     return [_outcome(number, id_, found) for number, id_ in enumerate(batch.ids)]

@@ -20,6 +20,14 @@ from villa.models.base import ModelOutput
 from villa.rng import derive_seed, seed_pass
 from villa.trainers.base import Passes
 
+#: Values of a channel of an image file.
+_BYTES = 255
+
+
+def is_pixels(key: str) -> bool:
+    """Return whether a perturbation point is that of whole images."""
+    return key.endswith(".pixels")
+
 
 class DrawnPerturbation(Perturbation):
     """A perturbation whose random start depends on the example, and not on the batch that it is in.
@@ -167,11 +175,14 @@ class Victim:
         self.losses = torch.full_like(self.scores, -torch.inf)
         self.sizes: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
+        self._colours: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._settings: dict[str, AscentSettings] = {}
 
     def inherit(self, other: Victim) -> None:
         """Begin with the worst case that an attack in a smaller ball has found."""
         self.scores, self.losses = other.scores, other.losses
         self.sizes, self.kept = dict(other.sizes), dict(other.kept)
+        self._colours, self._settings = dict(other._colours), dict(other._settings)
 
     def seeds(self, *parts: int | str) -> list[int]:
         """Return seeds of each example's draws called ``parts``."""
@@ -208,6 +219,24 @@ class Victim:
         self._keep(perturbations, losses.to(self.losses), scores)
         return losses
 
+    def round_images(self) -> None:
+        """Take the scores of the worst cases as images of eight bits a channel; a no-op if no pixels are perturbed."""
+        if not any(map(is_pixels, self.kept)):
+            return
+        rounded = {}
+        for key, delta in self.kept.items():
+            taken = delta
+            if is_pixels(key):
+                colours, mask = self._colours[key]
+                taken = ((colours + delta) * _BYTES).round() / _BYTES - colours
+                taken = taken if mask is None else taken * mask.unsqueeze(-1)
+            rounded[key] = Perturbation(self._settings[key], initial=taken)
+            rounded[key].frozen = True
+        output = self.passes.forward(self.batch, rounded, grad=False, train=False)
+        losses, self.scores = self.measure(output, self.batch)
+        self.losses = losses.to(self.losses)
+        self.forwards += 1
+
     def clean(self) -> tuple[Tensor, Tensor]:
         """Return losses and scores ``[B]`` without a perturbation."""
         losses, scores = self.measure(self.passes.forward(self.batch, grad=False, train=False), self.batch)
@@ -240,5 +269,9 @@ class Victim:
             each = rows_of_each(len(delta), len(better))
             rows = better.repeat_interleave(each).view(-1, *[1] * (delta.dim() - 1)).to(delta.device)
             self.kept[name] = torch.where(rows, delta, self.kept.get(name, torch.zeros_like(delta)))
+            self._settings[name] = perturbation.settings
+            if is_pixels(name):
+                assert perturbation.bounds is not None
+                self._colours[name] = (-perturbation.bounds[0], perturbation.mask)
             sizes = perturbation.relative_sizes.double().cpu().view(len(better), each).amax(1)
             self.sizes[name] = torch.where(better, sizes, self.sizes.get(name, torch.zeros_like(sizes)))

@@ -226,7 +226,9 @@ class RobustnessConfig:
     Attributes:
         attacks: registered attacks.
         modalities: what to perturb: ``text``, ``image``, ``both``; empty for all that the model has.
-        radii: sizes of the perturbations, ascending; see ``relative_to``.
+        points: by modality, the point that is perturbed instead of the usual one, such as ``{image: pixels}`` or
+            ``{text: layer.3}`` (``villa_run --perturbation-points``).
+        radii: sizes of the perturbations, ascending; see ``relative_to``. Of pixels they are colours in [0, 1].
         norm: ``l2`` or ``linf``, over all tokens of an example.
         scope: norms are those of a whole example (``row``), or of every ``token``.
         relative_to: unit of the radii: ``embedding``, the norm of what is perturbed; ``table``, the mean norm of the
@@ -244,6 +246,7 @@ class RobustnessConfig:
 
     attacks: list[str] = field(default_factory=lambda: ["noise", "fgm", "pgd", "apgd"])
     modalities: list[str] = field(default_factory=list)
+    points: dict[str, str] = field(default_factory=dict)
     radii: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1, 0.2, 0.5])
     norm: Literal["l2", "linf"] = "l2"
     scope: Literal["row", "token"] = "row"
