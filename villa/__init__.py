@@ -17,7 +17,7 @@ from villa.registry import (
 )
 
 if TYPE_CHECKING:
-    from villa.api import from_pretrained
+    from villa.api import from_pretrained, robustness
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,12 +31,13 @@ __all__ = [
     "register_scheduler",
     "register_submission",
     "register_trainer",
+    "robustness",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "from_pretrained":  # imported on use: it brings the engine along
-        from villa.api import from_pretrained
+    if name in ("from_pretrained", "robustness"):  # imported on use: they bring the engine along
+        from villa import api
 
-        return from_pretrained
+        return getattr(api, name)
     raise AttributeError(f"module 'villa' has no attribute '{name}'")

@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from villa.analysis.report import JSON
 from villa.config.loader import load
 from villa.datasets.own.pictures import BACKGROUND, upright_rgb
 from villa.datasets.own.records import REGION_FIELDS, beside
 from villa.engine.answers import answers
 from villa.engine.inference import restore_parts
+from villa.engine.robustness import robustness as attack
 from villa.engine.saving import save_pretrained
 from villa.engine.setup import Parts
 from villa.errors import DataError, one_line
@@ -111,6 +113,40 @@ def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | P
         values["user_dir"] = str(user_dir)
     loaded = load(f"{key}={json.dumps(value)}" for key, value in values.items())
     return Predictor(*restore_parts(loaded.config))
+
+
+def robustness(
+    path: str | Path,
+    *,
+    output_dir: str | Path | None = None,
+    device: str = "auto",
+    user_dir: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Attack a trained model, as ``run_type=robustness`` does; see docs/robustness.md.
+
+    Args:
+        path: as for ``from_pretrained``.
+        output_dir: folder for the results; by default ``robustness`` below a run's own.
+        device: as for ``from_pretrained``.
+        user_dir: as for ``from_pretrained``.
+        options: options of ``robustness``, such as ``attacks=["pgd"]`` and ``examples=50``.
+
+    Returns:
+        The content of ``robustness.json``.
+
+    Raises:
+        CheckpointError: the folder holds no intact checkpoint.
+        ConfigError: an option is unknown, or the task or model cannot be attacked so.
+    """
+    values = {f"robustness.{name}": value for name, value in options.items()}
+    values |= {"run_type": "robustness", "checkpoint.path": str(path), "device": device, "logging.progress": "off"}
+    places = {"output_dir": output_dir, "user_dir": user_dir}
+    values |= {key: str(place) for key, place in places.items() if place is not None}
+    config = load(f"{key}={json.dumps(value)}" for key, value in values.items()).config
+    attack(config)
+    content: dict[str, Any] = json.loads((Path(config.output_dir) / JSON).read_text(encoding="utf-8"))
+    return content
 
 
 def _named(record: Mapping[str, Any], folder: Callable[[], Path], background: str) -> dict[str, Any]:

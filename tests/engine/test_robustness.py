@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from tiny_runs import colours, error, lines, log, metrics
 
+import villa
 from villa.cli.run import main
 from villa.engine import attacking
+from villa.errors import VillaError
 from villa.registry import ATTACKS
 
 
@@ -239,3 +241,13 @@ def test_attacks_on_the_way_that_cannot_be_are_one_line(
     recipe = [*colours(tmp_path), "training.updates=20", "evaluation.every=5", f"output_dir={tmp_path / 'run'}"]
     assert main([*recipe, "evaluation.robustness.attacks=[pgd]", *options]) == 2
     assert problem in error(capsys.readouterr().err)
+
+
+def test_python_attacks_as_the_command_does(trained: Path, tmp_path: Path) -> None:
+    options = ["robustness.attacks=[pgd]", "robustness.steps=3", "robustness.checks=false"]
+    given = [f"checkpoint.path={trained}", f"output_dir={tmp_path / 'one'}", *options]
+    assert main(["run_type=robustness", *given]) == 0
+    content = villa.robustness(trained, output_dir=tmp_path / "two", attacks=["pgd"], steps=3, checks=False)
+    assert content == json.loads((tmp_path / "one" / "robustness.json").read_text())
+    with pytest.raises(VillaError, match=r"robustness\.stps"):
+        villa.robustness(trained, output_dir=tmp_path / "three", stps=3)
