@@ -187,3 +187,15 @@ def test_averages_of_weights_are_counted_and_divided_like_the_parameters() -> No
     assert [counted.averages for counted in found.values()] == [0, trained, trained, 2 * trained]
     plain, averaged = (rank_memory(found[key], model) for key in ((), ("training.ema=0.9",)))
     assert averaged.peak == plain.peak + trained
+
+
+def test_weights_that_are_perturbed_take_twice_the_operations() -> None:
+    plain, twice = (
+        count(
+            recipe("trainer=villa", f"training.weight_perturbation.name={name}"),
+            model_of(recipe("trainer=standard")),
+            batch_of(),
+        )
+        for name in ("none", "sam")
+    )
+    assert twice.flops == 2 * plain.flops > 0

@@ -107,7 +107,7 @@ def test_noise_where_there_is_nothing_is_refused(monkeypatch: pytest.MonkeyPatch
     config = RunConfig(trainer=VillaConfig(name="villa", modality="text"))
     config.model = type("Named", (), {"name": "average"})()
     config.training = TrainingConfig(noise=CleanNoiseConfig(image=0.5))
-    with pytest.raises(ConfigError, match="image is 0.5, but model 'average' has no image that could get noise"):
+    with pytest.raises(ConfigError, match=r"image is 0\.5, but model 'average' has no image that could get noise"):
         build_trainer(config, model)
 
 
