@@ -59,3 +59,10 @@ def test_without_metrics_the_loss_is_shown(tmp_path: Path, capsys: pytest.Captur
     assert run(tmp_path / "run", "evaluation.metrics=[]", "evaluation.monitor=loss", "evaluation.mode=min") == 0
     assert metrics(tmp_path / "run")["test"].keys() == {"loss"}
     assert "accuracy" not in capsys.readouterr().out
+
+
+def test_the_table_counts_the_second_run_of_perturbed_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", "training.weight_perturbation.name=sam") == 0
+    assert "2.0x" in capsys.readouterr().out.split("| method")[1]

@@ -53,7 +53,8 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
             values,
             updates=progress.update,
             seconds=training.seconds + training.stream.waited,
-            cost=training.updater.trainer.relative_cost(parts.config.dataset.objectives()),
+            cost=parts.config.training.passes()
+            * training.updater.trainer.relative_cost(parts.config.dataset.objectives()),
         )
         show(parts, [result], references, title=f"{parts.config.name}: {split}")
     files = [_predictions(folder, split), submission_path(parts.data, split, folder), curves]
