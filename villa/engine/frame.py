@@ -227,10 +227,8 @@ class UpdateFrame:
     def _run(self) -> Logs:
         """Run all passes of the micro-batches, accumulating gradients."""
         work, processes = self.work, self.strategy.processes
-        loss, step = (
-            self.passes.loss_function,
-            self.trainer.step if self.unperturbed is None else self.trainer.clean_step,
-        )
+        loss, trainer = self.passes.loss_function, self.trainer
+        step = trainer.step if self.unperturbed is None else trainer.clean_step
         counts = [loss.count(b) if turn.own else 0 for b, turn in zip(work.batches, work.turns, strict=True)]
         (total,) = processes.total([sum(counts)])
         between = work.check if processes.world_size == 1 else None  # processes may run different numbers of passes
