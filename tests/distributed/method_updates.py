@@ -12,6 +12,7 @@ from shapes.smart import SmartConfig, SmartTrainer
 from shapes.weights import AverageConfig, AveragingTrainer, SamConfig, SamTrainer
 from strangers import AscendingVilla, Astray, AwpVilla, Elsewhere, Overflowing
 
+from villa.adversarial.ascent import AscentSettings
 from villa.config.schema import WeightPerturbationConfig
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
@@ -28,7 +29,7 @@ _ASCENTS, _METHODS = (
     ("text", "image", "both", "alternating", "merged", "bf16", "fp16"),
     (
         *("smart", "sam", "awp", "elsewhere", "averaging", "pgd", "layers", "rdrop", "noise"),
-        *("proximal", "proximal_sam", "average", "astray"),
+        *("proximal", "proximal_sam", "average", "astray", "noisy"),
     ),
 )
 _OPTIONS = ("both", "merged", "smart_without_dropout", "layers")
@@ -90,12 +91,14 @@ METHODS: dict[str, Callable[[], Trainer]] = {
     "proximal_sam": _proximal,
     "average": StandardTrainer,
     "astray": Astray,
+    "noisy": lambda: VillaTrainer(villa(steps=2)),
 }
 #: Options of the update around some of them.
 TRAINING: dict[str, dict[str, Any]] = {
     "proximal_sam": {"weight_perturbation": WeightPerturbationConfig("sam", 0.1), "ema": 0.05},
     "average": {"ema": 0.9},
     "astray": {"nonfinite": "skip"},
+    "noisy": {"noise": {"text": AscentSettings(0.0, None, "l2", "uniform", 2.0)}},
 }
 
 

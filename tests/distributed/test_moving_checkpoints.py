@@ -18,7 +18,11 @@ from villa.checkpoints.layout import CHECKPOINTS
 from villa.checkpoints.store import CheckpointStore, load
 
 SHARDED, BACKGROUND = "checkpoint.sharded=true", "checkpoint.asynchronous=true"
-RUN = (*SHORT, "evaluation.split=null", "run_type=train", "checkpoint.every=1", "checkpoint.resume=true")
+RUN = (
+    *SHORT,
+    *("evaluation.split=null", "run_type=train", "training.ema=0.5"),
+    *("checkpoint.every=1", "checkpoint.resume=true"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +46,18 @@ def whole(context: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(folder: Path, update: int) -> dict[str, Any]:
-    """Weights and moments of a checkpoint by name."""
+    """Weights, their average, and moments of a checkpoint by name."""
     checkpoint = load(CheckpointStore(folder / CHECKPOINTS, keep=1).path(update))
-    state = checkpoint.training_state()["updater"]["optimizer"]
+    updater = checkpoint.training_state()["updater"]
+    state, average = updater["optimizer"], updater["average"]["weights"]["ema"]
     names = [name for group in state["param_groups"] for name in group["names"]]
     moments = {f"{names[i]}.{key}": value for i, kept in state["state"].items() for key, value in kept.items()}
-    return checkpoint.model_state() | moments
+    return checkpoint.model_state() | moments | {f"{name}.average": value for name, value in average.items()}
 
 
 def assert_equal(folder: Path, other: Path, update: int, tolerance: float = 0.0) -> None:
     ours, theirs = tensors(folder, update), tensors(other, update)
-    assert len(theirs) == 4 * sum(name.endswith("exp_avg") for name in theirs)
+    assert len(theirs) == 5 * sum(name.endswith("exp_avg") for name in theirs)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
@@ -93,8 +98,8 @@ def test_what_a_method_keeps_of_weights_moves_with_the_run(context: Any, tmp_pat
     folder, straight = tmp_path / "run", tmp_path / "straight"
     places = (("fsdp", 2, SHARDED), ("single", 1, SHARDED), ("fairscale_fsdp", 2, BACKGROUND), ("fsdp", 2, BACKGROUND))
     for update, (strategy, count, option) in enumerate(places, 1):
-        go(context, folder, update, strategy, count, "trainer=averaging", "training.ema=0.5", option)
-    go(context, straight, 4, "single", 1, "trainer=averaging", "training.ema=0.5")
+        go(context, folder, update, strategy, count, "trainer=averaging", option)
+    go(context, straight, 4, "single", 1, "trainer=averaging")
     ours, theirs = (load(CheckpointStore(run / CHECKPOINTS, keep=1).path(4)) for run in (folder, straight))
     weights = ours.model_state()
     for part, word, count in (("trainer", "average", {"seen": 4}), ("average", "ema", {"updates": 4})):

@@ -144,6 +144,7 @@ def make(
     eps: float = 1e-6,
     layer_decay: float = 1.0,
     seed: int = 0,
+    noise: Any = None,
     **training: Any,
 ) -> Updater:
     """An updater of the tiny model under a strategy."""
@@ -156,7 +157,7 @@ def make(
     factory = kind(kind.Config(name=optimizer, lr=lr, eps=eps, layer_decay=layer_decay))
     loss = CrossEntropy() if objective is None else Pretraining()
     return Updater(
-        ModelPasses(model, loss, Precision(precision, CPU), 0, used),
+        ModelPasses(model, loss, Precision(precision, CPU), 0, used, noise),
         trainer,
         used.optimizer(lambda: factory.build(model)),
         ConstantSchedule(ScheduleConfig(), 10),

@@ -13,6 +13,7 @@ from villa.distributed.blocks import checkpoint_activations
 from villa.engine.passes import ModelPasses, Precision
 from villa.models.base import Model
 from villa.planning.measure import Counted, Ledger, bytes_of, count
+from villa.planning.strategies import rank_memory
 from villa.registry import LOSSES, OPTIMIZERS, TRAINERS
 
 AGAIN = "distributed.activation_checkpointing=true"
@@ -172,3 +173,32 @@ def test_a_ledger_forgets_what_is_freed() -> None:
     assert gone() is None
     assert ledger.live["other"] == 0
     assert ledger.peak_other == 80
+
+
+def test_averages_of_weights_are_counted_and_divided_like_the_parameters() -> None:
+    proximal = ("trainer=smart", "trainer.proximal_weight=1")
+    found = {}
+    for options in ((), ("training.ema=0.9",), proximal, (*proximal, "training.ema=0.9")):
+        config = recipe(*(options or ("trainer=standard",)))
+        model = model_of(config)
+        found[options] = counted = count(config, model, batch_of())
+        alone = rank_memory(counted, model)
+        assert alone.averages == counted.averages
+        for strategy, share in (("ddp", 1), ("fairscale_sdp", 1), ("fsdp", 2), ("fairscale_fsdp", 2)):
+            assert rank_memory(counted, model, strategy, 2).averages == counted.averages / share  # type: ignore[arg-type]
+    trained = bytes_of(model_of(recipe("trainer=standard")))
+    assert [counted.averages for counted in found.values()] == [0, trained, trained, 2 * trained]
+    plain, averaged = (rank_memory(found[key], model) for key in ((), ("training.ema=0.9",)))
+    assert averaged.peak == plain.peak + trained
+
+
+def test_weights_that_are_perturbed_take_twice_the_operations() -> None:
+    plain, twice = (
+        count(
+            recipe("trainer=villa", f"training.weight_perturbation.name={name}"),
+            model_of(recipe("trainer=standard")),
+            batch_of(),
+        )
+        for name in ("none", "sam")
+    )
+    assert twice.flops == 2 * plain.flops > 0

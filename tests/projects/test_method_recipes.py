@@ -47,3 +47,9 @@ def test_every_method_has_a_recipe() -> None:
     assert others | {"smart", "noise"} <= {*TRAINERS.names()}
     assert {config.training.weight_perturbation.name for config in found} == {"none", "sam", "awp"}
     assert any(config.training.ema for config in found)
+
+
+def test_dropout_masks_that_are_none_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    options = (*QUICK, "logging.figures=false", "logging.progress=off")
+    assert main([argument("villa/easy_vqa"), "trainer=rdrop", *options]) == 0
+    assert "note: trainer 'rdrop' compares dropout masks, but the model has no dropout" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """FGM, PGD, SMART with its presets, R-Drop and noise against loops without hooks, in double precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,34 @@ def test_smart_and_its_presets_equal_the_loop(subject: Subject, name: str, modal
         )
     assert logs[f"pass{config.steps}/divergence"] > 1e-6
     assert_equal(subject, subject.task(clean) + 1.5 * torch.stack(terms).mean())
+
+
+@contextmanager
+def elsewhere(model: Model) -> Iterator[None]:
+    """The model with other weights."""
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    yield
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.copy_(value)
+
+
+def test_the_proximal_term_equals_the_loop(subject: Subject) -> None:
+    subject.model.eval()
+    with elsewhere(subject.model):
+        anchor = subject.logits({}).detach()
+    passes = RecordingPasses(subject.model, subject.loss)
+    passes.begin(1, 0, 1.0, reference=lambda: elsewhere(subject.model))
+    config = SmartConfig(steps=0, init_scale=0.0, proximal_weight=2.0)
+    logs = SmartTrainer(config).step(subject.batch, passes)
+    clean = subject.logits({})
+    proximal = divergence(clean, anchor, "symmetric")
+    torch.testing.assert_close(logs["proximal"], proximal.detach(), **subject.close)  # type: ignore[arg-type]
+    assert proximal > 1e-6
+    assert_equal(subject, subject.task(clean) + 2.0 * proximal)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.5])

@@ -73,6 +73,26 @@ class WeightPerturbationConfig:
 
 
 @dataclass
+class CleanNoiseConfig:
+    """Noise on those training passes that the trainer leaves clean: NEFTune around any method.
+
+    Attributes:
+        text: size of the noise on word embeddings; None for none. With ``l2``, entries are drawn up to ``text`` over
+            the square root of the number of an example's entries (NEFTune's alpha); with ``linf`` up to ``text``.
+        image: the same for the image.
+        norm: ``l2`` or ``linf``.
+    """
+
+    text: float | None = None
+    image: float | None = None
+    norm: Literal["l2", "linf"] = "l2"
+
+    def sizes(self) -> dict[str, float]:
+        """Return the size of the noise by modality, for those that get some."""
+        return {modality: size for modality, size in (("text", self.text), ("image", self.image)) if size}
+
+
+@dataclass
 class TrainingConfig:
     """The training loop.
 
@@ -91,6 +111,7 @@ class TrainingConfig:
         workers: data loading processes.
         data_timeout: seconds that reading an example may take before a warning names it; a worker that takes ten times
             as long ends the run.
+        noise: noise on the trainer's clean passes.
         weight_perturbation: SAM or AWP around the trainer's passes.
         ema: decay of a running average of the weights (such as 0.999), which is then evaluated and used by default; the
             decay is lower in the first updates, (1 + n) / (10 + n) after n of them. None keeps none.
@@ -106,6 +127,7 @@ class TrainingConfig:
     threads: int | None = None
     workers: int = 0
     data_timeout: float = 60.0
+    noise: CleanNoiseConfig = field(default_factory=CleanNoiseConfig)
     weight_perturbation: WeightPerturbationConfig = field(default_factory=WeightPerturbationConfig)
     ema: float | None = None
 

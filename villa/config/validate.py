@@ -119,6 +119,9 @@ def _training(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "training.weight_perturbation.radius", "must be a finite number of at least 0"
     if moved.adaptive and moved.name != "sam":
         yield "training.weight_perturbation.adaptive", "is an option of training.weight_perturbation.name=sam"
+    for modality, size in training.noise.sizes().items():
+        if not 0 < size < float("inf"):
+            yield f"training.noise.{modality}", "must be a finite number above 0; null for no noise"
     if training.ema is not None and not 0 < training.ema < 1:
         yield "training.ema", "must be a number between 0 and 1, such as 0.999; null keeps no average"
     for name, bound in training.clip_norms.items():

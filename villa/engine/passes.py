@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from villa.adversarial.ascent import AscentSettings
 from villa.adversarial.injection import inject
 from villa.adversarial.perturbation import Perturbation
 from villa.batch import Batch
@@ -92,6 +93,7 @@ class ModelPasses:
         seed: the run's seed; dropout and random starts derive from (seed, update, micro-batch, pass), so that they do
             not depend on which process runs a micro-batch.
         strategy: sums gradients over processes.
+        noise: noise on training passes without perturbations, by modality.
 
     Attributes:
         losses: of the losses back-propagated in this update (stand-ins excluded), the micro-batch's place on this
@@ -101,7 +103,13 @@ class ModelPasses:
     """
 
     def __init__(
-        self, model: Model, loss: Loss, precision: Precision, seed: int, strategy: Strategy | None = None
+        self,
+        model: Model,
+        loss: Loss,
+        precision: Precision,
+        seed: int,
+        strategy: Strategy | None = None,
+        noise: Mapping[str, AscentSettings] | None = None,
     ) -> None:
         self.model = model
         self.loss_function = loss
@@ -110,6 +118,7 @@ class ModelPasses:
         self.losses: list[tuple[int, Tensor]] = []
         self.ascents: list[tuple[int, str, Tensor]] = []
         self.strategy = strategy or Strategy()
+        self._noise = noise or {}
         self._check = _no_check
         self._reference: Callable[[], AbstractContextManager[None]] = nullcontext
         self._seed = seed
@@ -174,6 +183,8 @@ class ModelPasses:
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; return logits in fp32 or wider."""
         self._check()
+        if not perturbations and train:
+            perturbations = {m: self._drawn(m, settings, index) for m, settings in self._noise.items()}
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         mode = nullcontext() if train else evaluating(self.model)
@@ -224,6 +235,12 @@ class ModelPasses:
         with self.strategy.backward(reduce=last and self._last):
             weighted = loss if self._weight == 1.0 else loss * self._weight
             torch.autograd.backward(self.precision.scaler.scale(weighted))
+
+    def _drawn(self, modality: str, settings: AscentSettings, index: int) -> Perturbation:
+        """Return the noise of a clean pass, which never moves."""
+        made = Perturbation(settings, self.seed(f"noise/{modality}/{index}"))
+        made.frozen = True
+        return made
 
     def _warn_of_rounding(self, perturbations: Mapping[str, Perturbation]) -> None:
         """Warn, once a modality, if autocast rounds most of the first perturbation that is not zero away."""

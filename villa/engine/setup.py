@@ -203,11 +203,16 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
     """Build the adversarial method; check that the model has the perturbation points that it needs.
 
     Raises:
-        ConfigError: the method perturbs a modality that the model does not have.
+        ConfigError: the method, or noise on its clean passes, perturbs a modality that the model does not have.
     """
     trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
-    trainer.stochastic = model.stochastic()
-    points = model.perturbation_points()
+    noise, points = config.training.noise.sizes(), model.perturbation_points()
+    trainer.stochastic, trainer.noisy = model.stochastic(), bool(noise)
+    for modality in noise.keys() - points.keys():
+        raise ConfigError(
+            f"training.noise.{modality} is {noise[modality]:g}, but model '{config.model.name}' has no {modality} that "
+            "could get noise; set it to null"
+        )
     missing = [modality for modality in trainer.modalities() if modality not in points]
     if missing:
         possible = f"{' and '.join(points)} only" if points else "nothing"

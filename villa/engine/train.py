@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from villa.adversarial.ascent import AscentSettings
 from villa.batch import Batch
 from villa.checkpoints.layout import CHECKPOINTS, CONFIG
 from villa.checkpoints.store import Checkpoint, CheckpointStore
@@ -260,7 +261,11 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
     config = parts.config
     factory = OPTIMIZERS.get(config.optimizer.name)(config.optimizer)
     optimizer = parts.strategy.optimizer(lambda: factory.build(parts.model))
-    passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
+    noise = {
+        modality: AscentSettings(0.0, None, config.training.noise.norm, "uniform", size)
+        for modality, size in config.training.noise.sizes().items()
+    }
+    passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy, noise)
     schedule = SCHEDULERS.get(config.scheduler.name)(config.scheduler, total)
     return Updater(passes, trainer, optimizer, schedule, config.training, config.batch.accumulation)
 

@@ -111,7 +111,8 @@ class Counted:
         passes: peak of the passes including the gradients that exist by then.
         step: peak of clipping and the optimiser step besides gradients and state.
         batch: the micro-batch.
-        flops: floating-point operations of all passes, forward and backward (a multiply-add is two).
+        flops: floating-point operations of all passes, forward and backward (a multiply-add is two), and of a second
+            run (``training.weight_perturbation``).
         forwards: number of forward passes.
         backwards: number of backward passes, each of which may go through several graphs.
         uses: how often every layer is used: once per forward pass, and once more if that has a graph.
@@ -176,7 +177,7 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
         peak,
         step,
         bytes_of(_tensors(batch)),
-        flops,
+        flops * config.training.passes(),
         passes.forwards,
         passes.backwards,
         passes.uses,

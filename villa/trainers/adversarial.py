@@ -274,7 +274,7 @@ class MultiStepTrainer(AdversarialTrainer):
     def merged(self) -> bool:
         """Whether the first pass of every view is the clean pass: zero perturbations, the same dropout masks."""
         same = self.config.dropout == "shared" or not self.stochastic
-        return same and self.starts_at_zero
+        return same and self.starts_at_zero and not self.noisy
 
     def perturbations(self, passes: Passes) -> dict[str, Perturbation]:
         """Create the perturbations of a micro-batch, which never move if there is a single pass."""

@@ -159,11 +159,13 @@ class Trainer(ABC):
 
     Attributes:
         stochastic: whether the model's training passes draw random numbers (``Model.stochastic``), set before training.
+        noisy: whether passes without perturbations get noise (``training.noise``), set before training.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     config: TrainerConfig
     stochastic: bool = True
+    noisy: bool = False
 
     def __init__(self, config: Any = None) -> None:
         self.config = config if config is not None else self.Config()

@@ -69,7 +69,7 @@ class PgdTrainer(SearchTrainer):
         """Whether the clean pass is the pass of the first ascent, too."""
         config = self.config
         wanted = config.clean_loss and config.steps > 0 and config.ascent_mode == "train"
-        return wanted and self.starts_at_zero
+        return wanted and self.starts_at_zero and not self.noisy
 
 
 @dataclass
