@@ -143,9 +143,12 @@ def test_an_encoder_that_does_not_fit_is_refused(
         ),
         ("fare", ["trainer=pgd", "trainer.modality=text", "trainer.points.text=pixels"], "'pixels' is no point"),
         ("tecoa", ["dataset.label_prompt=null"], "dataset.label_prompt='a photo of a {label}'"),
+        ("tecoa", ["trainer=villa", "trainer.modality=both"], "can be perturbed in image only; set trainer.modality"),
         ("tecoa", ["dataset.label_prompt=shape"], "has no place for the label; write {label} in it"),
         ("fare", ["dataset.label_prompt=a {label}"], "dataset.label_prompt has no effect with dataset.target=pair"),
         ("fare", ["trainer.image_radius=4/0"], "must be a number"),
+        ("fare", ["distributed.strategy=fsdp", "model.freeze=[text_model]"], "cannot shard 'transformer.logit_scale'"),
+        ("fare", ["distributed.strategy=fairscale_fsdp"], "it is a single number; use ddp, or fsdp"),
     ],
 )
 def test_refusals_are_one_line(

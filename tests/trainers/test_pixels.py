@@ -290,6 +290,21 @@ def test_fare_equals_the_loop(folder: Path) -> None:
     assert not any(name.startswith("transformer.text_model") for name in gradients(subject.model))
 
 
+def test_fare_on_clean_images_reads_no_texts_either(folder: Path) -> None:
+    """As in an update whose ascents were not finite."""
+    subject = of_transformers("clip", folder)
+    start = copy.deepcopy(subject.model.state_dict())
+    with torch.no_grad():
+        target = embedded(subject, torch.zeros_like(subject.pixels))
+        for parameter in subject.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    trainer, passes = FareTrainer(FareConfig(objectives=["itm"])), RecordingPasses(subject.model, subject.loss)
+    passes.begin(1, 0, 1.0, reference=lambda: holding(subject.model, start))
+    trainer.step(replace(subject.batch, objective="contrastive"), passes)
+    assert len(passes.used) == trainer.cost_of("contrastive")[0]
+    assert_same_gradients(subject, (embedded(subject, torch.zeros(())) - target).square().sum(1).mean())
+
+
 def embedded(subject: Subject, colours: Tensor) -> Tensor:
     """Embeddings of images, not scaled, from transformers' own method."""
     moved = subject.pixels + colours / channels(SCALE.std)

@@ -223,6 +223,7 @@ class FairscaleFullySharded(FairscaleStrategy):
         """Shard every parameter."""
         self.refuse_generation(model)
         _check_types(model)
+        self.refuse_numbers(model.named_parameters(), "use ddp, or fsdp, which takes it if it is frozen")
         copy_from_main(model)
         prepare(next(model.parameters()).device)
         each_pass = self.config.reduce_each_pass

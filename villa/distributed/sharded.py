@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from villa.distributed.blocks import separate_blocks
 from villa.distributed.data_parallel import copy_from_main
 from villa.distributed.strategy import SharedStrategy
-from villa.errors import ConfigError
 from villa.models.base import Model
 
 
@@ -36,12 +35,15 @@ class Sharded(SharedStrategy):
             ConfigError: a trained parameter is a single number, which torch cannot shard.
         """
         self.refuse_generation(model)
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self.refuse_numbers(trained, "freeze it (model.freeze), or use ddp")
         copy_from_main(model)
         device = next(model.parameters()).device
         mesh = init_device_mesh(device.type, (self.processes.world_size,))
         for block in separate_blocks(model).values():
             fully_shard(block, mesh=mesh)
-        root: Any = fully_shard(model, mesh=mesh, ignored_params=_frozen_numbers(model))
+        frozen = {p for p in model.parameters() if p.dim() == 0}  # they need no reduction
+        root: Any = fully_shard(model, mesh=mesh, ignored_params=frozen)
         for module in root.modules():
             if isinstance(module, FSDPModule):  # sums, not means over processes
                 module.set_gradient_divide_factor(1.0)
@@ -133,18 +135,6 @@ class Sharded(SharedStrategy):
     def part(self, state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         """Shard a parameter's optimiser state."""
         return {key: _part(value, parameter) for key, value in state.items()}
-
-
-def _frozen_numbers(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of a single number (a CLIP's scale) that are not trained, and so need no reduction."""
-    numbers = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
-    trained = [name for name, parameter in numbers.items() if parameter.requires_grad]
-    if trained:
-        raise ConfigError(
-            f"distributed.strategy=fsdp cannot shard '{trained[0]}', which is a single number; freeze it "
-            f"(model.freeze=[{trained[0].removeprefix('transformer.')}]), or use ddp"
-        )
-    return set(numbers.values())
 
 
 def _whole(tensor: Tensor) -> Tensor:

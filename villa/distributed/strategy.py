@@ -185,6 +185,18 @@ class SharedStrategy(Strategy):
                 "for which no two processes take the same number of steps; use ddp"
             )
 
+    def refuse_numbers(self, parameters: Iterable[tuple[str, nn.Parameter]], advice: str) -> None:
+        """Refuse parameters of a single number, such as a CLIP's scale, which cannot be cut into shards.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        number = next((name for name, parameter in parameters if parameter.dim() == 0), None)
+        if number is not None:
+            raise ConfigError(
+                f"distributed.strategy={self.config.strategy} cannot shard '{number}': it is a single number; {advice}"
+            )
+
 
 #: Module and class of every strategy for several processes, imported lazily.
 _STRATEGIES = {

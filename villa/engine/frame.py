@@ -22,7 +22,6 @@ from villa.engine.parameter_groups import longest_match
 from villa.engine.passes import ModelPasses
 from villa.share import Turn
 from villa.trainers.base import Logs, Trainer
-from villa.trainers.standard import clean_step
 
 Accumulation = Literal["mean", "sum", "total"]
 
@@ -228,7 +227,8 @@ class UpdateFrame:
     def _run(self) -> Logs:
         """Run all passes of the micro-batches, accumulating gradients."""
         work, processes = self.work, self.strategy.processes
-        loss, step = self.passes.loss_function, self.trainer.step if self.unperturbed is None else clean_step
+        loss, trainer = self.passes.loss_function, self.trainer
+        step = trainer.step if self.unperturbed is None else trainer.clean_step
         counts = [loss.count(b) if turn.own else 0 for b, turn in zip(work.batches, work.turns, strict=True)]
         (total,) = processes.total([sum(counts)])
         between = work.check if processes.world_size == 1 else None  # processes may run different numbers of passes

@@ -196,6 +196,10 @@ class Trainer(ABC):
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run all passes of one micro-batch; return detached values to log, including ``loss``."""
 
+    def clean_step(self, batch: Batch, passes: Passes) -> Logs:
+        """Run a micro-batch on clean inputs alone, as in an update that was not finite with perturbations."""
+        return clean_step(batch, passes)
+
     def update(self, frame: Frame) -> Logs:
         """Run an update; override it to change weights around the micro-batches or the step.
 
@@ -264,3 +268,10 @@ def forward_equivalents(cost: Cost) -> int:
     """Return a cost in forward passes: a backward pass counts two, an ascent (without weight gradients) one."""
     forwards, backwards, *ascents = cost
     return forwards + 2 * backwards + sum(ascents)
+
+
+def clean_step(batch: Batch, passes: Passes) -> Logs:
+    """Run and back-propagate one clean pass; also used by adversarial methods for batches that they do not perturb."""
+    loss = passes.loss(passes.forward(batch), batch)
+    passes.backward(loss, last=True)
+    return {"loss": loss.detach()}

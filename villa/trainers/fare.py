@@ -16,7 +16,6 @@ from villa.registry import register_trainer
 from villa.trainers.adversarial import Modality, SearchConfig, SearchTrainer, pass_logs
 from villa.trainers.base import Cost, Logs, Passes, TrainerConfig
 from villa.trainers.pgd import PgdConfig, PgdTrainer
-from villa.trainers.standard import CLEAN_COST, clean_step
 
 
 @dataclass
@@ -51,7 +50,7 @@ class FareTrainer(SearchTrainer):
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Embed the images by the weights of the start, ascend the distance from that K times, and train on it."""
         if not self.perturbs(batch):
-            return clean_step(batch, passes)
+            return self.clean_step(batch, passes)
         images = images_of(batch)
         fixed, deltas = features(passes.reference(images, train=False)), self.perturbations(passes)
         logs = self.search(images, passes, deltas, lambda output: distance(output, fixed), "distance")
@@ -67,7 +66,15 @@ class FareTrainer(SearchTrainer):
 
     def cost_of(self, objective: str) -> Cost:
         """Return the cost of an objective."""
-        return self.cost() if self.asks_for(objective) else CLEAN_COST
+        return self.cost() if self.asks_for(objective) else (2, 1)
+
+    def clean_step(self, batch: Batch, passes: Passes) -> Logs:
+        """Train on the distance of clean images, whose texts are not read either."""
+        images = images_of(batch)
+        fixed = features(passes.reference(images, train=False))
+        loss = self.config.weight * distance(passes.forward(images), fixed)
+        passes.backward(loss, last=True)
+        return {"loss": loss.detach()}
 
     def reference_decay(self, progress: float) -> float:
         """Keep the weights of the start as they are."""

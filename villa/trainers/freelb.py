@@ -10,7 +10,6 @@ from villa.batch import Batch
 from villa.registry import register_trainer
 from villa.trainers.adversarial import AdversarialConfig, MultiStepTrainer, pass_logs
 from villa.trainers.base import Logs, Passes, TrainerConfig
-from villa.trainers.standard import clean_step
 
 
 class FreeLBConfig(AdversarialConfig):
@@ -30,7 +29,7 @@ class FreeLBTrainer(MultiStepTrainer):
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run the K passes of every view, with ascent steps between them."""
         if not self.perturbs(batch):
-            return clean_step(batch, passes)
+            return self.clean_step(batch, passes)
         steps, weight = self.config.steps, 1 / (self.config.steps * len(self.views))
         deltas, logs, index = self.perturbations(passes), Logs(), 0
         total = torch.zeros(())

@@ -11,7 +11,6 @@ from villa.objectives import check_objectives
 from villa.registry import register_trainer
 from villa.trainers.adversarial import AdversarialTrainer, PerturbationConfig, check_finite, pass_logs
 from villa.trainers.base import Logs, Passes, TrainerConfig
-from villa.trainers.standard import clean_step
 
 
 @dataclass
@@ -77,7 +76,7 @@ class NoiseTrainer(AdversarialTrainer):
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Run the noisy pass, and for R3F the clean one."""
         if not self.perturbs(batch):
-            return clean_step(batch, passes)
+            return self.clean_step(batch, passes)
         noise, weight = self.perturbations(passes), self.config.consistency_weight
         for perturbation in noise.values():
             perturbation.frozen = True

@@ -12,7 +12,6 @@ from villa.batch import Batch
 from villa.registry import register_trainer
 from villa.trainers.adversarial import SearchConfig, SearchTrainer, pass_logs
 from villa.trainers.base import Cost, Logs, Passes, TrainerConfig
-from villa.trainers.standard import clean_step
 
 
 @dataclass
@@ -39,7 +38,7 @@ class PgdTrainer(SearchTrainer):
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Ascend K times, then train on the perturbed inputs of every view."""
         if not self.perturbs(batch):
-            return clean_step(batch, passes)
+            return self.clean_step(batch, passes)
         deltas, logs, total = self.perturbations(passes), Logs(), torch.zeros(())
         if self.config.clean_loss:
             clean = passes.loss(passes.forward(batch, deltas if self._shares else None, index=0), batch)

@@ -16,7 +16,6 @@ from villa.models.base import ModelOutput
 from villa.registry import register_trainer
 from villa.trainers.adversarial import SearchConfig, SearchTrainer, check_finite, pass_logs
 from villa.trainers.base import Cost, Logs, Passes, TrainerConfig
-from villa.trainers.standard import clean_step
 
 
 @dataclass
@@ -108,7 +107,7 @@ class SmartTrainer(SearchTrainer):
     def step(self, batch: Batch, passes: Passes) -> Logs:
         """Ascend the divergence K times, then train on the loss and on the divergence of every view."""
         if not self.perturbs(batch):
-            return clean_step(batch, passes)
+            return self.clean_step(batch, passes)
         anchor = passes.reference(batch) if self.config.proximal_weight else None
         deltas, direction = self.perturbations(passes), self.config.ascent_direction
         clean = None if self._steady else passes.forward(batch, index=0)

@@ -18,7 +18,7 @@ from villa.objectives import check_objectives
 from villa.registry import register_trainer
 from villa.trainers.adversarial import AdversarialConfig, Modality, MultiStepTrainer, pass_logs
 from villa.trainers.base import Cost, Logs, Passes, TrainerConfig
-from villa.trainers.standard import CLEAN_COST, clean_step
+from villa.trainers.standard import CLEAN_COST
 
 
 @dataclass
@@ -128,7 +128,7 @@ class VillaTrainer(MultiStepTrainer):
         If the first pass of every view is the clean pass, it runs once for all of them.
         """
         if not self.perturbs(batch):
-            return clean_step(batch, passes)
+            return self.clean_step(batch, passes)
         alpha, deltas = self.config.alpha(batch.objective), self.perturbations(passes)
         clean = self._clean(batch, passes, deltas if self.merged else None)
         loss = passes.loss(clean.output, batch)

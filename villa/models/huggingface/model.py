@@ -144,13 +144,19 @@ class HuggingFaceModel(TransformersModel):
     def perturbation_points(self) -> Mapping[str, Point]:
         """Return the word embedding (text), and the image tokens entering the language model or the patch embedding."""
         found = find_points(self.transformer, "transformer", generative=self._looks_back())
-        return override(found, self.options.points, self)
+        return self._read(override(found, self.options.points, self))
 
     def other_points(self) -> Mapping[str, Point]:
         """Return the pixels, if their scale is known, and the layers of the language model or of both towers."""
         usual = find_points(self.transformer, "transformer", generative=self._looks_back())
         scale, generative = self.pixel_scale, self._looks_back()
-        return find_other_points(self.transformer, "transformer", usual, generative=generative, scale=scale)
+        found = find_other_points(self.transformer, "transformer", usual, generative=generative, scale=scale)
+        return self._read(found)
+
+    def _read(self, points: dict[str, Point]) -> dict[str, Point]:
+        """Return the points of what a pass reads: no texts of a batch where images are scored against labels."""
+        kept = {key: point for key, point in points.items() if not key.startswith("text")}
+        return points if self.label_texts is None else kept
 
     def embeds_images(self) -> bool:
         """Return whether the model is a dual encoder that can do so."""
