@@ -34,6 +34,9 @@ _LONG = (
     "checkpoints/test_damaged_checkpoints.py",
     "distributed/",
     "projects/",
+    "planning/test_scale.py",
+    "planning/test_memory_of_ranks.py",
+    "tools/",
 )
 
 
@@ -58,10 +61,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _PROBES in session.config.stash:
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    """Save what the probes found; of several processes (``-n``), the main one does, with what the others send it."""
+    if _PROBES not in session.config.stash:
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["probes"] = session.config.stash[_PROBES].found()
+    else:
         file: Path = session.config.getoption("--probes")
-        session.config.stash[_PROBES].save(file.with_name(f"{file.name}.{worker}"))
+        session.config.stash[_PROBES].save(file.with_name(f"{file.name}.probes"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if "probes" in getattr(node, "workeroutput", {}):
+        node.config.stash[_PROBES].add(node.workeroutput["probes"])
 
 
 @pytest.fixture(scope="session")
