@@ -1,8 +1,10 @@
 """What all tests share: one torch thread, no network for models, and the example project on the path."""
 
+import gc
 import os
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,18 @@ _LONG = (
     "planning/test_memory_of_ranks.py",
     "tools/",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Leave what is imported here, which stays to the end, to no garbage collection: it is most of all objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
