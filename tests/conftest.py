@@ -1,8 +1,10 @@
 """What all tests share: one torch thread, no network for models, and the example project on the path."""
 
+import gc
 import os
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,22 @@ _LONG = (
     "checkpoints/test_damaged_checkpoints.py",
     "distributed/",
     "projects/",
+    "planning/test_scale.py",
+    "planning/test_memory_of_ranks.py",
+    "tools/",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Leave what is imported here, which stays to the end, to no garbage collection: it is most of all objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,10 +75,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _PROBES in session.config.stash:
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    """Save what the probes found; of several processes (``-n``), the main one does, with what the others send it."""
+    if _PROBES not in session.config.stash:
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["probes"] = session.config.stash[_PROBES].found()
+    else:
         file: Path = session.config.getoption("--probes")
-        session.config.stash[_PROBES].save(file.with_name(f"{file.name}.{worker}"))
+        session.config.stash[_PROBES].save(file.with_name(f"{file.name}.probes"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if "probes" in getattr(node, "workeroutput", {}):
+        node.config.stash[_PROBES].add(node.workeroutput["probes"])
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from slipcover import FileMatcher, ImportManager, Slipcover
 
 #: An arc from one line to another; a negative number is an exit.
 Arc = tuple[int, int]
+#: Lines and branches that were executed, by file.
+Found = dict[str, tuple[list[int], list[Arc]]]
 _EXIT = 0
 #: Probes stay where they are, for taking one out exchanges the code of functions that run.
 _NEVER = 2**31 - 1
@@ -33,15 +35,26 @@ class Probes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._probes = Slipcover(branch=True, exclude_lines=[], d_miss_threshold=_NEVER)
+        self._found: Found = {}
         ImportManager(self._probes, FileMatcher(sources=[folder])).__enter__()
 
+    def found(self) -> Found:
+        """Return what was executed so far, here and in the processes that were added."""
+        for name, file in self._probes.get_coverage()["files"].items():
+            self.add({str(Path(name).resolve()): (file["executed_lines"], file["executed_branches"])})
+        return self._found
+
+    def add(self, found: Found) -> None:
+        """Add what was executed in another process."""
+        for name, (lines, branches) in found.items():
+            before = self._found.get(name, ([], []))
+            self._found[name] = sorted({*before[0], *lines}), sorted({*before[1], *map(tuple, branches)})
+
     def save(self, path: Path) -> None:
-        """Write what was executed so far to a data file of coverage.py; files that were not imported are in it."""
-        data = CoverageData(str(path))
-        found = {str(Path(name).resolve()): file for name, file in self._probes.get_coverage()["files"].items()}
+        """Write what was executed to a data file of coverage.py; files that were not imported are in it."""
+        data, found = CoverageData(str(path)), self.found()
         for file in sorted(self.folder.rglob("*.py")):
-            executed = found.get(str(file.resolve()), {"executed_lines": (), "executed_branches": ()})
-            data.add_arcs({str(file): set(_arcs(file, executed["executed_lines"], executed["executed_branches"]))})
+            data.add_arcs({str(file): set(_arcs(file, *found.get(str(file.resolve()), ([], []))))})
         data.touch_files(map(str, self.folder.rglob("*.py")))
         data.write()
 

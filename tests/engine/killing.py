@@ -7,9 +7,20 @@ from pathlib import Path
 # Imported before the fork, so that a start is quick and a kill hits the run.
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import numpy.random  # noqa: F401
 import torch
+import torch._dynamo  # fully_shard imports it when it is called
 
-import villa.engine.train  # noqa: F401
+import villa.cli.run
+import villa.distributed.data_parallel
+import villa.distributed.fairscale_fsdp
+import villa.distributed.fairscale_sdp
+import villa.distributed.sharded
+import villa.engine.optimizers
+import villa.engine.run
+import villa.engine.train
+import villa.launch.base
+import villa.trainers.villa  # noqa: F401
 
 PROJECT = Path(__file__).parents[2] / "projects" / "example"
 

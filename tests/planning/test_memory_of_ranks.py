@@ -1,36 +1,34 @@
 """What processes hold and need at most, measured, against the plan."""
 
-import json
-import os
-import subprocess
-import sys
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 MODEL = ["model.num_layers=2", "model.hidden_size=192"]
-SCRIPT = """
-import argparse, json, sys
-sys.path.insert(0, "tools/benchmarks")
-import memory
-options = argparse.Namespace(**json.loads(sys.argv[2]))
-print(json.dumps(memory.case("freelb", 8, "fsdp", int(sys.argv[1]), options)))
-"""
+Measured = Callable[..., dict[str, int]]
 
 
-def measured(root: Path, processes: int, *options: str) -> dict[str, int]:
-    given = {"tokens": 20, "regions": 36, "optimizer": "bert_adamw", "others": [*MODEL, *options]}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(processes), json.dumps(given)]
-    done = subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@pytest.fixture
+def measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> Measured:
+    """Measure a case of the benchmark in so many new processes, whatever this one has loaded."""
+    monkeypatch.syspath_prepend(str(root / "tools" / "benchmarks"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    import memory
+
+    def case(processes: int, *options: str) -> dict[str, int]:
+        given = {"tokens": 20, "regions": 36, "optimizer": "bert_adamw", "others": [*MODEL, *options]}
+        found: dict[str, int] = memory.case("freelb", 8, "fsdp", processes, argparse.Namespace(**given))
+        return found
+
+    return case
 
 
 @pytest.mark.slow
-def test_two_processes_hold_half_each_and_need_what_is_planned(root: Path) -> None:
-    one, two = measured(root, 1), measured(root, 2)
-    each_pass = measured(root, 2, "distributed.reduce_each_pass=true")
+def test_two_processes_hold_half_each_and_need_what_is_planned(measured: Measured) -> None:
+    one, two = measured(1), measured(2)
+    each_pass = measured(2, "distributed.reduce_each_pass=true")
     for kind in ("parameters", "gradients", "optimizer"):
         assert two[kind] == pytest.approx(one[kind] / 2, rel=0.01)
         assert each_pass[kind] == two[kind]

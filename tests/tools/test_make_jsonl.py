@@ -1,5 +1,6 @@
 """Official annotations become JSON lines that the data set ``jsonl`` reads, with images where they are."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -256,16 +257,25 @@ def blank(count: int) -> list[str]:
     return ["--task", "vqa", "--questions", "q.json", "--annotations", write("a.json", {"annotations": given})]
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The arguments of questions with as many answers as VQA has, and the labels of the database made of them."""
+    folder = tmp_path_factory.mktemp("many")
+    with contextlib.chdir(folder):
+        arguments = [str(folder / given) if given.endswith(".json") else given for given in blank(3129)]
+        Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "?"]))
+        database = ["--tokenizer", "vocab.txt", "--output", "vqa.db", "--progress", "off"]
+        assert load_tool("make_text_db").main([*arguments, *database]) == 0
+    return arguments, folder / "vqa.db" / "ans2label.json"
+
+
 @pytest.mark.parametrize("name", ["answers.txt", "answers.json"])
-def test_the_labels_are_those_of_the_database_whatever_the_answers(name: str) -> None:
-    Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "?"]))
-    arguments = blank(3129)
+def test_the_labels_are_those_of_the_database_whatever_the_answers(name: str, many: tuple[list[str], Path]) -> None:
+    arguments, of_database = many
     convert(*arguments, "--answers-file", name, "--scores", "soft")
-    database = ["--tokenizer", "vocab.txt", "--output", "vqa.db", "--progress", "off"]
-    assert load_tool("make_text_db").main([*arguments, *database]) == 0
-    labels = json.loads(Path("vqa.db/ans2label.json").read_text())
+    labels = json.loads(of_database.read_text())
     assert len(labels) == 3129
-    for listed in (name, "vqa.db/ans2label.json"):
+    for listed in (name, str(of_database)):
         data = Jsonl(JsonlConfig(train="out/lines.jsonl", answers=listed, target="soft", regions="none"))
         assert data.vocabulary.labels == labels
     assert sum(map(bool, data.vocabulary.answers)) == 3128
