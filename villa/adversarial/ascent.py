@@ -24,6 +24,8 @@ RelativeTo = Literal["none", "embedding", "table"]
 #: Lower bound on gradient norms (released code: ``clamp(min=1e-8)``).
 SMALLEST_NORM = 1e-8
 
+_ORDERS: dict[Norm, float] = {"l2": 2.0, "linf": math.inf}
+
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
@@ -113,15 +115,14 @@ class AscentSettings:
 
 def row_norm(values: Tensor, norm: Norm, scope: Scope = "row") -> Tensor:
     """Return the norm of every row or token, shaped ``[rows, 1, ...]`` or ``[rows, tokens, 1]`` for broadcasting."""
-    if scope == "token":
-        norms: Tensor = torch.linalg.vector_norm(values, ord=2.0 if norm == "l2" else math.inf, dim=-1, keepdim=True)
-        return norms
-    return flat_norm(values, norm).view(-1, *[1] * (values.dim() - 1))
+    dims = (-1,) if scope == "token" else tuple(range(1, values.dim()))
+    norms: Tensor = torch.linalg.vector_norm(values, _ORDERS[norm], dims, keepdim=True)
+    return norms
 
 
 def flat_norm(values: Tensor, norm: Norm) -> Tensor:
     """Return the norm of every row, shaped ``[rows]``."""
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), ord=2.0 if norm == "l2" else math.inf, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(values, _ORDERS[norm], tuple(range(1, values.dim())))
     return norms
 
 

@@ -85,7 +85,7 @@ class Updater:
         turns = turns or [Turn(place) for place in range(len(batches))]
         work = MicroBatches(number, batches, turns, self.accumulation, check)
         frame = UpdateFrame(self.passes, self.trainer, self.optimizer, work, self.config.clip_norm)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.passes.buffers()]
         state = copy.deepcopy(self.trainer.state_dict())
         try:
             moved = self.config.weight_perturbation

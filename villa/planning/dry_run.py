@@ -21,7 +21,7 @@ from villa.engine.setup import build_trainer, choose_device, within_memory
 from villa.errors import ConfigError, DataError, MissingDataError, VillaError, one_line
 from villa.facts import DataFacts
 from villa.models.base import Model, Point
-from villa.planning.meta import MetaTensors
+from villa.planning.meta import MetaTensors, without_compiler
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
 from villa.planning.strategies import StrategyName
@@ -127,7 +127,7 @@ def _plan_recipe(
 
 def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
     """Build the recipe's model on the meta device."""
-    with _plannable(f"model '{config.model.name}'"), torch.device("meta"), MetaTensors():
+    with _plannable(f"model '{config.model.name}'"), without_compiler(), torch.device("meta"), MetaTensors():
         model: Model = MODELS.get(config.model.name).from_config(config.model, facts)
     return model
 

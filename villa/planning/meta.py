@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -93,7 +97,16 @@ _aten = torch.ops.aten
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
 
 
-class MetaTensors(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A context that runs operations, outside of torch.compile."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Let torch not wrap the mode for its compiler, whose import takes longer than a plan."""
+        return False
+
+
+class MetaTensors(Mode):
     """A context in which operations with a meta tensor run on the meta device, and all others for real.
 
     Lengths, masks and token ids are integers and stay real, so that shapes that depend on them (the longest row of a
@@ -128,6 +141,58 @@ class MetaTensors(TorchDispatchMode):
         if _on_meta(named) and not any(tensor.is_floating_point() for tensor in given):
             return _integers(func, args, named, made=not given)
         return func(*args, **named)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Compute shapes without torch's compiler and sympy, whose imports take longer than a plan.
+
+    Torch's shape functions are wrapped so as not to be compiled, and their checks allow for symbols. Within the context
+    they are neither: a stand-in for the compiler wraps nothing, and makes way for it if anything else is asked for.
+    """
+    if _Compiler.NAME in sys.modules:
+        yield
+        return
+    compiler, check = _Compiler(), torch._check_with
+    sys.modules[_Compiler.NAME], vars(torch)["_check_with"] = compiler, _check_with
+    try:
+        yield
+    finally:
+        vars(torch)["_check_with"] = check
+        compiler.make_way()
+
+
+class _Compiler(ModuleType):
+    """A stand-in for ``torch._dynamo``."""
+
+    NAME = "torch._dynamo"
+
+    def __init__(self) -> None:
+        super().__init__(self.NAME)
+        self._left: list[Callable[..., Any]] = []
+
+    def disable(self, function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        """Return a function as it is; torch keeps what it gets beside the function."""
+        self._left.append(function)
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the compiler itself."""
+        self.make_way()
+        return getattr(import_module(self.NAME), name)
+
+    def make_way(self) -> None:
+        """Remove the stand-in, and what it has returned."""
+        if sys.modules.get(self.NAME) is self:
+            del sys.modules[self.NAME]
+        for function in self._left:
+            vars(function).pop("__dynamo_disable", None)
+
+
+def _check_with(error: type[Exception], holds: bool, message: Callable[[], str] | None) -> None:
+    """Raise ``error`` unless a condition of numbers holds."""
+    if not holds:
+        raise error("" if message is None else message())
 
 
 def _all_on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any, Any]:
