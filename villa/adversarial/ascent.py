@@ -174,7 +174,7 @@ def ascend(
         unit: unit of the sizes, broadcast to ``delta``; None for 1.
     """
     wide = torch.float32 if settings.fp32_gradient else torch.promote_types(gradient.dtype, torch.float32)
-    gradient = gradient.to(wide)
+    gradient = gradient if gradient.dtype == wide else gradient.to(wide)
     if mask is not None:
         gradient = gradient * mask.unsqueeze(-1)
     size = settings.step_size if unit is None else settings.step_size * unit
@@ -206,7 +206,7 @@ def _normal(delta: Tensor, source: torch.Generator) -> Tensor:
 
 def _unit_step(gradient: Tensor, size: Tensor | float, settings: AscentSettings) -> Tensor:
     norms = row_norm(gradient, settings.norm, settings.scope).clamp_min(SMALLEST_NORM)
-    return torch.where(norms < math.inf, size * gradient / norms, 0.0)  # NaN compares as False
+    return (size * gradient / norms).masked_fill_((norms < math.inf).logical_not_(), 0.0)  # NaN compares as False
 
 
 @STEPS.register("normalised")

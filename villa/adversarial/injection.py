@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def inject(
         for modality, perturbation in perturbations.items():
             point = points[modality]
             perturbation.begin(point.mask(batch), confined=point.confined)
-            handles.append(_register(model.get_submodule(point.module), point, modality, perturbation, calls))
+            handles.append(_register(attrgetter(point.module)(model), point, modality, perturbation, calls))
         yield
     finally:
         for handle in handles:

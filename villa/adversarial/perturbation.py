@@ -29,7 +29,7 @@ class Perturbation:
     def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:
         self.settings = settings
         self.seed = seed
-        self.delta = initial
+        self.delta = None if initial is None else initial.detach()
         self.frozen = False
         self.relative_size: Tensor | None = None
         self.gradient_norm: Tensor | None = None
@@ -51,10 +51,11 @@ class Perturbation:
             self._unit = self._measure_unit(embedding.detach(), table)
         if self.delta is None:
             self.delta = initialise(embedding, self.settings, self._mask, self.seed, self._unit)
-        self.delta = self.delta.detach().requires_grad_(not self.frozen)
-        self.gradient_norm = None
-        self._measure(embedding.detach())
-        return (embedding + self.delta).to(embedding.dtype)
+        delta = self.delta.detach() if self.delta.requires_grad else self.delta  # a leaf without a gradient yet
+        self.gradient_norm, self.relative_size = None, self._measured(embedding.detach(), delta)
+        self.delta = delta.requires_grad_(not self.frozen)
+        moved = embedding + self.delta
+        return moved if moved.dtype == embedding.dtype else moved.to(embedding.dtype)
 
     def trained(self) -> Tensor:
         """Return the value added by the last pass, as a leaf to differentiate a loss by.
@@ -79,7 +80,8 @@ class Perturbation:
         if self.delta is None or self.delta.grad is None:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
-        self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
+        norms = flat_norm(gradient, self.settings.norm)
+        self.gradient_norm = norms.sum() / len(norms)
         self.delta = ascend(self.delta.detach(), gradient, self.settings, self._mask, self._unit)
 
     def _measure_unit(self, embedding: Tensor, table: Tensor | None) -> Tensor:
@@ -96,9 +98,10 @@ class Perturbation:
             embedding.to(torch.promote_types(embedding.dtype, torch.float32)), settings.norm, settings.scope
         )
 
-    def _measure(self, embedding: Tensor) -> None:
-        assert self.delta is not None
+    def _measured(self, embedding: Tensor, delta: Tensor) -> Tensor:
+        """Return the mean over rows of ||delta|| / ||embedding||."""
+        lengths = torch.linalg.vector_norm(embedding, dim=-1, dtype=delta.dtype)
         if self._mask is not None:
-            embedding = embedding * self._mask.unsqueeze(-1)
-        size = flat_norm(self.delta.detach(), "l2")
-        self.relative_size = (size / flat_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)).mean()
+            lengths = lengths * self._mask
+        sizes = flat_norm(delta, "l2") / flat_norm(lengths, "l2").clamp_min(1e-12)
+        return sizes.sum() / len(sizes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -46,15 +47,19 @@ class MetaResults:
         return result
 
 
+#: Types of most arguments; to look for tensors in these takes a good part of a plan.
+_LEAVES = (int, float, bool, type(None))
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in the arguments or the result of an operation."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            if type(item) in _LEAVES:
+                continue
             yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
 
 
 def _only_writes(func: Any) -> bool:
@@ -147,52 +152,59 @@ class MetaTensors(Mode):
 def without_compiler() -> Iterator[None]:
     """Compute shapes without torch's compiler and sympy, whose imports take longer than a plan.
 
-    Torch's shape functions are wrapped so as not to be compiled, and their checks allow for symbols. Within the context
-    they are neither: a stand-in for the compiler wraps nothing, and makes way for it if anything else is asked for.
+    Torch's shape functions are wrapped so as not to be compiled, and allow for symbols among numbers. Within the
+    context they are not, and there are none.
     """
-    if _Compiler.NAME in sys.modules:
+    with ExitStack() as stack:
+        for name, functions in _STAND_INS.items():
+            if name not in sys.modules:
+                stack.callback(_StandIn(name, functions).make_way)
         yield
-        return
-    compiler, check = _Compiler(), torch._check_with
-    sys.modules[_Compiler.NAME], vars(torch)["_check_with"] = compiler, _check_with
-    try:
-        yield
-    finally:
-        vars(torch)["_check_with"] = check
-        compiler.make_way()
 
 
-class _Compiler(ModuleType):
-    """A stand-in for ``torch._dynamo``."""
+class _StandIn(ModuleType):
+    """A module that has a few functions of another one, and makes way for it if anything else is asked for."""
 
-    NAME = "torch._dynamo"
-
-    def __init__(self) -> None:
-        super().__init__(self.NAME)
-        self._left: list[Callable[..., Any]] = []
-
-    def disable(self, function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
-        """Return a function as it is; torch keeps what it gets beside the function."""
-        self._left.append(function)
-        return function
+    def __init__(self, name: str, functions: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(name)
+        vars(self).update(functions)
+        sys.modules[name] = self
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the compiler itself."""
+        """Return an attribute of the real module."""
+        if name == "__path__" and self.__name__ not in _PACKAGES:
+            raise AttributeError(name)
         self.make_way()
-        return getattr(import_module(self.NAME), name)
+        return getattr(import_module(self.__name__), name)
 
     def make_way(self) -> None:
-        """Remove the stand-in, and what it has returned."""
-        if sys.modules.get(self.NAME) is self:
-            del sys.modules[self.NAME]
-        for function in self._left:
-            vars(function).pop("__dynamo_disable", None)
+        """Remove the stand-in."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
 
 
-def _check_with(error: type[Exception], holds: bool, message: Callable[[], str] | None) -> None:
-    """Raise ``error`` unless a condition of numbers holds."""
-    if not holds:
-        raise error("" if message is None else message())
+def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+    """Return a function that shall not be compiled, or a number without symbols."""
+    return value
+
+
+_PACKAGES = ("sympy", "torch._dynamo")
+_PLAIN = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
+_PLAIN += ("guard_int", "guarding_hint_or_throw")
+_STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {
+    "sympy": {"Basic": type("Basic", (), {})},
+    "torch._dynamo": {"disable": _as_it_is},
+    "torch.utils._sympy.functions": {"Max": max},
+    "torch.fx.experimental.symbolic_shapes": {
+        **dict.fromkeys(_PLAIN, _as_it_is),
+        "free_unbacked_symbols": lambda value: set(),
+        "has_guarding_hint": lambda size: True,
+        "is_nested_int": lambda size: False,
+        "sym_and": lambda *conditions: all(conditions),
+        "sym_eq": operator.eq,
+        "sym_or": lambda *conditions: any(conditions),
+    },
+}
 
 
 def _all_on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any, Any]:
