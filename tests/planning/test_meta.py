@@ -73,7 +73,7 @@ def test_a_plan_needs_no_compiler(root: Path) -> None:
     said = in_new_process(f"""
         import sys
         from villa.cli.run import main
-        assert main(["--dry-run", "config={root / 'projects/villa/vcr.yaml'}"]) == 0
+        assert main(["--dry-run", "config={root / "projects/villa/vcr.yaml"}"]) == 0
         print(sorted({{"sympy", "torch._dynamo"}} & {{*sys.modules}}))
     """)
     assert said.splitlines()[-1] == "[]"
@@ -94,4 +94,8 @@ def test_the_compiler_takes_the_place_of_its_stand_in_when_it_is_asked_for() -> 
         import sympy
         print(sympy.Symbol("x").is_integer)
     """)
-    assert said.splitlines() == ["torch._dynamo.decorators torch._dynamo.config torch.fx.experimental.symbolic_shapes", "[2.0, 2.0]", "None"]
+    assert said.splitlines() == [
+        "torch._dynamo.decorators torch._dynamo.config torch.fx.experimental.symbolic_shapes",
+        "[2.0, 2.0]",
+        "None",
+    ]

@@ -37,8 +37,8 @@ class Collector:
         decoded = self._parts.decode(ran.batch, ran.output)
         mine = [ran.batch.ids, decoded] if ran.own else [[], []]
         for ids, answers in self._parts.strategy.processes.gather(mine):
-            # The indices come last, so that none is taken without an answer.
-            self._waiting |= {index: pair for pair, index in zip(zip(ids, answers, strict=True), self._indices)}
+            for answer in zip(ids, answers, strict=True):
+                self._waiting[next(self._indices)] = answer
         ready = []
         while self._next in self._waiting:
             ready.append(self._waiting.pop(self._next))

@@ -207,11 +207,10 @@ class UpdateFrame:
         summed = {} if processes.world_size == 1 else logs
         norm, *read = _numbers([self.gradient_norm, *losses, *ascents, *summed.values()])
         few, many = len(losses), len(losses) + len(ascents)
-        bad, overflowed = not all(map(_is_finite, read[:few])), not all(read[few:many])
-        self.logs = logs
-        if summed:
-            bad, overflowed, *sums = processes.total([bad, overflowed, *read[many:]])
-            self.logs = {n: torch.full_like(value, total) for (n, value), total in zip(logs.items(), sums, strict=True)}
+        found: list[float] = [not all(map(_is_finite, read[:few])), not all(read[few:many]), *read[many:]]
+        bad, overflowed, *sums = processes.total(found)
+        shared = zip(summed.items(), sums, strict=True)
+        self.logs = {name: torch.full_like(value, total) for (name, value), total in shared} if summed else logs
         return _is_finite(norm), not bad, not overflowed
 
     def _check_finite(self, norm: bool, losses: bool, ascents: bool) -> None:

@@ -12,7 +12,6 @@ from villa.losses.base import Loss
 from villa.models.base import ModelOutput
 from villa.registry import register_loss
 
-
 _WIDE = (torch.float32, torch.float64)
 
 

@@ -317,9 +317,10 @@ def _self_attend(
     layer: Any, lang_input: Tensor, lang_attention_mask: RowMask, visual_input: Tensor, visual_attention_mask: RowMask
 ) -> tuple[Any, Any]:
     """Run ``LxmertXLayer.self_att`` for the tokens that are to be computed."""
-    if getattr(lang_attention_mask, "chosen", None) is not None:
+    chosen = getattr(lang_attention_mask, "chosen", None)
+    if chosen is not None:
         lang_attention_mask = lang_attention_mask._replace(context=lang_input)
-        lang_input = lang_input.index_select(0, lang_attention_mask.chosen)
+        lang_input = lang_input.index_select(0, chosen)
     both: tuple[Any, Any] = type(layer).self_att(
         layer, lang_input, lang_attention_mask, visual_input, visual_attention_mask
     )

@@ -139,14 +139,16 @@ class Packing:
             streams: the streams.
             padding_free: whether to leave padding out; ``off`` keeps all positions where they are.
         """
-        masks = [None if padding_free == "off" else stream.mask for stream in streams]
-        asked = [mask for mask, stream in zip(masks, streams, strict=True) if stream.lengths is None and mask is not None]
+        read = [stream.mask for stream in streams if stream.mask is not None and stream.lengths is None]
+        asked = read if padding_free != "off" else []
         facts = iter(torch.stack([_facts(mask, mask) for mask in asked]).tolist() if asked else [])
         found = []
-        for stream, mask in zip(streams, masks, strict=True):
-            numbers = next(facts) if stream.lengths is None and mask is not None else _facts_of(stream.lengths or [0])
-            if mask is None or not numbers[1]:  # rows without anything attend to their padding
-                found.append(cls.padded(stream.values, stream.mask))
+        for values, mask, lengths in streams:
+            numbers = None
+            if mask is not None and padding_free != "off":
+                numbers = next(facts) if lengths is None else _facts_of(lengths)
+            if mask is None or numbers is None or not numbers[1]:  # rows without anything attend to their padding
+                found.append(cls.padded(values, mask))
             else:
                 found.append(cls._arranged(mask, numbers, padding_free, pooled=True))
         return found

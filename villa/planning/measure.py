@@ -154,7 +154,14 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     hooks = [p.register_post_accumulate_grad_hook(_booking(ledger)) for p in trained]  # type: ignore[no-untyped-call]
     try:
         layers = layers_as(config.distributed, model, passes.kernels)
-        with without_compiler(), torch.random.fork_rng(devices=[]), layers, MetaTensors() as numbers, ledger, passes.kernels:
+        with (
+            without_compiler(),
+            torch.random.fork_rng(devices=[]),
+            layers,
+            MetaTensors() as numbers,
+            ledger,
+            passes.kernels,
+        ):
             ledger.reset()
             trainer.step(batch, passes)
             passed = ledger.live["gradient"], ledger.peak_other, ledger.peak, ledger.flops

@@ -102,7 +102,7 @@ _aten = torch.ops.aten
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
 
 
-class Mode(TorchDispatchMode):
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that runs operations, outside of torch.compile."""
 
     @classmethod
@@ -189,8 +189,16 @@ def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
 
 
 _PACKAGES = ("sympy", "torch._dynamo")
-_PLAIN = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
-_PLAIN += ("guard_int", "guarding_hint_or_throw")
+#: Functions of a number or condition that is a symbol, or as it is.
+_PLAIN = (
+    "expect_true",
+    "guard_int",
+    "guard_or_false",
+    "guard_or_true",
+    "guard_size_oblivious",
+    "guarding_hint_or_throw",
+    "statically_known_true",
+)
 _STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {
     "sympy": {"Basic": type("Basic", (), {})},
     "torch._dynamo": {"disable": _as_it_is},

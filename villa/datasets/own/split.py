@@ -275,7 +275,7 @@ class TableSplit(Split):
         return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
     @cached_property
-    def lengths(self) -> Sequence[int]:  # type: ignore[override]
+    def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
         images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
         return [int(read) + more for read, more in zip(self._text_lengths[:, 0], images, strict=True)]
