@@ -100,7 +100,7 @@ class Perturbation:
 
     def _measured(self, embedding: Tensor, delta: Tensor) -> Tensor:
         """Return the mean over rows of ||delta|| / ||embedding||."""
-        lengths = torch.linalg.vector_norm(embedding, dim=-1, dtype=delta.dtype)
+        lengths = torch.linalg.vector_norm(embedding, dim=-1, dtype=torch.promote_types(embedding.dtype, torch.float32))
         if self._mask is not None:
             lengths = lengths * self._mask
         sizes = flat_norm(delta, "l2") / flat_norm(lengths, "l2").clamp_min(1e-12)

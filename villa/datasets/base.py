@@ -98,7 +98,7 @@ class Split(Dataset[Example], ABC):
     @property
     @abstractmethod
     def lengths(self) -> Lengths:
-        """Tokens plus regions of every example, for batches by tokens."""
+        """Tokens plus regions of every example, for batches by tokens and of similar length."""
 
     def region_counts(self, index: int) -> Sequence[int]:
         """Return the number of regions of each image of an example, if known without reading it.
