@@ -11,7 +11,7 @@ from villa.config.schema import BatchConfig
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import collate
 from villa.datasets.samplers import UpdateSampler
-from villa.datasets.stream import UpdateStream, evaluation_batches
+from villa.datasets.stream import UpdateStream, evaluation_batches, evaluation_plan
 from villa.errors import DataError
 
 
@@ -120,3 +120,32 @@ def test_every_epoch_draws_examples_anew_and_a_position_draws_the_same() -> None
     again.seek({"epoch": 2, "update": 0})
     assert ids(next(again)) == epochs[2]
     assert [batch.ids for batch in evaluation_batches(Drawn(2), collate, 2)] == [["0", "1"]]
+
+
+class Long(Numbers):
+    """Examples of many lengths."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return [1 + index * 7 % 13 for index in range(self.count)]
+
+
+class Sequential(Long):
+    sequential = True
+
+
+def test_evaluation_by_length_has_every_example_once_and_the_longest_of_a_stretch_first() -> None:
+    split, stretch = Long(1000), 64 * 4
+    plan = evaluation_plan(split, 4, by_length=True)
+    order = [index for batch in plan for index in batch]
+    assert {len(batch) for batch in plan} == {4}
+    for start in range(0, 1000, stretch):
+        part, known = order[start : start + stretch], range(start, min(start + stretch, 1000))
+        assert part == sorted(known, key=lambda index: (-split.lengths[index], index))
+    batches = evaluation_batches(split, collate, 4, by_length=True)
+    assert [[int(name) for name in batch.ids] for batch in batches] == [[*batch] for batch in plan]  # type: ignore[union-attr]
+    assert evaluation_plan(split, 4, by_length=True, first=True) == plan[:1]
+
+
+def test_a_split_that_is_read_in_order_is_evaluated_in_order() -> None:
+    assert [[*batch] for batch in evaluation_plan(Sequential(6), 4, by_length=True)] == [[0, 1, 2, 3], [4, 5]]

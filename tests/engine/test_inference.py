@@ -58,6 +58,22 @@ def test_predictions_for_a_split(recipe: list[str], trained: Path, tmp_path: Pat
     assert sum(right) / 24 == pytest.approx(metrics(trained / "run")["val"]["accuracy"])
 
 
+@pytest.mark.parametrize("run_type", ["predict", "test"])
+def test_predictions_are_in_the_order_of_the_split_though_batches_are_sorted_by_length(
+    run_type: str, recipe: list[str], tmp_path: Path
+) -> None:
+    found = {}
+    for examples in (1, 5):
+        out = tmp_path / f"batches_of_{examples}"
+        options = [f"run_type={run_type}", f"output_dir={out}", f"evaluation.examples={examples}"]
+        assert main([*recipe, *options]) == 0
+        found[examples] = list(read_predictions(out / "predictions_test.jsonl"))
+    assert [prediction["id"] for prediction in found[5]] == [f"test-{index}" for index in range(24)]
+    for alone, sorted_ in zip(found[1], found[5], strict=True):
+        assert (sorted_["id"], sorted_["answer"]) == (alone["id"], alone["answer"])
+        assert sorted_["score"] == pytest.approx(alone["score"], abs=1e-6)
+
+
 def test_predictions_for_questions_with_files_beside_them(
     recipe: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

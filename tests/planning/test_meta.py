@@ -1,3 +1,8 @@
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from planned import batch_of
@@ -55,3 +60,42 @@ def test_a_number_that_is_not_there_is_taken_for_1() -> None:
         with pytest.raises(RuntimeError, match="meta"):
             whole.item()  # a size may depend on it
     assert numbers.assumed
+
+
+def in_new_process(code: str) -> str:
+    """What Python prints for code in a process of its own, in which torch has not loaded its compiler yet."""
+    made = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
+def test_a_plan_needs_no_compiler(root: Path) -> None:
+    said = in_new_process(f"""
+        import sys
+        from villa.cli.run import main
+        assert main(["--dry-run", "config={root / "projects/villa/vcr.yaml"}"]) == 0
+        print(sorted({{"sympy", "torch._dynamo"}} & {{*sys.modules}}))
+    """)
+    assert said.splitlines()[-1] == "[]"
+
+
+def test_the_compiler_takes_the_place_of_its_stand_in_when_it_is_asked_for() -> None:
+    said = in_new_process("""
+        import torch
+        from villa.planning.meta import MetaTensors, without_compiler
+        with without_compiler(), MetaTensors():
+            (torch.empty(2, 3, device="meta") + 1).relu()
+            import torch._dynamo
+            from torch._dynamo import config
+            import torch._dynamo.utils
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
+            print(torch._dynamo.disable.__module__, config.__name__, ShapeEnv.__module__)
+        print((torch.compile(lambda x: (x + 1).relu(), backend="eager")(torch.ones(2))).tolist())
+        import sympy
+        print(sympy.Symbol("x").is_integer)
+    """)
+    assert said.splitlines() == [
+        "torch._dynamo.decorators torch._dynamo.config torch.fx.experimental.symbolic_shapes",
+        "[2.0, 2.0]",
+        "None",
+    ]

@@ -28,6 +28,8 @@ Bounds = tuple[Tensor, Tensor]
 #: Lower bound on gradient norms (released code: ``clamp(min=1e-8)``).
 SMALLEST_NORM = 1e-8
 
+_ORDERS: dict[Norm, float] = {"l2": 2.0, "linf": math.inf}
+
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
@@ -121,15 +123,14 @@ class AscentSettings:
 
 def row_norm(values: Tensor, norm: Norm, scope: Scope = "row") -> Tensor:
     """Return the norm of every row or token, shaped ``[rows, 1, ...]`` or ``[rows, tokens, 1]`` for broadcasting."""
-    if scope == "token":
-        norms: Tensor = torch.linalg.vector_norm(values, ord=2.0 if norm == "l2" else math.inf, dim=-1, keepdim=True)
-        return norms
-    return flat_norm(values, norm).view(-1, *[1] * (values.dim() - 1))
+    dims = (-1,) if scope == "token" else tuple(range(1, values.dim()))
+    norms: Tensor = torch.linalg.vector_norm(values, _ORDERS[norm], dims, keepdim=True)
+    return norms
 
 
 def flat_norm(values: Tensor, norm: Norm) -> Tensor:
     """Return the norm of every row, shaped ``[rows]``."""
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), ord=2.0 if norm == "l2" else math.inf, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(values, _ORDERS[norm], tuple(range(1, values.dim())))
     return norms
 
 
@@ -235,7 +236,7 @@ def project(
 def _masked(gradient: Tensor, settings: AscentSettings, mask: Tensor | None) -> Tensor:
     """Return a gradient in fp32 or wider, zero where the mask is False."""
     wide = torch.float32 if settings.fp32_gradient else torch.promote_types(gradient.dtype, torch.float32)
-    gradient = gradient.to(wide)
+    gradient = gradient if gradient.dtype == wide else gradient.to(wide)
     return gradient if mask is None else gradient * mask.unsqueeze(-1)
 
 
@@ -260,7 +261,7 @@ def _normal(delta: Tensor, source: torch.Generator) -> Tensor:
 
 def _unit_step(gradient: Tensor, size: Tensor | float, settings: AscentSettings) -> Tensor:
     norms = row_norm(gradient, settings.norm, settings.scope).clamp_min(SMALLEST_NORM)
-    return torch.where(norms < math.inf, size * gradient / norms, 0.0)  # NaN compares as False
+    return (size * gradient / norms).masked_fill_((norms < math.inf).logical_not_(), 0.0)  # NaN compares as False
 
 
 @STEPS.register("normalised")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ def inject(
             point = points[modality]
             perturbation.begin(point.mask(batch), confined=point.confined, scale=point.scale)
             blocks = None if point.blocks is None else point.blocks(batch)
-            change = _changing(model.get_submodule(point.module), point, perturbation, blocks)
-            handles.append(_register(model.get_submodule(point.module), point, modality, change, calls))
+            module = attrgetter(point.module)(model)
+            change = _changing(module, point, perturbation, blocks)
+            handles.append(_register(module, point, modality, change, calls))
         yield
     finally:
         for handle in handles:

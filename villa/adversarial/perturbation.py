@@ -34,7 +34,7 @@ class Perturbation:
     def __init__(self, settings: AscentSettings, seed: int = 0, *, initial: Tensor | None = None) -> None:
         self.settings = settings
         self.seed = seed
-        self.delta = initial
+        self.delta = None if initial is None else initial.detach()
         self.frozen = False
         self.relative_sizes: Tensor | None = None
         self.gradient_norm: Tensor | None = None
@@ -68,12 +68,13 @@ class Perturbation:
             self.bounds = (-values).clamp_max(0), (1 - values).clamp_min(0)
         if self.delta is None:
             self.delta = self.start(values)
-        self.delta = self.delta.detach().requires_grad_(not self.frozen)
-        self.gradient_norm = None
-        self._measure(values)
+        delta = self.delta.detach() if self.delta.requires_grad else self.delta  # a leaf without a gradient yet
+        self.gradient_norm, self.relative_sizes = None, self._measured(values, delta)
+        self.delta = delta.requires_grad_(not self.frozen)
         if self._scale is not None:
             return _recoloured(embedding, self.delta, self._scale).to(embedding.dtype)
-        return (embedding + self.delta).to(embedding.dtype)
+        moved = embedding + self.delta
+        return moved if moved.dtype == embedding.dtype else moved.to(embedding.dtype)
 
     def start(self, values: Tensor) -> Tensor:
         """Return the first perturbation of ``values [rows, tokens, width]``."""
@@ -82,7 +83,8 @@ class Perturbation:
     @property
     def relative_size(self) -> Tensor | None:
         """Mean over rows of ``relative_sizes``."""
-        return None if self.relative_sizes is None else self.relative_sizes.mean()
+        sizes = self.relative_sizes
+        return None if sizes is None else sizes.sum() / len(sizes)
 
     def trained(self) -> Tensor:
         """Return the value added by the last pass, as a leaf to differentiate a loss by.
@@ -107,7 +109,8 @@ class Perturbation:
         if self.delta is None or self.delta.grad is None:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
-        self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
+        norms = flat_norm(gradient, self.settings.norm)
+        self.gradient_norm = norms.sum() / len(norms)
         if self.settings.momentum:
             gradient = self._direction = direction(gradient, self._direction, self.settings, self.mask)
         self.delta = ascend(self.delta.detach(), gradient, self.settings, self.mask, self.unit, self.bounds)
@@ -134,12 +137,12 @@ class Perturbation:
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
         return row_norm(wide, self.settings.norm, self.settings.scope)
 
-    def _measure(self, embedding: Tensor) -> None:
-        assert self.delta is not None
+    def _measured(self, embedding: Tensor, delta: Tensor) -> Tensor:
+        """Return ||delta|| / ||embedding|| of every row."""
+        lengths = torch.linalg.vector_norm(embedding, dim=-1, dtype=torch.promote_types(embedding.dtype, torch.float32))
         if self.mask is not None:
-            embedding = embedding * self.mask.unsqueeze(-1)
-        size = flat_norm(self.delta.detach(), "l2")
-        self.relative_sizes = size / flat_norm(embedding, "l2").to(size.dtype).clamp_min(1e-12)
+            lengths = lengths * self.mask
+        return flat_norm(delta, "l2") / flat_norm(lengths, "l2").clamp_min(1e-12)
 
 
 def _coding(values: Tensor, scale: PixelScale) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from villa.planning.dry_run import dry_run
 
-        return show("".join(f"{line}\n" for line in dry_run(options.values)))
+        return show("".join(f"{line}\n" for line in dry_run(options.values, stages)))
     from villa.launch.base import Request, launcher_of
 
     chosen = stages[0].config

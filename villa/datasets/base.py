@@ -98,7 +98,7 @@ class Split(Dataset[Example], ABC):
     @property
     @abstractmethod
     def lengths(self) -> Lengths:
-        """Tokens plus regions of every example, for batches by tokens."""
+        """Tokens plus regions of every example, for batches by tokens and of similar length."""
 
     def region_counts(self, index: int) -> Sequence[int]:
         """Return the number of regions of each image of an example, if known without reading it.
@@ -116,8 +116,16 @@ class Split(Dataset[Example], ABC):
         """Return the sampler that composes training updates."""
         return UpdateSampler(self.lengths, batch, seed)
 
+    @property
+    def sequential(self) -> bool:
+        """Whether neighbouring examples share what is read for them, so that evaluation must keep their order."""
+        return False
+
     def cut(self, examples: int) -> list[list[Sequence[int]]]:
-        """Cut the split, in order, into batches of at most ``examples``; parts that cannot be mixed are cut apart."""
+        """Cut the split, in order, into batches of at most ``examples``; parts that cannot be mixed are cut apart.
+
+        Every example is in one batch.
+        """
         count = len(self)
         return [[range(start, min(start + examples, count)) for start in range(0, count, examples)]]
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from villa.batch import Batch
 from villa.datasets.base import Example, Split
 from villa.datasets.collation import reading
+from villa.datasets.ragged import Integers
 from villa.datasets.samplers import Position, Sampler
 from villa.datasets.workers import TIMEOUT, Board, look_every, out_of_descriptors, watched
 from villa.errors import CheckpointError, VillaError
@@ -24,6 +27,8 @@ from villa.signals import shield_worker
 Collate = Callable[[Sequence[Example]], Batch]
 T = TypeVar("T")
 
+#: Batches of an evaluation whose examples are sorted together; answers wait for those of as many.
+_SORTED_TOGETHER = 64
 #: Spare file descriptors of a worker, besides those for tensors.
 _SPARE = 4
 
@@ -105,6 +110,35 @@ class UpdateStream:
         return served
 
 
+def evaluation_plan(
+    split: Split, examples: int, *, first: bool = False, by_length: bool = False
+) -> list[Sequence[int]]:
+    """Return the examples of every batch of an evaluation; it does not depend on the number of processes.
+
+    Args:
+        split: the examples.
+        examples: largest number of examples of a batch.
+        first: return only the first batch, or the first of each part of a mixture.
+        by_length: put examples of similar length together, the longest first, so that there is less padding. Each
+            example stays within a stretch of 64 batches. Splits that have to be read in order stay as they are.
+    """
+    parts = split.cut(examples)
+    if by_length and not split.sequential:
+        lengths = np.asarray(split.lengths)
+        parts = [_sorted(part, lengths, examples) for part in parts]
+    return [batch for part in parts for batch in part[: 1 if first else None]]
+
+
+def _sorted(batches: list[Sequence[int]], lengths: Integers, examples: int) -> list[Sequence[int]]:
+    """Sort the examples of every stretch of batches by length, and cut it into batches again."""
+    found: list[Sequence[int]] = []
+    for start in range(0, len(batches), _SORTED_TOGETHER):
+        stretch = np.concatenate([np.asarray(batch) for batch in batches[start : start + _SORTED_TOGETHER]])
+        order = stretch[np.argsort(-lengths[stretch], kind="stable")].astype(np.int64)
+        found += [array("q", order[at : at + examples].tobytes()) for at in range(0, len(order), examples)]
+    return found
+
+
 def evaluation_batches(
     split: Split,
     collate: Collate,
@@ -112,21 +146,23 @@ def evaluation_batches(
     workers: int = 0,
     *,
     first: bool = False,
+    by_length: bool = False,
     share: Share = WHOLE,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch | StandIn]:
-    """Yield a split in order, in batches of at most ``examples``, or this process's share of them.
+    """Yield the batches of ``evaluation_plan``, or this process's share of them.
 
     Args:
         split: the examples.
         collate: pads examples into a batch.
-        examples: largest number of examples of a batch.
+        examples: see ``evaluation_plan``.
         workers: number of prefetching processes.
-        first: yield only the first batch, or the first of each part of a mixture.
+        first: see ``evaluation_plan``.
+        by_length: see ``evaluation_plan``.
         share: selects the batches of this process; processes that run out get ``StandIn`` batches.
         timeout: as for ``UpdateStream``.
     """
-    plan = [batch for part in split.cut(examples) for batch in part[: 1 if first else None]]
+    plan = evaluation_plan(split, examples, first=first, by_length=by_length)
     turns = share.turns(len(plan))
     batches: Iterator[list[_Item]] = ([(index, None) for index in plan[turn.number]] for turn in turns)
     batches_loaded = _load(split, collate, batches, workers=workers, pin=False, share=share, timeout=timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,42 @@ from villa.progress import track
 from villa.registry import SUBMISSIONS
 
 
+class Collector:
+    """Gathers the answers to a split's batches from all processes, in the order of the split.
+
+    Answers wait for those before them, for the batches of ``Parts.evaluation_plan`` are sorted by length.
+
+    Args:
+        parts: the model, its data and the processes.
+        examples: the split.
+    """
+
+    def __init__(self, parts: Parts, examples: Split) -> None:
+        self._parts = parts
+        self._indices = chain.from_iterable(parts.evaluation_plan(examples))
+        self._waiting: dict[int, tuple[str, dict[str, Any]]] = {}
+        self._next = 0
+
+    def __call__(self, ran: Ran) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the ids and decoded answers that are next, given this process's batch; a collective call."""
+        decoded = self._parts.decode(ran.batch, ran.output)
+        mine = [ran.batch.ids, decoded] if ran.own else [[], []]
+        for ids, answers in self._parts.strategy.processes.gather(mine):
+            for answer in zip(ids, answers, strict=True):
+                self._waiting[next(self._indices)] = answer
+        ready = []
+        while self._next in self._waiting:
+            ready.append(self._waiting.pop(self._next))
+            self._next += 1
+        return [id_ for id_, _ in ready], [answer for _, answer in ready]
+
+
 def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """Yield the ids and decoded answers of the examples, in order; only rank 0 gets them."""
+    """Yield the ids and decoded answers of the examples, in order."""
     batches, count = parts.evaluation_batches(examples)
+    collect = Collector(parts, examples)
     for ran in parts.evaluator.predict(track(batches, "predict", count, mode=parts.config.logging.progress)):
-        yield from collected(parts, ran)
-
-
-def collected(parts: Parts, ran: Ran) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """Gather the ids and decoded answers of a batch from all ranks, in the order of the split; a collective call."""
-    decoded = parts.decode(ran.batch, ran.output)
-    mine = [ran.batch.ids, decoded] if ran.own else [[], []]
-    yield from map(tuple, parts.strategy.processes.gather(mine))
+        yield collect(ran)
 
 
 def write_answers(parts: Parts, examples: Split, path: Path) -> None:

@@ -25,6 +25,8 @@ from villa.trainers.base import Logs, Trainer
 
 Accumulation = Literal["mean", "sum", "total"]
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class MicroBatches:
@@ -123,7 +125,7 @@ class UpdateFrame:
             raise RuntimeError("the update's step was taken: accumulate() must come before step()")
         if self.config.nonfinite == "stop" or self.unperturbed is not None or not self.trainer.modalities():
             return self._accumulate()
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.passes.buffers()]
         state = copy.deepcopy(self.trainer.state_dict())
         try:
             return self._accumulate()
@@ -145,8 +147,7 @@ class UpdateFrame:
         logs = self._run()
         self.strategy.unscale(self.scaler, self.optimizer)
         self.gradient_norm = self.strategy.gradient_norm(self.passes.parameters)
-        self.logs, losses, ascents = self._combine(logs)
-        self._check_finite(losses, ascents)
+        self._check_finite(*self._combine(logs))
         return dict(self.logs)
 
     def dimensions(self, name: str) -> int:
@@ -172,7 +173,7 @@ class UpdateFrame:
         if self.stepped:
             raise RuntimeError("the update's step was taken: moved() must come before step()")
         weights, outer = self.weights, self._moved
-        before = [(tensor, tensor.clone()) for tensor in (*weights.values(), *self.model.buffers())]
+        before = [(tensor, tensor.clone()) for tensor in (*weights.values(), *self.passes.buffers())]
         self._moved = True
         try:
             with torch.no_grad():
@@ -242,24 +243,26 @@ class UpdateFrame:
             _add(logs, step(batch, self.passes), share)
         return logs
 
-    def _combine(self, logs: Logs) -> tuple[Logs, Tensor, Tensor]:
-        """Return the values to log over all processes, and whether all losses and all ascents are finite."""
-        values = [loss.float() for _, loss in self.passes.losses]
-        losses = torch.stack(values).isfinite().all() if values else torch.tensor(True)
-        flags = [finite for *_, finite in self.passes.ascents]
-        ascents = torch.stack(flags).all() if flags else torch.tensor(True)
-        if self.strategy.processes.world_size == 1:
-            return logs, losses, ascents
-        found = (~losses, ~ascents, *logs.values())
-        bad, overflowed, *sums = self.strategy.processes.total(_numbers(found))
-        summed = zip(logs.items(), sums, strict=True)
-        logs = {name: torch.full_like(value, total) for (name, value), total in summed}
-        return logs, torch.tensor(bad == 0), torch.tensor(overflowed == 0)
+    def _combine(self, logs: Logs) -> tuple[bool, bool, bool]:
+        """Combine the values to log over all processes, and read what must be finite, in one transfer.
 
-    def _check_finite(self, losses: Tensor, ascents: Tensor) -> None:
+        Returns:
+            Whether the gradient norm, all losses and all ascents are finite.
+        """
+        processes, losses = self.strategy.processes, [loss for _, loss in self.passes.losses]
+        ascents = [finite for *_, finite in self.passes.ascents]
+        summed = {} if processes.world_size == 1 else logs
+        norm, *read = _numbers([self.gradient_norm, *losses, *ascents, *summed.values()])
+        few, many = len(losses), len(losses) + len(ascents)
+        found: list[float] = [not all(map(_is_finite, read[:few])), not all(read[few:many]), *read[many:]]
+        bad, overflowed, *sums = processes.total(found)
+        shared = zip(summed.items(), sums, strict=True)
+        self.logs = {name: torch.full_like(value, total) for (name, value), total in shared} if summed else logs
+        return _is_finite(norm), not bad, not overflowed
+
+    def _check_finite(self, norm: bool, losses: bool, ascents: bool) -> None:
         """Abort the update if a value is not finite or the loss scaler has found an overflow."""
-        norm = torch.isfinite(self.gradient_norm.float())
-        if norm & losses.to(norm.device) & ascents.to(norm.device):
+        if norm and losses and ascents:
             return
         if not self.scaler.is_enabled() or self.passes.precision.loss_scale <= 1.0 or not losses:
             parameters = self.model.named_parameters()
@@ -276,8 +279,13 @@ class UpdateFrame:
 def _numbers(values: Sequence[Tensor]) -> list[float]:
     """Copy numbers from the device in one transfer."""
     device = values[-1].device
-    numbers: list[float] = torch.stack([value.to(device).double() for value in values]).tolist()
+    numbers: list[float] = torch.stack([value.to(device, torch.double) for value in values]).tolist()
     return numbers
+
+
+def _is_finite(number: float) -> bool:
+    """Return whether a float32 can hold a number."""
+    return abs(number) <= _LARGEST
 
 
 def _first_cause(found: Sequence[str]) -> str:

@@ -124,7 +124,7 @@ class ModelPasses:
         self._seed = seed
         self._update = self._place = 0
         self._turn = Turn(0)
-        self._weight = 1.0
+        self._weight = self._scale = 1.0
         self._last = True
         self._unmeasured = set(self.points) if precision.dtype is not None else set()
 
@@ -154,6 +154,7 @@ class ModelPasses:
         if place == 0:
             self.losses.clear()
             self.ascents.clear()
+            self._scale = self.precision.loss_scale  # reading it waits for the device, and it changes between updates
         self._check, self._reference = check or _no_check, reference or nullcontext
         self._update, self._place, self._weight = update, place, weight
         self._turn, self._last = turn or Turn(place), last
@@ -163,10 +164,19 @@ class ModelPasses:
         """The model's parameters: walking through its modules in every update takes longer than a small one's step."""
         return tuple(self.model.parameters())
 
+    def buffers(self) -> list[Tensor]:
+        """Return the model's buffers; see ``parameters``."""
+        found = (buffer for module in self._with_buffers for buffer in module._buffers.values())
+        return [buffer for buffer in found if buffer is not None]
+
+    @cached_property
+    def _with_buffers(self) -> tuple[nn.Module, ...]:
+        return tuple(module for module in self.model.modules() if module._buffers)
+
     @property
     def gradient_scale(self) -> float:
         """Loss scale x micro-batch weight; only the loss scale if the weight, and thus every gradient, is 0."""
-        return self.precision.loss_scale * (self._weight or 1.0)
+        return self._scale * (self._weight or 1.0)
 
     def seed(self, name: str) -> int:
         """Return a seed for the random draws called ``name`` of this micro-batch."""
@@ -219,7 +229,7 @@ class ModelPasses:
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation], *, retain: bool = False) -> None:
         """Set the gradient of ``loss`` on perturbations alone; see ``villa.trainers.base.Passes``."""
         deltas = [perturbation.trained() for perturbation in perturbations.values()]
-        scale = self.precision.loss_scale
+        scale = self._scale
         gradients = self.strategy.gradient(loss * scale if scale != 1.0 else loss, deltas, retain=retain)
         if self._turn.own:
             self.losses.append((self._place, loss.detach()))

@@ -11,7 +11,7 @@ from villa.checkpoints.store import CheckpointStore
 from villa.config.schema import RunConfig
 from villa.datasets.base import Split
 from villa.datasets.samplers import Sampler
-from villa.engine.answers import answer_file, collected, submission_path, write_answers, write_submission
+from villa.engine.answers import Collector, answer_file, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
 from villa.engine.loop import Training
 from villa.engine.schedules import Schedule
@@ -70,11 +70,11 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, 
     """
     batches, count = parts.evaluation_batches(examples)
     shown = track(batches, split, count, mode=parts.config.logging.progress)
+    collect = Collector(parts, examples)
     with answer_file(parts, _predictions(folder, split)) as write:
 
         def each(ran: Ran) -> None:
-            for ids, decoded in collected(parts, ran):
-                write(ids, decoded)
+            write(*collect(ran))
 
         values = parts.evaluator.evaluate(shown, each)
     _submit(parts, split, folder)

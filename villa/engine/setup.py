@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from villa.checkpoints.store import resolve
 from villa.config.schema import BatchConfig, RunConfig
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.own.assets import assets_beside, facts_beside
-from villa.datasets.stream import StandIn, evaluation_batches
+from villa.datasets.stream import StandIn, evaluation_batches, evaluation_plan
 from villa.distributed.environment import Place
 from villa.distributed.strategy import Strategy, strategy_of
 from villa.engine.evaluator import Evaluator
@@ -73,19 +73,35 @@ class Parts:
         self.strategy.connect()
         self.strategy.apply(self.model)
 
-    def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
-        """Return this process's batches of a split, in order, and their number.
+    def evaluation_plan(self, split: Split, *, first: bool = False) -> list[Sequence[int]]:
+        """Return the examples of every batch in which a split is evaluated.
+
+        Examples of similar length go together, unless the loss compares the examples of a batch with each other.
 
         Args:
             split: the examples.
             first: return only the first batch, or the first of each part of a mixture.
         """
+        return evaluation_plan(split, self.config.evaluation.examples, first=first, by_length=self._by_length)
+
+    def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
+        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``."""
         config, share = self.config, self.strategy.share
-        size, training = config.evaluation.examples, config.training
         batches = evaluation_batches(
-            split, self.data.collate, size, training.workers, first=first, share=share, timeout=training.data_timeout
+            split,
+            self.data.collate,
+            config.evaluation.examples,
+            config.training.workers,
+            first=first,
+            by_length=self._by_length,
+            share=share,
+            timeout=config.training.data_timeout,
         )
-        return batches, len(share.turns(sum(1 if first else len(part) for part in split.cut(size))))
+        return batches, len(share.turns(len(self.evaluation_plan(split, first=first))))
+
+    @property
+    def _by_length(self) -> bool:
+        return not self.loss.compares_examples(self.config.dataset.objectives())
 
     def prepare(self, batch: Batch) -> Batch:
         """Move a training micro-batch to the device and let the data set select among its candidates."""

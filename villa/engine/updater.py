@@ -100,7 +100,7 @@ class Updater:
         work = MicroBatches(number, batches, turns, self.accumulation, check)
         self._start_averages(number)
         frame = UpdateFrame(self.passes, self.trainer, self.optimizer, work, self.config, self._at_reference)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.passes.buffers()]
         state = copy.deepcopy(self.trainer.state_dict())
         try:
             moved = self.config.weight_perturbation

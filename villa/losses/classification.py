@@ -12,6 +12,8 @@ from villa.losses.base import Loss
 from villa.models.base import ModelOutput
 from villa.registry import register_loss
 
+_WIDE = (torch.float32, torch.float64)
+
 
 @register_loss("cross_entropy")
 class CrossEntropy(Loss):
@@ -60,7 +62,7 @@ def class_indices(batch: Batch, logits: Tensor) -> Tensor:
 
 def widened(logits: Tensor) -> Tensor:
     """Return the logits in fp32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if logits.dtype in _WIDE else logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _targets(batch: Batch) -> Tensor:

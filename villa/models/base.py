@@ -57,9 +57,10 @@ class ModelOutput:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map_scores(self, function: Callable[[Tensor], Tensor]) -> ModelOutput:
-        """Return a copy with ``function`` applied to the logits and to all ``extras``."""
-        extras = {name: function(value) for name, value in self.extras.items()}
-        return replace(self, logits=function(self.logits), extras=extras)
+        """Return an output with ``function`` applied to the logits and to all ``extras``; itself if none changes."""
+        logits, extras = function(self.logits), {name: function(value) for name, value in self.extras.items()}
+        same = logits is self.logits and all(value is self.extras[name] for name, value in extras.items())
+        return self if same else replace(self, logits=logits, extras=extras)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import copy
 import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from villa.facts import DataFacts
 from villa.files import read_json
 from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.matching import Matching, rows_of
-from villa.models.packing import Blocks, PaddingFree, RowMask, States, attend_in_rows
+from villa.models.packing import Blocks, PaddingFree, RowMask, States, Stream, attend_in_rows
 from villa.models.rows import RowLayout, Rows
 from villa.models.transformers_model import load_matched, word_modules
 from villa.models.two_heads import TwoHeadConfig, TwoHeadModel, score_mask, settle
@@ -133,6 +134,8 @@ class Lxmert(TwoHeadModel):
         for module in self.lxmert.encoder.modules():
             if isinstance(module, LxmertAttention):
                 attend_in_rows(module)
+        last: Any = self.lxmert.encoder.x_layers[-1]
+        last.cross_att, last.self_att = partial(_cross_attend, last), partial(_self_attend, last)
         wide = 2 * config.hidden_size
         self.logit_fc = nn.Sequential(
             nn.Linear(images * config.hidden_size, wide),
@@ -194,7 +197,8 @@ class Lxmert(TwoHeadModel):
         Raises:
             DataError: the batch lacks text, features or boxes, or they do not fit the model.
         """
-        encoded = self.encode(batch, attentions)
+        whole = hidden_states or attentions
+        encoded = self.encode(batch, attentions) if whole else self._run(batch, whole=False)
         logits = self.logit_fc(encoded.pooled.reshape(encoded.examples, -1))
         return ModelOutput(logits, encoded.pooled, tuple(encoded.text) if hidden_states else (), encoded.attentions)
 
@@ -204,9 +208,13 @@ class Lxmert(TwoHeadModel):
         Raises:
             DataError: as ``forward``.
         """
+        return self._run(batch, attentions=attentions)
+
+    def _run(self, batch: Batch, *, attentions: bool = False, whole: bool = True) -> LxmertEncoded:
+        """Run the transformer; without ``whole``, the last layer computes what is pooled and no regions."""
         rows, encoder = self.layout.rows(batch), self.lxmert.encoder
         text, seen = self._embed(rows), encoder.visn_fc(rows.features, self._boxes(rows))
-        streams = (text, rows.text_mask), (seen, rows.region_mask)
+        streams = Stream(text, rows.text_mask), Stream(seen, rows.region_mask)
         words, regions = self.packings(*streams, attentions=attentions)
         text_mask = RowMask(self._score_mask(words.mask, text), words.blocks, regions.blocks)
         region_mask = RowMask(self._score_mask(regions.mask, text), regions.blocks, words.blocks)
@@ -220,12 +228,15 @@ class Lxmert(TwoHeadModel):
             seen, *attention = layer(seen, region_mask, output_attentions=attentions)
             maps += attention
         for layer in encoder.x_layers:
+            if not whole and layer is encoder.x_layers[-1]:
+                text_mask = text_mask._replace(chosen=words.first)
             state, seen, *attention = layer(states[-1], text_mask, seen, region_mask, output_attentions=attentions)
             states.append(state)
             maps += attention
-        padded = States(states, words.origin)
-        pooled = self.lxmert.pooler(padded[-1])
-        return LxmertEncoded(padded, regions.origin.spread(seen), pooled, tuple(maps), rows.examples)
+        read = states[-1].index_select(0, words.first) if whole else states.pop()
+        pooled = self.lxmert.pooler(read.unsqueeze(1))
+        seen = regions.origin.spread(seen) if whole else seen
+        return LxmertEncoded(States(states, words.origin), seen, pooled, tuple(maps), rows.examples)
 
     def pretrained(self) -> Any:
         """Return transformers' question-answering model, or for NLVR2 the transformer without its head."""
@@ -264,7 +275,7 @@ class Lxmert(TwoHeadModel):
     def _places(self, batch: Batch) -> tuple[Blocks, Blocks]:
         """Return where the positions that layers compute are in the text and among the regions."""
         rows = self.layout.rows(batch)
-        streams = (rows.input_ids, rows.text_mask), (rows.features, rows.region_mask)
+        streams = Stream(rows.input_ids, rows.text_mask), Stream(rows.features, rows.region_mask)
         text, regions = self.packings(*streams, attentions=False)
         return text.origin, regions.origin
 
@@ -311,3 +322,33 @@ class Lxmert(TwoHeadModel):
             nn.init.normal_(module.weight, std=self.lxmert.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _cross_attend(
+    layer: Any,
+    lang_input: Tensor,
+    lang_attention_mask: RowMask,
+    visual_input: Tensor,
+    visual_attention_mask: RowMask,
+    output_x_attentions: bool = False,
+) -> tuple[Any, Any]:
+    """Run ``LxmertXLayer.cross_att`` without its regions, which become none, if only some tokens are to be computed."""
+    given = lang_input, lang_attention_mask, visual_input, visual_attention_mask
+    if getattr(lang_attention_mask, "chosen", None) is None:
+        both: tuple[Any, Any] = type(layer).cross_att(layer, *given, output_x_attentions)
+        return both
+    return layer.visual_attention(lang_input, visual_input, ctx_att_mask=visual_attention_mask), (visual_input[:0],)
+
+
+def _self_attend(
+    layer: Any, lang_input: Tensor, lang_attention_mask: RowMask, visual_input: Tensor, visual_attention_mask: RowMask
+) -> tuple[Any, Any]:
+    """Run ``LxmertXLayer.self_att`` for the tokens that are to be computed."""
+    chosen = getattr(lang_attention_mask, "chosen", None)
+    if chosen is not None:
+        lang_attention_mask = lang_attention_mask._replace(context=lang_input)
+        lang_input = lang_input.index_select(0, chosen)
+    both: tuple[Any, Any] = type(layer).self_att(
+        layer, lang_input, lang_attention_mask, visual_input, visual_attention_mask
+    )
+    return both

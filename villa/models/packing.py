@@ -82,6 +82,20 @@ class Selection(NamedTuple):
     origin: Blocks
 
 
+class Stream(NamedTuple):
+    """Values of N rows with padding.
+
+    Attributes:
+        values: ``[N, W, hidden]``.
+        mask: ``[N, W]`` bool, True on real positions; None when all are real.
+        lengths: real positions of every row, if the host knows them already.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+    lengths: Sequence[int] | None = None
+
+
 @dataclass(frozen=True)
 class Packing:
     """The P positions of a batch of rows, each row's tokens before its regions.
@@ -118,22 +132,25 @@ class Packing:
         return cls._arranged(valid, facts, padding_free, read, pooled=reads == "pooled")
 
     @classmethod
-    def of_streams(cls, streams: Sequence[tuple[Tensor, Tensor | None]], padding_free: PaddingFree) -> list[Packing]:
-        """Derive the positions of streams.
+    def of_streams(cls, streams: Sequence[Stream], padding_free: PaddingFree) -> list[Packing]:
+        """Derive the positions of streams, with the first of every row as selection.
 
         Args:
-            streams: values ``[N, W, hidden]`` and their mask ``[N, W]`` bool, or None when all are real.
+            streams: the streams.
             padding_free: whether to leave padding out; ``off`` keeps all positions where they are.
         """
-        asked = [mask for _, mask in streams if mask is not None and padding_free != "off"]
+        read = [stream.mask for stream in streams if stream.mask is not None and stream.lengths is None]
+        asked = read if padding_free != "off" else []
         facts = iter(torch.stack([_facts(mask, mask) for mask in asked]).tolist() if asked else [])
         found = []
-        for values, mask in streams:
-            numbers = None if mask is None or padding_free == "off" else next(facts)
+        for values, mask, lengths in streams:
+            numbers = None
+            if mask is not None and padding_free != "off":
+                numbers = next(facts) if lengths is None else _facts_of(lengths)
             if mask is None or numbers is None or not numbers[1]:  # rows without anything attend to their padding
                 found.append(cls.padded(values, mask))
             else:
-                found.append(cls._arranged(mask, numbers, padding_free))
+                found.append(cls._arranged(mask, numbers, padding_free, pooled=True))
         return found
 
     @classmethod
@@ -185,7 +202,13 @@ class Packing:
     def padded(cls, like: Tensor, mask: Tensor | None) -> Packing:
         """Keep all positions of ``like [N, W, ...]`` in their order, with a mask ``[N, W]``."""
         whole = Blocks(*like.shape[:2])
-        return cls(whole, whole, mask)
+        return cls(whole, whole, mask, _first(torch.arange(whole.rows, device=like.device) * whole.width, whole))
+
+    @property
+    def first(self) -> Tensor:
+        """``[N]`` indices of the first position of every row, of positions that were derived to be pooled."""
+        assert self.selection is not None
+        return self.selection.chosen
 
     def pack(self, text: Tensor, image: Tensor) -> Tensor:
         """Pack ``[N, T, hidden]`` and ``[N, R, hidden]`` into ``[P, hidden]``."""
@@ -199,28 +222,72 @@ class RowMask(NamedTuple):
         mask: the additive mask of what is attended to, or None.
         rows: rows of the positions that are attended to.
         others: rows of those that attend from another stream.
+        chosen: ``[Q]`` indices of the positions that a last layer is given and computes; None for all.
+        context: with ``chosen``, all positions ``[P, hidden]``, which are attended to.
     """
 
     mask: Tensor | None
     rows: Blocks
     others: Blocks | None = None
+    chosen: Tensor | None = None
+    context: Tensor | None = None
 
 
-def attend_in_rows(attention: Any) -> None:
-    """Let an attention module of transformers, which takes rows, take ``[P, hidden]`` with a ``RowMask`` as well."""
-    attention.forward = partial(_in_rows, attention.forward)
+def attend_in_rows(attention: Any, norm: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Let an attention module of transformers, which takes rows, take ``[P, hidden]`` with a ``RowMask`` as well.
+
+    Args:
+        attention: changed in place.
+        norm: the normalisation that its layer applies before it.
+    """
+    attention.forward = partial(_in_rows, attention.forward, norm)
 
 
-def _in_rows(forward: Callable[..., Any], hidden: Tensor, *given: Any, **named: Any) -> Any:
+def _in_rows(
+    forward: Callable[..., Any], norm: Callable[[Tensor], Tensor] | None, hidden: Tensor, *given: Any, **named: Any
+) -> Any:
     place = next((place for place, value in enumerate(given) if isinstance(value, RowMask)), None)
     if place is None:
         return forward(hidden, *given, **named)
     mask, (*context,) = given[place], given[:place]  # the context of cross-attention comes before the mask
+    if not len(hidden):  # nothing attends
+        return (hidden,)
+    if mask.context is not None:
+        hidden = mask.context if norm is None else norm(mask.context)
+        context = [hidden] * len(context)
     across = mask.others is not None and context and context[0] is not hidden
     queries = mask.others if across else mask.rows
     context = [mask.rows.spread(each) for each in context]
     output, *maps = forward(queries.spread(hidden), *context, mask.mask, *given[place + 1 :], **named)
-    return queries.collect(output), *maps
+    output = queries.collect(output)
+    return output if mask.context is None else output.index_select(0, mask.chosen), *maps
+
+
+def run_layers(
+    layers: Sequence[Any], hidden: Tensor, mask: RowMask, chosen: Tensor | None, *, attentions: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run layers of transformers whose attention takes rows (``attend_in_rows``).
+
+    Args:
+        layers: the layers.
+        hidden: embedding output, ``[P, hidden]``.
+        mask: mask and rows.
+        chosen: ``[Q]`` indices of the positions to return of the last layer, or None for all. It computes no others,
+            unless a hook may change what it reads.
+        attentions: return the attention maps too.
+
+    Returns:
+        The embedding output and the output of every layer; the maps of every layer, or nothing.
+    """
+    states, maps = [hidden], []
+    for number, layer in enumerate(layers, start=1):
+        last = chosen if number == len(layers) else None
+        if last is not None and not layer._forward_pre_hooks:
+            mask, hidden, last = mask._replace(chosen=last, context=hidden), hidden.index_select(0, last), None
+        hidden, *attention = layer(hidden, mask, output_attentions=attentions)
+        states.append(hidden if last is None else hidden.index_select(0, last))
+        maps += attention
+    return states, maps
 
 
 def _facts(valid: Tensor, asked: Tensor) -> Tensor:
@@ -231,6 +298,12 @@ def _facts(valid: Tensor, asked: Tensor) -> Tensor:
     """
     lengths, read = valid.sum(dim=1), asked.sum(dim=1)
     return torch.stack((lengths.amax(), lengths.amin(), lengths.sum(), read.amax(), read.sum()))
+
+
+def _facts_of(lengths: Sequence[int]) -> list[int]:
+    """Return the numbers of ``_facts`` for the lengths of rows, with all positions asked for."""
+    longest, real = max(lengths), sum(lengths)
+    return [longest, min(lengths), real, longest, real]
 
 
 def _leaves_out(padding_free: PaddingFree, real: int, all_of_them: int) -> bool:

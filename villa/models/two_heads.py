@@ -11,7 +11,7 @@ from torch import Tensor
 from villa.errors import ConfigError
 from villa.facts import DataFacts
 from villa.models.base import Model, ModelConfig, has_dropout
-from villa.models.packing import Packing, PaddingFree
+from villa.models.packing import Packing, PaddingFree, Stream
 
 
 def settle(option: str, given: int | None, found: int | None) -> int:
@@ -184,11 +184,8 @@ class TwoHeadModel(Model):
         """Return whether there is dropout."""
         return has_dropout(self)
 
-    def packings(self, *streams: tuple[Tensor, Tensor | None], attentions: bool) -> list[Packing]:
-        """Return the positions to compute of embedded streams ``[N, L, hidden]`` with masks ``[N, L]``.
-
-        If attention maps are wanted, these are all.
-        """
+    def packings(self, *streams: Stream, attentions: bool) -> list[Packing]:
+        """Return the positions to compute of embedded streams; if attention maps are wanted, these are all."""
         return Packing.of_streams(streams, "off" if attentions else self.padding_free)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts, PixelScale
 from villa.models.base import ModelOutput, Point, layer_points, pixel_points
-from villa.models.packing import Packing, PaddingFree, RowMask, attend_in_rows
+from villa.models.packing import Packing, PaddingFree, RowMask, Stream, attend_in_rows, run_layers
 from villa.models.rows import given_mask
 from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask
 from villa.registry import register_model
@@ -74,17 +74,38 @@ class Patches:
     Attributes:
         values: ``[N, width, h, w]``.
         mask: ``[N, h, w]`` bool, True on real patches, the upper left part of each map; None when all are real.
+        sizes: height and width of the real part of each map; of all maps if they are real.
+        texts: real tokens of the text of each image, if there is a mask.
     """
 
     values: Tensor
     mask: Tensor | None
+    sizes: Sequence[tuple[int, int]]
+    texts: Sequence[int] | None = None
 
     @classmethod
-    def of(cls, values: Tensor, pixel_mask: Tensor | None) -> Patches:
-        """Build from patches ``[N, width, h, w]`` and the pixel mask ``[N, H, W]`` or None."""
+    def of(cls, values: Tensor, pixel_mask: Tensor | None, text_mask: Tensor) -> Patches:
+        """Build from patches; one synchronisation reads all lengths.
+
+        Args:
+            values: ``[N, width, h, w]``.
+            pixel_mask: ``[N, H, W]``, or None.
+            text_mask: ``[N, T]`` bool, True on real tokens.
+        """
+        grid = values.shape[2], values.shape[3]
         if pixel_mask is None:
-            return cls(values, None)
-        return cls(values, cls.real(pixel_mask, (values.shape[2], values.shape[3])))
+            return cls(values, None, [grid])
+        mask = cls.real(pixel_mask, grid)
+        parts = mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1), text_mask.sum(dim=1)
+        rows, columns, texts = torch.stack(parts).tolist()
+        return cls(values, mask, list(zip(rows, columns, strict=True)), texts)
+
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """Real positions of every row: its text, the image's [CLS] and its patches; None without a mask."""
+        if self.texts is None:
+            return None
+        return [text + 1 + height * width for text, (height, width) in zip(self.texts, self.sizes, strict=True)]
 
     @staticmethod
     def real(pixel_mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -108,12 +129,8 @@ class Patches:
         """
         square = positions.transpose(1, 2).reshape(1, -1, side, side)
         height, width = self.values.shape[2:]
-        sizes = [(height, width)]
-        if self.mask is not None:
-            rows, columns = self.mask[:, :, 0].sum(dim=1), self.mask[:, 0].sum(dim=1)
-            sizes = [(h, w) for h, w in torch.stack((rows, columns), dim=1).tolist()]
-        made = {size: _stretched(square, size, (height, width)) for size in dict.fromkeys(sizes)}
-        added = torch.cat([made[size] for size in sizes])
+        made = {size: _stretched(square, size, (height, width)) for size in dict.fromkeys(self.sizes)}
+        added = torch.cat([made[size] for size in self.sizes])
         return (self.values + added).flatten(2).transpose(1, 2)
 
     def packed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -128,8 +145,8 @@ class Patches:
         if self.mask is None:
             return tokens, None
         real = self.mask.flatten(1)
-        lengths = real.sum(dim=1)
-        longest, shortest = torch.stack((lengths.amax(), lengths.amin())).tolist()
+        counts = [height * width for height, width in self.sizes]
+        longest, shortest = max(counts), min(counts)
         if shortest == real.shape[1]:
             return tokens, None
         # A stable sort keeps the order of the patches.
@@ -170,7 +187,7 @@ class Vilt(TwoHeadModel):
         self.vilt: Any = ViltModel(config)
         layers: Any = self.vilt.encoder.layer
         for layer in layers:
-            attend_in_rows(layer.attention.attention)
+            attend_in_rows(layer.attention.attention, layer.layernorm_before)
         for table in (self.vilt.embeddings.cls_token, self.vilt.embeddings.position_embeddings):
             nn.init.normal_(table, std=config.initializer_range)  # transformers leaves them at 0
         read = config.hidden_size * self.images
@@ -207,23 +224,27 @@ class Vilt(TwoHeadModel):
         """
         pixels = self._pixels(batch)
         texts, text_mask = self._texts(batch)
-        patches = Patches.of(self.vilt.embeddings.patch_embeddings(pixels), self._pixel_mask(batch))
+        words = given_mask(text_mask, texts[..., 0])
+        patches = Patches.of(self.vilt.embeddings.patch_embeddings(pixels), self._pixel_mask(batch), words)
         seen, image_mask = self._embed_patches(patches)
         both = torch.cat((texts, seen), dim=1)
         mask = None
         if text_mask is not None or image_mask is not None:
-            mask = torch.cat((given_mask(text_mask, texts[..., 0]), given_mask(image_mask, seen[..., 0])), dim=1)
-        (packing,) = self.packings((both, mask), attentions=attentions)
-        encoded = self.vilt.encoder(
+            mask = torch.cat((words, given_mask(image_mask, seen[..., 0])), dim=1)
+        (packing,) = self.packings(Stream(both, mask, patches.lengths), attentions=attentions)
+        whole = hidden_states or attentions
+        states, maps = run_layers(
+            self.vilt.encoder.layer,
             packing.origin.collect(both),
             RowMask(score_mask(packing.mask, both), packing.blocks),
-            output_attentions=attentions,
-            output_hidden_states=hidden_states,
+            None if whole else packing.first,
+            attentions=attentions,
         )
-        pooled = self.vilt.pooler(self.vilt.layernorm(packing.origin.spread(encoded.last_hidden_state)))
+        read = states[-1].index_select(0, packing.first) if whole else states[-1]
+        pooled = self.vilt.pooler(self.vilt.layernorm(read.unsqueeze(1)))
         logits = self.classifier(pooled.reshape(len(batch), -1))
-        layers = tuple(map(packing.origin.spread, encoded.hidden_states or ()))
-        return ModelOutput(logits, pooled, layers, encoded.attentions or ())
+        layers = tuple(map(packing.origin.spread, states)) if hidden_states else ()
+        return ModelOutput(logits, pooled, layers, tuple(maps))
 
     def pretrained(self) -> Any:
         """Return the transformers model with the same head, sharing the parameters."""
@@ -257,7 +278,7 @@ class Vilt(TwoHeadModel):
         words = self._repeated(batch.input_ids)
         text = given_mask(self._text_mask(batch), words)
         grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
-        patches = Patches.of(pixels.new_zeros(len(pixels), 1, *grid), self._pixel_mask(batch))
+        patches = Patches.of(pixels.new_zeros(len(pixels), 1, *grid), self._pixel_mask(batch), text)
         kept, mask = patches.packed(patches.values.flatten(2).transpose(1, 2))
         seen = F.pad(given_mask(mask, kept[..., 0]), (1, 0), value=True)  # the image's own [CLS]
         return F.pad(text, (0, seen.shape[1])), F.pad(seen, (text.shape[1], 0))
@@ -266,7 +287,7 @@ class Vilt(TwoHeadModel):
         """Return the positions that layers compute, of tokens, image [CLS] and patches."""
         text, seen = self._places(batch)
         padded = self._text_mask(batch) is not None or self._pixel_mask(batch) is not None
-        return self.packings((text, text | seen if padded else None), attentions=False)[0]
+        return self.packings(Stream(text, text | seen if padded else None), attentions=False)[0]
 
     def _real_pixels(self, batch: Batch) -> Tensor | None:
         """Return the pixel mask as ``[B * images, H * W]`` bool, or None."""

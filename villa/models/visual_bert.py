@@ -17,7 +17,7 @@ from villa.facts import DataFacts
 from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.dropout import Dropout
 from villa.models.matching import Matching
-from villa.models.packing import Blocks, PaddingFree, RowMask, attend_in_rows
+from villa.models.packing import Blocks, PaddingFree, RowMask, Stream, attend_in_rows, run_layers
 from villa.models.rows import RowLayout, Rows, given_mask
 from villa.models.two_heads import OneStreamConfig, TwoHeadModel, score_mask, settle
 from villa.registry import register_model
@@ -129,19 +129,21 @@ class VisualBert(TwoHeadModel):
             visual_embeds=rows.features,
             visual_token_type_ids=self._types(rows),
         )
-        (packing,) = self.packings((embedded, _both_masks(rows)), attentions=attentions)
-        encoded = self.visual_bert.encoder(
+        (packing,) = self.packings(Stream(embedded, _both_masks(rows)), attentions=attentions)
+        first, whole = packing.first, hidden_states or attentions
+        chosen = first if self.images > 1 else torch.cat((first, first + _last(rows)))
+        states, maps = run_layers(
+            self.visual_bert.encoder.layer,
             packing.origin.collect(embedded),
             RowMask(score_mask(packing.mask, embedded), packing.blocks),
-            output_attentions=attentions,
-            output_hidden_states=hidden_states,
+            None if whole else chosen,
+            attentions=attentions,
         )
-        states = packing.origin.spread(encoded.last_hidden_state)
-        pooled = self.visual_bert.pooler(states)
-        read = pooled if self.images > 1 else states[torch.arange(len(states), device=states.device), _last(rows)]
-        logits = self.cls(self.dropout(read))
-        layers = tuple(map(packing.origin.spread, encoded.hidden_states or ()))
-        return ModelOutput(logits, pooled, layers, encoded.attentions or ())
+        read = states[-1].index_select(0, chosen) if whole else states[-1]
+        pooled = self.visual_bert.pooler(read[: len(first)].unsqueeze(1))
+        logits = self.cls(self.dropout(pooled if self.images > 1 else read[len(first) :]))
+        layers = tuple(map(packing.origin.spread, states)) if hidden_states else ()
+        return ModelOutput(logits, pooled, layers, tuple(maps))
 
     def pretrained(self) -> Any:
         """Return the transformers model with the same head, sharing the parameters."""
@@ -171,7 +173,7 @@ class VisualBert(TwoHeadModel):
         """Return where the positions that layers compute are in text followed by regions."""
         rows = self._rows(batch)
         both = torch.cat((rows.input_ids, rows.features[..., 0]), dim=1)
-        return self.packings((both, _both_masks(rows)), attentions=False)[0].origin
+        return self.packings(Stream(both, _both_masks(rows)), attentions=False)[0].origin
 
     def head_prefixes(self) -> tuple[str, ...]:
         """Return the prefix of the classifier."""

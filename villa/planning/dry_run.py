@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from villa.config.loader import load_stages
+from villa.config.loader import Loaded, load_stages
 from villa.config.schema import RunConfig
 from villa.config.validate import TRAINING_RUNS
 from villa.datasets.base import Split, TaskDataset
@@ -22,7 +22,7 @@ from villa.engine.setup import build_trainer, choose_device, within_memory
 from villa.errors import ConfigError, DataError, MissingDataError, VillaError, one_line
 from villa.facts import DataFacts
 from villa.models.base import Model, Point, summary
-from villa.planning.meta import MetaTensors
+from villa.planning.meta import MetaTensors, without_compiler
 from villa.planning.plan import Plan, make_plan
 from villa.planning.samples import Sample, samples, stretched
 from villa.planning.strategies import StrategyName
@@ -46,21 +46,21 @@ class Sizes:
     regions: int = 40
 
 
-def dry_run(values: Sequence[str]) -> list[str]:
+def dry_run(values: Sequence[str], stages: Sequence[Loaded] | None = None) -> list[str]:
     """Describe in lines what the runs of a recipe will need, without loading or allocating weights.
 
     Args:
         values: the arguments of ``villa_run``.
+        stages: what ``load_stages`` makes of them, if that is known already.
 
     Raises:
         VillaError: the recipe or the data cannot be used.
     """
-    stages = load_stages(values)
-    lines = []
+    stages, lines = stages or load_stages(values), []
     for number, stage in enumerate(stages):
         if len(stages) > 1:
             lines.append(f"stage {number + 1} of {len(stages)} ({stage.config.name}):")
-        plan, notes, source = _plan_recipe(values, number)
+        plan, notes, source = _plan_recipe(stage.config, values, number)
         if source is not None and stage.config.run_type in TRAINING_RUNS:
             updates = stage.config.training.updates or source.sampler.total_updates(stage.config.training.epochs or 1)
             notes += warnings_of_run(stage.config, source.split, source.sampler, updates)
@@ -93,10 +93,12 @@ def plan_recipe(
     Raises:
         VillaError: the recipe or the data cannot be used.
     """
-    return _plan_recipe(values, stage, sizes, strategy=strategy, processes=processes, device=device)[:2]
+    config = load_stages(values)[stage].config
+    return _plan_recipe(config, values, stage, sizes, strategy=strategy, processes=processes, device=device)[:2]
 
 
 def _plan_recipe(
+    config: RunConfig,
     values: Sequence[str],
     stage: int = 0,
     sizes: Sizes | None = None,
@@ -106,7 +108,6 @@ def _plan_recipe(
     device: str | None = None,
 ) -> tuple[Plan, list[str], _Source | None]:
     """Plan a stage like ``plan_recipe``; also return the training data if they were read."""
-    config = load_stages(values)[stage].config
     notes: list[str] = []
     source = None
     if sizes is None:
@@ -128,7 +129,7 @@ def _plan_recipe(
 
 def _on_meta(config: RunConfig, facts: DataFacts) -> Model:
     """Build the recipe's model on the meta device."""
-    with _plannable(f"model '{config.model.name}'"), torch.device("meta"), MetaTensors():
+    with _plannable(f"model '{config.model.name}'"), without_compiler(), torch.device("meta"), MetaTensors():
         model: Model = MODELS.get(config.model.name).from_config(config.model, facts)
     return model
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from villa.batch import Batch
@@ -17,7 +16,7 @@ from villa.config.schema import RunConfig
 from villa.engine.setup import build_trainer
 from villa.losses.base import Loss
 from villa.models.base import Model
-from villa.planning.meta import MetaTensors, meta_batch, tensors_in
+from villa.planning.meta import MetaTensors, Mode, meta_batch, tensors_in, without_compiler
 from villa.planning.passes import PlannedPasses, layers_as
 from villa.registry import LOSSES, OPTIMIZERS
 
@@ -26,7 +25,7 @@ from villa.registry import LOSSES, OPTIMIZERS
 Kind = Literal["held", "gradient", "other"]
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(Mode):
     """A context that tracks the memory of every new tensor, each storage once, until it is freed.
 
     Attributes:
@@ -158,7 +157,14 @@ def count(config: RunConfig, model: Model, batch: Batch, device: str = "cpu") ->
     hooks = [p.register_post_accumulate_grad_hook(_booking(ledger)) for p in trained]  # type: ignore[no-untyped-call]
     try:
         layers = layers_as(config.distributed, model, passes.kernels)
-        with torch.random.fork_rng(devices=[]), layers, MetaTensors() as numbers, ledger, passes.kernels:
+        with (
+            without_compiler(),
+            torch.random.fork_rng(devices=[]),
+            layers,
+            MetaTensors() as numbers,
+            ledger,
+            passes.kernels,
+        ):
             ledger.reset()
             trainer.step(batch, passes)
             passed = ledger.live["gradient"], ledger.peak_other, ledger.peak, ledger.flops

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import operator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,15 +47,19 @@ class MetaResults:
         return result
 
 
+#: Types of most arguments; to look for tensors in these takes a good part of a plan.
+_LEAVES = (int, float, bool, type(None))
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in the arguments or the result of an operation."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            if type(item) in _LEAVES:
+                continue
             yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
 
 
 def _only_writes(func: Any) -> bool:
@@ -93,7 +102,16 @@ _aten = torch.ops.aten
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put)
 
 
-class MetaTensors(TorchDispatchMode):
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context that runs operations, outside of torch.compile."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Let torch not wrap the mode for its compiler, whose import takes longer than a plan."""
+        return False
+
+
+class MetaTensors(Mode):
     """A context in which operations with a meta tensor run on the meta device, and all others for real.
 
     Lengths, masks and token ids are integers and stay real, so that shapes that depend on them (the longest row of a
@@ -128,6 +146,73 @@ class MetaTensors(TorchDispatchMode):
         if _on_meta(named) and not any(tensor.is_floating_point() for tensor in given):
             return _integers(func, args, named, made=not given)
         return func(*args, **named)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Compute shapes without torch's compiler and sympy, whose imports take longer than a plan.
+
+    Torch's shape functions are wrapped so as not to be compiled, and allow for symbols among numbers. Within the
+    context they are not, and there are none.
+    """
+    with ExitStack() as stack:
+        for name, functions in _STAND_INS.items():
+            if name not in sys.modules:
+                stack.callback(_StandIn(name, functions).make_way)
+        yield
+
+
+class _StandIn(ModuleType):
+    """A module that has a few functions of another one, and makes way for it if anything else is asked for."""
+
+    def __init__(self, name: str, functions: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(name)
+        vars(self).update(functions)
+        sys.modules[name] = self
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the real module."""
+        if name == "__path__" and self.__name__ not in _PACKAGES:
+            raise AttributeError(name)
+        self.make_way()
+        return getattr(import_module(self.__name__), name)
+
+    def make_way(self) -> None:
+        """Remove the stand-in."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+
+
+def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+    """Return a function that shall not be compiled, or a number without symbols."""
+    return value
+
+
+_PACKAGES = ("sympy", "torch._dynamo")
+#: Functions of a number or condition that is a symbol, or as it is.
+_PLAIN = (
+    "expect_true",
+    "guard_int",
+    "guard_or_false",
+    "guard_or_true",
+    "guard_size_oblivious",
+    "guarding_hint_or_throw",
+    "statically_known_true",
+)
+_STAND_INS: dict[str, dict[str, Callable[..., Any]]] = {
+    "sympy": {"Basic": type("Basic", (), {})},
+    "torch._dynamo": {"disable": _as_it_is},
+    "torch.utils._sympy.functions": {"Max": max},
+    "torch.fx.experimental.symbolic_shapes": {
+        **dict.fromkeys(_PLAIN, _as_it_is),
+        "free_unbacked_symbols": lambda value: set(),
+        "has_guarding_hint": lambda size: True,
+        "is_nested_int": lambda size: False,
+        "sym_and": lambda *conditions: all(conditions),
+        "sym_eq": operator.eq,
+        "sym_or": lambda *conditions: any(conditions),
+    },
+}
 
 
 def _all_on_meta(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any, Any]:

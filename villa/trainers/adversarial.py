@@ -376,7 +376,7 @@ def pass_logs(step: int, perturbations: Mapping[str, Perturbation], **values: Te
 
     Call it after the ascent step, so that the gradient norms are those of this pass.
     """
-    logs = {f"pass{step}/{name}": value.detach() for name, value in values.items()}
+    logs = {f"pass{step}/{n}": value.detach() if value.requires_grad else value for n, value in values.items()}
     for modality, perturbation in perturbations.items():
         if perturbation.relative_size is not None:
             logs[f"pass{step}/{modality}_delta"] = perturbation.relative_size

@@ -31,8 +31,7 @@ class FreeLBTrainer(MultiStepTrainer):
         if not self.perturbs(batch):
             return self.clean_step(batch, passes)
         steps, weight = self.config.steps, 1 / (self.config.steps * len(self.views))
-        deltas, logs, index = self.perturbations(passes), Logs(), 0
-        total = torch.zeros(())
+        deltas, logs, index, means = self.perturbations(passes), Logs(), 0, []
         for t in range(steps):
             losses = []
             for view in self.views:
@@ -42,10 +41,9 @@ class FreeLBTrainer(MultiStepTrainer):
                 passes.backward(loss * weight, last=index == steps * len(self.views))
                 losses.append(loss.detach())
             self.move(deltas, passes.gradient_scale, t)
-            loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-            total = total.to(loss) + loss / steps
-            logs |= pass_logs(t, deltas, loss=loss)
-        return {"loss": total, **logs}
+            means.append(torch.stack(losses).mean() if len(losses) > 1 else losses[0])
+            logs |= pass_logs(t, deltas, loss=means[-1])
+        return {"loss": torch.stack(means).mean(), **logs}
 
     def cost(self) -> tuple[int, int]:
         """Return one forward and one backward pass for each pass of each view."""

@@ -274,7 +274,7 @@ class TableSplit(Split):
         record = self._records[index]
         return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
-    @property
+    @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
         images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)

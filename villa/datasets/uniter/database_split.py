@@ -322,6 +322,11 @@ class ConcatenatedSplit(Split):
         return all(part.answered for part in self.parts)
 
     @property
+    def sequential(self) -> bool:
+        """Whether a part has to be read in order."""
+        return any(part.sequential for part in self.parts)
+
+    @property
     def lengths(self) -> Lengths:
         """The parts' lengths, concatenated."""
         parts = [part.lengths for part in self.parts]

@@ -174,6 +174,11 @@ class RetrievalEvaluation(PairSplit):
         return True
 
     @property
+    def sequential(self) -> bool:
+        """Always True: the texts of a chunk share its images."""
+        return True
+
+    @property
     def lengths(self) -> Lengths:
         """Word-pieces and regions of each text with its own image."""
         return np.tile(self._lengths, len(self._starts))

@@ -38,7 +38,7 @@ class Means:
             values = {name: logs[name] for name in _SHARED if name in logs}
             values |= {f"{label}/{name}": value for name, value in logs.items()}
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
