@@ -31,6 +31,9 @@ QUICK = {
     "config=projects/villa/easy_vqa.yaml": EASY,
     **{f"config=projects/villa/methods/{name}.yaml": EASY for name in ("smart", "awp", "ema")},
     "config=projects/own_data/own_data.yaml": ["training.epochs=null", "training.updates=2", "evaluation.every=null"],
+    "config=projects/huggingface/llava.yaml": ["training.epochs=null", "training.updates=2", "evaluation.every=null"],
+    "config=projects/villa/pretrain/indomain.yaml": ["training.updates=2"],
+    "config=projects/villa/two_stage_vqa.yaml": ["training.updates=2"],
 }
 #: The same for a script.
 QUICK_SCRIPTS = {
