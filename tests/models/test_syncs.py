@@ -9,13 +9,19 @@ import test_packing
 import test_vilt
 import test_visual_bert
 import torch
+from tiny import CPU
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from updaters import adamw, make
 
 from villa.batch import Batch
+from villa.config.schema import TrainingConfig
+from villa.engine.passes import ModelPasses, Precision
+from villa.engine.schedules import ConstantSchedule, ScheduleConfig
+from villa.engine.updater import Updater
+from villa.losses.classification import CrossEntropy
 from villa.models.base import Model
+from villa.registry import OPTIMIZERS
 from villa.trainers.base import Trainer
 from villa.trainers.freelb import FreeLBConfig, FreeLBTrainer
 from villa.trainers.pgd import PgdConfig, PgdTrainer
@@ -94,6 +100,15 @@ TRAINERS: dict[str, Callable[[], Trainer]] = {
 }
 
 
+def updater_of(model: Model, trainer: Trainer, precision: Any = "fp32") -> Updater:
+    """An updater that clips, with a fused optimiser."""
+    factory = OPTIMIZERS.get("adamw")
+    optimizer = factory(factory.Config(name="adamw")).build(model)
+    passes = ModelPasses(model.train(), CrossEntropy(), Precision(precision, CPU), 0)
+    schedule = ConstantSchedule(ScheduleConfig(), 10)
+    return Updater(passes, trainer, optimizer, schedule, TrainingConfig(clip_norm=1.0))
+
+
 def _single(tensor: Tensor) -> Tensor:
     return tensor.detach().float() if tensor.is_floating_point() else tensor
 
@@ -104,7 +119,7 @@ def test_a_pass_waits_at_most_once_for_the_device(name: str, method: str) -> Non
     model, batch = MODELS[name]()
     batch = Batch(**{**vars(batch), "targets": torch.arange(len(batch)) % 2})
     trainer = TRAINERS[method]()
-    updater = make(model.train(), trainer, adamw(model), clip_norm=1.0)
+    updater = updater_of(model, trainer)
     forwards = trainer.cost()[0]
     updater.update(1, [batch])
     found = waits(lambda: updater.update(2, [batch]))
@@ -117,7 +132,7 @@ def test_fp16_reads_its_loss_scale_once_an_update() -> None:
     counts = []
     for steps in (2, 5):
         trainer = FreeLBTrainer(FreeLBConfig(steps=steps))
-        updater = make(model.train(), trainer, adamw(model), precision="fp16")
+        updater = updater_of(model, trainer, "fp16")
         updater.update(1, [batch])
         counts.append(len(waits(lambda updater=updater: updater.update(2, [batch]))))  # type: ignore[misc]
     assert counts[1] - counts[0] <= 3  # one a pass
