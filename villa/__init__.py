@@ -12,6 +12,7 @@ from villa.registry import (
     register_model,
     register_optimizer,
     register_scheduler,
+    register_shift,
     register_submission,
     register_trainer,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "register_model",
     "register_optimizer",
     "register_scheduler",
+    "register_shift",
     "register_submission",
     "register_trainer",
     "robustness",

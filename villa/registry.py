@@ -215,6 +215,14 @@ ATTACKS: Registry[Any] = Registry(
     "villa.analysis.attacks:Attack",
     dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
 )
+SHIFTS: Registry[Any] = Registry(
+    "shift",
+    "villa.analysis.shifts:Shift",
+    dict.fromkeys(
+        ("word_dropout", "word_order", "region_dropout", "region_shuffle", "foreign_regions", "box_jitter"),
+        "villa.analysis.shifts",
+    ),
+)
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -228,6 +236,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "launchers": LAUNCHERS,
     "submissions": SUBMISSIONS,
     "attacks": ATTACKS,
+    "shifts": SHIFTS,
 }
 
 register_model = MODELS.register
@@ -240,3 +249,4 @@ register_scheduler = SCHEDULERS.register
 register_launcher = LAUNCHERS.register
 register_submission = SUBMISSIONS.register
 register_attack = ATTACKS.register
+register_shift = SHIFTS.register

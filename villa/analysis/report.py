@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 JSON, CSV, FIGURE = "robustness.json", "robustness.csv", "robustness.png"
+SHIFTS_FIGURE = "shifts.png"
 #: The worst case of every example.
 EXAMPLES = "robustness_examples.jsonl"
 _COLUMNS = ("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size")
@@ -251,9 +252,74 @@ def table(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, title: 
 def verdicts(checks: Mapping[str, Sequence[Check]]) -> list[str]:
     """Return lines on the checks: how many hold, and those that do not."""
     every = [(name, check) for name, its in checks.items() for check in its]
+    if not every:
+        return []
     held = sum(check.passed for _, check in every)
     lines = [f"checks: {held} of {len(every)} hold"]
     for name, check in every:
         if not check.passed:
             lines.append(f"upper bound only ({name}): not '{check.name}': {check.detail}")
     return lines
+
+
+def shift_summary(shifts: Mapping[str, Mapping[int, Mapping[str, float]]], clean: Clean) -> dict[str, Any]:
+    """Return, for each shift, the mean score and its interval by severity, their mean, and the relative drop.
+
+    Args:
+        shifts: scores by shift, severity and example.
+        clean: results without a shift.
+    """
+    base, found = mean(clean.scores.values()), {}
+    for name, severities in shifts.items():
+        means = {severity: mean(scores.values()) for severity, scores in severities.items()}
+        average = mean(means.values())
+        found[name] = {
+            **{str(severity): value for severity, value in means.items()},
+            "intervals": {str(severity): list(interval(list(its.values()))) for severity, its in severities.items()},
+            "mean": average,
+            "relative_drop": (base - average) / base if base else 0.0,
+        }
+    return found
+
+
+def shift_table(shifts: Mapping[str, Any], metric: str) -> Table:
+    """Return a table with a row for each shift: scores in percent by severity, and their mean."""
+    title = f"inputs shifted: {metric.replace('_', ' ')} % by severity"
+    shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    shown.add_column("shift")
+    severities = [key for key in next(iter(shifts.values())) if key.isdigit()]
+    for heading in (*severities, "mean", "drop %"):
+        shown.add_column(heading, justify="right")
+    for name, values in shifts.items():
+        cells = [f"{100 * values[key]:.1f}" for key in (*severities, "mean", "relative_drop")]
+        shown.add_row(Text(name.replace("_", " ")), *cells)
+    return shown
+
+
+def draw_shifts(shifts: Mapping[str, Any], clean: Mapping[str, Any], metric: str, output: Path, title: str) -> None:
+    """Draw the scores of shifted inputs by severity, a line with its 95 % intervals for each shift."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(100 * clean[metric], color="black", linewidth=1, linestyle=":", label="as they are")
+    for number, (name, values) in enumerate(shifts.items()):
+        severities = [key for key in values if key.isdigit()]
+        scores = [100 * values[key] for key in severities]
+        bounds = [values["intervals"][key] for key in severities]
+        below = [[score - 100 * low for score, (low, _) in zip(scores, bounds, strict=True)]]
+        above = [[100 * high - score for score, (_, high) in zip(scores, bounds, strict=True)]]
+        places = [int(key) + 0.04 * (number - len(shifts) / 2) for key in severities]
+        label = f"{name.replace('_', ' ')} (drop {100 * values['relative_drop']:.1f} %)"
+        axes.errorbar(places, scores, yerr=below + above, marker="o", markersize=3, capsize=2, label=label)
+    axes.set_xlabel("severity")
+    axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(range(1, len(severities) + 1))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"{title} (n = {clean['n']}); bars: 95 % bootstrap intervals", fontsize=10)
+    write_png(figure, output)

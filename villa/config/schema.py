@@ -262,6 +262,7 @@ class RobustnessConfig:
         examples: number of examples, the same for all models of the data; null for the whole split.
         seed: seed of all draws.
         checks: whether to check that gradients show the model's weaknesses, with some more attacks.
+        shifts: registered shifts of the inputs, such as ``word_dropout``; each is tried in five severities.
         source: a trained model whose gradients are followed instead, in the form of ``checkpoint.path``: attacks that
             are transferred.
     """
@@ -280,6 +281,7 @@ class RobustnessConfig:
     examples: int | None = 100
     seed: int = 0
     checks: bool = True
+    shifts: list[str] = field(default_factory=list)
     source: str | None = None
 
 

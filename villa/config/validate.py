@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from villa.config.options import LARGEST
 from villa.config.printer import leaves
@@ -11,7 +12,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
-from villa.registry import ATTACKS, METRICS
+from villa.registry import ATTACKS, METRICS, SHIFTS, Registry
 
 TRAINING_RUNS = ("train", "train_val_test")
 _POSITIVE = (
@@ -176,7 +177,7 @@ def _robust_evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
     robust = evaluation.robustness
     if not robust.attacks:
         return
-    yield from _attacks("evaluation.robustness.attacks", robust.attacks)
+    yield from _registered("evaluation.robustness.attacks", robust.attacks, ATTACKS)
     if evaluation.split is None:
         yield "evaluation.robustness.attacks", "needs evaluation.split: it is the validation split that is attacked"
     if robust.every is not None and (evaluation.every is None or robust.every % evaluation.every):
@@ -187,10 +188,10 @@ def _robust_evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluation.robustness.steps", f"must be at most {_MOST_STEPS:,}"
 
 
-def _attacks(key: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
+def _registered(key: str, names: Collection[str], registry: Registry[Any]) -> Iterator[tuple[str, str]]:
     for name in names:
         try:
-            ATTACKS.get(name)
+            registry.get(name)
         except ConfigError as error:
             yield key, str(error)
 
@@ -227,15 +228,21 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in ("steps", "restarts"):
         if getattr(robustness, key) > _MOST_STEPS:
             yield f"robustness.{key}", f"must be at most {_MOST_STEPS:,}"
-    yield from _attacks("robustness.attacks", robustness.attacks)
-    for key, allowed in (("losses", ("task", "margin")), ("modalities", ("text", "image", "both")), ("attacks", None)):
+    yield from _registered("robustness.attacks", robustness.attacks, ATTACKS)
+    yield from _registered("robustness.shifts", robustness.shifts, SHIFTS)
+    for key, allowed in (
+        ("losses", ("task", "margin")),
+        ("modalities", ("text", "image", "both")),
+        ("attacks", None),
+        ("shifts", None),
+    ):
         given = getattr(robustness, key)
         if len(set(given)) < len(given):
             yield f"robustness.{key}", "one is named twice"
         unknown = [name for name in given if allowed is not None and name not in allowed]
         if unknown:
             yield f"robustness.{key}", f"'{unknown[0]}' is none of {', '.join(allowed or ())}"
-        if not given and key != "modalities":
+        if not given and key in ("losses", "attacks"):
             yield f"robustness.{key}", "give at least one"
     radii = robustness.radii
     if not radii or radii != sorted(set(radii)) or not 0 < radii[0] <= radii[-1] < float("inf"):

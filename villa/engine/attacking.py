@@ -9,21 +9,28 @@ from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+
 from villa.analysis.report import Clean, worst
 from villa.analysis.robustness import Case, Outcome, attack, cases, chosen
+from villa.analysis.shifts import Shift
 from villa.analysis.victim import Measure, Victim
+from villa.batch import Batch
 from villa.config.loader import load
 from villa.config.schema import RobustnessConfig
+from villa.datasets.base import Example
 from villa.engine.inference import restore_parts
 from villa.engine.passes import ModelPasses
 from villa.engine.setup import Parts
 from villa.errors import ConfigError
 from villa.evaluation.metrics import Metric
-from villa.registry import METRICS
-from villa.rng import derive_seed
+from villa.registry import METRICS, SHIFTS
+from villa.rng import derive_seed, generator
 
 #: Most examples that are attacked at once.
 _AT_ONCE = 32
+#: What shifts of a modality change.
+_CHANGED = {"text": "texts", "image": "regions"}
 
 
 class Attacked(NamedTuple):
@@ -68,6 +75,39 @@ class Attacks:
         }
         return fmean(scores[-1] for scores in worst(outcomes, clean, len(self.config.radii)))
 
+    def shifted(self, name: str, severity: int) -> dict[str, float]:
+        """Return the scores of examples whose inputs are shifted, by id; a collective call.
+
+        Raises:
+            ConfigError: the examples do not have what is shifted.
+        """
+        shift: Shift = SHIFTS.get(name)()
+        first = self.split[self._indices[0]]
+        if not shift.fits(first):
+            raise ConfigError(
+                f"robustness.shifts names {name}, which changes {_CHANGED[shift.modality]}, but the examples have none "
+                f"(first: '{first.id}'); leave it out"
+            )
+        found: dict[str, float] = {}
+        for part in _chunks(self._indices, self.parts.config.evaluation.examples * self.processes.world_size):
+            mine, own = self._share(part)
+            examples = [self._shift(shift, name, severity, place) for place in mine]
+            _, scores = self._victim_of(self.parts.data.collate(examples), "task").clean()
+            rows = [[p, one.id, s] for p, one, s in zip(mine, examples, scores.tolist(), strict=True)] if own else []
+            gathered = sorted(row for rows in self.processes.gather(rows) for row in rows)
+            found |= {id_: score for _, id_, score in gathered}
+        return found
+
+    def _shift(self, shift: Shift, name: str, severity: int, place: int) -> Example:
+        example, count = self.split[place], len(self.split)
+        draws = generator("shift", self.config.seed, example.id, name, severity)
+
+        def other() -> Example:
+            step = 1 + int(torch.randint(max(count - 1, 1), (), generator=draws))
+            return self.split[(place + step) % count]
+
+        return shift.apply(example, severity, draws, other)
+
     def work(self, case: Case, attacked: Sequence[Attacked]) -> Iterator[Sequence[Attacked]]:
         """Yield examples in parts that all processes attack together."""
         return _chunks(attacked, min(_AT_ONCE, self.parts.config.evaluation.examples) * self.processes.world_size)
@@ -111,8 +151,11 @@ class Attacks:
         return [Outcome(**one) for part in parts for one in part]
 
     def _victim(self, indices: Sequence[int], loss: str) -> Victim:
+        return self._victim_of(self.parts.data.collate([self.split[index] for index in indices]), loss)
+
+    def _victim_of(self, batch: Batch, loss: str) -> Victim:
         self._passes.begin(0, 0, 1.0)
-        batch = self.parts.data.collate([self.split[index] for index in indices]).to(self.parts.precision.device)
+        batch = batch.to(self.parts.precision.device)
         return Victim(self._passes, batch, self._measures[loss], self._seeds(batch.ids), self._any)
 
     def _seeds(self, ids: Sequence[str]) -> list[int]:

@@ -10,8 +10,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from villa.analysis.checks import checks, extra_cases
-from villa.analysis.report import EXAMPLES, curves, summary, table, verdicts, worst, write
+from villa.analysis.report import (
+    EXAMPLES,
+    SHIFTS_FIGURE,
+    curves,
+    draw_shifts,
+    shift_summary,
+    shift_table,
+    summary,
+    table,
+    verdicts,
+    worst,
+    write,
+)
 from villa.analysis.robustness import Case, Outcome
+from villa.analysis.shifts import SEVERITIES
 from villa.checkpoints.layout import CONFIG, UNFINISHED
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
@@ -69,6 +82,7 @@ class _Run:
         wanted = [case for case in self.cases if (case.attack, case.loss) == ("pgd", "task")]
         self.checked = {case.modality: case for case in wanted} if self.config.checks else {}
         extras = [case for main in self.checked.values() for case in extra_cases(main) if case is not None]
+        self.shifts: dict[str, dict[int, dict[str, float]]] = {}
         self.all_cases = list(dict.fromkeys([*self.cases, *extras]))
 
     def attack(self) -> None:
@@ -85,6 +99,9 @@ class _Run:
             work = [(c, part) for c in self.all_cases for part in self.attacks.work(c, notes.missing(c, attacked))]
             for case, part in track(work, "attack", mode=self.parts.config.logging.progress):
                 notes.add(case, self.attacks.run(case, part), file)
+        names = [(name, severity) for name in self.config.shifts for severity in SEVERITIES]
+        for name, severity in track(names, "shift", mode=self.parts.config.logging.progress):
+            self.shifts.setdefault(name, {})[severity] = self.attacks.shifted(name, severity)
         self.outcomes = {case: [notes.found[case][one.id] for one in attacked] for case in self.all_cases}
 
     def report(self) -> None:
@@ -97,10 +114,16 @@ class _Run:
         cost = trainer.relative_cost(config.dataset.objectives())
         run = {"name": config.name, "method": config.trainer.name, "seed": config.seed, "cost": cost}
         content = summary(own, self.clean, found, verdict, self._facts(), self.metric) | {"run": run}
+        if self.shifts:
+            content["shifts"] = shift_summary(self.shifts, self.clean)
         name = config.name
         write(self.folder, content, found, self.config.norm, name)
         self._write_examples(own)
+        if self.shifts:
+            draw_shifts(content["shifts"], content["clean"], self.metric, self.folder / SHIFTS_FIGURE, name)
         print_table(table(found, content["clean"], self.metric, f"{name}, {self.config.split}"))
+        if self.shifts:
+            print_table(shift_table(content["shifts"], self.metric))
         for line in verdicts(verdict):
             print(line)
 
