@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tiny_runs import colours, error, metrics, run
 from villa.analysis.shifts import Shift
 from villa.cli.run import main
 from villa.datasets.base import Example
-from villa.registry import SHIFTS
+from villa.registry import SHIFTS, register_shift
 
+NAMES = SHIFTS.names()
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -37,7 +39,7 @@ def tensors(of: Example) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return of.input_ids, of.features, of.boxes
 
 
-@pytest.mark.parametrize("name", SHIFTS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shift_repeats_with_its_seed_and_leaves_the_example_alone(name: str) -> None:
     given = example()
     before = [tensor.clone() for tensor in tensors(given)]
@@ -49,6 +51,12 @@ def test_a_shift_repeats_with_its_seed_and_leaves_the_example_alone(name: str) -
     own = SHIFTS.get(name).modality
     untouched = tensors(one)[1:] if own == "text" else tensors(one)[:1]
     assert all(map(torch.equal, untouched, before[1:] if own == "text" else before[:1]))
+
+
+def test_examples_without_regions_boxes_or_texts_do_not_fit() -> None:
+    bare = Example("one", images=(torch.zeros(3, 2, 2),))
+    assert not any(SHIFTS.get(name)().fits(bare) for name in NAMES)
+    assert all(SHIFTS.get(name)().fits(example()) for name in NAMES)
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
@@ -132,12 +140,24 @@ def test_a_run_reports_shifts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_what_cannot_be_shifted_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / "run") == 0  # examples without boxes
+    @register_shift("captions")
+    class Captions(Shift):
+        """Changes what these examples do not have."""
+
+        modality: ClassVar[str] = "text"
+
+        def fits(self, example: Example) -> bool:
+            return example.answer is not None
+
+        def apply(self, example: Example, *given: Any) -> Example:
+            raise NotImplementedError
+
+    assert run(tmp_path / "run") == 0
     given = ["run_type=robustness", f"checkpoint.path={tmp_path / 'run'}", f"output_dir={tmp_path / 'out'}"]
     small = ["robustness.attacks=[noise]", "robustness.checks=false", "robustness.examples=2"]
     problems: list[tuple[str, Callable[[str], bool]]] = [
         ("robustness.shifts=[blur]", lambda text: "no shift is called 'blur'" in text),
-        ("robustness.shifts=[box_jitter]", lambda text: "but the examples have none" in text),
+        ("robustness.shifts=[captions]", lambda text: "but the examples have none" in text),
     ]
     for option, fits in problems:
         assert main([*given, *small, option]) == 2
