@@ -23,11 +23,11 @@ def dropout(values: Tensor, rate: float, training: bool = True) -> Tensor:
     On a CPU the rate is rounded to a multiple of 2^-16, for an element takes 16 bits of torch's generator.
     """
     dropped = round(rate * _VALUES)
-    fast = draws_slowly(values.device) and 0 < dropped < _VALUES
+    fast = values.device.type == "cpu" and 0 < dropped < _VALUES
     if not training or not fast:
         return F.dropout(values, rate, training)
     count = values.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=values.device).random_(-(1 << 63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
     kept = words.view(torch.int16)[:count].view(values.shape) >= dropped - _VALUES // 2
     return values * kept.to(values.dtype).mul_(_VALUES / (_VALUES - dropped))
 
