@@ -10,7 +10,7 @@ from typing import NamedTuple
 from villa.analysis.robustness import Case, Outcome
 
 #: A difference of mean scores that is none.
-_TOLERANCE = 0.01
+_TOLERANCE = 0.01 + 1e-9
 #: A radius at which nothing of the input is left, in the largest of the recipe's.
 _UNBOUNDED = 100.0
 #: Share of examples whose gradient may be zero, and whose loss may not rise.
@@ -35,6 +35,7 @@ class Extra(NamedTuple):
     """The cases that the checks of a modality need besides those of the recipe.
 
     Attributes:
+        same: PGD at the middle radius alone: in the recipe's it begins where it ended at the smaller ones.
         fewer: PGD with a quarter of the steps, at the middle radius.
         more: with twice the steps.
         again: with two more restarts.
@@ -42,6 +43,7 @@ class Extra(NamedTuple):
         white: PGD along the model's own gradients, if the attacks follow another's.
     """
 
+    same: Case
     fewer: Case
     more: Case
     again: Case
@@ -58,6 +60,7 @@ def extra_cases(main: Case) -> Extra:
     """Return the cases that the checks of PGD's case ``main`` need."""
     at_middle = main._replace(radii=(middle(main.radii),))
     return Extra(
+        at_middle,
         at_middle._replace(steps=max(1, main.steps // 4)),
         at_middle._replace(steps=2 * main.steps),
         at_middle._replace(restarts=main.restarts + 2),
@@ -102,8 +105,7 @@ def _checks(
             other = _means(outcomes[others[name]])
             held = all(value >= own - _TOLERANCE for value, own in zip(other, curve, strict=True))
             yield Check(claim, held, f"{_percent(curve[place])} by PGD, {_percent(other[place])} by {name}")
-    fewer, more, again = (_means(outcomes[case])[0] for case in extra[:3])
-    own = curve[place]
+    own, fewer, more, again = (_means(outcomes[case])[0] for case in extra[:4])
     yield Check(
         "more steps do not find less",
         more <= own + _TOLERANCE and own <= fewer + _TOLERANCE,
