@@ -80,11 +80,9 @@ class Attack(ABC):
 
     Attributes:
         nested: whether a perturbation found in a smaller ball counts, and is gone on from.
-        iterated: whether the attack takes several steps.
     """
 
     nested: ClassVar[bool] = True
-    iterated: ClassVar[bool] = True
 
     def __init__(self, steps: int = 20, restarts: int = 0) -> None:
         self.steps, self.restarts = steps, restarts
@@ -103,7 +101,6 @@ class Noise(Attack):
     """Random noise of the largest size: the control for all others."""
 
     nested: ClassVar[bool] = False
-    iterated: ClassVar[bool] = False
 
     def search(self, victim: Victim, ball: Ball) -> None:
         """Try one draw, and one for each restart: on the sphere (l2), or uniform (linf)."""
@@ -122,7 +119,6 @@ class FastGradient(Attack):
     """One step to the radius along the gradient, or its sign for linf (FGM, FGSM)."""
 
     nested: ClassVar[bool] = False
-    iterated: ClassVar[bool] = False
 
     def search(self, victim: Victim, ball: Ball) -> None:
         """Take the step."""

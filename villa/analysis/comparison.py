@@ -15,8 +15,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from villa.analysis.report import EXAMPLES, JSON
-from villa.analysis.robustness import area
+from villa.analysis.report import EXAMPLES, JSON, along_radii, panels_of
+from villa.analysis.robustness import area, interval
 from villa.errors import ConfigError, DataError, reading
 from villa.evaluation.figures import write_png
 from villa.evaluation.results import print_table
@@ -175,9 +175,7 @@ def _difference(base: Sequence[Attacked], its: Sequence[Attacked], modality: str
         return np.array([fmean(table[id_] for table in tables) for id_ in ids])
 
     differences = means(its) - means(base)
-    picks = np.random.default_rng(0).integers(0, len(ids), (_DRAWS, len(ids)))
-    low, high = np.quantile(differences[picks].mean(1), (0.025, 0.975))
-    return float(differences.mean()), float(low), float(high)
+    return (float(differences.mean()), *interval(differences.tolist(), draws=_DRAWS))
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -223,13 +221,8 @@ def write(rows: Sequence[Row], folder: Path) -> list[str]:
 
 def draw(rows: Sequence[Row], output: Path) -> None:
     """Draw the worst curves, a panel for each modality and a line for each row, with a line for every seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     first = rows[0].models[0]
-    figure = Figure(figsize=(5.2 * len(first.worst), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(first.worst), sharey=True, squeeze=False)[0]
+    figure, panels = panels_of(list(first.worst), first.content["metric"])
     for axes, modality in zip(panels, first.worst, strict=True):
         radii = [0.0, *first.radii(modality)]
         for number, row in enumerate(rows):
@@ -245,15 +238,6 @@ def draw(rows: Sequence[Row], output: Path) -> None:
             axes.plot(
                 radii, [fmean(c) for c in zip(*lines, strict=True)], color=color, marker="o", markersize=3, label=label
             )
-        axes.set_title(f"{modality} perturbed")
-        axes.set_xlabel("radius")
-        axes.set_xscale("symlog", linthresh=radii[1])
-        axes.set_xticks(radii, [f"{radius:g}" for radius in radii])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
-    panels[0].set_ylabel(f"{str(first.content['metric']).replace('_', ' ')} (%)")
+        along_radii(axes, radii)
     figure.suptitle(f"Worst of all attacks, n = {len(first.clean)}; thin lines: seeds")
     write_png(figure, output)

@@ -22,6 +22,7 @@ from villa.tracking import json_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 JSON, CSV, FIGURE = "robustness.json", "robustness.csv", "robustness.png"
 SHIFTS_FIGURE = "shifts.png"
@@ -169,8 +170,8 @@ def _entries(case: Case, outcomes: Sequence[Outcome], clean: Clean) -> list[dict
     return entries
 
 
-def write(folder: Path, content: Mapping[str, Any], found: Sequence[Curve], norm: str, name: str) -> list[str]:
-    """Write the results into a folder; return the names of the files."""
+def write(folder: Path, content: Mapping[str, Any], found: Sequence[Curve], norm: str, name: str) -> None:
+    """Write the results into a folder."""
     write_json(folder / JSON, content)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -181,24 +182,46 @@ def write(folder: Path, content: Mapping[str, Any], found: Sequence[Curve], norm
         writer.writerow([values[column] for column in _COLUMNS])
     atomic_write(folder / CSV, buffer.getvalue())
     draw(found, content["clean"], content["metric"], folder / FIGURE, f"{name} (n = {content['clean']['n']})")
-    return [JSON, CSV, FIGURE]
 
 
 def draw(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, output: Path, title: str) -> None:
     """Draw the curves, a panel for each modality."""
+    modalities = list(dict.fromkeys(c.modality for c in found))
+    figure, panels = panels_of(modalities, metric)
+    for axes, modality in zip(panels, modalities, strict=True):
+        _panel(axes, [c for c in found if c.modality == modality], clean[metric])
+    figure.suptitle(f"{title}; bands: 95 % bootstrap intervals over examples")
+    write_png(figure, output)
+
+
+def panels_of(modalities: Sequence[str], metric: str) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with axes for each modality."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    modalities = list(dict.fromkeys(c.modality for c in found))
     figure = Figure(figsize=(5.2 * len(modalities), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(modalities), sharey=True, squeeze=False)[0]
+    panels: Sequence[Axes] = figure.subplots(1, len(modalities), sharey=True, squeeze=False)[0]
     for axes, modality in zip(panels, modalities, strict=True):
-        _panel(axes, [c for c in found if c.modality == modality], clean[metric])
         axes.set_title(f"{modality} perturbed")
     panels[0].set_ylabel(f"{metric.replace('_', ' ')} (%)")
-    figure.suptitle(f"{title}; bands: 95 % bootstrap intervals over examples")
-    write_png(figure, output)
+    return figure, panels
+
+
+def along_radii(axes: Axes, radii: Sequence[float]) -> None:
+    """Finish axes of scores by radius, the first of which is 0."""
+    axes.set_xscale("symlog", linthresh=radii[1])
+    axes.set_xticks(radii, [f"{radius:g}" for radius in radii])
+    axes.minorticks_off()
+    axes.set_xlabel("radius")
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _panel(axes: Axes, found: Sequence[Curve], clean: float) -> None:
@@ -218,15 +241,7 @@ def _panel(axes: Axes, found: Sequence[Curve], clean: float) -> None:
             axes.fill_between(
                 c.radii, [100 * low for low in lows], [100 * high for high in highs], alpha=0.15, color=line.get_color()
             )
-    axes.set_xscale("symlog", linthresh=found[0].radii[0])
-    ticks = [0.0, *found[0].radii]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("radius")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    along_radii(axes, [0.0, *found[0].radii])
 
 
 def table(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, title: str) -> Table:
@@ -316,10 +331,7 @@ def draw_shifts(shifts: Mapping[str, Any], clean: Mapping[str, Any], metric: str
         axes.errorbar(places, scores, yerr=below + above, marker="o", markersize=3, capsize=2, label=label)
     axes.set_xlabel("severity")
     axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
-    axes.set_ylim(bottom=0)
     axes.set_xticks(range(1, len(severities) + 1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    _finish(axes)
     axes.set_title(f"{title} (n = {clean['n']}); bars: 95 % bootstrap intervals", fontsize=10)
     write_png(figure, output)

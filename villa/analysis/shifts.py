@@ -124,7 +124,7 @@ class RegionShuffle(Shift):
         """Permute the features of a part of the regions."""
         features = []
         for part in _parts(example.features):
-            places = torch.randperm(len(part), generator=draws)[: round(_SHARES[severity - 1] * len(part))]
+            places = _some(len(part), severity, draws)
             moved = part.clone()
             moved[places] = part[places.roll(1)]
             features.append(moved)
@@ -141,7 +141,7 @@ class ForeignRegions(Shift):
         """Replace the features of a part of the regions."""
         features, foreign = [], _parts(other().features)
         for part, strange in zip(_parts(example.features), foreign, strict=False):
-            places = torch.randperm(len(part), generator=draws)[: round(_SHARES[severity - 1] * len(part))]
+            places = _some(len(part), severity, draws)
             taken = torch.randint(len(strange), (len(places),), generator=draws)
             moved = part.clone()
             moved[places] = strange[taken].to(part.dtype)
@@ -185,6 +185,11 @@ def _like(values: Ragged | None, parts: list[Tensor]) -> Ragged | None:
     if values is None:
         return None
     return parts[0] if isinstance(values, Tensor) else tuple(parts)
+
+
+def _some(count: int, severity: int, draws: torch.Generator) -> Tensor:
+    """Return as many indices, in random order, as the severity says."""
+    return torch.randperm(count, generator=draws)[: round(_SHARES[severity - 1] * count)]
 
 
 def _kept(count: int, share: float, draws: torch.Generator) -> Tensor:

@@ -230,8 +230,7 @@ class Victim:
                 colours, mask = self._colours[key]
                 taken = ((colours + delta) * _BYTES).round() / _BYTES - colours
                 taken = taken if mask is None else taken * mask.unsqueeze(-1)
-            rounded[key] = Perturbation(self._settings[key], initial=taken)
-            rounded[key].frozen = True
+            rounded[key] = _frozen(self._settings[key], taken)
         output = self.passes.forward(self.batch, rounded, grad=False, train=False)
         losses, self.scores = self.measure(output, self.batch)
         self.losses = losses.to(self.losses)
@@ -244,9 +243,7 @@ class Victim:
 
     def _transferred(self, perturbations: Mapping[str, Perturbation]) -> tuple[Tensor, Tensor]:
         """Return losses and scores of the model itself."""
-        copies = {name: Perturbation(p.settings, initial=p.delta) for name, p in perturbations.items()}
-        for copy in copies.values():
-            copy.frozen = True
+        copies = {name: _frozen(p.settings, p.delta) for name, p in perturbations.items()}
         self.forwards += 1
         return self.measure(self.passes.forward(self.batch, copies, grad=False, train=False), self.batch)
 
@@ -275,3 +272,10 @@ class Victim:
                 self._colours[name] = (-perturbation.bounds[0], perturbation.mask)
             sizes = perturbation.relative_sizes.double().cpu().view(len(better), each).amax(1)
             self.sizes[name] = torch.where(better, sizes, self.sizes.get(name, torch.zeros_like(sizes)))
+
+
+def _frozen(settings: AscentSettings, delta: Tensor | None) -> Perturbation:
+    """Return a perturbation to add without a gradient."""
+    perturbation = Perturbation(settings, initial=delta)
+    perturbation.frozen = True
+    return perturbation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -88,15 +88,8 @@ class Attacks:
                 f"robustness.shifts names {name}, which changes {_CHANGED[shift.modality]}, but the examples have none "
                 f"(first: '{first.id}'); leave it out"
             )
-        found: dict[str, float] = {}
-        for part in _chunks(self._indices, self.parts.config.evaluation.examples * self.processes.world_size):
-            mine, own = self._share(part)
-            examples = [self._shift(shift, name, severity, place) for place in mine]
-            _, scores = self._victim_of(self.parts.data.collate(examples), "task").clean()
-            rows = [[p, one.id, s] for p, one, s in zip(mine, examples, scores.tolist(), strict=True)] if own else []
-            gathered = sorted(row for rows in self.processes.gather(rows) for row in rows)
-            found |= {id_: score for _, id_, score in gathered}
-        return found
+        scored = self._scored(lambda place: self._shift(shift, name, severity, place))
+        return {id_: score for _, id_, _, score in scored}
 
     def _shift(self, shift: Shift, name: str, severity: int, place: int) -> Example:
         example, count = self.split[place], len(self.split)
@@ -118,48 +111,37 @@ class Attacks:
         losses: dict[str, float] = {}
         attacked: list[Attacked] = []
         began = time.perf_counter()
-        for chunk in _chunks(self._indices, self.parts.config.evaluation.examples * self.processes.world_size):
-            rows: list[list[Any]] = []
-            mine, own = self._share(chunk)
-            victim = self._victim(mine, "task")
-            loss, score = victim.clean()
-            if own:
-                rows = [list(row) for row in zip(mine, victim.batch.ids, loss.tolist(), score.tolist(), strict=True)]
-            for index, id_, loss_, score_ in sorted(row for part in self.processes.gather(rows) for row in part):
-                scores[id_], losses[id_] = score_, loss_
-                attacked += [Attacked(index, id_)] if score_ > 0 else []
+        for place, id_, loss, score in self._scored(self.split.__getitem__):
+            scores[id_], losses[id_] = score, loss
+            attacked += [Attacked(place, id_)] if score > 0 else []
         seconds = (time.perf_counter() - began) / max(1, len(self._indices))
         return Clean(scores, losses), attacked, seconds
+
+    def _scored(self, read: Callable[[int], Example]) -> Iterator[tuple[int, str, float, float]]:
+        """Yield place, id, loss and score of all examples, as ``read`` returns them, in order; a collective call."""
+        for part in _chunks(self._indices, self.parts.config.evaluation.examples * self.processes.world_size):
+            mine, own = self._share(part)
+            batch = self._batch(map(read, mine))
+            losses, scores = self._victim(batch, "task").clean()
+            rows = [*zip(mine, batch.ids, losses.tolist(), scores.tolist(), strict=True)] if own else []
+            gathered = self.processes.gather(list(map(list, rows)))
+            yield from (tuple(row) for row in sorted(row for rows in gathered for row in rows))
 
     def run(self, case: Case, chunk: Sequence[Attacked]) -> list[Outcome]:
         """Attack some examples, each process a share of them; a collective call."""
         mine, own = self._share([one.place for one in chunk])
-        first = self._victim(mine, case.loss)
-
-        def make() -> Victim:
-            return Victim(
-                self._passes,
-                first.batch,
-                self._measures[case.loss],
-                self._seeds(first.batch.ids),
-                self._any,
-                self._guide if case.transferred else None,
-            )
-
-        outcomes = attack(case, self.config, first.batch, make)
+        batch, guide = self._batch(map(self.split.__getitem__, mine)), self._guide if case.transferred else None
+        outcomes = attack(case, self.config, batch, lambda: self._victim(batch, case.loss, guide))
         parts = self.processes.gather([asdict(one) for one in outcomes] if own else [])
         return [Outcome(**one) for part in parts for one in part]
 
-    def _victim(self, indices: Sequence[int], loss: str) -> Victim:
-        return self._victim_of(self.parts.data.collate([self.split[index] for index in indices]), loss)
+    def _batch(self, examples: Iterable[Example]) -> Batch:
+        return self.parts.data.collate(list(examples)).to(self.parts.precision.device)
 
-    def _victim_of(self, batch: Batch, loss: str) -> Victim:
+    def _victim(self, batch: Batch, loss: str, guide: ModelPasses | None = None) -> Victim:
         self._passes.begin(0, 0, 1.0)
-        batch = batch.to(self.parts.precision.device)
-        return Victim(self._passes, batch, self._measures[loss], self._seeds(batch.ids), self._any)
-
-    def _seeds(self, ids: Sequence[str]) -> list[int]:
-        return [derive_seed("attack", self.config.seed, id_) for id_ in ids]
+        seeds = [derive_seed("attack", self.config.seed, id_) for id_ in batch.ids]
+        return Victim(self._passes, batch, self._measures[loss], seeds, self._any, guide)
 
     def _any(self, mine: bool) -> bool:
         return bool(self.processes.largest(int(mine)))

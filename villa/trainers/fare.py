@@ -19,15 +19,10 @@ from villa.trainers.pgd import PgdConfig, PgdTrainer
 
 
 @dataclass
-class FareConfig(SearchConfig):
-    """Options of FARE, besides those of ``SearchConfig``: ascents on pixels as in the authors' recipe.
-
-    Attributes:
-        modality: only images are perturbed.
-    """
+class PixelConfig(SearchConfig):
+    """Options of ascents on pixels as in the recipe of FARE's authors."""
 
     steps: int = 10
-    modality: Literal["image"] = "image"
     points: dict[str, Any] = field(default_factory=lambda: {"image": "pixels"})
     image_step_size: float = 1 / 255
     image_radius: float | None = 4 / 255
@@ -35,6 +30,17 @@ class FareConfig(SearchConfig):
     step: str = "sign"
     momentum: float = 0.9
     ascent_mode: Literal["train", "eval"] = "eval"
+
+
+@dataclass
+class FareConfig(PixelConfig):
+    """Options of FARE, besides those of ``SearchConfig``: ascents on pixels as in the authors' recipe.
+
+    Attributes:
+        modality: only images are perturbed.
+    """
+
+    modality: Literal["image"] = "image"
 
 
 @register_trainer("fare")
@@ -92,22 +98,14 @@ class FareTrainer(SearchTrainer):
 
 
 @dataclass
-class TecoaConfig(PgdConfig):
+class TecoaConfig(PixelConfig, PgdConfig):
     """Options of TeCoA: those of PGD, with ascents on pixels as in the recipe that FARE's authors compare with.
 
     Attributes:
         modality: only images are perturbed.
     """
 
-    steps: int = 10
     modality: Modality = "image"
-    points: dict[str, Any] = field(default_factory=lambda: {"image": "pixels"})
-    image_step_size: float = 1 / 255
-    image_radius: float | None = 4 / 255
-    norm: Norm = "linf"
-    step: str = "sign"
-    momentum: float = 0.9
-    ascent_mode: Literal["train", "eval"] = "eval"
 
 
 @register_trainer("tecoa")
