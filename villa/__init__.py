@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from villa.registry import (
     register_attack,
+    register_callback,
     register_dataset,
     register_loss,
     register_metric,
@@ -18,12 +19,14 @@ from villa.registry import (
 )
 
 if TYPE_CHECKING:
-    from villa.api import from_pretrained, robustness
+    from villa.api import Run, from_pretrained, robustness, train
 
 __version__ = "0.1.0"
 __all__ = [
+    "Run",
     "from_pretrained",
     "register_attack",
+    "register_callback",
     "register_dataset",
     "register_loss",
     "register_metric",
@@ -34,11 +37,12 @@ __all__ = [
     "register_submission",
     "register_trainer",
     "robustness",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("from_pretrained", "robustness"):  # imported on use: they bring the engine along
+    if name in ("Run", "from_pretrained", "robustness", "train"):  # imported on use: they bring the engine along
         from villa import api
 
         return getattr(api, name)

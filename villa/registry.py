@@ -223,6 +223,7 @@ SHIFTS: Registry[Any] = Registry(
         "villa.analysis.shifts",
     ),
 )
+CALLBACKS: Registry[Any] = Registry("callback", "villa.engine.loop:Callback", {})
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -237,6 +238,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "submissions": SUBMISSIONS,
     "attacks": ATTACKS,
     "shifts": SHIFTS,
+    "callbacks": CALLBACKS,
 }
 
 register_model = MODELS.register
@@ -250,3 +252,4 @@ register_launcher = LAUNCHERS.register
 register_submission = SUBMISSIONS.register
 register_attack = ATTACKS.register
 register_shift = SHIFTS.register
+register_callback = CALLBACKS.register

@@ -162,7 +162,7 @@ class Watches(Callback):
         self.held, self.folder, self.until = held, folder, until
         self.seen: list[list[str]] = []
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         self.seen.append(saved(self.folder))
         if training.progress.update == self.until:
             self.held.go.set()
@@ -183,7 +183,7 @@ def test_training_goes_on_while_the_state_of_its_update_is_written(
         saving.every = 1000  # type: ignore[attr-defined]
         assert held.started.wait(60)
 
-    monkeypatch.setattr(trained.callbacks[-1], "on_update_end", first_only)  # the last one: signals
+    monkeypatch.setattr(trained.callbacks[-1], "on_update", first_only)  # the last one: signals
     fit(trained)
     assert watch.seen == [[], [], [], []]  # three updates were done while the first was not written
     assert saved(tmp_path) == ["update_00000001", "update_00000004"]
@@ -231,7 +231,7 @@ class Fails(Callback):
     def __init__(self, update: int) -> None:
         self.update = update
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         if training.progress.update == self.update:
             raise RuntimeError("broken")
 

@@ -26,7 +26,7 @@ class Raises(Callback):
     def __init__(self, update: int, *numbers: int) -> None:
         self.update, self.numbers = update, numbers
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         if training.progress.update == self.update:
             for number in self.numbers:
                 signal.raise_signal(number)
@@ -135,7 +135,7 @@ def test_a_second_sigterm_waits_for_the_checkpoint(tmp_path: Path) -> None:
 
 def test_an_error_puts_the_signal_handlers_back(tmp_path: Path) -> None:
     class Fails(Callback):
-        def on_update_end(self, training: Training, logs: Logs) -> None:
+        def on_update(self, training: Training, logs: Logs) -> None:
             raise RuntimeError("broken")
 
     before = signal.getsignal(signal.SIGTERM)
@@ -149,7 +149,7 @@ def test_a_callback_without_a_state_needs_no_code(tmp_path: Path) -> None:
         name = "counts"
         seen = 0
 
-        def on_update_end(self, training: Training, logs: Logs) -> None:
+        def on_update(self, training: Training, logs: Logs) -> None:
             self.seen += 1
 
     counts = Counts()

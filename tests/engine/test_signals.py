@@ -188,7 +188,7 @@ def test_the_strongest_signal_decides(tmp_path: Path) -> None:
     """SLURM may send SIGTERM and its own signal; only the latter asks for a job that comes back."""
 
     class Both(Callback):
-        def on_update_end(self, training: Training, logs: Logs) -> None:
+        def on_update(self, training: Training, logs: Logs) -> None:
             signal.raise_signal(PREEMPTED)
             signal.raise_signal(signal.SIGTERM)
 

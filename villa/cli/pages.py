@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from villa import plugins
 from villa.config.loader import import_plugins
-from villa.config.options import attribute_docs, dataclass_options, describe
+from villa.config.options import attribute_docs, dataclass_options, describe, fixed_options
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import show
 from villa.config.variants import Variant, choose, name_variants
@@ -78,7 +78,7 @@ def _recipe_page() -> str:
             summary = (hint.__doc__ or "").partition("\n")[0]
             lines += ["", *_wrapped(f"{field.name}: {summary}"), *_options(hint, f"{field.name}.")]
         else:
-            lines += _option(field.name, describe(hint), field.default, docs[field.name])
+            lines += _option(field.name, describe(hint), fixed_options()[field.name].default, docs[field.name])
     return "\n".join(lines) + "\n"
 
 

@@ -44,17 +44,22 @@ def read_layers(path: str) -> list[Layer]:
 
 
 def read_inline(data: dict[str, object], origin: Origin) -> list[Layer]:
-    """Read a recipe given inline in another one's list, and the files that it includes.
+    """Read a recipe given inline in another one's list, and the files that it includes; see ``read_text``."""
+    return read_text(write(data), origin)
+
+
+def read_text(text: str, origin: Origin) -> list[Layer]:
+    """Read the YAML of a recipe, and the files that it includes.
 
     Args:
-        data: its sections.
+        text: the recipe.
         origin: where it is given; all its values get this origin.
 
     Raises:
         ConfigError: as for ``read_layers``.
     """
     layers: list[Layer] = []
-    _add(parse(write(data), lambda line: origin), origin.source, (origin.source,), layers)
+    _add(parse(text, lambda line: origin), origin.source, (origin.source,), layers)
     return layers
 
 

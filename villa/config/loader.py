@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from villa.config.layers import beside, parse_overrides, read_inline, read_layers, take_text
+from villa.config.layers import beside, parse_overrides, read_inline, read_layers, read_text, take_text
 from villa.config.options import build, recipe_options
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
@@ -79,7 +80,7 @@ def load(args: Iterable[str]) -> Loaded:
     """Load ``config=recipe.yaml`` with the dotted overrides ``section.option=value``.
 
     The order of precedence, lowest first: defaults, the presets of a section's ``reference``, included files, the
-    recipe, the command line; overlays lie between (see ``lay_over``). A relative ``user_dir`` is relative to the
+    recipe, the command line; overlays lie between (see ``lay_over``). Every ``user_dir`` is imported, relative to the
     working directory, even in a recipe.
     Without a recipe, ``run_type=val|test|predict checkpoint.path=...`` uses the one saved with the checkpoint.
 
@@ -104,13 +105,16 @@ def assemble(given_layers: Sequence[Layer]) -> Loaded:
         ConfigError: as for ``load``.
     """
     layers = [name_variants(layer) for layer in given_layers]
-    import_user_dir(layers)
+    user_dirs = import_user_dirs(layers)
     variants = {section: choose(section, layers) for section in VARIANTS}
     options = recipe_options({section: variant.config for section, variant in variants.items()})
     layers = [take_text(layer, options) for layer in layers]
     given, notices = drop_foreign(lay_over(layers, variants), variants)
     values = _preset_values(variants, given) | given
+    if user_dirs is not None:
+        values["user_dir"] = user_dirs
     config = build({section: variant.config for section, variant in variants.items()}, values)
+    config.callbacks = _nested(config.callbacks)
     origins = {key: _origin(key, values) for key in leaves(config)}
     validate(config, origins)
     _find_home(config)
@@ -134,37 +138,69 @@ def import_plugins(args: Iterable[str]) -> Layer:
         ConfigError: the arguments, the recipe's file or the ``user_dir`` cannot be used.
     """
     path, overrides = parse_overrides(args)
-    import_user_dir([*(() if path is None else read_layers(path)), overrides])
+    import_user_dirs([*(() if path is None else read_layers(path)), overrides])
     return overrides
 
 
-def import_user_dir(layers: Sequence[Layer]) -> None:
-    """Import the ``user_dir`` that wins in the layers, before any name is looked up.
+def import_user_dirs(layers: Sequence[Layer]) -> Value | None:
+    """Import every ``user_dir`` of the layers, in their order, before any name is looked up; null drops earlier ones.
 
     Nothing else in villa imports code from a path.
+
+    Returns:
+        The value of the option: a path, or a list of several; None if no layer has one.
 
     Raises:
         ConfigError: only a stored recipe names it; or it is not a plain path, does not exist or fails to import.
     """
-    given = next((layer["user_dir"] for layer in reversed(layers) if "user_dir" in layer), None)
-    if given is None or given.data is None:
-        return
-    path = given.text
+    named: list[tuple[str | None, Value]] = []
+    for value in (layer["user_dir"] for layer in layers if "user_dir" in layer):
+        paths = value.data if isinstance(value.data, list) and value.data else [value.text]
+        named = [] if value.data is None else [*named, *((path, value) for path in paths)]
+    if not named:
+        return None
+    found: dict[str, Value] = {}
+    for path, given in [(path, given) for path, given in named if not given.origin.stored] or named:
+        if path not in found:
+            found[_imported(path, given)] = given
+    last = [*found.values()][-1]
+    return last if len(found) == 1 and not isinstance(last.data, list) else Value([*found], last.origin)
+
+
+def _imported(path: object, given: Value) -> str:
+    """Import a ``user_dir`` and return its path."""
+    where = f"({given.origin})"
     if given.origin.stored:
         raise ConfigError(
-            f"user_dir = {show(given.data)} ({given.origin}): code is not imported just because the recipe inside a "
-            f"trained model names it; if you trust it, add user_dir={path or 'PATH'}"
+            f"user_dir = {show(given.data)} {where}: code is not imported just because the recipe inside a "
+            f"trained model names it; if you trust it, add user_dir={given.text or 'PATH'}"
         )
-    if not path or "${" in path:
-        raise ConfigError(
-            f"user_dir = {show(given.data)} ({given.origin}): give a plain path; it is read before ${{...}}"
-        )
+    if not isinstance(path, str) or not path or "${" in path:
+        raise ConfigError(f"user_dir = {show(given.data)} {where}: give a plain path; it is read before ${{...}}")
     try:
         load_user_dir(path)
     except ConfigError as error:
-        raise ConfigError(f"{error} ({given.origin})") from error
+        raise ConfigError(f"{error} {where}") from error
     except (DataError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"user_dir = {show(path)} ({given.origin}): not a usable path: {error}") from error
+        raise ConfigError(f"user_dir = {show(path)} {where}: not a usable path: {error}") from error
+    return path
+
+
+def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a mapping option with ``{name.option: value}`` as ``{name: {option: value}}``.
+
+    An entry ``name: false`` stays, without options.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in entries.items():
+        name, _, option = key.partition(".")
+        before = nested.get(name)
+        options = before if isinstance(before, dict) else {}
+        if option:
+            nested[name] = False if before is False else {**options, option: value}
+        else:
+            nested[name] = options if options and value in (True, None) else value
+    return nested
 
 
 def _find_home(config: RunConfig) -> None:
@@ -244,7 +280,7 @@ class _Stage:
         return {key.removeprefix(start): value for key, value in layer.items() if key.startswith(start)}
 
 
-def load_stages(args: Iterable[str]) -> list[Loaded]:
+def load_stages(args: Iterable[str], recipe: str | None = None) -> list[Loaded]:
     """Load a recipe like ``load``, but as one configuration for each of its ``stages`` if it lists any.
 
     ``stages`` lists recipes: paths relative to the listing file, or mappings of sections. Everything else in that file
@@ -255,6 +291,7 @@ def load_stages(args: Iterable[str]) -> list[Loaded]:
 
     Args:
         args: the arguments; see ``parse_overrides``.
+        recipe: YAML of a recipe made in code, in place of ``config=recipe.yaml``.
 
     Raises:
         ConfigError: the first problem found, in one line.
@@ -262,10 +299,12 @@ def load_stages(args: Iterable[str]) -> list[Loaded]:
     args = list(args)
     path, overrides = parse_overrides(args)
     files = [] if path is None else read_layers(path)
+    if recipe is not None:
+        files += read_text(recipe, Origin("recipe in code"))
     layers = [*files, overrides]
     listed = next((layer["stages"] for layer in reversed(layers) if "stages" in layer), None)
     if listed is None:
-        return [load(args)]
+        return [load(args) if recipe is None else assemble(layers)]
     stages = [_Stage(i, recipe, layers) for i, recipe in enumerate(_recipes(listed), 1)]
     _check(layers, len(stages))
     root, loaded = "", list[Loaded]()

@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from villa.config.schema import VARIANTS, RunConfig
-from villa.config.values import Layer, Value, show
+from villa.config.values import Layer, Origin, Value, show
 from villa.errors import ConfigError, nearest
 
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*[1-9]\d*)\s*")
@@ -202,6 +202,24 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
     config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig)
     return config
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], origin: Origin) -> Any:
+    """Build a dataclass outside of a section from its defaults and the given values.
+
+    Args:
+        cls: the dataclass.
+        values: by dotted name.
+        origin: where they were given, for messages.
+
+    Raises:
+        ConfigError: unknown name, wrong type or missing value.
+    """
+    tree, options = OmegaConf.structured(cls), dataclass_options(cls)
+    for key, data in values.items():
+        _assign(tree, options, key, Value(data, origin))
+    _require(tree, options)
+    return OmegaConf.to_object(tree)
 
 
 def _assign(tree: DictConfig, options: Mapping[str, Option], key: str, value: Value) -> None:

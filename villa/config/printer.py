@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from villa.config.schema import RunConfig
+from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import Origin
 from villa.config.yaml_text import write
 
@@ -20,8 +20,13 @@ def leaves(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return a configuration as fully resolved YAML; ``from_yaml`` loads an equal one."""
-    return "\n".join(_lines(dataclasses.asdict(config), lambda key: "")) + "\n"
+    """Return a configuration as fully resolved YAML; ``from_yaml`` loads an equal one.
+
+    Sections of one made in code that name no variant are left out, so that their defaults apply.
+    """
+    tree = dataclasses.asdict(config)
+    given = {name: value for name, value in tree.items() if value is not None or name not in VARIANTS}
+    return "\n".join(_lines(given, lambda key: "")) + "\n"
 
 
 def annotated(config: RunConfig, origins: Mapping[str, Origin], notices: Sequence[str] = ()) -> str:

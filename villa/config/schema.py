@@ -316,7 +316,8 @@ class RunConfig:
         output_dir: folder for everything that the run writes.
         seed: seed that all randomness derives from.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        user_dir: package folder or module to import, so that its decorators register classes.
+        user_dir: package folder or module to import, so that its decorators register classes; or a list of them. Those
+            of included files, recipe and command line add up; null drops those before it.
         model: the model's name and options.
         dataset: the data set's name and options.
         loss: the loss's name and options.
@@ -325,6 +326,7 @@ class RunConfig:
         scheduler: the learning rate schedule's name and options.
         launcher: where the run takes place: ``inline`` (in this process), ``local`` (processes on this machine) or
             ``slurm``.
+        callbacks: registered callbacks by name, each ``true``, ``false``, or a mapping with its options.
     """
 
     run_type: Literal["train", "val", "test", "predict", "robustness", "train_val_test"] = "train_val_test"
@@ -332,7 +334,7 @@ class RunConfig:
     output_dir: str = "outputs/run"
     seed: int = 0
     device: str = "auto"
-    user_dir: str | None = None
+    user_dir: Any = None
     model: Any = None
     dataset: Any = None
     loss: Any = None
@@ -348,3 +350,4 @@ class RunConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)

@@ -6,13 +6,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from villa.config.options import LARGEST
+from villa.config.options import LARGEST, from_mapping
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
-from villa.registry import ATTACKS, METRICS, SHIFTS, Registry
+from villa.registry import ATTACKS, CALLBACKS, METRICS, SHIFTS, Registry
 
 TRAINING_RUNS = ("train", "train_val_test")
 _POSITIVE = (
@@ -69,7 +69,10 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
     """
-    problems = (_ranges, _batch, _training, _evaluation, _robust_evaluation, _distributed, _run_type, _robustness)
+    problems = (
+        *(_ranges, _batch, _training, _evaluation, _robust_evaluation, _distributed, _run_type, _robustness),
+        _callbacks,
+    )
     for key, problem in (found for check in problems for found in check(config)):
         origin = origins.get(key, DEFAULT)
         raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")
@@ -249,6 +252,31 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "robustness.radii", "give ascending numbers above 0"
     if robustness.relative_to == "table" and robustness.scope != "token":
         yield "robustness.relative_to", "is the norm of a token: set robustness.scope=token"
+
+
+def _callbacks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for name, given in config.callbacks.items():
+        try:
+            callback_options(name, given)
+        except ConfigError as error:
+            key = f"callbacks.{name}"
+            yield next((leaf for leaf in leaves(config) if leaf.startswith(f"{key}.")), key), str(error)
+
+
+def callback_options(name: str, given: object) -> Any:
+    """Return the options of a callback that a recipe names, or None if it is switched off.
+
+    Args:
+        name: its registered name.
+        given: ``true``, ``false`` or a mapping of options.
+
+    Raises:
+        ConfigError: the callback is unknown, or an option is.
+    """
+    if not isinstance(given, bool | dict | None):
+        raise ConfigError("give true, false, or a mapping of options")
+    options = given if isinstance(given, dict) else {}
+    return None if given is False else from_mapping(CALLBACKS.get(name).Config, options, Origin(f"callbacks.{name}"))
 
 
 def _check_variant(section: str, options: object, origins: Mapping[str, Origin]) -> None:

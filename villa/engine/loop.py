@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from villa.datasets.stream import UpdateStream
 from villa.engine.updater import Updater
@@ -15,16 +16,41 @@ from villa.signals import SIGNALS, Interrupted, urgency
 from villa.trainers.base import Logs
 
 
-class Callback:
-    """A hook around updates. ``name`` keys its state in checkpoints."""
+@dataclass
+class CallbackConfig:
+    """Options that every callback has: none."""
 
+
+class Callback:
+    """A hook around updates; registered callbacks are named in ``callbacks``, others are passed to ``villa.train``.
+
+    It runs on every process, at the same places.
+
+    Args:
+        config: its options.
+
+    Attributes:
+        name: keys its state in checkpoints; of registered callbacks, it is the registered name.
+    """
+
+    Config: ClassVar[type[Any]] = CallbackConfig
+    config: Any
     name = "callback"
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config if config is not None else self.Config()
 
     def on_start(self, training: Training) -> None:
         """Run once, after a checkpoint was loaded and before the first update."""
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
-        """Run after every update, with the update's detached values."""
+    def on_update(self, training: Training, logs: Logs) -> None:
+        """Run after every update, with its detached values; set ``training.progress.stopped`` to end the run."""
+
+    def on_evaluation(self, training: Training, values: Mapping[str, float]) -> None:
+        """Run after every evaluation on the validation split, with its values, and before ``on_update``."""
+
+    def on_checkpoint(self, training: Training, folder: Path) -> None:
+        """Run when a checkpoint is complete; processes but the first may run it before ``folder`` has its name."""
 
     def on_interrupt(self, training: Training) -> None:
         """Run when a signal arrives during an update, which has been undone."""
@@ -119,6 +145,16 @@ class Training:
             where = f" after update {self.progress.update}; go on with checkpoint.resume=true"
             raise Interrupted(self.interrupt, where, agreed=True)
 
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Tell the callbacks what an evaluation has found."""
+        for callback in self.callbacks:
+            callback.on_evaluation(self, values)
+
+    def saved(self, folder: Path) -> None:
+        """Tell the callbacks that a checkpoint is complete."""
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, folder)
+
     def checked(self, items: Iterable[T]) -> Iterator[T]:
         """Yield the items, checking for signals before each; every process has the same number of items."""
         for item in items:
@@ -199,4 +235,4 @@ def _end_update(training: Training, logs: Logs, first: str | None = None) -> Non
     names = [callback.name for callback in training.callbacks]
     begin = 0 if first is None else names.index(first) if first in names else len(names)
     for callback in training.callbacks[begin:]:
-        callback.on_update_end(training, logs)
+        callback.on_update(training, logs)

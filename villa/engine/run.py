@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from villa.config.schema import RunConfig
 from villa.config.validate import TRAINING_RUNS
@@ -13,6 +14,9 @@ from villa.datasets.base import TaskDataset
 from villa.engine.run_folder import is_finished, refuse_used
 from villa.errors import about
 from villa.registry import DATASETS
+
+if TYPE_CHECKING:
+    from villa.engine.loop import Callback
 
 #: glibc's options of ``mallopt``, and thresholds in bytes: the second one is the largest that old versions take.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -37,8 +41,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_TRIM_THRESHOLD, -1)) and mapped
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
     """Run ``config.run_type``; return the process's exit code.
+
+    Args:
+        config: the recipe.
+        callbacks: callbacks of a training run, besides those that the recipe names.
 
     Raises:
         VillaError: the recipe, data or checkpoints cannot be used.
@@ -47,7 +55,7 @@ def run(config: RunConfig) -> int:
         from villa.engine.train import train
 
         keep_freed_memory()
-        return train(config)
+        return train(config, callbacks)
     if config.run_type == "robustness":
         from villa.engine.robustness import robustness
 
@@ -57,8 +65,12 @@ def run(config: RunConfig) -> int:
     return inference.predict(config) if config.run_type == "predict" else inference.evaluate(config)
 
 
-def run_stages(configs: Sequence[RunConfig]) -> int:
+def run_stages(configs: Sequence[RunConfig], callbacks: Sequence[Callback] = ()) -> int:
     """Train stage after stage; with ``checkpoint.resume``, skip finished ones.
+
+    Args:
+        configs: the recipes.
+        callbacks: callbacks of every stage, besides those that the recipes name.
 
     Returns:
         0, or the exit code of the stage that was interrupted.
@@ -81,7 +93,7 @@ def run_stages(configs: Sequence[RunConfig]) -> int:
         if number not in waiting:
             continue
         with about(f"stage {number}"):
-            code = run(config)
+            code = run(config, callbacks)
         if code:
             return code
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from villa.checkpoints.layout import CHECKPOINTS, CONFIG
 from villa.checkpoints.store import Checkpoint, CheckpointStore
 from villa.config.options import recipe_options
 from villa.config.schema import VARIANTS, RunConfig
+from villa.config.validate import callback_options
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
 from villa.datasets.samplers import Sampler
@@ -31,19 +32,23 @@ from villa.engine.report import about_split, report, warnings_of_run
 from villa.engine.run_folder import claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts, batch_of_processes, build, build_trainer, idle_note
 from villa.engine.updater import Updater
-from villa.errors import CheckpointError, about, reading
+from villa.errors import CheckpointError, ConfigError, about, reading
 from villa.files import atomic_write
 from villa.hub.source import load_model
 from villa.progress import TrainingProgress
 from villa.provenance import provenance
-from villa.registry import OPTIMIZERS, SCHEDULERS
+from villa.registry import CALLBACKS, OPTIMIZERS, SCHEDULERS
 from villa.signals import Interrupted, check, interruptible
 from villa.tracking import Trackers, run_trackers
 from villa.trainers.base import Cost, Trainer
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
     """Train, from the newest intact checkpoint if resuming, then test.
+
+    Args:
+        config: the recipe.
+        callbacks: more callbacks, besides those that the recipe names.
 
     Returns:
         0, or 128 + the number of the signal that ended the run.
@@ -54,7 +59,7 @@ def train(config: RunConfig) -> int:
     """
     with interruptible():
         try:
-            return _train(config)
+            return _train(config, callbacks)
         except Interrupted as interrupted:
             if not interrupted.agreed and Processes.connected().world_size > 1:
                 raise
@@ -63,7 +68,7 @@ def train(config: RunConfig) -> int:
             return interrupted.exit_code
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, callbacks: Sequence[Callback]) -> int:
     """Run the training; signals end it with ``Interrupted``."""
     processes = strategy_of(config.distributed).connect()
     with claim(Path(config.output_dir), resume=config.checkpoint.resume, processes=processes) as folder:
@@ -73,7 +78,7 @@ def _train(config: RunConfig) -> int:
         checkpoint = newest(store, processes) if config.checkpoint.resume else None
         parts = build(config, assets=checkpoint.assets) if checkpoint else start(config)
         trackers = run_trackers(folder, tensorboard=config.logging.tensorboard) if processes.is_main else Trackers({})
-        training = assemble(parts, store, trackers)
+        training = assemble(parts, store, trackers, callbacks)
         if checkpoint is not None:
             restore(training, checkpoint, config)
             progress = training.progress
@@ -131,7 +136,7 @@ def newest(store: CheckpointStore, processes: Processes) -> Checkpoint | None:
     return checkpoint if processes.is_main or update is None else store.load(update, verified=True)
 
 
-def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Training:
+def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers, callbacks: Sequence[Callback] = ()) -> Training:
     """Assemble a training run from its parts and print its plan."""
     config = parts.config
     trainer = build_trainer(config, parts.model)  # before any work on data, as it may refuse the model
@@ -155,8 +160,8 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers) -> Traini
         *parts.precision.notes(),
     ):
         print(f"  note: {warning}", flush=True)
-    callbacks = _callbacks(parts, store, trackers, display)
-    return Training(parts.model, updater, stream, parts.prepare, callbacks, Progress(total=total))
+    called = _callbacks(parts, store, trackers, display, callbacks)
+    return Training(parts.model, updater, stream, parts.prepare, called, Progress(total=total))
 
 
 def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
@@ -271,7 +276,10 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
     return Updater(passes, trainer, optimizer, schedule, config.training, config.batch.accumulation)
 
 
-def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress) -> list[Callback]:
+def _callbacks(
+    parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress, given: Sequence[Callback]
+) -> list[Callback]:
+    """Return all callbacks in their order: those that may stop the run before those that then write and save."""
     config, evaluation = parts.config, parts.config.evaluation
     logging = LoggingCallback(trackers, display, config.logging.every)
     callbacks: list[Callback] = [logging]
@@ -286,7 +294,8 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
 
         attack = robust_values(parts) if evaluation.robustness.attacks else None
         validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display, attack)
-        callbacks += [validation, LastIntervalCallback(logging)]
+        callbacks.append(validation)
+    callbacks += [*_of_recipe(config), *given, LastIntervalCallback(logging)]
     checkpoints = CheckpointCallback(
         store,
         config.checkpoint.every or evaluation.every,
@@ -301,4 +310,20 @@ def _callbacks(parts: Parts, store: CheckpointStore, trackers: Trackers, display
         sharded=config.checkpoint.sharded,
         asynchronous=config.checkpoint.asynchronous,
     )
-    return [*callbacks, checkpoints, SignalCallback(checkpoints)]
+    callbacks += [checkpoints, SignalCallback(checkpoints)]
+    names = [callback.name for callback in callbacks]
+    taken = next((name for name in names if names.count(name) > 1), None)
+    if taken is not None:
+        raise ConfigError(
+            f"two callbacks are called '{taken}', by which checkpoints know their state; give one of them another name"
+        )
+    return callbacks
+
+
+def _of_recipe(config: RunConfig) -> Iterator[Callback]:
+    for name, given in config.callbacks.items():
+        options = callback_options(name, given)
+        if options is not None:
+            callback: Callback = CALLBACKS.get(name)(options)
+            callback.name = name
+            yield callback

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from villa.checkpoints import files as checkpoint_files
 from villa.checkpoints.store import CheckpointStore
@@ -17,10 +17,6 @@ from villa.engine.loop import Callback, Training
 from villa.errors import CheckpointError
 from villa.signals import deferred
 from villa.trainers.base import Logs
-
-if TYPE_CHECKING:
-    from villa.engine.loop import Training
-
 
 #: Writes a process's files into a folder and returns their listing.
 _Write = Callable[[Path], dict[str, Any]]
@@ -75,7 +71,7 @@ class CheckpointCallback(Callback):
         if sharded:
             import villa.checkpoints.shards  # noqa: F401 - refuses an old torch now
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         """Save when due; publish a checkpoint once it is complete."""
         progress, processes = training.progress, training.updater.strategy.processes
         periodic = self.every is not None and progress.update % self.every == 0
@@ -83,11 +79,11 @@ class CheckpointCallback(Callback):
         last = progress.finished or training.interrupt is not None
         due = periodic or is_best or last
         if self._under_way is not None and (due or self._written(self._under_way, processes)):
-            self._finish(processes)
+            self._finish(training)
         if due:
             self._begin(training, is_best)
             if last or not self.asynchronous:
-                self._finish(processes)
+                self._finish(training)
 
     def on_end(self, training: Training) -> None:
         """Finish what needs no communication: after an error, other processes may be anywhere."""
@@ -159,13 +155,14 @@ class CheckpointCallback(Callback):
         done = under_way.future is None or under_way.future.done()
         return processes.total([float(done)]) == [processes.world_size]
 
-    def _finish(self, processes: Processes) -> None:
+    def _finish(self, training: Training) -> None:
         """Wait for all files and publish the checkpoint.
 
         Raises:
             CheckpointError: a process could not write its files; raised on all processes.
         """
         under_way, self._under_way = self._under_way, None
+        processes = training.updater.strategy.processes
         assert under_way is not None
         files, problem = {}, None
         try:
@@ -183,6 +180,7 @@ class CheckpointCallback(Callback):
         finally:
             if processes.is_main:
                 self.store.discard(under_way.update)
+        training.saved(self.store.path(under_way.update))
 
 
 def _in_thread(run: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
@@ -214,7 +212,7 @@ class SignalCallback(Callback):
         self._begun = training.progress.update
         self._noting.enter_context(deferred())
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         """End a run whose evaluation was interrupted by a signal."""
         if training.interrupt is not None:
             training.check()
@@ -222,7 +220,7 @@ class SignalCallback(Callback):
     def on_interrupt(self, training: Training) -> None:
         """Save the state, unless no update has been done since the start."""
         if self.saving is not None and training.progress.update > self._begun:
-            self.saving.on_update_end(training, {})
+            self.saving.on_update(training, {})
 
     def on_end(self, training: Training) -> None:
         """Stop deferring signals."""

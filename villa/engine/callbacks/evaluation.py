@@ -67,7 +67,7 @@ class EvaluationCallback(Callback):
             self._monitored(values)
         self._stop_without_patience(training)
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         """Evaluate when due; a run resumed after a signal repeats an interrupted evaluation."""
         progress = training.progress
         due = self.config.every is not None and progress.update % self.config.every == 0
@@ -81,6 +81,7 @@ class EvaluationCallback(Callback):
         self.trackers.log(progress.update, "val", self.values)
         self.display.evaluated(progress.update, str(self.config.split), self.values)
         self._judge(training, self._monitored(self.values))
+        training.evaluated(self.values)
         self._stop_without_patience(training)
 
     def state_dict(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class LoggingCallback(Callback):
         """Start the progress display."""
         self.progress.start(training.progress.update)
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         """Accumulate the update's values; write them when due."""
         label = training.stream.label
         self._means.add(logs, label)
@@ -163,7 +163,7 @@ class LastIntervalCallback(Callback):
     def __init__(self, logging: LoggingCallback) -> None:
         self.logging = logging
 
-    def on_update_end(self, training: Training, logs: Logs) -> None:
+    def on_update(self, training: Training, logs: Logs) -> None:
         """Write the records if the run has been stopped."""
         if training.progress.stopped is not None:
             self.logging.write(training)

@@ -94,24 +94,31 @@ class Predictor:
         return save_pretrained(self.parts, self.source, folder)
 
 
-def from_pretrained(path: str | Path, *, device: str = "auto", user_dir: str | Path | None = None) -> Predictor:
+def from_pretrained(
+    path: str | Path, *, device: str = "auto", user_dir: str | Path | Sequence[str | Path] | None = None
+) -> Predictor:
     """Load a trained model for prediction.
 
     Args:
         path: a run's output folder (its best checkpoint is loaded), a checkpoint's folder, a folder written by
             ``save_pretrained`` of villa or transformers, or the name of one on the hub (``owner/name``).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        user_dir: package or module to import first, for a model of your own. A ``user_dir`` that only the checkpoint
+        user_dir: packages or modules to import first, for a model of your own. A ``user_dir`` that only the checkpoint
             names is not imported.
 
     Raises:
         CheckpointError: the folder holds no intact checkpoint.
         ConfigError: the checkpoint needs a ``user_dir``.
     """
-    values = {"run_type": "predict", "checkpoint.path": str(path), "device": device, "logging.progress": "off"}
+    values: dict[str, Any] = {
+        "run_type": "predict",
+        "checkpoint.path": str(path),
+        "device": device,
+        "logging.progress": "off",
+    }
     if user_dir is not None:
-        values["user_dir"] = str(user_dir)
-    loaded = load(f"{key}={json.dumps(value)}" for key, value in values.items())
+        values["user_dir"] = user_dir
+    loaded = load(f"{key}={json.dumps(value, default=str)}" for key, value in values.items())
     return Predictor(*restore_parts(loaded.config))
 
 
@@ -120,7 +127,7 @@ def robustness(
     *,
     output_dir: str | Path | None = None,
     device: str = "auto",
-    user_dir: str | Path | None = None,
+    user_dir: str | Path | Sequence[str | Path] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Attack a trained model, as ``run_type=robustness`` does; see docs/robustness.md.
@@ -142,8 +149,8 @@ def robustness(
     values = {f"robustness.{name}": value for name, value in options.items()}
     values |= {"run_type": "robustness", "checkpoint.path": str(path), "device": device, "logging.progress": "off"}
     places = {"output_dir": output_dir, "user_dir": user_dir}
-    values |= {key: str(place) for key, place in places.items() if place is not None}
-    config = load(f"{key}={json.dumps(value)}" for key, value in values.items()).config
+    values |= {key: place for key, place in places.items() if place is not None}
+    config = load(f"{key}={json.dumps(value, default=str)}" for key, value in values.items()).config
     attack(config)
     content: dict[str, Any] = json.loads((Path(config.output_dir) / JSON).read_text(encoding="utf-8"))
     return content
