@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from villa.errors import DataError
-from villa.tracking import JsonLinesTracker, TensorBoardTracker, Trackers, read_log, run_trackers
+from villa.tracking import JsonLinesTracker, TensorBoardTracker, TrackedRun, Trackers, read_log, run_trackers
 
 NAMES = st.text(min_size=1, max_size=5).filter(lambda name: name not in ("kind", "update"))
 
@@ -171,7 +171,7 @@ def test_a_fresh_start_hides_the_events_of_an_older_run(tmp_path: Path) -> None:
 
 
 def test_times_stay_out_of_the_deterministic_log(tmp_path: Path) -> None:
-    trackers = run_trackers(tmp_path)
+    trackers = run_trackers(TrackedRun(tmp_path))
     trackers.log(1, "train", {"loss": 2.0})
     trackers.log(1, "timing", {"seconds": 0.5})
     state = trackers.state_dict()
@@ -181,7 +181,7 @@ def test_times_stay_out_of_the_deterministic_log(tmp_path: Path) -> None:
     with (tmp_path / "timing.jsonl").open("ab") as file:
         file.write(b'{"torn')
     _wait_for_the_next_second()
-    resumed = run_trackers(tmp_path)
+    resumed = run_trackers(TrackedRun(tmp_path))
     resumed.load_state_dict(state)
     resumed.log(2, "timing", {"seconds": 0.9})
     resumed.close()
@@ -191,11 +191,11 @@ def test_times_stay_out_of_the_deterministic_log(tmp_path: Path) -> None:
 
 
 def test_a_run_without_tensorboard_resumes_from_one_with_it(tmp_path: Path) -> None:
-    trackers = run_trackers(tmp_path)
+    trackers = run_trackers(TrackedRun(tmp_path))
     _log(trackers, 1, 2)
     state = trackers.state_dict()
     trackers.close()
-    without = run_trackers(tmp_path, tensorboard=False)
+    without = run_trackers(TrackedRun(tmp_path), ())
     without.load_state_dict(state)
     _log(without, 3, 3)
     without.close()

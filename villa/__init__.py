@@ -15,6 +15,7 @@ from villa.registry import (
     register_scheduler,
     register_shift,
     register_submission,
+    register_tracker,
     register_trainer,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "register_scheduler",
     "register_shift",
     "register_submission",
+    "register_tracker",
     "register_trainer",
     "robustness",
     "train",

@@ -223,6 +223,14 @@ SHIFTS: Registry[Any] = Registry(
         "villa.analysis.shifts",
     ),
 )
+TRACKERS: Registry[Any] = Registry(
+    "tracker",
+    "villa.tracking:Tracker",
+    {
+        **dict.fromkeys(("jsonl", "csv", "tensorboard"), "villa.tracking"),
+        **dict.fromkeys(("wandb", "mlflow", "trackio"), "villa.trackers"),
+    },
+)
 CALLBACKS: Registry[Any] = Registry("callback", "villa.engine.loop:Callback", {})
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.
@@ -239,6 +247,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "attacks": ATTACKS,
     "shifts": SHIFTS,
     "callbacks": CALLBACKS,
+    "trackers": TRACKERS,
 }
 
 register_model = MODELS.register
@@ -253,3 +262,4 @@ register_submission = SUBMISSIONS.register
 register_attack = ATTACKS.register
 register_shift = SHIFTS.register
 register_callback = CALLBACKS.register
+register_tracker = TRACKERS.register

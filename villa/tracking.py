@@ -1,4 +1,4 @@
-"""Trackers record the numbers of a run (``log.jsonl``, ``timing.jsonl``, TensorBoard).
+"""Trackers record the numbers, figures and predictions of a run (``log.jsonl``, ``timing.jsonl``, TensorBoard, others).
 
 ``log.jsonl`` is deterministic: a run that was killed and resumed ends with the same bytes as one that was
 not. Times are not deterministic, so records of kind ``timing`` (seconds, examples per second, share of time waiting for
@@ -7,18 +7,27 @@ data, ETA) go to ``timing.jsonl`` and TensorBoard only.
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import json
 import logging
 import math
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
-from villa.errors import DataError, StorageError
+import numpy as np
+from PIL import Image
+
+from villa.errors import DataError, StorageError, one_line
 from villa.files import open_own, room_for
+from villa.registry import TRACKERS, register_tracker
+from villa.streams import visible
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,10 +40,40 @@ TIMING_KIND = "timing"
 
 #: Fields of every record of a JSON-lines log; values must have other names.
 _FIELDS = {"update", "kind"}
+_COLUMNS = ("update", "kind", "name", "value")
+_ROWS_OF_TEXT = 50
 
 
-class Tracker(Protocol):
-    """The interface that the training loop expects of a tracker."""
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run.
+
+    Attributes:
+        folder: its output folder.
+        name: its name.
+        project: the project that it belongs to, where a tracker has projects.
+        recipe: the resolved recipe, as YAML.
+        values: its values by dotted key.
+    """
+
+    folder: Path
+    name: str = "run"
+    project: str = "villa"
+    recipe: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tracker:
+    """Base of trackers, of which a run has one on rank 0; it writes nothing before the first record."""
+
+    @classmethod
+    def of(cls, run: TrackedRun) -> Tracker:
+        """Return the tracker of a run.
+
+        Raises:
+            ConfigError: a package that it needs is not installed.
+        """
+        return cls()
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Record values by name after ``update`` optimiser steps.
@@ -45,18 +84,22 @@ class Tracker(Protocol):
             values: numbers by name.
         """
 
+    def add(self, path: Path) -> None:
+        """Record a file that the run has written: a figure (``.png``), or a table of predictions (``.jsonl``)."""
+
     def state_dict(self) -> dict[str, Any]:
         """Flush all records to disk; return the tracker's position, for a checkpoint."""
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Discard every record after ``state``. Call it before the first ``log``."""
+        """Discard every record after ``state``, where that is possible. Call it before the first ``log``."""
 
     def close(self) -> None:
         """Write pending records and release the files."""
 
 
 class Trackers:
-    """Several trackers that act as one.
+    """Several trackers that act as one. One that fails is left out from then on, except those of the run's own files.
 
     Args:
         trackers: trackers by the name that their state is kept under; may be empty (ranks above 0).
@@ -64,45 +107,73 @@ class Trackers:
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
+        self._states: dict[str, Any] = {}
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Record values in every tracker."""
-        for tracker in self._trackers.values():
-            tracker.log(update, kind, values)
+        self._each(lambda _, tracker: tracker.log(update, kind, values))
+
+    def add(self, path: Path) -> None:
+        """Record a file in every tracker."""
+        self._each(lambda _, tracker: tracker.add(path))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every tracker by name."""
-        return {name: tracker.state_dict() for name, tracker in self._trackers.items()}
+        """Return the state of every tracker by name; of one that has failed, the last one known."""
+
+        def keep(name: str, tracker: Tracker) -> None:
+            self._states[name] = tracker.state_dict()
+
+        self._each(keep)
+        return dict(self._states)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the trackers that the state has entries for."""
-        for name, tracker in self._trackers.items():
+        self._states = dict(state)
+
+        def load(name: str, tracker: Tracker) -> None:
             if name in state:
                 tracker.load_state_dict(state[name])
 
+        self._each(load)
+
     def close(self) -> None:
         """Close every tracker."""
-        for tracker in self._trackers.values():
-            tracker.close()
+        self._each(lambda _, tracker: tracker.close())
+
+    def _each(self, call: Callable[[str, Tracker], None]) -> None:
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                call(name, tracker)
+            except Exception as error:
+                if isinstance(tracker, FileTracker):
+                    raise
+                del self._trackers[name]
+                logger.warning("tracker '%s' has failed and gets nothing more of this run: %s", name, one_line(error))
 
 
-def run_trackers(folder: Path, *, tensorboard: bool = True) -> Trackers:
-    """Return the trackers of a training run; they write nothing before the first record.
+def run_trackers(run: TrackedRun, names: Iterable[str] = ("tensorboard",)) -> Trackers:
+    """Return the trackers of a training run, besides those named ``log.jsonl`` and ``timing.jsonl``.
 
     Args:
-        folder: the run's folder, for ``log.jsonl``, ``timing.jsonl`` and ``tensorboard/``.
-        tensorboard: whether to write TensorBoard events.
+        run: the run.
+        names: registered names.
+
+    Raises:
+        ConfigError: a package that one needs is not installed.
     """
-    trackers: dict[str, Tracker] = {
-        "log": JsonLinesTracker(folder / "log.jsonl"),
-        "timing": JsonLinesTracker(folder / "timing.jsonl", kinds=(TIMING_KIND,), append=True),
+    own: dict[str, Tracker] = {
+        "log": JsonLinesTracker.of(run),
+        "timing": JsonLinesTracker(run.folder / "timing.jsonl", kinds=(TIMING_KIND,), append=True),
     }
-    if tensorboard:
-        trackers["tensorboard"] = TensorBoardTracker(folder / "tensorboard")
-    return Trackers(trackers)
+    return Trackers(own | {name: TRACKERS.get(name).of(run) for name in names if name != "jsonl"})
 
 
-class JsonLinesTracker:
+class FileTracker(Tracker):
+    """Base of the trackers that write into the run's folder: a full disk ends the run, which loses nothing."""
+
+
+@register_tracker("jsonl")
+class JsonLinesTracker(FileTracker):
     """A log with one JSON object per line: ``{"update": 10, "kind": "train", "loss": 0.5, ...}``.
 
     Numbers are written as the shortest text that reads back as the same float, and NaN and infinities, which JSON
@@ -120,6 +191,11 @@ class JsonLinesTracker:
         self._append = append
         self._file: IO[bytes] | None = None
 
+    @classmethod
+    def of(cls, run: TrackedRun) -> Tracker:
+        """Return the log of a run."""
+        return cls(run.folder / "log.jsonl")
+
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Write one line and hand it to the operating system.
 
@@ -132,19 +208,19 @@ class JsonLinesTracker:
         if taken := _FIELDS & values.keys():
             raise ValueError(f"a logged value is called {sorted(taken)}, as a field of every record; rename it")
         file = self._file or self._open(self.path.stat().st_size if self._append and self.path.exists() else 0)
-        record = {
-            "update": update,
-            "kind": kind,
-            **{name: json_number(value) for name, value in values.items()},
-        }
         if not self.path.parent.is_dir() or os.fstat(file.fileno()).st_nlink == 0:
             raise StorageError(
                 f"'{self.path}' was removed or moved while the run wrote to it; start again, or put it back and go on "
                 "with checkpoint.resume=true"
             )
         with room_for(self.path):
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.write(self._lines(update, kind, values, first=file.tell() == 0).encode())
             file.flush()
+
+    def _lines(self, update: int, kind: str, values: Mapping[str, float], *, first: bool) -> str:
+        """Return the text of a record; ``first`` says that the file is empty."""
+        numbers = {name: json_number(value) for name, value in values.items()}
+        return json.dumps({"update": update, "kind": kind, **numbers}, allow_nan=False) + "\n"
 
     def state_dict(self) -> dict[str, Any]:
         """Sync the file to disk; return its length in bytes (nothing in ``append`` mode)."""
@@ -187,32 +263,74 @@ class JsonLinesTracker:
         return self._file
 
 
-class TensorBoardTracker:
-    """Scalars in TensorBoard's event files, tagged ``<kind>/<name>``.
+@register_tracker("csv")
+class CsvTracker(JsonLinesTracker):
+    """A table ``log.csv`` with a line a value: ``update,kind,name,value``."""
+
+    @classmethod
+    def of(cls, run: TrackedRun) -> Tracker:
+        """Return the table of a run."""
+        return cls(run.folder / "log.csv")
+
+    def _lines(self, update: int, kind: str, values: Mapping[str, float], *, first: bool) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([_COLUMNS] * first)
+        writer.writerows((update, kind, name, json_number(value)) for name, value in values.items())
+        return text.getvalue()
+
+
+@register_tracker("tensorboard")
+class TensorBoardTracker(FileTracker):
+    """TensorBoard's event files: scalars tagged ``<kind>/<name>``, the recipe, figures and some predictions.
 
     Args:
         folder: folder of the event files. Older events in it are hidden from TensorBoard (all of them at a fresh start,
             those after the checkpoint when resuming), so that no point shows twice.
+        recipe: the recipe, as YAML.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recipe: str = "") -> None:
+        self.folder, self.recipe = folder, recipe
         self._update = 0
         self._purge = 0
         self._writer: SummaryWriter | None = None
         self._on_exit = ExitStack()
 
+    @classmethod
+    def of(cls, run: TrackedRun) -> Tracker:
+        """Return the events of a run."""
+        return cls(run.folder / "tensorboard", run.recipe)
+
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Add one scalar per value."""
         with room_for(self.folder):
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._on_exit.enter_context(_errors_unprinted())  # errors may come before the writer is made
-                self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
-            self._update = update
+            writer, self._update = self._opened(), update
             for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, update)
+                writer.add_scalar(f"{kind}/{name}", value, update)
+
+    def add(self, path: Path) -> None:
+        """Add a figure as an image, and the first lines of a table as text."""
+        with room_for(self.folder):
+            if path.suffix == ".png":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                self._opened().add_image(path.stem, pixels, self._update, dataformats="HWC")
+            elif path.suffix == ".jsonl":
+                columns, rows = table(path, _ROWS_OF_TEXT)
+                lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+                text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+                self._opened().add_text(path.stem, text, self._update)
+
+    def _opened(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._on_exit.enter_context(_errors_unprinted())  # errors may come before the writer is made
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
+            if self.recipe and not self._purge:
+                self._writer.add_text("recipe", "\n".join(f"    {line}" for line in self.recipe.splitlines()), 0)
+        return self._writer
 
     def state_dict(self) -> dict[str, Any]:
         """Flush; return the last update that was logged."""
@@ -233,6 +351,20 @@ class TensorBoardTracker:
         if writer is not None:
             with room_for(self.folder), self._on_exit:
                 writer.close()
+
+
+def table(path: Path, rows: int) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the first rows of a file of JSON lines."""
+    with path.open(encoding="utf-8") as lines:
+        records: list[dict[str, Any]] = [json.loads(line) for line in itertools.islice(lines, rows)]
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    return columns, [[record.get(name) for name in columns] for record in records]
+
+
+def _cell(value: Any) -> str:
+    """Return a value as a cell of a table in Markdown."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return visible(text).replace("|", "\\|")
 
 
 @contextmanager

@@ -216,12 +216,16 @@ class LoggingConfig:
     Attributes:
         every: updates between log records.
         tensorboard: write TensorBoard events.
+        trackers: more registered trackers, such as ``wandb`` or ``csv``.
+        project: project that the run belongs to, for trackers that have projects.
         figures: draw ``curves.png`` at the end.
         progress: show progress bars; ``auto`` shows them on a terminal.
     """
 
     every: int = 10
     tensorboard: bool = True
+    trackers: list[str] = field(default_factory=list)
+    project: str = "villa"
     figures: bool = True
     progress: Literal["auto", "on", "off"] = "auto"
 

@@ -12,7 +12,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
-from villa.registry import ATTACKS, CALLBACKS, METRICS, SHIFTS, Registry
+from villa.registry import ATTACKS, CALLBACKS, METRICS, SHIFTS, TRACKERS, Registry
 
 TRAINING_RUNS = ("train", "train_val_test")
 _POSITIVE = (
@@ -255,6 +255,7 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _callbacks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield from _registered("logging.trackers", config.logging.trackers, TRACKERS)
     for name, given in config.callbacks.items():
         try:
             callback_options(name, given)

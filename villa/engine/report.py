@@ -58,8 +58,11 @@ def report(parts: Parts, training: Training, store: CheckpointStore, trackers: T
         )
         show(parts, [result], references, title=f"{parts.config.name}: {split}")
     files = [_predictions(folder, split), submission_path(parts.data, split, folder), curves]
-    written = ", ".join([METRICS, *(path.name for path in files if path and path.exists()), LOG])
-    print(f"written to {folder}: {written}, checkpoints of the best and last")
+    written = [path for path in files if path and path.exists()]
+    for path in written:
+        trackers.add(path)
+    names = ", ".join([METRICS, *(path.name for path in written), LOG])
+    print(f"written to {folder}: {names}, checkpoints of the best and last")
 
 
 def score(parts: Parts, split: str, examples: Split, folder: Path) -> dict[str, float]:

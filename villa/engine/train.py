@@ -13,6 +13,7 @@ from villa.batch import Batch
 from villa.checkpoints.layout import CHECKPOINTS, CONFIG
 from villa.checkpoints.store import Checkpoint, CheckpointStore
 from villa.config.options import recipe_options
+from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
 from villa.config.validate import callback_options
 from villa.config.values import Origin
@@ -39,7 +40,7 @@ from villa.progress import TrainingProgress
 from villa.provenance import provenance
 from villa.registry import CALLBACKS, OPTIMIZERS, SCHEDULERS
 from villa.signals import Interrupted, check, interruptible
-from villa.tracking import Trackers, run_trackers
+from villa.tracking import TrackedRun, Trackers, run_trackers
 from villa.trainers.base import Cost, Trainer
 
 
@@ -77,7 +78,7 @@ def _train(config: RunConfig, callbacks: Sequence[Callback]) -> int:
             store.clean()
         checkpoint = newest(store, processes) if config.checkpoint.resume else None
         parts = build(config, assets=checkpoint.assets) if checkpoint else start(config)
-        trackers = run_trackers(folder, tensorboard=config.logging.tensorboard) if processes.is_main else Trackers({})
+        trackers = _trackers(config, folder) if processes.is_main else Trackers({})
         training = assemble(parts, store, trackers, callbacks)
         if checkpoint is not None:
             restore(training, checkpoint, config)
@@ -194,6 +195,12 @@ def _cost(trainer: Trainer, config: RunConfig) -> str:
 
 def _passes(cost: Cost) -> str:
     return " + ".join(f"{n} {what}" for n, what in zip(cost, ("forward", "backward", "ascent"), strict=False))
+
+
+def _trackers(config: RunConfig, folder: Path) -> Trackers:
+    logging, recipe = config.logging, saved_yaml(config)
+    run = TrackedRun(folder, config.name, logging.project, recipe, leaves(config))
+    return run_trackers(run, dict.fromkeys([*["tensorboard"] * logging.tensorboard, *logging.trackers]))
 
 
 def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> None:
