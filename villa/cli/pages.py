@@ -23,7 +23,8 @@ USAGE = """\
 usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points | --dry-run]
        villa_run config=RECIPE.yaml ... --sweep section.option=value,value,... ... [--at-once N]
        villa_run --compare FOLDER FOLDER ... [output_dir=FOLDER]
-       villa_run --list [KIND] | --help [section=name ...] | --version
+       villa_run --list [KIND] | --help [SECTION | section=name ...] | --version
+       villa_run doctor [config=RECIPE.yaml ...]
 
 Train, evaluate or predict with what a recipe names. Later values win: defaults, presets, included files, the
 recipe, the command line. Values are YAML; quote brackets and blanks for the shell.
@@ -44,7 +45,9 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --perturbation-points show where the recipe's model is perturbed, and stop
   --dry-run             show what memory and how many operations the recipe's run needs, and stop
   --list [KIND]         list what is registered: models, datasets, losses, ...
-  --help [section=name] this page, or the options of a section's variant: --help trainer=villa
+  --help [SECTION]      this page, its part on a section (--help training), or a registered class's options
+                        (--help trainer=villa)
+  doctor                what is installed, devices, caches, and what a recipe lacks
   --version             show the version
 
 Exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.
@@ -54,22 +57,29 @@ _WIDTH = 110
 
 
 def help_text(args: Sequence[str]) -> str:
-    """Return the help page, or the options of the variants chosen by ``section=name`` arguments.
+    """Return the help page, its part on some sections, or the options of variants chosen by ``section=name``.
 
     Raises:
-        ConfigError: an argument does not name a variant, or the plug-in of ``user_dir`` cannot be imported.
+        ConfigError: an argument names no section or variant, or the plug-in of ``user_dir`` cannot be imported.
     """
-    layer = name_variants(import_plugins(args))
+    sections = [field.name for field in dataclasses.fields(RunConfig)]
+    asked = [arg for arg in args if "=" not in arg]
+    unknown = next((name for name in asked if name not in sections), None)
+    if unknown is not None:
+        hint = nearest(unknown, sections)
+        raise ConfigError(f"--help {show(unknown)}: there is no such section{hint} (known: {', '.join(sections)})")
+    layer = name_variants(import_plugins([arg for arg in args if "=" in arg]))
     chosen = [section for section in VARIANTS if f"{section}.name" in layer]
-    if not chosen:
-        return f"{USAGE}\n{_recipe_page()}"
-    return "\n".join(_variant_page(section, choose(section, [layer])) for section in chosen)
+    if not asked and not chosen:
+        return f"{USAGE}\n{_recipe_page(sections)}"
+    pages = [_recipe_page(asked).lstrip("\n")] if asked else []
+    return "\n".join([*pages, *(_variant_page(section, choose(section, [layer])) for section in chosen)])
 
 
-def _recipe_page() -> str:
+def _recipe_page(sections: Sequence[str]) -> str:
     hints, docs = get_type_hints(RunConfig), attribute_docs(RunConfig)
     lines: list[str] = []
-    for field in dataclasses.fields(RunConfig):
+    for field in (field for field in dataclasses.fields(RunConfig) if field.name in sections):
         hint = hints[field.name]
         if field.name in VARIANTS:
             names = ", ".join(REGISTRIES[VARIANTS[field.name]].names())

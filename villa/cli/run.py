@@ -34,6 +34,10 @@ def _main(argv: Sequence[str]) -> int:
         from villa.cli.pages import help_text
 
         return show(help_text(options.values))
+    if options.values[:1] == ["doctor"]:
+        from villa.cli.doctor import report
+
+        return show(report(options.values[1:]))
     if options.list is not None:
         return _list(options.list, options.values)
     if options.compare is not None:

@@ -1,0 +1,119 @@
+"""``villa_run doctor``: what is installed, on which machine, and what a recipe would miss."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from villa.cli.cache import entries
+from villa.config import RunConfig, load_stages
+from villa.datasets.cache import cache_root
+from villa.errors import VillaError
+
+#: Packages whose versions matter most for results.
+_PACKAGES = ("villa", "torch", "transformers", "fairscale", "tokenizers", "numpy", "pillow", "pyarrow", "lmdb")
+
+
+def report(arguments: Sequence[str]) -> str:
+    """Return what villa finds on this machine; with a recipe's arguments, also what that lacks.
+
+    Raises:
+        ConfigError: the recipe cannot be used.
+    """
+    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
+    lines += ["", "packages:", *(f"  {name:14} {_version(name) or 'not installed'}" for name in _PACKAGES)]
+    lines += ["", "optional packages:", *_extras()]
+    lines += ["", "devices:", *(f"  {line}" for line in _devices())]
+    lines += ["", "folders:", *_folders()]
+    if arguments:
+        lines += ["", "recipe:", *(f"  {line}" for line in _recipe(arguments))]
+    return "\n".join(lines) + "\n"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extras() -> dict[str, list[Requirement]]:
+    """Return what each extra of villa needs; nothing if villa is not installed."""
+    found: dict[str, list[Requirement]] = {}
+    try:
+        metadata = importlib.metadata.metadata("villa")
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    needed = [Requirement(text) for text in metadata.get_all("Requires-Dist") or ()]
+    for extra in metadata.get_all("Provides-Extra") or ():
+        found[extra] = [r for r in needed if r.marker and r.marker.evaluate({"extra": extra})]
+    return found
+
+
+def missing(extra: str) -> list[str]:
+    """Return the packages of an extra that are not installed."""
+    return [requirement.name for requirement in extras().get(extra, ()) if _version(requirement.name) is None]
+
+
+def _extras() -> Iterator[str]:
+    for extra in extras():
+        absent = missing(extra)
+        state = f"missing: {', '.join(absent)} (pip install 'villa[{extra}]')" if absent else "installed"
+        yield f"  {extra:14} {state}"
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    threads = f"{os.cpu_count()} CPU threads, of which torch takes {torch.get_num_threads()}"
+    yield f"cpu: {threads}; {torch.backends.cpu.get_cpu_capability()}"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}: {properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if not torch.cuda.is_available():
+        yield "no CUDA device" if torch.version.cuda else "no CUDA device: this is a build of torch for CPUs"
+
+
+def _folders() -> Iterator[str]:
+    cache = cache_root(None)
+    size = sum(entry.size for entry in entries(cache))
+    yield f"  cache          {cache}: {size / 2**20:.1f} MiB (villa_cache lists and prunes)"
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    yield f"  hub            {hub}{'' if hub.is_dir() else ' (not there)'}"
+    yield f"  here           {shutil.disk_usage('.').free / 2**30:.1f} GiB free"
+
+
+def _recipe(arguments: Sequence[str]) -> Iterator[str]:
+    for stage in load_stages(arguments):
+        config = stage.config
+        yield f"{config.name}: {config.model.name}, {config.dataset.name}, {config.trainer.name}"
+        for extra in needed_extras(config):
+            absent = missing(extra)
+            yield f"needs villa[{extra}]: {'missing ' + ', '.join(absent) if absent else 'installed'}"
+        try:
+            _open(config)
+            yield "its data are there"
+        except VillaError as error:
+            yield str(error).splitlines()[0]
+
+
+def needed_extras(config: RunConfig) -> list[str]:
+    """Return the extras whose packages a recipe uses."""
+    uses = {
+        "demo": config.dataset.name == "easy_vqa",
+        "lora": bool(getattr(config.model, "lora_rank", None)),
+        "trackers": bool({"wandb", "mlflow", "trackio"} & {*config.logging.trackers}),
+    }
+    return [extra for extra, used in uses.items() if used]
+
+
+def _open(config: RunConfig) -> None:
+    from villa.registry import DATASETS
+
+    DATASETS.get(config.dataset.name)(config.dataset).split("train" if "train" in config.run_type else "test")
