@@ -9,14 +9,13 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import yaml
 from blocks import Block, headings, links, read_blocks
 
-from villa.cli import validate
-from villa.cli.run import main
 from villa.config import load_stages
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +48,18 @@ REST = {
     "batch": "batch.examples=8",
     "training": "training.updates=1",
 }
+
+
+def commands() -> dict[str, Callable[[list[str]], int]]:
+    """villa's commands by name, as they are installed."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options.entry_points"]["console_scripts"].split("\n")
+    found = (line.replace(" ", "").partition("=") for line in lines if line)
+    return {name: EntryPoint(name, value, "console_scripts").load() for name, _, value in found}
+
+
+COMMANDS = commands()
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +138,9 @@ def run_commands(block: Block) -> None:
 
 def run_command(command: str, where: str) -> None:
     program, *arguments = shlex.split(command)
-    if program == "villa_run":
+    if program in COMMANDS:
         extra = [override for argument in arguments for override in QUICK.get(argument, [])]
-        assert main([*arguments, *extra]) == 0, f"{where}: {command}"
-    elif program == "villa_validate":
-        assert validate.main(arguments) == 0, f"{where}: {command}"
+        assert COMMANDS[program]([*arguments, *extra]) == 0, f"{where}: {command}"
     elif program == "python":
         subprocess.run([sys.executable, *arguments, *QUICK_SCRIPTS.get(arguments[0], [])], check=True)
     elif program == "pip":
@@ -150,10 +159,9 @@ def check_install(command: str) -> None:
 
 def compare_output(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     """Each ``$ command`` is a mistake, followed by all that it prints; ``...`` stands for the rest of the line."""
-    commands = {"villa_run": main, "villa_validate": validate.main}
     for program, arguments, shown in re.findall(r"^\$ (\w+) (.+)\n((?:[^$].*\n)+)", block.text, re.MULTILINE):
         capsys.readouterr()
-        assert commands[program](shlex.split(arguments)) == 2, f"{block.where}: {arguments}"
+        assert COMMANDS[program](shlex.split(arguments)) == 2, f"{block.where}: {arguments}"
         start, dots, _ = shown.partition("...\n")
         printed = capsys.readouterr().err
         assert printed.startswith(start) if dots else printed == start, f"{block.where}: {arguments}"
