@@ -13,15 +13,16 @@ from villa.convert.annotations import (
     CLASSES,
     count_gqa,
     gqa_answers,
-    image_set,
     read_gqa,
-    read_nlvr2,
     read_snli_ve,
     read_vqa,
+    vqa_questions,
+    vqa_records,
 )
 from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers, human_answers, human_scores
-from villa.convert.example import LineRecords, RawExample, RawRecord, read_records
-from villa.convert.tasks import Task, TextOptions, check_options
+from villa.convert.benchmarks import read_nlvr2_contrasts, with_subsets
+from villa.convert.example import LineRecords, RawExample, RawRecord
+from villa.convert.tasks import Task, TextOptions, check_options, nlvr2_sentences
 from villa.datasets.base import answer_list
 from villa.errors import ConfigError, DataError, one_line
 from villa.files import atomic_write, replacing
@@ -46,7 +47,8 @@ class Line:
     def of(cls, example: RawExample, images: Sequence[Sequence[str]], **answer: Any) -> Line:
         """Make a line from an example with one text, and its answer if there is one."""
         (words,) = example.texts.values()
-        return cls({"id": example.id, "question": " ".join(map(str, words)), **answer}, images, example.where)
+        fields = {"id": example.id, "question": " ".join(map(str, words)), **answer, **example.membership()}
+        return cls(fields, images, example.where)
 
 
 @dataclass(frozen=True)
@@ -219,22 +221,23 @@ def make_lines(
 
 def _vqa(options: TextOptions) -> LineSource:
     assert options.questions is not None
-    images = options.image_set or image_set(options.questions)
-    examples = read_vqa(options.questions, options.annotations, images=images)
+    total = len(vqa_questions(options.questions, options.image_set))
+    examples = with_subsets(read_vqa(options.questions, options.annotations, images=options.image_set), options.subset)
     answered = options.annotations is not None
-    lines = (_vqa_line(example, images, options.scores, answered) for example in examples)
+    lines = (_vqa_line(example, options.scores, answered) for example in examples)
     files = options.answers_from or (() if options.annotations is None else (options.annotations,))
 
     def answers() -> list[str]:
-        records = (record for file in files for record in read_records(file, "annotations"))
+        records = (record for file in files for record in vqa_records(file, "annotations"))
         return list(build_answers(records, options.min_occurrences or MIN_OCCURRENCES))
 
-    return LineSource(lines, len(read_records(options.questions, "questions")), answers if files else None)
+    return LineSource(lines, total, answers if files else None)
 
 
-def _vqa_line(example: RawExample, images: str, scores: Scores | None, answered: bool) -> Line:
+def _vqa_line(example: RawExample, scores: Scores | None, answered: bool) -> Line:
     record = RawRecord(example.fields, example.where)
-    digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # the image's number
+    named, _, digits = str(example.images).removesuffix(".npz").rpartition("_")  # the image's number
+    images = named.removeprefix("coco_")
     name = f"{int(digits)}.jpg" if images == "vg" else f"COCO_{images}_{digits}.jpg"
     folders = ("VG_100K", "VG_100K_2") if images == "vg" else (images,)
     places = [name, *(f"{folder}/{name}" for folder in folders)]
@@ -250,11 +253,12 @@ def _gqa(options: TextOptions) -> LineSource:
     assert options.questions is not None
     questions = options.questions
     files = options.answers_from or (questions,)
-    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _required(gqa_answers(files), files))
+    lines = _gqa_lines(with_subsets(read_gqa(questions), options.subset))
+    return LineSource(lines, count_gqa(questions), lambda: _required(gqa_answers(files), files))
 
 
-def _gqa_lines(questions: Path) -> Iterator[Line]:
-    for example in read_gqa(questions):
+def _gqa_lines(examples: Iterable[RawExample]) -> Iterator[Line]:
+    for example in examples:
         name = f"{example.fields['imageId']}.jpg"
         answer = {"answer": example.fields["answer"]} if "answer" in example.fields else {}
         yield Line.of(example, [[name, f"images/{name}"]], **answer)
@@ -268,8 +272,20 @@ def _required(answers: list[str], files: tuple[Path, ...]) -> list[str]:
 
 def _nlvr2(options: TextOptions) -> LineSource:
     assert options.annotations is not None
-    lines = map(_nlvr2_line, read_nlvr2(options.annotations))
+    lines = map(_nlvr2_line, nlvr2_sentences(options))
     return LineSource(lines, len(LineRecords(options.annotations)), lambda: _TRUTH)
+
+
+def _nlvr2_contrast(options: TextOptions) -> LineSource:
+    assert options.annotations is not None
+    lines = map(_contrast_line, read_nlvr2_contrasts(options.annotations))
+    return LineSource(lines, len(LineRecords(options.annotations)), lambda: _TRUTH)
+
+
+def _contrast_line(example: RawExample) -> Line:
+    # Images are called by the contrast, and are of either kind.
+    places = [[f"{example.id}-img{side}.{kind}" for kind in ("png", "jpg")] for side in (0, 1)]
+    return Line.of(example, places, **_truth(example))
 
 
 def _nlvr2_line(example: RawExample) -> Line:
@@ -280,8 +296,13 @@ def _nlvr2_line(example: RawExample) -> Line:
     names = [f"{pair}-img{side}.png" for side in (0, 1)]
     inner = [] if directory is None else [f"{directory}/"]
     places = [[f"{prefix}{name}" for prefix in (*inner, "", f"{folder}/", f"images/{folder}/")] for name in names]
+    return Line.of(example, places, **_truth(example))
+
+
+def _truth(example: RawExample) -> dict[str, str]:
+    """Return the answer of a sentence of NLVR2 as a field; nothing if it is hidden."""
     target = example.fields["target"]
-    return Line.of(example, places, **({} if target is None else {"answer": _TRUTH[target]}))
+    return {} if target is None else {"answer": _TRUTH[target]}
 
 
 def _snli_ve(options: TextOptions) -> LineSource:
@@ -296,10 +317,11 @@ def _snli_ve_line(example: RawExample) -> Line:
     return Line.of(example, [[name, f"flickr30k-images/{name}"]], answer=record.text("gold_label"))
 
 
-_VQA_OPTIONS = ("annotations", "answers_from", "min_occurrences", "scores", "image_set")
+_VQA_OPTIONS = ("annotations", "answers_from", "min_occurrences", "scores", "image_set", "subset")
 LINE_TASKS: dict[str, Task[LineSource]] = {
     "vqa": Task(_vqa, ("questions",), _VQA_OPTIONS),
-    "gqa": Task(_gqa, ("questions",), ("answers_from",)),
-    "nlvr2": Task(_nlvr2, ("annotations",)),
+    "gqa": Task(_gqa, ("questions",), ("answers_from", "subset")),
+    "nlvr2": Task(_nlvr2, ("annotations",), ("contrasts",)),
+    "nlvr2_contrast": Task(_nlvr2_contrast, ("annotations",)),
     "ve": Task(_snli_ve, ("annotations",)),
 }

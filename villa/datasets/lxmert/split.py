@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from villa.datasets.base import Example, Split
+from villa.datasets.base import Example, Split, grouped
 from villa.datasets.lxmert.features import TsvStore
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.own.records import text_field
@@ -53,6 +53,7 @@ class AnnotatedSplit(Split):
         self._names: dict[str, int] = {}
         self._images = array("i")
         self._scored, self._scores = array("i"), Lists("f")
+        self._groups: dict[int, dict[str, Any]] = {}
         for file in files:
             self._read(file)
         self._image_names = list(self._names)
@@ -76,13 +77,14 @@ class AnnotatedSplit(Split):
         regions = [self.store[name] for name in self._names_of(index)]
         features, boxes = zip(*regions, strict=True)
         single = len(regions) == 1
-        return Example(
+        example = Example(
             self.ids[index],
             self._words(self.text(index), None)[0],
             features=features[0] if single else features,
             boxes=boxes[0] if single else boxes,
             target=self._target(index) if self._answered else None,
         )
+        return grouped(example, self._groups.get(index, {}))
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages."""
@@ -142,6 +144,8 @@ class AnnotatedSplit(Split):
         if ("label" in record) != self._answered:
             has, first = ("a", "none") if "label" in record else ("no", "one")
             raise DataError(f"{where} has {has} label, but the first record has {first}; give all of a split one")
+        if groups := {name: record[name] for name in ("group", "subsets") if name in record}:
+            self._groups[len(self.ids)] = groups
         known.add(str(id))
         self.ids.append(str(id))
         with about(where):
