@@ -197,8 +197,8 @@ def read_vqa(
 ) -> Iterator[RawExample]:
     """Yield the questions of VQA v2, VQA-CP or VQA-Rephrasings.
 
-    A question and its rephrasings are a group. A rephrasing has the subset ``rephrased``, its original ``original``, and
-    a question with an annotation its answer type.
+    A question and its rephrasings are a group, with the subsets ``original`` and ``rephrased``. The answer type of a
+    question is a subset, too.
 
     Args:
         questions: ``v2_OpenEnded_mscoco_<set>_questions.json`` or ``vqacp_v2_<split>_questions.json``.
@@ -221,7 +221,8 @@ def read_vqa(
         if answered is not None:
             annotation = answered.of(question)
             fields.update(annotation.values, target=answer_target(annotation, labels or {}, scores))
-            subsets += [annotation.text("answer_type")] if "answer_type" in annotation.values else []
+            kind = annotation.values.get("answer_type")
+            subsets += [kind] if isinstance(kind, str) else []
         group = (id_ if original is None else str(original)) if grouped else None
         # Ids of rephrasings (the original's x 10 + 0, 1 or 2) are also those of other questions.
         id_ = id_ if original is None else f"{original}{id_:>010}"
@@ -254,7 +255,7 @@ class _Annotations:
         """
         number = question.integer("question_id")
         known = self._known.get(number, {})
-        found = known.get(str(question.integer("image_id")))
+        found = known.get(str(question.integer("image_id")), known.get(None))
         if found is None and len(known) == 1 and _original(question) is None:
             (found,) = known.values()
         if found is None:

@@ -1,13 +1,13 @@
-"""Convert annotations to JSON lines (``tools/make_jsonl.py``): options, records and image paths of each task."""
+"""Convert annotations to files of questions (``tools/make_jsonl.py``): options, records and image paths of a task."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from villa.convert.annotations import (
     CLASSES,
@@ -27,6 +27,9 @@ from villa.datasets.base import answer_list
 from villa.errors import ConfigError, DataError, one_line
 from villa.files import atomic_write, replacing
 from villa.progress import Mode, track
+
+#: Layouts of a written file: JSON lines (``dataset=jsonl``), or LXMERT's list (``dataset=lxmert_vqa`` ...).
+Layout = Literal["jsonl", "lxmert"]
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,22 @@ class Counts:
 
 
 def write_lines(
-    source: LineSource, output: Path, images: Path | None = None, *, skip_missing: bool = False, progress: Mode = "auto"
+    source: LineSource,
+    output: Path,
+    images: Path | None = None,
+    *,
+    layout: Layout = "jsonl",
+    skip_missing: bool = False,
+    progress: Mode = "auto",
 ) -> Counts:
-    """Write a JSON-lines file, atomically.
+    """Write a file of questions, atomically.
 
     Args:
         source: the lines.
         output: the file.
         images: folder of the images. Lines then have paths, relative to the folder of ``output``, of existing images;
             without it, paths for ``dataset.image_root``, which are not checked.
+        layout: JSON lines, or the list of records that LXMERT's tasks read.
         skip_missing: leave out lines with missing images instead of stopping at the first one.
         progress: how to show progress.
 
@@ -94,18 +104,39 @@ def write_lines(
         raise DataError(f"'{images}' is not a folder; give --images the folder with the images")
     finder = _Finder(images, output)
     counts = Counts()
+    before, between, after = {"jsonl": ("", "\n", "\n"), "lxmert": ("[\n", ",\n", "\n]\n")}[layout]
     try:
         with replacing(output) as temporary, temporary.open("x", encoding="utf-8") as file:
             for record, where in _records(source, finder, skip_missing, counts, progress):
+                written = record if layout == "jsonl" else lxmert_record(record)
                 try:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.write((before if counts.written == 1 else between) + json.dumps(written, ensure_ascii=False))
                 except UnicodeEncodeError as error:
                     raise DataError(f"{where}: a text holds half a character ({one_line(error)}); mend it") from error
             if not counts.written:
                 raise DataError(f"no line is left for '{output}' ({counts.left_out:,} lack their images)")
+            file.write(after)
     except OSError as error:
         raise DataError(f"'{output}' cannot be written: {one_line(error)}") from error
     return counts
+
+
+def lxmert_record(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line as a record of LXMERT's annotations, which name images without folder and suffix."""
+    record: dict[str, Any] = {"sent": line["question"]}
+    answer = line.get("answer")
+    if "images" in line:
+        record |= {"identifier": line["id"], **{f"img{i}": _stem(path) for i, path in enumerate(line["images"])}}
+        record |= {} if answer is None else {"label": _TRUTH.index(answer)}
+    else:
+        record |= {"question_id": line["id"], "img_id": _stem(line["image"])}
+        record |= {} if answer is None else {"label": {answer: 1.0}}
+        record |= {"label": line["answers"]} if "answers" in line else {}
+    return record | {name: line[name] for name in ("group", "subsets") if name in line}
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).stem
 
 
 def _records(
@@ -171,6 +202,7 @@ def make_lines(
     output: Path,
     *,
     images: Path | None = None,
+    layout: Layout = "jsonl",
     answers_file: Path | None = None,
     skip_missing: bool = False,
     force: bool = False,
@@ -183,6 +215,7 @@ def make_lines(
         options: files and settings of the task.
         output: file to write.
         images: folder of the images; see ``write_lines``.
+        layout: layout of the file; LXMERT's always has scores of VQA's answers, by default ``soft``.
         answers_file: file to write the answers to, in the order of the labels; see ``answer_list``.
         skip_missing: leave out lines with missing images.
         force: replace existing files.
@@ -200,6 +233,11 @@ def make_lines(
         if path is not None and path.exists() and (path.is_dir() or not force):
             advice = "give the name of a file" if path.is_dir() else "give another name, or --force to replace it"
             raise ConfigError(f"output '{path}' exists; {advice}")
+    if layout == "lxmert":
+        if task == "ve" or images is not None:
+            wrong = "--task ve, which LXMERT does not have" if task == "ve" else "--images, as it names no files"
+            raise ConfigError(f"--layout lxmert does not go with {wrong}; leave one out")
+        options = replace(options, scores=options.scores or "soft") if task == "vqa" else options
     if images is None and skip_missing:
         raise ConfigError("--skip-missing looks for images; give their folder by --images")
     source = LINE_TASKS[task].open(options)
@@ -209,7 +247,7 @@ def make_lines(
             raise ConfigError(f"nothing given answers the questions of task {task}; leave out --answers-file")
         answers = list(source.answers())
         listed = answer_list(answers_file, answers)
-    counts = write_lines(source, output, images, skip_missing=skip_missing, progress=progress)
+    counts = write_lines(source, output, images, layout=layout, skip_missing=skip_missing, progress=progress)
     if answers_file is None or answers is None:
         return counts, None
     try:

@@ -102,14 +102,11 @@ class GroupMetric(Metric):
     def _member(self, id_: str, reference: object) -> Membership:
         given = reference if isinstance(reference, GroupReference) else GroupReference(None, [])
         group, subsets = given.group, given.subsets
+        where = f"metric '{self.name}': example '{id_}'"
         if not (group is None or (isinstance(group, str | int) and not isinstance(group, bool))):
-            raise DataError(
-                f"metric '{self.name}': the group of example '{id_}' is {group!r:.40}; it must be a text or a number"
-            )
-        if not isinstance(subsets, list | tuple) or not all(isinstance(name, str) for name in subsets):
-            raise DataError(
-                f"metric '{self.name}': the subsets of example '{id_}' are {subsets!r:.40}; they must be a list of names"
-            )
+            raise DataError(f"{where} has the group {group!r:.40}; it must be a text or a number")
+        if not isinstance(subsets, list) or not all(isinstance(name, str) for name in subsets):
+            raise DataError(f"{where} has the subsets {subsets!r:.40}; they must be a list of names")
         key = f"example {id_}" if group is None else f"group {group}"
         return Membership(number_of(key), group is not None, tuple(subsets))
 
