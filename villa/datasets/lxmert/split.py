@@ -54,9 +54,15 @@ class AnnotatedSplit(Split):
         self._images = array("i")
         self._scored, self._scores = array("i"), Lists("f")
         self._groups: dict[int, dict[str, Any]] = {}
+        self._unknown = 0
         for file in files:
             self._read(file)
         self._image_names = list(self._names)
+        if self._answered and self._unknown == len(self):
+            raise DataError(
+                f"none of the answers in {' and '.join(map(str, files))} is among the {len(labels)} labels; set "
+                "dataset.answers to the list of the task"
+            )
 
     @abstractmethod
     def scores(self, label: object, where: str) -> Mapping[int, float]:
@@ -101,8 +107,9 @@ class AnnotatedSplit(Split):
         return self._measured[0]
 
     def warnings(self) -> list[str]:
-        """Return how many texts are truncated."""
-        return self._measured[1].warnings()
+        """Return how many texts are truncated, and how many have no known answer."""
+        unknown = f"{self._unknown:,} of {len(self):,} questions have no answer among the {len(self.labels):,} labels"
+        return [*self._measured[1].warnings(), *([unknown] if self._unknown else [])]
 
     @cached_property
     def _measured(self) -> tuple[Sequence[int], CutTexts]:
@@ -154,6 +161,7 @@ class AnnotatedSplit(Split):
         for name in names:
             self._images.append(self._names.setdefault(name, len(self._names)))
         scores = self.scores(record["label"], where) if self._answered else {}
+        self._unknown += self._answered and not scores
         self._scored.extend(scores)
         self._scores.append(scores.values())
 
