@@ -171,7 +171,7 @@ def test_without_its_data_a_recipe_says_what_is_missing(capsys: pytest.CaptureFi
     [
         ("uniter/vqa_rephrasings", ("consensus", "consensus_4", "subsets_rephrased")),
         ("uniter/nlvr2_contrast", ("consistency", "subsets_contrast")),
-        ("lxmert/gqa_ood", ("gqa_ood_head", "gqa_ood_tail")),
+        ("lxmert/gqa_ood", ("gqa_ood", "gqa_ood_tail")),
         ("lxmert/vqa_cp", ("subsets_yes/no", "subsets_other")),
     ],
 )
