@@ -132,3 +132,12 @@ def test_a_bootstrap_draws_whole_groups() -> None:
     means = [sum(found.means[i] * sizes[i] for i in row) / sum(sizes[i] for i in row) for row in draws]
     assert interval(found.means, weights=sizes) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
     assert interval(found.means, weights=[3] * 4) == interval(found.means)
+
+
+def test_subsets_are_a_curve_in_the_order_of_their_numbers() -> None:
+    output, batch = batches(12)[0]
+    names = ["tail_10", "tail_-0.7", "other", "tail_2", "tail_-0.1"]
+    metric = Subsets()
+    metric.update(output, replace(batch, references=[GroupReference(None, names)] * 12))
+    found = [name.removeprefix("subsets_") for name in metric.compute()]
+    assert found == ["subsets", "other", "tail_-0.7", "tail_-0.1", "tail_2", "tail_10"]

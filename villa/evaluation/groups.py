@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -188,20 +189,26 @@ class Consistency(GroupMetric):
 class Subsets(GroupMetric):
     """The score of the split, and that of each of its subsets: ``subsets``, ``subsets_<name>``.
 
-    An answer scores as in ``soft_accuracy``, ``accuracy`` or ``exact_match``, whichever suits the targets.
+    Subsets are in the order of their names, ``tail_2`` before ``tail_10``. An answer scores as in ``soft_accuracy``, ``accuracy`` or ``exact_match``, whichever suits the targets.
     """
 
     name = "subsets"
 
     def clusters(self) -> dict[str, Clusters]:
         """Return the scores of all examples, and of those in each subset, by group."""
-        names = sorted({name for member in self._members for name in member.subsets})
+        names = sorted({name for member in self._members for name in member.subsets}, key=_in_order)
         if not names:
             return {}
         found = {self.name: Clusters.of(self.gathered(lambda member: True))}
         for name in names:
             found[f"{self.name}_{name}"] = Clusters.of(self.gathered(partial(_within, name)))
         return found
+
+
+def _in_order(name: str) -> tuple[str, float, str]:
+    """Return a key that sorts names by the numbers at their ends."""
+    numbered = re.fullmatch(r"(.*?)(-?\d+(?:\.\d+)?)", name)
+    return (numbered[1], float(numbered[2]), name) if numbered else (name, 0.0, name)
 
 
 def _within(name: str, member: Membership) -> bool:
