@@ -189,7 +189,8 @@ class Consistency(GroupMetric):
 class Subsets(GroupMetric):
     """The score of the split, and that of each of its subsets: ``subsets``, ``subsets_<name>``.
 
-    Subsets are in the order of their names, ``tail_2`` before ``tail_10``. An answer scores as in ``soft_accuracy``, ``accuracy`` or ``exact_match``, whichever suits the targets.
+    Subsets are in the order of their names, ``tail_2`` before ``tail_10``. An answer scores as in ``soft_accuracy``,
+    ``accuracy`` or ``exact_match``, whichever suits the targets.
     """
 
     name = "subsets"
