@@ -3,7 +3,8 @@ r"""Make a JSON-lines file of questions about images (dataset=jsonl) from the an
     python tools/make_jsonl.py --task vqa --questions v2_OpenEnded_mscoco_val2014_questions.json \
         --annotations v2_mscoco_val2014_annotations.json --images val2014 --output vqa/val.jsonl
 
-docs/vilt.md shows the commands of all tasks.
+With --layout lxmert it is the list of records that LXMERT's tasks read. docs/vilt.md shows the commands of all tasks,
+docs/benchmarks.md those of robustness benchmarks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from villa.command import Parser, run_command
 from villa.convert.annotations import IMAGE_SETS
+from villa.convert.benchmarks import named_file
 from villa.convert.line_tasks import LINE_TASKS, make_lines
 from villa.convert.tasks import TextOptions
 
@@ -25,17 +27,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", required=True, choices=sorted(LINE_TASKS))
     add("--output", required=True, type=Path, help="file to write, like vqa/train.jsonl")
+    add("--layout", choices=("jsonl", "lxmert"), default="jsonl", help="JSON lines, or a list for dataset=lxmert_*")
     add("--images", type=Path, help="folder of the images; without it they are named for dataset.image_root")
     add("--skip-missing", action="store_true", help="leave out questions whose images are not there")
     add("--answers-file", type=Path, help="also write the list of answers, one a line or .json (dataset.answers)")
     add("--force", action="store_true", help="replace files that are there")
     add("--progress", choices=("auto", "on", "off"), default="auto")
     add("--questions", type=Path, help="vqa, gqa: the file of questions")
-    add("--annotations", type=Path, help="vqa, nlvr2, ve: the file of annotations")
+    add("--annotations", type=Path, help="vqa, nlvr2, nlvr2_contrast, ve: the file of annotations")
     add("--answers-from", type=Path, nargs="+", help="list the answers of these files: vqa annotations, gqa questions")
     add("--min-occurrences", type=int, help="vqa: how often an answer of the list occurs (9)")
     add("--scores", choices=("soft", "thirds"), help="vqa: write scores of the answers instead of the ten answers")
     add("--image-set", choices=IMAGE_SETS, help="vqa: images asked about; by default what the questions say")
+    add(
+        "--subset",
+        type=named_file,
+        nargs="+",
+        metavar="NAME=FILE",
+        help="vqa, gqa: subsets of the questions, and files that list their ids",
+    )
+    add("--contrasts", type=Path, help="nlvr2: only the sentences that these contrast sets were made from")
     return parser.parse_args(argv)
 
 
@@ -46,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(given: dict[str, Any]) -> int:
     task, output = given.pop("task"), given.pop("output")
-    extra = {name: given.pop(name) for name in ("images", "answers_file", "skip_missing", "force", "progress")}
+    extra = {
+        name: given.pop(name) for name in ("images", "layout", "answers_file", "skip_missing", "force", "progress")
+    }
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }

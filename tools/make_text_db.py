@@ -4,7 +4,8 @@ r"""Make a text database of UNITER and VILLA from the annotations of a data set.
         --annotations v2_mscoco_train2014_annotations.json --answers ans2label.json \
         --tokenizer vocab.txt --output txt_db/vqa_train.db
 
-The same command again goes on with a conversion that was killed. docs/data.md shows the commands of all tasks.
+The same command again goes on with a conversion that was killed. docs/data.md shows the commands of all tasks,
+docs/benchmarks.md those of robustness benchmarks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from villa.command import Parser, run_command
 from villa.convert.annotations import IMAGE_SETS
+from villa.convert.benchmarks import named_file
 from villa.convert.tasks import TASKS, TextOptions, make_text_database
 
 
@@ -29,7 +31,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer-name", help="what meta.json calls the tokenizer")
     add("--missing-images", type=Path, help="JSON list of feature files that do not exist; their texts are left out")
     add("--progress", choices=("auto", "on", "off"), default="auto")
-    add("--annotations", type=Path, help="vqa, vcr, nlvr2, ve, itm, caption: the file of annotations")
+    add("--annotations", type=Path, help="vqa, vcr, nlvr2, nlvr2_contrast, ve, itm, caption: the file of annotations")
     add("--questions", type=Path, help="vqa: the file of questions")
     add("--answers", type=Path, help="vqa: answer list, {answer: label}; by default built from the annotations")
     add("--answers-from", type=Path, nargs="+", help="vqa: build the answer list from these annotations instead")
@@ -40,6 +42,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--refs", type=Path, help="re: refs.json")
     add("--instances", type=Path, help="re: instances.json")
     add("--object-order", type=Path, help="re: file with iid_to_ann_ids, the order of the ground-truth features")
+    add(
+        "--subset",
+        type=named_file,
+        nargs="+",
+        metavar="NAME=FILE",
+        help="vqa: subsets of the questions, and files that list their ids",
+    )
+    add("--contrasts", type=Path, help="nlvr2: only the sentences that these contrast sets were made from")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor  # slow to import
@@ -117,3 +117,16 @@ class RegionReference:
 
     target: Box | None
     boxes: Sequence[Box]
+
+
+@dataclass(frozen=True)
+class GroupReference:
+    """What an example has in common with others, for metrics of groups and subsets; as its record gives it.
+
+    Attributes:
+        group: name of its group (rephrasings of one question, contrasts of one sentence), or None.
+        subsets: names of the subsets of the split that it is in.
+    """
+
+    group: Any
+    subsets: Any

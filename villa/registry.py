@@ -180,6 +180,7 @@ METRICS: Registry[Any] = Registry(
     {
         **dict.fromkeys(("accuracy", "soft_accuracy"), "villa.evaluation.metrics"),
         "exact_match": "villa.evaluation.metrics",
+        **dict.fromkeys(("consensus", "consistency", "subsets", "gqa_ood"), "villa.evaluation.groups"),
         **dict.fromkeys(("mlm_accuracy", "itm_accuracy", "mrc_accuracy"), "villa.evaluation.metrics"),
         "pair_retrieval": "villa.evaluation.retrieval",
         "referring": "villa.evaluation.metrics",

@@ -1,6 +1,7 @@
 """The recipes of all tasks: they have the released values, and run on generated data. New files are found by glob."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache as cache_results
 from pathlib import Path
@@ -163,6 +164,27 @@ def test_without_its_data_a_recipe_says_what_is_missing(capsys: pytest.CaptureFi
     assert "data/txt_db/vcr_train.db" in printed
     assert "docs/data.md" in printed
     assert lines[-1].endswith("dataset.synthetic=true")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("uniter/vqa_rephrasings", ("consensus", "consensus_4", "subsets_rephrased")),
+        ("uniter/nlvr2_contrast", ("consistency", "subsets_contrast")),
+        ("lxmert/gqa_ood", ("gqa_ood", "gqa_ood_tail")),
+        ("lxmert/vqa_cp", ("subsets_yes/no", "subsets_other")),
+    ],
+)
+def test_a_benchmark_is_scored_by_its_groups(
+    recipe: str, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(recipe, "trainer=standard")
+    values = json.loads((folder / "metrics.json").read_text())["test"]
+    printed = capsys.readouterr().out
+    for name in names:
+        assert 0 <= values[name] <= 1
+        row = rf"\| {re.escape(name.replace('_', ' '))} +\| +{100 * values[name]:.1f} \| +\[[\d.]+, [\d.]+\] \| +\d+ \|"
+        assert re.search(row, printed), name
 
 
 @pytest.mark.slow

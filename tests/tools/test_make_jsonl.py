@@ -305,3 +305,24 @@ def test_half_a_character_is_refused_with_its_place(capsys: pytest.CaptureFixtur
     Path("q.json").write_text(text)
     assert tool.main(["--task", "gqa", "--questions", "q.json", "--output", "l.jsonl", "--progress", "off"]) == 2
     assert "q.json: question 7: a text holds half a character" in capsys.readouterr().err
+
+
+def test_lists_for_lxmert_with_subsets(capsys: pytest.CaptureFixture[str]) -> None:
+    listing = ["--layout", "lxmert", "--subset", f"hard={write('hard.json', [7001])}", f"none={write('none.json', [])}"]
+    assert tool.main([*vqa(), *listing, "--output", "out.json", "--progress", "off"]) == 0
+    first, second = json.loads(Path("out.json").read_text())
+    assert (first["img_id"], first["label"]["2"], "subsets" in first) == ("COCO_val2014_000000262148", 1.0, False)
+    assert second["subsets"] == ["hard"]
+    capsys.readouterr()
+    assert tool.main([*vqa(), *listing, "--images", ".", "--output", "other.json"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sentences_that_contrast_sets_were_made_from() -> None:
+    contrasts = [{"identifier": "dev-850-0-1-1", "sentence": "There are two dogs.", "label": "False"}]
+    given = ["--annotations", write("dev.jsonl", NLVR2), "--contrasts", write("contrasts.jsonl", contrasts)]
+    (line,) = convert("--task", "nlvr2", *given)
+    assert (line["id"], line["group"], line["subsets"]) == ("dev-850-0-1", "dev-850-0-1", ["original"])
+    paint("images/dev-850-0-1-1-img0.jpg", "images/dev-850-0-1-1-img1.png")
+    (line,) = convert("--task", "nlvr2_contrast", "--annotations", "contrasts.jsonl", "--images", "images", "--force")
+    assert line["images"] == ["../images/dev-850-0-1-1-img0.jpg", "../images/dev-850-0-1-1-img1.png"]

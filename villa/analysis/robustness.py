@@ -164,11 +164,26 @@ def _outcome(number: int, id_: str, victims: Sequence[Victim]) -> Outcome:
     )
 
 
-def interval(scores: Sequence[float], seed: int = 0, draws: int = 1000) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean over examples."""
+#: Most scores that a bootstrap draws at once, so that its memory does not grow with the examples.
+_DRAWN = 1 << 20
+
+
+def interval(
+    scores: Sequence[float], seed: int = 0, draws: int = 1000, weights: Sequence[int] | None = None
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean over examples, or of the weighted mean over clusters of them."""
     values = np.asarray(scores, np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
+    sizes = None if weights is None or len({*weights}) == 1 else np.asarray(weights, np.float64)
+    generator, means = np.random.default_rng(seed), []
+    at_once = max(1, _DRAWN // len(values))
+    for start in range(0, draws, at_once):
+        picks = generator.integers(0, len(values), (min(at_once, draws - start), len(values)))
+        drawn = values[picks]
+        if sizes is None:
+            means.append(drawn.mean(1))
+        else:
+            means.append((drawn * sizes[picks]).sum(1) / sizes[picks].sum(1))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
 
 

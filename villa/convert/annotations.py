@@ -11,7 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from villa.convert.answers import Scores, answer_target
-from villa.convert.example import LineRecords, RawExample, RawRecord, as_record, by_number, read_object, read_records
+from villa.convert.example import (
+    LineRecords,
+    RawExample,
+    RawRecord,
+    as_record,
+    read_object,
+    read_records,
+    repeated,
+    starts_list,
+)
 from villa.datasets.base import plain_answer
 from villa.errors import DataError, nearest
 from villa.files import regular_file
@@ -132,6 +141,47 @@ def image_set(questions: Path) -> str:
     raise DataError(f"'{questions}' does not say which images it asks about; give --image-set, {_choices()}")
 
 
+def vqa_records(path: Path, key: str) -> list[RawRecord]:
+    """Read the list ``key`` (``questions``, ``annotations``) of a file of VQA; a file of VQA-CP is the list itself.
+
+    Raises:
+        DataError: the file cannot be read, or has no such list.
+    """
+    return read_records(path, None if starts_list(path) else key)
+
+
+def vqa_questions(path: Path, images: str | None = None) -> list[tuple[RawRecord, str]]:
+    """Read the questions of a file of VQA, each with its image set.
+
+    Args:
+        path: the file.
+        images: the image set; by default that of the file. Questions of VQA-CP name their own (``coco_split``), and
+            this selects among them.
+
+    Raises:
+        DataError: the file cannot be read, or does not say which images it asks about.
+    """
+    questions = vqa_records(path, "questions")
+    if not any("coco_split" in question.values for question in questions):
+        if images is None and questions and starts_list(path):
+            raise DataError(f"{questions[0].where}: 'coco_split' is missing; add it, or give --image-set, {_choices()}")
+        whole = images or image_set(path)
+        return [(question, whole) for question in questions]
+    named = [(question, _coco_split(question)) for question in questions]
+    found = [(question, own) for question, own in named if images in (None, own)]
+    if not found:
+        there = " and ".join(dict.fromkeys(own for _, own in named))
+        raise DataError(f"'{path}' asks about no image of {images}, only about {there}; give another --image-set")
+    return found
+
+
+def _coco_split(question: RawRecord) -> str:
+    name = question.text("coco_split")
+    if name not in IMAGE_SETS:
+        raise DataError(f"{question.where}: coco_split '{name:.40}' must be {_choices()}{nearest(name, IMAGE_SETS)}")
+    return name
+
+
 def image_name(images: str, number: int) -> str:
     """Return the name of an image's feature file: ``coco_train2014_000000000009.npz``."""
     return f"vg_{number:012}.npz" if images == "vg" else f"coco_{images}_{number:012}.npz"
@@ -145,30 +195,72 @@ def read_vqa(
     images: str | None = None,
     scores: Scores = "soft",
 ) -> Iterator[RawExample]:
-    """Yield the questions of VQA v2.
+    """Yield the questions of VQA v2, VQA-CP or VQA-Rephrasings.
+
+    A question and its rephrasings are a group, with the subsets ``original`` and ``rephrased``. The answer type of a
+    question is a subset, too.
 
     Args:
-        questions: ``v2_OpenEnded_mscoco_<set>_questions.json``.
+        questions: ``v2_OpenEnded_mscoco_<set>_questions.json`` or ``vqacp_v2_<split>_questions.json``.
         annotations: ``v2_mscoco_<set>_annotations.json``; without it (test) examples have no ``target``.
         labels: label of each answer, for the targets.
-        images: one of ``IMAGE_SETS``; by default that of the file.
+        images: one of ``IMAGE_SETS``; see ``vqa_questions``.
         scores: kind of the targets' soft scores.
 
     Raises:
         DataError: a file cannot be read, or a question has no annotation.
     """
-    images = images or image_set(questions)
-    answered = None if annotations is None else by_number(read_records(annotations, "annotations"), "question_id")
-    for question in read_records(questions, "questions"):
-        number = question.integer("question_id")
-        name = image_name(images, question.integer("image_id"))
+    asked = vqa_questions(questions, images)
+    answered = None if annotations is None else _Annotations(annotations)
+    grouped = any(_original(question) is not None for question, _ in asked)
+    for question, own in asked:
+        name = image_name(own, question.integer("image_id"))
+        id_, original = str(question.integer("question_id")), _original(question)
+        subsets = [] if not grouped else ["original" if original is None else "rephrased"]
         fields: dict[str, Any] = {**question.values}
         if answered is not None:
-            annotation = answered.get(number)
-            if annotation is None:
-                raise DataError(f"{question.where}: '{annotations}' has no annotation of question {number}")
+            annotation = answered.of(question)
             fields.update(annotation.values, target=answer_target(annotation, labels or {}, scores))
-        yield RawExample(str(number), {"input_ids": (question.text("question"),)}, name, fields, question.where)
+            kind = annotation.values.get("answer_type")
+            subsets += [kind] if isinstance(kind, str) else []
+        group = (id_ if original is None else str(original)) if grouped else None
+        # Ids of rephrasings (the original's x 10 + 0, 1 or 2) are also those of other questions.
+        id_ = id_ if original is None else f"{original}{id_:>010}"
+        texts = {"input_ids": (question.text("question"),)}
+        yield RawExample(id_, texts, name, fields, question.where, group, tuple(subsets))
+
+
+def _original(question: RawRecord) -> int | None:
+    """Return the question that a question of VQA-Rephrasings rephrases, or None."""
+    return None if question.values.get("rephrasing_of") is None else question.integer("rephrasing_of")
+
+
+class _Annotations:
+    """The annotations of questions of VQA. In VQA-Rephrasings two questions about different images may share an id."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[int, dict[Any, RawRecord]] = {}
+        for record in vqa_records(path, "annotations"):
+            number, image = record.integer("question_id"), record.values.get("image_id")
+            first = self._known.setdefault(number, {}).setdefault(None if image is None else str(image), record)
+            if first.values != record.values:
+                raise repeated(record, first, "question_id")
+
+    def of(self, question: RawRecord) -> RawRecord:
+        """Return the annotation of a question.
+
+        Raises:
+            DataError: there is none.
+        """
+        number = question.integer("question_id")
+        known = self._known.get(number, {})
+        found = known.get(str(question.integer("image_id")), known.get(None))
+        if found is None and len(known) == 1 and _original(question) is None:
+            (found,) = known.values()
+        if found is None:
+            raise DataError(f"{question.where}: '{self._path}' has no annotation of question {number}")
+        return found
 
 
 def _choices() -> str:
@@ -228,11 +320,16 @@ def read_nlvr2(annotations: Path) -> Iterator[RawExample]:
         if not dash:
             raise DataError(f"{record.where}: identifier '{identifier}' has no '-'; it must be like 'dev-850-0-0'")
         images = [f"nlvr2_{pair}-img{side}.npz" for side in (0, 1)]
-        fields: dict[str, Any] = {**record.values, "target": _target(record)}
+        fields: dict[str, Any] = {**record.values, "target": nlvr2_target(record)}
         yield RawExample(identifier, {"input_ids": (record.text("sentence"),)}, images, fields, record.where)
 
 
-def _target(record: RawRecord) -> int | None:
+def nlvr2_target(record: RawRecord) -> int | None:
+    """Return the class of a sentence of NLVR2, or None if it is hidden.
+
+    Raises:
+        DataError: the label is another.
+    """
     label = record.values.get("label")
     if label is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from villa.errors import DataError
 from villa.files import read_json
 
 _WHAT, _ADVICE = "file", "mend the path or download it again"
+_BEGINNING = 1 << 10
 
 #: A text to tokenise: strings are split on white space into words; an integer is the number of a token outside the
 #: vocabulary (a person of VCR), with the id ``vocabulary size + number``.
@@ -28,6 +30,8 @@ class RawExample:
         images: name of the feature file, or several; None if the task has no ``txt2img.json``.
         fields: further fields, stored unchanged.
         where: where it was read (``questions.json: record 3``), for messages.
+        group: name of its group, for metrics of groups; None without one.
+        subsets: names of the subsets of the split that it is in.
     """
 
     id: str
@@ -35,6 +39,13 @@ class RawExample:
     images: str | list[str] | None
     fields: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    group: str | None = None
+    subsets: tuple[str, ...] = ()
+
+    def membership(self) -> dict[str, Any]:
+        """Return ``group`` and ``subsets`` as fields of a record, without empty ones."""
+        fields = {"group": self.group, "subsets": list(self.subsets)}
+        return {name: value for name, value in fields.items() if value}
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,15 @@ def read_object(path: Path) -> RawRecord:
     return as_record(read_json(path, _WHAT, _ADVICE), str(path))
 
 
+def starts_list(path: Path) -> bool:
+    """Return whether a JSON file holds a list, by its first character; False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_BEGINNING).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
+    except OSError:
+        return False
+
+
 def read_records(path: Path, key: str | None = None) -> list[RawRecord]:
     """Read the objects of a list: the whole JSON file, or its entry ``key``.
 
@@ -159,9 +179,14 @@ def by_number(records: Iterable[RawRecord], field: str) -> dict[int, RawRecord]:
     for record in records:
         first = found.setdefault(record.integer(field), record)
         if first.values != record.values:
-            number = record.integer(field)
-            raise DataError(f"{record.where}: the {field} {number} occurs twice, first in {first.where}; leave one out")
+            raise repeated(record, first, field)
     return found
+
+
+def repeated(record: RawRecord, first: RawRecord, field: str) -> DataError:
+    """Return the error that two records have the same number."""
+    number = record.integer(field)
+    return DataError(f"{record.where}: the {field} {number} occurs twice, first in {first.where}; leave one out")
 
 
 def as_record(value: Any, where: str) -> RawRecord:

@@ -1,31 +1,35 @@
-"""Convert annotations to JSON lines (``tools/make_jsonl.py``): options, records and image paths of each task."""
+"""Convert annotations to files of questions (``tools/make_jsonl.py``): options, records and image paths of a task."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from villa.convert.annotations import (
     CLASSES,
     count_gqa,
     gqa_answers,
-    image_set,
     read_gqa,
-    read_nlvr2,
     read_snli_ve,
     read_vqa,
+    vqa_questions,
+    vqa_records,
 )
 from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers, human_answers, human_scores
-from villa.convert.example import LineRecords, RawExample, RawRecord, read_records
-from villa.convert.tasks import Task, TextOptions, check_options
+from villa.convert.benchmarks import read_nlvr2_contrasts, with_subsets
+from villa.convert.example import LineRecords, RawExample, RawRecord
+from villa.convert.tasks import Task, TextOptions, check_options, nlvr2_sentences
 from villa.datasets.base import answer_list
 from villa.errors import ConfigError, DataError, one_line
 from villa.files import atomic_write, replacing
 from villa.progress import Mode, track
+
+#: Layouts of a written file: JSON lines (``dataset=jsonl``), or LXMERT's list (``dataset=lxmert_vqa`` ...).
+Layout = Literal["jsonl", "lxmert"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Line:
     def of(cls, example: RawExample, images: Sequence[Sequence[str]], **answer: Any) -> Line:
         """Make a line from an example with one text, and its answer if there is one."""
         (words,) = example.texts.values()
-        return cls({"id": example.id, "question": " ".join(map(str, words)), **answer}, images, example.where)
+        fields = {"id": example.id, "question": " ".join(map(str, words)), **answer, **example.membership()}
+        return cls(fields, images, example.where)
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,22 @@ class Counts:
 
 
 def write_lines(
-    source: LineSource, output: Path, images: Path | None = None, *, skip_missing: bool = False, progress: Mode = "auto"
+    source: LineSource,
+    output: Path,
+    images: Path | None = None,
+    *,
+    layout: Layout = "jsonl",
+    skip_missing: bool = False,
+    progress: Mode = "auto",
 ) -> Counts:
-    """Write a JSON-lines file, atomically.
+    """Write a file of questions, atomically.
 
     Args:
         source: the lines.
         output: the file.
         images: folder of the images. Lines then have paths, relative to the folder of ``output``, of existing images;
             without it, paths for ``dataset.image_root``, which are not checked.
+        layout: JSON lines, or the list of records that LXMERT's tasks read.
         skip_missing: leave out lines with missing images instead of stopping at the first one.
         progress: how to show progress.
 
@@ -92,18 +104,39 @@ def write_lines(
         raise DataError(f"'{images}' is not a folder; give --images the folder with the images")
     finder = _Finder(images, output)
     counts = Counts()
+    before, between, after = {"jsonl": ("", "\n", "\n"), "lxmert": ("[\n", ",\n", "\n]\n")}[layout]
     try:
         with replacing(output) as temporary, temporary.open("x", encoding="utf-8") as file:
             for record, where in _records(source, finder, skip_missing, counts, progress):
+                written = record if layout == "jsonl" else lxmert_record(record)
                 try:
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.write((before if counts.written == 1 else between) + json.dumps(written, ensure_ascii=False))
                 except UnicodeEncodeError as error:
                     raise DataError(f"{where}: a text holds half a character ({one_line(error)}); mend it") from error
             if not counts.written:
                 raise DataError(f"no line is left for '{output}' ({counts.left_out:,} lack their images)")
+            file.write(after)
     except OSError as error:
         raise DataError(f"'{output}' cannot be written: {one_line(error)}") from error
     return counts
+
+
+def lxmert_record(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line as a record of LXMERT's annotations, which name images without folder and suffix."""
+    record: dict[str, Any] = {"sent": line["question"]}
+    answer = line.get("answer")
+    if "images" in line:
+        record |= {"identifier": line["id"], **{f"img{i}": _stem(path) for i, path in enumerate(line["images"])}}
+        record |= {} if answer is None else {"label": _TRUTH.index(answer)}
+    else:
+        record |= {"question_id": line["id"], "img_id": _stem(line["image"])}
+        record |= {} if answer is None else {"label": {answer: 1.0}}
+        record |= {"label": line["answers"]} if "answers" in line else {}
+    return record | {name: line[name] for name in ("group", "subsets") if name in line}
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).stem
 
 
 def _records(
@@ -169,6 +202,7 @@ def make_lines(
     output: Path,
     *,
     images: Path | None = None,
+    layout: Layout = "jsonl",
     answers_file: Path | None = None,
     skip_missing: bool = False,
     force: bool = False,
@@ -181,6 +215,7 @@ def make_lines(
         options: files and settings of the task.
         output: file to write.
         images: folder of the images; see ``write_lines``.
+        layout: layout of the file; LXMERT's always has scores of VQA's answers, by default ``soft``.
         answers_file: file to write the answers to, in the order of the labels; see ``answer_list``.
         skip_missing: leave out lines with missing images.
         force: replace existing files.
@@ -198,6 +233,11 @@ def make_lines(
         if path is not None and path.exists() and (path.is_dir() or not force):
             advice = "give the name of a file" if path.is_dir() else "give another name, or --force to replace it"
             raise ConfigError(f"output '{path}' exists; {advice}")
+    if layout == "lxmert":
+        if task == "ve" or images is not None:
+            wrong = "--task ve, which LXMERT does not have" if task == "ve" else "--images, as it names no files"
+            raise ConfigError(f"--layout lxmert does not go with {wrong}; leave one out")
+        options = replace(options, scores=options.scores or "soft") if task == "vqa" else options
     if images is None and skip_missing:
         raise ConfigError("--skip-missing looks for images; give their folder by --images")
     source = LINE_TASKS[task].open(options)
@@ -207,7 +247,7 @@ def make_lines(
             raise ConfigError(f"nothing given answers the questions of task {task}; leave out --answers-file")
         answers = list(source.answers())
         listed = answer_list(answers_file, answers)
-    counts = write_lines(source, output, images, skip_missing=skip_missing, progress=progress)
+    counts = write_lines(source, output, images, layout=layout, skip_missing=skip_missing, progress=progress)
     if answers_file is None or answers is None:
         return counts, None
     try:
@@ -219,22 +259,23 @@ def make_lines(
 
 def _vqa(options: TextOptions) -> LineSource:
     assert options.questions is not None
-    images = options.image_set or image_set(options.questions)
-    examples = read_vqa(options.questions, options.annotations, images=images)
+    total = len(vqa_questions(options.questions, options.image_set))
+    examples = with_subsets(read_vqa(options.questions, options.annotations, images=options.image_set), options.subset)
     answered = options.annotations is not None
-    lines = (_vqa_line(example, images, options.scores, answered) for example in examples)
+    lines = (_vqa_line(example, options.scores, answered) for example in examples)
     files = options.answers_from or (() if options.annotations is None else (options.annotations,))
 
     def answers() -> list[str]:
-        records = (record for file in files for record in read_records(file, "annotations"))
+        records = (record for file in files for record in vqa_records(file, "annotations"))
         return list(build_answers(records, options.min_occurrences or MIN_OCCURRENCES))
 
-    return LineSource(lines, len(read_records(options.questions, "questions")), answers if files else None)
+    return LineSource(lines, total, answers if files else None)
 
 
-def _vqa_line(example: RawExample, images: str, scores: Scores | None, answered: bool) -> Line:
+def _vqa_line(example: RawExample, scores: Scores | None, answered: bool) -> Line:
     record = RawRecord(example.fields, example.where)
-    digits = str(example.images).removesuffix(".npz").rpartition("_")[2]  # the image's number
+    named, _, digits = str(example.images).removesuffix(".npz").rpartition("_")  # the image's number
+    images = named.removeprefix("coco_")
     name = f"{int(digits)}.jpg" if images == "vg" else f"COCO_{images}_{digits}.jpg"
     folders = ("VG_100K", "VG_100K_2") if images == "vg" else (images,)
     places = [name, *(f"{folder}/{name}" for folder in folders)]
@@ -250,11 +291,12 @@ def _gqa(options: TextOptions) -> LineSource:
     assert options.questions is not None
     questions = options.questions
     files = options.answers_from or (questions,)
-    return LineSource(_gqa_lines(questions), count_gqa(questions), lambda: _required(gqa_answers(files), files))
+    lines = _gqa_lines(with_subsets(read_gqa(questions), options.subset))
+    return LineSource(lines, count_gqa(questions), lambda: _required(gqa_answers(files), files))
 
 
-def _gqa_lines(questions: Path) -> Iterator[Line]:
-    for example in read_gqa(questions):
+def _gqa_lines(examples: Iterable[RawExample]) -> Iterator[Line]:
+    for example in examples:
         name = f"{example.fields['imageId']}.jpg"
         answer = {"answer": example.fields["answer"]} if "answer" in example.fields else {}
         yield Line.of(example, [[name, f"images/{name}"]], **answer)
@@ -268,8 +310,20 @@ def _required(answers: list[str], files: tuple[Path, ...]) -> list[str]:
 
 def _nlvr2(options: TextOptions) -> LineSource:
     assert options.annotations is not None
-    lines = map(_nlvr2_line, read_nlvr2(options.annotations))
+    lines = map(_nlvr2_line, nlvr2_sentences(options))
     return LineSource(lines, len(LineRecords(options.annotations)), lambda: _TRUTH)
+
+
+def _nlvr2_contrast(options: TextOptions) -> LineSource:
+    assert options.annotations is not None
+    lines = map(_contrast_line, read_nlvr2_contrasts(options.annotations))
+    return LineSource(lines, len(LineRecords(options.annotations)), lambda: _TRUTH)
+
+
+def _contrast_line(example: RawExample) -> Line:
+    # Images are called by the contrast, and are of either kind.
+    places = [[f"{example.id}-img{side}.{kind}" for kind in ("png", "jpg")] for side in (0, 1)]
+    return Line.of(example, places, **_truth(example))
 
 
 def _nlvr2_line(example: RawExample) -> Line:
@@ -280,8 +334,13 @@ def _nlvr2_line(example: RawExample) -> Line:
     names = [f"{pair}-img{side}.png" for side in (0, 1)]
     inner = [] if directory is None else [f"{directory}/"]
     places = [[f"{prefix}{name}" for prefix in (*inner, "", f"{folder}/", f"images/{folder}/")] for name in names]
+    return Line.of(example, places, **_truth(example))
+
+
+def _truth(example: RawExample) -> dict[str, str]:
+    """Return the answer of a sentence of NLVR2 as a field; nothing if it is hidden."""
     target = example.fields["target"]
-    return Line.of(example, places, **({} if target is None else {"answer": _TRUTH[target]}))
+    return {} if target is None else {"answer": _TRUTH[target]}
 
 
 def _snli_ve(options: TextOptions) -> LineSource:
@@ -296,10 +355,11 @@ def _snli_ve_line(example: RawExample) -> Line:
     return Line.of(example, [[name, f"flickr30k-images/{name}"]], answer=record.text("gold_label"))
 
 
-_VQA_OPTIONS = ("annotations", "answers_from", "min_occurrences", "scores", "image_set")
+_VQA_OPTIONS = ("annotations", "answers_from", "min_occurrences", "scores", "image_set", "subset")
 LINE_TASKS: dict[str, Task[LineSource]] = {
     "vqa": Task(_vqa, ("questions",), _VQA_OPTIONS),
-    "gqa": Task(_gqa, ("questions",), ("answers_from",)),
-    "nlvr2": Task(_nlvr2, ("annotations",)),
+    "gqa": Task(_gqa, ("questions",), ("answers_from", "subset")),
+    "nlvr2": Task(_nlvr2, ("annotations",), ("contrasts",)),
+    "nlvr2_contrast": Task(_nlvr2_contrast, ("annotations",)),
     "ve": Task(_snli_ve, ("annotations",)),
 }

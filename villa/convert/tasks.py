@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from villa.convert.annotations import image_set, read_captions, read_karpathy, read_nlvr2, read_snli_ve, read_vqa
+from villa.convert.annotations import (
+    read_captions,
+    read_karpathy,
+    read_nlvr2,
+    read_snli_ve,
+    read_vqa,
+    vqa_questions,
+    vqa_records,
+)
 from villa.convert.answers import MIN_OCCURRENCES, Scores, build_answers
-from villa.convert.example import LineRecords, read_records
+from villa.convert.benchmarks import Subset, originals, read_nlvr2_contrasts, with_subsets
+from villa.convert.example import LineRecords, RawExample
 from villa.convert.regions import ReferringFiles, read_vcr, split_of
 from villa.convert.text_database import Outcome, RawWordPieces, TextSource, finished_text_database, write_text_database
 from villa.datasets.base import read_answers
@@ -37,6 +46,8 @@ class TextOptions:
         refs: RefCOCO's referring expressions.
         instances: RefCOCO's objects.
         object_order: file with ``iid_to_ann_ids``, the order of ground-truth features.
+        subset: names of subsets of the questions, and files that list them.
+        contrasts: NLVR2's contrast sets; only the sentences that they were made from are read.
     """
 
     annotations: Path | None = None
@@ -50,6 +61,8 @@ class TextOptions:
     refs: Path | None = None
     instances: Path | None = None
     object_order: Path | None = None
+    subset: tuple[Subset, ...] | None = None
+    contrasts: Path | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the options that were given."""
@@ -115,8 +128,7 @@ def make_text_database(
 
 def _vqa(options: TextOptions) -> TextSource:
     assert options.questions is not None
-    images = options.image_set or image_set(options.questions)
-    total = len(read_records(options.questions, "questions"))
+    total = len(vqa_questions(options.questions, options.image_set))
     labels = None
     if options.answers is not None:
         if options.answers_from is not None:
@@ -124,10 +136,11 @@ def _vqa(options: TextOptions) -> TextSource:
         labels = {answer: label for label, answer in enumerate(read_answers(options.answers))}
     elif options.annotations is not None:
         files = options.answers_from or (options.annotations,)
-        records = (record for file in files for record in read_records(file, "annotations"))
+        records = (record for file in files for record in vqa_records(file, "annotations"))
         labels = build_answers(records, options.min_occurrences or MIN_OCCURRENCES)
     scores = options.scores or "soft"
-    examples = read_vqa(options.questions, options.annotations, labels, images=images, scores=scores)
+    examples = read_vqa(options.questions, options.annotations, labels, images=options.image_set, scores=scores)
+    examples = with_subsets(examples, options.subset)
     return TextSource(examples, total, files={} if labels is None else {"ans2label": labels})
 
 
@@ -140,7 +153,19 @@ def _vcr(options: TextOptions) -> TextSource:
 
 def _nlvr2(options: TextOptions) -> TextSource:
     assert options.annotations is not None
-    return TextSource(read_nlvr2(options.annotations), len(LineRecords(options.annotations)))
+    return TextSource(nlvr2_sentences(options), len(LineRecords(options.annotations)))
+
+
+def nlvr2_sentences(options: TextOptions) -> Iterator[RawExample]:
+    """Return the sentences of NLVR2, or those that contrast sets were made from."""
+    assert options.annotations is not None
+    sentences = read_nlvr2(options.annotations)
+    return sentences if options.contrasts is None else originals(sentences, options.contrasts)
+
+
+def _nlvr2_contrast(options: TextOptions) -> TextSource:
+    assert options.annotations is not None
+    return TextSource(read_nlvr2_contrasts(options.annotations), len(LineRecords(options.annotations)))
 
 
 def _snli_ve(options: TextOptions) -> TextSource:
@@ -172,10 +197,13 @@ def _captions(options: TextOptions) -> TextSource:
 
 TASKS = {
     "vqa": Task(
-        _vqa, ("questions",), ("annotations", "answers", "answers_from", "min_occurrences", "scores", "image_set")
+        _vqa,
+        ("questions",),
+        ("annotations", "answers", "answers_from", "min_occurrences", "scores", "image_set", "subset"),
     ),
     "vcr": Task(_vcr, ("annotations",), ("split",)),
-    "nlvr2": Task(_nlvr2, ("annotations",)),
+    "nlvr2": Task(_nlvr2, ("annotations",), ("contrasts",)),
+    "nlvr2_contrast": Task(_nlvr2_contrast, ("annotations",)),
     "ve": Task(_snli_ve, ("annotations",)),
     "itm": Task(_itm, ("annotations", "split")),
     "re": Task(_referring, ("refs", "instances", "split"), ("object_order",)),

@@ -230,7 +230,8 @@ def _add(writer: TextDatabaseWriter, example: RawExample, source: TextSource, pi
         return
     images = {} if example.images is None else {"img_fname": example.images}
     try:
-        writer.add(example.id, {**example.fields, **images, **ids}, source.lengths(ids), example.images)
+        fields = {**example.fields, **example.membership(), **images, **ids}
+        writer.add(example.id, fields, source.lengths(ids), example.images)
     except (OverflowError, ValueError, TypeError, UnicodeEncodeError) as error:
         raise DataError(f"{example.where}: cannot be stored ({error}); mend its numbers and texts") from error
 

@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from villa.batch import Batch
 from villa.config.schema import BatchConfig
 from villa.datasets.samplers import Lengths, Sampler, UpdateSampler
 from villa.errors import DataError
-from villa.facts import DataFacts, Written
+from villa.facts import DataFacts, GroupReference, Written
 from villa.files import lines_of, read_json, read_text
 
 
@@ -67,6 +67,13 @@ class Example:
     text: str = ""
     pair: str | None = None
     answer: str | None = None
+
+
+def grouped(example: Example, fields: Mapping[str, Any]) -> Example:
+    """Return an example with the ``group`` and the ``subsets`` that its record names, if any."""
+    if "group" not in fields and "subsets" not in fields:
+        return example
+    return replace(example, reference=GroupReference(fields.get("group"), fields.get("subsets", [])))
 
 
 class Split(Dataset[Example], ABC):

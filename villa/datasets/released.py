@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,8 @@ from villa.datasets.base import DatasetConfig, Example, Split, TaskDataset
 from villa.datasets.collation import collate
 from villa.datasets.paths import SPLITS
 from villa.datasets.synthetic import EXAMPLES, databases
+from villa.datasets.synthetic.groups import GROUPED
+from villa.datasets.synthetic.tasks import write_databases
 from villa.errors import ConfigError, DataError, reading
 from villa.files import plain_path, write_json
 from villa.json_values import is_count, read_own
@@ -33,12 +35,15 @@ class ReleasedFilesConfig(DatasetConfig):
         root: folder that the other paths are relative to.
         synthetic: try the recipe with a tiny model on small generated files of the same format.
         synthetic_examples: training examples to generate; evaluation splits get a quarter of them.
+        synthetic_groups: generate the test split of a robustness benchmark: rephrased questions (VQA), contrast sets
+            (NLVR2), or rare and frequent answers (GQA).
         allow_empty_boxes: accept boxes without width or height.
     """
 
     root: str = "data"
     synthetic: bool = False
     synthetic_examples: int = EXAMPLES
+    synthetic_groups: bool = False
     allow_empty_boxes: bool = False
 
     def check(self) -> None:
@@ -49,6 +54,10 @@ class ReleasedFilesConfig(DatasetConfig):
         """
         if self.synthetic_examples < 32:
             raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
+        if self.synthetic_groups and self.name not in GROUPED:
+            raise ConfigError(
+                f"dataset.synthetic_groups=true is for {', '.join(GROUPED)}, not for '{self.name}'; leave it out"
+            )
 
 
 class ReleasedFilesTask(TaskDataset):
@@ -56,6 +65,8 @@ class ReleasedFilesTask(TaskDataset):
 
     Config: ClassVar[type[DatasetConfig]] = ReleasedFilesConfig
     config: ReleasedFilesConfig
+    #: Writes generated files: task, number of training examples, folder, and whether the test split has groups.
+    generator: ClassVar[Callable[..., None]] = staticmethod(write_databases)
 
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
@@ -84,8 +95,13 @@ class ReleasedFilesTask(TaskDataset):
         return self.generated() if self.config.synthetic else plain_path(self.config.root)
 
     def generated(self) -> Path:
-        """Return the folder of the generated files: by default, the databases of UNITER's tasks."""
-        return databases(self.config.name, self.config.synthetic_examples)
+        """Return the folder of the generated files."""
+        name, grouped = self.config.name, self.config.synthetic_groups
+
+        def write(_: str, examples: int, root: Path) -> None:
+            self.generator(name, examples, root, grouped=grouped)
+
+        return databases(f"{name}_groups" if grouped else name, self.config.synthetic_examples, write)
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that the recipe lists files for."""
@@ -135,5 +151,7 @@ class ReleasedFilesTask(TaskDataset):
         """Return a hash of the options and the contents."""
         options = asdict(self.config) | {"root": None}
         del options["allow_empty_boxes"]  # it changes no example
+        if not self.config.synthetic_groups:
+            del options["synthetic_groups"]
         parts = [options, *self.contents()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

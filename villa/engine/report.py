@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from villa.analysis.robustness import interval
 from villa.checkpoints.layout import CURVES, LOG, METRICS
 from villa.checkpoints.store import CheckpointStore
 from villa.config.schema import RunConfig
@@ -18,11 +23,13 @@ from villa.engine.schedules import Schedule
 from villa.engine.setup import Parts
 from villa.errors import DataError
 from villa.evaluation.figures import plot_curves
-from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
+from villa.evaluation.groups import GroupMetric
+from villa.evaluation.results import EvaluationProtocol, Result, print_results, print_table, write_metrics
 from villa.hub.source import load_model
 from villa.progress import track
 from villa.provenance import provenance
 from villa.registry import SCHEDULERS
+from villa.streams import visible
 from villa.tracking import Trackers
 
 
@@ -132,10 +139,33 @@ def protocol(parts: Parts, update: int, chosen: str) -> EvaluationProtocol:
 
 
 def show(parts: Parts, results: list[Result], references: Mapping[str, float], *, title: str) -> None:
-    """Print the result table, led by the recipe's first metric among the results."""
+    """Print the result table, led by the recipe's first metric among the results, and that of groups and subsets."""
     metrics = parts.config.evaluation.metrics
     metric = next((name for name in metrics if all(name in result.metrics for result in results)), "loss")
     print_results(results, references, metric=metric, title=title)
+    of_groups = {name: one for name, one in parts.evaluator.metrics.items() if isinstance(one, GroupMetric)}
+    known = [one for one in of_groups.values() if one.clusters()]
+    if known:
+        print_table(group_table(known, f"{title}, groups and subsets"))
+    for name in [name for name, one in of_groups.items() if one not in known]:
+        print(f"note: '{name}' has no value, because no example has what it is about (docs/benchmarks.md)")
+
+
+def group_table(metrics: Sequence[GroupMetric], title: str) -> Table:
+    """Return a table of every value, with a 95 % interval by a bootstrap over groups (or single examples)."""
+    table = Table(title=Text(visible(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    for heading in ("%", "95 % interval", "groups"):
+        table.add_column(heading, justify="right")
+    for metric in metrics:
+        clusters = metric.clusters()
+        for name, value in metric.compute().items():
+            cells: list[str] = []
+            if (found := clusters.get(name)) is not None:
+                low, high = interval(found.means, weights=found.sizes)
+                cells = [f"[{100 * low:.1f}, {100 * high:.1f}]", f"{len(found.sizes):,}"]
+            table.add_row(Text(visible(name.replace("_", " "))), f"{100 * value:.1f}", *cells)
+    return table
 
 
 def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:

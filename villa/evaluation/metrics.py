@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -57,6 +58,11 @@ class Metric(ABC):
         """Replace the state by the combined states of several ranks."""
 
 
+def number_of(key: str) -> int:
+    """Hash a key to an integer that is the same in every process and exact in float64."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")
+
+
 class MeanScore(Metric):
     """Mean over examples of a score in [0, 1]; a subclass names it, scores a batch and calls ``add``."""
 
@@ -103,12 +109,21 @@ class TargetScore(MeanScore):
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         """Add the batch's scores."""
-        if batch.targets is None:
-            raise DataError(
-                f"metric '{self.name}': the examples have no targets (first: '{batch.ids[0]}'); "
-                "evaluate a split that has answers"
-            )
-        self.add(self.scores(output.logits.detach(), batch.targets))
+        self.add(self.scores(output.logits.detach(), required_targets(batch, self.name)))
+
+
+def required_targets(batch: Batch, metric: str) -> Tensor:
+    """Return the targets of a batch.
+
+    Raises:
+        DataError: it has none.
+    """
+    if batch.targets is None:
+        raise DataError(
+            f"metric '{metric}': the examples have no targets (first: '{batch.ids[0]}'); evaluate a split that has "
+            "answers"
+        )
+    return batch.targets
 
 
 @register_metric("accuracy")
@@ -163,6 +178,10 @@ class ExactMatch(MeanScore):
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
         """Add the batch's scores."""
+        self.add(self.scores(output, batch))
+
+    def scores(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Return whether each text ``[B]`` is generated exactly."""
         mask, targets = batch.answer_mask, batch.targets
         if mask is None or targets is None or targets.numel() != len(output.logits):
             raise DataError(
@@ -172,7 +191,22 @@ class ExactMatch(MeanScore):
         wrong = (output.logits.detach().argmax(-1) != targets.flatten()).long()
         rows = mask.nonzero()[:, 0]
         mistakes = torch.zeros(len(batch), dtype=torch.long, device=rows.device).index_add(0, rows, wrong)
-        self.add(mistakes == 0)
+        return mistakes == 0
+
+
+def answer_scores(output: ModelOutput, batch: Batch, metric: str) -> Tensor:
+    """Return the score of the answer to each example ``[B]``, float64, by the metric that suits the targets.
+
+    Texts are scored by ``exact_match``, soft targets by ``soft_accuracy``, classes by ``accuracy``.
+
+    Raises:
+        DataError: the examples have no targets; ``metric`` is named.
+    """
+    targets = required_targets(batch, metric)
+    if batch.answer_mask is not None:
+        return ExactMatch().scores(output, batch).double()
+    kind = SoftAccuracy if targets.is_floating_point() else Accuracy
+    return kind().scores(output.logits.detach(), targets).double()
 
 
 #: A chosen box is correct if its intersection over union with the target box is above this.

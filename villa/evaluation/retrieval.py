@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.evaluation.metrics import Metric
+from villa.evaluation.metrics import Metric, number_of
 from villa.facts import RetrievalReference
 from villa.models.base import ModelOutput
 from villa.registry import register_metric
@@ -137,7 +136,7 @@ class PairRetrieval(Metric):
         references = batch.references or [{}] * len(batch)
         for number, (id_, reference) in enumerate(zip(batch.ids, references, strict=True), start=len(self._keys)):
             own = f"{id_}#{number}"
-            self._keys.append((_number(str(reference.get("image", own))), _number(str(reference.get("text", own)))))
+            self._keys.append((number_of(str(reference.get("image", own))), number_of(str(reference.get("text", own)))))
 
     def compute(self) -> dict[str, float]:
         """Return the mean recall and the six recalls."""
@@ -193,8 +192,3 @@ def _ranks(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor:
         best = scores.masked_fill(~good, -torch.inf).amax(1, keepdim=True)
         ranks.append(((scores >= best) & ~good).sum(1))
     return torch.cat(ranks)
-
-
-def _number(key: str) -> int:
-    """Hash a key to an integer that is the same in every process and exact in float64."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from villa.datasets.base import Example, Split
+from villa.datasets.base import Example, Split, grouped
 from villa.datasets.lxmert.features import TsvStore
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.own.records import text_field
@@ -53,9 +53,16 @@ class AnnotatedSplit(Split):
         self._names: dict[str, int] = {}
         self._images = array("i")
         self._scored, self._scores = array("i"), Lists("f")
+        self._groups: dict[int, dict[str, Any]] = {}
+        self._unknown = 0
         for file in files:
             self._read(file)
         self._image_names = list(self._names)
+        if self._answered and self._unknown == len(self):
+            raise DataError(
+                f"none of the answers in {' and '.join(map(str, files))} is among the {len(labels)} labels; set "
+                "dataset.answers to the list of the task"
+            )
 
     @abstractmethod
     def scores(self, label: object, where: str) -> Mapping[int, float]:
@@ -76,13 +83,14 @@ class AnnotatedSplit(Split):
         regions = [self.store[name] for name in self._names_of(index)]
         features, boxes = zip(*regions, strict=True)
         single = len(regions) == 1
-        return Example(
+        example = Example(
             self.ids[index],
             self._words(self.text(index), None)[0],
             features=features[0] if single else features,
             boxes=boxes[0] if single else boxes,
             target=self._target(index) if self._answered else None,
         )
+        return grouped(example, self._groups.get(index, {}))
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages."""
@@ -99,8 +107,9 @@ class AnnotatedSplit(Split):
         return self._measured[0]
 
     def warnings(self) -> list[str]:
-        """Return how many texts are truncated."""
-        return self._measured[1].warnings()
+        """Return how many texts are truncated, and how many have no known answer."""
+        unknown = f"{self._unknown:,} of {len(self):,} questions have no answer among the {len(self.labels):,} labels"
+        return [*self._measured[1].warnings(), *([unknown] if self._unknown else [])]
 
     @cached_property
     def _measured(self) -> tuple[Sequence[int], CutTexts]:
@@ -142,6 +151,8 @@ class AnnotatedSplit(Split):
         if ("label" in record) != self._answered:
             has, first = ("a", "none") if "label" in record else ("no", "one")
             raise DataError(f"{where} has {has} label, but the first record has {first}; give all of a split one")
+        if groups := {name: record[name] for name in ("group", "subsets") if name in record}:
+            self._groups[len(self.ids)] = groups
         known.add(str(id))
         self.ids.append(str(id))
         with about(where):
@@ -150,6 +161,7 @@ class AnnotatedSplit(Split):
         for name in names:
             self._images.append(self._names.setdefault(name, len(self._names)))
         scores = self.scores(record["label"], where) if self._answered else {}
+        self._unknown += self._answered and not scores
         self._scored.extend(scores)
         self._scores.append(scores.values())
 

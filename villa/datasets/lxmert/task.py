@@ -22,7 +22,6 @@ from villa.datasets.names import text_facts
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.paths import SPLITS, describe_missing
 from villa.datasets.released import ANSWERS_FILE, ReleasedFilesConfig, ReleasedFilesTask
-from villa.datasets.synthetic import databases
 from villa.datasets.synthetic.lxmert import GENERATED_ANSWERS, SMALL_LXMERT, VOCABULARY_FILE, write_lxmert
 from villa.datasets.text import SHORTEST, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import ConfigError, DataError, MissingDataError
@@ -106,6 +105,7 @@ class LxmertTask(ReleasedFilesTask):
     config: LxmertDataConfig
     Examples: ClassVar[type[AnnotatedSplit]]
     submissions: ClassVar[str]
+    generator = staticmethod(write_lxmert)
 
     def __init__(self, config: Any, assets: Path | None = None) -> None:
         super().__init__(config, assets)
@@ -120,10 +120,6 @@ class LxmertTask(ReleasedFilesTask):
         """Return the annotation files of a split."""
         names: Sequence[str] = getattr(self.config, split)
         return names
-
-    def generated(self) -> Path:
-        """Return the folder of LXMERT's generated files."""
-        return databases(self.config.name, self.config.synthetic_examples, write_lxmert)
 
     def open_split(self, name: str) -> AnnotatedSplit:
         """Read the annotations of a split, and check that their images exist."""

@@ -53,7 +53,8 @@ class JsonlConfig(QuestionAnsweringConfig):
     A line is ``{"question": text, "answer": text, "image": path, "id": text}``. Instead of ``image``, ``features``
     names a ``.npz`` or ``.safetensors`` file, or ``images`` lists several paths; without any, questions are text only.
     ``text`` is another name for ``question``; ``text_pair`` is a second text. Instead of ``answer``, ``answers`` is
-    ``{text: score}`` or a list of human answers. The default ``id`` is the line number.
+    ``{text: score}`` or a list of human answers. The default ``id`` is the line number. ``group`` (a name) and
+    ``subsets`` (a list of names) are for metrics of these.
 
     Attributes:
         train: file of training questions; optional if a checkpoint is only evaluated.

@@ -311,13 +311,10 @@ class ProcessorReader(Reader):
         for example, mask in zip(examples, _mask(made), strict=True):
             if not mask.any():
                 raise nothing_left(example.text)
-        references = [example.reference for example in examples]
-        targets = stack_targets(examples)
-        objective = None
         if self.reading.kind == "pair":
-            targets, objective = _matches(references), "contrastive"
-        known = references if any(references) else None
-        return _batch(examples, made, targets=targets, references=known, objective=objective)
+            targets = _matches([example.reference for example in examples])
+            return _batch(examples, made, targets=targets, objective="contrastive")
+        return _batch(examples, made, targets=stack_targets(examples))
 
     def _collate_prompts(self, examples: Sequence[Example]) -> Batch:
         made = self._prompted(examples)
@@ -384,6 +381,8 @@ def _batch(examples: Sequence[Example], made: Mapping[str, Tensor], **more: Any)
     if "attention_mask" in fields:
         fields["attention_mask"] = fields["attention_mask"].bool()
     rest = {k: v for k, v in made.items() if k not in (*_FIELDS, "labels") and isinstance(v, Tensor)}
+    references = [example.reference for example in examples]
+    more["references"] = references if any(references) else None
     return Batch([example.id for example in examples], **fields, inputs=rest or None, **more)
 
 

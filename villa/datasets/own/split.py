@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from villa.datasets.base import Example, Split
+from villa.datasets.base import Example, Split, grouped
 from villa.datasets.own.assets import Assets
 from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
@@ -113,7 +113,8 @@ class JsonlSplit(Split):
             target=None if scores is None or written else self._target(scores),
             answer=max(scores, key=lambda answer: scores[answer]) if scores and written else None,
         )
-        return self._reader.example(example, self.store)
+        made = self._reader.example(example, self.store)
+        return made if self._pairs else grouped(made, record)
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""

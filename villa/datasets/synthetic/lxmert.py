@@ -11,8 +11,10 @@ import numpy as np
 from villa.config.variants import Overlay
 from villa.datasets.lxmert.features import write_line
 from villa.datasets.paths import SPLITS
+from villa.datasets.synthetic.groups import GROUPED
 from villa.datasets.synthetic.overlay import SMALL
-from villa.datasets.synthetic.world import COLOURS, HEIGHT, KINDS, VOCABULARY, WIDTH, WORDS, Thing, World
+from villa.datasets.synthetic.tasks import first_number
+from villa.datasets.synthetic.world import COLOURS, HEIGHT, KINDS, VOCABULARY, WIDTH, WORDS, Regions, Thing, World
 from villa.files import write_json
 
 #: Names of the generated files besides annotations and features.
@@ -55,8 +57,15 @@ _ANSWERS = (*KINDS, *COLOURS, "yes", "no")
 Record = dict[str, Any]
 
 
-def write_lxmert(task: str, examples: int, root: Path) -> None:
-    """Write the files of all splits of a task into ``root``; evaluation splits get a quarter of ``examples``."""
+def write_lxmert(task: str, examples: int, root: Path, *, grouped: bool = False) -> None:
+    """Write the files of all splits of a task into ``root``; evaluation splits get a quarter of ``examples``.
+
+    Args:
+        task: one of ``LXMERT_TASKS``.
+        examples: training examples.
+        root: folder to create.
+        grouped: make the test split that of a robustness benchmark (``villa.datasets.synthetic.groups``).
+    """
     root.mkdir(parents=True)
     entries = [*WORDS, *(f"[unused{number}]" for number in range(len(WORDS), VOCABULARY))]
     (root / VOCABULARY_FILE).write_text("\n".join(entries) + "\n", encoding="utf-8")
@@ -64,7 +73,27 @@ def write_lxmert(task: str, examples: int, root: Path) -> None:
     for split in SPLITS:
         world, count = World(task, split), examples if split == "train" else examples // 4
         with (root / f"{split}_obj36.tsv").open("xb") as features:
-            write_json(root / f"{split}.json", [LXMERT_TASKS[task](world, split, n, features) for n in range(count)])
+            if grouped and split == "test":
+                records = _grouped_records(task, split, count, features)
+            else:
+                records = [LXMERT_TASKS[task](world, split, number, features) for number in range(count)]
+            write_json(root / f"{split}.json", records)
+
+
+def _grouped_records(task: str, split: str, count: int, features: BinaryIO) -> list[Record]:
+    """Return a test split in groups."""
+    records = []
+    for example in GROUPED[task](World(task, "groups"), split, first_number(split), count):
+        for name, regions in example.new.items():
+            _add_regions(features, name, regions)
+        record: Record = {"sent": example.text, **example.membership()}
+        if isinstance(example.answer, bool):
+            images = {f"img{side}": name for side, name in enumerate(example.images)}
+            record |= {"identifier": example.id, "label": int(example.answer), **images}
+        else:
+            record |= {"question_id": example.id, "img_id": example.images[0], "label": {example.answer: 1.0}}
+        records.append(record)
+    return records
 
 
 def _question(world: World, split: str, number: int, features: BinaryIO) -> Record:
@@ -72,7 +101,7 @@ def _question(world: World, split: str, number: int, features: BinaryIO) -> Reco
     thing, question, answer = world.question()
     name = f"{split}_{number}"
     _add_image(features, name, world, thing)
-    id = 1_000_000 * (1 + SPLITS.index(split)) + number
+    id = first_number(split) + number
     return {"question_id": id, "img_id": name, "sent": question, "label": {answer: 1.0}}
 
 
@@ -95,7 +124,10 @@ def _sentence(world: World, split: str, number: int, features: BinaryIO) -> Reco
 
 
 def _add_image(file: BinaryIO, name: str, world: World, thing: Thing) -> None:
-    regions = world.image(thing)
+    _add_regions(file, name, world.image(thing))
+
+
+def _add_regions(file: BinaryIO, name: str, regions: Regions) -> None:
     corners = np.concatenate([regions.boxes[:, :2], regions.boxes[:, :2] + regions.boxes[:, 2:]], axis=1)
     file.write(write_line(name, (HEIGHT, WIDTH), regions.features, corners, regions.conf))
 

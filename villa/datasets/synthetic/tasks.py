@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from villa.datasets.paths import SPLITS, DatabasePaths
+from villa.datasets.synthetic.groups import GROUPED
 from villa.datasets.synthetic.world import (
     COLOURS,
     DEEDS,
@@ -113,8 +114,15 @@ class SyntheticTask:
     texts_of_images: bool = False
 
 
-def write_databases(task: str, examples: int, root: Path) -> None:
-    """Generate the databases of a task below ``root``; evaluation splits get a quarter of ``examples``."""
+def write_databases(task: str, examples: int, root: Path, *, grouped: bool = False) -> None:
+    """Generate the databases of a task below ``root``; evaluation splits get a quarter of ``examples``.
+
+    Args:
+        task: one of ``TASKS``.
+        examples: training examples.
+        root: folder to create.
+        grouped: make the test split that of a robustness benchmark (``villa.datasets.synthetic.groups``).
+    """
     kind = TASKS[task]
     with ExitStack() as stack:
         images = {
@@ -124,17 +132,38 @@ def write_databases(task: str, examples: int, root: Path) -> None:
         for split in SPLITS:
             path = DatabasePaths.synthetic(root, task, split).text
             with TextDatabaseWriter(path, META, texts_of_images=kind.texts_of_images) as text:
-                kind.write(World(task, split), split, examples if split == "train" else examples // 4, text, images)
+                count = examples if split == "train" else examples // 4
+                if grouped and split == "test":
+                    _write_grouped(task, split, count, text, images["images"])
+                else:
+                    kind.write(World(task, split), split, count, text, images)
     for name, value in kind.files.items():
         write_json(root / name, value)
+
+
+def _write_grouped(task: str, split: str, count: int, text: TextDatabaseWriter, images: ImageDatabaseWriter) -> None:
+    """Write a test split of VQA or NLVR2 in groups."""
+    pairs = task == "nlvr2"
+    for example in GROUPED[task](World(task, "groups"), split, first_number(split), count):
+        names = {name: f"nlvr2_{name}.npz" if pairs else f"{name}.npz" for name in example.images}
+        for name, regions in example.new.items():
+            _add_image(images, names[name], regions)
+        target = int(example.answer) if pairs else {"labels": [_LABELS[str(example.answer)]], "scores": [1.0]}
+        named = list(names.values()) if pairs else names[example.images[0]]
+        fields = {"input_ids": ids(example.text), "img_fname": named, "target": target, **example.membership()}
+        text.add(example.id, fields, len(fields["input_ids"]), named)
+
+
+def first_number(split: str) -> int:
+    """Return the first question id of a split; ids are unique across splits."""
+    return 1_000_000 * (1 + SPLITS.index(split))
 
 
 def _write_vqa(world: World, split: str, count: int, text: TextDatabaseWriter, images: Images) -> None:
     for number in range(count):
         thing, question, answer = world.question()
         target = {"labels": [_LABELS[answer]], "scores": [1.0]}
-        # Question ids of VQA are numbers, unique across splits.
-        id = str(1_000_000 * (1 + SPLITS.index(split)) + number)
+        id = str(first_number(split) + number)  # question ids of VQA are numbers
         _add_pair(text, images, id, question, f"{split}_{number}.npz", world.image(thing), target=target)
 
 

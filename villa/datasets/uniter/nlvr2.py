@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets.base import DatasetConfig, Example, best_answers
+from villa.datasets.base import DatasetConfig, Example, best_answers, grouped
 from villa.datasets.ragged import Ragged
 from villa.datasets.uniter.database_split import DatabaseSplit
 from villa.datasets.uniter.databases import DatabaseConfig, DatabaseTask
@@ -30,7 +30,8 @@ class PairOfImagesSplit(DatabaseSplit):
         if target not in (0, 1, None) or (target is None and (self.training or self.stores_answers)):
             raise self.unusable(index, f"the target {target!r:.40}; it must be 0 or 1")
         words = self.words(self.field(fields, "input_ids", index), index=index)
-        return Example(self.ids[index], words, None, features, boxes, None if target is None else int(target))
+        target = None if target is None else int(target)
+        return grouped(Example(self.ids[index], words, None, features, boxes, target), fields)
 
     def find_images(self) -> Ragged:
         """Check that every sentence has two existing images; return their rows."""

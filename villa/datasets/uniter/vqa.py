@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from villa.batch import Batch
-from villa.datasets.base import DatasetConfig, Example, best_answers, read_answers
+from villa.datasets.base import DatasetConfig, Example, best_answers, grouped, read_answers
 from villa.datasets.ragged import Integers
 from villa.datasets.released import ANSWERS_FILE
 from villa.datasets.synthetic.tasks import ANSWERS
@@ -38,7 +38,7 @@ class SoftAnswerSplit(DatabaseSplit):
         features, boxes = self.regions(index)
         words = self.words(self.field(fields, "input_ids", index), index=index)
         target = self._target(fields, index) if self.training or self.stores_answers else None
-        return Example(self.ids[index], words, None, features, boxes, target)
+        return grouped(Example(self.ids[index], words, None, features, boxes, target), fields)
 
     def _target(self, fields: Mapping[str, Any], index: int) -> Tensor:
         """Return the scores ``[labels]``; all 0 without a known answer."""
