@@ -231,7 +231,7 @@ def _read_vectors(path: Path) -> tuple[dict[str, int], Tensor]:
             continue
         vector = _numbers(values)
         if not vector or (vectors and len(vector) != len(vectors[0])):
-            raise DataError(f"'{path}', line {number} is no word vector; give a word and its numbers, as many each")
+            raise DataError(f"{path}:{number}: no word vector; give a word and its numbers, as many each")
         if word not in rows:
             rows[word] = len(vectors)
             vectors.append(vector)

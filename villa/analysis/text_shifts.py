@@ -95,7 +95,7 @@ def read_rephrasings(path: Path) -> dict[str, list[str]]:
         for id_, texts in _rephrasings(record):
             named = isinstance(id_, str | int) and not isinstance(id_, bool)
             if not named or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise DataError(f'{where} holds no rephrasings; give {{id: [texts]}}, or {{"id": ..., "text": ...}}')
+                raise DataError(f'{where}: no rephrasings; give {{id: [texts]}}, or {{"id": ..., "text": ...}}')
             found.setdefault(str(id_), []).extend(map(str, texts))
     return found
 

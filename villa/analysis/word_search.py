@@ -31,22 +31,24 @@ class Start(NamedTuple):
 Run: TypeAlias = Callable[[Sequence[Example], bool], Answer]
 
 
-def runner(make: Callable[[Sequence[Example]], Victim]) -> Run:
+def runner(
+    make: Callable[[Sequence[Example]], Victim], source: Callable[[Sequence[Example]], Victim] | None = None
+) -> Run:
     """Return what runs texts of one example.
 
     Args:
-        make: makes a victim of examples. Losses and gradients are those of its source, if it has one, and scores its own.
+        make: makes a victim of texts.
+        source: makes one of another model, whose losses and gradients are followed; scores are the victim's own.
     """
 
     def run(examples: Sequence[Example], gradient: bool) -> Answer:
-        victim = make(examples)
-        if not gradient and victim.source is None:
-            losses, scores = victim.clean()
-            return Answer(losses.tolist(), scores.tolist())
+        guide = (source or make)(examples)
         still = Perturbation(AscentSettings(step_size=0.0))
-        losses = victim.run({"text": still} if gradient else {}, gradient=gradient)
-        answer = Answer(losses.tolist(), victim.scores.tolist())
-        slope, ids = still.trained().grad if gradient else None, victim.batch.input_ids
+        losses, scores = (guide.run({"text": still}, gradient=True), guide.scores) if gradient else guide.clean()
+        if source is not None:
+            _, scores = make(examples).clean()
+        answer = Answer(losses.tolist(), scores.tolist())
+        slope, ids = still.trained().grad if gradient else None, guide.batch.input_ids
         if slope is None or ids is None:
             return answer
         return answer._replace(gradient=slope.detach().cpu().flatten(0, 1), ids=ids.cpu().flatten())

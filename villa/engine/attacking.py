@@ -19,7 +19,7 @@ from villa.analysis.shifts import Shift, has_text
 from villa.analysis.text_shifts import read_rephrasings, rephrased
 from villa.analysis.victim import Measure, Victim
 from villa.analysis.word_attacks import WordAttack
-from villa.analysis.word_search import Start, attack_words, runner, words_of
+from villa.analysis.word_search import Run, Start, attack_words, runner, words_of
 from villa.analysis.words import Texts
 from villa.batch import Batch
 from villa.config.loader import load
@@ -207,7 +207,7 @@ class Attacks:
         examples, guide = [self.split[one.place] for one in mine], self._guide if case.transferred else None
         if case.changes_words:
             starts = [Start(example, one.loss, one.score) for example, one in zip(examples, mine, strict=True)]
-            run = runner(lambda texts: self._victim(self._batch(texts), case.loss, guide))
+            run = self._runner(case)
             outcomes = attack_words(self._words[case.attack], case.radii, starts, run, self._any)
         else:
             batch = self._batch(examples)
@@ -218,10 +218,21 @@ class Attacks:
     def _batch(self, examples: Iterable[Example]) -> Batch:
         return self.parts.data.collate(list(examples)).to(self.parts.precision.device)
 
-    def _victim(self, batch: Batch, loss: str, guide: ModelPasses | None = None) -> Victim:
-        self._passes.begin(0, 0, 1.0)
+    def _victim(
+        self, batch: Batch, loss: str, guide: ModelPasses | None = None, passes: ModelPasses | None = None
+    ) -> Victim:
+        passes = passes or self._passes
+        passes.begin(0, 0, 1.0)
         seeds = [derive_seed("attack", self.config.seed, id_) for id_ in batch.ids]
-        return Victim(self._passes, batch, self._measures[loss], seeds, self._any, guide)
+        return Victim(passes, batch, self._measures[loss], seeds, self._any, guide)
+
+    def _runner(self, case: Case) -> Run:
+        """Return what runs texts of one example."""
+
+        def victims(passes: ModelPasses) -> Callable[[Sequence[Example]], Victim]:
+            return lambda texts: self._victim(self._batch(texts), case.loss, passes=passes)
+
+        return runner(victims(self._passes), victims(self._guide) if case.transferred and self._guide else None)
 
     def _any(self, mine: bool) -> bool:
         return bool(self.processes.largest(int(mine)))
