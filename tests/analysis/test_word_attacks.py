@@ -1,7 +1,9 @@
 """Attacks on words against a bag of words, whose worst substitutions are known."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tiny import CPU
 from torch import Tensor, nn
 
-from villa.analysis.candidates import Synonyms, misspellings
+from villa.analysis.candidates import MaskedWords, Synonyms, misspellings
 from villa.analysis.robustness import Outcome
 from villa.analysis.victim import Measure, Victim
 from villa.analysis.word_attacks import Query, Search, WordAttack
@@ -20,6 +22,7 @@ from villa.config.schema import TextChangesConfig
 from villa.datasets.base import Example
 from villa.datasets.collation import collate
 from villa.engine.passes import ModelPasses, Precision
+from villa.errors import VillaError
 from villa.evaluation.metrics import Accuracy
 from villa.facts import DataFacts
 from villa.losses.classification import CrossEntropy
@@ -304,3 +307,47 @@ def test_a_query_may_be_larger_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("budget", "words", "count"), [(0.1, 7, 1), (0.3, 10, 3), (0.5, 7, 4), (2, 7, 2), (9, 7, 7)])
 def test_budgets_are_shares_rounded_up_or_numbers(budget: float, words: int, count: int) -> None:
     assert words_of(budget, words) == count
+
+
+@pytest.fixture(scope="module")
+def masked_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random masked language model, and beside it the encoder alone, with the vocabulary of the texts."""
+    transformers: Any = importlib.import_module("transformers")
+    folder = tmp_path_factory.mktemp("masked")
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in TOKENS))
+    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(vocab_size=len(TOKENS), max_position_embeddings=40, **sizes)
+    for name, kind in (("whole", transformers.BertForMaskedLM), ("encoder", transformers.BertModel)):
+        kind(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_masked_language_model_proposes_its_likeliest_words(masked_lm: Path) -> None:
+    transformers: Any = importlib.import_module("transformers")
+    model = transformers.BertForMaskedLM.from_pretrained(masked_lm / "whole").eval()
+    given = texts(Bag(), masked_lm=str(masked_lm / "whole"), candidates=5)
+    one = Example("one", text=f"{WORDS[3]} {WORDS[9]}, {WORDS[4].capitalize()}?")
+    found = MaskedWords(given).of(WrittenWords(one))
+    pieces = [TOKENS.index(token) for token in ("[CLS]", WORDS[3], WORDS[9], "[UNK]", WORDS[4], "?", "[SEP]")]
+    for place, word in ((1, 3), (2, 9), (4, 4)):
+        ids = torch.tensor([pieces])
+        ids[0, place] = TOKENS.index("[MASK]")
+        with torch.inference_mode():
+            ranked = model(input_ids=ids).logits[0, place].argsort(descending=True).tolist()
+        best = [TOKENS[row] for row in ranked if TOKENS[row] in WORDS and TOKENS[row] != WORDS[word]]
+        words = [other.lower() for other in found[{1: 0, 2: 1, 4: 2}[place]]]
+        assert words == best[: len(words)]
+        assert words
+    assert found[2][0][0].isupper()
+    outcomes = attacked(
+        "masked_lm_swap", Bag(), examples(Bag())[:4], [2], masked_lm=str(masked_lm / "whole"), candidates=10
+    )
+    assert any(outcome.words[0] for outcome in outcomes)
+
+
+def test_an_encoder_without_its_head_proposes_nothing(masked_lm: Path) -> None:
+    with pytest.raises(VillaError, match="is no masked language model: it has no weights for cls"):
+        MaskedWords(texts(Bag(), masked_lm=str(masked_lm / "encoder")))

@@ -125,7 +125,12 @@ class MaskedWords:
         self._tokenizer: Any = getattr(processor, "tokenizer", processor)
         if self._tokenizer.mask_token is None:
             raise ConfigError(f"robustness.text.masked_lm='{source}' has no mask token; give a masked language model")
-        self._model, _ = load_pretrained(AutoModelForMaskedLM, source, stored_config(source))
+        self._model, report = load_pretrained(AutoModelForMaskedLM, source, stored_config(source))
+        if report.missing:
+            raise ConfigError(
+                f"robustness.text.masked_lm='{source}' is no masked language model: it has no weights for "
+                f"{report.missing[0]}; give one with its head"
+            )
         self._model.eval()
         names = self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer))))
         self._words = {number: word for word, number in whole_words(names).items()}
