@@ -213,16 +213,22 @@ SUBMISSIONS: Registry[Any] = Registry(
 )
 ATTACKS: Registry[Any] = Registry(
     "attack",
-    "villa.analysis.attacks:Attack",
-    dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
+    "villa.analysis.attacks:Method",
+    {
+        **dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
+        **dict.fromkeys(("synonym_swap", "masked_lm_swap", "misspelling", "hotflip"), "villa.analysis.word_attacks"),
+    },
 )
 SHIFTS: Registry[Any] = Registry(
     "shift",
     "villa.analysis.shifts:Shift",
-    dict.fromkeys(
-        ("word_dropout", "word_order", "region_dropout", "region_shuffle", "foreign_regions", "box_jitter"),
-        "villa.analysis.shifts",
-    ),
+    {
+        **dict.fromkeys(
+            ("word_dropout", "word_order", "region_dropout", "region_shuffle", "foreign_regions", "box_jitter"),
+            "villa.analysis.shifts",
+        ),
+        **dict.fromkeys(("char_noise", "synonyms"), "villa.analysis.text_shifts"),
+    },
 )
 TRACKERS: Registry[Any] = Registry(
     "tracker",

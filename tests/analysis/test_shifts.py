@@ -9,13 +9,36 @@ import pytest
 import torch
 from tiny_runs import colours, error, metrics, run
 
+from villa.analysis.candidates import Synonyms, misspellings
 from villa.analysis.shifts import Shift
+from villa.analysis.text_shifts import read_rephrasings, rephrased
+from villa.analysis.words import Texts
 from villa.cli.run import main
+from villa.config.schema import TextChangesConfig
 from villa.datasets.base import Example
+from villa.errors import VillaError
+from villa.facts import DataFacts
 from villa.registry import SHIFTS, register_shift
 
 NAMES = SHIFTS.names()
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+#: Special tokens, letters for misspelt words, and a word for every id that ``example`` has and some more.
+TOKENS = (
+    *("[PAD]", "[CLS]", "[SEP]", "[UNK]"),
+    *(None,) * 6,
+    *(f"{a}{b}ne" for a in "bcdfg" for b in "aeiou"),
+    *LETTERS,
+    *("##" + letter for letter in LETTERS),
+)
+TABLE = torch.randn(len(TOKENS), 8, generator=torch.Generator().manual_seed(0))
+
+
+def texts(tokens: tuple[str | None, ...] | None = TOKENS, limit: int = 0, **options: Any) -> Texts:
+    given = TextChangesConfig(**{"similarity": -1.0, **options})
+    return Texts(given, DataFacts(tokens=tokens), limit, lambda: TABLE, 0)
 
 
 def example(id_: str = "one", regions: int = 20, start: int = 0) -> Example:
@@ -28,6 +51,7 @@ def example(id_: str = "one", regions: int = 20, start: int = 0) -> Example:
 
 def shifted(name: str, severity: int, given: Example | None = None, seed: int = 0) -> Example:
     shift: Shift = SHIFTS.get(name)()
+    shift.prepare(texts())
     draws = torch.Generator().manual_seed(seed)
     return shift.apply(given or example(), severity, draws, lambda: example("other", 7, 1000))
 
@@ -104,6 +128,105 @@ def test_texts_of_processors_lose_and_swap_words() -> None:
     assert [word for word in words if word in left][:1] == left[:1]
     assert sorted(shifted("word_order", 2, given).text.split()) == sorted(words)
     assert shifted("word_dropout", 5, Example("one", text="why")).text == "why"
+
+
+@pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
+def test_as_many_words_are_misspelt_or_replaced_as_the_severity_says(severity: int) -> None:
+    given = Example("one", text="What is the colour of the small left cube, please?", pair="blue things")
+    words = given.text.split()
+    for name, said in (("char_noise", given), ("synonyms", example())):
+        changed = shifted(name, severity, said)
+        before, after = (texts(limit=99).wording(one).words for one in (said, changed))
+        assert len(before) == len(after)
+        count = sum(one != other for one, other in zip(before, after, strict=True))
+        assert count == max(1, round(SHARES[severity - 1] * len(before)))
+    changed = shifted("char_noise", severity, given)
+    pairs = [(a, b) for a, b in zip(words, changed.text.split(), strict=True) if a != b]
+    assert all(b.strip(",?") in [o for its in misspellings(a.strip(",?")).values() for o in its] for a, b in pairs)
+    assert changed.pair is not None
+    assert changed.text.count(",") == changed.text.count("?") == 1
+
+
+def test_special_tokens_never_change_and_texts_get_no_longer() -> None:
+    ids = tensors(example())[0]
+    for name in ("char_noise", "synonyms"):
+        for seed in range(5):
+            changed = tensors(shifted(name, 5, seed=seed))[0]
+            assert (changed[0], changed[-1], len(changed)) == (ids[0], ids[-1], len(ids))
+            assert not {*changed[1:-1].tolist()} & {0, 1, 2}
+    same = shifted("synonyms", 5)
+    assert sum(tensors(same)[0] != ids) == 10
+    assert set(tensors(same)[0].tolist()) <= {1, 2, *range(10, 35)}
+
+
+def test_synonyms_may_be_those_of_a_file(tmp_path: Path) -> None:
+    lists, vectors = tmp_path / "words.json", tmp_path / "vectors.txt"
+    lists.write_text(json.dumps({"small": ["little", "tiny"], "colour": ["color"]}))
+    vectors.write_text("3 2\nsmall 1 0\nlittle 1 0.1\nbig -1 0\ncolour 0 1\n")
+    given = Example("one", text="the Small colour")
+    for path, word, found in ((lists, "Small", {"Little", "Tiny"}), (vectors, "Small", {"Little"})):
+        synonyms = Synonyms(texts(None, synonyms=str(path), similarity=0.5))
+        assert {other for other, _ in synonyms.of(word)} == found
+        shift = SHIFTS.get("synonyms")()
+        shift.prepare(texts(None, synonyms=str(path), similarity=0.5))
+        changed = shift.apply(given, 1, torch.Generator().manual_seed(1), lambda: given).text
+        assert changed in {f"the {other} colour" for other in found} | {"the Small color"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.json", "[1]", "holds no synonyms; give a JSON object"),
+        ("a.json", '{"a": "b"}', "holds no synonyms"),
+        ("a.txt", "cat 1 2\ndog 1\n", ":2: no word vector"),
+        ("a.txt", "cat 1 x\n", ":1: no word vector"),
+        ("a.txt", "cat 1 nan\n", ":1: no word vector"),
+        ("a.txt", "", "holds no word vectors"),
+        (None, None, "No such file"),
+    ],
+)
+def test_broken_files_of_synonyms_are_one_line(
+    name: str | None, content: str | None, problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / (name or "missing.json")
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(VillaError, match=problem) as caught:
+        Synonyms(texts(synonyms=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_whose_words_are_not_known_are_refused() -> None:
+    for tokens, problem in ((None, "the data have no vocabulary"), (("<s>", "Ġcat"), "not those of BERT's tokenizers")):
+        shift = SHIFTS.get("char_noise")()
+        shift.prepare(texts(tokens))
+        with pytest.raises(VillaError, match=problem):
+            shift.apply(example(), 1, torch.Generator(), example)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        '{"a": ["is it red?", "red, is it?"]}\n{"b": ["or blue?"]}\n',
+        '{"id": "a", "text": "is it red?"}\n{"id": "b", "text": "or blue?"}\n{"id": "a", "text": "red, is it?"}\n',
+    ],
+)
+def test_rephrasings_are_read_in_both_forms(lines: str, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(lines)
+    assert read_rephrasings(tmp_path / "r.jsonl") == {"a": ["is it red?", "red, is it?"], "b": ["or blue?"]}
+    (tmp_path / "r.jsonl").write_text('{"a": ["fine"]}\n{"b": []}\n')
+    with pytest.raises(VillaError, match=":2: no rephrasings"):
+        read_rephrasings(tmp_path / "r.jsonl")
+
+
+def test_a_rephrasing_takes_the_place_of_the_text() -> None:
+    words = ["bane", "bene", "bine", "zebra"]
+    changed = rephrased(texts(limit=30), example(), " ".join(words))
+    assert tensors(changed)[0].tolist()[:5] == [1, 10, 11, 12, TOKENS.index("z")]
+    assert tensors(changed)[0][-1] == 2
+    assert rephrased(texts(), Example("one", text="a", images=(0,)), "b").text == "b"
+    with pytest.raises(VillaError, match="has several texts"):
+        rephrased(texts(), Example("one", text="a", pair="b"), "c")
 
 
 def test_choices_and_pairs_keep_their_form() -> None:

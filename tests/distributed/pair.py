@@ -60,12 +60,17 @@ def recipe(folder: str, *options: str) -> None:
     """Run the example recipe that the tests of resumption run; what it prints goes to ``<folder>.<rank>.out``."""
     from killing import RECIPE
 
+    command(folder, *RECIPE, *options)
+
+
+def command(folder: str, *options: str) -> None:
+    """Run the command line; what it prints goes to ``<folder>.<rank>.out``."""
     from villa.cli.run import main
 
     output = Path(f"{folder}.{os.environ.get('RANK', '0')}.out")
     with output.open("a") as file:
         sys.stdout = sys.stderr = file
-        code = main([*RECIPE, f"output_dir={folder}", *options])
+        code = main([f"output_dir={folder}", *options])
         file.flush()
     os._exit(code)
 

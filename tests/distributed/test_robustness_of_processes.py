@@ -7,6 +7,10 @@ from typing import Any
 
 import pair
 import pytest
+from killing import PROJECT
+from tiny_runs import colours
+
+from villa.cli.run import main
 
 SHORT = ("training.updates=6", "evaluation.every=null", "checkpoint.every=null", "checkpoint.resume=false")
 ATTACK = ("robustness.steps=4", "robustness.examples=41", "robustness.restarts=1", "robustness.radii=[0.1,0.5]")
@@ -16,6 +20,31 @@ ATTACK = ("robustness.steps=4", "robustness.examples=41", "robustness.restarts=1
 def context() -> Iterator[Any]:
     with pair.server() as made:
         yield made
+
+
+def on_words(context: Any, folder: Path, run: Path, *options: str, count: int) -> Path:
+    given = (f"user_dir={PROJECT / 'shapes'}", "run_type=robustness", f"checkpoint.path={run}", "robustness.examples=7")
+    attacks = ("robustness.attacks=[misspelling,hotflip]", "robustness.text.similarity=-1", "robustness.checks=false")
+    shifts = ("robustness.shifts=[char_noise,synonyms]", "logging.progress=off")
+    every = (*given, *attacks, *shifts, *options)
+    assert pair.in_processes(context, pair.command, str(folder), *every, count=count) == [0] * count, Path(
+        f"{folder}.0.out"
+    ).read_text()
+    return folder
+
+
+def test_processes_that_share_weights_find_the_same_words(context: Any, tmp_path: Path) -> None:
+    assert main([*colours(tmp_path), "training.updates=6", f"output_dir={tmp_path / 'run'}"]) == 0
+    alone = on_words(context, tmp_path / "alone", tmp_path / "run", count=1)
+    for strategy in ("ddp", "fsdp"):
+        both = on_words(
+            context, tmp_path / strategy, tmp_path / "run", f"distributed.strategy={strategy}", "device=cpu", count=2
+        )
+        name = "robustness_examples.jsonl"
+        assert (both / name).read_text() == (alone / name).read_text()
+        found, expected = (json.loads((folder / "robustness.json").read_text()) for folder in (both, alone))
+        assert found["shifts"] == expected["shifts"]
+        assert [one["forwards"] for one in found["attacks"]] == [one["forwards"] for one in expected["attacks"]]
 
 
 def attacked(context: Any, folder: Path, run: Path, *options: str, count: int) -> Path:

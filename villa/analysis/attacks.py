@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,17 @@ class Ball:
         return made
 
 
-class Attack(ABC):
+class Method(ABC):
+    """What is common to attacks of all kinds. Subclass ``Attack`` or ``WordAttack``.
+
+    Attributes:
+        space: what is searched: perturbations of the ``embedding``, or other ``words`` in the input.
+    """
+
+    space: ClassVar[Literal["embedding", "words"]]
+
+
+class Attack(Method):
     """A search for the perturbation within a ball that hurts most. ``@register_attack(name)`` registers a subclass.
 
     The victim keeps the worst case of every pass, so that an attack only has to run them.
@@ -82,6 +92,7 @@ class Attack(ABC):
         nested: whether a perturbation found in a smaller ball counts, and is gone on from.
     """
 
+    space = "embedding"
     nested: ClassVar[bool] = True
 
     def __init__(self, steps: int = 20, restarts: int = 0) -> None:

@@ -238,6 +238,6 @@ def draw(rows: Sequence[Row], output: Path) -> None:
             axes.plot(
                 radii, [fmean(c) for c in zip(*lines, strict=True)], color=color, marker="o", markersize=3, label=label
             )
-        along_radii(axes, radii)
+        along_radii(axes, radii, modality)
     figure.suptitle(f"Worst of all attacks, n = {len(first.clean)}; thin lines: seeds")
     write_png(figure, output)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from villa.analysis.checks import Check
-from villa.analysis.robustness import Case, Outcome, area, interval
+from villa.analysis.robustness import WORDS, Case, Outcome, area, interval
 from villa.evaluation.figures import write_png
 from villa.files import atomic_write, write_json
 from villa.tracking import json_number
@@ -28,7 +28,12 @@ JSON, CSV, FIGURE = "robustness.json", "robustness.csv", "robustness.png"
 SHIFTS_FIGURE = "shifts.png"
 #: The worst case of every example.
 EXAMPLES = "robustness_examples.jsonl"
-_COLUMNS = ("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size")
+#: Every example's scores with other wordings.
+REPHRASED = "rephrasings.jsonl"
+_COLUMNS = (
+    *("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size"),
+    *("words", "similarity", "forwards", "backwards"),
+)
 _COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red"}
 
 
@@ -83,6 +88,23 @@ def worst(outcomes: Mapping[Case, Sequence[Outcome]], clean: Clean, count: int) 
     """Return the lowest score of every example over attacks, at every radius."""
     tables = [scores_of(found, clean, count) for found in outcomes.values()]
     return [[min(values) for values in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+
+
+def worst_texts(outcomes: Mapping[Case, Sequence[Outcome]]) -> dict[str, dict[str, Any]]:
+    """Return, by id, the text as it is, the worst one for each budget, and the attack that found it, if it changed."""
+    found: dict[str, list[tuple[Case, Outcome]]] = {}
+    for case, its in outcomes.items():
+        for outcome in its if case.changes_words else ():
+            found.setdefault(outcome.id, []).append((case, outcome))
+    lines = {}
+    for id_, own in found.items():
+        best = [min(own, key=lambda one: (one[1].scores[n], -one[1].losses[n])) for n in range(len(own[0][0].radii))]
+        lines[id_] = {
+            "text": own[0][1].texts[0],
+            "worst_texts": [outcome.texts[1 + place] for place, (_, outcome) in enumerate(best)],
+            "found_by": [label(case) if outcome.words[n] else None for n, (case, outcome) in enumerate(best)],
+        }
+    return lines
 
 
 def curves(outcomes: Mapping[Case, Sequence[Outcome]], clean: Clean) -> list[Curve]:
@@ -166,8 +188,18 @@ def _entries(case: Case, outcomes: Sequence[Outcome], clean: Clean) -> list[dict
                 "backwards": mean(o.backwards[place] for o in outcomes) if outcomes else 0,
                 "n": len(column),
             }
+            | (_of_words(outcomes, place) if case.changes_words else {})
         )
     return entries
+
+
+def _of_words(outcomes: Sequence[Outcome], place: int) -> dict[str, Any]:
+    """Return how many words changed, and how similar they are to those before, on average over examples."""
+    known = [value for o in outcomes if (value := o.similarities[place]) is not None]
+    return {
+        "words": mean(o.words[place] for o in outcomes) if outcomes else None,
+        "similarity": mean(known) if known else None,
+    }
 
 
 def write(folder: Path, content: Mapping[str, Any], found: Sequence[Curve], norm: str, name: str) -> None:
@@ -178,8 +210,9 @@ def write(folder: Path, content: Mapping[str, Any], found: Sequence[Curve], norm
     writer.writerow(_COLUMNS)
     for entry in content["attacks"]:
         low, high = entry["interval"]
-        values = {**entry, "norm": norm, "low": low, "high": high, "success": entry["success_on_correct"]}
-        writer.writerow([values[column] for column in _COLUMNS])
+        values = {**entry, "low": low, "high": high, "success": entry["success_on_correct"]}
+        values |= {} if entry["modality"] == WORDS else {"norm": norm}
+        writer.writerow([values.get(column) for column in _COLUMNS])
     atomic_write(folder / CSV, buffer.getvalue())
     draw(found, content["clean"], content["metric"], folder / FIGURE, f"{name} (n = {content['clean']['n']})")
 
@@ -203,17 +236,18 @@ def panels_of(modalities: Sequence[str], metric: str) -> tuple[Figure, Sequence[
     FigureCanvasAgg(figure)
     panels: Sequence[Axes] = figure.subplots(1, len(modalities), sharey=True, squeeze=False)[0]
     for axes, modality in zip(panels, modalities, strict=True):
-        axes.set_title(f"{modality} perturbed")
+        axes.set_title("words changed" if modality == WORDS else f"{modality} perturbed")
     panels[0].set_ylabel(f"{metric.replace('_', ' ')} (%)")
     return figure, panels
 
 
-def along_radii(axes: Axes, radii: Sequence[float]) -> None:
-    """Finish axes of scores by radius, the first of which is 0."""
-    axes.set_xscale("symlog", linthresh=radii[1])
+def along_radii(axes: Axes, radii: Sequence[float], modality: str) -> None:
+    """Finish axes of scores by radius, the first of which is 0; or by how many words may change."""
+    if modality != WORDS:
+        axes.set_xscale("symlog", linthresh=radii[1])
     axes.set_xticks(radii, [f"{radius:g}" for radius in radii])
     axes.minorticks_off()
-    axes.set_xlabel("radius")
+    axes.set_xlabel("radius" if modality != WORDS else f"{'share' if radii[-1] < 1 else 'number'} of the words")
     _finish(axes)
 
 
@@ -241,17 +275,27 @@ def _panel(axes: Axes, found: Sequence[Curve], clean: float) -> None:
             axes.fill_between(
                 c.radii, [100 * low for low in lows], [100 * high for high in highs], alpha=0.15, color=line.get_color()
             )
-    along_radii(axes, [0.0, *found[0].radii])
+    along_radii(axes, [0.0, *found[0].radii], found[0].modality)
 
 
-def table(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, title: str) -> Table:
-    """Return a table with a row for each attack and modality: scores in percent by radius."""
+def tables(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, title: str) -> list[Table]:
+    """Return tables with a row for each attack and modality: scores in percent by radius, and by how many words change.
+
+    Words have a table of their own, if there are other attacks.
+    """
     low, high = clean["interval"]
     heading = (
-        f"{title}: {metric.replace('_', ' ')} %, clean {100 * clean[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        f"{title}: {metric.replace('_', ' ')} %, clean {100 * clean[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}], "
+        f"n = {clean['n']}"
     )
-    shown = Table(title=Text(f"{heading}, n = {clean['n']}"), title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("perturbed", "attack"):
+    of_words = [c for c in found if c.modality == WORDS]
+    parts = [("perturbed", [c for c in found if c.modality != WORDS]), ("changed", of_words)]
+    return [_table(its, heading, what) for what, its in parts if its]
+
+
+def _table(found: Sequence[Curve], heading: str, what: str) -> Table:
+    shown = Table(title=Text(heading), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in (what, "attack"):
         shown.add_column(column)
     for radius in found[0].radii:
         shown.add_column(f"{radius:g}", justify="right")
@@ -275,6 +319,33 @@ def verdicts(checks: Mapping[str, Sequence[Check]]) -> list[str]:
         if not check.passed:
             lines.append(f"upper bound only ({name}): not '{check.name}': {check.detail}")
     return lines
+
+
+def rephrasing_summary(scores: Mapping[str, Sequence[float]], clean: Clean) -> dict[str, Any]:
+    """Return the mean score over examples of the mean, and of the lowest one, over their other wordings.
+
+    Args:
+        scores: scores of the other wordings of every example, by id.
+        clean: results with the wording of the data.
+    """
+    base = mean(clean.scores[id_] for id_ in scores)
+    means, lowest = [mean(own) for own in scores.values()], [min(own) for own in scores.values()]
+    return {
+        "mean": mean(means),
+        "interval": list(interval(means)),
+        "worst": mean(lowest),
+        "worst_interval": list(interval(lowest)),
+        "relative_drop": (base - mean(means)) / base if base else 0.0,
+        "n": len(scores),
+        "texts": sum(map(len, scores.values())),
+    }
+
+
+def rephrasing_line(values: Mapping[str, Any], metric: str) -> str:
+    """Return a line on other wordings."""
+    shown = f"{metric.replace('_', ' ')} % {100 * values['mean']:.1f}, of the worst one {100 * values['worst']:.1f}"
+    drop = 100 * values["relative_drop"]
+    return f"{values['texts']} rephrasings of {values['n']} examples: {shown}; drop {drop:.1f} %"
 
 
 def shift_summary(shifts: Mapping[str, Mapping[int, Mapping[str, float]]], clean: Clean) -> dict[str, Any]:

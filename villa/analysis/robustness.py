@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -19,16 +19,18 @@ from villa.rng import derive_seed
 
 #: Modalities that an option names, together.
 VIEWS: dict[str, tuple[str, ...]] = {"text": ("text",), "image": ("image",), "both": ("text", "image")}
+#: What attacks on the words of the input change, beside these.
+WORDS = "words"
 
 
 class Case(NamedTuple):
     """One curve: an attack on a modality.
 
     Attributes:
-        modality: ``text``, ``image`` or ``both``.
+        modality: ``text``, ``image`` or ``both``; or ``words`` of the input.
         attack: name of the attack.
         loss: what it raises.
-        radii: sizes, ascending.
+        radii: sizes, ascending; of changes of words, how many may change.
         steps: its gradient steps.
         restarts: its random starts.
         transferred: whether it follows the gradients of another model.
@@ -42,8 +44,13 @@ class Case(NamedTuple):
     restarts: int
     transferred: bool = False
 
+    @property
+    def changes_words(self) -> bool:
+        """Whether words of the input are changed, and not embeddings."""
+        return self.modality == WORDS
+
     def build(self) -> Attack:
-        """Build the attack."""
+        """Build an attack on embeddings."""
         attack: Attack = ATTACKS.get(self.attack)(self.steps, self.restarts)
         return attack
 
@@ -61,10 +68,14 @@ class Outcome:
         id: the example.
         scores: the worst score.
         losses: the loss there.
-        sizes: size of the perturbation there relative to the embedding (l2), the larger one of two modalities.
-        forwards: forward passes.
+        sizes: size of the perturbation there relative to the embedding (l2), the larger one of two modalities; or the
+            share of the words that changed.
+        forwards: forward passes, or texts that were run.
         backwards: backward passes.
         flat: whether the first gradient was zero or not finite.
+        words: of changes of words, how many changed.
+        texts: the text as it is, and there.
+        similarities: mean cosine similarity of the words that changed to those before; None if it is not known.
     """
 
     id: str
@@ -74,6 +85,9 @@ class Outcome:
     forwards: list[int]
     backwards: list[int]
     flat: bool
+    words: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    similarities: list[float | None] = field(default_factory=list)
 
 
 def cases(config: RobustnessConfig, model: Model, option: str = "robustness") -> list[Case]:
@@ -82,6 +96,18 @@ def cases(config: RobustnessConfig, model: Model, option: str = "robustness") ->
     Raises:
         ConfigError: the model cannot be perturbed so.
     """
+    spaces = {name: ATTACKS.get(name).space for name in config.attacks}
+    found = [
+        Case(WORDS, name, loss, tuple(config.text.budgets), 0, 0, config.source is not None)
+        for name in config.attacks
+        if spaces[name] == "words"
+        for loss in config.losses
+    ]
+    others = [name for name in config.attacks if spaces[name] == "embedding"]
+    return [*_embedding_cases(config, others, model, option), *found] if others else found
+
+
+def _embedding_cases(config: RobustnessConfig, attacks: Sequence[str], model: Model, option: str) -> list[Case]:
     points = model.perturbation_points()
     possible = [name for name, view in VIEWS.items() if set(view) <= set(points)]
     for name in config.modalities:
@@ -104,7 +130,7 @@ def cases(config: RobustnessConfig, model: Model, option: str = "robustness") ->
     return [
         Case(modality, attack, loss, tuple(config.radii), config.steps, config.restarts, config.source is not None)
         for modality in config.modalities or possible
-        for attack in config.attacks
+        for attack in attacks
         for loss in (config.losses if attack != "noise" else config.losses[:1])
     ]
 

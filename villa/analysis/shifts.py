@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from torch import Tensor
 from villa.datasets.base import Example, Ragged
 from villa.registry import register_shift
 
+if TYPE_CHECKING:
+    from villa.analysis.words import Texts
+
 #: Severities, from 1, of every shift.
 SEVERITIES = (1, 2, 3, 4, 5)
 #: Share of words or regions that are changed, by severity.
-_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 #: Standard deviation of the move of a box's corners, in sizes of the box, by severity.
 _JITTERS = (0.02, 0.05, 0.1, 0.2, 0.4)
 #: Tokens at the ends of a text that are no words.
@@ -31,6 +34,13 @@ class Shift(ABC):
     """
 
     modality: ClassVar[str]
+
+    def prepare(self, texts: Texts) -> None:  # noqa: B027 - most shifts need nothing
+        """Take what changes of words need, before the first example; nothing by default.
+
+        Raises:
+            VillaError: the data or the model lack it.
+        """
 
     def fits(self, example: Example) -> bool:
         """Return whether an example has what the shift changes."""
@@ -61,19 +71,19 @@ class WordDropout(Shift):
 
     def apply(self, example: Example, severity: int, draws: torch.Generator, other: Callable[[], Example]) -> Example:
         """Leave out words of texts, and tokens between the first and the last one."""
-        share = _SHARES[severity - 1]
+        share = SHARES[severity - 1]
         if example.input_ids is None:
             texts = (example.text, example.pair)
             text, pair = (None if t is None else _without_words(t, share, draws) for t in texts)
             return replace(example, text=text or "", pair=pair)
-        ids, types = _parts(example.input_ids), _parts(example.token_type_ids)
+        ids, types = parts_of(example.input_ids), parts_of(example.token_type_ids)
         kept = [_kept_tokens(len(part), share, draws) for part in ids]
         shorter = [part[keep] for part, keep in zip(ids, kept, strict=True)]
         shorter_types = [part[keep] for part, keep in zip(types, kept, strict=False)]
         return replace(
             example,
-            input_ids=_like(example.input_ids, shorter),
-            token_type_ids=_like(example.token_type_ids, shorter_types),
+            input_ids=in_form_of(example.input_ids, shorter),
+            token_type_ids=in_form_of(example.token_type_ids, shorter_types),
         )
 
 
@@ -85,16 +95,16 @@ class WordOrder(Shift):
 
     def apply(self, example: Example, severity: int, draws: torch.Generator, other: Callable[[], Example]) -> Example:
         """Swap words of texts, and tokens between the first and the last one."""
-        share = _SHARES[severity - 1]
+        share = SHARES[severity - 1]
         if example.input_ids is None:
             words = example.text.split()
             order = _swapped(len(words), share, draws).tolist()
             return replace(example, text=" ".join(words[place] for place in order))
         ids = []
-        for part in _parts(example.input_ids):
+        for part in parts_of(example.input_ids):
             inner = _swapped(max(len(part) - _ENDS, 0), share, draws) + 1
             ids.append(torch.cat((part[:1], part[inner], part[1 + len(inner) :])))
-        return replace(example, input_ids=_like(example.input_ids, ids))
+        return replace(example, input_ids=in_form_of(example.input_ids, ids))
 
 
 @register_shift("region_dropout")
@@ -105,12 +115,12 @@ class RegionDropout(Shift):
 
     def apply(self, example: Example, severity: int, draws: torch.Generator, other: Callable[[], Example]) -> Example:
         """Leave out regions, with their boxes."""
-        features, boxes = _parts(example.features), _parts(example.boxes)
-        kept = [_kept(len(part), _SHARES[severity - 1], draws) for part in features]
+        features, boxes = parts_of(example.features), parts_of(example.boxes)
+        kept = [_kept(len(part), SHARES[severity - 1], draws) for part in features]
         return replace(
             example,
-            features=_like(example.features, [part[keep] for part, keep in zip(features, kept, strict=True)]),
-            boxes=_like(example.boxes, [part[keep] for part, keep in zip(boxes, kept, strict=False)]),
+            features=in_form_of(example.features, [part[keep] for part, keep in zip(features, kept, strict=True)]),
+            boxes=in_form_of(example.boxes, [part[keep] for part, keep in zip(boxes, kept, strict=False)]),
         )
 
 
@@ -123,12 +133,12 @@ class RegionShuffle(Shift):
     def apply(self, example: Example, severity: int, draws: torch.Generator, other: Callable[[], Example]) -> Example:
         """Permute the features of a part of the regions."""
         features = []
-        for part in _parts(example.features):
+        for part in parts_of(example.features):
             places = _some(len(part), severity, draws)
             moved = part.clone()
             moved[places] = part[places.roll(1)]
             features.append(moved)
-        return replace(example, features=_like(example.features, features))
+        return replace(example, features=in_form_of(example.features, features))
 
 
 @register_shift("foreign_regions")
@@ -139,14 +149,14 @@ class ForeignRegions(Shift):
 
     def apply(self, example: Example, severity: int, draws: torch.Generator, other: Callable[[], Example]) -> Example:
         """Replace the features of a part of the regions."""
-        features, foreign = [], _parts(other().features)
-        for part, strange in zip(_parts(example.features), foreign, strict=False):
+        features, foreign = [], parts_of(other().features)
+        for part, strange in zip(parts_of(example.features), foreign, strict=False):
             places = _some(len(part), severity, draws)
             taken = torch.randint(len(strange), (len(places),), generator=draws)
             moved = part.clone()
             moved[places] = strange[taken].to(part.dtype)
             features.append(moved)
-        return replace(example, features=_like(example.features, features))
+        return replace(example, features=in_form_of(example.features, features))
 
 
 @register_shift("box_jitter")
@@ -162,7 +172,7 @@ class BoxJitter(Shift):
     def apply(self, example: Example, severity: int, draws: torch.Generator, other: Callable[[], Example]) -> Example:
         """Move corners, and complete the other columns."""
         boxes = []
-        for part in _parts(example.boxes):
+        for part in parts_of(example.boxes):
             wide = part.float()
             sizes = (wide[:, 2:4] - wide[:, :2]).repeat(1, 2)
             moved = wide[:, :4] + sizes * _JITTERS[severity - 1] * torch.randn(len(part), 4, generator=draws)
@@ -173,14 +183,15 @@ class BoxJitter(Shift):
             size = corners[:, 2:] - corners[:, :2]
             columns = torch.cat((corners, size, size.prod(1, keepdim=True)), 1)[:, : part.shape[1]]
             boxes.append(columns.to(part.dtype))
-        return replace(example, boxes=_like(example.boxes, boxes))
+        return replace(example, boxes=in_form_of(example.boxes, boxes))
 
 
-def _parts(values: Ragged | None) -> tuple[Tensor, ...]:
+def parts_of(values: Ragged | None) -> tuple[Tensor, ...]:
+    """Return the tensors of a field of an example; none if it is None."""
     return () if values is None else (values,) if isinstance(values, Tensor) else values
 
 
-def _like(values: Ragged | None, parts: list[Tensor]) -> Ragged | None:
+def in_form_of(values: Ragged | None, parts: list[Tensor]) -> Ragged | None:
     """Return parts in the form of ``values``: a tensor, a tuple, or None."""
     if values is None:
         return None
@@ -189,7 +200,7 @@ def _like(values: Ragged | None, parts: list[Tensor]) -> Ragged | None:
 
 def _some(count: int, severity: int, draws: torch.Generator) -> Tensor:
     """Return as many indices, in random order, as the severity says."""
-    return torch.randperm(count, generator=draws)[: round(_SHARES[severity - 1] * count)]
+    return torch.randperm(count, generator=draws)[: round(SHARES[severity - 1] * count)]
 
 
 def _kept(count: int, share: float, draws: torch.Generator) -> Tensor:

@@ -246,6 +246,33 @@ class PredictConfig:
 
 
 @dataclass
+class TextChangesConfig:
+    """Words that attacks and shifts of texts put in the place of others.
+
+    Attributes:
+        budgets: how many words an attack may change, ascending: shares of the words of a text below 1 (rounded up), or
+            numbers of words (1, 2, ...).
+        similarity: least cosine similarity of a word and one that takes its place, in the embedding table.
+        candidates: most words that are tried in the place of one.
+        synonyms: file of words that may take the place of others, instead of the model's own embedding table: JSON,
+            ``{word: [words]}``, or vectors, a word and its numbers a line.
+        masked_lm: folder, or name on the hub, of a masked language model of transformers that proposes words.
+        keep_labels: never replace a word that is a label, nor put one in the place of another: in a question about
+            colours, another colour has another answer.
+        rephrasings: JSON-lines file of other wordings of the examples: ``{id: [texts]}``, or a line for each,
+            ``{"id": ..., "text": ...}``.
+    """
+
+    budgets: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.5])
+    similarity: float = 0.5
+    candidates: int = 20
+    synonyms: str | None = None
+    masked_lm: str | None = None
+    keep_labels: bool = True
+    rephrasings: str | None = None
+
+
+@dataclass
 class RobustnessConfig:
     """Attacks on a trained model (``run_type=robustness``).
 
@@ -269,6 +296,7 @@ class RobustnessConfig:
         shifts: registered shifts of the inputs, such as ``word_dropout``; each is tried in five severities.
         source: a trained model whose gradients are followed instead, in the form of ``checkpoint.path``: attacks that
             are transferred.
+        text: changes of words.
     """
 
     attacks: list[str] = field(default_factory=lambda: ["noise", "fgm", "pgd", "apgd"])
@@ -287,6 +315,7 @@ class RobustnessConfig:
     checks: bool = True
     shifts: list[str] = field(default_factory=list)
     source: str | None = None
+    text: TextChangesConfig = field(default_factory=TextChangesConfig)
 
 
 @dataclass

@@ -35,6 +35,7 @@ _POSITIVE = (
     "logging.every",
     "robustness.steps",
     "robustness.examples",
+    "robustness.text.candidates",
     "evaluation.robustness.every",
     "evaluation.robustness.steps",
     "evaluation.robustness.examples",
@@ -250,6 +251,13 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
     radii = robustness.radii
     if not radii or radii != sorted(set(radii)) or not 0 < radii[0] <= radii[-1] < float("inf"):
         yield "robustness.radii", "give ascending numbers above 0"
+    budgets = robustness.text.budgets
+    shares = all(0 < budget < 1 for budget in budgets)
+    numbers = all(1 <= budget < LARGEST and budget == int(budget) for budget in budgets)
+    if not budgets or budgets != sorted(set(budgets)) or not (shares or numbers):
+        yield "robustness.text.budgets", "give ascending shares below 1, or ascending numbers of words from 1 up"
+    if not -1 <= robustness.text.similarity <= 1:
+        yield "robustness.text.similarity", "must be a cosine, from -1 to 1"
     if robustness.relative_to == "table" and robustness.scope != "token":
         yield "robustness.relative_to", "is the norm of a token: set robustness.scope=token"
 

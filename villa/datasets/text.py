@@ -74,6 +74,19 @@ def build_tokenizer(texts: Iterable[str], max_size: int) -> Tokenizer:
     return _bert_tokenizer({entry: index for index, entry in enumerate(entries)}, normalizer)
 
 
+def tokenizer_of(tokens: Sequence[str | None]) -> Tokenizer:
+    """Return BERT's tokenizer for named word-pieces; None stands for an unused id.
+
+    Raises:
+        DataError: they are not the names of word-pieces.
+    """
+    vocabulary = {token: index for index, token in enumerate(tokens) if token is not None}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
+    if missing:
+        raise DataError(f"the tokens of the data are not those of BERT's tokenizers: there is no {', '.join(missing)}")
+    return _bert_tokenizer(vocabulary, normalizers.BertNormalizer(lowercase=not _is_cased(vocabulary)))
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer from a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
 

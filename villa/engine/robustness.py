@@ -12,15 +12,19 @@ from typing import Any, TextIO
 from villa.analysis.checks import checks, extra_cases
 from villa.analysis.report import (
     EXAMPLES,
+    REPHRASED,
     SHIFTS_FIGURE,
     curves,
     draw_shifts,
+    rephrasing_line,
+    rephrasing_summary,
     shift_summary,
     shift_table,
     summary,
-    table,
+    tables,
     verdicts,
     worst,
+    worst_texts,
     write,
 )
 from villa.analysis.robustness import Case, Outcome
@@ -36,7 +40,7 @@ from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
 from villa.evaluation.results import print_table
-from villa.files import atomic_write, room_for
+from villa.files import atomic_write, from_home, room_for, sha256
 from villa.progress import track
 from villa.registry import TRAINERS
 from villa.rng import derive_seed
@@ -83,6 +87,11 @@ class _Run:
         self.checked = {case.modality: case for case in wanted} if self.config.checks else {}
         extras = [case for main in self.checked.values() for case in extra_cases(main) if case is not None]
         self.shifts: dict[str, dict[int, dict[str, float]]] = {}
+        for name in self.config.shifts:
+            self.attacks.shift(name)
+        file = self.config.text.rephrasings
+        self.rephrasings = None if file is None else self.attacks.rephrasings(from_home(file))
+        self.rephrased: dict[str, list[float]] = {}
         self.all_cases = list(dict.fromkeys([*self.cases, *extras]))
 
     def attack(self) -> None:
@@ -92,7 +101,7 @@ class _Run:
                 print(f"note: {warning}")
         self.clean, attacked, seconds = self.attacks.run_clean()
         if self.processes.is_main:
-            print(self._plan(len(attacked), seconds), flush=True)
+            print(self._plan(attacked, seconds), flush=True)
         notes = _Notes(self.folder / UNFINISHED, self._facts(), self.all_cases)
         self.processes.barrier()  # every process has read what there is
         with notes.open(self.processes.is_main) as file:
@@ -102,6 +111,8 @@ class _Run:
         names = [(name, severity) for name in self.config.shifts for severity in SEVERITIES]
         for name, severity in track(names, "shift", mode=self.parts.config.logging.progress):
             self.shifts.setdefault(name, {})[severity] = self.attacks.shifted(name, severity)
+        if self.rephrasings is not None:
+            self.rephrased = self.attacks.rephrased(self.rephrasings)
         self.outcomes = {case: [notes.found[case][one.id] for one in attacked] for case in self.all_cases}
 
     def report(self) -> None:
@@ -116,46 +127,73 @@ class _Run:
         content = summary(own, self.clean, found, verdict, self._facts(), self.metric) | {"run": run}
         if self.shifts:
             content["shifts"] = shift_summary(self.shifts, self.clean)
+        if self.rephrasings is not None:
+            content["rephrasings"] = rephrasing_summary(self.rephrased, self.clean)
+            self._write_rephrasings(self.rephrasings)
         name = config.name
         write(self.folder, content, found, self.config.norm, name)
         self._write_examples(own)
         if self.shifts:
             draw_shifts(content["shifts"], content["clean"], self.metric, self.folder / SHIFTS_FIGURE, name)
-        print_table(table(found, content["clean"], self.metric, f"{name}, {self.config.split}"))
+        for shown in tables(found, content["clean"], self.metric, f"{name}, {self.config.split}"):
+            print_table(shown)
         if self.shifts:
             print_table(shift_table(content["shifts"], self.metric))
+        if self.rephrasings is not None:
+            print(rephrasing_line(content["rephrasings"], self.metric))
         for line in verdicts(verdict):
             print(line)
 
-    def _plan(self, attacked: int, seconds: float) -> str:
+    def _plan(self, attacked: Sequence[Attacked], seconds: float) -> str:
         """Return what is ahead: examples, attacks, passes, and about how long they take at most."""
-        forwards, backwards = (sum(case.passes()[place] for case in self.all_cases) for place in (0, 1))
-        minutes = attacked * seconds * (forwards + 2 * backwards) / 60
-        own, extra = len(self.cases), len(self.all_cases) - len(self.cases)
-        checking = f" and {extra} checks" if extra else ""
+        passes = [self.attacks.most_passes(case, attacked) for case in self.all_cases]
+        forwards, backwards = map(sum, zip(*passes, strict=True))
+        minutes = len(attacked) * seconds * (forwards + 2 * backwards) / 60
+        of_words, extra = sum(case.changes_words for case in self.cases), len(self.all_cases) - len(self.cases)
+        counts = {
+            f"attacks at {len(self.config.radii)} radii": len(self.cases) - of_words,
+            f"attacks on words with {len(self.config.text.budgets)} budgets": of_words,
+            "checks": extra,
+        }
+        work = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
         return (
-            f"{len(self.clean.scores)} examples, {attacked} of them right; {own} attacks at {len(self.config.radii)} "
-            f"radii{checking}: at most {forwards:,} forward and {backwards:,} backward passes an example, about "
-            f"{minutes:.1f} minutes"
+            f"{len(self.clean.scores)} examples, {len(attacked)} of them right; {work}: at most {forwards:,} forward "
+            f"and {backwards:,} backward passes an example, about {minutes:.1f} minutes"
         )
 
     def _facts(self) -> dict[str, Any]:
         options = asdict(self.config)
         if self.config.source is not None:  # results hold no path
             options["source"] = derive_seed("source", self.config.source)
+        text = self.config.text
+        if text.masked_lm is not None:
+            options["text"]["masked_lm"] = derive_seed("masked_lm", text.masked_lm)
+        for name, path in (("synonyms", text.synonyms), ("rephrasings", text.rephrasings)):
+            options["text"][name] = None if path is None else sha256(from_home(path))
         return {**asdict(protocol(self.parts, self.update, "given")), "robustness": options}
 
     def _write_examples(self, own: Mapping[Case, Sequence[Outcome]]) -> None:
-        """Write a line for each example and modality: its score without an attack, and the worst by radius."""
-        radii = self.config.radii
+        """Write a line for each example and modality: its score without an attack, and the worst by radius.
+
+        Of changes of words also the text as it is and, for each budget, the worst one and the attack that found it.
+        """
         lines = []
         for modality in dict.fromkeys(case.modality for case in own):
             its = {case: outcomes for case, outcomes in own.items() if case.modality == modality}
+            radii, texts = next(iter(its)).radii, worst_texts(its)
             lowest = worst(its, self.clean, len(radii))
             for (id_, clean), scores in zip(self.clean.scores.items(), lowest, strict=True):
                 line = {"id": id_, "modality": modality, "clean": clean, "radii": radii, "worst": scores}
-                lines.append(json.dumps(line, ensure_ascii=False))
+                lines.append(json.dumps(line | texts.get(id_, {}), ensure_ascii=False))
         atomic_write(self.folder / EXAMPLES, "".join(f"{line}\n" for line in lines))
+
+    def _write_rephrasings(self, rephrasings: Mapping[str, Sequence[str]]) -> None:
+        """Write a line for each example: its score, and those of its other wordings."""
+        lines = [
+            {"id": id_, "clean": self.clean.scores[id_], "texts": list(rephrasings[id_]), "scores": scores}
+            for id_, scores in self.rephrased.items()
+        ]
+        atomic_write(self.folder / REPHRASED, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
 
 
 class _Notes:
