@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from villa.registry import (
     register_attack,
     register_dataset,
+    register_extractor,
     register_loss,
     register_metric,
     register_model,
@@ -18,13 +19,15 @@ from villa.registry import (
 )
 
 if TYPE_CHECKING:
-    from villa.api import from_pretrained, robustness
+    from villa.api import extract, from_pretrained, robustness
 
 __version__ = "0.1.0"
 __all__ = [
+    "extract",
     "from_pretrained",
     "register_attack",
     "register_dataset",
+    "register_extractor",
     "register_loss",
     "register_metric",
     "register_model",
@@ -38,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("from_pretrained", "robustness"):  # imported on use: they bring the engine along
+    if name in ("extract", "from_pretrained", "robustness"):  # imported on use: they bring the engine along
         from villa import api
 
         return getattr(api, name)

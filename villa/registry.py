@@ -223,6 +223,15 @@ SHIFTS: Registry[Any] = Registry(
         "villa.analysis.shifts",
     ),
 )
+EXTRACTORS: Registry[Any] = Registry(
+    "extractor",
+    "villa.extract.base:Extractor",
+    {
+        "bottom_up": "villa.extract.bottom_up",
+        **dict.fromkeys(("efficientnet_grid", "transformers", "timm"), "villa.extract.backbones"),
+        "transformers_detector": "villa.extract.detectors",
+    },
+)
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -237,6 +246,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "submissions": SUBMISSIONS,
     "attacks": ATTACKS,
     "shifts": SHIFTS,
+    "extractors": EXTRACTORS,
 }
 
 register_model = MODELS.register
@@ -250,3 +260,4 @@ register_launcher = LAUNCHERS.register
 register_submission = SUBMISSIONS.register
 register_attack = ATTACKS.register
 register_shift = SHIFTS.register
+register_extractor = EXTRACTORS.register
