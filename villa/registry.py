@@ -225,11 +225,11 @@ SHIFTS: Registry[Any] = Registry(
 )
 EXTRACTORS: Registry[Any] = Registry(
     "extractor",
-    "villa.extract.base:Extractor",
+    "villa.extraction.base:Extractor",
     {
-        "bottom_up": "villa.extract.bottom_up",
-        **dict.fromkeys(("efficientnet_grid", "transformers", "timm"), "villa.extract.backbones"),
-        "transformers_detector": "villa.extract.detectors",
+        "bottom_up": "villa.extraction.bottom_up",
+        **dict.fromkeys(("efficientnet_grid", "transformers", "timm"), "villa.extraction.backbones"),
+        "transformers_detector": "villa.extraction.detectors",
     },
 )
 

@@ -204,6 +204,29 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
     return config
 
 
+def build_options(cls: type, values: Layer, whose: str) -> Any:
+    """Build one dataclass of options from its defaults and the given values.
+
+    Args:
+        cls: the dataclass.
+        values: leaves by name.
+        whose: whose options they are, for messages: ``"extractor 'bottom_up'"``.
+
+    Raises:
+        ConfigError: unknown name, wrong type or missing option.
+    """
+    options, tree = dataclass_options(cls), OmegaConf.structured(cls)
+    for key, value in values.items():
+        if key not in options:
+            raise ConfigError(f"{whose} has no option '{key}'{nearest(key, options)} (known: {_listed([*options])})")
+        _assign(tree, options, key, value)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        what, doc = describe(options[missing[0]].hint), options[missing[0]].doc.replace("``", "'").rstrip(".")
+        raise ConfigError(f"{whose} needs {missing[0]}, {what}: {doc}; give {missing[0]}=VALUE")
+    return OmegaConf.to_object(tree)
+
+
 def _assign(tree: DictConfig, options: Mapping[str, Option], key: str, value: Value) -> None:
     option = find(options, key)
     if option is None:

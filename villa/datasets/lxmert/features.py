@@ -96,8 +96,17 @@ def read_regions(line: bytes, *, allow_empty: bool = False) -> tuple[str, Floats
     return header.name, features, boxes
 
 
-def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats, confidence: Floats) -> bytes:
-    """Return the line of an image, with class 0 for all objects and attributes.
+def write_line(
+    name: str,
+    size: tuple[int, int],
+    features: Floats,
+    boxes: Floats,
+    confidence: Floats,
+    *,
+    objects: npt.NDArray[np.int64] | None = None,
+    attributes: tuple[npt.NDArray[np.int64], Floats] | None = None,
+) -> bytes:
+    """Return the line of an image.
 
     Args:
         name: the image.
@@ -105,10 +114,13 @@ def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats
         features: ``[R, D]``.
         boxes: ``[R, 4]`` in pixels.
         confidence: ``[R]``, of the detector.
+        objects: classes ``[R]``; by default 0.
+        attributes: attributes ``[R]`` and their confidences; by default 0 with those of the objects.
     """
-    numbers = _encoded(np.zeros(len(features), dtype=np.int64))
-    scores = _encoded(confidence.astype("<f4"))
-    fields = [name.encode(), *(str(length).encode() for length in size), numbers, scores, numbers, scores]
+    zeros = np.zeros(len(features), dtype=np.int64)
+    numbers, others = zeros if objects is None else objects, (zeros, confidence) if attributes is None else attributes
+    classes = [numbers.astype("<i8"), confidence.astype("<f4"), others[0].astype("<i8"), others[1].astype("<f4")]
+    fields = [name.encode(), *(str(length).encode() for length in size), *map(_encoded, classes)]
     fields += [str(len(features)).encode(), _encoded(boxes.astype("<f4")), _encoded(features.astype("<f4"))]
     return b"\t".join(fields) + b"\n"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from villa.checkpoints.weight_files import FOLDER_FILES, read_weights, refuse_not_finite
 from villa.errors import CheckpointError, ConfigError, reading
-from villa.extract.base import Extractor, ExtractorConfig, Regions, describe, hash_weights, parse_boxes
-from villa.extract.boxes import clip, regress, suppress, suppress_classes
-from villa.extract.faster_rcnn import Detection, DetectorConfig, FasterRCNN
+from villa.extraction.base import Extractor, ExtractorConfig, Regions, describe, hash_weights, parse_boxes
+from villa.extraction.boxes import clip, regress, suppress, suppress_classes
+from villa.extraction.faster_rcnn import Detection, DetectorConfig, FasterRCNN
 from villa.registry import register_extractor
 from villa.vetting import vetted_source
 
@@ -158,17 +158,15 @@ class BottomUp(Extractor):
         return choose_best(found, least, most, self.thresholds, size, self.detector)
 
     def _regions(self, found: Detection, chosen: Choice, picture: Prepared) -> Regions:
-        rows, (height, width) = chosen.rows, picture.size
+        rows = chosen.rows
         probabilities = found.classes[rows].softmax(-1)
         if not self.detector.caffe:  # the databases have the background first
             probabilities = probabilities.roll(1, -1)
         sure, attributes = None, None
         if found.attributes is not None:
             sure, attributes = self._attribute_scores(found.attributes[rows]).max(-1)
-        scale, limits = (chosen.boxes.new_tensor([*pair[::-1]] * 2) for pair in (picture.scale, (height, width)))
-        boxes = chosen.boxes / scale
-        boxes[:, 2:] += self.detector.extent
-        boxes = torch.minimum(boxes, limits) / limits
+        scale, limits = (chosen.boxes.new_tensor([*pair[::-1]] * 2) for pair in (picture.scale, picture.size))
+        boxes = torch.minimum(chosen.boxes / scale, limits) / limits
         return Regions(
             picture.size,
             found.features[rows].float().cpu().numpy(),
@@ -216,7 +214,9 @@ def load_detector(
     refuse_not_finite(place, weights.items())
     of_caffe = f"{_PREDICTOR}attr_linear1.weight" in weights or _is_paired(weights)
     caffe = of_caffe if convention == "auto" else convention == "caffe"
-    weights = {_own_name(name): value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    weights = {
+        _own_name(name): value.float() if value.is_floating_point() else value for name, value in weights.items()
+    }
     file = (place if place.is_dir() else place.parent) / CONFIG_FILE
     values = _hub_config(file) if file.is_file() and not caffe else {}
     config = DetectorConfig.of_caffe() if caffe else DetectorConfig.of_hub(values)
@@ -286,7 +286,7 @@ def choose_best(
     """
     scores = without_background(found.classes.softmax(-1), first=config.caffe)
     confidence, objects = scores.max(-1)
-    deltas = found.deltas.unflatten(-1, (-1, 4))
+    deltas = found.deltas.view(len(scores), -1, 4)
     deltas = deltas[:, 1:] if config.caffe else deltas
     own = deltas[torch.arange(len(objects), device=objects.device), objects.clamp(max=deltas.shape[1] - 1)]
     boxes = clip(regress(found.proposals, own, config.box_weights, config.extent), *size, config.extent)
@@ -307,7 +307,7 @@ def choose_confident(found: Detection, least: int, most: int, threshold: float, 
     """
     scores = without_background(found.classes.softmax(-1), first=config.caffe)
     kept = suppress_classes(found.proposals, scores, CLASS_OVERLAP, config.extent)
-    confidence, objects = (scores * kept).max(-1)
+    confidence = (scores * kept).amax(-1)
     rows = confidence.argsort(descending=True, stable=True)
     count = min(max(int((confidence >= threshold).sum()), least), most)
     rows = rows[:count]

@@ -1,7 +1,7 @@
 """Geometry of detectors: anchors, box regression, non-maximum suppression and pooling of regions.
 
-Boxes are x1, y1, x2, y2 in pixels. ``extent`` is 0 where a box ends at x2, and 1 where the pixel at x2 belongs to it, as
-in caffe. torchvision's operators are used where it imports; the ones here compute the same.
+Boxes are x1, y1, x2, y2 in pixels. ``extent`` is 0 where a box ends at x2, and 1 where the pixel at x2 belongs to it,
+as in caffe. torchvision's operators are used where it imports; the ones here compute the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
 
 
 def grid_anchors(cells: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """Shift anchors ``[A, 4]`` to the cells of a feature map: ``[height * width * A, 4]``, by row, column and anchor."""
+    """Shift anchors ``[A, 4]`` to the cells of a feature map: ``[height * width * A, 4]``, by row and column."""
     ys, xs = (torch.arange(count, device=cells.device, dtype=cells.dtype) * stride for count in (height, width))
     y, x = torch.meshgrid(ys, xs, indexing="ij")
     shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
@@ -57,7 +57,7 @@ def clip(boxes: Tensor, height: float, width: float, extent: float = 0) -> Tenso
 
 
 def overlaps(boxes: Tensor, others: Tensor, extent: float = 0) -> Tensor:
-    """Return intersection over union of boxes ``[N, 4]`` and ``[M, 4]``: ``[N, M]``; not a number for two empty ones."""
+    """Return intersection over union of boxes ``[N, 4]`` and ``[M, 4]``: ``[N, M]``; NaN for two empty ones."""
     low = torch.maximum(boxes[:, None, :2], others[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
     common = (high - low + extent).clamp(min=0).prod(-1)
@@ -80,7 +80,8 @@ def suppress(boxes: Tensor, scores: Tensor, threshold: float, limit: int | None 
         found: Tensor = vision.nms(boxes, scores, threshold)[:limit]
         return found
     order = scores.argsort(descending=True, stable=True)
-    left, kept = boxes[order], []
+    left = boxes[order]
+    kept: list[Tensor] = []
     while len(order) and (limit is None or len(kept) < limit):
         kept.append(order[0])
         apart = ~(overlaps(left[:1], left[1:], extent)[0] > threshold)
@@ -125,11 +126,12 @@ def pool(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
         pooled: Tensor = vision.roi_pool(features[None], [boxes], size, scale)
         return pooled
     corners = _rounded(boxes * scale)
-    rows, columns = (_bins(corners[:, axis], corners[:, axis + 2], size, features.shape[2 - axis]) for axis in (1, 0))
+    left, right = _bins(corners[:, 0], corners[:, 2], size, features.shape[2])
+    top, bottom = _bins(corners[:, 1], corners[:, 3], size, features.shape[1])
     pooled = features.new_zeros(len(boxes), features.shape[0], size, size)
-    for number, ((low_y, high_y), (low_x, high_x)) in enumerate(zip(zip(*rows), zip(*columns), strict=True)):
-        high = _largest(features, low_y, high_y, dim=1)
-        pooled[number] = _largest(high, low_x, high_x, dim=2)
+    for number in range(len(boxes)):
+        rows = _largest(features, top[number], bottom[number], dim=1)
+        pooled[number] = _largest(rows, left[number], right[number], dim=2)
     return pooled
 
 
@@ -151,7 +153,8 @@ def _largest(features: Tensor, low: Tensor, high: Tensor, dim: int) -> Tensor:
     most = max(int((high - low).max()), 1)
     places = low[:, None] + torch.arange(most, device=low.device)
     places = torch.minimum(places, (high - 1)[:, None]).clamp(0, features.shape[dim] - 1)  # repeats change no maximum
-    found = features.index_select(dim, places.flatten()).unflatten(dim, places.shape).amax(dim + 1)
+    shape = (*features.shape[:dim], *places.shape, *features.shape[dim + 1 :])
+    found = features.index_select(dim, places.flatten()).view(shape).amax(dim + 1)
     empty = (high <= low).view([-1 if axis == dim else 1 for axis in range(features.dim())])
     return found.masked_fill(empty, 0)
 

@@ -1,6 +1,6 @@
 """The network of bottom-up attention: Faster R-CNN on ResNet's fourth stage, with classes and attributes of objects.
 
-Its parameters have the names of ``unc-nlp/frcnn-vg-finetuned``; their shapes decide depth, widths and numbers of classes.
+Its parameters have the names of ``unc-nlp/frcnn-vg-finetuned``; their shapes decide depth, widths and classes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from villa.errors import CheckpointError, ConfigError, one_line
-from villa.extract.boxes import cell_anchors, clip, grid_anchors, pool, regress, suppress
+from villa.extraction.boxes import cell_anchors, clip, grid_anchors, pool, regress, suppress
 
 #: Regions that the last stage computes at a time, which bounds memory.
 PART = 100
@@ -40,8 +40,8 @@ class DetectorConfig:
         box_weights: factors of the deltas of proposals.
         pool_size: bins a side that proposals are pooled to.
         halve: whether the last stage halves the resolution, instead of widening its kernels.
-        caffe: caffe's conventions: a box includes its last pixel, the background is class 0, small proposals are dropped
-            before they are sorted, and sides are scaled by one factor.
+        caffe: caffe's conventions: a box includes its last pixel, the background is class 0, small proposals are
+            dropped before they are sorted, and both sides are scaled by one factor.
         min_proposal: smallest side of a proposal in pixels of the original image (``caffe``).
     """
 
@@ -116,13 +116,17 @@ def _converted(value: Any, name: str, default: Any) -> Any:
             return tuple(float(one) for one in inner)
         return type(default)(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the detector's configuration has {name} = {value!r:.60}; give numbers as published") from error
+        raise ConfigError(
+            f"the detector's configuration has {name} = {value!r:.60}; give numbers as published"
+        ) from error
 
 
 class Conv(nn.Conv2d):
     """A convolution without bias, followed by normalisation."""
 
-    def __init__(self, ins: int, outs: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, ins: int, outs: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1
+    ) -> None:
         padding = dilation * (kernel // 2)
         super().__init__(
             ins, outs, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False
@@ -227,7 +231,7 @@ class Predictor(nn.Module):
             self.fc_attr, self.attr_score = (_linear(shapes, name) for name in ("fc_attr", "attr_score"))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return logits of classes ``[P, C + 1]``, deltas, and logits of attributes ``[P, A + 1]``; see ``Detection``."""
+        """Return logits of classes, deltas, and logits of attributes for features ``[P, D]``; see ``Detection``."""
         classes, attributes = self.cls_score(features), None
         if self.attributes:
             named = self.cls_embedding(classes.argmax(-1))
@@ -281,7 +285,7 @@ class FasterRCNN(nn.Module):
         maps = self.backbone(images)
         scores, deltas = self.proposal_generator["rpn_head"](maps)
         cells = self.get_buffer("proposal_generator.anchor_generator.cell_anchors.0")
-        anchors = grid_anchors(cells, *maps.shape[-2:], self.config.stride)
+        anchors = grid_anchors(cells, maps.shape[2], maps.shape[3], self.config.stride)
         found = []
         for place, size in enumerate(sizes):
             scale = 1.0 if scales is None else scales[place]

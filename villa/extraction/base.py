@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.errors import ConfigError
