@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from villa.errors import DataError, reading
 from villa.files import write_json
 from villa.json_values import read_own
 
+#: Form of a signature: network, version of its package, its weights, and options.
+_SIGNATURE = re.compile(r"(?P<network>\S+) \S+ (?P<weights>[0-9a-f]{16}) (?P<options>.+)")
 #: Name of the note in a folder of features, and what it appends to the name of a file of features.
 NOTE = "extractor.json"
 
@@ -40,6 +43,14 @@ def read_signature(place: Path) -> str | None:
         return signature
 
 
+def extractor_reading(signature: str | None) -> dict[str, str]:
+    """Return, for ``DataFacts.reading``, which network made the features, and how it read the images."""
+    made = _SIGNATURE.fullmatch(signature or "")
+    if made is None:
+        return {}
+    return {"feature extractor": f"{made['network']} {made['weights']}", "grid features": made["options"]}
+
+
 def check_signatures(made: Iterable[tuple[str | Path, str | None]]) -> str | None:
     """Check that features are of one extractor, as far as it is known, and return its signature.
 
@@ -57,3 +68,24 @@ def check_signatures(made: Iterable[tuple[str | Path, str | None]]) -> str | Non
                 f"of '{known[0][1]}'; extract both with one"
             )
     return known[0][1] if known else None
+
+
+def check_trained(trained: Mapping[str, Any], reading: Mapping[str, str], data: Path) -> None:
+    """Check features against those that a checkpoint was trained on, as far as both are known.
+
+    Args:
+        trained: facts that the checkpoint kept.
+        reading: ``DataFacts.reading`` of the data.
+        data: the data, for the message.
+
+    Raises:
+        DataError: another extractor made them.
+    """
+    before = trained.get("reading")
+    before = before if isinstance(before, Mapping) else {}
+    for fact in ("feature extractor", "grid features"):
+        if None not in (before.get(fact), reading.get(fact)) and before[fact] != reading[fact]:
+            raise DataError(
+                f"these features are of another detector: the checkpoint was trained on those of '{before[fact]}', "
+                f"'{data}' has those of '{reading[fact]}'; extract both with one"
+            )

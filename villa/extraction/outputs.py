@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from villa.datasets.lxmert.features import write_line
+from villa.datasets.lxmert.features import TsvFile, write_line
 from villa.datasets.own.files import SUFFIXES
 from villa.datasets.signatures import check_signatures, read_signature, write_signature
 from villa.datasets.uniter.box_selection import BoxSelection
@@ -103,9 +103,7 @@ class DatabaseOutput(Output):
     def add(self, name: str, regions: Regions) -> None:
         """Add an image; ``norm_bb`` are its boxes with width and height."""
         if self._writer is None:
-            raise DataError(
-                f"'{self.place}' holds a finished database without '{name}'; give another folder, or remove it"
-            )
+            raise _finished(self.place, name)
         boxes = np.concatenate([regions.boxes, regions.boxes[:, 2:] - regions.boxes[:, :2]], axis=1)
         self._writer.add(self._key(name), regions.features, boxes, regions.confidence, regions.soft_labels)
 
@@ -131,9 +129,14 @@ class TsvOutput(Output):
         super().__init__(place, signature, facts)
         self._part, self._journal = (place.with_name(f".{place.name}.{kind}") for kind in ("part", "names"))
         self._names: set[str] = set()
+        self._finished = place.exists()
+        if self._finished:
+            if read_signature(place) is None:
+                raise DataError(f"'{place}' exists already, made by an unknown extractor; give another file")
+            self._note(place)
+            self._names.update(TsvFile(place))
+            return
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
-            raise DataError(f"'{place}' exists already; give another file, or remove it")
         self._lines, self._notes = open_own(self._part, "r+b"), open_own(self._journal, "r+b")
         self._note(place)
         self._resume()
@@ -144,6 +147,8 @@ class TsvOutput(Output):
 
     def add(self, name: str, regions: Regions) -> None:
         """Append the line of an image, and note it once the line is whole."""
+        if self._finished:
+            raise _finished(self.place, name)
         height, width = regions.size
         boxes = regions.boxes * np.array([width, height] * 2, np.float32)
         named = None
@@ -163,6 +168,8 @@ class TsvOutput(Output):
 
     def finish(self) -> None:
         """Give the file its name."""
+        if self._finished:
+            return
         self.release()
         fsync(self._part)
         self._part.replace(self.place)
@@ -171,6 +178,8 @@ class TsvOutput(Output):
 
     def release(self) -> None:
         """Close the files."""
+        if self._finished:
+            return
         self._lines.close()
         self._notes.close()
 
@@ -197,6 +206,7 @@ class FilesOutput(Output):
     def __init__(self, place: Path, signature: str, facts: Mapping[str, Any], suffix: str) -> None:
         super().__init__(place, signature, facts)
         self._suffix = suffix
+        self._noted = {place}
         place.mkdir(parents=True, exist_ok=True)
         if read_signature(place) is None and any(file.suffix in SUFFIXES for file in place.iterdir()):
             raise DataError(f"'{place}' holds feature files of an unknown extractor; give another folder")
@@ -208,8 +218,12 @@ class FilesOutput(Output):
 
     def add(self, name: str, regions: Regions) -> None:
         """Write the file of an image, at once or not at all."""
-        arrays = regions.arrays()
+        arrays, folder = regions.arrays(), self._file(name).parent
         try:
+            if folder not in self._noted:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._note(folder)
+                self._noted.add(folder)
             atomic_write(self._file(name), _npz(arrays) if self._suffix == ".npz" else self._safetensors(arrays))
         except OSError as error:
             raise _unwritable(self._file(name), error) from error
@@ -291,6 +305,10 @@ def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def _finished(place: Path, name: str) -> DataError:
+    return DataError(f"'{place}' is finished, without '{name}'; give another place for these images, or remove it")
 
 
 def _unwritable(place: Path, error: OSError) -> DataError:

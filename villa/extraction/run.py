@@ -17,7 +17,7 @@ from villa.config.options import build_options, dataclass_options
 from villa.config.values import Layer
 from villa.datasets.own.pictures import check_background
 from villa.distributed.strategy import choose_device
-from villa.errors import ConfigError, DataError
+from villa.errors import ConfigError, DataError, about, one_line
 from villa.extraction.base import Extractor
 from villa.extraction.images import Picture, open_pictures
 from villa.extraction.outputs import Format, Output, checked, open_output
@@ -130,9 +130,13 @@ def _prepared(pictures: Iterator[Picture], extractor: Extractor, workers: int) -
 
     def read(picture: Picture) -> Any:
         try:
-            return extractor.read(picture.read(extractor.config.background))
+            pixels = picture.read(extractor.config.background)
+            with about(f"{picture.source.place}'{picture.source.path}'"):
+                return extractor.read(pixels)
         except DataError as error:
             return error
+        except ImportError as error:
+            raise ConfigError(f"the extractor cannot read images: {one_line(error)}") from error
 
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[tuple[Picture, Future[Any]]] = deque()

@@ -23,6 +23,7 @@ from torch import Tensor
 from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
 from villa.datasets.cache import cache_root
 from villa.datasets.lines import LineFile
+from villa.datasets.signatures import check_signatures, read_signature
 from villa.errors import DataError, one_line
 from villa.files import locked, regular_file, write_json
 from villa.progress import Display
@@ -191,6 +192,7 @@ class TsvFile(LineFile):
 
     Attributes:
         dim: width D of the region features.
+        extractor: signature of what made them; None if it is not noted.
 
     Raises:
         DataError: the file is missing, empty or damaged; the message names file and line.
@@ -200,6 +202,7 @@ class TsvFile(LineFile):
         index = _index(path)
         super().__init__(path, array("q", [*index["starts"], index["size"]]))
         self._allow_empty = allow_empty_boxes
+        self.extractor = read_signature(path)
         self.dim: int = index["dim"]
         self._names: list[str] = index["names"]
         self._regions = array("i", index["regions"])
@@ -245,7 +248,7 @@ class TsvStore:
         files: the files; the first one that holds an image is used.
 
     Raises:
-        DataError: there is no file, or the features have different widths.
+        DataError: there is no file, or the features have different widths or are of different detectors.
     """
 
     def __init__(self, files: Sequence[TsvFile]) -> None:
@@ -259,6 +262,7 @@ class TsvStore:
                 f"features of '{files[0].path}' are {self.dim} wide, those of '{other.path}' {other.dim}; use features "
                 "of one detector"
             )
+        self.extractor = check_signatures((file.path, file.extractor) for file in files)
 
     def __contains__(self, name: object) -> bool:
         return any(name in file for file in self.files)
