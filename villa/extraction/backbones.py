@@ -86,7 +86,7 @@ class EfficientNetGrid(Extractor):
 
     def read(self, picture: Image.Image) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """Resize an image."""
-        return self._grid.resize(picture), (picture.height, picture.width)
+        return self._grid.resize(picture).copy(), (picture.height, picture.width)
 
     def __call__(self, pictures: Sequence[Any]) -> list[Regions]:
         """Compute the cells, image by image."""
@@ -151,10 +151,10 @@ class Backbone(Extractor):
                 maps, _ = self._maps(torch.zeros(1, 3, self._side, self._side, device=self.device))
             self._shape = (maps.shape[2], maps.shape[3])
             if self.config.grid is not None:
-                if any(cells % self.config.grid for cells in self._shape):
+                if self.config.grid > min(self._shape):
                     raise ConfigError(
-                        f"grid={self.config.grid} does not divide the {self._shape[0]} x {self._shape[1]} cells of "
-                        f"'{self.config.model}' for images of {self._side} pixels; give a divisor"
+                        f"grid={self.config.grid} is finer than the {self._shape[0]} x {self._shape[1]} cells of "
+                        f"'{self.config.model}' for images of {self._side} pixels; give a coarser one"
                     )
                 self._shape = (self.config.grid, self.config.grid)
         self._boxes = _cells_of(*self._shape, whole=self.config.whole)
@@ -164,7 +164,7 @@ class Backbone(Extractor):
         """Return regions ``[B, R, D]`` of images ``[B, 3, S, S]``."""
         maps, whole = self._maps(pixels)
         if maps.shape[2:] != self._shape:
-            maps = F.avg_pool2d(maps, [there // here for there, here in zip(maps.shape[2:], self._shape, strict=True)])
+            maps = F.adaptive_avg_pool2d(maps, self._shape)
         cells = maps.flatten(2).transpose(1, 2)
         return torch.cat([whole[:, None], cells], 1) if self.config.whole else cells
 

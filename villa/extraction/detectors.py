@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,19 +115,22 @@ class TransformersDetector(Extractor):
         pixels = picture.pixels.to(self.device)
         with _Maps(self._backbone) as maps:
             found = self._network(pixel_values=pixels, **self._texts)
-        boxes, (height, width) = _corners(found.pred_boxes[0].float()), picture.size
-        scores, soft = self._scores(found.logits[0].float())
-        sure, objects = scores.max(-1)
-        rows = suppress(boxes, sure, self.config.overlap)
-        count = self.selection.count(sure[rows].cpu().numpy())
-        rows = rows[:count]
-        features = self._features(found, maps.last, boxes[rows], rows)
+        given, (height, width) = _corners(found.pred_boxes[0].float()), picture.size
+        boxes = given
         if self._name == "owlv2":  # whose images are padded to a square
             boxes = boxes * max(height, width) / boxes.new_tensor([width, height] * 2)
+        boxes = boxes.clamp(0, 1)
+        scores, soft = self._scores(found.logits[0].float())
+        sure, objects = scores.max(-1)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        rows = suppress(boxes, torch.where(inside, sure, -1), self.config.overlap)
+        rows = rows[inside[rows]] if inside.any() else rows  # without those in the padding
+        rows = rows[: self.selection.count(sure[rows].cpu().numpy())]
+        features = self._features(found, maps.last, given[rows], rows)
         return Regions(
             picture.size,
             features.float().cpu().numpy(),
-            boxes[rows].clamp(0, 1).cpu().numpy(),
+            boxes[rows].cpu().numpy(),
             sure[rows].cpu().numpy(),
             objects[rows].cpu().numpy().astype(np.int64),
             soft_labels=None if soft is None or not self.config.soft_labels else soft[rows].cpu().numpy(),
@@ -216,11 +220,10 @@ class _Maps:
 def _backbone(network: nn.Module) -> nn.Module | None:
     """Return the module of a detector that makes the feature maps, if it has one."""
     try:
-        from transformers.backbone_utils import BackboneMixin
+        found: Any = importlib.import_module("transformers.backbone_utils")
     except ImportError:  # before transformers 5
-        from transformers.utils.backbone_utils import BackboneMixin
-
-    return next((module for module in network.modules() if isinstance(module, BackboneMixin)), None)
+        found = importlib.import_module("transformers.utils.backbone_utils")
+    return next((module for module in network.modules() if isinstance(module, found.BackboneMixin)), None)
 
 
 def _corners(boxes: Tensor) -> Tensor:
