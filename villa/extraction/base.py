@@ -61,7 +61,7 @@ class Regions:
         """Return the arrays by name, as feature files have them."""
         named = {
             "features": self.features,
-            "boxes": self.boxes,
+            "norm_bb": np.concatenate([self.boxes, self.boxes[:, 2:] - self.boxes[:, :2]], axis=1),
             "conf": self.confidence,
             "objects": self.objects,
             "attributes": self.attributes,

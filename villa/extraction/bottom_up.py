@@ -255,7 +255,7 @@ def prepare(pixels: Any, config: DetectorConfig) -> Prepared:
     if height * width > LARGE or config.caffe:
         found = _sampled(pixels, size, factors)
     else:
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).float().permute(2, 0, 1)[None]
+        image = torch.from_numpy(np.array(pixels)).float().permute(2, 0, 1)[None]
         found = F.interpolate(image, size, mode="bilinear", align_corners=False)[0]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     return Prepared((found - mean) / std, (height, width), (1 / factors[0], 1 / factors[1]))

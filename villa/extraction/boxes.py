@@ -28,9 +28,10 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def grid_anchors(cells: Tensor, height: int, width: int, stride: int) -> Tensor:
+def grid_anchors(cells: Tensor, height: int, width: int, stride: int, offset: float = 0) -> Tensor:
     """Shift anchors ``[A, 4]`` to the cells of a feature map: ``[height * width * A, 4]``, by row and column."""
-    ys, xs = (torch.arange(count, device=cells.device, dtype=cells.dtype) * stride for count in (height, width))
+    sides = (torch.arange(count, device=cells.device, dtype=cells.dtype) for count in (height, width))
+    ys, xs = ((side + offset) * stride for side in sides)
     y, x = torch.meshgrid(ys, xs, indexing="ij")
     shifts = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
     return (shifts + cells).reshape(-1, 4)

@@ -32,6 +32,7 @@ class DetectorConfig:
         valid_pool: whether the stem's pooling has no padding, as in caffe.
         anchor_sizes: sides of square anchors, if the weights come without anchors.
         anchor_ratios: ratios of height to width of anchors.
+        anchor_offset: place of the anchors' centres in their cells, as a share of the stride.
         stride: pixels a cell of the feature map.
         proposals_before: best proposals before non-maximum suppression.
         proposals: most proposals after it.
@@ -40,9 +41,11 @@ class DetectorConfig:
         box_weights: factors of the deltas of proposals.
         pool_size: bins a side that proposals are pooled to.
         halve: whether the last stage halves the resolution, instead of widening its kernels.
+        stride_in_1x1: whether a stage halves the resolution in its first 1 x 1 convolution, instead of the 3 x 3 one.
         caffe: caffe's conventions: a box includes its last pixel, the background is class 0, small proposals are
             dropped before they are sorted, and both sides are scaled by one factor.
-        min_proposal: smallest side of a proposal in pixels of the original image (``caffe``).
+        min_proposal: length that the sides of a proposal exceed, in pixels of the resized image (``caffe``: of the
+            original).
     """
 
     min_size: int = 800
@@ -52,6 +55,7 @@ class DetectorConfig:
     valid_pool: bool = True
     anchor_sizes: tuple[float, ...] = (64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_offset: float = 0.0
     stride: int = 16
     proposals_before: int = 6000
     proposals: int = 300
@@ -60,6 +64,7 @@ class DetectorConfig:
     box_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
     pool_size: int = 14
     halve: bool = False
+    stride_in_1x1: bool = True
     caffe: bool = False
     min_proposal: float = 0.0
 
@@ -105,6 +110,9 @@ _HUB = {
     "box_weights": ("ROI_BOX_HEAD", "BBOX_REG_WEIGHTS"),
     "pool_size": ("ROI_BOX_HEAD", "POOLER_RESOLUTION"),
     "halve": ("ROI_BOX_HEAD", "RES5HALVE"),
+    "stride_in_1x1": ("RESNETS", "STRIDE_IN_1X1"),
+    "min_proposal": ("PROPOSAL_GENERATOR", "MIN_SIZE"),
+    "anchor_offset": ("ANCHOR_GENERATOR", "OFFSET"),
 }
 
 
@@ -140,16 +148,23 @@ class Conv(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """A residual block of three convolutions, with the stride in the first."""
+    """A residual block of three convolutions.
 
-    def __init__(self, shapes: Mapping[str, torch.Size], *, stride: int, dilation: int) -> None:
+    Args:
+        shapes: shapes of its parameters by name.
+        strides: of the first and the second convolution.
+        dilation: of the second.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], strides: tuple[int, int], dilation: int) -> None:
         super().__init__()
         outs, ins = shapes["conv1.weight"][:2]
         inner, grouped = shapes["conv2.weight"][:2]
-        self.conv1 = Conv(ins, outs, 1, stride=stride)
-        self.conv2 = Conv(outs, inner, 3, dilation=dilation, groups=outs // grouped)
+        self.conv1 = Conv(ins, outs, 1, stride=strides[0])
+        self.conv2 = Conv(outs, inner, 3, stride=strides[1], dilation=dilation, groups=outs // grouped)
         self.conv3 = Conv(inner, shapes["conv3.weight"][0], 1)
-        self.shortcut = Conv(ins, shapes["conv3.weight"][0], 1, stride=stride) if "shortcut.weight" in shapes else None
+        stride, whole = strides[0] * strides[1], shapes["conv3.weight"][0]
+        self.shortcut = Conv(ins, whole, 1, stride=stride) if "shortcut.weight" in shapes else None
 
     def forward(self, maps: Tensor) -> Tensor:
         """Add what the convolutions compute."""
@@ -183,13 +198,14 @@ Shapes = Mapping[str, torch.Size]
 class Backbone(nn.Module):
     """ResNet up to its fourth stage."""
 
-    def __init__(self, shapes: Shapes, *, valid_pool: bool) -> None:
+    def __init__(self, shapes: Shapes, config: DetectorConfig) -> None:
         super().__init__()
+        halving = (2, 1) if config.stride_in_1x1 else (1, 2)
         self.stem = nn.ModuleDict({"conv1": Conv(3, shapes["stem.conv1.weight"][0], 7, stride=2)})
-        self.res2 = _stage(_below(shapes, "res2."), stride=1)
-        self.res3 = _stage(_below(shapes, "res3."), stride=2)
-        self.res4 = _stage(_below(shapes, "res4."), stride=2)
-        self._pool = nn.MaxPool2d(3, stride=2, padding=0 if valid_pool else 1, ceil_mode=valid_pool)
+        self.res2 = _stage(_below(shapes, "res2."), (1, 1))
+        self.res3 = _stage(_below(shapes, "res3."), halving)
+        self.res4 = _stage(_below(shapes, "res4."), halving)
+        self._pool = nn.MaxPool2d(3, stride=2, padding=0 if config.valid_pool else 1, ceil_mode=config.valid_pool)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` to ``[B, D, H / 16, W / 16]``."""
@@ -253,15 +269,15 @@ class FasterRCNN(nn.Module):
     def __init__(self, shapes: Shapes, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        stride, dilation = (2, 1) if config.halve else (1, 2)
+        strides = ((2, 1) if config.stride_in_1x1 else (1, 2)) if config.halve else (1, 1)
         heads = _below(shapes, "roi_heads.")
         cells = _Buffer(cell_anchors(config.anchor_sizes, config.anchor_ratios))
         try:
-            self.backbone = Backbone(_below(shapes, "backbone."), valid_pool=config.valid_pool)
+            self.backbone = Backbone(_below(shapes, "backbone."), config)
             head = ProposalHead(_below(shapes, "proposal_generator.rpn_head."), pairs=config.caffe)
             anchors = nn.ModuleDict({"cell_anchors": cells})
             self.proposal_generator = nn.ModuleDict({"anchor_generator": anchors, "rpn_head": head})
-            last = _stage(_below(heads, "res5."), stride=stride, dilation=dilation)
+            last = _stage(_below(heads, "res5."), strides, dilation=1 if config.halve else 2)
             predictor = Predictor(_below(heads, "box_predictor."))
             self.roi_heads = nn.ModuleDict({"res5": last, "box_predictor": predictor})
         except (KeyError, ValueError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -285,7 +301,7 @@ class FasterRCNN(nn.Module):
         maps = self.backbone(images)
         scores, deltas = self.proposal_generator["rpn_head"](maps)
         cells = self.get_buffer("proposal_generator.anchor_generator.cell_anchors.0")
-        anchors = grid_anchors(cells, maps.shape[2], maps.shape[3], self.config.stride)
+        anchors = grid_anchors(cells, maps.shape[2], maps.shape[3], self.config.stride, self.config.anchor_offset)
         found = []
         for place, size in enumerate(sizes):
             scale = 1.0 if scales is None else scales[place]
@@ -309,7 +325,8 @@ class FasterRCNN(nn.Module):
             scores, anchors, deltas = _best(config.proposals_before, scores, anchors, deltas)
         boxes = clip(regress(anchors, deltas, config.proposal_weights, config.extent), *size, config.extent)
         sides = boxes[:, 2:] - boxes[:, :2]
-        large = ((sides > 0) & (sides + config.extent >= config.min_proposal * scale)).all(-1)
+        least = config.min_proposal * (scale if config.caffe else 1)
+        large = ((sides > 0) & (sides + config.extent > least)).all(-1)
         if not large.any():  # an image smaller than any proposal is one
             boxes, scores = boxes.new_tensor([[0, 0, size[1], size[0]]]) - config.extent / 2, scores.max()[None]
         else:
@@ -337,12 +354,13 @@ def _linear(shapes: Shapes, name: str) -> nn.Linear:
     return nn.Linear(ins, outs)
 
 
-def _stage(shapes: Shapes, *, stride: int, dilation: int = 1) -> nn.Sequential:
-    """Build the residual blocks of a stage, the first of which has the stride."""
+def _stage(shapes: Shapes, strides: tuple[int, int], dilation: int = 1) -> nn.Sequential:
+    """Build the residual blocks of a stage, the first of which has the strides."""
     count = 1 + max(int(name.split(".")[0]) for name in shapes)
     blocks = (_below(shapes, f"{number}.") for number in range(count))
+    plain = (1, 1)
     return nn.Sequential(
-        *(Bottleneck(block, stride=1 if number else stride, dilation=dilation) for number, block in enumerate(blocks))
+        *(Bottleneck(block, plain if number else strides, dilation) for number, block in enumerate(blocks))
     )
 
 

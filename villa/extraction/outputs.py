@@ -101,11 +101,12 @@ class DatabaseOutput(Output):
         return self._key(name) in self._finished if self._writer is None else self._writer.has(self._key(name))
 
     def add(self, name: str, regions: Regions) -> None:
-        """Add an image; ``norm_bb`` are its boxes with width and height."""
+        """Add an image."""
         if self._writer is None:
             raise _finished(self.place, name)
-        boxes = np.concatenate([regions.boxes, regions.boxes[:, 2:] - regions.boxes[:, :2]], axis=1)
-        self._writer.add(self._key(name), regions.features, boxes, regions.confidence, regions.soft_labels)
+        arrays = regions.arrays()
+        wanted = ("features", "norm_bb", "conf", "soft_labels")
+        self._writer.add(self._key(name), **{key: arrays[key] for key in wanted if key in arrays})
 
     def finish(self) -> None:
         """Finish the database, unless it was before."""
@@ -246,7 +247,7 @@ class FilesOutput(Output):
 
 def open_output(
     place: Path,
-    form: Format | None,
+    form: Format,
     selection: BoxSelection,
     signature: str,
     facts: Mapping[str, Any],
@@ -257,7 +258,7 @@ def open_output(
 
     Args:
         place: the file (TSV) or folder.
-        form: the format; None takes TSV for ``.tsv``, and else an image database.
+        form: the format.
         selection: which boxes an image has.
         signature: signature of the extractor.
         facts: what else to note about it.
@@ -267,7 +268,6 @@ def open_output(
         ConfigError: the options do not go together.
         DataError: the place holds something else, or cannot be written.
     """
-    form = form or ("tsv" if place.suffix == ".tsv" else "lmdb")
     if compressed and form != "lmdb":
         raise ConfigError(f"compressed databases are lmdb, not {form}; leave out one of both")
     if form == "tsv" and place.suffix != ".tsv":
@@ -282,13 +282,13 @@ def open_output(
         raise _unwritable(place, error) from error
 
 
-def checked(regions: Regions, form: Format | None) -> Regions:
+def checked(regions: Regions, form: Format) -> Regions:
     """Return regions that every reader accepts: finite, and without empty boxes, which get one pixel.
 
     Raises:
         ValueError: a value is not finite, or too large for the float16 of a database.
     """
-    largest = np.finfo(np.float16 if form in (None, "lmdb") else np.float32).max
+    largest = np.finfo(np.float16 if form == "lmdb" else np.float32).max
     if not np.isfinite(regions.features).all() or np.abs(regions.features).max(initial=0) > largest:
         raise ValueError(f"its features are not finite, or larger than {largest:g}; use another detector or format")
     if not len(regions.features):

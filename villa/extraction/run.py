@@ -58,7 +58,7 @@ class Job:
     """Options of an extraction, apart from the extractor's.
 
     Attributes:
-        format: format of the output; None decides by its name.
+        format: format of the output; None takes TSV for ``.tsv``, and else an image database.
         compressed: compress the values of a database.
         workers: threads that read images.
         batch: images that the network gets at a time.
@@ -106,13 +106,14 @@ def extract(
     facts = {"boxes": made.selection.folder()}
     place = plain_path(str(output))
     skipped: dict[str, str] = {}
-    with open_output(place, job.format, made.selection, made.signature, facts, compressed=job.compressed) as sink:
+    form: Format = job.format or ("tsv" if place.suffix == ".tsv" else "lmdb")
+    with open_output(place, form, made.selection, made.signature, facts, compressed=job.compressed) as sink:
         names = pictures.names
         todo = [name for name in names if not sink.has(name)]
         wanted = set(todo)
         found = _prepared(pictures.among(wanted.__contains__), made, job.workers)
         for batch in _batches(track(found, f"extract to {place.name}", len(todo), mode=job.progress), job.batch):
-            for picture, error in _stored(batch, made, sink, job.format):
+            for picture, error in _stored(batch, made, sink, form):
                 if job.on_error == "stop":
                     raise DataError(f"{error} (--on-error skip leaves such images out)") from error
                 skipped[picture.name] = str(error)
@@ -154,7 +155,7 @@ def _prepared(pictures: Iterator[Picture], extractor: Extractor, workers: int) -
 
 
 def _stored(
-    batch: list[_Read], extractor: Extractor, sink: Output, form: Format | None
+    batch: list[_Read], extractor: Extractor, sink: Output, form: Format
 ) -> Iterator[tuple[Picture, DataError]]:
     """Compute and store the features of a batch; yield the images that cannot be used, and why."""
     good = [(picture, content) for picture, content in batch if not isinstance(content, DataError)]
