@@ -15,7 +15,7 @@ import pytest
 import yaml
 from blocks import Block, headings, links, read_blocks
 
-from villa.cli import validate
+from villa.cli import extract, validate
 from villa.cli.run import main
 from villa.config import load_stages
 
@@ -130,6 +130,8 @@ def run_command(command: str, where: str) -> None:
     if program == "villa_run":
         extra = [override for argument in arguments for override in QUICK.get(argument, [])]
         assert main([*arguments, *extra]) == 0, f"{where}: {command}"
+    elif program == "villa_extract":
+        assert extract.main([*arguments, "--progress", "off"]) == 0, f"{where}: {command}"
     elif program == "villa_validate":
         assert validate.main(arguments) == 0, f"{where}: {command}"
     elif program == "python":
