@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def own_requirements() -> list[Requirement]:
-    """What setup.cfg requires, with all extras."""
+    """What setup.cfg requires, with all extras but timm's, which brings the torchvision of the torch that is there."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    lists = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    extras = [text for name, text in setup["options.extras_require"].items() if name != "timm"]
+    lists = [setup["options"]["install_requires"], *extras]
     return [Requirement(line) for text in lists for line in text.split("\n") if line]
 
 

@@ -221,7 +221,7 @@ class TransformersGrid(Backbone):
 
 @register_extractor("timm")
 class TimmGrid(Backbone):
-    """Patches or cells of a network of timm (``pip install timm``)."""
+    """Patches or cells of a network of timm (``pip install 'villa[timm]'``)."""
 
     def __init__(self, config: BackboneConfig, device: torch.device) -> None:
         super().__init__(config, device)
