@@ -8,6 +8,7 @@ from villa.registry import (
     register_attack,
     register_callback,
     register_dataset,
+    register_extractor,
     register_loss,
     register_metric,
     register_model,
@@ -20,15 +21,17 @@ from villa.registry import (
 )
 
 if TYPE_CHECKING:
-    from villa.api import Run, from_pretrained, robustness, train
+    from villa.api import Run, extract, from_pretrained, robustness, train
 
 __version__ = "0.1.0"
 __all__ = [
     "Run",
+    "extract",
     "from_pretrained",
     "register_attack",
     "register_callback",
     "register_dataset",
+    "register_extractor",
     "register_loss",
     "register_metric",
     "register_model",
@@ -44,7 +47,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Run", "from_pretrained", "robustness", "train"):  # imported on use: they bring the engine along
+    if name in (
+        "Run",
+        "extract",
+        "from_pretrained",
+        "robustness",
+        "train",
+    ):  # imported on use: they bring the engine along
         from villa import api
 
         return getattr(api, name)

@@ -239,6 +239,15 @@ TRACKERS: Registry[Any] = Registry(
     },
 )
 CALLBACKS: Registry[Any] = Registry("callback", "villa.engine.loop:Callback", {})
+EXTRACTORS: Registry[Any] = Registry(
+    "extractor",
+    "villa.extraction.base:Extractor",
+    {
+        "bottom_up": "villa.extraction.bottom_up",
+        **dict.fromkeys(("efficientnet_grid", "transformers", "timm"), "villa.extraction.backbones"),
+        "transformers_detector": "villa.extraction.detectors",
+    },
+)
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -255,6 +264,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "shifts": SHIFTS,
     "callbacks": CALLBACKS,
     "trackers": TRACKERS,
+    "extractors": EXTRACTORS,
 }
 
 register_model = MODELS.register
@@ -270,3 +280,4 @@ register_attack = ATTACKS.register
 register_shift = SHIFTS.register
 register_callback = CALLBACKS.register
 register_tracker = TRACKERS.register
+register_extractor = EXTRACTORS.register

@@ -88,6 +88,7 @@ def test_list_names_everything_with_a_summary(capsys: pytest.CaptureFixture[str]
         "shifts:",
         "callbacks:",
         "trackers:",
+        "extractors:",
     ]
     entries = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(" ")}
     assert {"uniter", "villa", "adamw", "linear", "accuracy"} <= set(entries)

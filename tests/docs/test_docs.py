@@ -140,7 +140,8 @@ def run_command(command: str, where: str) -> None:
     program, *arguments = shlex.split(command)
     if program in COMMANDS:
         extra = [override for argument in arguments for override in QUICK.get(argument, [])]
-        assert COMMANDS[program]([*arguments, *extra]) == 0, f"{where}: {command}"
+        quiet = ["--progress", "off"] if program == "villa_extract" else []
+        assert COMMANDS[program]([*arguments, *extra, *quiet]) == 0, f"{where}: {command}"
     elif program == "python":
         subprocess.run([sys.executable, *arguments, *QUICK_SCRIPTS.get(arguments[0], [])], check=True)
     elif program == "pip":

@@ -10,7 +10,8 @@ from tiny_runs import COLOURS, error, run, save_evil, training, write
 
 from villa.cli.run import main
 from villa.config import load
-from villa.engine.setup import build, choose_device
+from villa.distributed.strategy import choose_device
+from villa.engine.setup import build
 from villa.errors import ConfigError
 
 TEXT = (

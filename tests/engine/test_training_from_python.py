@@ -181,7 +181,7 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         ({"callbacks.none": True}, r"callbacks.none = true \(command line\): no callback is called 'none'"),
         ({"callbacks.late": 3}, r"callbacks.late = 3 \(command line\): give true, false, or a mapping of options"),
-        ({"callbacks.late.ever": 3}, r"ever \(callbacks.late\): unknown key; did you mean 'every'"),
+        ({"callbacks.late.ever": 3}, "callback 'late' has no option 'ever'; did you mean 'every'"),
         ({"callbacks.late.every": "x"}, r"every = 'x' \(callbacks.late\): must be an integer"),
         ({"run_type": "test", "checkpoint.path": "x"}, "run_type is 'test', which does not train"),
     ],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from PIL import Image
 
 from villa.analysis.report import JSON
 from villa.config.loader import load
+from villa.config.values import Origin, Value
 from villa.datasets.own.pictures import BACKGROUND, upright_rgb
 from villa.datasets.own.records import REGION_FIELDS, beside
 from villa.engine.answers import answers
@@ -26,7 +27,12 @@ from villa.engine.robustness import robustness as attack
 from villa.engine.saving import save_pretrained
 from villa.engine.setup import Parts
 from villa.errors import DataError, one_line
+from villa.extraction.outputs import Format
+from villa.extraction.run import Extracted, Job
+from villa.extraction.run import extract as extract_images
 from villa.hub.source import Source
+from villa.plugins import load_user_dir
+from villa.progress import Mode
 
 #: A path, a Pillow image, or a NumPy array of pixels: ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``.
 ImageLike = str | Path | Image.Image | npt.NDArray[Any]
@@ -154,6 +160,52 @@ def robustness(
     attack(config)
     content: dict[str, Any] = json.loads((Path(config.output_dir) / JSON).read_text(encoding="utf-8"))
     return content
+
+
+def extract(
+    images: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    extractor: str = "bottom_up",
+    user_dir: str | Path | None = None,
+    format: Format | None = None,
+    compressed: bool = False,
+    workers: int = Job.workers,
+    batch: int = Job.batch,
+    on_error: Literal["stop", "skip"] = "stop",
+    device: str = "auto",
+    progress: Mode = "off",
+    **options: Any,
+) -> Extracted:
+    """Extract region features of images, as ``villa_extract`` does; see docs/extracting.md.
+
+    The same call goes on with what a killed one has left.
+
+    Args:
+        images: a folder, a tar, JSON lines, a list of paths in a file, or the paths themselves.
+        output: folder of an image database, a ``.tsv`` of LXMERT, or a folder of feature files.
+        extractor: registered name.
+        user_dir: package or module to import first, for an extractor of your own.
+        format: ``lmdb``, ``tsv``, ``npz`` or ``safetensors``; None decides by the output's name.
+        compressed: compress the values of a database.
+        workers: threads that read images.
+        batch: images that the network gets at a time.
+        on_error: ``stop`` at an image that cannot be used, or ``skip`` it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: ``on``, ``off`` or ``auto``.
+        options: options of the extractor, such as ``weights="detector"`` and ``boxes="10:100:0.2"``.
+
+    Raises:
+        ConfigError: an option is unknown or cannot be used.
+        DataError: an image cannot be used, or the output holds something else.
+        CheckpointError: the weights cannot be used.
+    """
+    if user_dir is not None:
+        load_user_dir(str(user_dir))
+    job = Job(format, compressed, workers, batch, on_error, device, progress)
+    origin = Origin("villa.extract")
+    values = {name: Value(value, origin, value if isinstance(value, str) else None) for name, value in options.items()}
+    return extract_images(images, output, extractor, values, job)
 
 
 def _named(record: Mapping[str, Any], folder: Callable[[], Path], background: str) -> dict[str, Any]:

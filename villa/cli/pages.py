@@ -17,7 +17,7 @@ from villa.config.values import show
 from villa.config.variants import Variant, choose, name_variants
 from villa.config.yaml_text import write
 from villa.errors import ConfigError, VillaError, nearest, one_line
-from villa.registry import REGISTRIES, Registry
+from villa.registry import EXTRACTORS, REGISTRIES, Registry
 
 USAGE = """\
 usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points | --dry-run]
@@ -74,6 +74,17 @@ def help_text(args: Sequence[str]) -> str:
         return f"{USAGE}\n{_recipe_page(sections)}"
     pages = [_recipe_page(asked).lstrip("\n")] if asked else []
     return "\n".join([*pages, *(_variant_page(section, choose(section, [layer])) for section in chosen)])
+
+
+def extractor_page(name: str) -> str:
+    """Return the options of an extractor.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    kind = EXTRACTORS.get(name)
+    lines = _wrapped(f"extractor '{name}': {EXTRACTORS.summary(name)}")
+    return "\n".join([*lines, *_options(kind.Config, "")]) + "\n"
 
 
 def _recipe_page(sections: Sequence[str]) -> str:

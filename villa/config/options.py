@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from villa.config.schema import VARIANTS, RunConfig
-from villa.config.values import Layer, Origin, Value, show
+from villa.config.values import Layer, Value, show
 from villa.errors import ConfigError, nearest
 
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*[1-9]\d*)\s*")
@@ -204,21 +204,26 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
     return config
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], origin: Origin) -> Any:
-    """Build a dataclass outside of a section from its defaults and the given values.
+def build_options(cls: type, values: Layer, whose: str) -> Any:
+    """Build one dataclass of options from its defaults and the given values.
 
     Args:
         cls: the dataclass.
-        values: by dotted name.
-        origin: where they were given, for messages.
+        values: leaves by name.
+        whose: whose options they are, for messages: ``"extractor 'bottom_up'"``.
 
     Raises:
-        ConfigError: unknown name, wrong type or missing value.
+        ConfigError: unknown name, wrong type or missing option.
     """
-    tree, options = OmegaConf.structured(cls), dataclass_options(cls)
-    for key, data in values.items():
-        _assign(tree, options, key, Value(data, origin))
-    _require(tree, options)
+    options, tree = dataclass_options(cls), OmegaConf.structured(cls)
+    for key, value in values.items():
+        if key not in options:
+            raise ConfigError(f"{whose} has no option '{key}'{nearest(key, options)} (known: {_listed([*options])})")
+        _assign(tree, options, key, value)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        what, doc = describe(options[missing[0]].hint), options[missing[0]].doc.replace("``", "'").rstrip(".")
+        raise ConfigError(f"{whose} needs {missing[0]}, {what}: {doc}; give {missing[0]}=VALUE")
     return OmegaConf.to_object(tree)
 
 

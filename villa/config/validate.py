@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from villa.config.options import LARGEST, from_mapping
+from villa.config.options import LARGEST, build_options
 from villa.config.printer import leaves
 from villa.config.schema import VARIANTS, RunConfig
-from villa.config.values import DEFAULT, Origin, show
+from villa.config.values import DEFAULT, Origin, Value, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
 from villa.registry import ATTACKS, CALLBACKS, METRICS, SHIFTS, TRACKERS, Registry
@@ -285,7 +285,10 @@ def callback_options(name: str, given: object) -> Any:
     if not isinstance(given, bool | dict | None):
         raise ConfigError("give true, false, or a mapping of options")
     options = given if isinstance(given, dict) else {}
-    return None if given is False else from_mapping(CALLBACKS.get(name).Config, options, Origin(f"callbacks.{name}"))
+    if given is False:
+        return None
+    layer = {key: Value(value, Origin(f"callbacks.{name}")) for key, value in options.items()}
+    return build_options(CALLBACKS.get(name).Config, layer, f"callback '{name}'")
 
 
 def _check_variant(section: str, options: object, origins: Mapping[str, Origin]) -> None:

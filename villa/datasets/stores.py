@@ -149,9 +149,11 @@ class RegionStore(ABC):
 
     Attributes:
         dim: width D of the region features.
+        extractor: signature of what made them; None if it is not known.
     """
 
     dim: int
+    extractor: str | None = None
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self.sources = sources
@@ -260,3 +262,4 @@ class ScaledStore(RegionStore):
     def prepare(self, indices: Iterable[int]) -> None:
         """Prepare entries of the original store."""
         self.store.prepare(indices)
+        self.extractor = self.store.extractor

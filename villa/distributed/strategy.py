@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from villa.config.schema import DistributedConfig
 from villa.distributed.blocks import checkpoint_activations, compile_blocks
+from villa.distributed.environment import Place
 from villa.distributed.processes import Processes, connect_alone
 from villa.errors import ConfigError
 from villa.models.base import Model
@@ -225,3 +227,27 @@ def strategy_of(config: DistributedConfig) -> Strategy:
             "fsdp"
         ) from error
     return made
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` prefers CUDA, with one device per process of a machine.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is '{name}', which PyTorch does not know; use auto, cpu, cuda or cuda:N") from error
+    place = Place.read(os.environ)
+    if device.type == "cuda" and place.world_size > 1:
+        if ":" in name:
+            raise ConfigError(
+                f"device is '{name}', but {place.world_size} processes were started, which cannot share it; use cuda"
+            )
+        device = torch.device("cuda", place.local_rank)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is '{name}', but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device

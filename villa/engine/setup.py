@@ -23,8 +23,7 @@ from villa.config.schema import BatchConfig, RunConfig
 from villa.datasets.base import Split, TaskDataset
 from villa.datasets.own.assets import assets_beside, facts_beside
 from villa.datasets.stream import StandIn, evaluation_batches, evaluation_plan
-from villa.distributed.environment import Place
-from villa.distributed.strategy import Strategy, strategy_of
+from villa.distributed.strategy import Strategy, choose_device, strategy_of
 from villa.engine.evaluator import Evaluator
 from villa.engine.passes import Precision
 from villa.errors import ConfigError, nearest, one_line
@@ -241,27 +240,6 @@ def build_trainer(config: RunConfig, model: Model) -> Trainer:
         )
     trainer.check(model)
     return trainer
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` prefers CUDA, with one device per process of a machine.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    place = Place.read(os.environ)
-    if device.type == "cuda" and place.world_size > 1:
-        if ":" in name:
-            raise ConfigError(
-                f"device is '{name}', but {place.world_size} processes were started, which cannot share it; use cuda"
-            )
-        device = torch.device("cuda", place.local_rank)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is '{name}', but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    return device
 
 
 def batch_of_processes(batch: BatchConfig, world_size: int, *, compares_examples: bool = False) -> BatchConfig:

@@ -17,8 +17,9 @@ from villa.datasets.base import Split, TaskDataset
 from villa.datasets.names import CENTRED
 from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.distributed.environment import Place
+from villa.distributed.strategy import choose_device
 from villa.engine.report import warnings_of_run
-from villa.engine.setup import build_trainer, choose_device, within_memory
+from villa.engine.setup import build_trainer, within_memory
 from villa.errors import ConfigError, DataError, MissingDataError, VillaError, one_line
 from villa.facts import DataFacts
 from villa.models.base import Model, Point, summary

@@ -23,6 +23,7 @@ from torch import Tensor
 from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
 from villa.datasets.cache import cache_root
 from villa.datasets.lines import LineFile
+from villa.datasets.signatures import check_signatures, read_signature
 from villa.errors import DataError, one_line
 from villa.files import locked, regular_file, write_json
 from villa.progress import Display
@@ -96,8 +97,17 @@ def read_regions(line: bytes, *, allow_empty: bool = False) -> tuple[str, Floats
     return header.name, features, boxes
 
 
-def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats, confidence: Floats) -> bytes:
-    """Return the line of an image, with class 0 for all objects and attributes.
+def write_line(
+    name: str,
+    size: tuple[int, int],
+    features: Floats,
+    boxes: Floats,
+    confidence: Floats,
+    *,
+    objects: npt.NDArray[np.int64] | None = None,
+    attributes: tuple[npt.NDArray[np.int64], Floats] | None = None,
+) -> bytes:
+    """Return the line of an image.
 
     Args:
         name: the image.
@@ -105,10 +115,13 @@ def write_line(name: str, size: tuple[int, int], features: Floats, boxes: Floats
         features: ``[R, D]``.
         boxes: ``[R, 4]`` in pixels.
         confidence: ``[R]``, of the detector.
+        objects: classes ``[R]``; by default 0.
+        attributes: attributes ``[R]`` and their confidences; by default 0 with those of the objects.
     """
-    numbers = _encoded(np.zeros(len(features), dtype=np.int64))
-    scores = _encoded(confidence.astype("<f4"))
-    fields = [name.encode(), *(str(length).encode() for length in size), numbers, scores, numbers, scores]
+    zeros = np.zeros(len(features), dtype=np.int64)
+    numbers, others = zeros if objects is None else objects, (zeros, confidence) if attributes is None else attributes
+    classes = [numbers.astype("<i8"), confidence.astype("<f4"), others[0].astype("<i8"), others[1].astype("<f4")]
+    fields = [name.encode(), *(str(length).encode() for length in size), *map(_encoded, classes)]
     fields += [str(len(features)).encode(), _encoded(boxes.astype("<f4")), _encoded(features.astype("<f4"))]
     return b"\t".join(fields) + b"\n"
 
@@ -179,6 +192,7 @@ class TsvFile(LineFile):
 
     Attributes:
         dim: width D of the region features.
+        extractor: signature of what made them; None if it is not noted.
 
     Raises:
         DataError: the file is missing, empty or damaged; the message names file and line.
@@ -188,6 +202,7 @@ class TsvFile(LineFile):
         index = _index(path)
         super().__init__(path, array("q", [*index["starts"], index["size"]]))
         self._allow_empty = allow_empty_boxes
+        self.extractor = read_signature(path)
         self.dim: int = index["dim"]
         self._names: list[str] = index["names"]
         self._regions = array("i", index["regions"])
@@ -233,7 +248,7 @@ class TsvStore:
         files: the files; the first one that holds an image is used.
 
     Raises:
-        DataError: there is no file, or the features have different widths.
+        DataError: there is no file, or the features have different widths or are of different detectors.
     """
 
     def __init__(self, files: Sequence[TsvFile]) -> None:
@@ -247,6 +262,7 @@ class TsvStore:
                 f"features of '{files[0].path}' are {self.dim} wide, those of '{other.path}' {other.dim}; use features "
                 "of one detector"
             )
+        self.extractor = check_signatures((file.path, file.extractor) for file in files)
 
     def __contains__(self, name: object) -> bool:
         return any(name in file for file in self.files)

@@ -22,6 +22,7 @@ from villa.datasets.names import text_facts
 from villa.datasets.own.readers import WordPieces
 from villa.datasets.paths import SPLITS, describe_missing
 from villa.datasets.released import ANSWERS_FILE, ReleasedFilesConfig, ReleasedFilesTask
+from villa.datasets.signatures import check_signatures, check_trained, extractor_reading
 from villa.datasets.synthetic.lxmert import GENERATED_ANSWERS, SMALL_LXMERT, VOCABULARY_FILE, write_lxmert
 from villa.datasets.text import SHORTEST, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import ConfigError, DataError, MissingDataError
@@ -126,8 +127,9 @@ class LxmertTask(ReleasedFilesTask):
         if name not in self.splits():
             raise DataError(f"dataset '{self.config.name}' has no split '{name}'; list files in dataset.{name}")
         self._require(name)
-        labels = {answer: label for label, answer in enumerate(self.answers)}
-        return self.Examples(self._files(name), self._store(name), self.words, labels)
+        labels, store = {answer: label for label, answer in enumerate(self.answers)}, self._store(name)
+        check_signatures((file.path, file.extractor) for file in self._features.values())
+        return self.Examples(self._files(name), store, self.words, labels)
 
     def facts(self) -> DataFacts:
         """Return the vocabulary, the answers and the feature width."""
@@ -135,14 +137,18 @@ class LxmertTask(ReleasedFilesTask):
             raise DataError(f"dataset '{self.config.name}' lists no file; set dataset.train and train_features")
         split = next(iter(self._present()), self.splits()[0])
         self._require(split)
-        dim = self._store(split).dim
+        store = self._store(split)
+        dim, made = store.dim, extractor_reading(store.extractor)
         if self.assets is not None and dim != (trained := self.trained_facts["feature_dim"]):
             raise DataError(
                 f"the checkpoint was trained on region features {trained} wide, but those of the recipe "
                 f"are {dim} wide; use the features of the training data"
             )
-        words = vocabulary_size(self.tokenizer)
-        return DataFacts(words, len(self.answers), dim, labels=tuple(self.answers), **text_facts(self.tokenizer))
+        if self.assets is not None:
+            check_trained(self.trained_facts, made, store.files[0].path)
+        words, texts = vocabulary_size(self.tokenizer), text_facts(self.tokenizer)
+        texts["reading"] = {**texts["reading"], **made}
+        return DataFacts(words, len(self.answers), dim, labels=tuple(self.answers), **texts)
 
     def kept_facts(self) -> dict[str, Any]:
         """Return the facts without tokenizer and answers, which have their own files."""

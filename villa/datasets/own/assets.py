@@ -19,6 +19,7 @@ from villa.datasets.names import CENTRED, image_reading, pixel_reading, pixel_sc
 from villa.datasets.own.processors import load_processor, save_processor
 from villa.datasets.own.readers import Kind
 from villa.datasets.own.records import REGION_FIELDS, Regions
+from villa.datasets.signatures import extractor_reading
 from villa.datasets.stores import STATISTICS_FILE, scaled_reading
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, VillaError, reading
@@ -27,9 +28,6 @@ from villa.files import from_home, sha256, write_json
 from villa.json_values import is_count, read_own
 
 ANSWERS_FILE, META_FILE, PROCESSOR = "answers.json", "dataset.json", "processor"
-
-#: Format of the extractor's description: network, version of its package, its weights, and sizes.
-_EXTRACTOR = r"(?P<network>\S+) \S+ (?P<weights>[0-9a-f]{16}) (?P<sizes>.+)"
 
 #: Task of the model by kind of target.
 _TASKS: dict[Any, Task] = {"label": "classification", "text": "generation", "pair": "contrastive"}
@@ -45,7 +43,7 @@ class Assets:
         soft: whether targets are scores of all answers instead of one class.
         regions: source of the region features.
         feature_dim: width of the region features; None for text only.
-        extractor: description of the grid features' extractor (network, weights, sizes); None for other regions.
+        extractor: signature of the extractor (network, version, weights, sizes); None if unknown, or without regions.
         kind: kind of target: a ``label``, a ``text`` to generate, or a matching ``pair`` of image and text.
         processor: the model's own transformers processor, or None.
     """
@@ -98,9 +96,7 @@ class Assets:
         found: dict[str, str] = {"regions": self.regions}
         if self.processor is not None:
             return found | image_reading(self.processor)
-        made = re.match(_EXTRACTOR, self.extractor or "")
-        if made is not None:
-            found |= {"feature extractor": f"{made['network']} {made['weights']}", "grid features": made["sizes"]}
+        found |= extractor_reading(self.extractor)
         side = re.search(r"images of (\d+) pixels", self.extractor or "")
         return found if side is None else found | pixel_reading(int(side[1]))
 

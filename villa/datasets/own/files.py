@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from villa.datasets.boxes import WIDTHS, check_boxes, check_confidences, check_features, sampled
+from villa.datasets.signatures import check_signatures, read_signature
 from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.uniter.packed_arrays import MAX_ARRAY_BYTES
 from villa.errors import DataError, reading
@@ -104,6 +105,10 @@ class FileStore(RegionStore):
         sources: at least one file.
         allow_empty_boxes: accept boxes without area.
 
+    Attributes:
+        extractor: signature of what made the features of the first file, or of all that are prepared; None if it is
+            not noted.
+
     Raises:
         DataError: a file is missing, or the first one cannot be used.
     """
@@ -112,6 +117,7 @@ class FileStore(RegionStore):
         super().__init__(sources)
         self._allow_empty = allow_empty_boxes
         self.dim = _feature_shape(sources[0])[1]
+        self.extractor = read_signature(sources[0].path.parent)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the features and boxes of a file.
@@ -153,10 +159,13 @@ class FileStore(RegionStore):
         return _feature_shape(self.sources[index])[0]
 
     def prepare(self, indices: Iterable[int]) -> None:
-        """Check that the files exist, and read a sample of them."""
-        wanted = list(indices)
+        """Check that the files exist and are of one extractor, and read a sample of them."""
+        wanted, folders = list(indices), {self.sources[0].path.parent}
         for index in wanted:
-            self.sources[index].stat()
+            source = self.sources[index]
+            source.stat()
+            folders.add(source.path.parent)
+        self.extractor = check_signatures((folder, read_signature(folder)) for folder in sorted(folders))
         for index in sampled(wanted):
             self[index]
 

@@ -110,7 +110,10 @@ class GridExtractor:
         Raises:
             DataError: the file is missing or not an image.
         """
-        picture = read_picture(source, self.background)
+        return self.resize(read_picture(source, self.background))
+
+    def resize(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize an RGB image: ``[3, S, S]``."""
         resized = picture.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         return np.asarray(resized).transpose(2, 0, 1)
 

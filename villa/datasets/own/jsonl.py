@@ -183,13 +183,14 @@ class Jsonl(QuestionAnswering):
                 f"{self._train.where(0)}: dataset.target=pair needs an image beside every text; add 'image'"
             )
         tokenizer, answers = self._tokenizer_and_answers(tokenizer=processor is None, answers=kind == "label")
+        first_files = self._first_files() if regions == "files" else None
         return Assets(
             tokenizer,
             answers,
             soft="answers" in first if self.config.target == "auto" else self.config.target == "soft",
             regions=regions,
-            feature_dim=self._feature_dim(regions),
-            extractor=self._extractor(regions, processor),
+            feature_dim=_feature_dim(regions, first_files),
+            extractor=self._extractor(regions, processor) if first_files is None else first_files.extractor,
             kind=kind,
             processor=processor,
         )
@@ -278,15 +279,20 @@ class Jsonl(QuestionAnswering):
                 counts.update(chain.from_iterable(answers for answers in scores if answers is not None))
             yield from (text for pair in texts for text in pair if text is not None)
 
-    def _feature_dim(self, regions: Regions) -> int | None:
-        if regions != "files":
-            return GridExtractor.dim if regions == "grid" else None
+    def _first_files(self) -> FileStore:
+        """Return the feature files of the first training record."""
         sources = Sources(self._folder(self._train.path), self._train.where)
         with about(self._train.where(0)):
-            names = record_files(self._train[0], regions)
+            names = record_files(self._train[0], "files")
         for name in names:
             sources.add(name, 0)
-        return self._feature_files(sources.build()).dim
+        return self._feature_files(sources.build())
+
+
+def _feature_dim(regions: Regions, files: FileStore | None) -> int | None:
+    if files is not None:
+        return files.dim
+    return GridExtractor.dim if regions == "grid" else None
 
 
 def _write_pictures(task: str, _: str, examples: int, root: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,6 +50,10 @@ _warned: list[str] = []
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
+#: Pixels above which only one image is decoded at a time, whatever the number of threads.
+_LARGE = 1 << 25
+_large = threading.Lock()
+
 
 class PictureStore:
     """Images by index, decoded when read. Safe to use in forked and spawned workers.
@@ -72,19 +79,22 @@ class PictureStore:
         return read_picture(self.sources[index], self.background)
 
 
-def read_picture(source: ImageSource, background: str = BACKGROUND) -> Image.Image:
+def read_picture(source: ImageSource, background: str = BACKGROUND, content: bytes | None = None) -> Image.Image:
     """Read an image file as it is displayed: upright, in RGB, transparent parts on a background.
 
     Args:
         source: the file.
         background: background colour of transparent images.
+        content: the file's bytes, if it is part of an archive.
 
     Raises:
         DataError: the file is missing, not a regular file, too large, or cannot be decoded.
     """
-    source.stat()
+    if content is None:
+        source.stat()
     try:
-        with source.path.open("rb") as file, Image.open(file) as image:
+        opened = source.path.open("rb") if content is None else io.BytesIO(content)
+        with opened as file, Image.open(file) as image, _one_large(image.size):
             if image.format in _PROGRAMS:
                 raise ValueError(f"{image.format} files are not read, for PostScript is a program")
             return upright_rgb(image, background, name=str(source.path))
@@ -139,6 +149,16 @@ def check_background(colour: str) -> None:
         opaque = False
     if not opaque:
         raise ConfigError(f"dataset.background='{colour}' is no opaque colour; give a name (grey), or rgb(128,128,128)")
+
+
+@contextmanager
+def _one_large(size: tuple[int, int]) -> Iterator[None]:
+    """Let the threads decode large images one after the other, so that together they need no more memory than one."""
+    if size[0] * size[1] <= _LARGE:
+        yield
+        return
+    with _large:
+        yield
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -32,6 +32,7 @@ from villa.datasets.own.readers import (
 )
 from villa.datasets.own.records import Regions, Request, record_files, record_id, record_texts
 from villa.datasets.own.split import TableSplit
+from villa.datasets.signatures import check_signatures
 from villa.datasets.stores import (
     SAMPLE,
     STATISTICS_FILE,
@@ -136,7 +137,7 @@ class QuestionAnswering(TaskDataset):
                 "the checkpoint was trained on standardised region features; set dataset.standardize=true, too"
             )
         extractor = self._extractor(loaded.regions, loaded.processor)
-        if extractor != loaded.extractor:
+        if loaded.regions != "files" and extractor != loaded.extractor:
             raise DataError(
                 f"the checkpoint was trained on features of '{loaded.extractor}', but the configuration makes those of "
                 f"'{extractor}'; set dataset.grid and dataset.image_size as in training"
@@ -230,6 +231,8 @@ class QuestionAnswering(TaskDataset):
         store = self.reader.open(sources)
         if isinstance(store, RegionStore):
             store.prepare(range(len(store)) if images is None else images)
+            trained = ("the training data", self.vocabulary.extractor)
+            check_signatures([trained, (sources[0].path.parent, store.extractor)])
         return store
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from villa.datasets.names import text_facts
 from villa.datasets.paths import SPLITS, DatabasePaths, describe_missing
 from villa.datasets.ragged import Integers
 from villa.datasets.released import ReleasedFilesConfig, ReleasedFilesTask
+from villa.datasets.signatures import check_signatures, check_trained, extractor_reading
 from villa.datasets.synthetic.overlay import SMALL
 from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.database_split import ConcatenatedSplit, DatabaseSplit, Images, Pair
@@ -174,7 +175,7 @@ class DatabaseTask(ReleasedFilesTask):
             labels=self.label_names(),
             tokens=self._tokens(texts.get("tokens"), text.vocab_size),
             padding=texts.get("padding"),
-            reading={**texts.get("reading", {}), **named, **special},
+            reading={**texts.get("reading", {}), **named, **special, **extractor_reading(pair.images.extractor)},
         )
         self._check_against_checkpoint(facts)
         return facts
@@ -260,6 +261,7 @@ class DatabaseTask(ReleasedFilesTask):
                 f"{trained['vocab_size']} word-pieces, but '{self._first.text.path}' and its images have "
                 f"{facts.feature_dim} and {facts.vocab_size}; use the features and the tokenizer of the training data"
             )
+        check_trained(trained, facts.reading, self._first.text.path)
         before, now = trained.get("tokenizer"), self._first.text.tokenizer
         words, here = trained.get("tokens"), facts.tokens
         if (tuple(words) != here) if words and here else None not in (before, now) and before != now:
@@ -285,3 +287,4 @@ def _check_alike(pair: Pair, other: Pair) -> None:
             f"the images of '{pair.text.path}' have features {pair.images.dim} wide, those of '{other.text.path}' "
             f"{other.images.dim}; use features of one detector"
         )
+    check_signatures([(other.text.path, other.images.extractor), (pair.text.path, pair.images.extractor)])

@@ -21,6 +21,7 @@ from villa.datasets.boxes import check_boxes, check_confidences, check_features,
 from villa.datasets.checksums import SUFFIX, check_sizes
 from villa.datasets.collation import placed
 from villa.datasets.ragged import Integers
+from villa.datasets.signatures import check_signatures, read_signature
 from villa.datasets.uniter.box_selection import BoxSelection, Rows, surest
 from villa.datasets.uniter.index import Built, Column, Names, cached, find, hashes_of, in_order, mix, numbers_of
 from villa.datasets.uniter.json_tables import (
@@ -82,6 +83,11 @@ class ImageStore:
         if features.ndim != 2:
             raise self._unusable(name, f"features of shape {list(features.shape)}; they must be [R, D]")
         return int(features.shape[1])
+
+    @cached_property
+    def extractor(self) -> str | None:
+        """Signature of what made the features; None if it is not noted."""
+        return read_signature(self.folder)
 
     @property
     def names(self) -> Names:
@@ -345,6 +351,8 @@ class PairedImageStore:
         self.ground_truth = ground_truth
         self.detected = detected
         self.dim = ground_truth.dim
+        both = [(store.folder, store.extractor) for store in (ground_truth, detected)]
+        self.extractor = check_signatures(both)
         if detected.dim != self.dim:
             raise DataError(
                 f"features of '{ground_truth.folder}' are {self.dim} wide, those of '{detected.folder}' "

@@ -207,6 +207,10 @@ class _Writer:
         """
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Close the database as unfinished, to be resumed."""
+        self._filling.release()
+
     def __enter__(self) -> Self:
         return self
 
@@ -214,7 +218,7 @@ class _Writer:
         if kind is None:
             self.close()
         else:
-            self._filling.release()
+            self.release()
 
 
 class TextDatabaseWriter(_Writer):
@@ -290,16 +294,26 @@ class ImageDatabaseWriter(_Writer):
         boxes: the box selection.
         puts: images per transaction.
         allow_empty_boxes: accept boxes without area.
+        extractor: signature of what makes the features; an unfinished database of another one is refused.
 
     Raises:
         DataError: the folder holds a finished database for this selection.
     """
 
-    def __init__(self, folder: Path, boxes: BoxSelection, *, puts: int = PUTS, allow_empty_boxes: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        boxes: BoxSelection,
+        *,
+        puts: int = PUTS,
+        allow_empty_boxes: bool = False,
+        extractor: str | None = None,
+    ) -> None:
         self.folder = folder
         self._allow_empty = allow_empty_boxes
         self.boxes = boxes
-        self._filling = Filling(folder / boxes.folder(), {"image database": boxes.folder()}, puts)
+        made = {} if extractor is None else {"extractor": extractor}
+        self._filling = Filling(folder / boxes.folder(), {"image database": boxes.folder(), **made}, puts)
 
     def add(
         self,
