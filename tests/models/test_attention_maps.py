@@ -72,7 +72,7 @@ def assert_parts(model: Model, batch: Batch, *, joint: bool = True) -> None:
 def test_uniter(tiny_uniter: Callable[..., Uniter], padding_free: str) -> None:
     model, batch = tiny_uniter(head="classification", padding_free=padding_free), random_batch(columns=7)
     assert_parts(model, batch)
-    (_, second), output = model.attention_maps(batch), model(batch, attentions=True)
+    (_, second, _), output = model.attention_maps(batch), model(batch, attentions=True)
     assert torch.equal(second.layers[1].text_image, output.attentions[1][1, :, :7, 7:].detach())
 
 

@@ -96,7 +96,9 @@ def measure(
         overlap: least intersection over union of a box and the region that stands for it.
         fused: measure fusion, too.
     """
-    places = _Places(attention, overlap)
+    boxes = [box for link in linked.links for box in link.boxes]
+    boxes += [box for relation in linked.relations for box in (relation.subject, relation.object)]
+    places = _Places(attention, overlap, boxes)
     found: dict[Key, list[tuple[Tensor, Tensor | None]]] = {}
     for link in linked.links:
         tokens = tokens_of(link, characters)
@@ -106,8 +108,6 @@ def measure(
             found.setdefault(key, []).append(values)
     for key, values in _of_relations(attention.layers, places, linked.relations):
         found.setdefault(key, []).append(values)
-    boxes = [box for link in linked.links for box in link.boxes]
-    boxes += [box for relation in linked.relations for box in (relation.subject, relation.object)]
     return Measured(
         linked.id,
         linked.image,
@@ -176,12 +176,14 @@ class _Places:
     Args:
         attention: its boxes.
         overlap: least intersection over union.
+        known: all boxes of the text: of a grid, only cells in one of these are taken for unlinked, not the background.
     """
 
-    def __init__(self, attention: ExampleAttention, overlap: float) -> None:
+    def __init__(self, attention: ExampleAttention, overlap: float, known: Sequence[Box]) -> None:
         self.boxes, self.overlap = attention.boxes.double(), overlap
         self.grid = attention.grid is not None or is_grid(self.boxes)
         self._known: dict[Box, Tensor] = {}
+        self._any = self.hits(known) if self.grid else torch.ones(len(self.boxes), dtype=torch.bool)
 
     def __call__(self, box: Box) -> Tensor:
         """Return the numbers of the regions; none if no region covers the box."""
@@ -194,7 +196,7 @@ class _Places:
         taken = self.hits(boxes)
         for box in boxes:
             taken[self(box)] = True
-        return (~taken).nonzero().flatten()
+        return (self._any & ~taken).nonzero().flatten()
 
     def hits(self, boxes: Sequence[Box]) -> Tensor:
         """Return which regions cover one of the boxes, or are a cell in it, ``[R]`` bool."""

@@ -85,21 +85,16 @@ def cut(
 
 
 def of_regions(
-    rows: Rows, examples: int, maps: Sequence[Tensor], states: Sequence[Tensor], *, packed: bool
+    rows: Rows, maps: Sequence[Tensor], states: Sequence[Tensor], *, packed: bool
 ) -> list[ExampleAttention]:
     """Return the attention of a model that reads tokens and regions in one sequence.
 
     Args:
         rows: the rows.
-        examples: number of examples.
         maps: ``[N, heads, L, L]`` of every layer.
         states: ``[N, L, hidden]`` after the embedding and every layer.
         packed: whether the real positions of a row come first; otherwise regions are behind the longest text.
-
-    Raises:
-        ConfigError: examples are not one text and one image.
     """
-    check_single(rows, examples)
     found = []
     for row, (tokens, regions) in enumerate(counts(rows)):
         width = tokens if packed else rows.input_ids.shape[1]
@@ -111,13 +106,19 @@ def of_regions(
     return found
 
 
-def check_single(rows: Rows, examples: int) -> None:
+def check_single(images: int | None, batch: Batch) -> None:
     """Refuse examples of several texts or images, whose maps would need a choice.
+
+    Args:
+        images: images that the model reads in an example; None for any number.
+        batch: the examples.
 
     Raises:
         ConfigError: there are such.
     """
-    if len(rows.input_ids) != examples or rows.image_types.unique().numel() > 1:
+    texts = batch.input_ids is not None and batch.input_ids.dim() > 2
+    seen = batch.features is not None and batch.features.dim() > 3
+    if (images or 1) > 1 or texts or seen:
         raise ConfigError(
             "attention is shown for one text and one image an example, but this model's task has several; use a model "
             "that was trained on questions or captions"

@@ -209,8 +209,8 @@ class Lxmert(TwoHeadModel):
 
         States are those of the cross layers, with their input first.
         """
+        check_single(self.layout.images, batch)
         rows, encoder = self.layout.rows(batch), self.lxmert.encoder
-        check_single(rows, len(batch))
         with _recorded(encoder) as (maps, states):
             self._run(batch, attentions=True)
         near, seen = len(encoder.layer), len(encoder.r_layers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts, PixelScale
-from villa.models.attention import ExampleAttention, cut, grid_boxes, parts
+from villa.models.attention import ExampleAttention, check_single, cut, grid_boxes, parts
 from villa.models.base import ModelOutput, Point, layer_points, pixel_points
 from villa.models.packing import Packing, PaddingFree, RowMask, Stream, attend_in_rows, run_layers
 from villa.models.rows import given_mask
@@ -248,13 +248,8 @@ class Vilt(TwoHeadModel):
         return ModelOutput(logits, pooled, layers, tuple(maps))
 
     def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
-        """Return what every layer attends to in each example.
-
-        Raises:
-            ConfigError: examples are not one text and one image.
-        """
-        if self.images > 1:
-            raise ConfigError("attention is shown for one image an example, but this model's task has two")
+        """Return what every layer attends to in each example."""
+        check_single(self.images, batch)
         output = self(batch, hidden_states=True, attentions=True)
         texts, seen = self._places(batch)
         found = []
