@@ -28,7 +28,20 @@ IMAGES = "probe_images.jsonl"
 #: Ways of choosing a head: on the pairs that are reported, as in the paper, or on the other half of the images.
 SELECTIONS = ("same", "half")
 _DRAWS = 1000
-_COLUMNS = ("probe", "type", "selection", "pairs", "images", "value", "low", "high", "random", "gap", "gap_low", "gap_high")
+_COLUMNS = (
+    "probe",
+    "type",
+    "selection",
+    "pairs",
+    "images",
+    "value",
+    "low",
+    "high",
+    "random",
+    "gap",
+    "gap_low",
+    "gap_high",
+)
 
 
 @dataclass(frozen=True)
@@ -225,7 +238,9 @@ def table(content: Mapping[str, Any], title: str) -> Table:
     """Return a table with a row for each type: the best head chosen on all pairs, and chosen on the other half."""
     heading = f"{title}: {content['texts']} texts of {content['images']} images; the best head, as in the paper | "
     shown = Table(
-        title=Text(heading + "chosen on one half of the images, on the other"), title_justify="left", box=box.SIMPLE_HEAD
+        title=Text(heading + "chosen on one half of the images, on the other"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     for heading in ("probe", "type"):
         shown.add_column(heading)

@@ -77,7 +77,18 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
     Raises:
         ConfigError: the first problem found, with the options, their values and origins.
     """
-    problems = (_ranges, _batch, _training, _evaluation, _robust_evaluation, _distributed, _run_type, _robustness, _probe, _attention)
+    problems = (
+        _ranges,
+        _batch,
+        _training,
+        _evaluation,
+        _robust_evaluation,
+        _distributed,
+        _run_type,
+        _robustness,
+        _probe,
+        _attention,
+    )
     for key, problem in (found for check in problems for found in check(config)):
         origin = origins.get(key, DEFAULT)
         raise ConfigError(f"{key} = {show(leaves(config).get(key))} ({origin}): {problem}")

@@ -175,13 +175,17 @@ def characters_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[t
     found: list[tuple[int, int] | None] = [None] * len(ids)
     for before in ("", " ", "\n"):  # what stands before a text may change its first token
         encoded = _encode(tokenizer, before + text, None, None, around=False)
-        pieces = [(id_, place) for id_, place in zip(encoded.ids, encoded.offsets, strict=True) if place[1] > len(before)]
+        pieces = [
+            (id_, place) for id_, place in zip(encoded.ids, encoded.offsets, strict=True) if place[1] > len(before)
+        ]
         start, length = _longest(ids, [id_ for id_, _ in pieces])
         if length:
             for place, (_, (first, end)) in enumerate(pieces[:length], start):
                 found[place] = (max(first - len(before), 0), end - len(before))
             return found
-    raise DataError(f"the tokens of the text {text!r:.60} are not found among those that the model reads; mend the text")
+    raise DataError(
+        f"the tokens of the text {text!r:.60} are not found among those that the model reads; mend the text"
+    )
 
 
 def _longest(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, int]:

@@ -64,7 +64,9 @@ class LinkedTexts:
         self.texts = [_sized(text) for text in texts]
         if tokenizer is None:
             assert isinstance(parts.data, QuestionAnswering)
-            records = [Request({"id": text.id, "text": text.text, **dict(text.files)}, text.where) for text in self.texts]
+            records = [
+                Request({"id": text.id, "text": text.text, **dict(text.files)}, text.where) for text in self.texts
+            ]
             self._split, self._collate = parts.data.requests(records), parts.data.collate
             self.tokenizer = tokenizer_of(parts.data)
         else:
@@ -72,7 +74,11 @@ class LinkedTexts:
             reader = RegionReader(WordPieces(tokenizer, most), FileStore)
             sources = [ImageSource(local_path(dict(text.files)["features"]), text.where) for text in self.texts]
             rows = [Record(text.id, text.text, images=(n,), where=text.where) for n, text in enumerate(self.texts)]
-            self._split, self._collate, self.tokenizer = TableSplit(rows, reader, FileStore(sources)), reader.collate, tokenizer
+            self._split, self._collate, self.tokenizer = (
+                TableSplit(rows, reader, FileStore(sources)),
+                reader.collate,
+                tokenizer,
+            )
 
     def batch(self, places: Sequence[int]) -> Batch:
         """Return a batch of some texts."""
@@ -119,7 +125,9 @@ def tokenizer_of(data: QuestionAnswering) -> Tokenizer:
         return vocabulary.tokenizer
     found = getattr(getattr(vocabulary.processor, "tokenizer", vocabulary.processor), "backend_tokenizer", None)
     if not isinstance(found, Tokenizer):
-        raise ConfigError("the model's tokenizer is one written in Python, which does not tell where its tokens come from")
+        raise ConfigError(
+            "the model's tokenizer is one written in Python, which does not tell where its tokens come from"
+        )
     return found
 
 
@@ -142,7 +150,9 @@ def _reading(parts: Parts, config: ProbeConfig) -> tuple[Regions, Tokenizer | No
         if parts.data.vocabulary.regions == "none":
             raise ConfigError("this model reads texts alone, and gives no attention to images")
         if config.tokenizer is not None:
-            raise ConfigError(f"probe.tokenizer='{config.tokenizer}' has no effect: the run has a tokenizer; leave it out")
+            raise ConfigError(
+                f"probe.tokenizer='{config.tokenizer}' has no effect: the run has a tokenizer; leave it out"
+            )
         return parts.data.vocabulary.regions, None
     if parts.data.facts().feature_dim is None:
         raise ConfigError(f"dataset '{parts.config.dataset.name}' reads no images that could be probed")

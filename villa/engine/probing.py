@@ -72,7 +72,9 @@ def _measured(parts: Parts, texts: LinkedTexts, fused: bool) -> tuple[list[Measu
     return found, heads
 
 
-def _measure_batch(parts: Parts, texts: LinkedTexts, places: Sequence[int], fused: bool) -> tuple[list[Measured], list[str]]:
+def _measure_batch(
+    parts: Parts, texts: LinkedTexts, places: Sequence[int], fused: bool
+) -> tuple[list[Measured], list[str]]:
     batch, options = texts.batch(places), parts.config.probe
     with torch.no_grad(), evaluating(parts.model), parts.precision.autocast():
         maps = parts.model.attention_maps(batch.to(parts.precision.device))

@@ -84,9 +84,7 @@ def cut(
     return LayerMaps(name, part(text, text), part(text, image), part(image, text), part(image, image), read)
 
 
-def of_regions(
-    rows: Rows, maps: Sequence[Tensor], states: Sequence[Tensor], *, packed: bool
-) -> list[ExampleAttention]:
+def of_regions(rows: Rows, maps: Sequence[Tensor], states: Sequence[Tensor], *, packed: bool) -> list[ExampleAttention]:
     """Return the attention of a model that reads tokens and regions in one sequence.
 
     Args:

@@ -100,4 +100,3 @@ def _relations(boxes: Sequence[Box]) -> tuple[Relation, ...]:
             if one[3] <= other[1]:
                 found.append(Relation(one, other, "above"))
     return tuple(found)
-
