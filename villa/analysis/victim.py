@@ -236,6 +236,11 @@ class Victim:
         self.losses = losses.to(self.losses)
         self.forwards += 1
 
+    def worst(self) -> ModelOutput:
+        """Return the output at the worst cases so far."""
+        kept = {key: _frozen(self._settings[key], delta) for key, delta in self.kept.items()}
+        return self.passes.forward(self.batch, kept, grad=False, train=False)
+
     def clean(self) -> tuple[Tensor, Tensor]:
         """Return losses and scores ``[B]`` without a perturbation."""
         losses, scores = self.measure(self.passes.forward(self.batch, grad=False, train=False), self.batch)

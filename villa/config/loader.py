@@ -19,7 +19,7 @@ from villa.errors import ConfigError, DataError, about
 from villa.plugins import load_user_dir
 
 #: Run types that use a trained model and do not train.
-READING = ("val", "test", "predict", "robustness")
+READING = ("val", "test", "predict", "robustness", "probe", "attention")
 
 _NOTHING = Value(None, Origin("default"))
 

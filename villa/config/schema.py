@@ -319,6 +319,70 @@ class RobustnessConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """What the attention of a trained model tells (``run_type=probe``).
+
+    Attributes:
+        data: texts linked to boxes: ``generated`` for models of generated data, ``flickr30k_entities``,
+            ``visual_genome`` or ``nlvr`` in their released form, or JSON ``lines``.
+        path: folder or file of the data.
+        split: split of the data, such as ``test``; null for all.
+        images: folder of images, or of feature files for models that read regions; null for those that the data names.
+        file: name of an image's file in that folder, with ``{id}``, or ``{id:12}`` for an id padded with zeros; null
+            for ``{id}.jpg`` or ``{id}.npz``.
+        tokenizer: ``tokenizer.json`` or ``vocab.txt``, for runs whose texts were tokenized beforehand.
+        examples: number of texts, the same for all models; null for all.
+        types: types of links and relations to report; empty for the most frequent ones.
+        most_types: number of the most frequent types of each kind to report.
+        span: how attention to several words is put together: ``sum``, ``mean`` or ``max``.
+        overlap: least intersection over union of a box and the region that stands for it.
+        fusion: whether to measure how much the states of text and image are mixed (needs scikit-learn).
+        weights: ``random`` probes the model with fresh weights instead, as a control.
+        seed: seed of the draws.
+    """
+
+    data: Literal["generated", "flickr30k_entities", "visual_genome", "nlvr", "lines"] = "generated"
+    path: str | None = None
+    split: str | None = None
+    images: str | None = None
+    file: str | None = None
+    tokenizer: str | None = None
+    examples: int | None = 500
+    types: list[str] = field(default_factory=list)
+    most_types: int = 10
+    span: Literal["sum", "mean", "max"] = "sum"
+    overlap: float = 0.5
+    fusion: bool = True
+    weights: Literal["trained", "random"] = "trained"
+    seed: int = 0
+
+
+@dataclass
+class AttentionConfig:
+    """Pictures of what a trained model attends to (``run_type=attention``), of ``predict.input`` or ``predict.split``.
+
+    Attributes:
+        examples: number of examples.
+        runs: further runs to show beside, in the form of ``checkpoint.path``.
+        heads: what is drawn of one model: ``layer.head`` such as ``3.2`` (from 1), or ``3.mean`` for the mean of a
+            layer's heads; empty for the mean of the last layer and its three sharpest heads. Of several models the first
+            one is drawn.
+        words: whether to leave out special tokens such as [CLS].
+        attack: whether to show what an adversary changes, too: PGD in the embeddings.
+        radius: size of its perturbation, relative to the embedding.
+        steps: its steps.
+    """
+
+    examples: int = 4
+    runs: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    words: bool = True
+    attack: bool = True
+    radius: float = 0.1
+    steps: int = 10
+
+
+@dataclass
 class DistributedConfig:
     """How a run is distributed over several processes, started by ``torchrun`` or a launcher.
 
@@ -362,7 +426,9 @@ class RunConfig:
         callbacks: registered callbacks by name, each ``true``, ``false``, or a mapping with its options.
     """
 
-    run_type: Literal["train", "val", "test", "predict", "robustness", "train_val_test"] = "train_val_test"
+    run_type: Literal["train", "val", "test", "predict", "robustness", "probe", "attention", "train_val_test"] = (
+        "train_val_test"
+    )
     name: str = "run"
     output_dir: str = "outputs/run"
     seed: int = 0
@@ -382,5 +448,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)

@@ -36,6 +36,10 @@ _POSITIVE = (
     "robustness.steps",
     "robustness.examples",
     "robustness.text.candidates",
+    "probe.examples",
+    "probe.most_types",
+    "attention.examples",
+    "attention.steps",
     "evaluation.robustness.every",
     "evaluation.robustness.steps",
     "evaluation.robustness.examples",
@@ -48,11 +52,15 @@ _NOT_NEGATIVE = (
     "training.weight_perturbation.after",
     "robustness.restarts",
     "robustness.seed",
+    "probe.seed",
 )
 #: With batch.tokens every epoch is cut into batches to count all updates.
 _MOST_EPOCHS = 1_000_000
 #: More passes would never finish.
 _MOST_STEPS = 100_000
+#: Examples of a page of attention.
+_MOST_PICTURES = 100
+_HEAD = re.compile(r"[1-9]\d{0,3}\.([1-9]\d{0,3}|mean)")
 #: Layers are built one by one, which would take hours before memory runs out.
 _LAYERS, _MOST_LAYERS = re.compile(r"model\..*layers"), 4096
 #: Strategies that can write sharded checkpoints.
@@ -71,7 +79,16 @@ def validate(config: RunConfig, origins: Mapping[str, Origin]) -> None:
         ConfigError: the first problem found, with the options, their values and origins.
     """
     problems = (
-        *(_ranges, _batch, _training, _evaluation, _robust_evaluation, _distributed, _run_type, _robustness),
+        _ranges,
+        _batch,
+        _training,
+        _evaluation,
+        _robust_evaluation,
+        _distributed,
+        _run_type,
+        _robustness,
+        _probe,
+        _attention,
         _callbacks,
     )
     for key, problem in (found for check in problems for found in check(config)):
@@ -289,6 +306,35 @@ def callback_options(name: str, given: object) -> Any:
         return None
     layer = {key: Value(value, Origin(f"callbacks.{name}")) for key, value in options.items()}
     return build_options(CALLBACKS.get(name).Config, layer, f"callback '{name}'")
+
+
+def _probe(config: RunConfig) -> Iterator[tuple[str, str]]:
+    probe = config.probe
+    if config.run_type != "probe":
+        return
+    if probe.data != "generated" and probe.path is None:
+        yield "probe.path", f"probe.data={probe.data} needs the folder or file of the data"
+    if probe.data == "generated" and probe.path is not None:
+        yield "probe.data", "generated data has no path; give flickr30k_entities, visual_genome, nlvr or lines"
+    if not 0 < probe.overlap <= 1:
+        yield "probe.overlap", "must be above 0 and at most 1"
+    if probe.file is not None and "{id" not in probe.file:
+        yield "probe.file", "has no place for the image's id; write {id} in it, or {id:12} for zeros in front"
+
+
+def _attention(config: RunConfig) -> Iterator[tuple[str, str]]:
+    attention = config.attention
+    if config.run_type != "attention":
+        return
+    if attention.examples > _MOST_PICTURES:
+        yield "attention.examples", f"must be at most {_MOST_PICTURES}: the page holds all maps of each"
+    if attention.steps > _MOST_STEPS:
+        yield "attention.steps", f"must be at most {_MOST_STEPS:,}"
+    if not 0 < attention.radius < float("inf"):
+        yield "attention.radius", "give a number above 0"
+    for head in attention.heads:
+        if not _HEAD.fullmatch(head):
+            yield "attention.heads", f"'{head}' is no layer and head; write 3.2, or 3.mean, counted from 1"
 
 
 def _check_variant(section: str, options: object, origins: Mapping[str, Origin]) -> None:

@@ -174,6 +174,46 @@ def encode_texts(
     return torch.tensor(found.ids, dtype=torch.int64), types
 
 
+def characters_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[tuple[int, int] | None]:
+    """Return the characters of a text that each of an example's tokens stands for; None for those of no character.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text, all or the beginning of which is somewhere among the tokens.
+        ids: the tokens, with special ones, a prompt, or anything else around those of the text.
+
+    Raises:
+        DataError: the tokens are not those of the text.
+    """
+    found: list[tuple[int, int] | None] = [None] * len(ids)
+    for before in ("", " ", "\n"):  # what stands before a text may change its first token
+        encoded = _encode(tokenizer, before + text, None, None, around=False)
+        pieces = [
+            (id_, place) for id_, place in zip(encoded.ids, encoded.offsets, strict=True) if place[1] > len(before)
+        ]
+        start, length = _longest(ids, [id_ for id_, _ in pieces])
+        if length:
+            for place, (_, (first, end)) in enumerate(pieces[:length], start):
+                found[place] = (max(first - len(before), 0), end - len(before))
+            return found
+    raise DataError(
+        f"the tokens of the text {text!r:.60} are not found among those that the model reads; mend the text"
+    )
+
+
+def _longest(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, int]:
+    """Return place and length of the tokens within others; of their beginning, if the others were cut there."""
+    width = len(wanted)
+    for start in range(len(ids) - width, -1, -1) if width else ():
+        if list(ids[start : start + width]) == list(wanted):
+            return start, width
+    for start in range(len(ids)) if width else ():  # cut off, with a special token behind
+        length = len(ids) - 1 - start
+        if 0 < length < width and list(ids[start:-1]) == list(wanted[:length]):
+            return start, length
+    return 0, 0
+
+
 class TokenCounter:
     """Counts the tokens of texts, much faster than by encoding them if words are tokenized one by one.
 

@@ -69,7 +69,7 @@ class Attacks:
 
     def __init__(self, parts: Parts, config: RobustnessConfig, option: str = "robustness") -> None:
         self.parts, self.config, self.processes = parts, config, parts.strategy.processes
-        self.metric, metric = _metric(parts)
+        self.metric, metric = example_metric(parts)
         self._measures = {name: Measure(parts.loss, metric, name) for name in ("task", "margin")}
         self.cases = cases(config, parts.model, option)
         self.split = parts.split(config.split, f"{option}.split")
@@ -311,7 +311,7 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _metric(parts: Parts) -> tuple[str, Metric]:
+def example_metric(parts: Parts) -> tuple[str, Metric]:
     """Return the recipe's first metric that scores each example by itself.
 
     Raises:

@@ -21,8 +21,12 @@ from villa.hub.opening import open_source
 from villa.hub.source import Source
 
 
-def restore_parts(config: RunConfig) -> tuple[Parts, Source]:
+def restore_parts(config: RunConfig, *, fresh: bool = False) -> tuple[Parts, Source]:
     """Build the parts of a run with the weights, vocabulary and labels of ``checkpoint.path``.
+
+    Args:
+        config: the recipe.
+        fresh: keep fresh weights, as a control.
 
     Raises:
         CheckpointError: the trained model is missing, damaged or of another kind.
@@ -31,7 +35,8 @@ def restore_parts(config: RunConfig) -> tuple[Parts, Source]:
     source = open_source(config.checkpoint.path, config.checkpoint.weights)
     with source.assets() as assets:
         parts = build(config, assets=assets)
-    source.load_into(parts.model)
+    if not fresh:
+        source.load_into(parts.model)
     return parts, source
 
 

@@ -60,6 +60,14 @@ def run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
         from villa.engine.robustness import robustness
 
         return robustness(config)
+    if config.run_type == "probe":
+        from villa.engine.probing import probe
+
+        return probe(config)
+    if config.run_type == "attention":
+        from villa.engine.looking import attention
+
+        return attention(config)
     from villa.engine import inference
 
     return inference.predict(config) if config.run_type == "predict" else inference.evaluate(config)

@@ -13,7 +13,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
+from villa.errors import ConfigError
 from villa.facts import DataFacts, PixelScale, RowKind, Task, Written
+from villa.models.attention import ExampleAttention
 from villa.models.loading import InitialRows, load_weights
 from villa.models.matching import Matching, rows_of
 from villa.models.packing import Blocks
@@ -182,6 +184,17 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
         """Run the model on a batch; return hidden states and attention maps on request."""
+
+    def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
+        """Return what the model attends to in each example, cut by modality; by default no model says.
+
+        Raises:
+            ConfigError: the model has no attention between text and image, or its maps are not known.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} returns no attention between text and image: it encodes them apart (as a dual encoder "
+            "does), or does not tell which positions are text and image (Model.attention_maps)"
+        )
 
     @abstractmethod
     def perturbation_points(self) -> Mapping[str, Point]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os.path
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.errors import CheckpointError, DataError
 from villa.facts import DataFacts
 from villa.files import read_json
+from villa.models.attention import ExampleAttention, LayerMaps, check_single, corners, counts
 from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.matching import Matching, rows_of
 from villa.models.packing import Blocks, PaddingFree, RowMask, States, Stream, attend_in_rows
@@ -202,6 +204,42 @@ class Lxmert(TwoHeadModel):
         logits = self.logit_fc(encoded.pooled.reshape(encoded.examples, -1))
         return ModelOutput(logits, encoded.pooled, tuple(encoded.text) if hidden_states else (), encoded.attentions)
 
+    def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
+        """Return what every layer attends to in each example: language and vision layers, then both ways across.
+
+        States are those of the cross layers, with their input first.
+        """
+        check_single(self.layout.images, batch)
+        rows, encoder = self.layout.rows(batch), self.lxmert.encoder
+        with _recorded(encoder) as (maps, states):
+            self._run(batch, attentions=True)
+        near, seen = len(encoder.layer), len(encoder.r_layers)
+        alone, across = maps[: near + seen], maps[near + seen :]
+        found = []
+        for row, (tokens, regions) in enumerate(counts(rows)):
+            sizes = {"t": tokens, "r": regions}
+
+            def part(map_: Tensor, ways: str, row: int = row, sizes: Mapping[str, int] = sizes) -> Tensor:
+                return map_[row, :, : sizes[ways[0]], : sizes[ways[1]]].detach().float().cpu()
+
+            layers = [LayerMaps(f"language {n}", text_text=part(m, "tt")) for n, m in enumerate(alone[:near], 1)]
+            layers += [LayerMaps(f"vision {n}", image_image=part(m, "rr")) for n, m in enumerate(alone[near:], 1)]
+            for place in range(0, len(across), 4):
+                out, back, text, image = across[place : place + 4]
+                name = f"cross {place // 4 + 1}"
+                layers.append(LayerMaps(name, part(text, "tt"), part(out, "tr"), part(back, "rt"), part(image, "rr")))
+            both = tuple(
+                (
+                    text.view(len(batch), -1, text.shape[-1])[row, :tokens].float().cpu(),
+                    image.view(len(batch), -1, image.shape[-1])[row, :regions].float().cpu(),
+                )
+                for text, image in states
+            )
+            found.append(
+                ExampleAttention(tuple(layers), torch.arange(tokens), corners(rows, row, regions), states=both)
+            )
+        return found
+
     def encode(self, batch: Batch, attentions: bool = False) -> LxmertEncoded:
         """Run the transformer.
 
@@ -322,6 +360,41 @@ class Lxmert(TwoHeadModel):
             nn.init.normal_(module.weight, std=self.lxmert.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def _recorded(encoder: nn.Module) -> Iterator[tuple[list[Tensor], list[tuple[Tensor, Tensor]]]]:
+    """Record the maps of every attention in the order of computation, and the states around the cross layers.
+
+    Transformers returns no maps of regions in cross layers.
+    """
+    from transformers.models.lxmert.modeling_lxmert import LxmertAttention, LxmertXLayer
+
+    maps: list[Tensor] = []
+    states: list[tuple[Tensor, Tensor]] = []
+
+    def ask(module: nn.Module, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return given, {**named, "output_attentions": True}
+
+    def keep(module: nn.Module, given: Any, output: Any) -> None:
+        maps.append(output[1])
+
+    def follow(module: nn.Module, given: Any, output: Any) -> None:
+        if not states:
+            states.append((given[0], given[_SEEN]))
+        states.append(output[:2])
+
+    handles = []
+    for module in encoder.modules():
+        if isinstance(module, LxmertAttention):
+            handles += [module.register_forward_pre_hook(ask, with_kwargs=True), module.register_forward_hook(keep)]
+        elif isinstance(module, LxmertXLayer):
+            handles.append(module.register_forward_hook(follow))
+    try:
+        yield maps, states
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _cross_attend(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
 from villa.facts import DataFacts, PixelScale
+from villa.models.attention import ExampleAttention, check_single, cut, grid_boxes, parts
 from villa.models.base import ModelOutput, Point, layer_points, pixel_points
 from villa.models.packing import Packing, PaddingFree, RowMask, Stream, attend_in_rows, run_layers
 from villa.models.rows import given_mask
@@ -246,6 +247,21 @@ class Vilt(TwoHeadModel):
         layers = tuple(map(packing.origin.spread, states)) if hidden_states else ()
         return ModelOutput(logits, pooled, layers, tuple(maps))
 
+    def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
+        """Return what every layer attends to in each example."""
+        check_single(self.images, batch)
+        output = self(batch, hidden_states=True, attentions=True)
+        texts, seen = self._places(batch)
+        found = []
+        for row, (height, width) in enumerate(self._patch_sizes(batch)):
+            text, around = texts[row].nonzero().flatten().cpu(), seen[row].nonzero().flatten().cpu()
+            image = around[1:]  # without the image's own [CLS]
+            maps = enumerate(output.attentions, start=1)
+            layers = tuple(cut(f"layer {n}", layer[row], text, image, around=around) for n, layer in maps)
+            states = parts(output.hidden_states, row, text, image)
+            found.append(ExampleAttention(layers, text, grid_boxes(height, width), (height, width), states))
+        return found
+
     def pretrained(self) -> Any:
         """Return the transformers model with the same head, sharing the parameters."""
         from transformers import ViltForImagesAndTextClassification, ViltForQuestionAnswering
@@ -282,6 +298,15 @@ class Vilt(TwoHeadModel):
         kept, mask = patches.packed(patches.values.flatten(2).transpose(1, 2))
         seen = F.pad(given_mask(mask, kept[..., 0]), (1, 0), value=True)  # the image's own [CLS]
         return F.pad(text, (0, seen.shape[1])), F.pad(seen, (text.shape[1], 0))
+
+    def _patch_sizes(self, batch: Batch) -> list[tuple[int, int]]:
+        """Return rows and columns of the real patches of every image."""
+        mask, pixels = self._pixel_mask(batch), self._pixels(batch)
+        grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
+        if mask is None:
+            return [grid] * len(pixels)
+        real = Patches.real(mask, grid)
+        return [(int(one[:, 0].sum()), int(one[0].sum())) for one in real]
 
     def _packing(self, batch: Batch) -> Packing:
         """Return the positions that layers compute, of tokens, image [CLS] and patches."""

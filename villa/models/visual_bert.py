@@ -14,6 +14,7 @@ from villa.batch import Batch
 from villa.checkpoints.load_report import LoadReport
 from villa.errors import DataError
 from villa.facts import DataFacts
+from villa.models.attention import ExampleAttention, check_single, of_regions
 from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.dropout import Dropout
 from villa.models.matching import Matching
@@ -144,6 +145,12 @@ class VisualBert(TwoHeadModel):
         logits = self.cls(self.dropout(pooled if self.images > 1 else read[len(first) :]))
         layers = tuple(map(packing.origin.spread, states)) if hidden_states else ()
         return ModelOutput(logits, pooled, layers, tuple(maps))
+
+    def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
+        """Return what every layer attends to in each example."""
+        check_single(self.images, batch)
+        output = self(batch, hidden_states=True, attentions=True)
+        return of_regions(self._rows(batch), output.attentions, output.hidden_states, packed=False)
 
     def pretrained(self) -> Any:
         """Return the transformers model with the same head, sharing the parameters."""

@@ -98,14 +98,19 @@ def draw_shape(colour: str, shape: str, random: Random) -> Image.Image:
     radius = int(random.integers(14, 22))
     x, y = (int(place) for place in random.integers(radius, SIDE - radius, size=2))
     box = (x - radius, y - radius, x + radius, y + radius)
-    pen = ImageDraw.Draw(image)
+    fill_shape(ImageDraw.Draw(image), box, colour, shape)
+    return image
+
+
+def fill_shape(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: str, shape: str) -> None:
+    """Draw one of ``SHAPES`` that fills a box, in one of ``COLOURS``."""
+    x1, y1, x2, y2 = box
     if shape == "circle":
         pen.ellipse(box, fill=COLOURS[colour])
     elif shape == "square":
         pen.rectangle(box, fill=COLOURS[colour])
     else:
-        pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=COLOURS[colour])
-    return image
+        pen.polygon([((x1 + x2) // 2, y1), (x1, y2), (x2, y2)], fill=COLOURS[colour])
 
 
 def _questions(root: Path, split: str, count: int, random: Random) -> Iterator[Line]:

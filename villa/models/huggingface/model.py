@@ -18,11 +18,12 @@ from villa.checkpoints.weight_files import read_weights
 from villa.errors import ConfigError, DataError, about
 from villa.facts import DataFacts, PixelScale, Task, Written
 from villa.files import from_home
+from villa.models.attention import ExampleAttention, in_prompts, square
 from villa.models.base import ModelOutput, Point
 from villa.models.huggingface.classes import choose_task, model_class
 from villa.models.huggingface.config import HuggingFaceConfig, adapt, merged
 from villa.models.huggingface.outputs import answer_logits, at_end, decoder_inputs, generate, pool, pooled_size, prompts
-from villa.models.huggingface.points import find_other_points, find_points, language_layers, override
+from villa.models.huggingface.points import find_image_token, find_other_points, find_points, language_layers, override
 from villa.models.loading import check_shapes
 from villa.models.matching import Matching
 from villa.models.transformers_model import TransformersModel, name_labels
@@ -126,6 +127,32 @@ class HuggingFaceModel(TransformersModel):
         asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
         with self._maps(attentions):
             return self._score(batch, {name: True for name, wanted in asked.items() if wanted})
+
+    def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
+        """Return what the layers of a language model whose prompts hold image tokens attend to in each example.
+
+        Raises:
+            ConfigError: it is another kind of model.
+        """
+        token = find_image_token(self.transformer)
+        if token is None or not self._looks_back() or self._has_encoder():
+            kind = "encodes images and texts apart" if self.embeds_images() else "has no image tokens in its text"
+            raise ConfigError(
+                f"{type(self.transformer).__name__} {kind}, so that it has no attention between text and image to show; use "
+                "uniter, lxmert, visual_bert, vilt, or a generative model that reads images as tokens"
+            )
+        asked = prompts(batch, self._pad_token()) if batch.answer_mask is not None else batch
+        output = self(asked, hidden_states=True, attentions=True)
+        sizes = (batch.inputs or {}).get("image_grid_thw")
+        merged = getattr(getattr(self.transformer.config, "vision_config", None), "spatial_merge_size", 1)
+
+        def grid(row: int, tokens: int) -> tuple[int, int] | None:
+            if sizes is None or len(sizes) != len(batch):
+                return square(tokens)
+            times, height, width = (int(number) for number in sizes[row])
+            return (height // merged, width // merged) if times == 1 else None
+
+        return in_prompts(asked, output.attentions, output.hidden_states, token, grid)
 
     def predictions(self, batch: Batch, output: ModelOutput) -> Tensor | Written:
         """Return the logits of labels, the logit ``[B]`` of every image with its own text, or the generated answers."""

@@ -39,7 +39,7 @@ def find_points(model: nn.Module, prefix: str, *, generative: bool) -> dict[str,
     """
     points: dict[str, Point] = {}
     words = word_embedding(model)
-    image_token = _image_token(model) if generative else None
+    image_token = find_image_token(model) if generative else None
     if words is not None:
         mask = _text_mask(_pad_token(model), image_token)
         points["text"] = Point(f"{prefix}.{words}", "output", mask, confined=generative)
@@ -71,7 +71,7 @@ def find_other_points(
     words, patches = word_embedding(model), _patch_embedding(model)
     if patches is not None and isinstance(patches[1], nn.Conv2d):
         found |= pixel_points(f"{prefix}.{patches[0]}", _pixel_mask, scale)
-    image_token = _image_token(model) if generative else None
+    image_token = find_image_token(model) if generative else None
     reader = None if words is None or image_token is None else _language_model(model, words)
     if reader is not None and image_token is not None:
         masks = {"text": usual["text"].mask}
@@ -180,7 +180,7 @@ def _pad_token(model: nn.Module) -> int | None:
     return next((c.pad_token_id for c in configs if getattr(c, "pad_token_id", None) is not None), None)
 
 
-def _image_token(model: nn.Module) -> int | None:
+def find_image_token(model: nn.Module) -> int | None:
     """Return the id of the placeholder token for image tokens in a text."""
     config = cast("Any", model).config
     for name in ("image_token_id", "image_token_index"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from villa.batch import Batch
 from villa.errors import ConfigError
 from villa.facts import DataFacts
+from villa.models.attention import ExampleAttention, check_single, of_regions
 from villa.models.base import Model, ModelOutput, Point, has_dropout, layer_points
 from villa.models.dropout import Dropout
 from villa.models.packing import Blocks, Packing, States
@@ -203,6 +204,12 @@ class Uniter(Model):
             self.layout.rows(batch), reads, hidden_states=hidden_states, attentions=attentions
         )
         return encoded
+
+    def attention_maps(self, batch: Batch) -> list[ExampleAttention]:
+        """Return what every layer attends to in each example."""
+        check_single(self.images, batch)
+        encoded = self.encode(batch, "all", hidden_states=True, attentions=True)
+        return of_regions(encoded.rows, encoded.attentions, encoded.states, packed=True)
 
     def pooled(self, encoded: Encoded) -> Tensor:
         """Return the pooled output ``[N, hidden]`` of a head that reads ``pooled`` or ``all``."""

@@ -1,0 +1,1 @@
+"""Texts whose words are linked to boxes of their images, and relations between boxes, to probe attention with."""
