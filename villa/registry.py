@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
@@ -118,6 +118,11 @@ def _documents(module: str) -> dict[str, str]:
     return found
 
 
+def expand_shifts(names: Sequence[str]) -> list[str]:
+    """Return names of shifts, each group replaced by its members."""
+    return [member for name in names for member in SHIFT_GROUPS.get(name, (name,))]
+
+
 MODELS: Registry[Any] = Registry(
     "model",
     "villa.models.base:Model",
@@ -213,15 +218,30 @@ SUBMISSIONS: Registry[Any] = Registry(
 ATTACKS: Registry[Any] = Registry(
     "attack",
     "villa.analysis.attacks:Attack",
-    dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
+    {
+        **dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
+        "finite_difference": "villa.analysis.slopes",
+    },
 )
+#: Names in ``robustness.shifts`` that stand for several.
+SHIFT_GROUPS: dict[str, tuple[str, ...]] = {
+    "corruptions": (
+        *("gaussian_noise", "shot_noise", "impulse_noise"),
+        *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+        *("snow", "frost", "fog", "brightness"),
+        *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    )
+}
 SHIFTS: Registry[Any] = Registry(
     "shift",
     "villa.analysis.shifts:Shift",
-    dict.fromkeys(
-        ("word_dropout", "word_order", "region_dropout", "region_shuffle", "foreign_regions", "box_jitter"),
-        "villa.analysis.shifts",
-    ),
+    {
+        **dict.fromkeys(
+            ("word_dropout", "word_order", "region_dropout", "region_shuffle", "foreign_regions", "box_jitter"),
+            "villa.analysis.shifts",
+        ),
+        **dict.fromkeys(SHIFT_GROUPS["corruptions"], "villa.analysis.corruptions"),
+    },
 )
 
 #: Every registry by the plural of its kind, as in ``villa_run --list``.

@@ -65,6 +65,7 @@ class Outcome:
         forwards: forward passes.
         backwards: backward passes.
         flat: whether the first gradient was zero or not finite.
+        slope_error: relative error of the gradient, if it was measured.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Outcome:
     forwards: list[int]
     backwards: list[int]
     flat: bool
+    slope_error: float | None = None
 
 
 def cases(config: RobustnessConfig, model: Model, option: str = "robustness") -> list[Case]:
@@ -152,7 +154,10 @@ def attack(
 
 
 def _outcome(number: int, id_: str, victims: Sequence[Victim]) -> Outcome:
-    flat = next((victim.flat for victim in victims if victim.flat is not None), None)
+    flat, errors = (
+        next((found for victim in victims if (found := getattr(victim, name)) is not None), None)
+        for name in ("flat", "slope_errors")
+    )
     return Outcome(
         id_,
         [victim.scores[number].item() for victim in victims],
@@ -161,6 +166,7 @@ def _outcome(number: int, id_: str, victims: Sequence[Victim]) -> Outcome:
         [victim.forwards for victim in victims],
         [victim.backwards for victim in victims],
         bool(flat is not None and flat[number]),
+        None if errors is None else float(errors[number]),
     )
 
 

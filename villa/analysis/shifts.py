@@ -28,9 +28,13 @@ class Shift(ABC):
 
     Attributes:
         modality: what it changes, ``text`` or ``image``.
+        changes: what that is in the examples, for messages; by default texts or regions.
+        requires: the module that it needs, and the extra of villa that installs it; None if it needs none.
     """
 
     modality: ClassVar[str]
+    changes: ClassVar[str] = ""
+    requires: ClassVar[tuple[str, str] | None] = None
 
     def fits(self, example: Example) -> bool:
         """Return whether an example has what the shift changes."""

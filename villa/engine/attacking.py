@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,16 +21,16 @@ from villa.config.loader import load
 from villa.config.schema import RobustnessConfig
 from villa.datasets.base import Example
 from villa.engine.inference import restore_parts
-from villa.engine.passes import ModelPasses
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.setup import Parts
 from villa.errors import ConfigError
 from villa.evaluation.metrics import Metric
-from villa.registry import METRICS, SHIFTS
+from villa.registry import METRICS, SHIFT_GROUPS, SHIFTS, expand_shifts
 from villa.rng import derive_seed, generator
 
 #: Most examples that are attacked at once.
 _AT_ONCE = 32
-#: What shifts of a modality change.
+#: What most shifts of a modality change.
 _CHANGED = {"text": "texts", "image": "regions"}
 
 
@@ -64,7 +65,10 @@ class Attacks:
         self.cases = cases(config, parts.model, option)
         self.split = parts.split(config.split, f"{option}.split")
         self._indices = chosen(len(self.split), config.examples, config.seed)
+        self._shifts = self._fitting(expand_shifts(config.shifts))
         self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
+        exact = Precision("fp32", parts.precision.device)
+        self._exact = ModelPasses(parts.model, parts.loss, exact, config.seed, parts.strategy)
         self._guide = None if config.source is None else _guide(parts, config.source)
 
     def robust_score(self) -> float:
@@ -76,20 +80,31 @@ class Attacks:
         return fmean(scores[-1] for scores in worst(outcomes, clean, len(self.config.radii)))
 
     def shifted(self, name: str, severity: int) -> dict[str, float]:
-        """Return the scores of examples whose inputs are shifted, by id; a collective call.
+        """Return the scores of examples whose inputs are shifted, by id; a collective call."""
+        scored = self._scored(lambda place: self._shift(self._shifts[name], name, severity, place))
+        return {id_: score for _, id_, _, score in scored}
+
+    def _fitting(self, names: Sequence[str]) -> dict[str, Shift]:
+        """Return shifts by name.
 
         Raises:
-            ConfigError: the examples do not have what is shifted.
+            ConfigError: the examples do not have what one changes, or it is not installed.
         """
-        shift: Shift = SHIFTS.get(name)()
-        first = self.split[self._indices[0]]
-        if not shift.fits(first):
-            raise ConfigError(
-                f"robustness.shifts names {name}, which changes {_CHANGED[shift.modality]}, but the examples have none "
-                f"(first: '{first.id}'); leave it out"
-            )
-        scored = self._scored(lambda place: self._shift(shift, name, severity, place))
-        return {id_: score for _, id_, _, score in scored}
+        shifts: dict[str, Shift] = {name: SHIFTS.get(name)() for name in names}
+        first = self.split[self._indices[0]] if shifts else None
+        for name, shift in shifts.items():
+            if first is not None and not shift.fits(first):
+                others = [other for other in SHIFTS.names() if SHIFTS.get(other)().fits(first)]
+                groups = [group for group, members in SHIFT_GROUPS.items() if set(members) <= set(others)]
+                fit = [other for other in others if not any(other in SHIFT_GROUPS[group] for group in groups)]
+                raise ConfigError(
+                    f"robustness.shifts names {name}, which changes {shift.changes or _CHANGED[shift.modality]}, but "
+                    f"the examples have none (first: '{first.id}'); give some of {', '.join([*groups, *fit])}"
+                )
+            if shift.requires is not None and importlib.util.find_spec(shift.requires[0]) is None:
+                module, extra = shift.requires
+                raise ConfigError(f"robustness.shifts names {name}, which needs {module}; pip install 'villa[{extra}]'")
+        return shifts
 
     def _shift(self, shift: Shift, name: str, severity: int, place: int) -> Example:
         example, count = self.split[place], len(self.split)
@@ -122,7 +137,7 @@ class Attacks:
         for part in _chunks(self._indices, self.parts.config.evaluation.examples * self.processes.world_size):
             mine, own = self._share(part)
             batch = self._batch(map(read, mine))
-            losses, scores = self._victim(batch, "task").clean()
+            losses, scores = self._victim(batch, "task", self._passes).clean()
             rows = [*zip(mine, batch.ids, losses.tolist(), scores.tolist(), strict=True)] if own else []
             gathered = self.processes.gather(list(map(list, rows)))
             yield from (tuple(row) for row in sorted(row for rows in gathered for row in rows))
@@ -131,17 +146,18 @@ class Attacks:
         """Attack some examples, each process a share of them; a collective call."""
         mine, own = self._share([one.place for one in chunk])
         batch, guide = self._batch(map(self.split.__getitem__, mine)), self._guide if case.transferred else None
-        outcomes = attack(case, self.config, batch, lambda: self._victim(batch, case.loss, guide))
+        passes = self._exact if case.build().exact else self._passes
+        outcomes = attack(case, self.config, batch, lambda: self._victim(batch, case.loss, passes, guide))
         parts = self.processes.gather([asdict(one) for one in outcomes] if own else [])
         return [Outcome(**one) for part in parts for one in part]
 
     def _batch(self, examples: Iterable[Example]) -> Batch:
         return self.parts.data.collate(list(examples)).to(self.parts.precision.device)
 
-    def _victim(self, batch: Batch, loss: str, guide: ModelPasses | None = None) -> Victim:
-        self._passes.begin(0, 0, 1.0)
+    def _victim(self, batch: Batch, loss: str, passes: ModelPasses, guide: ModelPasses | None = None) -> Victim:
+        passes.begin(0, 0, 1.0)
         seeds = [derive_seed("attack", self.config.seed, id_) for id_ in batch.ids]
-        return Victim(self._passes, batch, self._measures[loss], seeds, self._any, guide)
+        return Victim(passes, batch, self._measures[loss], seeds, self._any, guide)
 
     def _any(self, mine: bool) -> bool:
         return bool(self.processes.largest(int(mine)))

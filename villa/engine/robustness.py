@@ -15,6 +15,7 @@ from villa.analysis.report import (
     SHIFTS_FIGURE,
     curves,
     draw_shifts,
+    mean_shift,
     shift_summary,
     shift_table,
     summary,
@@ -38,7 +39,7 @@ from villa.errors import ConfigError, DataError
 from villa.evaluation.results import print_table
 from villa.files import atomic_write, room_for
 from villa.progress import track
-from villa.registry import TRAINERS
+from villa.registry import SHIFT_GROUPS, TRAINERS, expand_shifts
 from villa.rng import derive_seed
 from villa.trainers.base import Trainer
 
@@ -99,9 +100,14 @@ class _Run:
             work = [(c, part) for c in self.all_cases for part in self.attacks.work(c, notes.missing(c, attacked))]
             for case, part in track(work, "attack", mode=self.parts.config.logging.progress):
                 notes.add(case, self.attacks.run(case, part), file)
-        names = [(name, severity) for name in self.config.shifts for severity in SEVERITIES]
+        names = [(name, severity) for name in expand_shifts(self.config.shifts) for severity in SEVERITIES]
         for name, severity in track(names, "shift", mode=self.parts.config.logging.progress):
             self.shifts.setdefault(name, {})[severity] = self.attacks.shifted(name, severity)
+        self.shifts |= {
+            name: mean_shift([self.shifts[member] for member in members])
+            for name, members in SHIFT_GROUPS.items()
+            if set(members) <= set(self.shifts)
+        }
         self.outcomes = {case: [notes.found[case][one.id] for one in attacked] for case in self.all_cases}
 
     def report(self) -> None:
