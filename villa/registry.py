@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
@@ -118,6 +118,11 @@ def _documents(module: str) -> dict[str, str]:
     return found
 
 
+def expand_shifts(names: Sequence[str]) -> list[str]:
+    """Return names of shifts, each group replaced by its members."""
+    return [member for name in names for member in SHIFT_GROUPS.get(name, (name,))]
+
+
 MODELS: Registry[Any] = Registry(
     "model",
     "villa.models.base:Model",
@@ -217,8 +222,18 @@ ATTACKS: Registry[Any] = Registry(
     {
         **dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
         **dict.fromkeys(("synonym_swap", "masked_lm_swap", "misspelling", "hotflip"), "villa.analysis.word_attacks"),
+        "finite_difference": "villa.analysis.slopes",
     },
 )
+#: Names in ``robustness.shifts`` that stand for several.
+SHIFT_GROUPS: dict[str, tuple[str, ...]] = {
+    "corruptions": (
+        *("gaussian_noise", "shot_noise", "impulse_noise"),
+        *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+        *("snow", "frost", "fog", "brightness"),
+        *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    )
+}
 SHIFTS: Registry[Any] = Registry(
     "shift",
     "villa.analysis.shifts:Shift",
@@ -228,6 +243,7 @@ SHIFTS: Registry[Any] = Registry(
             "villa.analysis.shifts",
         ),
         **dict.fromkeys(("char_noise", "synonyms"), "villa.analysis.text_shifts"),
+        **dict.fromkeys(SHIFT_GROUPS["corruptions"], "villa.analysis.corruptions"),
     },
 )
 TRACKERS: Registry[Any] = Registry(

@@ -90,10 +90,12 @@ class Attack(Method):
 
     Attributes:
         nested: whether a perturbation found in a smaller ball counts, and is gone on from.
+        exact: whether its passes are in fp32, whatever the recipe's precision.
     """
 
     space = "embedding"
     nested: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
 
     def __init__(self, steps: int = 20, restarts: int = 0) -> None:
         self.steps, self.restarts = steps, restarts

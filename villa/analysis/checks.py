@@ -13,8 +13,10 @@ from villa.analysis.robustness import Case, Outcome
 _TOLERANCE = 0.01 + 1e-9
 #: A radius at which nothing of the input is left, in the largest of the recipe's.
 _UNBOUNDED = 100.0
-#: Share of examples whose gradient may be zero, and whose loss may not rise.
+#: Share of examples whose gradient may be zero or wrong, and whose loss may not rise.
 _FEW = 0.05
+#: Largest relative error of a gradient in fp32 beside finite differences.
+_SLOPE_ERROR = 0.1
 
 
 class Check(NamedTuple):
@@ -40,6 +42,7 @@ class Extra(NamedTuple):
         more: with twice the steps.
         again: with two more restarts.
         unbounded: PGD in a ball that is as good as the whole space.
+        slope: finite differences of the model's own loss.
         white: PGD along the model's own gradients, if the attacks follow another's.
     """
 
@@ -48,6 +51,7 @@ class Extra(NamedTuple):
     more: Case
     again: Case
     unbounded: Case
+    slope: Case
     white: Case | None
 
 
@@ -65,6 +69,7 @@ def extra_cases(main: Case) -> Extra:
         at_middle._replace(steps=2 * main.steps),
         at_middle._replace(restarts=main.restarts + 2),
         main._replace(radii=(_UNBOUNDED * main.radii[-1],)),
+        main._replace(attack="finite_difference", radii=main.radii[:1], steps=1, restarts=0, transferred=False),
         at_middle._replace(transferred=False) if main.transferred else None,
     )
 
@@ -89,6 +94,13 @@ def _checks(
     curve = _means(outcomes[main])
     flat = mean(outcome.flat for outcome in outcomes[main])
     yield Check("gradients are not zero", flat <= _FEW, f"zero or not finite for {flat:.0%} of the examples")
+    errors = [outcome.slope_error for outcome in outcomes[extra.slope] if outcome.slope_error is not None]
+    wrong = mean(error > _SLOPE_ERROR for error in errors)
+    yield Check(
+        "the loss moves as the gradient says",
+        wrong <= _FEW,
+        f"off by over {_SLOPE_ERROR:.0%} for {wrong:.0%} of the examples, beside finite differences",
+    )
     risen = mean(outcome.losses[-1] > clean_losses[outcome.id] for outcome in outcomes[main])
     share = f"for {risen:.0%} of the examples, at the largest radius"
     yield Check("the loss rises along the gradient", risen >= 1 - _FEW, share)

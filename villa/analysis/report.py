@@ -348,6 +348,14 @@ def rephrasing_line(values: Mapping[str, Any], metric: str) -> str:
     return f"{values['texts']} rephrasings of {values['n']} examples: {shown}; drop {drop:.1f} %"
 
 
+def mean_shift(members: Sequence[Mapping[int, Mapping[str, float]]]) -> dict[int, dict[str, float]]:
+    """Return the mean over shifts of every example's scores, by severity."""
+    return {
+        severity: {id_: mean(member[severity][id_] for member in members) for id_ in scores}
+        for severity, scores in members[0].items()
+    }
+
+
 def shift_summary(shifts: Mapping[str, Mapping[int, Mapping[str, float]]], clean: Clean) -> dict[str, Any]:
     """Return, for each shift, the mean score and its interval by severity, their mean, and the relative drop.
 

@@ -76,6 +76,7 @@ class Outcome:
         words: of changes of words, how many changed.
         texts: the text as it is, and there.
         similarities: mean cosine similarity of the words that changed to those before; None if it is not known.
+        slope_error: relative error of the gradient, if it was measured.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Outcome:
     words: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     similarities: list[float | None] = field(default_factory=list)
+    slope_error: float | None = None
 
 
 def cases(config: RobustnessConfig, model: Model, option: str = "robustness") -> list[Case]:
@@ -178,7 +180,10 @@ def attack(
 
 
 def _outcome(number: int, id_: str, victims: Sequence[Victim]) -> Outcome:
-    flat = next((victim.flat for victim in victims if victim.flat is not None), None)
+    flat, errors = (
+        next((found for victim in victims if (found := getattr(victim, name)) is not None), None)
+        for name in ("flat", "slope_errors")
+    )
     return Outcome(
         id_,
         [victim.scores[number].item() for victim in victims],
@@ -187,6 +192,7 @@ def _outcome(number: int, id_: str, victims: Sequence[Victim]) -> Outcome:
         [victim.forwards for victim in victims],
         [victim.backwards for victim in victims],
         bool(flat is not None and flat[number]),
+        slope_error=None if errors is None else float(errors[number]),
     )
 
 

@@ -31,9 +31,13 @@ class Shift(ABC):
 
     Attributes:
         modality: what it changes, ``text`` or ``image``.
+        changes: what that is in the examples, for messages; by default texts or regions.
+        requires: the module that it needs, and the extra of villa that installs it; None if it needs none.
     """
 
     modality: ClassVar[str]
+    changes: ClassVar[str] = ""
+    requires: ClassVar[tuple[str, str] | None] = None
 
     def prepare(self, texts: Texts) -> None:  # noqa: B027 - most shifts need nothing
         """Take what changes of words need, before the first example; nothing by default.

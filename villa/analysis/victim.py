@@ -154,6 +154,7 @@ class Victim:
         sizes: by modality, the size of its perturbation there relative to the embedding, ``[B]``.
         kept: by modality, its perturbation there, ``[rows, tokens, width]``.
         flat: whether the first gradient of an example was zero or not finite, ``[B]``; None before it.
+        slope_errors: relative errors of the gradient, ``[B]``; None if they were not measured.
         forwards: forward passes so far.
         backwards: backward passes so far.
     """
@@ -171,6 +172,7 @@ class Victim:
         self._seeds = seeds
         self.forwards = self.backwards = 0
         self.flat: Tensor | None = None
+        self.slope_errors: Tensor | None = None
         self.scores = torch.full((len(batch),), torch.inf, dtype=torch.float64)
         self.losses = torch.full_like(self.scores, -torch.inf)
         self.sizes: dict[str, Tensor] = {}
@@ -192,12 +194,13 @@ class Victim:
         """Whether no example, on any process, can get a lower score; a collective call."""
         return not self.agree(bool((self.scores > 0).any()))
 
-    def run(self, perturbations: Mapping[str, Perturbation], *, gradient: bool = False) -> Tensor:
+    def run(self, perturbations: Mapping[str, Perturbation], *, gradient: bool = False, wide: bool = False) -> Tensor:
         """Run a pass; keep what is worse for an example than all before.
 
         Args:
             perturbations: what to add, by modality.
             gradient: set the gradients of the perturbations.
+            wide: compute losses from the logits in fp64, so that small differences are not rounded away.
 
         Returns:
             The losses ``[B]``.
@@ -206,6 +209,8 @@ class Victim:
         for perturbation in perturbations.values():
             perturbation.frozen = not gradient
         output = guide.forward(self.batch, perturbations, grad=gradient, train=False)
+        if wide:
+            output = output.map_scores(Tensor.double)
         losses, scores = self.measure(output, self.batch)
         self.forwards += 1
         if gradient:

@@ -12,7 +12,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Origin, Value, show
 from villa.errors import ConfigError, DataError, nearest
 from villa.files import from_home, is_url
-from villa.registry import ATTACKS, CALLBACKS, METRICS, SHIFTS, TRACKERS, Registry
+from villa.registry import ATTACKS, CALLBACKS, METRICS, SHIFTS, TRACKERS, Registry, expand_shifts
 
 TRAINING_RUNS = ("train", "train_val_test")
 _POSITIVE = (
@@ -250,7 +250,7 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
         if getattr(robustness, key) > _MOST_STEPS:
             yield f"robustness.{key}", f"must be at most {_MOST_STEPS:,}"
     yield from _registered("robustness.attacks", robustness.attacks, ATTACKS)
-    yield from _registered("robustness.shifts", robustness.shifts, SHIFTS)
+    yield from _registered("robustness.shifts", expand_shifts(robustness.shifts), SHIFTS)
     for key, allowed in (
         ("losses", ("task", "margin")),
         ("modalities", ("text", "image", "both")),
@@ -258,6 +258,8 @@ def _robustness(config: RunConfig) -> Iterator[tuple[str, str]]:
         ("shifts", None),
     ):
         given = getattr(robustness, key)
+        if key == "shifts":
+            given = expand_shifts(given)
         if len(set(given)) < len(given):
             yield f"robustness.{key}", "one is named twice"
         unknown = [name for name in given if allowed is not None and name not in allowed]

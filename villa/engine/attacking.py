@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,18 +27,18 @@ from villa.config.loader import load
 from villa.config.schema import RobustnessConfig
 from villa.datasets.base import Example
 from villa.engine.inference import restore_parts
-from villa.engine.passes import ModelPasses
+from villa.engine.passes import ModelPasses, Precision
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError, about
 from villa.evaluation.metrics import Metric
-from villa.registry import ATTACKS, METRICS, SHIFTS
+from villa.registry import ATTACKS, METRICS, SHIFT_GROUPS, SHIFTS
 from villa.rng import derive_seed, generator
 
 T = TypeVar("T")
 
 #: Most examples that are attacked at once.
 _AT_ONCE = 32
-#: What shifts of a modality change.
+#: What most shifts of a modality change.
 _CHANGED = {"text": "texts", "image": "regions"}
 
 
@@ -75,6 +76,8 @@ class Attacks:
         self.split = parts.split(config.split, f"{option}.split")
         self._indices = chosen(len(self.split), config.examples, config.seed)
         self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
+        exact = Precision("fp32", parts.precision.device)
+        self._exact = ModelPasses(parts.model, parts.loss, exact, config.seed, parts.strategy)
         self._guide = None if config.source is None else _guide(parts, config.source)
         self._option, self._shifts = option, dict[str, Shift]()
         self._words = self._word_attacks()
@@ -100,11 +103,7 @@ class Attacks:
             return self._shifts[name]
         shift: Shift = SHIFTS.get(name)()
         first = self.split[self._indices[0]]
-        if not shift.fits(first):
-            raise ConfigError(
-                f"robustness.shifts names {name}, which changes {_CHANGED[shift.modality]}, but the examples have none "
-                f"(first: '{first.id}'); leave it out"
-            )
+        self._check_shift(name, shift, first)
         with about(f"robustness.shifts names {name}"):
             shift.prepare(self.texts)
             shift.apply(first, 1, generator("trial"), lambda: first)
@@ -120,6 +119,20 @@ class Attacks:
         shift = self.shift(name)
         scored = self._scored(lambda place: self._shift(shift, name, severity, place), self._indices)
         return {id_: score for _, id_, _, score in scored}
+
+    def _check_shift(self, name: str, shift: Shift, first: Example) -> None:
+        """Refuse a shift of what the examples do not have, or whose package is not installed."""
+        if not shift.fits(first):
+            others = [other for other in SHIFTS.names() if SHIFTS.get(other)().fits(first)]
+            groups = [group for group, members in SHIFT_GROUPS.items() if set(members) <= set(others)]
+            fit = [other for other in others if not any(other in SHIFT_GROUPS[group] for group in groups)]
+            raise ConfigError(
+                f"robustness.shifts names {name}, which changes {shift.changes or _CHANGED[shift.modality]}, but "
+                f"the examples have none (first: '{first.id}'); give some of {', '.join([*groups, *fit])}"
+            )
+        if shift.requires is not None and importlib.util.find_spec(shift.requires[0]) is None:
+            module, extra = shift.requires
+            raise ConfigError(f"robustness.shifts names {name}, which needs {module}; pip install 'villa[{extra}]'")
 
     def rephrasings(self, path: Path) -> dict[str, list[str]]:
         """Read other wordings of the examples, by id.
@@ -196,7 +209,7 @@ class Attacks:
         for part in _chunks(places, self.parts.config.evaluation.examples * self.processes.world_size):
             mine, own = self._share(part)
             batch = self._batch(map(read, mine))
-            losses, scores = self._victim(batch, "task").clean()
+            losses, scores = self._victim(batch, "task", self._passes).clean()
             rows = [*zip(mine, batch.ids, losses.tolist(), scores.tolist(), strict=True)] if own else []
             gathered = self.processes.gather(list(map(list, rows)))
             yield from (tuple(row) for row in sorted(row for rows in gathered for row in rows))
@@ -211,17 +224,15 @@ class Attacks:
             outcomes = attack_words(self._words[case.attack], case.radii, starts, run, self._any)
         else:
             batch = self._batch(examples)
-            outcomes = attack(case, self.config, batch, lambda: self._victim(batch, case.loss, guide))
+            passes = self._exact if case.build().exact else self._passes
+            outcomes = attack(case, self.config, batch, lambda: self._victim(batch, case.loss, passes, guide))
         parts = self.processes.gather([asdict(one) for one in outcomes] if own else [])
         return [Outcome(**one) for part in parts for one in part]
 
     def _batch(self, examples: Iterable[Example]) -> Batch:
         return self.parts.data.collate(list(examples)).to(self.parts.precision.device)
 
-    def _victim(
-        self, batch: Batch, loss: str, guide: ModelPasses | None = None, passes: ModelPasses | None = None
-    ) -> Victim:
-        passes = passes or self._passes
+    def _victim(self, batch: Batch, loss: str, passes: ModelPasses, guide: ModelPasses | None = None) -> Victim:
         passes.begin(0, 0, 1.0)
         seeds = [derive_seed("attack", self.config.seed, id_) for id_ in batch.ids]
         return Victim(passes, batch, self._measures[loss], seeds, self._any, guide)
@@ -230,7 +241,7 @@ class Attacks:
         """Return what runs texts of one example."""
 
         def victims(passes: ModelPasses) -> Callable[[Sequence[Example]], Victim]:
-            return lambda texts: self._victim(self._batch(texts), case.loss, passes=passes)
+            return lambda texts: self._victim(self._batch(texts), case.loss, passes)
 
         return runner(victims(self._passes), victims(self._guide) if case.transferred and self._guide else None)
 
@@ -282,7 +293,7 @@ class Attacks:
         # Sharded weights are whole within a pass.
         handle = module.register_forward_hook(lambda table, *_: taken.append(table.weight.detach().float().cpu()))
         try:
-            self._victim(self._batch([self.split[self._indices[0]]]), "task").clean()
+            self._victim(self._batch([self.split[self._indices[0]]]), "task", self._passes).clean()
         finally:
             handle.remove()
         return taken[0].clone() if taken else None

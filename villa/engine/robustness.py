@@ -16,6 +16,7 @@ from villa.analysis.report import (
     SHIFTS_FIGURE,
     curves,
     draw_shifts,
+    mean_shift,
     rephrasing_line,
     rephrasing_summary,
     shift_summary,
@@ -42,7 +43,7 @@ from villa.errors import ConfigError, DataError
 from villa.evaluation.results import print_table
 from villa.files import atomic_write, from_home, room_for, sha256
 from villa.progress import track
-from villa.registry import TRAINERS
+from villa.registry import SHIFT_GROUPS, TRAINERS, expand_shifts
 from villa.rng import derive_seed
 from villa.trainers.base import Trainer
 
@@ -87,7 +88,7 @@ class _Run:
         self.checked = {case.modality: case for case in wanted} if self.config.checks else {}
         extras = [case for main in self.checked.values() for case in extra_cases(main) if case is not None]
         self.shifts: dict[str, dict[int, dict[str, float]]] = {}
-        for name in self.config.shifts:
+        for name in expand_shifts(self.config.shifts):
             self.attacks.shift(name)
         file = self.config.text.rephrasings
         self.rephrasings = None if file is None else self.attacks.rephrasings(from_home(file))
@@ -108,9 +109,14 @@ class _Run:
             work = [(c, part) for c in self.all_cases for part in self.attacks.work(c, notes.missing(c, attacked))]
             for case, part in track(work, "attack", mode=self.parts.config.logging.progress):
                 notes.add(case, self.attacks.run(case, part), file)
-        names = [(name, severity) for name in self.config.shifts for severity in SEVERITIES]
+        names = [(name, severity) for name in expand_shifts(self.config.shifts) for severity in SEVERITIES]
         for name, severity in track(names, "shift", mode=self.parts.config.logging.progress):
             self.shifts.setdefault(name, {})[severity] = self.attacks.shifted(name, severity)
+        self.shifts |= {
+            name: mean_shift([self.shifts[member] for member in members])
+            for name, members in SHIFT_GROUPS.items()
+            if set(members) <= set(self.shifts)
+        }
         if self.rephrasings is not None:
             self.rephrased = self.attacks.rephrased(self.rephrasings)
         self.outcomes = {case: [notes.found[case][one.id] for one in attacked] for case in self.all_cases}
