@@ -198,6 +198,23 @@ def test_all_processes_run_as_many_passes_of_each_kind() -> None:
     assert True in kinds
 
 
+def test_a_loss_that_is_not_known_is_asked_for() -> None:
+    model = Bag()
+    passes = ModelPasses(model, CrossEntropy(), Precision("fp32", CPU), 0)
+    measure = Measure(CrossEntropy(), Accuracy(), "margin")
+    run = runner(lambda some: Victim(passes, collate(list(some)), measure, list(range(len(some)))))
+    given = examples(model)[:4]
+    attack = ATTACKS.get("synonym_swap")(texts(model))
+    found = attack_words(attack, [1], [Start(one, None, 1.0) for one in given], run, bool)
+    known = attacked("synonym_swap", model, given, [1])
+    assert [one.losses for one in found] == [one.losses for one in known]
+    assert [one.forwards[0] - 1 for one in found] == [one.forwards[0] for one in known]
+    nothing = ATTACKS.get("synonym_swap")(texts(model, similarity=1.0))
+    (left,) = attack_words(nothing, [1], [Start(given[0], None, 1.0)], run, bool)
+    assert isinstance(given[0].input_ids, Tensor)
+    assert left.losses == pytest.approx([-model.margin(given[0].input_ids).item()])
+
+
 def test_losses_are_those_of_the_source_and_scores_the_models_own() -> None:
     model, other = Bag(), Bag()
     with torch.no_grad():

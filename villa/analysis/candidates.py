@@ -35,6 +35,7 @@ class Synonyms:
     def __init__(self, texts: Texts) -> None:
         self._texts, options = texts, texts.options
         self._listed: Mapping[str, Sequence[str]] = {}
+        self.rows: dict[str, int] = {}
         self._kept = labels_of(texts) if options.keep_labels else frozenset()
         self._found: dict[str, list[tuple[str, float | None]]] = {}
         path = None if options.synonyms is None else from_home(options.synonyms)
@@ -52,7 +53,7 @@ class Synonyms:
 
     def of(self, word: str) -> list[tuple[str, float | None]]:
         """Return words for another, the most similar ones first, with their similarity if it is known."""
-        plain = word if word in self._listed or word in getattr(self, "rows", ()) else word.lower()
+        plain = word if word in self._listed or word in self.rows else word.lower()
         if plain not in self._found:
             self._found[plain] = [] if plain.lower() in self._kept else self._search(plain)
         return [(in_case_of(word, other), similarity) for other, similarity in self._found[plain]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from villa.datasets.base import Example, Ragged
+from villa.datasets.base import Example, in_form_of, parts_of
 from villa.registry import register_shift
 
 if TYPE_CHECKING:
@@ -188,18 +188,6 @@ class BoxJitter(Shift):
             columns = torch.cat((corners, size, size.prod(1, keepdim=True)), 1)[:, : part.shape[1]]
             boxes.append(columns.to(part.dtype))
         return replace(example, boxes=in_form_of(example.boxes, boxes))
-
-
-def parts_of(values: Ragged | None) -> tuple[Tensor, ...]:
-    """Return the tensors of a field of an example; none if it is None."""
-    return () if values is None else (values,) if isinstance(values, Tensor) else values
-
-
-def in_form_of(values: Ragged | None, parts: list[Tensor]) -> Ragged | None:
-    """Return parts in the form of ``values``: a tensor, a tuple, or None."""
-    if values is None:
-        return None
-    return parts[0] if isinstance(values, Tensor) else tuple(parts)
 
 
 def _some(count: int, severity: int, draws: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,11 +65,15 @@ class WordAttack(Method):
     Args:
         texts: what changes of texts need.
 
+    Attributes:
+        transferable: whether another model's losses and gradients may be followed.
+
     Raises:
         VillaError: the model or the data lack what the attack needs.
     """
 
     space = "words"
+    transferable: ClassVar[bool] = True
 
     def __init__(self, texts: Texts) -> None:
         self.texts = texts
@@ -163,6 +167,8 @@ class Misspelling(_Greedy):
 @register_attack("hotflip")
 class HotFlip(WordAttack):
     """Word by word, the best of the neighbours that the gradient ranks first (after HotFlip; Ebrahimi et al., 2018)."""
+
+    transferable = False  # the other model has a table of its own
 
     def __init__(self, texts: Texts) -> None:
         super().__init__(texts)

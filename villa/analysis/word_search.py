@@ -11,7 +11,7 @@ from villa.adversarial.ascent import AscentSettings
 from villa.adversarial.perturbation import Perturbation
 from villa.analysis.robustness import Outcome
 from villa.analysis.victim import Victim
-from villa.analysis.word_attacks import Answer, WordAttack
+from villa.analysis.word_attacks import Answer, Query, Search, WordAttack
 from villa.analysis.words import Changes
 from villa.datasets.base import Example
 
@@ -20,10 +20,10 @@ AT_ONCE = 32
 
 
 class Start(NamedTuple):
-    """An example to attack, with its loss and score as it is."""
+    """An example to attack, with its score as it is, and its loss; None if that is not known yet."""
 
     example: Example
-    loss: float
+    loss: float | None
     score: float
 
 
@@ -112,12 +112,20 @@ class _Talk:
         self._attack, self._start = attack, start
         self._wording = attack.texts.wording(start.example)
         self._limits = [words_of(budget, len(self._wording.words)) for budget in budgets]
-        self._search = attack.search(start.example.id, self._wording, self._limits[-1])
-        self._worst = {0: _Worst({}, start.loss, start.score)}
+        self._search = self._begin()
+        self._worst = {0: _Worst({}, start.loss or 0.0, start.score)}
         self._spent: dict[int, tuple[int, int]] = {}
         self._forwards = self._backwards = 0
         self._answers: list[Answer] = []
-        self.query = next(self._search, None) if self._limits[-1] else None
+        self.query = next(self._search, None)
+
+    def _begin(self) -> Search:
+        """Yield the queries of the search, after one for the loss as it is if that is not known."""
+        if self._start.loss is None:
+            answer = yield Query([{}], "probe")
+            self._worst[0] = _Worst({}, answer.losses[0], self._start.score)
+        if self._limits[-1]:
+            yield from self._attack.search(self._start.example.id, self._wording, self._limits[-1])
 
     def examples(self) -> list[Example]:
         """Return the texts of the next pass."""

@@ -12,9 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from villa.analysis.shifts import in_form_of, parts_of
 from villa.config.schema import TextChangesConfig
-from villa.datasets.base import Example
+from villa.datasets.base import Example, in_form_of, parts_of
 from villa.datasets.text import tokenizer_of
 from villa.errors import DataError
 from villa.facts import DataFacts

@@ -37,6 +37,18 @@ class DatasetConfig:
 Ragged = Tensor | tuple[Tensor, ...]
 
 
+def parts_of(values: Ragged | None) -> tuple[Tensor, ...]:
+    """Return the tensors of a field of an example; none if it is None."""
+    return () if values is None else (values,) if isinstance(values, Tensor) else values
+
+
+def in_form_of(values: Ragged | None, parts: list[Tensor]) -> Ragged | None:
+    """Return parts in the form of ``values``: a tensor, a tuple, or None."""
+    if values is None:
+        return None
+    return parts[0] if isinstance(values, Tensor) else tuple(parts)
+
+
 @dataclass(frozen=True)
 class Example:
     """One example before collation: unpadded tensors with the meaning of the fields of ``Batch``.

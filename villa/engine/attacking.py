@@ -219,7 +219,11 @@ class Attacks:
         mine, own = self._share(chunk)
         examples, guide = [self.split[one.place] for one in mine], self._guide if case.transferred else None
         if case.changes_words:
-            starts = [Start(example, one.loss, one.score) for example, one in zip(examples, mine, strict=True)]
+            known = case.loss == "task" and guide is None
+            starts = [
+                Start(example, one.loss if known else None, one.score)
+                for example, one in zip(examples, mine, strict=True)
+            ]
             run = self._runner(case)
             outcomes = attack_words(self._words[case.attack], case.radii, starts, run, self._any)
         else:
@@ -259,7 +263,7 @@ class Attacks:
         Raises:
             VillaError: the data or the model lack what one needs.
         """
-        limit = int(getattr(self.parts.data.config, "max_text_length", 0))
+        limit = int(getattr(self.parts.data.config, "max_text_length", 0) or 0)
         self.texts = Texts(self.config.text, self.parts.data.facts(), limit, self._table, self.config.seed)
         names = dict.fromkeys(case.attack for case in self.cases if case.changes_words)
         return {name: self._word_attack(name, self._option) for name in names}
@@ -273,6 +277,8 @@ class Attacks:
             )
         with about(f"{option}.attacks names {name}"):
             made: WordAttack = ATTACKS.get(name)(self.texts)
+            if self.config.source is not None and not made.transferable:
+                raise ConfigError("it needs the model's own gradients; leave robustness.source out, or the attack")
             self.texts.wording(first)
         return made
 
