@@ -26,6 +26,7 @@ from villa.datasets.uniter.box_selection import BoxSelection
 from villa.datasets.uniter.image_lmdb import ImageStore
 from villa.errors import ConfigError, DataError
 from villa.extraction.images import open_pictures
+from villa.extraction.outputs import TsvOutput
 from villa.extraction.run import Extracted
 
 ALL = {"plain0", "plain1", "plain2", "plain3", "plain4", "plain5", "cmyk", "sixteen", "alpha", "tiny", "moving"}
@@ -221,10 +222,19 @@ def test_features_of_an_unknown_origin_are_not_mixed_in(photos: Path, tmp_path: 
     (tmp_path / "own").mkdir()
     np.savez(tmp_path / "own" / "mine.npz", features=np.ones((1, 3)))
     (tmp_path / "own.tsv").write_text("mine")
-    for place, form in (("own", "npz"), ("own.tsv", "tsv")):
+    note = run(photos, tmp_path / "db").place / "extractor.json"
+    note.unlink()
+    for place, form in (("own", "npz"), ("own.tsv", "tsv"), ("db", "lmdb")):
         with pytest.raises(DataError, match="unknown extractor"):
             run(photos, tmp_path / place, format=form)
     assert (tmp_path / "own.tsv").read_text() == "mine"
+    assert not note.exists()
+
+
+def test_two_commands_do_not_write_one_file(photos: Path, tmp_path: Path) -> None:
+    signature = "means 1 0123456789abcdef plain"
+    with TsvOutput(tmp_path / "features.tsv", signature, {}), pytest.raises(DataError, match="by another process"):
+        run(photos, tmp_path / "features.tsv")
 
 
 def test_new_images_are_no_part_of_a_finished_database(photos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,12 @@ class Output(ABC):
         check_signatures([(place, read_signature(place)), ("the extractor of this command", self.signature)])
         write_signature(place, self.signature, self._facts)
 
+    def _note_known(self, place: Path) -> None:
+        """Compare the extractor with the note beside features that are there, which must have one."""
+        if read_signature(place) is None:
+            raise DataError(f"'{place}' has features of an unknown extractor; give another place, or remove it")
+        self._note(place)
+
 
 class DatabaseOutput(Output):
     """An image database of UNITER and VILLA; ``selection`` names its environment."""
@@ -90,7 +97,7 @@ class DatabaseOutput(Output):
         self._writer: ImageDatabaseWriter | None = None
         self._finished: set[str] = set()
         if (environment / DATA_FILE).exists() and not (environment / JOURNAL).exists():
-            self._note(environment)
+            self._note_known(environment)
             self._finished = set(ImageStore(place, selection).names)
         else:
             self._writer = ImageDatabaseWriter(place, selection, puts=PUTS, extractor=signature)
@@ -132,13 +139,12 @@ class TsvOutput(Output):
         self._names: set[str] = set()
         self._finished = place.exists()
         if self._finished:
-            if read_signature(place) is None:
-                raise DataError(f"'{place}' exists already, made by an unknown extractor; give another file")
-            self._note(place)
+            self._note_known(place)
             self._names.update(TsvFile(place))
             return
         place.parent.mkdir(parents=True, exist_ok=True)
         self._lines, self._notes = open_own(self._part, "r+b"), open_own(self._journal, "r+b")
+        _lock(self._notes, place)
         self._note(place)
         self._resume()
 
@@ -209,8 +215,8 @@ class FilesOutput(Output):
         self._suffix = suffix
         self._noted = {place}
         place.mkdir(parents=True, exist_ok=True)
-        if read_signature(place) is None and any(file.suffix in SUFFIXES for file in place.iterdir()):
-            raise DataError(f"'{place}' holds feature files of an unknown extractor; give another folder")
+        if any(file.suffix in SUFFIXES for file in place.iterdir()):
+            self._note_known(place)
         self._note(place)
 
     def has(self, name: str) -> bool:
@@ -305,6 +311,16 @@ def _npz(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def _lock(file: IO[bytes], place: Path) -> None:
+    """Lock a file that is being written, as long as it is open."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"'{place}' is being written by another process; wait for it") from None
+    except OSError:  # the file system has no locks
+        pass
 
 
 def _finished(place: Path, name: str) -> DataError:

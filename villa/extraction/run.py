@@ -7,10 +7,13 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from villa.config.layers import take_text
 from villa.config.options import build_options, dataclass_options
@@ -100,17 +103,21 @@ def extract(
     """
     kind = EXTRACTORS.get(extractor)
     config = build_options(kind.Config, take_text(options, dataclass_options(kind.Config)), f"extractor '{extractor}'")
-    check_background(config.background)
+    check_background(config.background, "background")
     pictures = open_pictures(images)
     made: Extractor = kind(config, choose_device(job.device))
     facts = {"boxes": made.selection.folder()}
     place = plain_path(str(output))
     skipped: dict[str, str] = {}
     form: Format = job.format or ("tsv" if place.suffix == ".tsv" else "lmdb")
-    with open_output(place, form, made.selection, made.signature, facts, compressed=job.compressed) as sink:
+    with ExitStack() as stack:
+        sink = stack.enter_context(
+            open_output(place, form, made.selection, made.signature, facts, compressed=job.compressed)
+        )
         names = pictures.names
         todo = [name for name in names if not sink.has(name)]
         wanted = set(todo)
+        stack.enter_context(_exact_sums())
         found = _prepared(pictures.among(wanted.__contains__), made, job.workers)
         for batch in _batches(track(found, f"extract to {place.name}", len(todo), mode=job.progress), job.batch):
             for picture, error in _stored(batch, made, sink, form):
@@ -120,6 +127,12 @@ def extract(
                 logger.warning("skipped: %s", error)
     _list_skipped(sink.place, skipped)
     return Extracted(sink.place, len(names) - len(skipped), len(names) - len(todo), skipped)
+
+
+def _exact_sums() -> AbstractContextManager[None]:
+    """Let convolutions on a GPU have all bits of fp32, and the same in every run."""
+    flags = torch.backends.cudnn.flags
+    return flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 #: An image and what was read of it, or why it cannot be.

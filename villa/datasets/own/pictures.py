@@ -136,8 +136,12 @@ def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "a
     return Image.Image()._new(image.im)
 
 
-def check_background(colour: str) -> None:
+def check_background(colour: str, option: str = "dataset.background") -> None:
     """Refuse an invalid background colour.
+
+    Args:
+        colour: the colour.
+        option: the option that gives it, for the message.
 
     Raises:
         ConfigError: it is not a colour, or is transparent itself.
@@ -148,7 +152,7 @@ def check_background(colour: str) -> None:
     except ValueError:
         opaque = False
     if not opaque:
-        raise ConfigError(f"dataset.background='{colour}' is no opaque colour; give a name (grey), or rgb(128,128,128)")
+        raise ConfigError(f"{option}='{colour}' is no opaque colour; give a name (grey), or rgb(128,128,128)")
 
 
 @contextmanager
