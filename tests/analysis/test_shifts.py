@@ -12,9 +12,9 @@ from tiny_runs import colours, error, metrics, run
 from villa.analysis.shifts import Shift
 from villa.cli.run import main
 from villa.datasets.base import Example
-from villa.registry import SHIFTS, register_shift
+from villa.registry import SHIFT_GROUPS, SHIFTS, register_shift
 
-NAMES = SHIFTS.names()
+NAMES = [name for name in SHIFTS.names() if name not in SHIFT_GROUPS["corruptions"]]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 

@@ -73,7 +73,7 @@ def test_everything_is_written(
     mean = sum(line["worst"][2] for line in told if line["modality"] == "image") / content["clean"]["n"]
     assert mean == pytest.approx(content["worst_case"]["image"][2]["accuracy"])
     output = capsys.readouterr().out
-    assert "12 attacks at 5 radii and 15 checks: at most" in output
+    assert "12 attacks at 5 radii and 18 checks: at most" in output
     assert "| image" in output
     assert "checks: " in output
 
