@@ -9,6 +9,7 @@ import torch
 from tiny import CPU, tiny_batch, tiny_model
 from torch import Tensor, nn
 
+from villa.analysis.checks import checks, extra_cases
 from villa.analysis.robustness import Case, Outcome, attack, interval
 from villa.analysis.victim import Measure, Victim, margin
 from villa.batch import Batch
@@ -144,6 +145,47 @@ def test_random_starts_are_within_the_ball_and_those_of_the_example() -> None:
     assert bool((norms > 0.1).all())
     assert bool((norms <= 0.5 + 1e-12).all())
     assert not delta[~of.attention_mask].any()
+
+
+class Rounded(Plane):
+    """Embeddings are rounded, and the gradient passes as if they were not."""
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        assert batch.attention_mask is not None
+        there = self.embed(batch.input_ids)
+        there = there + ((there / 0.25).round() * 0.25 - there).detach()
+        side = (there * batch.attention_mask.unsqueeze(-1)).sum(1) @ self.weight
+        return ModelOutput(torch.stack((-side, side), 1))
+
+
+def test_the_gradient_is_that_of_finite_differences_unless_it_is_masked() -> None:
+    of, case = batch(), case_of("finite_difference", 0.1)
+
+    def wrong(model: Model) -> int:
+        found = [outcome.slope_error for outcome in run(model, of, case)]
+        return sum(error is not None and error > 0.1 for error in found)
+
+    assert wrong(Plane()) == wrong(Plane().float()) == 0
+    masked = (Plane(scale=1e4), Plane(scale=1e4).float(), Plane(step=0.5), Rounded())
+    assert all(wrong(model) > COUNT * 0.9 for model in masked)
+
+
+def test_the_checks_call_out_masked_gradients_alone() -> None:
+    of = batch()
+
+    def failed(model: Model) -> set[str]:
+        main = case_of("pgd", 0.3, 1.0)
+        cases = [main, *(case for case in extra_cases(main) if case is not None)]
+        outcomes = {case: run(model, of, case) for case in cases}
+        passes = ModelPasses(model, CrossEntropy(), Precision("fp32", CPU), 0)
+        losses, _ = Victim(passes, of, Measure(CrossEntropy(), Accuracy()), list(range(COUNT))).clean()
+        found = checks(main, outcomes, dict(zip(of.ids, losses.tolist(), strict=True)))
+        assert "the loss moves as the gradient says" in {check.name for check in found}
+        return {check.name for check in found if not check.passed}
+
+    assert not failed(Plane())
+    assert "the loss moves as the gradient says" in failed(Plane(scale=1e4))
+    assert "the loss moves as the gradient says" in failed(Rounded())
 
 
 @pytest.mark.parametrize("blinded", [{"scale": 1e4}, {"step": 0.5}])
