@@ -221,6 +221,7 @@ ATTACKS: Registry[Any] = Registry(
     {
         **dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
         "finite_difference": "villa.analysis.slopes",
+        "universal": "villa.analysis.universal",
     },
 )
 #: Names in ``robustness.shifts`` that stand for several.
