@@ -223,6 +223,7 @@ ATTACKS: Registry[Any] = Registry(
         **dict.fromkeys(("noise", "fgm", "pgd", "apgd"), "villa.analysis.attacks"),
         **dict.fromkeys(("synonym_swap", "masked_lm_swap", "misspelling", "hotflip"), "villa.analysis.word_attacks"),
         "finite_difference": "villa.analysis.slopes",
+        "universal": "villa.analysis.universal",
     },
 )
 #: Names in ``robustness.shifts`` that stand for several.

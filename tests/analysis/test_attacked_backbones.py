@@ -46,6 +46,9 @@ def test_a_small_ball_raises_the_loss_and_a_large_one_takes_all(name: str, task:
     assert all(one.losses[0] > before for one, before in zip(found, clean.tolist(), strict=True))
     assert [one.scores[1] for one in found] == [0.0] * len(batch)
     assert not any(one.flat for one in found)
+    slope = case._replace(attack="finite_difference", radii=(0.05,))
+    told = attack(slope, RobustnessConfig(), batch, lambda: Victim(passes, batch, measure, list(range(len(batch)))))
+    assert all(one.slope_error is not None and one.slope_error < 0.1 for one in told)
 
 
 @pytest.mark.parametrize("name", ["vilt", "clip"])

@@ -9,8 +9,9 @@ import torch
 from tiny import CPU, tiny_batch, tiny_model
 from torch import Tensor, nn
 
+from villa.analysis.checks import checks, extra_cases
 from villa.analysis.robustness import Case, Outcome, attack, interval
-from villa.analysis.victim import Measure, Victim, margin
+from villa.analysis.victim import HeldOut, Measure, Victim, margin
 from villa.batch import Batch
 from villa.config.schema import RobustnessConfig
 from villa.engine.passes import ModelPasses, Precision
@@ -74,6 +75,41 @@ def run(
     config = RobustnessConfig(norm=norm, relative_to=relative)  # type: ignore[arg-type]
     seeds = [int(id_) for id_ in of.ids]
     return attack(case, config, of, lambda: Victim(ours, of, measure, seeds, bool, guide))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_universal_perturbation_of_a_plane_is_known(norm: str) -> None:
+    """Of examples on one side: along the plane's normal, each position as strongly as it has real tokens."""
+    whole, model = batch(), Plane()
+    assert whole.targets is not None
+    assert whole.attention_mask is not None
+    own = (whole.targets == 1).nonzero().flatten()
+    of = Batch([whole.ids[i] for i in own], whole.input_ids[own], whole.attention_mask[own], targets=whole.targets[own])  # type: ignore[index]
+    radius, weight = 0.4, model.weight.detach()
+    passes = ModelPasses(model, CrossEntropy(), Precision("fp32", CPU), 0)
+    measure = Measure(CrossEntropy(), Accuracy(), "margin")
+    first, second = (Batch(of.ids, of.input_ids, of.attention_mask, targets=of.targets), of)
+    victims: list[Victim] = []
+
+    def make() -> Victim:
+        held_out = HeldOut(lambda: iter((first, second)))
+        victims.append(Victim(passes, of, measure, [int(i) for i in of.ids], bool, None, held_out))
+        return victims[-1]
+
+    config = RobustnessConfig(norm=norm, relative_to="none")  # type: ignore[arg-type]
+    found = attack(case_of("universal", radius, loss="margin"), config, of, make)
+    (delta,) = victims[0].kept.values()
+    tokens = of.attention_mask.sum(0, keepdim=True)  # type: ignore[union-attr] # by how many a position is pulled
+    best = -weight.sign() * radius * tokens.T.sign()
+    if norm == "l2":
+        best = -weight * tokens.T
+        best = radius * best / best.norm()
+    for row, mask in zip(delta, of.attention_mask, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(row, best * mask.unsqueeze(-1), rtol=1e-4, atol=1e-6)
+    moves = (best * of.attention_mask.unsqueeze(-1)).sum(1) @ weight  # type: ignore[union-attr]
+    expected = [float(margin + move > 0) for margin, move in zip(margins(of), moves, strict=True)]
+    assert [outcome.scores[0] for outcome in found] == expected
+    assert 0 < sum(expected) < len(expected)
 
 
 def case_of(attack: str, *radii: float, loss: str = "task", steps: int = 20, restarts: int = 0) -> Case:
@@ -144,6 +180,47 @@ def test_random_starts_are_within_the_ball_and_those_of_the_example() -> None:
     assert bool((norms > 0.1).all())
     assert bool((norms <= 0.5 + 1e-12).all())
     assert not delta[~of.attention_mask].any()
+
+
+class Rounded(Plane):
+    """Embeddings are rounded, and the gradient passes as if they were not."""
+
+    def forward(self, batch: Batch, *, hidden_states: bool = False, attentions: bool = False) -> ModelOutput:
+        assert batch.attention_mask is not None
+        there = self.embed(batch.input_ids)
+        there = there + ((there / 0.25).round() * 0.25 - there).detach()
+        side = (there * batch.attention_mask.unsqueeze(-1)).sum(1) @ self.weight
+        return ModelOutput(torch.stack((-side, side), 1))
+
+
+def test_the_gradient_is_that_of_finite_differences_unless_it_is_masked() -> None:
+    of, case = batch(), case_of("finite_difference", 0.1)
+
+    def wrong(model: Model) -> int:
+        found = [outcome.slope_error for outcome in run(model, of, case)]
+        return sum(error is not None and error > 0.1 for error in found)
+
+    assert wrong(Plane()) == wrong(Plane().float()) == 0
+    masked = (Plane(scale=1e4), Plane(scale=1e4).float(), Plane(step=0.5), Rounded())
+    assert all(wrong(model) > COUNT * 0.9 for model in masked)
+
+
+def test_the_checks_call_out_masked_gradients_alone() -> None:
+    of = batch()
+
+    def failed(model: Model) -> set[str]:
+        main = case_of("pgd", 0.3, 1.0)
+        cases = [main, *(case for case in extra_cases(main) if case is not None)]
+        outcomes = {case: run(model, of, case) for case in cases}
+        passes = ModelPasses(model, CrossEntropy(), Precision("fp32", CPU), 0)
+        losses, _ = Victim(passes, of, Measure(CrossEntropy(), Accuracy()), list(range(COUNT))).clean()
+        found = checks(main, outcomes, dict(zip(of.ids, losses.tolist(), strict=True)))
+        assert "the loss moves as the gradient says" in {check.name for check in found}
+        return {check.name for check in found if not check.passed}
+
+    assert not failed(Plane())
+    assert "the loss moves as the gradient says" in failed(Plane(scale=1e4))
+    assert "the loss moves as the gradient says" in failed(Rounded())
 
 
 @pytest.mark.parametrize("blinded", [{"scale": 1e4}, {"step": 0.5}])

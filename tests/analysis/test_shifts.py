@@ -18,9 +18,9 @@ from villa.config.schema import TextChangesConfig
 from villa.datasets.base import Example
 from villa.errors import VillaError
 from villa.facts import DataFacts
-from villa.registry import SHIFTS, register_shift
+from villa.registry import SHIFT_GROUPS, SHIFTS, register_shift
 
-NAMES = SHIFTS.names()
+NAMES = [name for name in SHIFTS.names() if name not in SHIFT_GROUPS["corruptions"]]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 

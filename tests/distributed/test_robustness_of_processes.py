@@ -13,7 +13,10 @@ from tiny_runs import colours
 from villa.cli.run import main
 
 SHORT = ("training.updates=6", "evaluation.every=null", "checkpoint.every=null", "checkpoint.resume=false")
-ATTACK = ("robustness.steps=4", "robustness.examples=41", "robustness.restarts=1", "robustness.radii=[0.1,0.5]")
+ATTACK = (
+    *("robustness.steps=4", "robustness.examples=41", "robustness.restarts=1", "robustness.radii=[0.1,0.5]"),
+    "robustness.attacks=[noise,fgm,pgd,apgd,universal]",
+)
 
 
 @pytest.fixture(scope="module")

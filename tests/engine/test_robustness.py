@@ -73,7 +73,7 @@ def test_everything_is_written(
     mean = sum(line["worst"][2] for line in told if line["modality"] == "image") / content["clean"]["n"]
     assert mean == pytest.approx(content["worst_case"]["image"][2]["accuracy"])
     output = capsys.readouterr().out
-    assert "12 attacks at 5 radii and 15 checks: at most" in output
+    assert "12 attacks at 5 radii and 18 checks: at most" in output
     assert "| image" in output
     assert "checks: " in output
 
@@ -167,6 +167,7 @@ def test_another_model_may_be_the_source(attacked: Callable[..., dict[str, Any]]
         ("robustness.modalities=[audio]", "'audio' is none of text, image, both"),
         ("robustness.attacks=[pdg]", "no attack is called 'pdg'; did you mean 'pgd'?"),
         ("robustness.attacks=[]", "give at least one"),
+        ("robustness.attacks=[pgd,universal] robustness.split=val", "give two different splits"),
         ("robustness.radii=[0.2,0.1]", "give ascending numbers above 0"),
         ("robustness.radii=[]", "give ascending numbers above 0"),
         ("robustness.steps=0", "must be positive"),
@@ -180,7 +181,7 @@ def test_what_cannot_be_is_one_line(
     option: str, problem: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = ["evaluation.monitor=loss", "evaluation.mode=min"] if "metrics" in option else []
-    given = [f"checkpoint.path={trained}", f"output_dir={tmp_path / 'out'}", option, *extra]
+    given = [f"checkpoint.path={trained}", f"output_dir={tmp_path / 'out'}", *option.split(" "), *extra]
     assert main(["run_type=robustness", *given]) == 2
     assert problem in error(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from villa.batch import Batch
 from villa.losses.base import Reduction, divergence
+from villa.losses.classification import BinaryCrossEntropy
+from villa.models.base import ModelOutput
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(4, 5, dtype=torch.float64, generator=GENERATOR)
@@ -38,3 +41,18 @@ def test_gradients_reach_both_sides() -> None:
 def test_confident_predictions_stay_finite() -> None:
     far = torch.tensor([[1000.0, 0.0]])
     assert divergence(far, -far) == pytest.approx(2000.0)
+
+
+def test_of_a_single_label_it_is_that_of_the_sigmoid() -> None:
+    ours, theirs = torch.tensor([[0.3], [-2.0]], requires_grad=True), torch.tensor([[1.0], [0.5]])
+    batch = Batch(["a", "b"])
+    found = BinaryCrossEntropy().consistency(ModelOutput(ours), ModelOutput(theirs), batch)
+    p, q = ours.sigmoid(), theirs.sigmoid()
+    terms = (p - q) * (p.log() - q.log()) + (q - p) * ((1 - p).log() - (1 - q).log())
+    torch.testing.assert_close(found, terms.mean())
+    found.backward()  # type: ignore[no-untyped-call]
+    assert ours.grad is not None
+    assert bool((ours.grad != 0).all())
+    several = torch.randn(2, 3), torch.randn(2, 3)
+    of_three = BinaryCrossEntropy().consistency(*map(ModelOutput, several), batch)
+    torch.testing.assert_close(of_three, divergence(*several))

@@ -16,7 +16,7 @@ from villa.analysis.victim import DrawnPerturbation, Victim, is_pixels, rows_of_
 from villa.registry import register_attack
 
 #: Length of a step of PGD times the number of steps, in radii (Madry et al., 2018).
-_REACH = 2.5
+REACH = 2.5
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class ProjectedGradient(Attack):
 
     def search(self, victim: Victim, ball: Ball) -> None:
         """Ascend from the worst case so far (or zero), then from random starts."""
-        size = _REACH / self.steps
+        size = REACH / self.steps
         for draw in range(self.restarts + 1):
             settings = ball.settings(size, init="uniform" if draw else "zero")
             _ascend(victim, ball.begin(victim, settings, draw, warm=draw == 0), self.steps)

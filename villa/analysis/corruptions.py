@@ -76,25 +76,106 @@ def _corrupted(name: str, colours: npt.NDArray[np.uint8], severity: int, seed: i
     return found
 
 
-def _register(name: str, summary: str) -> None:
-    register_shift(name)(type(name, (Corruption,), {"__doc__": summary, "__module__": __name__, "name": name}))
+@register_shift("gaussian_noise")
+class GaussianNoise(Corruption):
+    """Normal noise on every channel, as in low light."""
+
+    name = "gaussian_noise"
 
 
-for _name, _summary in {
-    "gaussian_noise": "Normal noise on every channel, as in low light.",
-    "shot_noise": "Poisson noise, as of single photons.",
-    "impulse_noise": "Salt and pepper: single channels of pixels become black or white.",
-    "defocus_blur": "A picture that is out of focus.",
-    "glass_blur": "Pixels swap places locally, as behind frosted glass.",
-    "motion_blur": "A camera that moved along a line.",
-    "zoom_blur": "A camera that moved towards the scene.",
-    "snow": "Flakes that fall.",
-    "frost": "Crystals on the lens.",
-    "fog": "Clouds of a fractal that lie over the scene.",
-    "brightness": "More light.",
-    "contrast": "Less contrast.",
-    "elastic_transform": "Small regions that are stretched or compressed.",
-    "pixelate": "Fewer pixels, scaled up.",
-    "jpeg_compression": "Artefacts of strong JPEG compression.",
-}.items():
-    _register(_name, _summary)
+@register_shift("shot_noise")
+class ShotNoise(Corruption):
+    """Poisson noise, as of single photons."""
+
+    name = "shot_noise"
+
+
+@register_shift("impulse_noise")
+class ImpulseNoise(Corruption):
+    """Salt and pepper: single channels of pixels become black or white."""
+
+    name = "impulse_noise"
+
+
+@register_shift("defocus_blur")
+class DefocusBlur(Corruption):
+    """A picture that is out of focus."""
+
+    name = "defocus_blur"
+
+
+@register_shift("glass_blur")
+class GlassBlur(Corruption):
+    """Pixels swap places locally, as behind frosted glass."""
+
+    name = "glass_blur"
+
+
+@register_shift("motion_blur")
+class MotionBlur(Corruption):
+    """A camera that moved along a line."""
+
+    name = "motion_blur"
+
+
+@register_shift("zoom_blur")
+class ZoomBlur(Corruption):
+    """A camera that moved towards the scene."""
+
+    name = "zoom_blur"
+
+
+@register_shift("snow")
+class Snow(Corruption):
+    """Flakes that fall."""
+
+    name = "snow"
+
+
+@register_shift("frost")
+class Frost(Corruption):
+    """Crystals on the lens."""
+
+    name = "frost"
+
+
+@register_shift("fog")
+class Fog(Corruption):
+    """Clouds of a fractal that lie over the scene."""
+
+    name = "fog"
+
+
+@register_shift("brightness")
+class Brightness(Corruption):
+    """More light."""
+
+    name = "brightness"
+
+
+@register_shift("contrast")
+class Contrast(Corruption):
+    """Less contrast."""
+
+    name = "contrast"
+
+
+@register_shift("elastic_transform")
+class ElasticTransform(Corruption):
+    """Small regions that are stretched or compressed."""
+
+    name = "elastic_transform"
+
+
+@register_shift("pixelate")
+class Pixelate(Corruption):
+    """Fewer pixels, scaled up."""
+
+    name = "pixelate"
+
+
+@register_shift("jpeg_compression")
+class JpegCompression(Corruption):
+    """Artefacts of strong JPEG compression."""
+
+    name = "jpeg_compression"

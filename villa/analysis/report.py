@@ -18,6 +18,7 @@ from villa.analysis.checks import Check
 from villa.analysis.robustness import WORDS, Case, Outcome, area, interval
 from villa.evaluation.figures import write_png
 from villa.files import atomic_write, write_json
+from villa.registry import SHIFT_GROUPS
 from villa.tracking import json_number
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 JSON, CSV, FIGURE = "robustness.json", "robustness.csv", "robustness.png"
 SHIFTS_FIGURE = "shifts.png"
+#: Most shifts whose intervals are drawn side by side.
+_MOST_BARS = 6
 #: The worst case of every example.
 EXAMPLES = "robustness_examples.jsonl"
 #: Every example's scores with other wordings.
@@ -391,26 +394,40 @@ def shift_table(shifts: Mapping[str, Any], metric: str) -> Table:
 
 
 def draw_shifts(shifts: Mapping[str, Any], clean: Mapping[str, Any], metric: str, output: Path, title: str) -> None:
-    """Draw the scores of shifted inputs by severity, a line with its 95 % intervals for each shift."""
+    """Draw the scores of shifted inputs by severity, a line for each shift, with 95 % intervals unless there are many.
+
+    Of many, only means over groups of shifts have intervals.
+    """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    many = len(shifts) > _MOST_BARS
+    figure = Figure(figsize=(8.4 if many else 6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.axhline(100 * clean[metric], color="black", linewidth=1, linestyle=":", label="as they are")
+    colors = colormaps["tab20" if many else "tab10"].colors  # type: ignore[attr-defined] # a list of colours
     for number, (name, values) in enumerate(shifts.items()):
         severities = [key for key in values if key.isdigit()]
         scores = [100 * values[key] for key in severities]
+        style: dict[str, Any] = {"color": colors[number % len(colors)], "marker": "o", "markersize": 3}
+        style["label"] = f"{name.replace('_', ' ')} (drop {100 * values['relative_drop']:.1f} %)"
+        if name in SHIFT_GROUPS:
+            style |= {"color": "black", "linewidth": 2.5, "zorder": 3}
+        if many and name not in SHIFT_GROUPS:
+            axes.plot([*map(int, severities)], scores, linewidth=1, **style)
+            continue
         bounds = [values["intervals"][key] for key in severities]
         below = [[score - 100 * low for score, (low, _) in zip(scores, bounds, strict=True)]]
         above = [[100 * high - score for score, (_, high) in zip(scores, bounds, strict=True)]]
-        places = [int(key) + 0.04 * (number - len(shifts) / 2) for key in severities]
-        label = f"{name.replace('_', ' ')} (drop {100 * values['relative_drop']:.1f} %)"
-        axes.errorbar(places, scores, yerr=below + above, marker="o", markersize=3, capsize=2, label=label)
+        places = [int(key) + (0 if many else 0.04 * (number - len(shifts) / 2)) for key in severities]
+        axes.errorbar(places, scores, yerr=below + above, capsize=2, elinewidth=1, **style)
     axes.set_xlabel("severity")
     axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
     axes.set_xticks(range(1, len(severities) + 1))
     _finish(axes)
+    if many:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(f"{title} (n = {clean['n']}); bars: 95 % bootstrap intervals", fontsize=10)
     write_png(figure, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -137,6 +137,27 @@ def margin(output: ModelOutput, batch: Batch) -> Tensor:
     return torch.where(difference.isfinite(), difference, 0.0).mean()
 
 
+class HeldOut:
+    """Examples that are not attacked, from which an attack may learn; the same on every process.
+
+    Args:
+        batches: returns them.
+
+    Attributes:
+        found: what attacks have learned.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        self._batches = batches
+        self.found: dict[Any, Any] = {}
+
+    def victims(self, like: Victim) -> list[Victim]:
+        """Return victims of the batches that are attacked as ``like`` is."""
+        return [
+            Victim(like.passes, batch, like.measure, [0] * len(batch), bool, like.source) for batch in self._batches()
+        ]
+
+
 class Victim:
     """A batch under attack.
 
@@ -147,6 +168,7 @@ class Victim:
         seeds: a seed for each example.
         agree: returns whether any process has work left, given whether this one has; a collective call.
         source: the model whose gradients are followed instead, for attacks that are transferred.
+        held_out: other examples, for attacks that learn from them.
 
     Attributes:
         scores: the worst score of every example so far, ``[B]``.
@@ -167,8 +189,10 @@ class Victim:
         seeds: Sequence[int],
         agree: Callable[[bool], bool] = bool,
         source: Passes | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.passes, self.batch, self.measure, self.agree, self.source = passes, batch, measure, agree, source
+        self.held_out = held_out
         self._seeds = seeds
         self.forwards = self.backwards = 0
         self.flat: Tensor | None = None

@@ -18,7 +18,7 @@ from villa.analysis.report import Clean
 from villa.analysis.robustness import Case, Outcome, attack, cases, chosen
 from villa.analysis.shifts import Shift, has_text
 from villa.analysis.text_shifts import read_rephrasings, rephrased
-from villa.analysis.victim import Measure, Victim
+from villa.analysis.victim import HeldOut, Measure, Victim
 from villa.analysis.word_attacks import WordAttack
 from villa.analysis.word_search import Run, Start, attack_words, runner, words_of
 from villa.analysis.words import Texts
@@ -76,6 +76,12 @@ class Attacks:
         self.split = parts.split(config.split, f"{option}.split")
         self._indices = chosen(len(self.split), config.examples, config.seed)
         self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
+        self._held_out = HeldOut(self._others)
+        if "universal" in config.attacks and parts.config.evaluation.split in (None, config.split):
+            raise ConfigError(
+                f"{option}.attacks names universal, which learns from evaluation.split={parts.config.evaluation.split} "
+                f"what it does to {option}.split={config.split}; give two different splits"
+            )
         exact = Precision("fp32", parts.precision.device)
         self._exact = ModelPasses(parts.model, parts.loss, exact, config.seed, parts.strategy)
         self._guide = None if config.source is None else _guide(parts, config.source)
@@ -233,13 +239,20 @@ class Attacks:
         parts = self.processes.gather([asdict(one) for one in outcomes] if own else [])
         return [Outcome(**one) for part in parts for one in part]
 
+    def _others(self) -> Iterator[Batch]:
+        """Yield batches of as many validation examples as are attacked; the same ones on every process."""
+        split = self.parts.split(str(self.parts.config.evaluation.split), "evaluation.split")
+        places = chosen(len(split), self.config.examples, self.config.seed)
+        for part in _chunks(places, min(_AT_ONCE, self.parts.config.evaluation.examples)):
+            yield self._batch(map(split.__getitem__, part))
+
     def _batch(self, examples: Iterable[Example]) -> Batch:
         return self.parts.data.collate(list(examples)).to(self.parts.precision.device)
 
     def _victim(self, batch: Batch, loss: str, passes: ModelPasses, guide: ModelPasses | None = None) -> Victim:
         passes.begin(0, 0, 1.0)
         seeds = [derive_seed("attack", self.config.seed, id_) for id_ in batch.ids]
-        return Victim(passes, batch, self._measures[loss], seeds, self._any, guide)
+        return Victim(passes, batch, self._measures[loss], seeds, self._any, guide, self._held_out)
 
     def _runner(self, case: Case) -> Run:
         """Return what runs texts of one example."""

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +37,11 @@ def divergence(
     kinds = [F.kl_div(given, target, reduction="none", log_target=True) for given, target in pairs[direction]]
     terms = kinds[0] if len(kinds) == 1 else kinds[0] + kinds[1]
     return terms.mean() if reduction == "mean" else terms.sum(-1).mean()
+
+
+def yes_or_no(logits: Tensor) -> Tensor:
+    """Return logits ``[entries, 2]`` whose softmax is (sigmoid, 1 - sigmoid) of each entry of ``logits [rows, n]``."""
+    return torch.stack((logits, torch.zeros_like(logits)), dim=-1).flatten(0, 1)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import DataError
-from villa.losses.base import Loss
+from villa.losses.base import Direction, Loss, Reduction, divergence, yes_or_no
 from villa.models.base import ModelOutput
 from villa.registry import register_loss
 
@@ -46,6 +46,22 @@ class BinaryCrossEntropy(Loss):
             targets = F.one_hot(_indices(targets, logits), logits.shape[-1])
         terms = F.binary_cross_entropy_with_logits(logits, _soft(targets, logits), reduction="none")
         return terms.mean() * logits.shape[-1]
+
+    def consistency(
+        self,
+        output: ModelOutput,
+        clean: ModelOutput,
+        batch: Batch,
+        reduction: Reduction = "batchmean",
+        direction: Direction = "symmetric",
+    ) -> Tensor:
+        """Return the divergence of softmax over labels, as released; of a single label, that of its sigmoid.
+
+        The softmax of a single logit is always 1, so that its divergence would be 0 and teach nothing.
+        """
+        if output.logits.shape[-1] > 1:
+            return super().consistency(output, clean, batch, reduction, direction)
+        return divergence(yes_or_no(output.logits), yes_or_no(clean.logits), reduction, direction)
 
 
 def class_indices(batch: Batch, logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from villa.batch import Batch
 from villa.errors import ConfigError, DataError
-from villa.losses.base import Direction, Loss, LossConfig, Reduction, divergence
+from villa.losses.base import Direction, Loss, LossConfig, Reduction, divergence, yes_or_no
 from villa.losses.classification import CrossEntropy, class_indices, widened
 from villa.losses.lxmert import joint_consistency, joint_loss
 from villa.models.base import ModelOutput
@@ -124,7 +124,7 @@ class Contrastive(Loss):
         """Return the divergence of the loss's distributions: over texts and over images, or of each pair."""
         ours, theirs = output.logits, clean.logits
         if self.config.form == "sigmoid":
-            found = divergence(_match_or_not(ours), _match_or_not(theirs), reduction, direction)
+            found = divergence(yes_or_no(ours), yes_or_no(theirs), reduction, direction)
             return found if reduction == "mean" else found * ours.shape[-1]
         rows, columns = ((ours, theirs), (ours.T, theirs.T))
         return (divergence(*rows, reduction, direction) + divergence(*columns, reduction, direction)) / 2
@@ -142,11 +142,6 @@ class Contrastive(Loss):
                 "dataset.target=pair, and a model that matches images and texts"
             )
         return targets.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _match_or_not(logits: Tensor) -> Tensor:
-    """Return logits ``[pairs, 2]`` whose softmax is (sigmoid, 1 - sigmoid) of each logit."""
-    return torch.stack((logits, torch.zeros_like(logits)), dim=-1).flatten(0, 1)
 
 
 def _soft_cross_entropy(logits: Tensor, matches: Tensor) -> Tensor:
