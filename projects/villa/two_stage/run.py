@@ -22,7 +22,7 @@ from sources import SOURCES, SPLITS
 
 from villa.command import Parser, run_command
 from villa.errors import ConfigError
-from villa.sweeps.axes import Axis
+from villa.sweeps.axes import Axis, points
 from villa.sweeps.sweep import Sweep
 
 HERE = Path(__file__).parent
@@ -141,7 +141,7 @@ class Plan:
     def _sweep(self, recipe: str, folder: str, axes: list[Axis], start: tuple[str, ...] = ()) -> Sweep:
         seeds = Axis("seed", {seed: [f"seed={seed}", *self.overrides] for seed in self.seeds})
         arguments = [f"config={HERE / f'{self.study}_{recipe}.yaml'}", f"dataset.root={self.output / 'data'}"]
-        return Sweep([*arguments, *start], [*axes, seeds], self.output / folder)
+        return Sweep([*arguments, *start], points([*axes, seeds]), self.output / folder)
 
 
 if __name__ == "__main__":
