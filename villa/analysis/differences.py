@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,7 @@ def _detectable(values: npt.NDArray[np.float64]) -> float:
     return float(sum(_quantile(1 - tail, seeds - 1) for tail in (_LEVEL / 2, 1 - _POWER)) * variance**0.5)
 
 
+@cache
 def _quantile(share: float, freedom: int) -> float:
     """Return a quantile of Student's t distribution, or of the normal one without degrees of freedom."""
     random, count = np.random.default_rng(1), 400_000

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from villa.checkpoints.layout import LOG
 from villa.config.loader import load_stages
 from villa.config.schema import RunConfig
+from villa.config.yaml_text import write
 from villa.errors import ConfigError, DataError
 from villa.planning.dry_run import plan_recipe
 from villa.registry import TRAINERS
@@ -84,6 +85,7 @@ class Cells:
         self.arguments = [f"config={recipe.recipe}", *written(recipe.options), *arguments]
         self.places = list(_places(recipe))
         self._costs: dict[tuple[Place, str], Cost] = {}
+        self._configs: dict[tuple[Row, int], list[RunConfig]] = {}
 
     def tries(self) -> list[Row]:
         """Return the rows among whose settings validation chooses."""
@@ -109,9 +111,11 @@ class Cells:
 
     def configs(self, row: Row, seed: int) -> list[RunConfig]:
         """Return the configuration of every stage of a run."""
-        point = self.point(row, seed)
-        values = [*self.arguments, *point.overrides, f"output_dir={self.folder / point.name}"]
-        return [stage.config for stage in load_stages(values)]
+        if (row, seed) not in self._configs:
+            point = self.point(row, seed)
+            values = [*self.arguments, *point.overrides, f"output_dir={write(str(self.folder / point.name))}"]
+            self._configs[row, seed] = [stage.config for stage in load_stages(values)]
+        return self._configs[row, seed]
 
     def chosen(self, place: Place, method: str) -> str | None:
         """Return the setting with the best mean validation score; the first one of equals.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from villa.checkpoints.layout import LOG
 from villa.evaluation.figures import write_png
 from villa.studies.cells import Cells, Row, validations
 from villa.tracking import read_log
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _LOSS = "loss"
+#: Share of the updates after which training losses count for the gap.
+_LATE = 0.8
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Curve:
         updates: updates of the validations.
         compute: relative operations of the training up to them.
         scores: for each seed, the scores.
-        gaps: for each seed, validation loss minus training loss at the last validation.
+        gaps: for each seed, validation loss minus training loss at the end.
     """
 
     metric: str
@@ -91,13 +98,9 @@ def draw_curves(curves: Mapping[str, Curve], output: Path, *, title: str) -> Non
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, ("updates", "compute"), strict=True):
         for number, (method, curve) in enumerate(curves.items()):
-            places, means = getattr(curve, name), [scale * mean for mean in curve.means]
-            spread = [scale * stdev(column) for column in zip(*curve.scores, strict=True)] if curve.scores[1:] else []
-            axes.plot(places, means, color=f"C{number % 10}", marker="o", markersize=3, label=method)
-            for low, high in [zip(*((m - s, m + s) for m, s in zip(means, spread, strict=True)), strict=True)] * bool(
-                spread
-            ):
-                axes.fill_between(places, low, high, color=f"C{number % 10}", alpha=0.12, linewidth=0)
+            _draw(
+                axes, getattr(curve, name), [[scale * score for score in one] for one in curve.scores], method, number
+            )
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_xlabel("updates")
@@ -109,11 +112,23 @@ def draw_curves(curves: Mapping[str, Curve], output: Path, *, title: str) -> Non
     write_png(figure, output)
 
 
+def _draw(axes: Axes, places: Sequence[float], scores: Sequence[Sequence[float]], label: str, number: int) -> None:
+    columns, color = list(zip(*scores, strict=True)), f"C{number % 10}"
+    means = [fmean(column) for column in columns]
+    axes.plot(places, means, color=color, marker="o", markersize=3, label=label)
+    if len(scores) > 1:
+        spread = [stdev(column) for column in columns]
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
+
+
 def _gap(log: Path) -> float:
-    """Return the last validation loss minus the last training loss."""
-    last: dict[str, float] = {}
-    for record in map(dict, read_log(log)):
-        value = record.get("clean_loss", record.get(_LOSS)) if record["kind"] == "train" else record.get(_LOSS)
-        if isinstance(value, int | float):
-            last[record["kind"]] = value
-    return last.get("val", float("nan")) - last.get("train", float("nan"))
+    """Return the last validation loss minus the mean training loss of the last fifth of the updates.
+
+    The training loss is that of clean inputs where the method has it, and otherwise that of the inputs it trains on.
+    """
+    records = [dict(record) for record in read_log(log)]
+    train = [(each["update"], each.get("clean_loss", each.get(_LOSS))) for each in records if each["kind"] == "train"]
+    last = [loss for update, loss in train if isinstance(loss, float) and update > _LATE * train[-1][0]]
+    losses = [each[_LOSS] for each in records if each["kind"] == "val" and isinstance(each.get(_LOSS), float)]
+    return losses[-1] - fmean(last) if last and losses else math.nan

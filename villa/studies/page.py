@@ -11,6 +11,7 @@ from villa.analysis.differences import Difference
 from villa.files import atomic_write
 from villa.studies.cells import BEST, COMPUTE, UPDATES, Cells, Place, Row
 from villa.studies.curves import Curve, crossing
+from villa.studies.recipe import Question
 from villa.studies.tables import AREA, COLUMNS, SCORE, Entry, Tables
 from villa.sweeps.results import csv_text, markdown
 
@@ -63,7 +64,7 @@ class Page:
             yield self._costs(place)
             for name, question in self.cells.recipe.questions.items():
                 yield f"### {question.title}"
-                yield from self._answers([e for e in self.tables.entries if (e.question, e.place) == (name, place)])
+                yield from self._answers(name, question, place)
             yield "### Training"
             yield from self._figures.get(place, [])
 
@@ -72,8 +73,8 @@ class Page:
         seeds = len(recipe.seeds)
         lines = [
             f"Mean and deviation of {seeds} seed{'s' * (seeds > 1)}, in percent. Differences are paired by seed and "
-            "example; their 95 % intervals hold for other seeds and other examples"
-            + ("." if seeds > 1 else ", but a single seed says nothing about others: they are for its examples alone.")
+            "example; their 95 % intervals are for other seeds and other examples"
+            + ("." if seeds > 1 else "; those of a single seed hold for this seed alone.")
         ]
         if recipe.settings:
             tries, searched = len(next(iter(recipe.settings.values()))), len(recipe.search_seeds or recipe.seeds)
@@ -97,13 +98,18 @@ class Page:
             rows.append([method, own[0].setting or "-", f"{cost.passes:.2f}x", counted, *updates])
         return markdown(["method", "setting", "passes", "operations", *budgets], rows).rstrip()
 
-    def _answers(self, entries: Sequence[Entry]) -> Iterator[str]:
+    def _answers(self, name: str, question: Question, place: Place) -> Iterator[str]:
+        entries = [entry for entry in self.tables.entries if (entry.question, entry.place) == (name, place)]
         for budget, its in itertools.groupby(entries, key=lambda entry: entry.budget):
             found = list(its)
             against = found[0]
             yield f"{_BUDGETS[budget].format(against=against.against, updates=against.row.updates)}:"
             yield self._table(found)
             yield "\n".join(f"- {sentence(entry)}" for entry in found if entry.difference is not None)
+        base, best = self.cells.recipe.base, self.cells.best(place)
+        last = self.cells.budgets()[-1]
+        if best is not None and question.against == base and best == self.cells.row(place, base, last):
+            yield f"Validation finds no better number of updates for `{base}` than {best.updates}, that of {last}."
 
     def _table(self, entries: Sequence[Entry]) -> str:
         metric = self.tables.scores.metric(entries[0].row).replace("_", " ")
@@ -130,6 +136,8 @@ def sentence(entry: Entry) -> str:
     assert found is not None, "a method is not compared with itself"
     what = "" if entry.measure == SCORE else f" under attacks on {entry.measure.removeprefix(AREA)}"
     interval = f"{found.mean:+.2f} points [{found.low:+.2f}, {found.high:+.2f}]"
+    if found.low == found.high == 0:
+        return f"`{entry.row.method}` and `{entry.against}` score the same{what} on every example."
     if found.shown:
         direction = "better" if found.mean > 0 else "worse"
         return f"`{entry.row.method}` is {direction} than `{entry.against}`{what}: {interval}."

@@ -103,7 +103,7 @@ def read_study(path: str) -> StudyRecipe:
                 f"{path}: a study has no '{key}'{nearest(key, known)} (it has: {', '.join(sorted(known))})"
             )
     for key in ("name", "output_dir", "recipe", "seeds", "updates", "methods"):
-        if not tree.get(key):
+        if tree.get(key) in (None, "", [], {}):
             raise ConfigError(f"{path}: the study lacks '{key}'")
     tree["methods"], tree["settings"] = _inherited(path, tree["methods"], tree.get("settings") or {})
     tree["questions"] = _questions(path, tree)

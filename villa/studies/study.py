@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from villa.analysis.comparison import Attacked, compare, draw, read
 from villa.config.layers import parse_overrides
+from villa.config.yaml_text import write
 from villa.errors import ConfigError
 from villa.files import from_home
 from villa.studies.cells import Cells, Place, Row
@@ -20,6 +21,8 @@ from villa.sweeps.sweep import Sweep
 #: Folders in the study's folder.
 RUNS, ATTACKS = "runs", "attacks"
 _OUTPUT = "output_dir="
+#: Options that a trained model does not bring along: where it runs, and whose code.
+_PLACES = ("launcher", "device", "user_dir")
 
 
 class Study:
@@ -82,7 +85,8 @@ class Study:
             return None
         points = [self._attack(row, seed) for seed in self.recipe.seeds for row in self._attacked()]
         options = {f"robustness.{key}": value for key, value in self.recipe.robustness.items()}
-        arguments = ["run_type=robustness", *written(options)]
+        places = [argument for argument in self.cells.arguments if argument.startswith(_PLACES)]
+        arguments = ["run_type=robustness", *places, *written(options)]
         return Sweep(arguments, points, self.folder / ATTACKS, ("robustness",))
 
     def report(self) -> None:
@@ -125,7 +129,7 @@ class Study:
 
     def _attack(self, row: Row, seed: int) -> Point:
         trained = self.cells.point(row, seed)
-        return Point(trained.values, (f"checkpoint.path={self.folder / RUNS / trained.name}",))
+        return Point(trained.values, (f"checkpoint.path={write(str(self.folder / RUNS / trained.name))}",))
 
     def _read(self, row: Row) -> dict[int, Attacked]:
         return {seed: read(self.folder / ATTACKS / self.cells.point(row, seed).name) for seed in self.recipe.seeds}

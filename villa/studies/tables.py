@@ -118,9 +118,9 @@ class Tables:
                 self.cells.row(place, question.against, budget),
                 [self.cells.row(place, method, budget) for method in question.methods],
             )
-        best = self.cells.best(place)
-        if best is not None and question.against == self.cells.recipe.base:
-            last = self.cells.budgets()[-1]
+        best, last = self.cells.best(place), self.cells.budgets()[-1]
+        compared = question.against == self.cells.recipe.base
+        if best is not None and compared and best != self.cells.row(place, question.against, last):
             yield BEST, best, [self.cells.row(place, method, last) for method in question.methods]
 
     def _compare(self, name: str, place: Place, budget: str, measure: str, rows: list[Row]) -> Iterator[Entry]:
