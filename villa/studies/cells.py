@@ -137,8 +137,7 @@ class Cells:
     def cost(self, place: Place, method: str) -> Cost:
         """Return what an update of a method costs."""
         if (place, method) not in self._costs:
-            setting = next(iter(self.recipe.settings.get(method, {})), None)
-            row = Row(place, method, setting, self.recipe.updates)
+            row = Row(place, method, self.chosen(place, method), self.recipe.updates)
             config = self.configs(row, self.recipe.seeds[0])
             values = [*self.arguments, *self.point(row, self.recipe.seeds[0]).overrides]
             try:
@@ -150,12 +149,16 @@ class Cells:
             self._costs[place, method] = Cost(flops, passes)
         return self._costs[place, method]
 
+    def ratio(self, place: Place, method: str, other: str) -> float:
+        """Return what an update of a method costs relative to another one's: operations, or passes if not counted."""
+        one, two = self.cost(place, method), self.cost(place, other)
+        if one.flops is None or two.flops is None:
+            return one.passes / two.passes
+        return one.flops / two.flops
+
     def length(self, place: Place, method: str) -> int:
         """Return the updates of a method at matched compute."""
-        wanted, own = self.cost(place, str(self.recipe.match_compute)), self.cost(place, method)
-        counted = wanted.flops is not None and own.flops is not None
-        ratio = wanted.flops / own.flops if counted else wanted.passes / own.passes  # type: ignore[operator]
-        return max(1, round(self.recipe.updates * ratio))
+        return max(1, round(self.recipe.updates * self.ratio(place, str(self.recipe.match_compute), method)))
 
     def budgets(self) -> list[str]:
         """Return the names of the budgets of the study."""

@@ -38,7 +38,7 @@ class Page:
     def add_curves(self, place: Place, curves: Mapping[str, Curve], file: str) -> None:
         """Add a figure of training curves, with what they say."""
         base = self.cells.recipe.base
-        lines = [f"![Training curves]({file})\n"]
+        lines = [f"![Training curves]({file})\n", "Means of the validation split, without intervals:\n"]
         for method, curve in curves.items():
             gap = f"validation loss minus training loss at the end {_with_deviation(list(curve.gaps), 3)}"
             crossed = "" if method == base else f"{_crossing(method, base, crossing(curves[base], curve))}; "
@@ -89,14 +89,13 @@ class Page:
 
     def _costs(self, place: Place) -> str:
         """Return the table of costs: operations of an update, and the updates of every budget."""
-        rows, budgets, base = [], self.cells.budgets(), self.cells.cost(place, self.cells.recipe.base)
+        rows, budgets = [], self.cells.budgets()
         for method in self.cells.recipe.methods:
-            cost = self.cells.cost(place, method)
-            counted = "-" if cost.flops is None or not base.flops else f"{cost.flops / base.flops:.2f}x"
+            ratio = self.cells.ratio(place, method, self.cells.recipe.base)
             own = [self.cells.row(place, method, budget) for budget in budgets]
             updates = [str(row.updates) for row in own]
-            rows.append([method, own[0].setting or "-", f"{cost.passes:.2f}x", counted, *updates])
-        return markdown(["method", "setting", "passes", "operations", *budgets], rows).rstrip()
+            rows.append([method, own[0].setting or "-", f"{ratio:.2f}x", *updates])
+        return markdown(["method", "setting", "cost of an update", *budgets], rows).rstrip()
 
     def _answers(self, name: str, question: Question, place: Place) -> Iterator[str]:
         entries = [entry for entry in self.tables.entries if (entry.question, entry.place) == (name, place)]
@@ -149,8 +148,8 @@ def sentence(entry: Entry) -> str:
 
 def _crossing(method: str, base: str, update: int | None) -> str:
     if update is None:
-        return f"not above `{base}` at the last validation that both have"
-    return f"above `{base}` from update {update} to the last validation that both have"
+        return f"not ahead of `{base}` at the last validation that both have"
+    return f"ahead of `{base}` from update {update} to the last validation that both have"
 
 
 def _interval(found: Difference | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from villa.analysis.comparison import Attacked, compare, draw, read
 from villa.config.layers import parse_overrides
@@ -132,4 +133,5 @@ class Study:
         return Point(trained.values, (f"checkpoint.path={write(str(self.folder / RUNS / trained.name))}",))
 
     def _read(self, row: Row) -> dict[int, Attacked]:
-        return {seed: read(self.folder / ATTACKS / self.cells.point(row, seed).name) for seed in self.recipe.seeds}
+        folders = {seed: self.folder / ATTACKS / self.cells.point(row, seed).name for seed in self.recipe.seeds}
+        return {seed: replace(read(folder), label=row.method) for seed, folder in folders.items()}

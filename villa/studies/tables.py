@@ -105,9 +105,7 @@ class Tables:
 
     def compute(self, row: Row) -> float:
         """Return the operations of a training relative to the first method's at matched updates."""
-        base, own = (self.cells.cost(row.place, method) for method in (self.cells.recipe.base, row.method))
-        counted = base.flops is not None and own.flops is not None
-        ratio = own.flops / base.flops if counted else own.passes / base.passes  # type: ignore[operator]
+        ratio = self.cells.ratio(row.place, row.method, self.cells.recipe.base)
         return ratio * row.updates / self.cells.recipe.updates
 
     def _rows(self, question: Question, place: Place) -> Iterator[tuple[str, Row, list[Row]]]:

@@ -13,7 +13,7 @@ from villa.errors import ConfigError
 from villa.evaluation.figures import write_png
 from villa.files import from_home
 from villa.launch.folder import JOBS
-from villa.sweeps.axes import Point
+from villa.sweeps.axes import Point, refuse_shared_folders
 from villa.sweeps.results import FIGURE, MARKDOWN, RUNS, TABLE, group, read_score, sweep_figure, write_tables
 from villa.sweeps.running import Job, QueuedRuns, RunProcesses, shared_queue
 from villa.sweeps.runs import Run
@@ -36,7 +36,7 @@ class Sweep:
         runs: all runs, loaded and checked.
 
     Raises:
-        ConfigError: the recipe of a run is wrong.
+        ConfigError: the recipe of a run is wrong, or two runs would have one folder.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Sweep:
         folder: Path | None = None,
         run_types: Collection[str] = TRAINING_RUNS,
     ) -> None:
+        refuse_shared_folders(points)
         self.folder = folder or _default_folder(arguments, points[0])
         self.runs = [Run.load(arguments, point, self.folder, run_types) for point in points]
         self._ended = 0
