@@ -20,12 +20,12 @@ from villa.convert.configurations import released_recipe
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 #: Recipes of tasks on databases, by their path below ``projects`` without the suffix; files that begin with _ are parts
-#: of them. Pre-training, the study of two stages, and recipes with stages have tests of their own.
+#: of them. Pre-training, studies, and recipes with stages have tests of their own.
 RECIPES = sorted(
     str(path.relative_to(PROJECTS).with_suffix(""))
     for project in ("uniter", "villa")
     for path in (PROJECTS / project).rglob("*.yaml")
-    if not path.name.startswith(("_", "two_stage")) and path.name != "easy_vqa.yaml"
+    if not path.name.startswith(("_", "two_stage", "study")) and path.name != "easy_vqa.yaml"
     if path.parent.name not in ("methods", "pretrain", "two_stage")
 )
 #: Those with a path of their own through the code; the others differ in numbers that a synthetic run replaces.

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from villa.analysis.differences import difference
 from villa.analysis.report import EXAMPLES, JSON, along_radii, panels_of
-from villa.analysis.robustness import area, interval
+from villa.analysis.robustness import area
 from villa.errors import ConfigError, DataError, reading
 from villa.evaluation.figures import write_png
 from villa.evaluation.results import print_table
@@ -27,7 +26,6 @@ from villa.streams import visible
 #: Where the results of a run are, below its folder.
 _BELOW = ("", "robustness")
 FIGURE, RESULTS = "comparison.png", "comparison.json"
-_DRAWS = 2000
 _OUTPUT = "output_dir="
 
 
@@ -167,15 +165,19 @@ def _mean(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _difference(base: Sequence[Attacked], its: Sequence[Attacked], modality: str) -> tuple[float, float, float]:
-    """Return the difference of mean areas and its interval, by a paired bootstrap over examples."""
-    ids = list(base[0].clean)
+    """Return the difference of mean areas and its interval over seeds and examples.
 
-    def means(models: Sequence[Attacked]) -> npt.NDArray[np.float64]:
-        tables = [model.areas(modality) for model in models]
-        return np.array([fmean(table[id_] for table in tables) for id_ in ids])
+    If the two have other seeds, it is the interval over examples alone.
+    """
+    ours, theirs = ({int(m.content["run"]["seed"]): m.areas(modality) for m in models} for models in (base, its))
+    if ours.keys() != theirs.keys() or len(ours) < len(base) or len(theirs) < len(its):
+        ours, theirs = ({0: _means([m.areas(modality) for m in models])} for models in (base, its))
+    found = difference(ours, theirs)
+    return found.mean, found.low, found.high
 
-    differences = means(its) - means(base)
-    return (float(differences.mean()), *interval(differences.tolist(), draws=_DRAWS))
+
+def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {id_: fmean(table[id_] for table in tables) for id_ in tables[0]}
 
 
 def table(rows: Sequence[Row]) -> Table:

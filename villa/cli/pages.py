@@ -22,6 +22,7 @@ from villa.registry import EXTRACTORS, REGISTRIES, Registry
 USAGE = """\
 usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points | --dry-run]
        villa_run config=RECIPE.yaml ... --sweep section.option=value,value,... ... [--at-once N]
+       villa_run --study STUDY.yaml [section.option=value ...] [--at-once N]
        villa_run --compare FOLDER FOLDER ... [output_dir=FOLDER]
        villa_run --list [KIND] | --help [SECTION | section=name ...] | --version
        villa_run doctor [config=RECIPE.yaml ...]
@@ -40,6 +41,8 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --sweep a=1,2 b=x,y   one run for every combination of the values, each in its folder below output_dir, and a table
                         and a figure of what they reach; the same command again goes on with what is missing
   --at-once N           run N of them at once (1; as SLURM likes for launcher=slurm)
+  --study STUDY.yaml    compare methods at matched updates and matched compute: train and attack what is missing, then
+                        write tables, figures and a page of what they show
   --compare A B ...     compare runs that were attacked (run_type=robustness): a table and a figure
   --print-config        show the resolved recipe with the origin of every value, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop

@@ -45,6 +45,8 @@ def _main(argv: Sequence[str]) -> int:
     from villa.distributed.joining import run_joined
 
     _join_started(options)
+    if options.study is not None:
+        return run_joined(lambda: _study(options))
     return run_joined(lambda: _run(options) if options.sweep is None else _sweep(options))
 
 
@@ -108,6 +110,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--list", nargs="?", const="all")
     parser.add_argument("--sweep", nargs="+")
+    parser.add_argument("--study")
     parser.add_argument("--at-once", type=int)
     parser.add_argument("--compare", nargs="+")
     return parser.parse_intermixed_args(list(argv))
@@ -115,17 +118,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _sweep(options: argparse.Namespace) -> int:
     from villa.errors import ConfigError
-    from villa.sweeps.axes import parse_axis
+    from villa.sweeps.axes import parse_axis, points
     from villa.sweeps.sweep import Sweep
 
     if options.print_config or options.perturbation_points or options.dry_run:
         raise ConfigError("--sweep trains; leave it out to look at one recipe")
     _refuse_several("--sweep")
-    sweep = Sweep(options.values, [parse_axis(argument) for argument in options.sweep])
+    sweep = Sweep(options.values, points([parse_axis(argument) for argument in options.sweep]))
     code = sweep.run(options.at_once)
     if any(run.finished for run in sweep.runs):
         sweep.report()
     return code
+
+
+def _study(options: argparse.Namespace) -> int:
+    from villa.errors import ConfigError
+    from villa.studies.study import Study
+
+    if options.sweep is not None or options.print_config or options.perturbation_points or options.dry_run:
+        raise ConfigError("--study runs what its recipe lists; leave the other options out to look at one recipe")
+    _refuse_several("--study")
+    return Study(options.study, options.values).run(options.at_once)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ from villa.distributed.strategy import strategy_of
 from villa.engine.attacking import Attacked, Attacks
 from villa.engine.inference import restore_parts
 from villa.engine.report import about_split, protocol
-from villa.engine.run_folder import claim
+from villa.engine.run_folder import claim, mark_finished
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
 from villa.evaluation.results import print_table
@@ -66,6 +66,7 @@ def robustness(config: RunConfig) -> int:
         run.report()
         atomic_write(folder / CONFIG, to_yaml(config))
         (folder / UNFINISHED).unlink()
+        mark_finished(config)
     print(f"written to {folder}")
     return 0
 

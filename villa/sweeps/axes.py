@@ -94,9 +94,18 @@ def points(axes: Sequence[Axis]) -> list[Point]:
         )
         for chosen in itertools.product(*(axis.values.items() for axis in axes))
     ]
-    if len({point.name for point in found}) < len(found):  # names omit sections: a.size and b.size differ by order only
-        raise ConfigError("two runs of the sweep would write to one folder; give its options or values other names")
+    refuse_shared_folders(found)  # names omit sections: a.size and b.size differ by order only
     return found
+
+
+def refuse_shared_folders(found: Sequence[Point]) -> None:
+    """Refuse points whose runs would have one folder.
+
+    Raises:
+        ConfigError: there are such points.
+    """
+    if len({point.name for point in found}) < len(found):
+        raise ConfigError("two runs of the sweep would write to one folder; give its options or values other names")
 
 
 def _split(text: str) -> list[str]:

@@ -103,12 +103,12 @@ def write_tables(folder: Path, points: Sequence[Point], scores: Mapping[str, flo
     """
     axes, groups = list(points[0].values), group(points, scores)
     rows = [[*point.values.values(), _full(scores[point.name])] for point in points]
-    atomic_write(folder / RUNS, _csv([*axes, metric], rows))
+    atomic_write(folder / RUNS, csv_text([*axes, metric], rows))
     shared = [axis for axis in axes if axis != SEED]
     rows = [[*g.values.values(), _full(g.mean), _full(g.deviation), str(len(g.scores)), str(g.runs)] for g in groups]
-    atomic_write(folder / TABLE, _csv([*shared, "mean", "deviation", "ended", "runs"], rows))
+    atomic_write(folder / TABLE, csv_text([*shared, "mean", "deviation", "ended", "runs"], rows))
     lines = [[*g.values.values(), _rounded(g), f"{len(g.scores)} of {g.runs}"] for g in groups]
-    text = _markdown([*shared, metric.replace("_", " "), "runs"], lines)
+    text = markdown([*shared, metric.replace("_", " "), "runs"], lines)
     atomic_write(folder / MARKDOWN, text)
     return text
 
@@ -124,13 +124,15 @@ def _full(value: float | None) -> str:
     return "" if value is None else repr(value)
 
 
-def _csv(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def csv_text(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([heading, *rows])
     return text.getvalue()
 
 
-def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (heading, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]

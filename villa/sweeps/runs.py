@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,23 +31,27 @@ class Run:
     configs: Sequence[RunConfig]
 
     @classmethod
-    def load(cls, arguments: Sequence[str], point: Point, folder: Path) -> Run:
+    def load(
+        cls, arguments: Sequence[str], point: Point, folder: Path, run_types: Collection[str] = TRAINING_RUNS
+    ) -> Run:
         """Load and check a run.
 
         Args:
             arguments: arguments of ``villa_run`` for all runs.
             point: its values of the axes.
             folder: folder of the sweep; the run's folder is in it.
+            run_types: what it may do.
 
         Raises:
-            ConfigError: the recipe is wrong, or does not train.
+            ConfigError: the recipe is wrong, or does something else.
         """
         own = (*arguments, *point.overrides, f"output_dir={write(str(folder / point.name))}", "logging.progress=off")
         with about(f"run {point.name}"):
             configs = [stage.config for stage in load_stages(own)]
-        if configs[-1].run_type not in TRAINING_RUNS:
+        if configs[-1].run_type not in run_types:
             raise ConfigError(f"run_type={configs[-1].run_type} does not go with a sweep, whose runs train")
-        return cls(point, (*own, "checkpoint.resume=true"), configs)
+        resumes = configs[-1].run_type in TRAINING_RUNS  # attacks go on by themselves
+        return cls(point, (*own, *(["checkpoint.resume=true"] if resumes else [])), configs)
 
     @property
     def name(self) -> str:

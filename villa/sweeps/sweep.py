@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from villa.config.layers import parse_overrides
 from villa.config.loader import load_stages
+from villa.config.validate import TRAINING_RUNS
 from villa.errors import ConfigError
 from villa.evaluation.figures import write_png
 from villa.files import from_home
 from villa.launch.folder import JOBS
-from villa.sweeps.axes import Axis, Point, points
+from villa.sweeps.axes import Point, refuse_shared_folders
 from villa.sweeps.results import FIGURE, MARKDOWN, RUNS, TABLE, group, read_score, sweep_figure, write_tables
 from villa.sweeps.running import Job, QueuedRuns, RunProcesses, shared_queue
 from villa.sweeps.runs import Run
@@ -22,25 +23,32 @@ LOGS = "logs"
 
 
 class Sweep:
-    """The runs of one recipe at all points of the axes.
+    """The runs of one recipe at several points.
 
     Args:
         arguments: arguments of ``villa_run`` for all runs.
-        axes: the axes.
+        points: the points, such as all combinations of some axes' values.
         folder: folder of the sweep, with one for each run; by default ``outputs/<name of the recipe>_sweep``.
+        run_types: what runs may do.
 
     Attributes:
         folder: folder of the sweep.
         runs: all runs, loaded and checked.
 
     Raises:
-        ConfigError: the recipe of a run is wrong.
+        ConfigError: the recipe of a run is wrong, or two runs would have one folder.
     """
 
-    def __init__(self, arguments: Sequence[str], axes: Sequence[Axis], folder: Path | None = None) -> None:
-        found = points(axes)
-        self.folder = folder or _default_folder(arguments, found[0])
-        self.runs = [Run.load(arguments, point, self.folder) for point in found]
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        points: Sequence[Point],
+        folder: Path | None = None,
+        run_types: Collection[str] = TRAINING_RUNS,
+    ) -> None:
+        refuse_shared_folders(points)
+        self.folder = folder or _default_folder(arguments, points[0])
+        self.runs = [Run.load(arguments, point, self.folder, run_types) for point in points]
         self._ended = 0
 
     def run(self, at_once: int | None = None) -> int:

@@ -138,6 +138,15 @@ class SmartTrainer(SearchTrainer):
         views, ascents = len(self.views), self.config.steps * len(self.views)
         return 1 + views + ascents + bool(self.config.proximal_weight) + self._steady, 1 + views, ascents
 
+    def notes(self) -> list[str]:
+        """Return a note if no ascent has a direction."""
+        if self.stochastic or self.config.init != "zero" or not self.config.steps:
+            return []
+        return [
+            "trainer 'smart' starts at a zero perturbation, where the divergence has no gradient, and the model has no "
+            "dropout: nothing is perturbed; set trainer.init=normal"
+        ]
+
     def reference_decay(self, progress: float) -> float | None:
         """Return the decay for the average of the proximal term."""
         config = self.config

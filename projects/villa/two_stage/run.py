@@ -22,7 +22,7 @@ from sources import SOURCES, SPLITS
 
 from villa.command import Parser, run_command
 from villa.errors import ConfigError
-from villa.sweeps.axes import Axis
+from villa.sweeps.axes import Axis, points
 from villa.sweeps.sweep import Sweep
 
 HERE = Path(__file__).parent
@@ -70,6 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, help="only the first so many of every split, to try it")
     parser.add_argument("--seeds", default="1,2,3", help="seeds, separated by commas (1,2,3)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at once (2)")
+    parser.add_argument("--only-databases", action="store_true", help="make the data, and stop")
     parser.add_argument(
         "overrides", nargs="*", help="section.option=value for every run, to try it: training.updates=2"
     )
@@ -85,6 +86,8 @@ def _study(given: argparse.Namespace) -> int:
     if given.pictures is not None:
         pictures = pictures.first(given.pictures)
     write_databases(pictures, output / "data", Options(study.grid, study.image_size, vocabulary))
+    if given.only_databases:
+        return 0
     plan = Plan(given.study, output, tuple(given.overrides), given.seeds.split(","))
     for sweep in (plan.first_half(given.weights), plan.second_half()):
         code = sweep.run(given.at_once)
@@ -141,7 +144,7 @@ class Plan:
     def _sweep(self, recipe: str, folder: str, axes: list[Axis], start: tuple[str, ...] = ()) -> Sweep:
         seeds = Axis("seed", {seed: [f"seed={seed}", *self.overrides] for seed in self.seeds})
         arguments = [f"config={HERE / f'{self.study}_{recipe}.yaml'}", f"dataset.root={self.output / 'data'}"]
-        return Sweep([*arguments, *start], [*axes, seeds], self.output / folder)
+        return Sweep([*arguments, *start], points([*axes, seeds]), self.output / folder)
 
 
 if __name__ == "__main__":
