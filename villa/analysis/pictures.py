@@ -61,12 +61,32 @@ class View:
         kept = [n for n, token in enumerate(self.tokens) if not (words and _SPECIAL.fullmatch(token))]
         return kept or list(range(len(self.tokens)))
 
+    def save(self, path: str | Path, heads: Sequence[str] = ()) -> None:
+        """Write the maps as a picture (``.png`` or ``.svg``), or as a page (``.html``) with all of them.
+
+        Args:
+            path: the file.
+            heads: what a picture shows; by default the mean of the last layer and its sharpest heads.
+
+        Raises:
+            ConfigError: the file has another suffix, or there is no such head.
+        """
+        from villa.analysis.page import page
+
+        file = Path(path)
+        if file.suffix == ".html":
+            atomic_write(file, page([[self]]))
+        elif file.suffix in (".png", ".svg"):
+            save(draw([self], heads), file)
+        else:
+            raise ConfigError(f"'{file}' is no name of a picture or page; end it with .png, .svg or .html")
+
     def weights(self, head: str) -> Tensor:
         """Return what every token gives to every region, ``[T, R]``.
 
         Args:
-            head: ``layer.head`` such as ``3.2``, counted from 1, or ``3.mean`` for the mean of a layer's heads. Layers are
-                those that attend from text to image.
+            head: ``layer.head`` such as ``3.2``, counted from 1, or ``3.mean`` for the mean of a layer's heads. Layers
+                are those that attend from text to image.
 
         Raises:
             ConfigError: there is no such head.
@@ -78,8 +98,8 @@ class View:
         if maps is None or not (number == "mean" or (number.isdigit() and 0 < int(number) <= len(maps))):
             heads = layers[0].heads
             raise ConfigError(
-                f"there is no head '{head}': the model has {len(layers)} layers from text to image with {heads} heads; give "
-                f"1.1 to {len(layers)}.{heads}, or {len(layers)}.mean"
+                f"there is no head '{head}': the model has {len(layers)} layers from text to image with {heads} "
+                f"heads; give 1.1 to {len(layers)}.{heads}, or {len(layers)}.mean"
             )
         return maps.mean(0) if number == "mean" else maps[int(number) - 1]
 
@@ -97,7 +117,7 @@ class View:
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Return the entropy in bits of weights ``[..., R]`` that are scaled to a sum of 1: 0 for one region, log2(R) for all."""
+    """Return the entropy in bits of weights ``[..., R]`` that are scaled to 1: 0 for one region, log2(R) for all."""
     shares = weights.double() / weights.double().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return -(shares * torch.log2(shares.clamp(min=torch.finfo(torch.float64).tiny))).sum(-1)
 
@@ -192,7 +212,7 @@ def draw_movement(view: View) -> Figure:
 
 
 def paint(axes: Axes, view: View, weights: Tensor) -> None:
-    """Paint an image, paled, and its regions or patches on it, as opaque as the weights ``[R]`` relative to the largest."""
+    """Paint an image, paled, and its regions or patches on it, as opaque as their weights ``[R]``."""
     from matplotlib.patches import Rectangle
 
     width, height = _size(view)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -156,7 +157,7 @@ def _of_relations(
             queries, keys = places(one), places(other)
             if not len(queries) or not len(keys):
                 continue
-            given = _over(layers, "image_image", lambda part, rows=queries: part[:, rows].mean(1), len(places.boxes))
+            given = _over(layers, "image_image", partial(_rows, rows=queries), len(places.boxes))
             apart = places.apart_from([one, *(there for its, here, there in pairs if (its, here) == (kind, one))])
             unlinked = given[:, apart].mean(1) * len(keys) if len(apart) else None
             for its in (kind, ALL):
@@ -248,8 +249,13 @@ def _keys(part: Tensor, span: Span) -> Tensor:
     return part.sum(-1) if span == "sum" else part.mean(-1) if span == "mean" else part.amax(-1)
 
 
+def _rows(part: Tensor, rows: Tensor) -> Tensor:
+    """Return the mean of some rows of ``[heads, queries, keys]``."""
+    return part[:, rows].mean(1)
+
+
 def _over(layers: Sequence[LayerMaps], name: str, what: Callable[[Tensor], Tensor], width: int) -> Tensor:
-    """Return what a function makes of a part of every layer, ``[all heads, width]``; NaN for layers without the part."""
+    """Return what a function makes of a part of every layer, ``[all heads, width]``; NaN where there is none."""
     made = []
     for layer in layers:
         part = getattr(layer, name)

@@ -39,7 +39,7 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --sweep a=1,2 b=x,y   one run for every combination of the values, each in its folder below output_dir, and a table
                         and a figure of what they reach; the same command again goes on with what is missing
   --at-once N           run N of them at once (1; as SLURM likes for launcher=slurm)
-  --compare A B ...     compare runs that were attacked (run_type=robustness): a table and a figure
+  --compare A B ...     compare runs that were attacked (run_type=robustness) or probed (run_type=probe)
   --print-config        show the resolved recipe with the origin of every value, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --dry-run             show what memory and how many operations the recipe's run needs, and stop
