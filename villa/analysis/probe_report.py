@@ -56,6 +56,7 @@ class Sums:
         counts: ``[images]``.
         random: ``[images, heads]``.
         random_counts: ``[images]``.
+        compared: sums of linked pairs that have unlinked ones, ``[images, heads]``.
     """
 
     direction: str
@@ -63,6 +64,7 @@ class Sums:
     counts: Floats
     random: Floats
     random_counts: Floats
+    compared: Floats
 
     def means(self, images: Numbers | slice = slice(None)) -> Floats:
         """Return the mean over pairs of some images, ``[heads]``; NaN without pairs."""
@@ -77,13 +79,14 @@ class Sums:
             (sums[:, head], counts) for sums, counts in ((self.linked, self.counts), (self.random, self.random_counts))
         )
         value, random = (_ratio(sums[images].sum(), counts[images].sum()) for sums, counts in (ours, theirs))
-        values, randoms = (_ratio(sums[drawn].sum(1), counts[drawn].sum(1)) for sums, counts in (ours, theirs))
+        values = _ratio(ours[0][drawn].sum(1), ours[1][drawn].sum(1))
+        gaps, counts = (self.compared - self.random)[:, head], self.random_counts
         return {
             "value": json_number(float(value)),
             "interval": _interval(values),
             "random": json_number(float(random)),
-            "gap": json_number(float(value - random)),
-            "gap_interval": _interval(values - randoms),
+            "gap": json_number(float(_ratio(gaps[images].sum(), counts[images].sum()))),
+            "gap_interval": _interval(_ratio(gaps[drawn].sum(1), counts[drawn].sum(1))),
             "pairs": int(self.counts[images].sum()),
         }
 
@@ -109,16 +112,16 @@ def collect(measured: Sequence[Measured], types: Sequence[str], most: int) -> di
     images = list(dict.fromkeys(one.image for one in measured))
     place = {image: number for number, image in enumerate(images)}
     counts: dict[tuple[str, str], int] = {}
-    heads = len(measured[0].importance)
     sums: dict[Key, list[Any]] = {}
     for one in measured:
         row = place[one.image]
         for key, pairs in one.pairs.items():
             if np.isnan(pairs.linked).all():
                 continue
-            zeros = (np.zeros((len(images), heads)), np.zeros(len(images)))
-            found = sums.setdefault(key, [*zeros, *(part.copy() for part in zeros)])
-            for part, value in zip(found, (pairs.linked, pairs.count, pairs.random, pairs.random_count), strict=True):
+            given = (pairs.linked, pairs.count, pairs.random, pairs.random_count, pairs.compared)
+            if key not in sums:
+                sums[key] = [np.zeros((len(images), *np.shape(value))) for value in given]
+            for part, value in zip(sums[key], given, strict=True):
                 part[row] += value
             counts[key[:2]] = counts.get(key[:2], 0) + pairs.count
     found_types: dict[tuple[str, str], list[Sums]] = {}

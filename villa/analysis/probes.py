@@ -47,12 +47,14 @@ class Pairs:
         count: number of linked pairs.
         random: sum over linked pairs of the mean over unlinked ones.
         random_count: number of linked pairs that have unlinked ones.
+        compared: sum over those linked pairs themselves.
     """
 
     linked: Floats
     count: int
     random: Floats
     random_count: int
+    compared: Floats
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,9 @@ def _over(layers: Sequence[LayerMaps], name: str, what: Callable[[Tensor], Tenso
 
 def _added(values: Sequence[tuple[Tensor, Tensor | None]]) -> Pairs:
     linked = torch.stack([one for one, _ in values]).sum(0)
-    others = [other for _, other in values if other is not None]
-    random = torch.stack(others).sum(0) if others else torch.zeros_like(linked)
-    return Pairs(linked.numpy(), len(values), random.numpy(), len(others))
+    both = [(one, other) for one, other in values if other is not None]
+    compared, random = (torch.stack(its).sum(0) for its in zip(*both, strict=True)) if both else [linked * 0] * 2
+    return Pairs(linked.numpy(), len(values), random.numpy(), len(both), compared.numpy())
 
 
 def fusion(text: Tensor, image: Tensor) -> float:
