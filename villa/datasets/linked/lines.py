@@ -132,7 +132,8 @@ def _scene(value: Any) -> list[list[Object]]:
     boxes: list[Any] = value if isinstance(value, list) else []
     if len(boxes) != len(_EDGES) or not all(isinstance(box, list) for box in boxes):
         raise DataError("'structured_rep' must be a list of three boxes, each a list of objects")
-    for entry in (entry for box in boxes for entry in box):
+    every: list[Any] = [entry for box in boxes for entry in box]
+    for entry in every:
         numbers = isinstance(entry, dict) and all(is_number(entry.get(key)) for key in ("x_loc", "y_loc", "size"))
         if not numbers or entry.get("color") not in _COLOURS or not isinstance(entry.get("type"), str):
             raise DataError(f"{entry!r:.80} is no object with x_loc, y_loc, size, type and color")
@@ -151,8 +152,8 @@ def _picture(images: Path, split: str, identifier: str, directory: Any) -> Path:
 
 def _placed(scene: list[list[Object]], picture: Image.Image) -> list[tuple[int, Object, Box]]:
     """Return box, object and place of every object, with the boxes in the order that the picture shows."""
-    if picture.size != _PICTURE:
-        raise DataError(f"the picture has {picture.size[0]} x {picture.size[1]} pixels, and those of NLVR 400 x 100")
+    if (float(picture.width), float(picture.height)) != _PICTURE:
+        raise DataError(f"the picture has {picture.width} x {picture.height} pixels, and those of NLVR 400 x 100")
 
     def wrong(order: Sequence[int]) -> int:
         return sum(_misses(picture, entry, _EDGES[place]) for place, box in enumerate(order) for entry in scene[box])
