@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from villa.analysis import probe_comparison, probe_report
 from villa.analysis.differences import difference
 from villa.analysis.report import EXAMPLES, JSON, along_radii, panels_of
 from villa.analysis.robustness import area
@@ -88,10 +89,19 @@ def report(given: Sequence[str]) -> int:
     folders = [text for text in given if not text.startswith(_OUTPUT)]
     outputs = [text.removeprefix(_OUTPUT) for text in given if text.startswith(_OUTPUT)]
     if not folders:
-        raise ConfigError("--compare needs the folders of runs that were attacked (run_type=robustness)")
+        raise ConfigError(
+            "--compare needs the folders of runs that were attacked (run_type=robustness) or probed (run_type=probe)"
+        )
     output = from_home(outputs[-1] if outputs else "outputs/comparison")
-    if (output / RESULTS).exists():
+    if (output / RESULTS).exists() or (output / probe_comparison.RESULTS).exists():
         raise ConfigError(f"'{output}' holds a comparison; give another output_dir")
+    probed = [_probed(from_home(folder)) for folder in folders]
+    places = [place for place in probed if place is not None]
+    if len(places) == len(folders):
+        print_table(probe_comparison.report(places, output))
+        print(f"written to {output}: {probe_comparison.RESULTS}")
+        if not all(_attacked(from_home(folder)) for folder in folders):
+            return 0
     rows = compare([read(from_home(folder)) for folder in folders])
     print_table(table(rows))
     print(f"written to {output}: {', '.join(write(rows, output))}")
@@ -104,7 +114,7 @@ def read(folder: Path) -> Attacked:
     Raises:
         DataError: there are none, or they are damaged.
     """
-    place = next((folder / name for name in _BELOW if (folder / name / JSON).is_file()), None)
+    place = _attacked(folder)
     if place is None:
         raise DataError(
             f"'{folder}' has no {JSON}; write it with villa_run run_type=robustness checkpoint.path={folder}"
@@ -122,6 +132,16 @@ def read(folder: Path) -> Attacked:
             raise ValueError("its files are of different attacks")
         label = f"{run['name']} ({run['method']})" if run["name"] != run["method"] else str(run["name"])
     return Attacked(label, content, clean, worst)
+
+
+def _attacked(folder: Path) -> Path | None:
+    """Return where the results of attacks are, or None."""
+    return next((folder / name for name in _BELOW if (folder / name / JSON).is_file()), None)
+
+
+def _probed(folder: Path) -> Path | None:
+    """Return where the results of probes are, or None."""
+    return next((folder / name for name in ("", "probe") if (folder / name / probe_report.JSON).is_file()), None)
 
 
 def compare(models: Sequence[Attacked]) -> list[Row]:

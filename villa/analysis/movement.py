@@ -129,7 +129,8 @@ def recorded(model: Model, points: Mapping[str, Point], batch: Batch) -> Iterato
 
 def _sizes(delta: Tensor, clean: Tensor) -> Tensor:
     """Return the length of each token's move relative to its embedding."""
-    return delta.float().norm(dim=-1) / clean.float().norm(dim=-1).clamp(min=1e-12)
+    sizes: Tensor = delta.float().norm(dim=-1) / clean.float().norm(dim=-1).clamp(min=1e-12)
+    return sizes
 
 
 def _mask(points: Mapping[str, Point], name: str, batch: Batch) -> Tensor | None:

@@ -1,11 +1,14 @@
-"""Pictures of attention: boxes or patches of an image, as opaque as the weight that a word gives them."""
+"""Pictures of attention: boxes or patches of an image, as opaque as the weight that a word gives them; and a page."""
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +30,11 @@ if TYPE_CHECKING:
 #: Most words of a picture; a page has all.
 _MOST_ROWS = 20
 #: Size of a blank image, in place of one that is not there.
-BLANK = (400, 300)
+_BLANK = (400, 300)
 _COLOUR = "#d62728"
 _SPECIAL = re.compile(r"\[[A-Z]+\]|<[^<>\s]*>")
+#: Longest side of an image in a page, in pixels.
+_SIDE = 640
 #: Opacity of the largest weight.
 _OPAQUE = 0.75
 
@@ -61,12 +66,30 @@ class View:
         kept = [n for n, token in enumerate(self.tokens) if not (words and _SPECIAL.fullmatch(token))]
         return kept or list(range(len(self.tokens)))
 
+    def save(self, path: str | Path, heads: Sequence[str] = ()) -> None:
+        """Write the maps as a picture (``.png`` or ``.svg``), or as a page (``.html``) with all of them.
+
+        Args:
+            path: the file.
+            heads: what a picture shows; by default the mean of the last layer and its sharpest heads.
+
+        Raises:
+            ConfigError: the file has another suffix, or there is no such head.
+        """
+        file = Path(path)
+        if file.suffix == ".html":
+            atomic_write(file, page([[self]]))
+        elif file.suffix in (".png", ".svg"):
+            save(draw([self], heads), file)
+        else:
+            raise ConfigError(f"'{file}' is no name of a picture or page; end it with .png, .svg or .html")
+
     def weights(self, head: str) -> Tensor:
         """Return what every token gives to every region, ``[T, R]``.
 
         Args:
-            head: ``layer.head`` such as ``3.2``, counted from 1, or ``3.mean`` for the mean of a layer's heads. Layers are
-                those that attend from text to image.
+            head: ``layer.head`` such as ``3.2``, counted from 1, or ``3.mean`` for the mean of a layer's heads. Layers
+                are those that attend from text to image.
 
         Raises:
             ConfigError: there is no such head.
@@ -78,8 +101,8 @@ class View:
         if maps is None or not (number == "mean" or (number.isdigit() and 0 < int(number) <= len(maps))):
             heads = layers[0].heads
             raise ConfigError(
-                f"there is no head '{head}': the model has {len(layers)} layers from text to image with {heads} heads; give "
-                f"1.1 to {len(layers)}.{heads}, or {len(layers)}.mean"
+                f"there is no head '{head}': the model has {len(layers)} layers from text to image with {heads} "
+                f"heads; give 1.1 to {len(layers)}.{heads}, or {len(layers)}.mean"
             )
         return maps.mean(0) if number == "mean" else maps[int(number) - 1]
 
@@ -97,7 +120,7 @@ class View:
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Return the entropy in bits of weights ``[..., R]`` that are scaled to a sum of 1: 0 for one region, log2(R) for all."""
+    """Return the entropy in bits of weights ``[..., R]`` that are scaled to 1: 0 for one region, log2(R) for all."""
     shares = weights.double() / weights.double().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return -(shares * torch.log2(shares.clamp(min=torch.finfo(torch.float64).tiny))).sum(-1)
 
@@ -192,7 +215,7 @@ def draw_movement(view: View) -> Figure:
 
 
 def paint(axes: Axes, view: View, weights: Tensor) -> None:
-    """Paint an image, paled, and its regions or patches on it, as opaque as the weights ``[R]`` relative to the largest."""
+    """Paint an image, paled, and its regions or patches on it, as opaque as their weights ``[R]``."""
     from matplotlib.patches import Rectangle
 
     width, height = _size(view)
@@ -254,9 +277,54 @@ def _plain(text: str) -> str:
 
 
 def _size(view: View) -> tuple[int, int]:
-    return BLANK if view.image is None else view.image.size
+    return _BLANK if view.image is None else view.image.size
 
 
 def _aspect(view: View) -> float:
     width, height = _size(view)
     return min(max(width / height, 0.3), 5.0)
+
+
+def page(examples: Sequence[Sequence[View]], *, words: bool = True) -> str:
+    """Return the HTML page of some examples.
+
+    Args:
+        examples: of each example, a view for each model.
+        words: leave out special tokens at first.
+    """
+    data = [[_content(view, words) for view in views] for views in examples]
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # so that no text can end the script
+    template = files("villa.analysis").joinpath("attention.html").read_text(encoding="utf-8")
+    return template.replace("{{data}}", text)
+
+
+def _content(view: View, words: bool) -> dict[str, Any]:
+    maps = torch.stack([layer.text_image for layer in view.layers if layer.text_image is not None])
+    weights = (maps.clamp(0, 1) * 65535).round().numpy().astype("<u2")
+    width, height = _BLANK if view.image is None else view.image.size
+    return {
+        "id": visible(view.id),
+        "run": visible(view.run),
+        "answer": visible(view.answer),
+        "tokens": [visible(token) for token in view.tokens],
+        "shown": view.shown(words),
+        "image": _address(view),
+        "size": [width, height],
+        "boxes": [[round(side, 4) for side in box] for box in view.attention.boxes.tolist()],
+        "grid": view.attention.grid,
+        "layers": [layer.name for layer in view.layers],
+        "heads": view.layers[0].heads,
+        "maps": base64.b64encode(weights.tobytes()).decode(),
+        "movement": None if view.movement is None else asdict(view.movement),
+    }
+
+
+def _address(view: View) -> str | None:
+    """Return the image as a ``data:`` address, or None without one."""
+    if view.image is None:
+        return None
+    image = view.image.convert("RGB")
+    image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=6)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

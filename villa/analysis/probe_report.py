@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ JSON, CSV, FIGURE = "probe.json", "probe.csv", "probe.png"
 #: The sums of every image at the winning heads, from which runs are compared.
 IMAGES = "probe_images.jsonl"
 #: Ways of choosing a head: on the pairs that are reported, as in the paper, or on the other half of the images.
+Numbers = npt.NDArray[np.int64]
 SELECTIONS = ("same", "half")
 _DRAWS = 1000
 _COLUMNS = (
@@ -54,6 +56,7 @@ class Sums:
         counts: ``[images]``.
         random: ``[images, heads]``.
         random_counts: ``[images]``.
+        compared: sums of linked pairs that have unlinked ones, ``[images, heads]``.
     """
 
     direction: str
@@ -61,12 +64,14 @@ class Sums:
     counts: Floats
     random: Floats
     random_counts: Floats
+    compared: Floats
 
-    def means(self, images: Floats | slice = slice(None)) -> Floats:
+    def means(self, images: Numbers | slice = slice(None)) -> Floats:
         """Return the mean over pairs of some images, ``[heads]``; NaN without pairs."""
-        return _ratio(self.linked[images].sum(0), self.counts[images].sum())
+        found: Floats = _ratio(self.linked[images].sum(0), self.counts[images].sum())
+        return found
 
-    def score(self, head: int, images: Floats) -> dict[str, Any]:
+    def score(self, head: int, images: Numbers) -> dict[str, Any]:
         """Return the mean of a head over some images, that of unlinked pairs, and 95 % intervals over images."""
         picks = np.random.default_rng(0).integers(0, len(images), (_DRAWS, len(images)))
         drawn = images[picks]
@@ -74,13 +79,14 @@ class Sums:
             (sums[:, head], counts) for sums, counts in ((self.linked, self.counts), (self.random, self.random_counts))
         )
         value, random = (_ratio(sums[images].sum(), counts[images].sum()) for sums, counts in (ours, theirs))
-        values, randoms = (_ratio(sums[drawn].sum(1), counts[drawn].sum(1)) for sums, counts in (ours, theirs))
+        values = _ratio(ours[0][drawn].sum(1), ours[1][drawn].sum(1))
+        gaps, counts = (self.compared - self.random)[:, head], self.random_counts
         return {
             "value": json_number(float(value)),
             "interval": _interval(values),
             "random": json_number(float(random)),
-            "gap": json_number(float(value - random)),
-            "gap_interval": _interval(values - randoms),
+            "gap": json_number(float(_ratio(gaps[images].sum(), counts[images].sum()))),
+            "gap_interval": _interval(_ratio(gaps[drawn].sum(1), counts[drawn].sum(1))),
             "pairs": int(self.counts[images].sum()),
         }
 
@@ -106,16 +112,16 @@ def collect(measured: Sequence[Measured], types: Sequence[str], most: int) -> di
     images = list(dict.fromkeys(one.image for one in measured))
     place = {image: number for number, image in enumerate(images)}
     counts: dict[tuple[str, str], int] = {}
-    heads = len(measured[0].importance)
     sums: dict[Key, list[Any]] = {}
     for one in measured:
         row = place[one.image]
         for key, pairs in one.pairs.items():
             if np.isnan(pairs.linked).all():
                 continue
-            zeros = (np.zeros((len(images), heads)), np.zeros(len(images)))
-            found = sums.setdefault(key, [*zeros, *(part.copy() for part in zeros)])
-            for part, value in zip(found, (pairs.linked, pairs.count, pairs.random, pairs.random_count), strict=True):
+            given = (pairs.linked, pairs.count, pairs.random, pairs.random_count, pairs.compared)
+            if key not in sums:
+                sums[key] = [np.zeros((len(images), *np.shape(value))) for value in given]
+            for part, value in zip(sums[key], given, strict=True):
                 part[row] += value
             counts[key[:2]] = counts.get(key[:2], 0) + pairs.count
     found_types: dict[tuple[str, str], list[Sums]] = {}
@@ -128,7 +134,7 @@ def collect(measured: Sequence[Measured], types: Sequence[str], most: int) -> di
     return found_types
 
 
-def winners(sums: Sequence[Sums], names: Sequence[str], halves: tuple[Floats, Floats]) -> dict[str, Any]:
+def winners(sums: Sequence[Sums], names: Sequence[str], halves: tuple[Numbers, Numbers]) -> dict[str, Any]:
     """Return the score of the best head over all layers and directions, chosen in both ways.
 
     Args:
@@ -149,15 +155,15 @@ def winners(sums: Sequence[Sums], names: Sequence[str], halves: tuple[Floats, Fl
     with np.errstate(invalid="ignore"):
         means = np.stack([one.means() for one in sums])
     found["mean_over_heads"] = json_number(float(np.nanmean(means)))
-    found["images"] = int((sum(one.counts for one in sums) > 0).sum())
+    found["images"] = int((np.stack([one.counts for one in sums]).sum(0) > 0).sum())
     return found
 
 
-def split_images(images: Sequence[str], seed: int) -> tuple[Floats, Floats]:
+def split_images(images: Sequence[str], seed: int) -> tuple[Numbers, Numbers]:
     """Return the numbers of two random halves of the images, which depend on their names and the seed alone."""
     order = sorted(range(len(images)), key=lambda number: derive_seed("probe halves", seed, images[number]))
     middle = (len(order) + 1) // 2
-    return np.array(sorted(order[:middle]), int), np.array(sorted(order[middle:]), int)
+    return np.array(sorted(order[:middle]), np.int64), np.array(sorted(order[middle:]), np.int64)
 
 
 def summary(
@@ -203,7 +209,8 @@ def summary(
 def _importance(measured: Sequence[Measured], names: Sequence[str]) -> dict[str, list[float]]:
     """Return, by head, what the pooled position gives to text and image on average."""
     means = np.mean([one.importance for one in measured], axis=0)
-    return {name: [float(text), float(image)] for name, (text, image) in zip(names, means, strict=True) if text == text}
+    known = [(name, mean.tolist()) for name, mean in zip(names, means, strict=True)]
+    return {name: mean for name, mean in known if np.isfinite(mean).all()}
 
 
 def _fusion(measured: Sequence[Measured]) -> list[float] | None:
@@ -236,9 +243,11 @@ def _row(probe: str, kind: str, selection: str, found: Mapping[str, Any]) -> lis
 
 def table(content: Mapping[str, Any], title: str) -> Table:
     """Return a table with a row for each type: the best head chosen on all pairs, and chosen on the other half."""
-    heading = f"{title}: {content['texts']} texts of {content['images']} images; the best head, as in the paper | "
+    heading = (
+        f"{title}: {content['texts']} texts of {content['images']} images; the best head, as in the paper | chosen "
+    )
     shown = Table(
-        title=Text(heading + "chosen on one half of the images, on the other"),
+        title=Text(heading + "on one half of the images, shown on the other"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,12 +47,14 @@ class Pairs:
         count: number of linked pairs.
         random: sum over linked pairs of the mean over unlinked ones.
         random_count: number of linked pairs that have unlinked ones.
+        compared: sum over those linked pairs themselves.
     """
 
     linked: Floats
     count: int
     random: Floats
     random_count: int
+    compared: Floats
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _of_relations(
             queries, keys = places(one), places(other)
             if not len(queries) or not len(keys):
                 continue
-            given = _over(layers, "image_image", lambda part, rows=queries: part[:, rows].mean(1), len(places.boxes))
+            given = _over(layers, "image_image", partial(_rows, rows=queries), len(places.boxes))
             apart = places.apart_from([one, *(there for its, here, there in pairs if (its, here) == (kind, one))])
             unlinked = given[:, apart].mean(1) * len(keys) if len(apart) else None
             for its in (kind, ALL):
@@ -248,8 +251,13 @@ def _keys(part: Tensor, span: Span) -> Tensor:
     return part.sum(-1) if span == "sum" else part.mean(-1) if span == "mean" else part.amax(-1)
 
 
+def _rows(part: Tensor, rows: Tensor) -> Tensor:
+    """Return the mean of some rows of ``[heads, queries, keys]``."""
+    return part[:, rows].mean(1)
+
+
 def _over(layers: Sequence[LayerMaps], name: str, what: Callable[[Tensor], Tensor], width: int) -> Tensor:
-    """Return what a function makes of a part of every layer, ``[all heads, width]``; NaN for layers without the part."""
+    """Return what a function makes of a part of every layer, ``[all heads, width]``; NaN where there is none."""
     made = []
     for layer in layers:
         part = getattr(layer, name)
@@ -259,9 +267,9 @@ def _over(layers: Sequence[LayerMaps], name: str, what: Callable[[Tensor], Tenso
 
 def _added(values: Sequence[tuple[Tensor, Tensor | None]]) -> Pairs:
     linked = torch.stack([one for one, _ in values]).sum(0)
-    others = [other for _, other in values if other is not None]
-    random = torch.stack(others).sum(0) if others else torch.zeros_like(linked)
-    return Pairs(linked.numpy(), len(values), random.numpy(), len(others))
+    both = [(one, other) for one, other in values if other is not None]
+    compared, random = (torch.stack(its).sum(0) for its in zip(*both, strict=True)) if both else [linked * 0] * 2
+    return Pairs(linked.numpy(), len(values), random.numpy(), len(both), compared.numpy())
 
 
 def fusion(text: Tensor, image: Tensor) -> float:

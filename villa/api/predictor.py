@@ -16,13 +16,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from villa.analysis.pictures import View
 from villa.analysis.report import JSON
 from villa.config.loader import load
+from villa.config.schema import AttentionConfig
 from villa.config.values import Origin, Value
-from villa.datasets.own.pictures import BACKGROUND, upright_rgb
+from villa.datasets.own.files import SUFFIXES
+from villa.datasets.own.pictures import BACKGROUND, read_picture, upright_rgb
 from villa.datasets.own.records import REGION_FIELDS, beside
+from villa.datasets.stores import ImageSource
 from villa.engine.answers import answers
 from villa.engine.inference import restore_parts
+from villa.engine.looking import look
 from villa.engine.robustness import robustness as attack
 from villa.engine.saving import save_pretrained
 from villa.engine.setup import Parts
@@ -84,6 +89,29 @@ class Predictor:
             numbered = [{"id": str(number), **record, **beside(here, record)} for number, record in enumerate(named)]
             examples = self.parts.data.requests(numbered)
             return [one for _, decoded in answers(self.parts, examples) for one in decoded]
+
+    def attention(self, *, image: ImageLike | None = None, text: str, attack: bool = False) -> View:
+        """Return what the model attends to in one image and text; see docs/probing.md.
+
+        Args:
+            image: as for ``predict``.
+            text: the text.
+            attack: look for what an adversary changes, too.
+
+        Raises:
+            ConfigError: the model returns no attention between text and image.
+            DataError: the image cannot be read.
+        """
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa_")))
+            background = getattr(self.parts.data.config, "background", BACKGROUND)
+            path = None if image is None else _path(image, lambda: folder, background)
+            files = {} if path is None else dict.fromkeys(REGION_FIELDS.values(), path)
+            split = self.parts.data.requests([{"id": "0", "question": text, **files}])
+            picture = path if path is not None and Path(path).suffix.lower() not in SUFFIXES else None
+            images = [None if picture is None else read_picture(ImageSource(Path(picture), ""))]
+            (view,) = look(self.parts, split, AttentionConfig(examples=1, attack=attack), images=images)
+        return view
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Save the model to a folder that villa, transformers and the model hub can load; see docs/hub.md.

@@ -43,7 +43,7 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --at-once N           run N of them at once (1; as SLURM likes for launcher=slurm)
   --study STUDY.yaml    compare methods at matched updates and matched compute: train and attack what is missing, then
                         write tables, figures and a page of what they show
-  --compare A B ...     compare runs that were attacked (run_type=robustness): a table and a figure
+  --compare A B ...     compare runs that were attacked (run_type=robustness) or probed (run_type=probe)
   --print-config        show the resolved recipe with the origin of every value, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --dry-run             show what memory and how many operations the recipe's run needs, and stop

@@ -365,8 +365,8 @@ class AttentionConfig:
         examples: number of examples.
         runs: further runs to show beside, in the form of ``checkpoint.path``.
         heads: what is drawn of one model: ``layer.head`` such as ``3.2`` (from 1), or ``3.mean`` for the mean of a
-            layer's heads; empty for the mean of the last layer and its three sharpest heads. Of several models the first
-            one is drawn.
+            layer's heads; empty for the mean of the last layer and its three sharpest heads. Of several models the
+            first one is drawn.
         words: whether to leave out special tokens such as [CLS].
         attack: whether to show what an adversary changes, too: PGD in the embeddings.
         radius: size of its perturbation, relative to the embedding.

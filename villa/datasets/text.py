@@ -196,9 +196,7 @@ def characters_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[t
             for place, (_, (first, end)) in enumerate(pieces[:length], start):
                 found[place] = (max(first - len(before), 0), end - len(before))
             return found
-    raise DataError(
-        f"the tokens of the text {text!r:.60} are not found among those that the model reads; mend the text"
-    )
+    raise DataError(f"the tokens of the text {text!r:.60} are not found among those that the model reads; mend it")
 
 
 def _longest(ids: Sequence[int], wanted: Sequence[int]) -> tuple[int, int]:

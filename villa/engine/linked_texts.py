@@ -38,7 +38,7 @@ _READERS: Mapping[str, Callable[[Path, str | None], Iterator[Linked]]] = {
     "nlvr": lines.read_nlvr,
     "lines": lines.read_lines,
 }
-#: Texts that a generated data set has if their number is not limited, and the longest text in tokens without a recipe's.
+#: Texts of generated data if their number is not limited, and the longest text in tokens without a recipe's.
 _GENERATED, _LONGEST = 500, 60
 _ID = re.compile(r"\{id(?::(\d{1,2}))?\}")
 
@@ -125,9 +125,7 @@ def tokenizer_of(data: QuestionAnswering) -> Tokenizer:
         return vocabulary.tokenizer
     found = getattr(getattr(vocabulary.processor, "tokenizer", vocabulary.processor), "backend_tokenizer", None)
     if not isinstance(found, Tokenizer):
-        raise ConfigError(
-            "the model's tokenizer is one written in Python, which does not tell where its tokens come from"
-        )
+        raise ConfigError("the model's tokenizer is written in Python, and does not tell where its tokens come from")
     return found
 
 

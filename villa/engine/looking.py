@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from villa.analysis.movement import Movement, move, own_answers
-from villa.analysis.page import page
-from villa.analysis.pictures import View, columns, draw, draw_movement, entropy, save
+from villa.analysis.pictures import View, columns, draw, draw_movement, entropy, page, save
 from villa.analysis.victim import Measure, Victim
 from villa.batch import Batch
 from villa.checkpoints.layout import CONFIG

@@ -95,11 +95,16 @@ def names_of_heads(layers: Sequence[LayerMaps]) -> list[str]:
 
 def _plain(one: Measured) -> list[Any]:
     """Return what was measured as JSON, for other processes."""
-    pairs = [[*key, p.linked.tolist(), p.count, p.random.tolist(), p.random_count] for key, p in one.pairs.items()]
+    pairs = [
+        [*key, p.linked.tolist(), p.count, p.random.tolist(), p.random_count, p.compared.tolist()]
+        for key, p in one.pairs.items()
+    ]
     return [one.id, one.image, pairs, one.found, one.boxes, one.importance.tolist(), one.fusion]
 
 
 def _restored(values: Sequence[Any]) -> Measured:
     id_, image, listed, found, boxes, importance, fused = values
-    pairs = {Key(*row[:3]): Pairs(np.array(row[3]), row[4], np.array(row[5]), row[6]) for row in listed}
+    pairs = {
+        Key(*row[:3]): Pairs(np.array(row[3]), row[4], np.array(row[5]), row[6], np.array(row[7])) for row in listed
+    }
     return Measured(id_, image, pairs, found, boxes, np.array(importance), None if fused is None else tuple(fused))

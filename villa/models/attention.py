@@ -179,8 +179,8 @@ def in_prompts(
         sides = grid(row, len(image))
         if sides is None:
             raise DataError(
-                f"example '{batch.ids[row]}' has {len(image)} image tokens, which are not one grid of patches; attention "
-                "is shown for models that read an image as one grid"
+                f"example '{batch.ids[row]}' has {len(image)} image tokens, which are not one grid of patches; "
+                "attention is shown for models that read an image as one grid"
             )
         last = int(text[-1])
         layers = []

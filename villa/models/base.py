@@ -192,8 +192,8 @@ class Model(nn.Module, ABC):
             ConfigError: the model has no attention between text and image, or its maps are not known.
         """
         raise ConfigError(
-            f"{type(self).__name__} returns no attention between text and image: it encodes them apart (as a dual encoder "
-            "does), or does not tell which positions are text and image (Model.attention_maps)"
+            f"{type(self).__name__} returns no attention between text and image: it encodes them apart (a dual "
+            "encoder), or does not tell which positions are text and image (Model.attention_maps)"
         )
 
     @abstractmethod

@@ -23,7 +23,7 @@ def read_lines(path: Path, split: str | None = None) -> Iterator[Linked]:
 
     A line is ``{"image": path, "text": text, "links": [{"span": [start, end], "box": [x1, y1, x2, y2], "type": text}],
     "relations": [{"subject": box, "object": box, "type": text}]}``. Instead of ``box``, ``boxes`` lists several.
-    ``features`` names a feature file; ``size`` is the width and height that boxes are in, by default those of the image.
+    ``features`` names a feature file; ``size`` is the width and height that boxes are in, by default the image's.
 
     Raises:
         DataError: the file is missing, or a line is damaged; the message names it.
@@ -97,8 +97,8 @@ def read_nlvr(path: Path, split: str | None = None) -> Iterator[Linked]:
     """Yield the sentences of NLVR v1 with their scenes, one picture each, from its released layout.
 
     Words for colours, shapes and sizes are linked to the objects that they fit; relations (``above``, ``left of``,
-    ``touching``) are those of the objects' places. A picture shows the boxes in an order of its own, which is found from
-    its pixels. Sentences without a link and a relation are left out.
+    ``touching``) are those of the objects' places. A picture shows the boxes in an order of its own, which is found
+    from its pixels. Sentences without a link and a relation are left out.
 
     Args:
         path: the file, the folder of the split, or the folder with those of all splits.
@@ -129,10 +129,11 @@ Object = Mapping[str, Any]
 
 
 def _scene(value: Any) -> list[list[Object]]:
-    boxes = value if isinstance(value, list) and len(value) == len(_EDGES) else None
-    if boxes is None or not all(isinstance(box, list) for box in boxes):
+    boxes: list[Any] = value if isinstance(value, list) else []
+    if len(boxes) != len(_EDGES) or not all(isinstance(box, list) for box in boxes):
         raise DataError("'structured_rep' must be a list of three boxes, each a list of objects")
-    for entry in (entry for box in boxes for entry in box):
+    every: list[Any] = [entry for box in boxes for entry in box]
+    for entry in every:
         numbers = isinstance(entry, dict) and all(is_number(entry.get(key)) for key in ("x_loc", "y_loc", "size"))
         if not numbers or entry.get("color") not in _COLOURS or not isinstance(entry.get("type"), str):
             raise DataError(f"{entry!r:.80} is no object with x_loc, y_loc, size, type and color")
@@ -151,8 +152,8 @@ def _picture(images: Path, split: str, identifier: str, directory: Any) -> Path:
 
 def _placed(scene: list[list[Object]], picture: Image.Image) -> list[tuple[int, Object, Box]]:
     """Return box, object and place of every object, with the boxes in the order that the picture shows."""
-    if picture.size != _PICTURE:
-        raise DataError(f"the picture has {picture.size[0]} x {picture.size[1]} pixels, and those of NLVR 400 x 100")
+    if (float(picture.width), float(picture.height)) != _PICTURE:
+        raise DataError(f"the picture has {picture.width} x {picture.height} pixels, and those of NLVR 400 x 100")
 
     def wrong(order: Sequence[int]) -> int:
         return sum(_misses(picture, entry, _EDGES[place]) for place, box in enumerate(order) for entry in scene[box])
@@ -172,7 +173,7 @@ def _misses(picture: Image.Image, entry: Object, left: int) -> bool:
     """Return whether a picture has another colour in the middle of an object."""
     x, y = (int(entry[key] + entry["size"] / 2) for key in ("x_loc", "y_loc"))
     pixel: Any = picture.getpixel((min(max(left + x, left), left + _SIDE - 1), min(max(y, 0), _SIDE - 1)))
-    return sum((a - b) ** 2 for a, b in zip(pixel, _COLOURS[entry["color"]], strict=True)) > _FAR
+    return bool(sum((a - b) ** 2 for a, b in zip(pixel, _COLOURS[entry["color"]], strict=True)) > _FAR)
 
 
 def _links(text: str, objects: Sequence[tuple[int, Object, Box]]) -> Iterator[Link]:

@@ -113,8 +113,10 @@ def _description(entry: Mapping[str, Any], relations: tuple[Relation, ...]) -> s
     boxes = [box for relation in relations for box in (relation.subject, relation.object)]
     found: list[tuple[int, int, str]] = []
     for number, region in enumerate(entry.get("regions", [])):
-        sides = [region.get(key) for key in ("x", "y", "width", "height")] if isinstance(region, dict) else [None]
-        if not all(map(is_number, sides)) or not isinstance(region.get("phrase"), str):
+        sides: list[Any] = (
+            [region.get(key) for key in ("x", "y", "width", "height")] if isinstance(region, dict) else [0]
+        )
+        if len(sides) < 4 or not all(map(is_number, sides)) or not isinstance(region.get("phrase"), str):
             raise DataError(f"region {number + 1} of region_descriptions.json has no phrase, x, y, width or height")
         x, y, w, h = sides
         count = sum(b[0] < x + w and x < b[2] and b[1] < y + h and y < b[3] for b in boxes)

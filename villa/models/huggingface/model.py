@@ -138,8 +138,8 @@ class HuggingFaceModel(TransformersModel):
         if token is None or not self._looks_back() or self._has_encoder():
             kind = "encodes images and texts apart" if self.embeds_images() else "has no image tokens in its text"
             raise ConfigError(
-                f"{type(self.transformer).__name__} {kind}, so that it has no attention between text and image to show; use "
-                "uniter, lxmert, visual_bert, vilt, or a generative model that reads images as tokens"
+                f"{type(self.transformer).__name__} {kind}, and has no attention between text and image to show; "
+                "use uniter, lxmert, visual_bert, vilt, or a generative model that reads images as tokens"
             )
         asked = prompts(batch, self._pad_token()) if batch.answer_mask is not None else batch
         output = self(asked, hidden_states=True, attentions=True)

@@ -1,0 +1,129 @@
+"""``run_type=probe`` and ``run_type=attention`` through the command, with a run on generated data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import colours, error
+
+import villa
+from villa.cli.run import main
+from villa.datasets.synthetic.world import WORDS
+
+QUIET = ("logging.tensorboard=false", "logging.figures=false", "logging.progress=off")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    folder = tmp_path_factory.mktemp("probed") / "run"
+    recipe = [f"config={root / 'projects' / 'uniter' / 'vqa.yaml'}", "dataset.synthetic=true"]
+    assert main([*recipe, *QUIET, "training.updates=2", "evaluation.every=null", f"output_dir={folder}"]) == 0
+    return folder
+
+
+def probe(run: Path, *options: str, code: int = 0) -> dict[str, Any]:
+    assert main(["run_type=probe", f"checkpoint.path={run}", "probe.fusion=false", *options]) == code
+    if code:
+        return {}
+    given = next(
+        (one.removeprefix("output_dir=") for one in options if one.startswith("output_dir=")), str(run / "probe")
+    )
+    content: dict[str, Any] = json.loads((Path(given) / "probe.json").read_text())
+    return content
+
+
+def test_probes_of_generated_data_are_written_and_compared(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = probe(trained, "probe.examples=20", f"output_dir={tmp_path / 'one'}")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names >= {"probe.json", "probe.csv", "probe.png", "probe_images.jsonl", "config.yaml"}
+    assert (content["texts"], content["boxes_with_a_region"]) == (20, 1.0)
+    assert content["results"].keys() == {"coreference", "relations", "grounding"}
+    assert all(sum(pair) == pytest.approx(1) for pair in content["importance"].values())
+    again = probe(trained, "probe.examples=20", "evaluation.examples=3", f"output_dir={tmp_path / 'two'}")
+    assert again["results"] == content["results"]
+    probe(trained, "probe.examples=20", "probe.weights=random", f"output_dir={tmp_path / 'random'}")
+    folders = [str(tmp_path / name) for name in ("one", "two", "random")]
+    assert main(["--compare", *folders, f"output_dir={tmp_path / 'compared'}"]) == 0
+    rows = json.loads((tmp_path / "compared" / "probe_comparison.json").read_text())
+    same = next(row for row in rows[1:] if row["selection"] == "half" and "random" not in row["label"])["values"]
+    assert all(entry.get("difference", 0.0) == 0.0 for entry in same.values())
+    assert any(entry["difference"] for entry in rows[2]["values"].values())
+    probe(trained, "probe.examples=10", f"output_dir={tmp_path / 'fewer'}")
+    capsys.readouterr()
+    assert main(["--compare", folders[0], str(tmp_path / "fewer"), f"output_dir={tmp_path / 'other'}"]) == 2
+    assert "were probed with other" in error(capsys.readouterr().err)
+
+
+def test_released_links_are_read_with_features_and_a_tokenizer(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "Sentences").mkdir()
+    (tmp_path / "Annotations").mkdir()
+    box = "<object><name>1</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>51</xmax><ymax>51</ymax></bndbox></object>"
+    xml = f"<annotation><size><width>100</width><height>100</height></size>{box}</annotation>"
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    for number in range(4):
+        (tmp_path / "Sentences" / f"{number}.txt").write_text("[/EN#1/people a red dog] looks\n")
+        (tmp_path / "Annotations" / f"{number}.xml").write_text(xml)
+        features = np.random.default_rng(number).normal(size=(2, 64)).astype(np.float32)
+        boxes = np.float32([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
+        np.savez(tmp_path / f"f{number:0>5}.npz", features=features, boxes=boxes)
+    given = [f"probe.path={tmp_path}", "probe.data=flickr30k_entities", f"probe.tokenizer={tmp_path / 'vocab.txt'}"]
+    files = [f"probe.images={tmp_path}", "probe.file=f{id:5}.npz"]
+    content = probe(trained, *given, *files, f"output_dir={tmp_path / 'out'}")
+    assert content["results"]["coreference"]["people"]["same"]["pairs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["probe.data=nlvr"], "probe.data=nlvr needs the folder or file"),
+        (["probe.data=lines", "probe.path=x.jsonl"], "tokenized beforehand; give the tokenizer"),
+        (["probe.path=x"], "generated data has no path"),
+        (["probe.overlap=0"], "must be above 0"),
+        (["probe.file=a.npz"], "write {id} in it"),
+    ],
+)
+def test_what_cannot_be_probed_is_one_line(
+    trained: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe(trained, *options, f"output_dir={tmp_path / 'out'}", code=2)
+    assert message in error(capsys.readouterr().err)
+
+
+def test_pictures_and_a_page_are_written(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    given = ["run_type=attention", f"checkpoint.path={trained}", "attention.examples=1", "attention.steps=2"]
+    assert main([*given, f"output_dir={folder}"]) == 0
+    names = {path.name for path in folder.iterdir()}
+    kinds = {f"{name}_1.{suffix}" for name in ("attention", "adversary") for suffix in ("png", "svg")}
+    assert names >= kinds | {"attention.html", "attention.json"}
+    (found,) = json.loads((folder / "attention.json").read_text())
+    assert len(found["columns"]) == 4
+    (moved,) = found["adversary"]
+    assert max(moved["tokens"]) > 0
+    assert len(moved["nearest"]) == len(moved["tokens"])
+    assert main([*given, f"attention.runs=[{trained}]", f"output_dir={tmp_path / 'both'}"]) == 0
+    (found,) = json.loads((tmp_path / "both" / "attention.json").read_text())
+    assert len(found["columns"]) == 2
+    assert found["columns"][0]["entropy"] == found["columns"][1]["entropy"]
+
+
+def test_attention_in_python(tmp_path: Path) -> None:
+    """A model of feature files shows boxes, and gives what it gives to the command."""
+    run = tmp_path / "run"
+    recipe = [one for one in colours(tmp_path) if not one.startswith("model")]
+    sizes = ("hidden_size=16", "num_layers=1", "num_heads=2")
+    assert main([*recipe, "model=uniter", *(f"model.{size}" for size in sizes), f"output_dir={run}"]) == 0
+    model = villa.from_pretrained(run)
+    view = model.attention(image=str(tmp_path / "test0.npz"), text="which colour is it?", attack=True)
+    assert "colour" in view.tokens
+    assert view.weights("1.2").shape == (len(view.tokens), len(view.attention.boxes))
+    assert view.movement is not None
+    for name in ("a.png", "a.svg", "a.html"):
+        view.save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+    assert Image.open(tmp_path / "a.png").size[0] > 200
