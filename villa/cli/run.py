@@ -45,9 +45,8 @@ def _main(argv: Sequence[str]) -> int:
     from villa.distributed.joining import run_joined
 
     _join_started(options)
-    if options.study is not None:
-        return run_joined(lambda: _study(options))
-    return run_joined(lambda: _run(options) if options.sweep is None else _sweep(options))
+    work = _study if options.study is not None else _sweep if options.sweep is not None else _run
+    return run_joined(lambda: work(options))
 
 
 def _join_started(options: argparse.Namespace) -> None:
