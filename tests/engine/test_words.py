@@ -128,6 +128,12 @@ def test_shifts_of_words_and_other_wordings_are_reported(
     assert found["mean"] == pytest.approx(sum(sum(line["scores"]) / 2 for line in told) / 12)
     assert found["worst"] == pytest.approx(sum(min(line["scores"]) for line in told) / 12)
     assert found["worst"] < found["mean"]
+    rights = [sum(score > 0 for score in (line["clean"], *line["scores"])) for line in told]
+    assert found["consensus"] == {
+        "1": pytest.approx(sum(rights) / 36),
+        "2": pytest.approx(sum(right * (right - 1) / 6 for right in rights) / 12),
+        "3": pytest.approx(sum(right == 3 for right in rights) / 12),
+    }
     assert str(path) not in (tmp_path / "out" / "robustness.json").read_text()
     assert content["shifts"]["char_noise"]["5"] < content["clean"]["accuracy"]
     assert "24 rephrasings of 12 examples: accuracy %" in capsys.readouterr().out

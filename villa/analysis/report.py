@@ -17,6 +17,7 @@ from rich.text import Text
 from villa.analysis.checks import Check
 from villa.analysis.robustness import WORDS, Case, Outcome, area, interval
 from villa.evaluation.figures import write_png
+from villa.evaluation.groups import SIZES, consensus_scores
 from villa.files import atomic_write, write_json
 from villa.registry import SHIFT_GROUPS
 from villa.tracking import json_number
@@ -327,11 +328,14 @@ def verdicts(checks: Mapping[str, Sequence[Check]]) -> list[str]:
 def rephrasing_summary(scores: Mapping[str, Sequence[float]], clean: Clean) -> dict[str, Any]:
     """Return the mean score over examples of the mean, and of the lowest one, over their other wordings.
 
+    ``consensus`` has the consensus scores CS(k) by k, of every example's wordings and that of the data.
+
     Args:
         scores: scores of the other wordings of every example, by id.
         clean: results with the wording of the data.
     """
     base = mean(clean.scores[id_] for id_ in scores)
+    groups = [[clean.scores[id_], *own] for id_, own in scores.items()]
     means, lowest = [mean(own) for own in scores.values()], [min(own) for own in scores.values()]
     return {
         "mean": mean(means),
@@ -341,6 +345,7 @@ def rephrasing_summary(scores: Mapping[str, Sequence[float]], clean: Clean) -> d
         "relative_drop": (base - mean(means)) / base if base else 0.0,
         "n": len(scores),
         "texts": sum(map(len, scores.values())),
+        "consensus": {str(k): mean(shares) for k in SIZES if (shares := consensus_scores(groups, k))},
     }
 
 
@@ -348,7 +353,8 @@ def rephrasing_line(values: Mapping[str, Any], metric: str) -> str:
     """Return a line on other wordings."""
     shown = f"{metric.replace('_', ' ')} % {100 * values['mean']:.1f}, of the worst one {100 * values['worst']:.1f}"
     drop = 100 * values["relative_drop"]
-    return f"{values['texts']} rephrasings of {values['n']} examples: {shown}; drop {drop:.1f} %"
+    agreed = "".join(f"; CS({k}) {100 * value:.1f} %" for k, value in values["consensus"].items())
+    return f"{values['texts']} rephrasings of {values['n']} examples: {shown}; drop {drop:.1f} %{agreed}"
 
 
 def mean_shift(members: Sequence[Mapping[int, Mapping[str, float]]]) -> dict[int, dict[str, float]]:
