@@ -32,7 +32,7 @@ _MOST_BARS = 6
 #: The worst case of every example.
 EXAMPLES = "robustness_examples.jsonl"
 _COLUMNS = ("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size")
-_COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red"}
+_COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red", "universal": "tab:green"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from villa.engine.passes import ModelPasses, Precision
 from villa.engine.setup import Parts
 from villa.errors import ConfigError
 from villa.evaluation.metrics import Metric
-from villa.registry import METRICS, SHIFT_GROUPS, SHIFTS, expand_shifts
+from villa.registry import ATTACKS, METRICS, SHIFT_GROUPS, SHIFTS, expand_shifts
 from villa.rng import derive_seed, generator
 
 #: Most examples that are attacked at once.
@@ -68,10 +68,11 @@ class Attacks:
         self._shifts = self._fitting(expand_shifts(config.shifts))
         self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
         self._held_out = HeldOut(self._others)
-        if "universal" in config.attacks and parts.config.evaluation.split in (None, config.split):
+        learning = [name for name in config.attacks if ATTACKS.get(name).learns]
+        if learning and parts.config.evaluation.split in (None, config.split):
             raise ConfigError(
-                f"{option}.attacks names universal, which learns from evaluation.split={parts.config.evaluation.split} "
-                f"what it does to {option}.split={config.split}; give two different splits"
+                f"{option}.attacks names {learning[0]}, which learns from evaluation.split to attack {option}.split, but "
+                f"these are {parts.config.evaluation.split} and {config.split}; give two different splits"
             )
         exact = Precision("fp32", parts.precision.device)
         self._exact = ModelPasses(parts.model, parts.loss, exact, config.seed, parts.strategy)
