@@ -71,8 +71,8 @@ class Attacks:
         learning = [name for name in config.attacks if ATTACKS.get(name).learns]
         if learning and parts.config.evaluation.split in (None, config.split):
             raise ConfigError(
-                f"{option}.attacks names {learning[0]}, which learns from evaluation.split to attack {option}.split, but "
-                f"these are {parts.config.evaluation.split} and {config.split}; give two different splits"
+                f"{option}.attacks names {learning[0]}, which learns from evaluation.split to attack {option}.split, "
+                f"but these are {parts.config.evaluation.split} and {config.split}; give two different splits"
             )
         exact = Precision("fp32", parts.precision.device)
         self._exact = ModelPasses(parts.model, parts.loss, exact, config.seed, parts.strategy)
