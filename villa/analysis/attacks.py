@@ -91,11 +91,13 @@ class Attack(Method):
     Attributes:
         nested: whether a perturbation found in a smaller ball counts, and is gone on from.
         exact: whether its passes are in fp32, whatever the recipe's precision.
+        learns: whether it learns from held-out examples.
     """
 
     space = "embedding"
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     def __init__(self, steps: int = 20, restarts: int = 0) -> None:
         self.steps, self.restarts = steps, restarts

@@ -38,7 +38,7 @@ _COLUMNS = (
     *("modality", "attack", "loss", "norm", "radius", "score", "low", "high", "mean_loss", "success", "size"),
     *("words", "similarity", "forwards", "backwards"),
 )
-_COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red"}
+_COLORS = {"noise": "tab:gray", "fgm": "tab:blue", "pgd": "tab:orange", "apgd": "tab:red", "universal": "tab:green"}
 
 
 @dataclass(frozen=True)

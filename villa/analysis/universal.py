@@ -55,6 +55,7 @@ class Universal(Attack):
     """One perturbation for all examples, by projected gradient steps on the mean loss of held-out examples."""
 
     nested: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
 
     def search(self, victim: Victim, ball: Ball) -> None:
         """Run the perturbation that is best for the held-out examples, which is searched for once."""

@@ -77,10 +77,11 @@ class Attacks:
         self._indices = chosen(len(self.split), config.examples, config.seed)
         self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
         self._held_out = HeldOut(self._others)
-        if "universal" in config.attacks and parts.config.evaluation.split in (None, config.split):
+        learning = [name for name in config.attacks if getattr(ATTACKS.get(name), "learns", False)]
+        if learning and parts.config.evaluation.split in (None, config.split):
             raise ConfigError(
-                f"{option}.attacks names universal, which learns from evaluation.split={parts.config.evaluation.split} "
-                f"what it does to {option}.split={config.split}; give two different splits"
+                f"{option}.attacks names {learning[0]}, which learns from evaluation.split to attack {option}.split, "
+                f"but these are {parts.config.evaluation.split} and {config.split}; give two different splits"
             )
         exact = Precision("fp32", parts.precision.device)
         self._exact = ModelPasses(parts.model, parts.loss, exact, config.seed, parts.strategy)
