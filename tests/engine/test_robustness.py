@@ -46,6 +46,7 @@ def test_everything_is_written(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         ".lock",
         "config.yaml",
+        "finished.json",
         "robustness.csv",
         "robustness.json",
         "robustness.png",
