@@ -121,7 +121,8 @@ def _options(config: type, prefix: str) -> Iterator[str]:
 
 def _option(key: str, kind: str, default: object, doc: str) -> list[str]:
     state = "required" if default == MISSING else f"default {write(default)}"
-    return [f"  {key}: {kind}; {state}", *_wrapped(doc, "      ")]
+    heading = textwrap.wrap(f"{key}: {kind}; {state}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return [*heading, *_wrapped(doc, "      ")]
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
