@@ -1,6 +1,5 @@
 """Jobs of a real SLURM with two nodes: submitted, refused, pre-empted and requeued, and exact in the end."""
 
-import contextlib
 import os
 import re
 import signal
@@ -8,16 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import gated
 import pytest
 from cluster import kill_node, ranks, start_node
 from shapes_runs import Environment, said, villa_run, wait_for
 
-#: Long enough to be interrupted.
-UPDATES = 120
+UPDATES = 16
 JOB = [
-    "trainer=villa",
+    f"user_dir={gated.__file__}",
+    "trainer=gated",
     f"training.updates={UPDATES}",
-    "evaluation.every=4",  # with small batches: much of the time goes into evaluation
+    "evaluation.every=4",
     "evaluation.examples=10",
     "checkpoint.every=5",
     "distributed.strategy=ddp",
@@ -43,17 +43,24 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def submit(environment: Environment, folder: Path, *arguments: str) -> str:
-    done = villa_run(environment, f"output_dir={folder}", *JOB, *arguments)
+    """Submit a job that stands at a gate, with checkpoints behind it, until ``let_go``."""
+    behind_gate = {**environment, gated.GATE: f"{folder}.open"}
+    done = villa_run(behind_gate, f"output_dir={folder}", *JOB, *arguments)
     assert done.returncode == 0, done.stderr
     match = re.search(r"^submitted job (\d+); its log: (\S+)$", done.stdout, re.MULTILINE)
     assert match is not None, done.stdout
     return match[1]
 
 
+def let_go(folder: Path) -> None:
+    Path(f"{folder}.open").touch()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(slurm: Environment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder: Path = tmp_path_factory.mktemp("run") / "out"
-    done = villa_run(slurm, f"output_dir={folder}", *JOB, "launcher.follow=true")
+    let_go(folder)
+    done = villa_run({**slurm, gated.GATE: f"{folder}.open"}, f"output_dir={folder}", *JOB, "launcher.follow=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "on 2 processes (ddp)" in done.stdout
     (job,) = folder.glob("jobs/[0-9]*")
@@ -71,6 +78,7 @@ def test_a_job_that_is_taken_back_goes_on_to_the_same_bytes(
     wait_for(lambda: list(folder.glob("checkpoints/update_*")))
     said(slurm, *(("scancel", "--signal=USR2", job) if how == "signal" else ("scontrol", "requeue", job)))
     wait_for(lambda: state(slurm, job)["Restarts"] == "1")
+    let_go(folder)
     wait_for(lambda: state(slurm, job)["JobState"] == "COMPLETED")
     log = (folder / "jobs" / job / f"{job}_0_log.out").read_text()
     assert "resuming after update" in log
@@ -89,9 +97,10 @@ def completed(environment: Environment, job: str) -> bool:
     return now == "COMPLETED"
 
 
-def wait_until_gone_on(environment: Environment, job: str) -> None:
+def wait_until_gone_on(environment: Environment, folder: Path, job: str) -> None:
     """Wait until a job has started again, and is done."""
     wait_for(lambda: int(state(environment, job)["Restarts"]) >= 1)
+    let_go(folder)
     wait_for(lambda: completed(environment, job), 300)
 
 
@@ -103,7 +112,7 @@ def test_a_signal_while_a_job_starts_puts_it_back(
     wait_for(lambda: "Loading pickle" in first_log(folder, job))
     time.sleep(1)
     said(slurm, "scancel", "--signal=USR2", job)
-    wait_until_gone_on(slurm, job)
+    wait_until_gone_on(slurm, folder, job)
     assert results(folder) == uninterrupted
 
 
@@ -129,7 +138,7 @@ def test_a_job_of_a_higher_partition_takes_the_nodes(
     job = submit(slurm, folder)
     wait_for(lambda: list(folder.glob("checkpoints/update_*")) if begun else "Loading pickle" in first_log(folder, job))
     said(slurm, "sbatch", "-p", "high", "-N2", "-n2", "-c2", "-o", str(tmp_path / "high"), "--wrap=sleep 1")
-    wait_until_gone_on(slurm, job)
+    wait_until_gone_on(slurm, folder, job)
     assert f"ended by {told_by}" in first_log(folder, job)
     assert results(folder) == uninterrupted
 
@@ -146,32 +155,10 @@ def test_a_job_that_is_cancelled_does_not_come_back(slurm: Environment, tmp_path
 
 
 def test_a_job_whose_time_is_up_goes_on(slurm: Environment, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
-    """The processes stand still until SLURM has told them, so that they are not done before.
-
-    It may tell them up to a minute early: then they may be gone already.
-    """
     folder = tmp_path / "out"
     job = submit(slurm, folder, "launcher.timeout_min=1", "launcher.signal_s=15")
-    wait_for(lambda: list(folder.glob("checkpoints/update_*")))
-    processes = ranks(job).values()
-
-    def send(number: int) -> None:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
-
-    def told(process: int) -> bool:
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            return True
-        pending = (int(mask, 16) for mask in re.findall(r"(?:SigPnd|ShdPnd):\s+(\w+)", status))
-        return any(mask & 1 << (signal.SIGUSR2 - 1) for mask in pending)
-
-    send(signal.SIGSTOP)
-    wait_for(lambda: all(map(told, processes)))
-    send(signal.SIGCONT)
-    wait_until_gone_on(slurm, job)
+    wait_until_gone_on(slurm, folder, job)
+    assert "ended by SIGUSR2" in first_log(folder, job)
     assert results(folder) == uninterrupted
 
 
@@ -186,6 +173,7 @@ def test_a_job_whose_node_fails_goes_on_when_it_is_back(
         wait_for(lambda: int(state(slurm, job)["Restarts"]) >= 1)
     finally:
         start_node(slurm, "n2")
+    let_go(folder)
     wait_for(lambda: completed(slurm, job))
     assert "node n2 does not answer: the job goes back into the queue" in first_log(folder, job)
     assert results(folder) == uninterrupted
@@ -199,6 +187,7 @@ def test_a_job_that_loses_a_process_fails_with_its_name_and_the_next_one_goes_on
     job = submit(slurm, folder)
     wait_for(lambda: list(folder.glob("checkpoints/update_*")))
     os.kill(ranks(job)[rank], signal.SIGKILL)
+    let_go(folder)
     wait_for(lambda: state(slurm, job)["JobState"] == "FAILED", 60)
     (other,) = folder.glob(f"jobs/{job}*/{job}_{1 - rank}_log.out")
     assert re.search(rf"error: process {rank} of 2 \(pid \d+ on n{rank + 1}\) was lost", other.read_text())

@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import gated
 import pytest
 from shapes_runs import Environment, said, villa_run, wait_for
 
@@ -71,14 +72,15 @@ def test_a_followed_sweep_of_several_processes_ends_with_its_table(slurm: Enviro
 def test_an_element_that_is_pre_empted_comes_back(slurm: Environment, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     long = [
-        "trainer=villa",
+        f"user_dir={gated.__file__}",
+        "trainer=gated",
         "training.updates=300",
         "checkpoint.every=2",
         "evaluation.every=null",
         "--sweep",
         "seed=1,2",
     ]
-    done = villa_run(slurm, *JOB, f"output_dir={folder}", *long)
+    done = villa_run({**slurm, gated.GATE: f"{folder}.open"}, *JOB, f"output_dir={folder}", *long)
     (array,) = re.findall(r"^submitted job array (\d+) of 2 runs$", done.stdout, re.MULTILINE)
     wait_for(lambda: list((folder / "seed=2").glob("checkpoints/update_*")), 240)
     said(slurm, "scancel", "--signal=USR2", f"{array}_1")
