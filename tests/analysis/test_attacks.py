@@ -9,6 +9,7 @@ import torch
 from tiny import CPU, tiny_batch, tiny_model
 from torch import Tensor, nn
 
+from villa.adversarial.perturbation import Perturbation
 from villa.analysis.checks import checks, extra_cases
 from villa.analysis.robustness import Case, Outcome, attack, interval
 from villa.analysis.victim import HeldOut, Measure, Victim, margin
@@ -257,6 +258,38 @@ class Bowl(Plane):
         curved = torch.logspace(-2, 1, WIDTH, dtype=torch.float64)
         value = -(curved * (there - 0.7) ** 2).sum((1, 2))
         return ModelOutput(torch.stack((torch.zeros_like(value), value), 1))
+
+
+class Followed(Victim):
+    """Keeps where the passes went."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.path: list[Tensor] = []
+
+    def run(self, perturbations: Mapping[str, Perturbation], **options: bool) -> Tensor:
+        losses = super().run(perturbations, **options)
+        (delta,) = (p.delta for p in perturbations.values())
+        assert delta is not None
+        self.path.append(delta.detach().clone())
+        return losses
+
+
+def test_a_transferred_attack_goes_where_it_goes_on_the_source() -> None:
+    of, other = batch(), Plane()
+    with torch.no_grad():
+        other.weight.copy_(other.weight.flip(0))
+    case, paths = case_of("apgd", 0.6, steps=30), []
+    for attacked, guide in ((Plane(), other), (other, None)):
+        ours, theirs = (
+            None if one is None else ModelPasses(one, CrossEntropy(), Precision("fp32", CPU), 0)
+            for one in (attacked, guide)
+        )
+        measure = Measure(CrossEntropy(), Accuracy(), case.loss)
+        victim = Followed(ours, of, measure, [int(id_) for id_ in of.ids], bool, theirs)
+        attack(case, RobustnessConfig(relative_to="none"), of, lambda victim=victim: victim)  # type: ignore[misc]
+        paths.append(torch.stack(victim.path))
+    torch.testing.assert_close(*paths, rtol=0, atol=0)
 
 
 def test_apgd_gets_as_far_in_a_hundred_steps_as_pgd_in_a_thousand() -> None:

@@ -227,7 +227,7 @@ class Victim:
             wide: compute losses from the logits in fp64, so that small differences are not rounded away.
 
         Returns:
-            The losses ``[B]``.
+            The losses ``[B]`` of the model whose gradients are followed.
         """
         guide = self.source or self.passes
         for perturbation in perturbations.values():
@@ -242,11 +242,10 @@ class Victim:
             self.backwards += 1
             if self.flat is None:
                 self.flat = self._flat(perturbations)
-        losses = losses.detach()
-        if self.source is not None:
-            losses, scores = self._transferred(perturbations)
-        self._keep(perturbations, losses.to(self.losses), scores)
-        return losses
+        followed = losses.detach()
+        own, scores = (followed, scores) if self.source is None else self._transferred(perturbations)
+        self._keep(perturbations, own.to(self.losses), scores)
+        return followed
 
     def round_images(self) -> None:
         """Take the scores of the worst cases as images of eight bits a channel; a no-op if no pixels are perturbed."""
