@@ -122,7 +122,8 @@ def test_what_cannot_be_corrupted_is_one_line(
         assert not (tmp_path / "out").exists()
         return error(capsys.readouterr().err)
 
-    regions = "give some of box_jitter, foreign_regions, region_dropout, region_shuffle, word_dropout, word_order"
+    names = ("box_jitter", "char_noise", "foreign_regions", "region_dropout", "region_shuffle", "synonyms")
+    regions = f"give some of {', '.join((*names, 'word_dropout', 'word_order'))}"
     told = refused("robustness.shifts=[word_order,fog]")
     assert "names fog, which changes whole images, but the examples have none (first: 'test-0')" in told
     assert regions in told
