@@ -133,6 +133,6 @@ def test_what_cannot_be_corrupted_is_one_line(
     given[1] = f"checkpoint.path={tmp_path / 'vilt'}"
     told = refused("robustness.shifts=[region_dropout]")
     assert "which changes regions, but the examples have none" in told
-    assert "give some of corruptions, word_dropout, word_order" in told
+    assert "give some of corruptions, char_noise, synonyms, word_dropout, word_order" in told
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     assert "needs imagecorruptions; pip install 'villa[corruptions]'" in refused("robustness.shifts=[corruptions]")

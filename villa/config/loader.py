@@ -161,7 +161,7 @@ def import_user_dirs(layers: Sequence[Layer]) -> Value | None:
         return None
     found: dict[str, Value] = {}
     for path, given in [(path, given) for path, given in named if not given.origin.stored] or named:
-        if path not in found:
+        if not isinstance(path, str) or path not in found:
             found[_imported(path, given)] = given
     last = [*found.values()][-1]
     return last if len(found) == 1 and not isinstance(last.data, list) else Value([*found], last.origin)
