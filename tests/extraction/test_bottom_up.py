@@ -12,7 +12,7 @@ import torch
 import yaml
 from golden_utils import FOLDER, load
 from PIL import Image
-from test_boxes import some_boxes, suppressed
+from test_detected_boxes import some_boxes, suppressed
 
 from villa.errors import CheckpointError, ConfigError, VillaError
 from villa.extraction.bottom_up import (
