@@ -69,7 +69,10 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert capsys.readouterr().err == f"villa_cache: error: {message}\n"
 
 
-def test_doctor_says_what_there_is_and_what_a_recipe_lacks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_doctor_says_what_there_is_and_what_a_recipe_lacks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VILLA_CACHE", str(tmp_path / "cache"))
     recipe = ["config=projects/villa/vqa.yaml", f"dataset.root={tmp_path}", "logging.trackers=[csv]"]
     assert main(["doctor", *recipe]) == 0
     out = capsys.readouterr().out
@@ -81,6 +84,7 @@ def test_doctor_says_what_there_is_and_what_a_recipe_lacks(capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "needs villa[demo]: installed" in out
     assert "its data are there" in out
+    assert not (tmp_path / "cache").exists()  # no features are extracted
 
 
 def test_extras_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

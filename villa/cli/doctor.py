@@ -114,6 +114,10 @@ def needed_extras(config: RunConfig) -> list[str]:
 
 
 def _open(config: RunConfig) -> None:
+    """Open the data as far as that extracts no features."""
     from villa.registry import DATASETS
 
-    DATASETS.get(config.dataset.name)(config.dataset).split("train" if "train" in config.run_type else "test")
+    data = DATASETS.get(config.dataset.name)(config.dataset)
+    data.facts()
+    if hasattr(config.dataset, "root"):  # released databases and files, whose features are there
+        data.split("train" if "train" in config.run_type else "test")
