@@ -17,7 +17,7 @@ from typing import Any
 
 from villa.command import Parser, run_command
 from villa.convert.annotations import IMAGE_SETS
-from villa.convert.benchmarks import named_file
+from villa.convert.benchmarks import add_group_options
 from villa.convert.line_tasks import LINE_TASKS, make_lines
 from villa.convert.tasks import TextOptions
 
@@ -39,14 +39,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min-occurrences", type=int, help="vqa: how often an answer of the list occurs (9)")
     add("--scores", choices=("soft", "thirds"), help="vqa: write scores of the answers instead of the ten answers")
     add("--image-set", choices=IMAGE_SETS, help="vqa: images asked about; by default what the questions say")
-    add(
-        "--subset",
-        type=named_file,
-        nargs="+",
-        metavar="NAME=FILE",
-        help="vqa, gqa: subsets of the questions, and files that list their ids",
-    )
-    add("--contrasts", type=Path, help="nlvr2: only the sentences that these contrast sets were made from")
+    add_group_options(parser, "vqa, gqa")
     return parser.parse_args(argv)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from villa.command import Parser, run_command
 from villa.convert.annotations import IMAGE_SETS
-from villa.convert.benchmarks import named_file
+from villa.convert.benchmarks import add_group_options
 from villa.convert.tasks import TASKS, TextOptions, make_text_database
 
 
@@ -42,14 +42,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--refs", type=Path, help="re: refs.json")
     add("--instances", type=Path, help="re: instances.json")
     add("--object-order", type=Path, help="re: file with iid_to_ann_ids, the order of the ground-truth features")
-    add(
-        "--subset",
-        type=named_file,
-        nargs="+",
-        metavar="NAME=FILE",
-        help="vqa: subsets of the questions, and files that list their ids",
-    )
-    add("--contrasts", type=Path, help="nlvr2: only the sentences that these contrast sets were made from")
+    add_group_options(parser, "vqa")
     return parser.parse_args(argv)
 
 

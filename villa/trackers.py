@@ -64,9 +64,17 @@ class PackageTracker(Tracker):
         """Start, or go on with, the package's own run."""
         raise NotImplementedError
 
+    def add(self, path: Path) -> None:
+        """Log a figure as an image, and predictions as a table."""
+        if path.suffix == ".png":
+            self.opened.log({path.stem: self.module.Image(str(path))})
+        elif path.suffix == ".jsonl":
+            columns, rows = table(path, _ROWS)
+            self.opened.log({path.stem: self.module.Table(columns=columns, data=[[*map(_plain, row)] for row in rows])})
+
     def finish(self) -> None:
-        """End the package's own run, which has been started."""
-        raise NotImplementedError
+        """End the package's own run, which has been started, and wait for what is on its way."""
+        self.opened.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run's id."""
@@ -108,18 +116,6 @@ class WandbTracker(PackageTracker):
         """Log values as ``<kind>/<name>``."""
         self.opened.log({**{f"{kind}/{name}": float(value) for name, value in values.items()}, "update": update})
 
-    def add(self, path: Path) -> None:
-        """Log a figure as an image, and predictions as a table."""
-        if path.suffix == ".png":
-            self.opened.log({path.stem: self.module.Image(str(path))})
-        elif path.suffix == ".jsonl":
-            columns, rows = table(path, _ROWS)
-            self.opened.log({path.stem: self.module.Table(columns=columns, data=[[*map(_plain, row)] for row in rows])})
-
-    def finish(self) -> None:
-        """End the run and wait for what is on its way."""
-        self.opened.finish()
-
 
 @register_tracker("mlflow")
 class MlflowTracker(PackageTracker):
@@ -158,10 +154,6 @@ class MlflowTracker(PackageTracker):
         """Keep the file as an artifact."""
         self.opened.log_artifact(self.id, str(path))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the run's id; it is started if it has none."""
-        return {"id": self.id}
-
     def finish(self) -> None:
         """Mark the run as finished."""
         self.opened.set_terminated(self.id)
@@ -188,18 +180,6 @@ class TrackioTracker(PackageTracker):
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Log values as ``<kind>/<name>``."""
         self.opened.log({f"{kind}/{name}": json_number(value) for name, value in values.items()}, step=update)
-
-    def add(self, path: Path) -> None:
-        """Log a figure as an image, and predictions as a table."""
-        if path.suffix == ".png":
-            self.opened.log({path.stem: self.module.Image(path)})
-        elif path.suffix == ".jsonl":
-            columns, rows = table(path, _ROWS)
-            self.opened.log({path.stem: self.module.Table(columns=columns, data=[[*map(_plain, row)] for row in rows])})
-
-    def finish(self) -> None:
-        """End the run."""
-        self.opened.finish()
 
 
 def _plain(value: Any) -> Any:

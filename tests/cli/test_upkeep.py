@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from villa.cli.cache import KINDS, entries
 from villa.cli.cache import main as cache
 from villa.cli.doctor import extras, missing
 from villa.cli.run import main
+from villa.datasets.cache_folder import KINDS, entries
 from villa.datasets.synthetic import databases
 from villa.datasets.synthetic.lxmert import write_lxmert
 from villa.files import locked

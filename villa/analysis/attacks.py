@@ -74,9 +74,11 @@ class Method(ABC):
 
     Attributes:
         space: what is searched: perturbations of the ``embedding``, or other ``words`` in the input.
+        learns: whether it learns from held-out examples.
     """
 
     space: ClassVar[Literal["embedding", "words"]]
+    learns: ClassVar[bool] = False
 
 
 class Attack(Method):
@@ -91,13 +93,11 @@ class Attack(Method):
     Attributes:
         nested: whether a perturbation found in a smaller ball counts, and is gone on from.
         exact: whether its passes are in fp32, whatever the recipe's precision.
-        learns: whether it learns from held-out examples.
     """
 
     space = "embedding"
     nested: ClassVar[bool] = True
     exact: ClassVar[bool] = False
-    learns: ClassVar[bool] = False
 
     def __init__(self, steps: int = 20, restarts: int = 0) -> None:
         self.steps, self.restarts = steps, restarts

@@ -14,7 +14,7 @@ from villa.checkpoints.layout import CONFIG, FINISHED, LOG, METRICS
 from villa.config import RunConfig, from_yaml, load_stages, to_yaml
 from villa.config.validate import TRAINING_RUNS
 from villa.engine.loop import Callback
-from villa.engine.run import run, run_stages
+from villa.engine.run import run_recipe
 from villa.errors import ConfigError
 from villa.evaluation.figures import curves_figure
 from villa.evaluation.results import read_metrics
@@ -153,7 +153,7 @@ def train(
 
 def _run(configs: Sequence[RunConfig], callbacks: Sequence[Callback]) -> Run:
     """Run all stages; a signal ends them with what is done so far."""
-    run(configs[0], callbacks) if len(configs) == 1 else run_stages(configs, callbacks)
+    run_recipe(configs, callbacks)
     return _opened(configs)
 
 

@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from villa.cli.cache import entries
 from villa.config import RunConfig, load_stages
-from villa.datasets.cache import cache_root
+from villa.datasets.cache_folder import cache_root, entries
 from villa.errors import VillaError
 
 #: Packages whose versions matter most for results.
@@ -43,6 +43,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def extras() -> dict[str, list[Requirement]]:
     """Return what each extra of villa needs; nothing if villa is not installed."""
     found: dict[str, list[Requirement]] = {}
@@ -81,9 +82,9 @@ def _devices() -> Iterator[str]:
 
 
 def _folders() -> Iterator[str]:
-    cache = cache_root(None)
-    size = sum(entry.size for entry in entries(cache))
-    yield f"  cache          {cache}: {size / 2**20:.1f} MiB (villa_cache lists and prunes)"
+    root = cache_root()
+    size = sum(entry.size for entry in entries(root))
+    yield f"  cache          {root}: {size / 2**20:.1f} MiB (villa_cache lists and prunes)"
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     yield f"  hub            {hub}{'' if hub.is_dir() else ' (not there)'}"
     yield f"  here           {shutil.disk_usage('.').free / 2**30:.1f} GiB free"

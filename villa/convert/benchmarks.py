@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,25 @@ def originals(sentences: Iterable[RawExample], contrasts: Path) -> Iterator[RawE
     for example in sentences:
         if example.id in wanted:
             yield replace(example, group=example.id, subsets=("original",))
+
+
+def add_group_options(parser: argparse.ArgumentParser, tasks: str) -> None:
+    """Add a command's options for examples that belong together.
+
+    Args:
+        parser: parser of the command.
+        tasks: those whose questions may have subsets, for the help.
+    """
+    parser.add_argument(
+        "--subset",
+        type=named_file,
+        nargs="+",
+        metavar="NAME=FILE",
+        help=f"{tasks}: subsets of the questions, and files that list their ids",
+    )
+    parser.add_argument(
+        "--contrasts", type=Path, help="nlvr2: only the sentences that these contrast sets were made from"
+    )
 
 
 def named_file(text: str) -> Subset:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from villa.errors import reading
-from villa.files import open_own, plain_path, write_json
+from villa.files import open_own, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +25,6 @@ logger = logging.getLogger(__name__)
 CHUNK = 64
 FEATURES_FILE, INDEX_FILE = "features.npy", "index.json"
 FORMAT = 1
-
-
-def cache_root(folder: str | None) -> Path:
-    """Return the root of all caches: ``folder``, ``$VILLA_CACHE``, or ``~/.cache/villa``."""
-    return plain_path(folder or os.environ.get("VILLA_CACHE") or "~/.cache/villa")
 
 
 class FeatureCache:

@@ -77,7 +77,7 @@ class Attacks:
         self._indices = chosen(len(self.split), config.examples, config.seed)
         self._passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
         self._held_out = HeldOut(self._others)
-        learning = [name for name in config.attacks if getattr(ATTACKS.get(name), "learns", False)]
+        learning = [name for name in config.attacks if ATTACKS.get(name).learns]
         if learning and parts.config.evaluation.split in (None, config.split):
             raise ConfigError(
                 f"{option}.attacks names {learning[0]}, which learns from evaluation.split to attack {option}.split, "

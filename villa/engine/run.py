@@ -73,6 +73,11 @@ def run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
     return inference.predict(config) if config.run_type == "predict" else inference.evaluate(config)
 
 
+def run_recipe(configs: Sequence[RunConfig], callbacks: Sequence[Callback] = ()) -> int:
+    """Run a recipe, or its stages; see ``run`` and ``run_stages``."""
+    return run(configs[0], callbacks) if len(configs) == 1 else run_stages(configs, callbacks)
+
+
 def run_stages(configs: Sequence[RunConfig], callbacks: Sequence[Callback] = ()) -> int:
     """Train stage after stage; with ``checkpoint.resume``, skip finished ones.
 

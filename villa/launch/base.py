@@ -92,9 +92,9 @@ class Inline(Launcher):
 
     def launch(self, request: Request) -> int:
         """Run the recipe, or its stages."""
-        from villa.engine.run import run, run_stages
+        from villa.engine.run import run_recipe
 
-        return run(request.configs[0]) if len(request.configs) == 1 else run_stages(request.configs)
+        return run_recipe(request.configs)
 
 
 class Queue(Launcher):

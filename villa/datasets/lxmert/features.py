@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from villa.datasets.boxes import SLACK, check_boxes, check_features, sampled
-from villa.datasets.cache import cache_root
+from villa.datasets.cache_folder import cache_root
 from villa.datasets.lines import LineFile
 from villa.datasets.signatures import check_signatures, read_signature
 from villa.errors import DataError, one_line
@@ -308,7 +308,7 @@ def _index(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read '{path}' ({error.strerror}); mend the path") from error
     described = {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    file = cache_root(None) / "tsv" / f"{path.stem}-{place}.json"
+    file = cache_root() / "tsv" / f"{path.stem}-{place}.json"
     index = _stored(file, described)
     if index is not None:
         return index

@@ -24,7 +24,8 @@ from PIL import Image, ImageColor
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from villa.datasets.cache import CHUNK, FeatureCache, cache_root
+from villa.datasets.cache import CHUNK, FeatureCache
+from villa.datasets.cache_folder import cache_root
 from villa.datasets.own.pictures import BACKGROUND, READING, read_picture
 from villa.datasets.stores import ImageSource, RegionStore
 from villa.errors import ConfigError, DataError

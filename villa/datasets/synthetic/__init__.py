@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from villa.datasets.cache import cache_root
+from villa.datasets.cache_folder import cache_root
 from villa.datasets.synthetic.tasks import TASKS, write_databases
 from villa.errors import DataError, nearest
 from villa.files import fsync_tree, locked, no_space
@@ -44,7 +44,7 @@ def databases(task: str, examples: int = EXAMPLES, write: Callable[[str, int, Pa
             "set dataset.synthetic=false"
         )
     key = hashlib.sha256(json.dumps([VERSION, task, examples]).encode()).hexdigest()[:16]
-    folder = cache_root(None) / "synthetic" / f"{task}-{key}"
+    folder = cache_root() / "synthetic" / f"{task}-{key}"
     if folder.is_dir():
         return folder
     try:

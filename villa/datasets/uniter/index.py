@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from villa.datasets.cache import cache_root
+from villa.datasets.cache_folder import cache_root
 from villa.datasets.ragged import Integers
 from villa.files import locked, regular_file, replacing
 from villa.mapped_files import name_damaged_files
@@ -183,7 +183,7 @@ def cached(
     known = hashlib.sha256(repr([what, *(str(path.resolve()) for path in files)]).encode()).hexdigest()[:16]
     name = f"{files[0].stem:.40}-{known}"
     try:
-        root = cache_root(None) / "indexes"
+        root = cache_root() / "indexes"
         file = root / f"{name}-{_stamp(files)}.arrow"
         found = _load(file, schema)
         if found is None:
