@@ -222,6 +222,10 @@ class TaskDataset(ABC):
         """
         raise DataError(f"dataset '{self.config.name}' cannot predict on free records; predict on a split instead")
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the scores of labels in [0, 1] that answers are chosen by, ``[B, labels]``: by default the softmax."""
+        return logits.float().softmax(-1)
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Decode the predictions of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
 

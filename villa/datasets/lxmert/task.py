@@ -170,9 +170,13 @@ class LxmertTask(ReleasedFilesTask):
         """Return the format of the task's leaderboard."""
         return self.submissions
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the sigmoid scores of the answers."""
+        return logits.float().sigmoid()
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer of every row and its sigmoid score."""
-        return best_answers(logits.float().sigmoid(), self.answers)
+        return best_answers(self.probabilities(logits), self.answers)
 
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, answers and facts."""
@@ -278,4 +282,8 @@ class LxmertNlvr2(LxmertTask):
 
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return ``True`` or ``False`` and its probability."""
-        return best_answers(logits.float().softmax(-1), self.answers)
+        return best_answers(self.probabilities(logits), self.answers)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the softmax."""
+        return logits.float().softmax(-1)

@@ -242,8 +242,11 @@ class QuestionAnswering(TaskDataset):
         """
         if self.vocabulary.kind == "pair":
             return [{"answer": "match", "score": score} for score in logits.float().tolist()]
-        scores = logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
-        return best_answers(scores, self.vocabulary.answers)
+        return best_answers(self.probabilities(logits), self.vocabulary.answers)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities of the answers; for soft targets, their sigmoid scores."""
+        return logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
 
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
         """Return the generated texts and their probabilities."""

@@ -84,9 +84,13 @@ class SoftAnswers(DatabaseTask):
         """Return the answers."""
         return tuple(self.answers)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the sigmoid scores of the answers."""
+        return logits.float().sigmoid()
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return the best answer of every row with its sigmoid score."""
-        return best_answers(logits.float().sigmoid(), self.answers)
+        return best_answers(self.probabilities(logits), self.answers)
 
 
 @dataclass
