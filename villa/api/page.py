@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from villa.analysis.pictures import View, draw, draw_movement
+from villa.analysis.pictures import View, draw_movement, draw_words
 from villa.api.predictor import Predictor, from_pretrained
 from villa.datasets.base import TaskDataset
 from villa.engine.adversary import points_of
@@ -115,7 +115,7 @@ class Demo:
     def _view(self, given: dict[str, Any]) -> View | None:
         """Return what the model attends to; None if it does not tell."""
         try:
-            return self.model.attention(**given)
+            return replace(self.model.attention(**given), id=given["text"], run="")
         except ConfigError:
             return None
 
@@ -162,8 +162,9 @@ class Demo:
                         answers = gradio.Label(label="Answers and their scores")
                         attacked = gradio.Label(label="Under attack", visible=bool(self.modalities))
                     change = gradio.Markdown()
-                    moved = gradio.Image(label="What the adversary moves", interactive=False, format="png")
-            attention = gradio.Image(label="Attention from words to the image", interactive=False, format="png")
+                    moved = _output(gradio, "What the adversary moves")
+                    gradio.Markdown("**Attention** from words to the image: mean of the heads of the last layer")
+                    attention = _output(gradio, "Attention")
             triggers = [button.click, text.submit, radius.release, modality.input]
             shown = [answers, attacked, change, attention, moved]
             gradio.on(triggers, answer, [image, text, radius, modality], shown, api_name="answer")
@@ -260,11 +261,17 @@ def _gradio() -> Any:
     return gradio
 
 
+def _output(gradio: Any, label: str) -> Any:
+    """Return a component for a picture, without the button that would send it to a site."""
+    buttons = ["download", "fullscreen"]
+    return gradio.Image(label=label, show_label=False, interactive=False, format="png", buttons=buttons)
+
+
 def _drawn(view: View | None) -> Image.Image | None:
-    return None if view is None else _picture(draw([view], ()))
+    return None if view is None else _picture(draw_words(view, f"{len(view.layers)}.mean"))
 
 
 def _picture(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=150)
     return Image.open(buffer)
