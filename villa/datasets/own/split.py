@@ -271,7 +271,9 @@ class TableSplit(Split):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._reader.example(self._records[index], self._store)
+        record = self._records[index]
+        made = self._reader.example(record, self._store)
+        return made if record.group is None else grouped(made, {"group": record.group})
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""
