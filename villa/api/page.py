@@ -6,9 +6,11 @@ import io
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from PIL import Image
 
@@ -79,7 +81,7 @@ class Demo:
             points = []
         self.modalities: list[str] = [name for name in ("text", "image") if name in points]
         self.modalities += ["both"] if len(self.modalities) == 2 else []
-        self._one = threading.Lock()  # the model is hooked while it is looked into
+        self._asked: SimpleQueue[tuple[Future[Shown], tuple[Any, ...]]] = SimpleQueue()
 
     def show(self, image: Any, text: str | None, radius: float, modality: str | None) -> Shown:
         """Answer a question, with and without an attack.
@@ -98,19 +100,31 @@ class Demo:
         if image is None and self.regions != "none":
             raise DataError("there is no image; choose one")
         given = {"image": image, "text": str(text).strip()}
-        with self._one:
-            view = self._view(given)
-            if not radius or modality is None:
-                return Shown(self.model.scores(**given), None, "", _drawn(view), None)
-            found = self.model.attack(**given, radius=radius, modality=modality)
-        moved = None if view is None else replace(view, movement=found.movement)
-        return Shown(
-            dict(found.before),
-            dict(found.after),
-            found.movement.change,
-            _drawn(view),
-            None if moved is None else _picture(draw_movement(moved)),
-        )
+        view = self._view(given)
+        if not radius or modality is None:
+            return Shown(self.model.scores(**given), None, "", _drawn(view), None)
+        found = self.model.attack(**given, radius=radius, modality=modality)
+        moved = None if view is None else _picture(draw_movement(replace(view, movement=found.movement)))
+        return Shown(dict(found.before), dict(found.after), found.movement.change, _drawn(view), moved)
+
+    def ask(self, *question: Any) -> Shown:
+        """Have ``work`` answer a question of another thread; see ``show``."""
+        answer: Future[Shown] = Future()
+        self._asked.put((answer, question))
+        return answer.result()
+
+    def work(self) -> NoReturn:
+        """Answer what is asked, one after the other, until interrupted.
+
+        Torch must run in one thread that is not the server's: a model is hooked while it is looked into, and threads
+        of the server that have used torch may crash when Python ends.
+        """
+        while True:
+            answer, question = self._asked.get()
+            try:
+                answer.set_result(self.show(*question))
+            except Exception as error:
+                answer.set_exception(error)
 
     def _view(self, given: dict[str, Any]) -> View | None:
         """Return what the model attends to; None if it does not tell."""
@@ -128,7 +142,7 @@ class Demo:
 
         def answer(image: Any, text: str | None, radius: float, modality: str | None) -> Shown:
             try:
-                return self.show(image, text, radius, modality)
+                return self.ask(image, text, radius, modality)
             except VillaError as error:
                 raise gradio.Error(str(error), duration=None, print_exception=False) from error
 
@@ -211,7 +225,8 @@ def demo(
     gradio = _gradio()
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"port={port}: give 0 to {(1 << 16) - 1}")
-    page = Demo(from_pretrained(path, revision=revision, device=device, user_dir=user_dir)).page(gradio)
+    shown = Demo(from_pretrained(path, revision=revision, device=device, user_dir=user_dir))
+    page = shown.page(gradio)
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         page.launch(
@@ -234,9 +249,10 @@ def demo(
     print(f"{page.local_url} (Ctrl-C ends it)" if wait else page.local_url, flush=True)
     if wait:
         try:
-            threading.Event().wait()
+            shown.work()
         finally:
             page.close(verbose=False)
+    threading.Thread(target=shown.work, daemon=True).start()
     return page
 
 
