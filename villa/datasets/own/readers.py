@@ -38,6 +38,7 @@ class Record:
         target: class index or soft targets ``[labels]``; None without an answer, or if it is to be generated.
         answer: the answer to be generated, or None.
         where: its place in a file, for messages, if known.
+        group: name of the group that it belongs to, for metrics of groups, or None.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Record:
     target: int | Tensor | None = None
     answer: str | None = None
     where: str = ""
+    group: str | None = None
 
 
 class Reader(ABC):

@@ -271,7 +271,9 @@ class TableSplit(Split):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._reader.example(self._records[index], self._store)
+        record = self._records[index]
+        made = self._reader.example(record, self._store)
+        return made if record.group is None else grouped(made, {"group": record.group})
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""
@@ -293,9 +295,19 @@ class TableSplit(Split):
     @cached_property
     def _text_lengths(self) -> Integers:
         """Numbers of tokens ``[N, 2]`` of every record's text after and before truncation."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *map(self._measure, range(len(self)))])
+        lengths = np.zeros((len(self), 2), np.int64)
+        for images in (False, True):
+            rows = [row for row, record in enumerate(self._records) if bool(record.images) == images]
+            lengths[rows] = self._measure(rows, images)
+        return lengths
 
-    def _measure(self, index: int) -> Integers:
-        record = self._records[index]
-        with about(record.where or self.describe(index)):
-            return self._reader.text_lengths([(record.text, record.pair)], images=bool(record.images))
+    def _measure(self, rows: Sequence[int], images: bool) -> Integers:
+        """Count the tokens of records; an error names the first that cannot be read."""
+        texts = [(self._records[row].text, self._records[row].pair) for row in rows]
+        try:
+            return self._reader.text_lengths(texts, images=images)
+        except DataError:
+            for row, one in zip(rows, texts, strict=True):
+                with about(self._records[row].where or self.describe(row)):
+                    self._reader.text_lengths([one], images=images)
+            raise
