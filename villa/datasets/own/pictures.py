@@ -24,6 +24,12 @@ READING = 2
 #: Default background colour of transparent images.
 BACKGROUND = "white"
 
+_NAMES = "apng avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+#: Suffixes of the images that are taken from folders and archives.
+SUFFIXES = {f".{name}" for name in _NAMES.split()}
+#: Largest image in another file, which is read into memory.
+LARGEST = 1 << 30
+
 #: Formats that may hold PostScript, which Pillow would run with Ghostscript.
 _PROGRAMS = ("EPS", "IPTC")
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 0x0102, 0x0106

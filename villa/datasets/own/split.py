@@ -81,7 +81,7 @@ class JsonlSplit(Split):
         waiting: dict[int, Texts] = {}  # by line, to be measured together
         try:
             blocks = self._lines.read(self._checked)
-            shown = f"checking {self._lines.path.name}"
+            shown = f"checking {Path(self._lines.name).name}"
             for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
                 for index, (name, texts, files, kept) in enumerate(checked, first):
                     ids.append(hash(name))
@@ -185,9 +185,9 @@ class JsonlSplit(Split):
         self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
         share = 100 * len(dropped) / lines
         text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
-        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        logger.warning(text, self._lines.name, len(dropped), lines, share)
         if not self._kept:
-            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+            raise DataError(f"'{self._lines.name}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
