@@ -59,11 +59,7 @@ def local_path(uri: str) -> Path:
     """
     if not uri.startswith(_URL_PREFIXES):
         return Path(_path_manager().get_local_path(str(plain_path(uri))))
-    if uri in _refused:
-        raise DataError(
-            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
-            "the option that it is in yourself"
-        )
+    check_address(uri)
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir
@@ -76,6 +72,19 @@ def local_path(uri: str) -> Path:
         raise DataError(
             f"cannot download '{uri}': {one_line(error)}; check the address or give a local path"
         ) from error
+
+
+def check_address(uri: str) -> None:
+    """Check that the user gave an address, not only the recipe inside a trained model.
+
+    Raises:
+        DataError: that recipe alone names it (``refuse_addresses``).
+    """
+    if uri in _refused:
+        raise DataError(
+            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
+            "the option that it is in yourself"
+        )
 
 
 def is_url(text: str) -> bool:
@@ -138,7 +147,7 @@ def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
         stored: texts of the recipe inside a trained model; those that are not URLs are ignored.
         given: texts that the user gave.
     """
-    _refused.update(text for text in stored if text.startswith(_URL_PREFIXES))
+    _refused.update(text for text in stored if text.startswith((*_URL_PREFIXES, "hf://")))
     _refused.difference_update(given)
 
 

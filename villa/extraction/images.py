@@ -11,17 +11,11 @@ from typing import Any
 from PIL import Image
 
 from villa.datasets.lines import TextLines
-from villa.datasets.own.pictures import read_picture
+from villa.datasets.own.pictures import LARGEST, SUFFIXES, read_picture
 from villa.datasets.own.records import JsonLines
 from villa.datasets.stores import ImageSource
 from villa.errors import DataError, about, reading
 from villa.files import plain_path, regular_file
-
-_NAMES = "apng avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
-#: Suffixes of the files that are taken from folders and archives.
-SUFFIXES = {f".{name}" for name in _NAMES.split()}
-#: Largest file in an archive, which is read into memory.
-LARGEST = 1 << 30
 
 
 @dataclass(frozen=True)

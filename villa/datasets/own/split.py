@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,15 @@ from villa.datasets.own.records import (
 )
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
-from villa.datasets.stores import SourceFiles, Sources
+from villa.datasets.stores import Piece, SourceFiles, Sources
 from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
 logger = logging.getLogger(__name__)
+
+#: Id, texts and files of a record, and whether it is kept.
+Checked: TypeAlias = tuple[str, Texts, list[str | Piece], bool]
 
 
 class JsonlSplit(Split):
@@ -79,7 +82,7 @@ class JsonlSplit(Split):
         waiting: dict[int, Texts] = {}  # by line, to be measured together
         try:
             blocks = self._lines.read(self._checked)
-            shown = f"checking {self._lines.path.name}"
+            shown = f"checking {Path(self._lines.name).name}"
             for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
                 for index, (name, texts, files, kept) in enumerate(checked, first):
                     ids.append(hash(name))
@@ -142,7 +145,7 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
-    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[Checked]:
         """Return the id, texts and files of every record, and whether it is kept."""
         regions = self._vocabulary.regions
         texts, files = texts_of(records), [record_files(record, regions) for record in records]
@@ -170,9 +173,9 @@ class JsonlSplit(Split):
         self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
         share = 100 * len(dropped) / lines
         text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
-        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        logger.warning(text, self._lines.name, len(dropped), lines, share)
         if not self._kept:
-            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+            raise DataError(f"'{self._lines.name}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
