@@ -83,8 +83,16 @@ class Parts:
         """
         return evaluation_plan(split, self.config.evaluation.examples, first=first, by_length=self._by_length)
 
-    def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
-        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``."""
+    def evaluation_batches(
+        self, split: Split, *, first: bool = False, start: int = 0
+    ) -> tuple[Iterator[Batch | StandIn], int]:
+        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``.
+
+        Args:
+            split: the examples.
+            first: see ``evaluation_plan``.
+            start: number of batches of the plan to leave out.
+        """
         config, share = self.config, self.strategy.share
         batches = evaluation_batches(
             split,
@@ -92,11 +100,12 @@ class Parts:
             config.evaluation.examples,
             config.training.workers,
             first=first,
+            start=start,
             by_length=self._by_length,
             share=share,
             timeout=config.training.data_timeout,
         )
-        return batches, len(share.turns(len(self.evaluation_plan(split, first=first))))
+        return batches, len(share.turns(len(self.evaluation_plan(split, first=first)[start:])))
 
     @property
     def _by_length(self) -> bool:
