@@ -235,7 +235,7 @@ def describe_points(config: RunConfig) -> list[str]:
         ConfigError: the model cannot be built.
     """
     with torch.device("meta"), within_memory(config.model.name):
-        model: Model = MODELS.get(config.model.name).from_config(config.model, _facts(config))
+        model: Model = MODELS.get(config.model.name).from_config(config.model, facts_of(config))
     points = model.perturbation_points()
     inner = getattr(model, "transformer", None)
     kind = "" if inner is None else f" ({type(inner).__name__})"
@@ -265,7 +265,7 @@ def _parts(model: Model, point: Point) -> Iterator[str]:
         yield "at the positions of this modality only"
 
 
-def _facts(config: RunConfig) -> DataFacts:
+def facts_of(config: RunConfig) -> DataFacts:
     """Return the facts of the data, or made-up ones if it cannot be read."""
     try:
         facts: DataFacts = DATASETS.get(config.dataset.name)(config.dataset).facts()
