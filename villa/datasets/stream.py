@@ -147,6 +147,7 @@ def evaluation_batches(
     *,
     first: bool = False,
     by_length: bool = False,
+    plan: Sequence[Sequence[int]] | None = None,
     share: Share = WHOLE,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch | StandIn]:
@@ -159,10 +160,11 @@ def evaluation_batches(
         workers: number of prefetching processes.
         first: see ``evaluation_plan``.
         by_length: see ``evaluation_plan``.
+        plan: that plan, if it is known.
         share: selects the batches of this process; processes that run out get ``StandIn`` batches.
         timeout: as for ``UpdateStream``.
     """
-    plan = evaluation_plan(split, examples, first=first, by_length=by_length)
+    plan = plan or evaluation_plan(split, examples, first=first, by_length=by_length)
     turns = share.turns(len(plan))
     batches: Iterator[list[_Item]] = ([(index, None) for index in plan[turn.number]] for turn in turns)
     batches_loaded = _load(split, collate, batches, workers=workers, pin=False, share=share, timeout=timeout)
