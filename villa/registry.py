@@ -147,6 +147,7 @@ DATASETS: Registry[Any] = Registry(
         "easy_vqa": "villa.datasets.own.easy_vqa",
         "jsonl": "villa.datasets.own.jsonl",
         **dict.fromkeys(("lxmert_vqa", "lxmert_gqa", "lxmert_nlvr2"), "villa.datasets.lxmert.task"),
+        "nlvr": "villa.datasets.own.nlvr",
         "nlvr2": "villa.datasets.uniter.nlvr2",
         **dict.fromkeys(("pretraining", "vcr_pretraining"), "villa.datasets.uniter.pretraining"),
         "referring": "villa.datasets.uniter.referring",
