@@ -171,7 +171,7 @@ def test_broken_questions_are_one_line(
     ("args", "message"),
     [
         (["predict.input=nowhere.jsonl"], "cannot read 'nowhere.jsonl' (No such file or directory)"),
-        (["predict.input=/"], "cannot read '/' (Is a directory)"),
+        (["predict.input=/dev/null"], "cannot read '/dev/null' (it is a pipe, socket or device, not a file)"),
         (
             ["predict.split=tets"],
             "predict.split is 'tets', but dataset 'jsonl' has only the splits train, val, test; did",

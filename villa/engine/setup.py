@@ -91,19 +91,28 @@ class Parts:
             plans[first] = evaluation_plan(split, size, first=first, by_length=self._by_length)
         return plans[first]
 
-    def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
-        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``."""
+    def evaluation_batches(
+        self, split: Split, *, first: bool = False, start: int = 0
+    ) -> tuple[Iterator[Batch | StandIn], int]:
+        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``.
+
+        Args:
+            split: the examples.
+            first: see ``evaluation_plan``.
+            start: number of batches of the plan to leave out.
+        """
         config, share, plan = self.config, self.strategy.share, self.evaluation_plan(split, first=first)
         batches = evaluation_batches(
             split,
             self.data.collate,
             config.evaluation.examples,
             config.training.workers,
+            start=start,
             plan=plan,
             share=share,
             timeout=config.training.data_timeout,
         )
-        return batches, len(share.turns(len(plan)))
+        return batches, len(share.turns(len(plan) - start))
 
     @property
     def _by_length(self) -> bool:

@@ -18,6 +18,9 @@ from villa.datasets.sources.fields import Columns
 from villa.datasets.sources.unpacked import Row
 from villa.errors import DataError, about, reading
 
+#: Yields the rows of a file.
+Read = Callable[[Path, Columns], Iterator[Row]]
+
 #: Rows, and bytes, that are converted at a time.
 _ROWS, _BYTES = 1024, 1 << 23
 #: What an Arrow stream ends with, and one of the first versions.
@@ -214,13 +217,3 @@ def _class_name(number: int, names: Sequence[str], column: str) -> str | None:
             f"'{column}' is {number}, but its {len(names)} classes are 0 to {len(names) - 1}; mend the table"
         )
     return names[number]
-
-
-#: How each kind of file is read.
-Read = Callable[[Path, Columns], Iterator[Row]]
-READERS: dict[str, Read] = {
-    **dict.fromkeys((".csv", ".tsv", ".tab", ".csv.gz", ".tsv.gz"), read_csv),
-    **dict.fromkeys((".parquet", ".pq"), read_parquet),
-    **dict.fromkeys((".arrow", ".feather", ".ipc"), read_arrow),
-    **dict.fromkeys((".jsonl", ".ndjson"), read_json_lines),
-}
