@@ -38,7 +38,11 @@ updates: 2
 axes:
   backbone:
     uniter: {model: {name: uniter, hidden_size: 16, num_layers: 1, num_heads: 2}}
-    lxmert: {model: {name: lxmert, hidden_size: 16, intermediate_size: 16, language_layers: 1, vision_layers: 1, cross_layers: 1, num_heads: 2}}
+    lxmert:
+      model: {name: lxmert, hidden_size: 16, intermediate_size: 16, num_heads: 2}
+      model.language_layers: 1
+      model.vision_layers: 1
+      model.cross_layers: 1
     vilt:
       model: {name: vilt, head: answers, hidden_size: 16, num_layers: 1, num_heads: 2, image_size: 16, patch_size: 8}
       dataset: {synthetic: true, synthetic_examples: 64, regions: pixels, image_size: 16}
