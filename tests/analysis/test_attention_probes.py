@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from villa.analysis.movement import near
 from villa.analysis.pictures import View, entropy
 from villa.analysis.probe_report import collect, split_images, summary, table, winners
 from villa.analysis.probes import ALL, Key, Measured, fusion, is_grid, measure
@@ -178,6 +179,12 @@ def test_fusion_tells_states_that_are_apart_from_mixed_ones() -> None:
 def test_entropy_is_that_of_the_scaled_weights() -> None:
     assert entropy(torch.full((8,), 0.01)).item() == pytest.approx(3.0)
     assert entropy(torch.tensor([0.0, 0.3, 0.0])).item() == pytest.approx(0.0)
+
+
+def test_the_nearest_words_are_words() -> None:
+    names = ["[PAD]", "[unused7]", "</s>", "(4)", "red", "##ish", "blue", "."]
+    table = torch.arange(len(names)).float()[:, None]
+    assert near(torch.tensor([1.2]), names.index("red"), table, names.__getitem__) == ("##ish", "blue", ".")
 
 
 def test_a_head_that_is_not_there_is_named(tmp_path: Path) -> None:
