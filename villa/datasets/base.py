@@ -222,10 +222,6 @@ class TaskDataset(ABC):
         """
         raise DataError(f"dataset '{self.config.name}' cannot predict on free records; predict on a split instead")
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the scores of labels in [0, 1] that answers are chosen by, ``[B, labels]``: by default the softmax."""
-        return logits.float().softmax(-1)
-
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Decode the predictions of a batch into B records ``{"answer": ..., "score": ...}`` for prediction files.
 
@@ -235,6 +231,10 @@ class TaskDataset(ABC):
         scores, classes = logits.softmax(-1).max(-1)
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]
+
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]] | None:
+        """Return the scores ``[B, labels]`` of all answers, and the answers; None if examples have one answer each."""
+        return None
 
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
         """Decode generated texts into B records ``{"answer": text, "score": probability}``.
@@ -327,6 +327,14 @@ def best_answers(scores: Tensor, answers: Sequence[str]) -> list[dict[str, Any]]
     best, labels = scores.max(-1)
     pairs = zip(labels.tolist(), best.tolist(), strict=True)
     return [{"answer": answers[label], "score": score} for label, score in pairs]
+
+
+def top_answers(scores: Tensor, answers: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Return what ``best_answers`` does, with the ``most`` best answers, best first, as ``top``."""
+    found, labels = scores.sort(dim=-1, descending=True, stable=True)
+    rows = zip(labels[:, :most].tolist(), found[:, :most].tolist(), strict=True)
+    tops = [[{"answer": answers[label], "score": score} for label, score in zip(*row, strict=True)] for row in rows]
+    return [{**top[0], "top": top} for top in tops]
 
 
 def _listed(text: str) -> list[str]:

@@ -12,7 +12,6 @@ from villa.batch import Batch
 from villa.datasets.own.question_answering import QuestionAnswering
 from villa.engine.attacking import example_metric
 from villa.engine.passes import ModelPasses
-from villa.engine.saving import label_names
 from villa.engine.setup import Parts
 from villa.errors import ConfigError
 from villa.models.base import ModelOutput
@@ -95,10 +94,10 @@ def points_of(parts: Parts, modality: str) -> dict[str, Any]:
 
 def best_scores(parts: Parts, batch: Batch, output: ModelOutput) -> dict[str, float]:
     """Return the best answers to the first example with their scores, best first; one if there are no labels."""
-    labels = label_names(parts.data)
-    if labels is None:
+    ranked = parts.data.rank(output.logits)
+    if ranked is None:
         (decoded,) = parts.decode(batch, output)
         return {str(decoded["answer"]): float(decoded["score"])}
-    scores = parts.data.probabilities(output.logits)[0]
-    best = scores.topk(min(_SHOWN, len(labels)))
+    scores, labels = ranked
+    best = scores[0].topk(min(_SHOWN, len(labels)))
     return {labels[label]: score for label, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
