@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -114,10 +114,10 @@ class EasyVqa(QuestionAnswering):
 
     def _record(self, question: Question) -> Record:
         images = () if self.vocabulary.regions == "none" else (question.image,)
-        record = Record(str(question.number), question.text, images=images)
-        if self.vocabulary.kind == "text":
-            return replace(record, answer=question.answer)
-        return replace(record, target=self.vocabulary.labels[question.answer])
+        text = self.vocabulary.kind == "text"
+        target = None if text else self.vocabulary.labels[question.answer]
+        answer = question.answer if text else None
+        return Record(str(question.number), question.text, images=images, target=target, answer=answer)
 
     def fingerprint(self) -> str:
         """Hash of questions, image files, options and extractor."""

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,15 @@ from villa.datasets.own.records import (
 )
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
-from villa.datasets.stores import SourceFiles, Sources
+from villa.datasets.stores import Piece, SourceFiles, Sources
 from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
 logger = logging.getLogger(__name__)
+
+#: Id, texts and files of a record, and whether it is kept.
+Checked: TypeAlias = tuple[str, Texts, list[str | Piece], bool]
 
 
 class JsonlSplit(Split):
@@ -140,7 +143,7 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
-    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[Checked]:
         """Return the id, texts and files of every record, and whether it is kept."""
         regions = self._vocabulary.regions
         texts, files = texts_of(records), [record_files(record, regions) for record in records]
@@ -268,7 +271,9 @@ class TableSplit(Split):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._reader.example(self._records[index], self._store)
+        record = self._records[index]
+        made = self._reader.example(record, self._store)
+        return made if record.group is None else grouped(made, {"group": record.group})
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""
@@ -290,9 +295,19 @@ class TableSplit(Split):
     @cached_property
     def _text_lengths(self) -> Integers:
         """Numbers of tokens ``[N, 2]`` of every record's text after and before truncation."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *map(self._measure, range(len(self)))])
+        lengths = np.zeros((len(self), 2), np.int64)
+        for images in (False, True):
+            rows = [row for row, record in enumerate(self._records) if bool(record.images) == images]
+            lengths[rows] = self._measure(rows, images)
+        return lengths
 
-    def _measure(self, index: int) -> Integers:
-        record = self._records[index]
-        with about(record.where or self.describe(index)):
-            return self._reader.text_lengths([(record.text, record.pair)], images=bool(record.images))
+    def _measure(self, rows: Sequence[int], images: bool) -> Integers:
+        """Count the tokens of records; an error names the first that cannot be read."""
+        texts = [(self._records[row].text, self._records[row].pair) for row in rows]
+        try:
+            return self._reader.text_lengths(texts, images=images)
+        except DataError:
+            for row, one in zip(rows, texts, strict=True):
+                with about(self._records[row].where or self.describe(row)):
+                    self._reader.text_lengths([one], images=images)
+            raise
