@@ -57,7 +57,8 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
                         (--help trainer=villa)
   doctor                what is installed, devices, caches, and what a recipe lacks
   --new KIND NAME       write a class of your own that runs, and its test, as NAME.py and test_NAME.py
-  --completion SHELL    print what makes a shell complete options and names: eval "$(villa_run --completion bash)"
+  --completion SHELL    print a script that makes a shell complete options, names and files, for
+                        eval "$(villa_run --completion bash)"
   --version             show the version
 
 Exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.

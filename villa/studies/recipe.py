@@ -18,6 +18,8 @@ from villa.recipes import locate, suggestion
 _HELP = "methods"
 #: Option of a method: another one whose options and settings it has, too.
 _LIKE = "like"
+#: Key below which a file is read as one value.
+_WHOLE = "study.of.methods"
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,11 @@ def read_study(path: str) -> StudyRecipe:
 
 
 def _tree(path: str) -> dict[str, Any]:
-    """Return the content of a file as nested mappings, whose keys below the second level may have dots."""
-    tree: dict[str, Any] = {}
-    for key, value in parse(read_text(Path(path)), lambda line: Origin(path, line)).items():
-        *outer, last = key.split(".", 2)
-        inner = tree
-        for name in outer:
-            inner = inner.setdefault(name, {})
-        inner[last] = value.data
-    return tree
+    """Return the content of a file as nested mappings, also those that are empty: a method without options."""
+    read = parse(read_text(Path(path)), lambda line: Origin(path, line), _WHOLE)[_WHOLE].data
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path}: a study is a mapping of 'key: value' lines")
+    return dict(read)
 
 
 def _inherited(path: str, methods: Any, settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:

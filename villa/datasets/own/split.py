@@ -20,6 +20,7 @@ from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
     JsonLines,
     answer_scores,
+    check_ids,
     plain_texts,
     record_files,
     record_id,
@@ -81,7 +82,7 @@ class JsonlSplit(Split):
         waiting: dict[int, Texts] = {}  # by line, to be measured together
         try:
             blocks = self._lines.read(self._checked)
-            shown = f"checking {self._lines.path.name}"
+            shown = f"checking {Path(self._lines.name).name}"
             for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
                 for index, (name, texts, files, kept) in enumerate(checked, first):
                     ids.append(hash(name))
@@ -94,7 +95,8 @@ class JsonlSplit(Split):
                     self._measure(waiting)
         finally:  # also after an error, as an earlier line may have one
             self._measure(waiting)
-        self._check_ids(ids)
+        records = enumerate(self._lines)
+        check_ids(ids, lambda: ((self._lines.where(index), self._id(index, record)) for index, record in records))
         if dropped:
             self._leave_out(dropped)
         return sources.build()
@@ -166,28 +168,14 @@ class JsonlSplit(Split):
         self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
         waiting.clear()
 
-    def _check_ids(self, hashes: array[int]) -> None:
-        """Refuse an id that occurs twice, comparing only ids with equal hashes."""
-        ordered = np.frombuffer(hashes, np.int64)
-        ordered.sort()
-        suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
-        seen: set[str] = set()
-        for index, record in enumerate(self._lines if suspects else ()):
-            name = self._id(index, record)
-            if name in seen:
-                where = self._lines.where(index)
-                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
-            if hash(name) in suspects:
-                seen.add(name)
-
     def _leave_out(self, dropped: array[int]) -> None:
         lines = len(self._lines)
         self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
         share = 100 * len(dropped) / lines
         text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
-        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        logger.warning(text, self._lines.name, len(dropped), lines, share)
         if not self._kept:
-            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+            raise DataError(f"'{self._lines.name}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
