@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tarfile
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from villa.datasets.stores import ImageSource, Piece
 from villa.datasets.stream import UpdateStream
 from villa.datasets.validation import validate, validate_rows
 from villa.errors import ConfigError, DataError
+from villa.files import refuse_addresses
 from villa.share import WHOLE, Share
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -51,6 +53,7 @@ def table(colours: Any = COLOURS) -> pa.Table:
 
 
 def archive(path: Path, members: list[tuple[str, bytes]], mode: Any = "w") -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, data in members:
             entry = tarfile.TarInfo(name)
@@ -324,7 +327,10 @@ def test_a_fault_of_an_archive(tmp_path: Path, members: list[tuple[str, bytes]],
     assert message in str(told.value)
 
 
-def test_sizes_in_archives_are_not_trusted(tmp_path: Path) -> None:
+def test_sizes_and_names_in_archives_are_not_trusted(tmp_path: Path) -> None:
+    path = archive(tmp_path / "deep" / "s.tar.gz", [("../a.png", encoded("red")), ("../a.txt", b"x")], "w:gz")
+    assert open_source(path)[0]["id"] == "../a"
+    assert {one.name for one in tmp_path.iterdir()} == {"deep", "cache"}
     path = archive(tmp_path / "s.tar", [("a.png", encoded("red")), ("a.txt", b"x")])
     whole = path.read_bytes()
     for size in (b"77777777777\0", b"\x80" + b"\xff" * 11):
@@ -353,6 +359,19 @@ def test_columns_that_do_not_fit(tmp_path: Path) -> None:
     recipe = ["model=uniter", "dataset=jsonl", "dataset.train=[a.csv, 'b*.csv']", "dataset.columns.question=q"]
     config: Any = load([*recipe, "training.updates=1", "batch.examples=1"]).config.dataset
     assert (config.train, config.columns) == (["a.csv", "b*.csv"], {"question": "q"})
+
+
+def test_a_data_set_of_the_hub_is_named_by_the_user() -> None:
+    with pytest.raises(DataError, match="'hf://#train' is no data set of the hub; give hf://OWNER/NAME"):
+        open_source("hf://#train")
+    refuse_addresses(stored=["hf://me/mine"], given=[])
+    for address in ("hf://me/mine", "hf://me/mine#train"):
+        with pytest.raises(DataError, match="is not fetched just because the recipe inside a trained model names it"):
+            open_source(address)
+    refuse_addresses(stored=[], given=["hf://me/mine"])
+    if find_spec("datasets") is None:
+        with pytest.raises(DataError, match=r"pip install 'villa\[datasets\]'"):
+            open_source("hf://me/mine#train")
 
 
 def stream_of(path: Path, position: Any, updates: int, share: Share = WHOLE, workers: int = 0) -> list[Batch]:
