@@ -29,7 +29,7 @@ from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.records import JsonLines
 from villa.datasets.sources.opening import open_source, split_sources
-from villa.datasets.stores import ImageSource, Piece
+from villa.datasets.stores import ImageSource, Piece, Sources
 from villa.datasets.stream import UpdateStream
 from villa.datasets.validation import validate, validate_rows
 from villa.errors import ConfigError, DataError
@@ -159,6 +159,18 @@ def test_several_files_are_one_source(tmp_path: Path) -> None:
     assert rows.where(3) == f"{tmp_path / 'b/part-0.csv'}:3"
     assert [*open_source([tmp_path / "a", tmp_path / "b"])] == [*rows]
     assert open_source([tmp_path / "a", tmp_path / "b"], root=tmp_path / "b")[0]["image"] == "i.png"
+
+
+def test_files_and_pieces_of_files_are_one_list() -> None:
+    sources, piece = Sources(Path("/d"), lambda mention: f"t:{mention}"), Piece(Path("/t.tar"), 512, 7)
+    added = [sources.add(one, number) for number, one in enumerate(["a", piece, "b", "a", piece, "c"])]
+    assert added == [0, 1, 2, 0, 1, 3]
+    found = sources.build()
+    assert [*found] == [found[index] for index in range(len(found))] == found[:]
+    assert [one.name for one in found] == ["/d/a", "/t.tar@512", "/d/b", "/d/c"]
+    assert found[1] == ImageSource(Path("/t.tar"), "t:1", 512, 7)
+    with pytest.raises(IndexError):
+        found[4]
 
 
 def test_archives(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def _rows(
 ) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # what is inconsistent would be read beyond its end
         whole = max(1, min(_ROWS, _BYTES * batch.num_rows // max(batch.nbytes, 1)))
         for start in range(0, batch.num_rows, whole):
             part = batch.slice(start, whole)
