@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from villa.errors import DataError, StorageError, VillaError, one_line
 from villa.json_values import parse_json
 
 _URL_PREFIXES = ("http://", "https://")
+_FILE = "file://"
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 #: URLs that only the recipe inside a trained model names.
 _refused: set[str] = set()
@@ -106,11 +107,15 @@ def from_home(text: str | Path) -> Path:
 
 
 def plain_path(text: str) -> Path:
-    """Return the path of a file or folder of this machine; ``~`` is the home folder.
+    """Return the path of a file or folder of this machine, from a path (``~`` is the home folder) or a ``file://`` URL.
 
     Raises:
-        DataError: it is a URL (which ``Path`` would turn into ``https:/...``), or ``from_home`` refuses it.
+        DataError: it is another URL (which ``Path`` would turn into ``https:/...``), or ``from_home`` refuses it.
     """
+    if text.startswith(_FILE):
+        host, _, path_of_url = text.removeprefix(_FILE).partition("/")
+        if host in ("", "localhost"):
+            return from_home(f"/{unquote(path_of_url)}")
     path = from_home(text)
     if is_url(text) and not os.path.exists(path):  # noqa: PTH110 (pathlib raises for a name that is too long)
         raise DataError(f"'{text}' is a URL, and is not fetched here; download it and give the path of what you have")

@@ -215,6 +215,7 @@ class Jsonl(QuestionAnswering):
             regions=regions,
             feature_dim=_feature_dim(regions, first_files),
             extractor=self._extractor(regions, processor) if first_files is None else first_files.extractor,
+            maker=None if first_files is None else first_files.maker,
             kind=kind,
             processor=processor,
         )

@@ -20,6 +20,7 @@ from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
     JsonLines,
     answer_scores,
+    check_ids,
     plain_texts,
     record_files,
     record_id,
@@ -94,7 +95,8 @@ class JsonlSplit(Split):
                     self._measure(waiting)
         finally:  # also after an error, as an earlier line may have one
             self._measure(waiting)
-        self._check_ids(ids)
+        records = enumerate(self._lines)
+        check_ids(ids, lambda: ((self._lines.where(index), self._id(index, record)) for index, record in records))
         if dropped:
             self._leave_out(dropped)
         return sources.build()
@@ -165,20 +167,6 @@ class JsonlSplit(Split):
         self._cut.add(lengths)
         self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
         waiting.clear()
-
-    def _check_ids(self, hashes: array[int]) -> None:
-        """Refuse an id that occurs twice, comparing only ids with equal hashes."""
-        ordered = np.frombuffer(hashes, np.int64)
-        ordered.sort()
-        suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
-        seen: set[str] = set()
-        for index, record in enumerate(self._lines if suspects else ()):
-            name = self._id(index, record)
-            if name in seen:
-                where = self._lines.where(index)
-                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
-            if hash(name) in suspects:
-                seen.add(name)
 
     def _leave_out(self, dropped: array[int]) -> None:
         lines = len(self._lines)
