@@ -140,6 +140,9 @@ def test_forms_of_columns(tmp_path: Path) -> None:
         {"question": "a", "answer": "dog"},
         {"question": "b"},
     ]
+    pq.write_table(pa.table({"q": ["a", "b"], "label": [1, 2]}, schema), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t.parquet: row 2: the class is 2, but there are 2, from 0"):
+        open_source(tmp_path / "t.parquet", {"question": "q", "answer": "label"})
     (tmp_path / "own.jsonl").write_text('{"q": "a", "img": "g.png"}\n\n{"q": "b", "img": "g.png"}\n')
     mapped = open_source(tmp_path / "own.jsonl", {"question": "q", "image": "img"}, max_rows=2)
     assert mapped[1] == {"question": "b", "image": "g.png"}
@@ -287,6 +290,11 @@ IMAGES = {"question": ["a", "b"], "answer": ["x", "y"]}
         ("t.parquet", {**IMAGES, "image": [encoded("red"), None]}, "t.parquet: row 2: 'image' is None"),
         ("t.parquet", {**IMAGES, "image": [1, 2]}, "t.parquet: row 1: 'image' is 1; it must be a path, or the bytes"),
         ("t.parquet", {**IMAGES, "image": ["no.png", "no.png"]}, "t.parquet: row 1: cannot read '"),
+        (
+            "t.parquet",
+            {"question": pa.array([b"a", "é".encode("latin-1")]).view(pa.string())},
+            "t.parquet: row 2 cannot",
+        ),
         ("t.parquet", b"PAR1 and no end", "t.parquet' cannot be read"),
         ("t.arrow", b"\xff\xff\xff\xff", "t.arrow' cannot be read"),
         ("t.tar", b"x" * 2048, "t.tar' cannot be read: ValueError: at byte 0 there is no header"),
