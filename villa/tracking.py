@@ -367,10 +367,10 @@ class TensorBoardTracker(FileTracker):
 
 
 def table(path: Path, rows: int) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the first rows of a file of JSON lines."""
+    """Return the columns (but lists of answers) and the first rows of a file of JSON lines."""
     with path.open(encoding="utf-8") as lines:
         records: list[dict[str, Any]] = [json.loads(line) for line in itertools.islice(lines, rows)]
-    columns = list(dict.fromkeys(name for record in records for name in record))
+    columns = list(dict.fromkeys(name for record in records for name in record if name != "top"))
     return columns, [[record.get(name) for name in columns] for record in records]
 
 
