@@ -188,7 +188,7 @@ def draw(rows: Sequence[Row], output: Path) -> None:
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
         own, marker = [row for row in rows if row.strategy == strategy], "os^Dv"[index % 5]
         gpus = [row.gpus * 1.05**index for row in own]  # apart, as lines may coincide
-        style = {"color": f"C{index}", "linewidth": 1.5, "marker": marker, "markersize": 5}
+        style = {"color": f"C{index}", "linewidth": 1.5, "marker": marker, "markersize": 9 - 2 * index}
         memory.plot(gpus, [row.memory.peak / 2**30 for row in own], label=strategy, **style)
         time.plot(gpus, [row.link for row in own], linestyle="--", label=f"sending, {strategy}", **style)
     own = [row for row in rows if row.strategy == rows[0].strategy]
