@@ -106,6 +106,7 @@ def test_pictures_and_a_page_are_written(trained: Path, tmp_path: Path) -> None:
     (moved,) = found["adversary"]
     assert max(moved["tokens"]) > 0
     assert len(moved["nearest"]) == len(moved["tokens"])
+    assert {name for names in moved["nearest"] for name in names} <= {word for word in WORDS if word.isalpha()}
     assert main([*given, f"attention.runs=[{trained}]", f"output_dir={tmp_path / 'both'}"]) == 0
     (found,) = json.loads((tmp_path / "both" / "attention.json").read_text())
     assert len(found["columns"]) == 2

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from villa.datasets.lines import TextLines
+from villa.datasets.own.pictures import SUFFIXES
 from villa.datasets.own.records import TEXT_FIELDS, JsonLines, Request, beside, check_ids, record_id
 from villa.datasets.stores import ImageSource
 from villa.errors import DataError, about
-from villa.extraction.images import SUFFIXES, images_below, listed_paths, no_image
+from villa.extraction.images import images_below, listed_paths, no_image
 from villa.files import local_path, plain_path, regular_file, sha256
 
 #: Beginning of a line of JSON.

@@ -108,7 +108,7 @@ class EasyVqa(QuestionAnswering):
         """Return a split, after extracting features that are not cached yet."""
         questions = self._questions(name)
         seen = self.vocabulary.regions != "none"
-        store = self.open_store(_images(name == "test"), (q.image for q in questions)) if seen else None
+        store = self.open_store(_images(test=name == "test"), (q.image for q in questions)) if seen else None
         records = [self._record(question) for question in questions]
         return TableSplit(records, self.reader, store, self._left_out(name, len(records)))
 
@@ -127,8 +127,8 @@ class EasyVqa(QuestionAnswering):
         if self.vocabulary.processor is not None:
             parts.append(self.vocabulary.reading_fingerprint())
         for test in (False, True):
-            questions = [(q.number, q.text, q.answer, q.image) for q in _read(test)]
-            parts += [questions, files_digest(_images(test))]
+            questions = [(q.number, q.text, q.answer, q.image) for q in _read(test=test)]
+            parts += [questions, files_digest(_images(test=test))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def reference_scores(self, split: str) -> dict[str, float]:
@@ -195,14 +195,14 @@ def _package() -> ModuleType:
 
 
 @cache
-def _read(test: bool) -> list[Question]:
+def _read(*, test: bool) -> list[Question]:
     package = _package()
     columns = package.get_test_questions() if test else package.get_train_questions()
     return [Question(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
 
 
 @cache
-def _images(test: bool) -> list[ImageSource]:
+def _images(*, test: bool) -> list[ImageSource]:
     """Return the images, ordered as in the package."""
     package = _package()
     paths = package.get_test_image_paths() if test else package.get_train_image_paths()

@@ -160,12 +160,14 @@ def picture_of(image: Any, background: str = BACKGROUND) -> Image.Image:
         raise DataError(f"image is of type {type(image).__name__}, which is none of an image; give {KINDS}")
     if isinstance(image, bytes | bytearray | memoryview):
         return read_picture(ImageSource(Path(f"{len(image):,} bytes"), ""), background, bytes(image))
-    array = image if isinstance(image, np.ndarray) else None
-    if isinstance(image, Tensor):
-        array = image.detach().cpu().numpy() if image.dtype != torch.bfloat16 else image.detach().float().cpu().numpy()
+    array: npt.NDArray[Any] | None = None
     try:
-        if array is None:
+        if isinstance(image, Image.Image):
             return upright_rgb(image, background)
+        if isinstance(image, Tensor):
+            array = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
+        else:
+            array = image
         return upright_rgb(Image.fromarray(_channels_last(array, first=isinstance(image, Tensor))), background)
     except Exception as error:  # Pillow raises many kinds
         given = "an image" if array is None else f"an array of {array.dtype} {list(array.shape)}"

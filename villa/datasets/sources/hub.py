@@ -97,8 +97,13 @@ def _hub_rows(address: str, streaming: bool, columns: Columns) -> Iterator[Row]:
         tables: Iterator[Any] = iter(data.iter(_ROWS))
         first = list(islice(tables, 1))
         for table in first:
-            batches = chain.from_iterable(one.to_batches() for one in chain([table], tables))
-            yield from read_batches(address, table.schema, batches, columns)
+            # An image that is a file of the data set is read into the table, from wherever it is.
+            whole = map(_datasets().table.embed_table_storage, chain([table], tables))
+            yield from read_batches(address, table.schema, chain.from_iterable(map(_batches, whole)), columns)
+
+
+def _batches(table: Any) -> Any:
+    return table.to_batches()
 
 
 def _chosen(address: str) -> dict[str, Any]:

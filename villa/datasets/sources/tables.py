@@ -23,8 +23,10 @@ Read = Callable[[Path, Columns], Iterator[Row]]
 
 #: Rows, and bytes, that are converted at a time.
 _ROWS, _BYTES = 1024, 1 << 23
-#: What an Arrow stream ends with, and one of the first versions.
-_END_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+#: How parquet is read: page by page, with their checksums compared if there are any.
+_SPARING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+#: Beginning of every message of an Arrow stream, of which the last is empty; the first versions had none.
+_MESSAGE, _EMPTY = b"\xff" * 4, b"\0" * 4
 _ADVICE = "copy it again, or write it again"
 
 
@@ -100,9 +102,9 @@ def _next_row(table: Iterator[list[str]], lines: _Lines, number: int) -> list[st
     try:
         return next(table, None)
     except csv.Error as error:
-        to = f" to {lines.number}" if lines.number > number else ""
+        to, problem = f" to {lines.number}" if lines.number > number else "", str(error).partition(" - ")[0]
         raise DataError(
-            f"{lines.path}:{number}: the row in line {number}{to} is damaged ({error}); look for a quote that is not "
+            f"{lines.path}:{number}: the row in line {number}{to} is damaged ({problem}); look for a quote that is not "
             "closed, write quotes within quotes twice, and end lines with line feeds"
         ) from error
 
@@ -124,7 +126,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
     """
     import pyarrow.parquet as pq
 
-    with _reading(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+    with _reading(path), pq.ParquetFile(path, **_SPARING) as file:
         schema = file.schema_arrow
         fields, names = _fields(path, schema, columns)
         size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
@@ -145,7 +147,8 @@ def read_arrow(path: Path, columns: Columns) -> Iterator[Row]:
             batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
         else:
             opened = pa.ipc.open_stream(source)
-            if not source.read_at(8, max(source.size() - 8, 0)).endswith(_END_OF_STREAM):
+            end = (_MESSAGE if source.read_at(4, 0) == _MESSAGE else b"") + _EMPTY
+            if not source.read_at(8, max(source.size() - 8, 0)).endswith(end):
                 raise ValueError("it is cut off, for its end is missing")
             batches = iter(opened)
         fields, names = _fields(path, opened.schema, columns)
