@@ -83,6 +83,10 @@ class Registry(Generic[T]):
             )
         return cast("type[T]", self._classes[name])
 
+    def builtin(self, name: str) -> str | None:
+        """Return the module whose import registers a built-in name; None for other names."""
+        return self._builtin.get(name)
+
     def summary(self, name: str) -> str:
         """Return the first line of the documentation of a known class; a built-in's is read, not imported.
 

@@ -232,6 +232,10 @@ class TaskDataset(ABC):
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]
 
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]] | None:
+        """Return the scores ``[B, labels]`` of all answers, and the answers; None if examples have one answer each."""
+        return None
+
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
         """Decode generated texts into B records ``{"answer": text, "score": probability}``.
 
@@ -323,6 +327,14 @@ def best_answers(scores: Tensor, answers: Sequence[str]) -> list[dict[str, Any]]
     best, labels = scores.max(-1)
     pairs = zip(labels.tolist(), best.tolist(), strict=True)
     return [{"answer": answers[label], "score": score} for label, score in pairs]
+
+
+def top_answers(scores: Tensor, answers: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Return what ``best_answers`` does, with the ``most`` best answers, best first, as ``top``."""
+    found, labels = scores.sort(dim=-1, descending=True, stable=True)
+    rows = zip(labels[:, :most].tolist(), found[:, :most].tolist(), strict=True)
+    tops = [[{"answer": answers[label], "score": score} for label, score in zip(*row, strict=True)] for row in rows]
+    return [{**top[0], "top": top} for top in tops]
 
 
 def _listed(text: str) -> list[str]:

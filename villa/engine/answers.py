@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,10 +16,33 @@ from villa.progress import track
 from villa.registry import SUBMISSIONS
 
 
-class Collector:
-    """Gathers the answers to a split's batches from all processes, in the order of the split.
+class InOrder:
+    """Puts the answers to a split's batches in the order of the split.
 
     Answers wait for those before them, for the batches of ``Parts.evaluation_plan`` are sorted by length.
+
+    Args:
+        plan: the examples of every batch.
+    """
+
+    def __init__(self, plan: Sequence[Sequence[int]]) -> None:
+        self._indices = chain.from_iterable(plan)
+        self._waiting: dict[int, tuple[str, dict[str, Any]]] = {}
+        self._next = 0
+
+    def add(self, ids: list[str], answers: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the ids and answers that are next, given those of the next batch of the plan."""
+        for answer in zip(ids, answers, strict=True):
+            self._waiting[next(self._indices)] = answer
+        ready = []
+        while self._next in self._waiting:
+            ready.append(self._waiting.pop(self._next))
+            self._next += 1
+        return [id_ for id_, _ in ready], [answer for _, answer in ready]
+
+
+class Collector:
+    """Gathers the answers to a split's batches from all processes, in the order of the split.
 
     Args:
         parts: the model, its data and the processes.
@@ -28,22 +51,14 @@ class Collector:
 
     def __init__(self, parts: Parts, examples: Split) -> None:
         self._parts = parts
-        self._indices = chain.from_iterable(parts.evaluation_plan(examples))
-        self._waiting: dict[int, tuple[str, dict[str, Any]]] = {}
-        self._next = 0
+        self._order = InOrder(parts.evaluation_plan(examples))
 
     def __call__(self, ran: Ran) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the ids and decoded answers that are next, given this process's batch; a collective call."""
         decoded = self._parts.decode(ran.batch, ran.output)
         mine = [ran.batch.ids, decoded] if ran.own else [[], []]
-        for ids, answers in self._parts.strategy.processes.gather(mine):
-            for answer in zip(ids, answers, strict=True):
-                self._waiting[next(self._indices)] = answer
-        ready = []
-        while self._next in self._waiting:
-            ready.append(self._waiting.pop(self._next))
-            self._next += 1
-        return [id_ for id_, _ in ready], [answer for _, answer in ready]
+        gathered = self._parts.strategy.processes.gather(mine)
+        return self._order.add(*([one for part in parts for one in part] for parts in zip(*gathered, strict=True)))
 
 
 def answers(parts: Parts, examples: Split) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:

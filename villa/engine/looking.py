@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from villa.datasets.stores import ImageSource
 from villa.datasets.synthetic.world import FEATURE_DIM, VOCABULARY
 from villa.distributed.strategy import strategy_of
 from villa.engine.attacking import example_metric
-from villa.engine.inference import read_requests, restore_parts
+from villa.engine.inference import restore_parts
 from villa.engine.linked_texts import real_tokens, tokenizer_of
 from villa.engine.passes import ModelPasses, evaluating
+from villa.engine.requests import open_requests
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
@@ -174,14 +176,14 @@ def _split(parts: Parts) -> Split:
     given = parts.config.predict.input
     if given is None:
         return parts.split(parts.config.predict.split, "predict.split")
-    return parts.data.requests(list(read_requests(local_path(given))))
+    return parts.data.requests(list(open_requests(given, parts.config.predict.question)))
 
 
 def _images(config: RunConfig) -> list[Image.Image | None]:
     """Return the images that the records of ``predict.input`` name, as far as they name any."""
     if config.predict.input is None:
         return []
-    records = list(read_requests(local_path(config.predict.input)))[: config.attention.examples]
+    records = islice(open_requests(config.predict.input, config.predict.question), config.attention.examples)
     named = [(one.get("image"), one.where) for one in records]
     return [
         read_picture(ImageSource(local_path(file), where)) if isinstance(file, str) else None for file, where in named

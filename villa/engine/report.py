@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from villa.analysis.robustness import interval
 from villa.checkpoints.layout import CURVES, LOG, METRICS
 from villa.checkpoints.store import CheckpointStore
 from villa.config.schema import RunConfig
-from villa.datasets.base import Split
+from villa.datasets.base import Split, TaskDataset
 from villa.datasets.samplers import Sampler
 from villa.engine.answers import Collector, answer_file, submission_path, write_answers, write_submission
 from villa.engine.evaluator import Ran
@@ -166,6 +167,26 @@ def group_table(metrics: Sequence[GroupMetric], title: str) -> Table:
                 cells = [f"[{100 * low:.1f}, {100 * high:.1f}]", f"{len(found.sizes):,}"]
             table.add_row(Text(visible(name.replace("_", " "))), f"{100 * value:.1f}", *cells)
     return table
+
+
+def data_line(config: RunConfig, data: TaskDataset, read: Mapping[str, Split]) -> str:
+    """Return the size of the data: ``easy_vqa: 34,717 train and 3,858 val examples of 13 labels (splits: ...)``.
+
+    Args:
+        config: the recipe.
+        data: its data.
+        read: the splits that the run has opened, by name.
+    """
+    counts = " and ".join(f"{len(split):,} {name}" for name, split in read.items())
+    labels = data.facts().num_labels
+    of = "" if labels is None else f" of {labels:,} label{'s' * (labels != 1)}"
+    return f"{config.dataset.name}: {counts} examples{of} (splits: {', '.join(data.splits())})"
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """Return a line of a run's header, wrapped between words at 80 columns."""
+    wrapper = textwrap.TextWrapper(80, indent, f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
 
 
 def warnings_of_run(config: RunConfig, split: Split, sampler: Sampler, updates: int) -> list[str]:

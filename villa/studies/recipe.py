@@ -12,6 +12,7 @@ from villa.config.values import Origin
 from villa.config.yaml_text import parse, write
 from villa.errors import ConfigError, nearest
 from villa.files import read_text
+from villa.recipes import locate, suggestion
 
 #: Name of the only question of a study that asks none.
 _HELP = "methods"
@@ -95,8 +96,9 @@ def read_study(path: str) -> StudyRecipe:
     Raises:
         ConfigError: it cannot be read, or does not make a study.
     """
+    path = locate(path)
     if not Path(path).is_file():
-        raise ConfigError(f"the study '{path}' does not exist; give the path of a YAML file")
+        raise ConfigError(f"the study '{path}' does not exist{suggestion(path)}; give the path of a YAML file")
     tree = _tree(path)
     known = {each.name for each in fields(StudyRecipe)}
     for key in tree:

@@ -283,7 +283,7 @@ class ProcessorReader(Reader):
         images = () if store is None else tuple(store[image] for image in record.images)
         reference = None
         if self.reading.kind == "pair" and store is not None and record.images:
-            reference = {"image": str(store.sources[record.images[0]].path), "text": record.text}
+            reference = {"image": store.sources[record.images[0]].name, "text": record.text}
         return Example(
             record.id,
             target=record.target,

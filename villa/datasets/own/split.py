@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
     JsonLines,
     answer_scores,
+    check_ids,
     plain_texts,
     record_files,
     record_id,
@@ -29,12 +30,15 @@ from villa.datasets.own.records import (
 )
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
-from villa.datasets.stores import SourceFiles, Sources
+from villa.datasets.stores import Piece, SourceFiles, Sources
 from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
 logger = logging.getLogger(__name__)
+
+#: Id, texts and files of a record, and whether it is kept.
+Checked: TypeAlias = tuple[str, Texts, list[str | Piece], bool]
 
 
 class JsonlSplit(Split):
@@ -78,7 +82,7 @@ class JsonlSplit(Split):
         waiting: dict[int, Texts] = {}  # by line, to be measured together
         try:
             blocks = self._lines.read(self._checked)
-            shown = f"checking {self._lines.path.name}"
+            shown = f"checking {Path(self._lines.name).name}"
             for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
                 for index, (name, texts, files, kept) in enumerate(checked, first):
                     ids.append(hash(name))
@@ -91,7 +95,8 @@ class JsonlSplit(Split):
                     self._measure(waiting)
         finally:  # also after an error, as an earlier line may have one
             self._measure(waiting)
-        self._check_ids(ids)
+        records = enumerate(self._lines)
+        check_ids(ids, lambda: ((self._lines.where(index), self._id(index, record)) for index, record in records))
         if dropped:
             self._leave_out(dropped)
         return sources.build()
@@ -140,7 +145,7 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
-    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[Checked]:
         """Return the id, texts and files of every record, and whether it is kept."""
         regions = self._vocabulary.regions
         texts, files = texts_of(records), [record_files(record, regions) for record in records]
@@ -163,28 +168,14 @@ class JsonlSplit(Split):
         self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
         waiting.clear()
 
-    def _check_ids(self, hashes: array[int]) -> None:
-        """Refuse an id that occurs twice, comparing only ids with equal hashes."""
-        ordered = np.frombuffer(hashes, np.int64)
-        ordered.sort()
-        suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
-        seen: set[str] = set()
-        for index, record in enumerate(self._lines if suspects else ()):
-            name = self._id(index, record)
-            if name in seen:
-                where = self._lines.where(index)
-                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
-            if hash(name) in suspects:
-                seen.add(name)
-
     def _leave_out(self, dropped: array[int]) -> None:
         lines = len(self._lines)
         self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
         share = 100 * len(dropped) / lines
         text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
-        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        logger.warning(text, self._lines.name, len(dropped), lines, share)
         if not self._kept:
-            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+            raise DataError(f"'{self._lines.name}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
@@ -292,9 +283,19 @@ class TableSplit(Split):
     @cached_property
     def _text_lengths(self) -> Integers:
         """Numbers of tokens ``[N, 2]`` of every record's text after and before truncation."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *map(self._measure, range(len(self)))])
+        lengths = np.zeros((len(self), 2), np.int64)
+        for images in (False, True):
+            rows = [row for row, record in enumerate(self._records) if bool(record.images) == images]
+            lengths[rows] = self._measure(rows, images)
+        return lengths
 
-    def _measure(self, index: int) -> Integers:
-        record = self._records[index]
-        with about(record.where or self.describe(index)):
-            return self._reader.text_lengths([(record.text, record.pair)], images=bool(record.images))
+    def _measure(self, rows: Sequence[int], images: bool) -> Integers:
+        """Count the tokens of records; an error names the first that cannot be read."""
+        texts = [(self._records[row].text, self._records[row].pair) for row in rows]
+        try:
+            return self._reader.text_lengths(texts, images=images)
+        except DataError:
+            for row, one in zip(rows, texts, strict=True):
+                with about(self._records[row].where or self.describe(row)):
+                    self._reader.text_lengths([one], images=images)
+            raise
