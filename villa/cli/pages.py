@@ -20,12 +20,15 @@ from villa.errors import ConfigError, VillaError, nearest, one_line
 from villa.registry import EXTRACTORS, REGISTRIES, Registry
 
 USAGE = """\
-usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points | --dry-run]
+usage: villa_run [config=RECIPE.yaml] [section.option=value ...]
+                 [--print-config [--no-origins] | --parameters | --perturbation-points | --dry-run]
        villa_run config=RECIPE.yaml ... --sweep section.option=value,value,... ... [--at-once N]
        villa_run --study STUDY.yaml [section.option=value ...] [--at-once N]
        villa_run --compare FOLDER FOLDER ... [output_dir=FOLDER]
        villa_run --list [KIND] | --help [SECTION | section=name ...] | --version
        villa_run doctor [config=RECIPE.yaml ...]
+       villa_run --new trainer|model|dataset|loss|attack|callback NAME
+       villa_run --completion bash|zsh|fish
 
 Train, evaluate or predict with what a recipe names. Later values win: defaults, presets, included files, the
 recipe, the command line. Values are YAML; quote brackets and blanks for the shell.
@@ -44,13 +47,17 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --study STUDY.yaml    compare methods at matched updates and matched compute: train and attack what is missing, then
                         write tables, figures and a page of what they show
   --compare A B ...     compare runs that were attacked (run_type=robustness) or probed (run_type=probe)
-  --print-config        show the resolved recipe with the origin of every value, and stop
+  --print-config        show the resolved recipe with the origin of every value, and stop; with --no-origins without
+                        these comments, to compare two recipes with diff
+  --parameters          show by module which parameters train, with which learning rate and weight decay, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --dry-run             show what memory and how many operations the recipe's run needs, and stop
   --list [KIND]         list what is registered: models, datasets, losses, ...
   --help [SECTION]      this page, its part on a section (--help training), or a registered class's options
                         (--help trainer=villa)
   doctor                what is installed, devices, caches, and what a recipe lacks
+  --new KIND NAME       write a class of your own that runs, and its test, as NAME.py and test_NAME.py
+  --completion SHELL    print what makes a shell complete options, names and files: eval "$(villa_run --completion bash)"
   --version             show the version
 
 Exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.

@@ -16,7 +16,7 @@ from villa.analysis.robustness import chosen
 from villa.batch import Batch
 from villa.config.schema import ProbeConfig
 from villa.datasets.base import Example
-from villa.datasets.linked import flickr30k, generated, lines, visual_genome
+from villa.datasets.linked import flickr30k, generated, lines, nlvr, visual_genome
 from villa.datasets.linked.example import Linked
 from villa.datasets.own.files import FileStore
 from villa.datasets.own.pictures import read_picture
@@ -35,8 +35,8 @@ from villa.files import local_path
 _READERS: Mapping[str, Callable[[Path, str | None], Iterator[Linked]]] = {
     "flickr30k_entities": flickr30k.read,
     "visual_genome": visual_genome.read,
-    "nlvr": lines.read_nlvr,
-    "lines": lines.read_lines,
+    "nlvr": nlvr.read,
+    "lines": lines.read,
 }
 #: Texts of generated data if their number is not limited, and the longest text in tokens without a recipe's.
 _GENERATED, _LONGEST = 500, 60

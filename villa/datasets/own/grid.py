@@ -262,5 +262,6 @@ class GridStore(RegionStore):
         digest = hashlib.blake2b(f"{self._extractor.signature} {self._reading}".encode(), digest_size=16)
         for source in self.sources:
             stat = source.stat()
-            digest.update(f"{source.path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            size = stat.st_size if source.size is None else source.size
+            digest.update(f"{Path(source.name).absolute()}\0{size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()

@@ -69,7 +69,8 @@ class PictureStore:
     def __init__(self, sources: Sequence[ImageSource], background: str = BACKGROUND) -> None:
         self.sources, self.background = sources, background
         for source in sources:
-            source.stat()
+            if source.size is None:
+                source.stat()
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -90,20 +91,23 @@ def read_picture(source: ImageSource, background: str = BACKGROUND, content: byt
     Raises:
         DataError: the file is missing, not a regular file, too large, or cannot be decoded.
     """
-    if content is None:
+    if content is None and source.size is None:
         source.stat()
     try:
+        if content is None and source.size is not None:
+            content = source.content()
         opened = source.path.open("rb") if content is None else io.BytesIO(content)
         with opened as file, Image.open(file) as image, _one_large(image.size):
             if image.format in _PROGRAMS:
                 raise ValueError(f"{image.format} files are not read, for PostScript is a program")
-            return upright_rgb(image, background, name=str(source.path))
+            return upright_rgb(image, background, name=source.name)
     except Exception as error:  # Pillow's decoders raise all kinds for broken files
         # Pillow names the file by its object.
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is in none of the formats that Pillow reads" if unknown else one_line(error)
         advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "replace the file"
-        raise DataError(f"{source.place}'{source.path}' cannot be read as an image ({reason}); {advice}") from error
+        shown = f"'{source.path}'" if source.size is None else f"the image of {source.size:,} bytes"
+        raise DataError(f"{source.place}{shown} cannot be read as an image ({reason}); {advice}") from error
 
 
 def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "an image") -> Image.Image:

@@ -10,8 +10,10 @@ from typing import Any, Literal, TypeVar
 
 from villa.datasets.base import plain_answer
 from villa.datasets.lines import TextLines
+from villa.datasets.stores import Piece
 from villa.datasets.text import Texts
 from villa.errors import DataError, about
+from villa.files import sha256
 from villa.json_values import is_number, is_score, parse_json, parse_objects
 
 T = TypeVar("T")
@@ -35,12 +37,17 @@ class JsonLines(TextLines):
     Args:
         path: the file; UTF-8, with or without a byte-order mark.
 
+    Attributes:
+        name: what messages call the source of the records.
+        folder: folder that relative paths in the records are relative to.
+
     Raises:
         DataError: the file is missing or empty.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self.name, self.folder = str(path), path.parent
         if not len(self):
             raise DataError(f"'{path}' holds no record; write one JSON object a line")
 
@@ -84,6 +91,10 @@ class JsonLines(TextLines):
                         what(index, [record])
                 raise
             yield first, found
+
+    def digest(self) -> str:
+        """Return a hash of the contents."""
+        return sha256(self.path)
 
     def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:
@@ -163,8 +174,8 @@ def texts_of(records: Sequence[Mapping[str, Any]]) -> list[Texts]:
     return [(text, None) for text in texts]
 
 
-def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
-    """Return the files that a record names: one, several ``images``, or none for text only.
+def record_files(record: Mapping[str, Any], regions: Regions) -> list[str | Piece]:
+    """Return the files that a record names: one, several ``images``, or none for text only; or pieces of files.
 
     Raises:
         DataError: the record does not name them.
@@ -173,10 +184,15 @@ def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
         return []
     if regions == "pixels" and "images" in record:
         images = record["images"]
-        if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
+        if not (isinstance(images, list) and images and all(map(_is_image, images))):
             raise DataError(f"'images' is {images!r:.40}; it must be a list of paths")
         return images
-    return [text_field(record, REGION_FIELDS[regions])]
+    name = REGION_FIELDS[regions]
+    return [record[name]] if isinstance(record.get(name), Piece) else [text_field(record, name)]
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Piece) or (isinstance(value, str) and bool(value.strip()))
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,15 @@ from villa.datasets.own.records import (
 )
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
-from villa.datasets.stores import SourceFiles, Sources
+from villa.datasets.stores import Piece, SourceFiles, Sources
 from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
 logger = logging.getLogger(__name__)
+
+#: Id, texts and files of a record, and whether it is kept.
+Checked: TypeAlias = tuple[str, Texts, list[str | Piece], bool]
 
 
 class JsonlSplit(Split):
@@ -140,7 +143,7 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
-    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[Checked]:
         """Return the id, texts and files of every record, and whether it is kept."""
         regions = self._vocabulary.regions
         texts, files = texts_of(records), [record_files(record, regions) for record in records]
@@ -268,7 +271,9 @@ class TableSplit(Split):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._reader.example(self._records[index], self._store)
+        record = self._records[index]
+        made = self._reader.example(record, self._store)
+        return made if record.group is None else grouped(made, {"group": record.group})
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""
