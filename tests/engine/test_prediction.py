@@ -248,6 +248,19 @@ def test_a_killed_prediction_goes_on_to_the_same_bytes(
     assert not part.exists()
 
 
+def test_the_same_command_goes_on_in_the_folder_of_the_model(
+    trained: Path, photos: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run_type=predict", f"checkpoint.path={trained / 'run'}", f"predict.input={photos[0]}", ASK]
+    command += ["predict.examples=4", "logging.progress=auto"]
+    assert main(command) == 2  # after the first batch
+    assert main([*command, "predict.on_error=skip"]) == 0
+    assert "going on after 4 of 25 predictions" in capsys.readouterr().err
+    written = [str(file.relative_to(trained / "run")) for file in (trained / "run").glob("predict*/*")]
+    name = f"predictions_{photos[0].name}"
+    assert sorted(written) == [f"predict/{name}.jsonl", f"predict/{name}.skipped.jsonl"]
+
+
 def test_two_processes_write_what_one_does(
     forks: Any, trained: Path, photos: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
