@@ -20,6 +20,9 @@ VARIANTS = {
     "launcher": "launchers",
 }
 
+#: Pairs of options of which a recipe gives one: giving one where an earlier layer gives the other replaces that.
+ALTERNATIVES = (("training.updates", "training.epochs"), ("batch.examples", "batch.tokens"))
+
 
 @dataclass
 class BatchConfig:

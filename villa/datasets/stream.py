@@ -148,6 +148,7 @@ def evaluation_batches(
     first: bool = False,
     start: int = 0,
     by_length: bool = False,
+    plan: Sequence[Sequence[int]] | None = None,
     share: Share = WHOLE,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch | StandIn]:
@@ -161,10 +162,11 @@ def evaluation_batches(
         first: see ``evaluation_plan``.
         start: number of batches of the plan to leave out.
         by_length: see ``evaluation_plan``.
+        plan: that plan, if it is known.
         share: selects the batches of this process; processes that run out get ``StandIn`` batches.
         timeout: as for ``UpdateStream``.
     """
-    plan = evaluation_plan(split, examples, first=first, by_length=by_length)[start:]
+    plan = (plan or evaluation_plan(split, examples, first=first, by_length=by_length))[start:]
     turns = share.turns(len(plan))
     batches: Iterator[list[_Item]] = ([(index, None) for index in plan[turn.number]] for turn in turns)
     batches_loaded = _load(split, collate, batches, workers=workers, pin=False, share=share, timeout=timeout)

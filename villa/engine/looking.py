@@ -20,7 +20,7 @@ from villa.checkpoints.layout import CONFIG
 from villa.config.loader import load
 from villa.config.printer import to_yaml
 from villa.config.schema import AttentionConfig, RunConfig
-from villa.datasets.base import Example, Split
+from villa.datasets.base import Split
 from villa.datasets.linked import generated
 from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.question_answering import QuestionAnswering
@@ -85,7 +85,7 @@ def look(
         with torch.no_grad(), evaluating(parts.model), parts.precision.autocast():
             (maps,) = parts.model.attention_maps(batch)
         tokens = tuple(names(id_) for id_ in _ids(batch, maps.tokens))
-        image = images[place] if place < len(images) else _picture(example)
+        image = images[place] if place < len(images) else split.shown_image(place)
         answer, movement = _answer(parts, batch), None
         if options.attack:
             movement = _movement(parts, batch, names, options)
@@ -191,14 +191,6 @@ def _named_image(image: Any, where: str) -> Image.Image | None:
     if isinstance(image, Piece):
         return read_picture(ImageSource(image.path, where, image.start, image.size))
     return read_picture(ImageSource(local_path(image), where)) if isinstance(image, str) else None
-
-
-def _picture(example: Example) -> Image.Image | None:
-    """Return the image that an example holds, if it does."""
-    image = example.images[0] if example.images else None
-    if isinstance(image, torch.Tensor):
-        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return image if isinstance(image, Image.Image) else None
 
 
 def _of_run(path: str, config: RunConfig) -> list[View]:

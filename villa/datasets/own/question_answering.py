@@ -307,7 +307,7 @@ class QuestionAnswering(TaskDataset):
             )
         return store
 
-    def _feature_files(self, sources: Sequence[ImageSource]) -> FileStore:
+    def _feature_files(self, sources: Sequence[ImageSource]) -> RegionStore:
         """Return the store of feature files."""
         return FileStore(sources)
 

@@ -35,7 +35,7 @@ def check_columns(columns: Mapping[str, Any]) -> None:
     for field, column in columns.items():
         if field not in FIELDS:
             raise ConfigError(
-                f"dataset.columns has no field '{field}'{nearest(field, FIELDS)}; give {', '.join(FIELDS)}"
+                f"dataset.columns names no field '{field}'{nearest(field, FIELDS)} (known: {', '.join(FIELDS)})"
             )
         if not isinstance(column, str):
             raise ConfigError(f"dataset.columns.{field} = {column!r:.40}: must be the name of a column, in quotes")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from villa.datasets.own.pictures import SUFFIXES
 from villa.datasets.own.records import JsonLines
 from villa.datasets.sources.fields import Columns
 from villa.datasets.sources.folders import SPLIT_NAMES, image_folder
@@ -131,6 +132,18 @@ def _split_files(folder: Path, split: str, name: Any) -> Source | None:
     return None
 
 
+def is_address(source: str) -> bool:
+    """Return whether a text is no path, but a pattern of paths, or the address of a data set on the hub."""
+    return source.startswith(HUB) or (glob.has_magic(source) and not Path(source).exists())
+
+
+def holds_rows(folder: Path) -> bool:
+    """Return whether a folder holds tables, archives or images, or is one of ``save_to_disk``."""
+    return is_saved(folder) or any(
+        kind_of(file) is not None or file.suffix.lower() in SUFFIXES for file in folder.rglob("*")
+    )
+
+
 def kind_of(path: Path) -> str | None:
     """Return the end of a file's name by which it is read, or None if it tells nothing."""
     name = path.name.lower()
@@ -142,7 +155,7 @@ def _parts(source: str, streaming: bool = False) -> list[Part]:
     if source.startswith(HUB):
         return [hub_part(source, streaming=streaming)]
     path = local_path(source)
-    if not path.exists() and glob.has_magic(source):
+    if is_address(source):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
         if not found:
             raise DataError(f"no file fits the pattern '{source}'; mend it")

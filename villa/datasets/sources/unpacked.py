@@ -170,6 +170,7 @@ class _Unpacking:
 
     def __init__(self, parts: Sequence[Part], columns: Columns, base: Path | None, most: int | None) -> None:
         self._most = most
+        self._form: bool | None = None
         self._parts, self._columns, self._base = parts, columns, base
         self._digest = hashlib.sha256()
         self._numbers: list[tuple[int, int, int]] = []  # first row, number minus row, part: where one of them changes
@@ -210,11 +211,20 @@ class _Unpacking:
                 record = self._columns.record(fields, written=part.written)
                 if default is not None and "id" not in record:
                     record["id"] = default if len(self._parts) == 1 else f"{Path(part.name).name}/{default}"
+                self._check_form(record)
                 line = self._line(record, which, part, images)
             self._digest.update(line)
             rows.write(line)
             count += 1
         return count
+
+    def _check_form(self, record: dict[str, Any]) -> None:
+        """Refuse rows with images after one without: the first tells whether there are any."""
+        form = not record.keys().isdisjoint(("image", "images", "features"))
+        self._form = form if self._form is None else self._form
+        if form != self._form:
+            here, first = ("an image", "none") if form else ("no image", "one")
+            raise DataError(f"the row has {here}, the first one has {first}; give all rows an image, or none")
 
     def _line(self, record: dict[str, Any], which: int, part: Part, images: IO[bytes]) -> bytes:
         for field in ("image", "images", "features"):
