@@ -220,7 +220,7 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("a..b=1", "'a..b' (command line) is not a key; write section.option=value"),
         ("=1", "'' (command line) is not a key"),
         ("other.yaml", "did you mean 'config=other.yaml'?"),
-        ("config=", "config='' (command line): give the path of a YAML file"),
+        ("config=", "config='' (command line): give the path or name of a recipe"),
         ("includes=x", "includes (command line): unknown key"),
         ("trainer.name={a: 1}", "trainer (command line): no trainer is called '{a: 1}'"),
         ("user_dir=nowhere", "user_dir 'nowhere' does not exist; give a package folder or a .py file (command line)"),

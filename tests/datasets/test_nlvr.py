@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from villa.cli.run import main
 from villa.datasets.own.nlvr import Nlvr, NlvrConfig
 from villa.datasets.own.nlvr_scenes import SceneStore, read_scenes
 from villa.datasets.stores import ImageSource
 from villa.errors import ConfigError, DataError
+from villa.studies.study import Study
 
+PROJECTS = Path(__file__).parents[2] / "projects" / "nlvr"
 #: Rows of the release (lil-lab/nlvr@1892484, CC-BY-4.0), as they are; the last has the fields of its hidden split.
 ROWS = (
     {
@@ -194,6 +197,20 @@ def test_a_picture_of_another_scene_is_named(release: Callable[..., Path]) -> No
     file.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"train\.json:1: .*cannot be read as an image"):
         data(root).split("train")
+
+
+@pytest.mark.parametrize("recipe", ["uniter", "vilt"])
+def test_the_recipes_train(release: Callable[..., Path], recipe: str, tmp_path: Path) -> None:
+    arguments = [f"config={PROJECTS / recipe}.yaml", f"dataset.root={release()}", f"output_dir={tmp_path / 'out'}"]
+    short = ["training.updates=1", "evaluation.every=1", "logging.figures=false", "logging.tensorboard=false"]
+    assert main([*arguments, *short]) == 0
+    reached = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert reached["test"].keys() >= {"accuracy", "consistency"}
+
+
+def test_the_study_loads(release: Callable[..., Path], tmp_path: Path) -> None:
+    cells = Study(str(PROJECTS / "study.yaml"), [f"output_dir={tmp_path}", f"dataset.root={release()}"]).cells
+    assert {cells.configs(row, 1)[-1].trainer.name for row in cells.tries()} == {"standard", "freelb", "villa"}
 
 
 @pytest.mark.parametrize(

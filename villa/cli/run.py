@@ -85,13 +85,18 @@ def _join_started(options: argparse.Namespace) -> None:
         strategies = {stage.config.distributed.strategy for stage in load_stages(options.values)}
         if strategies != {"single"}:
             started.adopt(os.environ)
-        elif started.direct and not (options.print_config or options.dry_run or options.perturbation_points):
+        elif started.direct and not (_shows(options)):
             raise ConfigError(
                 f"{started.program} has started {started.count} processes, but distributed.strategy is 'single', which "
                 "has one; set it to ddp or fsdp, or start one task (WORLD_SIZE=1 makes each a run of its own)"
             )
     except VillaError as error:
         started.refuse(error)
+
+
+def _shows(options: argparse.Namespace) -> bool:
+    """Return whether a recipe is only looked at."""
+    return bool(options.print_config or options.parameters or options.perturbation_points or options.dry_run)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -107,6 +112,10 @@ def _run(options: argparse.Namespace) -> int:
         from villa.planning.dry_run import describe_points
 
         return show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
+    if options.parameters:
+        from villa.planning.parameters import describe_parameters
+
+        return show("".join(f"{line}\n" for stage in stages for line in describe_parameters(stage.config)))
     if options.dry_run:
         from villa.planning.dry_run import dry_run
 
@@ -171,7 +180,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from villa.sweeps.axes import parse_axis, points
     from villa.sweeps.sweep import Sweep
 
-    if options.print_config or options.perturbation_points or options.dry_run:
+    if _shows(options):
         raise ConfigError("--sweep trains; leave it out to look at one recipe")
     _refuse_several("--sweep")
     sweep = Sweep(options.values, points([parse_axis(argument) for argument in options.sweep]))
@@ -185,7 +194,7 @@ def _study(options: argparse.Namespace) -> int:
     from villa.errors import ConfigError
     from villa.studies.study import Study
 
-    if options.sweep is not None or options.print_config or options.perturbation_points or options.dry_run:
+    if options.sweep is not None or _shows(options):
         raise ConfigError("--study runs what its recipe lists; leave the other options out to look at one recipe")
     _refuse_several("--study")
     return Study(options.study, options.values).run(options.at_once)

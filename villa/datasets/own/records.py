@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from villa.datasets.base import plain_answer
 from villa.datasets.lines import TextLines
@@ -145,6 +148,27 @@ def record_id(record: Mapping[str, Any], default: str) -> str:
     if (isinstance(value, str) and value) or is_number(value):
         return str(value)
     raise DataError(f"'id' is {value!r:.40}; it must be a text or a number, or be left out")
+
+
+def check_ids(hashes: array[int], named: Callable[[], Iterable[tuple[str, str]]]) -> None:
+    """Refuse an id that occurs twice, comparing only ids with equal hashes.
+
+    Args:
+        hashes: hash of every id; it is sorted in place.
+        named: yields the place of every record and its id.
+
+    Raises:
+        DataError: naming the second place.
+    """
+    ordered = np.frombuffer(hashes, np.int64)
+    ordered.sort()
+    suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
+    seen: set[str] = set()
+    for where, name in named() if suspects else ():
+        if name in seen:
+            raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
+        if hash(name) in suspects:
+            seen.add(name)
 
 
 def record_texts(record: Mapping[str, Any]) -> Texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from villa.datasets.stores import Piece
@@ -34,7 +35,7 @@ def check_columns(columns: Mapping[str, Any]) -> None:
     for field, column in columns.items():
         if field not in FIELDS:
             raise ConfigError(
-                f"dataset.columns has no field '{field}'{nearest(field, FIELDS)}; give {', '.join(FIELDS)}"
+                f"dataset.columns names no field '{field}'{nearest(field, FIELDS)} (known: {', '.join(FIELDS)})"
             )
         if not isinstance(column, str):
             raise ConfigError(f"dataset.columns.{field} = {column!r:.40}: must be the name of a column, in quotes")
@@ -53,11 +54,16 @@ class Columns:
         check_columns(given)
         self.given, self.question, self.images = dict(given), question, images
         skipped = () if images else _IMAGES
-        others = {
-            name for names in (_TEXTS, _ANSWERS, _IMAGES) if any(name in given for name in names) for name in names
-        }
-        self._own = [field for field in FIELDS if field not in (*given, *others, *skipped)]
+        instead = [names for names in (_TEXTS, _ANSWERS, _IMAGES) if any(name in given for name in names)]
+        self._own = [field for field in FIELDS if field not in (*given, *chain(*instead), *skipped)]
+        self._else: dict[str, str] = {}
         self._given = {field: column for field, column in given.items() if field not in skipped}
+
+    def also(self, field: str, column: str) -> Columns:
+        """Return the choice that takes a field from a column, if none is given for it and there is none of its name."""
+        made = Columns(self.given, self.question, images=self.images)
+        made._else = {field: column} if field in self._own else {}
+        return made
 
     def among(self, names: Sequence[str]) -> dict[str, str]:
         """Return column by field, for those that a table with these columns has.
@@ -68,7 +74,7 @@ class Columns:
         for field, column in self._given.items():
             if column not in names:
                 raise DataError(f"there is no column '{column}' ({field}){nearest(column, names)} ({_listed(names)})")
-        found = {**self._given, **{field: field for field in self._own if field in names}}
+        found = {**self._given, **self._named(names)}
         if self.question is None and not any(field in found for field in _TEXTS):
             raise DataError(
                 f"there is no column 'question' or 'text' ({_listed(names)}); name it by dataset.columns.question, or "
@@ -89,7 +95,12 @@ class Columns:
             if column not in values:
                 raise DataError(f"'{column}' ({field}) is missing ({_listed([*values])})")
         fields = {field: values[column] for field, column in self._given.items()}
-        return fields | {field: values[field] for field in self._own if field in values}
+        return fields | {field: values[column] for field, column in self._named(values).items()}
+
+    def _named(self, names: Collection[str]) -> dict[str, str]:
+        """Return column by field, for fields that no column is given for."""
+        found = {field: field for field in self._own if field in names}
+        return found | {field: name for field, name in self._else.items() if field not in found and name in names}
 
     def record(self, fields: Mapping[str, Any], *, written: bool = False) -> dict[str, Any]:
         """Return the record of a row.

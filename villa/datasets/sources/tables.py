@@ -18,10 +18,15 @@ from villa.datasets.sources.fields import Columns
 from villa.datasets.sources.unpacked import Row
 from villa.errors import DataError, about, reading
 
+#: Yields the rows of a file.
+Read = Callable[[Path, Columns], Iterator[Row]]
+
 #: Rows, and bytes, that are converted at a time.
 _ROWS, _BYTES = 1024, 1 << 23
-#: What an Arrow stream ends with, and one of the first versions.
-_END_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+#: How parquet is read: page by page, with their checksums compared if there are any.
+_SPARING: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+#: Beginning of every message of an Arrow stream, of which the last is empty; the first versions had none.
+_MESSAGE, _EMPTY = b"\xff" * 4, b"\0" * 4
 _ADVICE = "copy it again, or write it again"
 
 
@@ -97,9 +102,9 @@ def _next_row(table: Iterator[list[str]], lines: _Lines, number: int) -> list[st
     try:
         return next(table, None)
     except csv.Error as error:
-        to = f" to {lines.number}" if lines.number > number else ""
+        to, problem = f" to {lines.number}" if lines.number > number else "", str(error).partition(" - ")[0]
         raise DataError(
-            f"{lines.path}:{number}: the row in line {number}{to} is damaged ({error}); look for a quote that is not "
+            f"{lines.path}:{number}: the row in line {number}{to} is damaged ({problem}); look for a quote that is not "
             "closed, write quotes within quotes twice, and end lines with line feeds"
         ) from error
 
@@ -121,7 +126,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row]:
     """
     import pyarrow.parquet as pq
 
-    with _reading(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+    with _reading(path), pq.ParquetFile(path, **_SPARING) as file:
         schema = file.schema_arrow
         fields, names = _fields(path, schema, columns)
         size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
@@ -142,7 +147,8 @@ def read_arrow(path: Path, columns: Columns) -> Iterator[Row]:
             batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
         else:
             opened = pa.ipc.open_stream(source)
-            if not source.read_at(8, max(source.size() - 8, 0)).endswith(_END_OF_STREAM):
+            end = (_MESSAGE if source.read_at(4, 0) == _MESSAGE else b"") + _EMPTY
+            if not source.read_at(8, max(source.size() - 8, 0)).endswith(end):
                 raise ValueError("it is cut off, for its end is missing")
             batches = iter(opened)
         fields, names = _fields(path, opened.schema, columns)
@@ -185,42 +191,40 @@ def _rows(
     name: Any, batches: Iterator[Any], fields: Mapping[str, str], classes: Mapping[str, Sequence[str]]
 ) -> Iterator[Row]:
     number = 0
-    for batch in batches:
+    for every in batches:
+        batch = every.select([every.schema.names.index(column) for column in dict.fromkeys(fields.values())])
+        _check(batch, name, number)
         whole = max(1, min(_ROWS, _BYTES * batch.num_rows // max(batch.nbytes, 1)))
         for start in range(0, batch.num_rows, whole):
             part = batch.slice(start, whole)
-            columns = {field: _values(part, column, f"{name}: row {number + 1}") for field, column in fields.items()}
+            columns = {
+                field: _named(part.column(column).to_pylist(), classes.get(column), f"{name}: row ", number + 1)
+                for field, column in fields.items()
+            }
             for row in range(part.num_rows):
                 number += 1
-                values = {field: column[row] for field, column in columns.items()}
-                for field, column in fields.items():
-                    if column in classes and type(values[field]) is int:
-                        with about(f"{name}: row {number}"):
-                            values[field] = _class_name(values[field], classes[column], column)
-                yield number, values
+                yield number, {field: values[row] for field, values in columns.items()}
 
 
-def _values(part: Any, column: str, where: str) -> list[Any]:
-    with reading(f"{where}, or one of the {part.num_rows - 1} after it: column '{column}' cannot be read", _ADVICE):
-        values: list[Any] = part.column(column).to_pylist()
+def _check(batch: Any, name: Any, before: int) -> None:
+    """Refuse inconsistent data, which would be read beyond its end, and text that is not UTF-8."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        for row in range(batch.num_rows):
+            with reading(f"{name}: row {before + row + 1} cannot be read", _ADVICE):
+                batch.slice(row, 1).validate(full=True)
+        raise
+
+
+def _named(values: list[Any], names: Sequence[str] | None, where: str, first: int) -> list[Any]:
+    """Return the names of classes instead of their numbers; -1 is no label."""
+    if names is None:
         return values
-
-
-def _class_name(number: int, names: Sequence[str], column: str) -> str | None:
-    if number == -1:  # not labelled
-        return None
-    if not 0 <= number < len(names):
-        raise DataError(
-            f"'{column}' is {number}, but its {len(names)} classes are 0 to {len(names) - 1}; mend the table"
-        )
-    return names[number]
-
-
-#: How each kind of file is read.
-Read = Callable[[Path, Columns], Iterator[Row]]
-READERS: dict[str, Read] = {
-    **dict.fromkeys((".csv", ".tsv", ".tab", ".csv.gz", ".tsv.gz"), read_csv),
-    **dict.fromkeys((".parquet", ".pq"), read_parquet),
-    **dict.fromkeys((".arrow", ".feather", ".ipc"), read_arrow),
-    **dict.fromkeys((".jsonl", ".ndjson"), read_json_lines),
-}
+    for number, value in enumerate(values, first):
+        if type(value) is int and not -1 <= value < len(names):
+            raise DataError(
+                f"{where}{number}: the class is {value}, but there are {len(names)}, from 0; mend the table"
+            )
+    known = {**dict(enumerate(names)), -1: None}
+    return [known.get(value, value) for value in values]

@@ -7,9 +7,10 @@ import json
 import shutil
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,8 +30,9 @@ ROWS, IMAGES, INDEX, NUMBERS = "rows.jsonl", "images.bin", "index.json", "number
 #: Field, beside that of the same name, of images that are pieces of files: ``file:start:size``.
 _PIECE = "@"
 
-#: Number of a row, for messages, and its values by field.
-Row = tuple[int, Mapping[str, Any]]
+#: Number of a row, for messages, and its values by field; under ``NAME`` an id for want of another, unique in its part.
+Row = tuple[int, dict[str, Any]]
+NAME = "__key__"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Part:
         read: yields its rows.
         lines: whether rows are numbered by the lines of a file.
         written: whether all values are text; see ``Columns.record``.
-        path: the file, if images are pieces of it.
+        path: the file, of which images may be pieces.
+        plain: whether it is one of JSON lines, which can be read as it is.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Part:
     lines: bool = False
     written: bool = False
     path: Path | None = None
+    plain: bool = False
 
     def where(self, number: int) -> str:
         """Return the place of a row, for messages."""
@@ -113,7 +117,13 @@ class UnpackedRows(JsonLines):
 
 
 def unpack(
-    parts: Sequence[Part], columns: Columns, name: str, root: Path | None = None, cache_dir: str | None = None
+    parts: Sequence[Part],
+    columns: Columns,
+    name: str,
+    *,
+    root: Path | None = None,
+    cache_dir: str | None = None,
+    max_rows: int | None = None,
 ) -> UnpackedRows:
     """Return the rows of a source, unpacked on first use; other processes wait for the one that does it.
 
@@ -123,13 +133,14 @@ def unpack(
         name: what messages call it.
         root: folder that relative paths are relative to; None for the folder of each part.
         cache_dir: folder of the cache; None for the default.
+        max_rows: number of rows to unpack; None for all.
 
     Raises:
         DataError: naming the file and row of the first one that cannot be read; or the cache cannot be written.
     """
     base = root or _common([part.folder for part in parts])
     shared = root is not None or len({part.folder for part in parts}) == 1
-    known: list[Any] = [FORMAT, columns.given, columns.question, columns.images, shared]
+    known: list[Any] = [FORMAT, columns.given, columns.question, columns.images, shared, max_rows]
     known += [[part.name, str(part.folder.absolute()), *part.stamp] for part in parts]
     key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
     folder = cache_root(cache_dir) / "rows" / key
@@ -138,7 +149,7 @@ def unpack(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_suffix(".lock")):
                 if not _is_complete(folder):
-                    _Unpacking(parts, columns, None if shared else base).write(folder)
+                    _Unpacking(parts, columns, None if shared else base, max_rows).write(folder)
     except OSError as error:
         raise DataError(
             f"the rows of '{name}' cannot be kept in '{folder}': {no_space(error) or error.strerror or error}; make "
@@ -154,9 +165,12 @@ class _Unpacking:
         parts: the parts.
         columns: columns by field.
         base: folder that paths are made relative to; None leaves them as they are.
+        most: number of rows to write; None for all.
     """
 
-    def __init__(self, parts: Sequence[Part], columns: Columns, base: Path | None) -> None:
+    def __init__(self, parts: Sequence[Part], columns: Columns, base: Path | None, most: int | None) -> None:
+        self._most = most
+        self._form: bool | None = None
         self._parts, self._columns, self._base = parts, columns, base
         self._digest = hashlib.sha256()
         self._numbers: list[tuple[int, int, int]] = []  # first row, number minus row, part: where one of them changes
@@ -187,17 +201,30 @@ class _Unpacking:
 
     def _unpack(self, which: int, part: Part, count: int, rows: IO[bytes], images: IO[bytes]) -> int:
         shift = None
-        for number, fields in track(part.read(self._columns), f"unpacking {part.name}"):
+        left = None if self._most is None else self._most - count
+        for number, fields in track(islice(part.read(self._columns), left), f"unpacking {part.name}"):
             if shift != number - count:
                 shift = number - count
                 self._numbers.append((count, shift, which))
+            default = fields.pop(NAME, None)
             with about(part.where(number)):
                 record = self._columns.record(fields, written=part.written)
+                if default is not None and "id" not in record:
+                    record["id"] = default if len(self._parts) == 1 else f"{Path(part.name).name}/{default}"
+                self._check_form(record)
                 line = self._line(record, which, part, images)
             self._digest.update(line)
             rows.write(line)
             count += 1
         return count
+
+    def _check_form(self, record: dict[str, Any]) -> None:
+        """Refuse rows with images after one without: the first tells whether there are any."""
+        form = not record.keys().isdisjoint(("image", "images", "features"))
+        self._form = form if self._form is None else self._form
+        if form != self._form:
+            here, first = ("an image", "none") if form else ("no image", "one")
+            raise DataError(f"the row has {here}, the first one has {first}; give all rows an image, or none")
 
     def _line(self, record: dict[str, Any], which: int, part: Part, images: IO[bytes]) -> bytes:
         for field in ("image", "images", "features"):
