@@ -38,7 +38,13 @@ _LONG = (
     "projects/",
     "planning/test_scale.py",
     "planning/test_memory_of_ranks.py",
+    "studies/",
+    "sweeps/",
     "tools/",
+    "hub/",
+    "engine/test_resume.py",
+    "engine/test_signals.py",
+    "config/test_fuzz.py",
 )
 
 
