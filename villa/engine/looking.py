@@ -24,14 +24,14 @@ from villa.datasets.base import Split
 from villa.datasets.linked import generated
 from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.question_answering import QuestionAnswering
-from villa.datasets.stores import ImageSource
+from villa.datasets.stores import ImageSource, Piece
 from villa.datasets.synthetic.world import FEATURE_DIM, VOCABULARY
 from villa.distributed.strategy import strategy_of
 from villa.engine.attacking import example_metric
 from villa.engine.inference import restore_parts
 from villa.engine.linked_texts import real_tokens, tokenizer_of
 from villa.engine.passes import ModelPasses, evaluating
-from villa.engine.requests import open_requests
+from villa.engine.requests import InputOptions, open_requests
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
@@ -176,18 +176,21 @@ def _split(parts: Parts) -> Split:
     given = parts.config.predict.input
     if given is None:
         return parts.split(parts.config.predict.split, "predict.split")
-    return parts.data.requests(list(open_requests(given, parts.config.predict.question)))
+    return parts.data.requests(list(open_requests(given, InputOptions.of(parts.config))))
 
 
 def _images(config: RunConfig) -> list[Image.Image | None]:
     """Return the images that the records of ``predict.input`` name, as far as they name any."""
     if config.predict.input is None:
         return []
-    records = islice(open_requests(config.predict.input, config.predict.question), config.attention.examples)
-    named = [(one.get("image"), one.where) for one in records]
-    return [
-        read_picture(ImageSource(local_path(file), where)) if isinstance(file, str) else None for file, where in named
-    ]
+    records = islice(open_requests(config.predict.input, InputOptions.of(config)), config.attention.examples)
+    return [_named_image(one.get("image"), one.where) for one in records]
+
+
+def _named_image(image: Any, where: str) -> Image.Image | None:
+    if isinstance(image, Piece):
+        return read_picture(ImageSource(image.path, where, image.start, image.size))
+    return read_picture(ImageSource(local_path(image), where)) if isinstance(image, str) else None
 
 
 def _of_run(path: str, config: RunConfig) -> list[View]:

@@ -84,8 +84,8 @@ class Page:
                 f"Validation chooses among {tries} settings of each method, by {searched} seed{'s' * (searched > 1)}."
             )
         lines.append(
-            f"The page makes {count} comparisons, each by itself: without any difference, about {count / 20:.0f} of "
-            "their intervals would exclude 0."
+            f"The page makes {count} comparisons, each by itself: without any difference, one interval in twenty would "
+            "exclude 0."
         )
         return " ".join(lines)
 

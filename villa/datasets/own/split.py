@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -304,8 +304,10 @@ class TableSplit(Split):
     @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
-        images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
-        return [int(read) + more for read, more in zip(self._text_lengths[:, 0], images, strict=True)]
+        length = cache(partial(self._reader.image_length, self._store))  # several texts may ask about an image
+        images = np.array([sum(map(length, record.images)) for record in self._records], np.int64)
+        lengths: list[int] = (self._text_lengths[:, 0] + images).tolist()
+        return lengths
 
     def warnings(self) -> list[str]:
         """Return what the options leave out, and how many texts are truncated."""
