@@ -102,7 +102,7 @@ def test_mlflow_has_the_values_the_recipe_and_the_files(tracked: Path) -> None:
     assert found.items() >= expected(tracked / "run").items()
     assert (experiment / "params/model.hidden_size").read_text() == "8"
     names = {path.name for path in (experiment / "artifacts").iterdir()}
-    assert names == {"config.yaml", "curves.png", "predictions_test.jsonl"}
+    assert names == {"config.yaml", "curves.png", "failures.html", "failures.png", "predictions_test.jsonl"}
 
 
 def test_trackio_has_the_values(tracked: Path) -> None:

@@ -72,7 +72,11 @@ def test_the_command_writes_a_table_and_a_figure(tmp_path: Path, capsys: pytest.
     output = capsys.readouterr().out
     assert "| b (villa) |" in output
     assert "+5.0 [" in output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["comparison.json", "comparison.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.json",
+        "comparison.pdf",
+        "comparison.png",
+    ]
     assert main(command) == 2
     assert "holds a comparison; give another output_dir" in capsys.readouterr().err
 

@@ -56,6 +56,7 @@ def test_the_table_and_the_protocol(tmp_path: Path, capsys: pytest.CaptureFixtur
     row = next(line for line in output.splitlines() if line.startswith("| villa"))
     assert f"{100 * accuracy:.1f}" in row
     assert "7.0x" in row
+    assert "| majority |" in output
     protocol = metrics(tmp_path / "run")["protocol"]
     assert (protocol["seed"], protocol["update"], protocol["data"]) == (5, 4, "shapes-32-8")
     assert (protocol["recipe"], protocol["method"], protocol["examples"]) == ("trial", "villa", {"test": 32})

@@ -108,10 +108,13 @@ class Collector:
     def _gold(self, batch: Batch) -> list[dict[str, Any]]:
         """Return the right answers, for targets among the labels."""
         targets, labels = batch.targets, self._labels
-        if targets is None or labels is None or len(targets) != len(batch) or batch.objective is not None:
+        if targets is None or len(targets) != len(batch) or batch.objective is not None:
             return []
         if not targets.is_floating_point():
-            return [{"gold": labels[i]} for i in targets.tolist()] if targets.dim() == 1 else []
+            indices = targets.tolist() if targets.dim() == 1 else []
+            return [{"gold": i if labels is None else labels[i]} for i in indices]
+        if labels is None:
+            return []
         if targets.shape[1:] != (len(labels),):
             return []
         rows = [[(i, row[i].item()) for i in row.nonzero().flatten().tolist()] for row in targets.cpu()]

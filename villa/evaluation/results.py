@@ -115,7 +115,7 @@ class Tally:
         """Add the predictions that are next in the order of the split."""
         for id_, prediction in zip(ids, predictions, strict=True):
             gold = prediction.get("gold")
-            self.gold.update({gold: 1.0} if isinstance(gold, str) else gold or {})
+            self.gold.update({str(gold): 1.0} if isinstance(gold, str | int) else gold or {})
             if "correct" in prediction:
                 self.correct.append(prediction["correct"])
                 if prediction["correct"] < 1:
