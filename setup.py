@@ -14,7 +14,7 @@ class WithProjects(build_py):
         """Build the package, then add them; an editable install uses those of the checkout."""
         super().run()
         if not self.editable_mode:
-            unwanted = shutil.ignore_patterns("__pycache__", "outputs", "benchmarks")
+            unwanted = shutil.ignore_patterns("__pycache__", "outputs", "benchmarks", "docs_site")
             for folder in ("projects", "tools"):
                 target = Path(self.build_lib, "villa", folder)
                 shutil.copytree(folder, target, ignore=unwanted, dirs_exist_ok=True)

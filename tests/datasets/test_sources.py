@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tarfile
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.records import JsonLines
 from villa.datasets.sources.opening import open_source, split_sources
-from villa.datasets.stores import ImageSource, Piece
+from villa.datasets.stores import ImageSource, Piece, Sources
 from villa.datasets.stream import UpdateStream
 from villa.datasets.validation import validate, validate_rows
 from villa.errors import ConfigError, DataError
+from villa.files import refuse_addresses
 from villa.share import WHOLE, Share
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
@@ -51,6 +53,7 @@ def table(colours: Any = COLOURS) -> pa.Table:
 
 
 def archive(path: Path, members: list[tuple[str, bytes]], mode: Any = "w") -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, data in members:
             entry = tarfile.TarInfo(name)
@@ -137,6 +140,9 @@ def test_forms_of_columns(tmp_path: Path) -> None:
         {"question": "a", "answer": "dog"},
         {"question": "b"},
     ]
+    pq.write_table(pa.table({"q": ["a", "b"], "label": [1, 2]}, schema), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t.parquet: row 2: the class is 2, but there are 2, from 0"):
+        open_source(tmp_path / "t.parquet", {"question": "q", "answer": "label"})
     (tmp_path / "own.jsonl").write_text('{"q": "a", "img": "g.png"}\n\n{"q": "b", "img": "g.png"}\n')
     mapped = open_source(tmp_path / "own.jsonl", {"question": "q", "image": "img"}, max_rows=2)
     assert mapped[1] == {"question": "b", "image": "g.png"}
@@ -156,6 +162,18 @@ def test_several_files_are_one_source(tmp_path: Path) -> None:
     assert rows.where(3) == f"{tmp_path / 'b/part-0.csv'}:3"
     assert [*open_source([tmp_path / "a", tmp_path / "b"])] == [*rows]
     assert open_source([tmp_path / "a", tmp_path / "b"], root=tmp_path / "b")[0]["image"] == "i.png"
+
+
+def test_files_and_pieces_of_files_are_one_list() -> None:
+    sources, piece = Sources(Path("/d"), lambda mention: f"t:{mention}"), Piece(Path("/t.tar"), 512, 7)
+    added = [sources.add(one, number) for number, one in enumerate(["a", piece, "b", "a", piece, "c"])]
+    assert added == [0, 1, 2, 0, 1, 3]
+    found = sources.build()
+    assert [*found] == [found[index] for index in range(len(found))] == found[:]
+    assert [one.name for one in found] == ["/d/a", "/t.tar@512", "/d/b", "/d/c"]
+    assert found[1] == ImageSource(Path("/t.tar"), "t:1", 512, 7)
+    with pytest.raises(IndexError):
+        found[4]
 
 
 def test_archives(tmp_path: Path) -> None:
@@ -272,6 +290,11 @@ IMAGES = {"question": ["a", "b"], "answer": ["x", "y"]}
         ("t.parquet", {**IMAGES, "image": [encoded("red"), None]}, "t.parquet: row 2: 'image' is None"),
         ("t.parquet", {**IMAGES, "image": [1, 2]}, "t.parquet: row 1: 'image' is 1; it must be a path, or the bytes"),
         ("t.parquet", {**IMAGES, "image": ["no.png", "no.png"]}, "t.parquet: row 1: cannot read '"),
+        (
+            "t.parquet",
+            {"question": pa.array([b"a", "é".encode("latin-1")]).view(pa.string())},
+            "t.parquet: row 2 cannot",
+        ),
         ("t.parquet", b"PAR1 and no end", "t.parquet' cannot be read"),
         ("t.arrow", b"\xff\xff\xff\xff", "t.arrow' cannot be read"),
         ("t.tar", b"x" * 2048, "t.tar' cannot be read: ValueError: at byte 0 there is no header"),
@@ -324,7 +347,10 @@ def test_a_fault_of_an_archive(tmp_path: Path, members: list[tuple[str, bytes]],
     assert message in str(told.value)
 
 
-def test_sizes_in_archives_are_not_trusted(tmp_path: Path) -> None:
+def test_sizes_and_names_in_archives_are_not_trusted(tmp_path: Path) -> None:
+    path = archive(tmp_path / "deep" / "s.tar.gz", [("../a.png", encoded("red")), ("../a.txt", b"x")], "w:gz")
+    assert open_source(path)[0]["id"] == "../a"
+    assert {one.name for one in tmp_path.iterdir()} == {"deep", "cache"}
     path = archive(tmp_path / "s.tar", [("a.png", encoded("red")), ("a.txt", b"x")])
     whole = path.read_bytes()
     for size in (b"77777777777\0", b"\x80" + b"\xff" * 11):
@@ -353,6 +379,19 @@ def test_columns_that_do_not_fit(tmp_path: Path) -> None:
     recipe = ["model=uniter", "dataset=jsonl", "dataset.train=[a.csv, 'b*.csv']", "dataset.columns.question=q"]
     config: Any = load([*recipe, "training.updates=1", "batch.examples=1"]).config.dataset
     assert (config.train, config.columns) == (["a.csv", "b*.csv"], {"question": "q"})
+
+
+def test_a_data_set_of_the_hub_is_named_by_the_user() -> None:
+    with pytest.raises(DataError, match="'hf://#train' is no data set of the hub; give hf://OWNER/NAME"):
+        open_source("hf://#train")
+    refuse_addresses(stored=["hf://me/mine"], given=[])
+    for address in ("hf://me/mine", "hf://me/mine#train"):
+        with pytest.raises(DataError, match="is not fetched just because the recipe inside a trained model names it"):
+            open_source(address)
+    refuse_addresses(stored=[], given=["hf://me/mine"])
+    if find_spec("datasets") is None:
+        with pytest.raises(DataError, match=r"pip install 'villa\[datasets\]'"):
+            open_source("hf://me/mine#train")
 
 
 def stream_of(path: Path, position: Any, updates: int, share: Share = WHOLE, workers: int = 0) -> list[Batch]:

@@ -2,13 +2,15 @@
 
 import configparser
 import json
+import multiprocessing
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -62,6 +64,8 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
 
 
 COMMANDS = commands()
+#: Where scripts run: a fork has torch imported, which takes a new process most of its time.
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +148,23 @@ def run_command(command: str, where: str) -> None:
         extra = [override for argument in arguments for override in QUICK.get(argument, [])]
         quiet = ["--progress", "off"] if program == "villa_extract" else []
         assert COMMANDS[program]([*arguments, *extra, *quiet]) == 0, f"{where}: {command}"
+    elif program == "python" and arguments[0] == "-m":
+        subprocess.run([sys.executable, *arguments], check=True)
     elif program == "python":
-        subprocess.run([sys.executable, *arguments, *QUICK_SCRIPTS.get(arguments[0], [])], check=True)
+        script = FORK.Process(target=run_script, args=([*arguments, *QUICK_SCRIPTS.get(arguments[0], [])],))
+        script.start()
+        script.join()
+        assert script.exitcode == 0, f"{where}: {command}"
     elif program == "pip":
         check_install(command)
     else:  # the checks of the code, which .ci/run runs as a contributor would
         assert re.search(rf"^\s*{command}\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE), f"{where}: {command}"
+
+
+def run_script(arguments: list[str]) -> None:
+    """Run a script in this process, a fork of one that has imported torch, as ``python`` would."""
+    sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def check_install(command: str) -> None:
@@ -212,6 +227,34 @@ def test_a_page_is_short_and_begins_with_what_one_can_do_after_it(page: Path) ->
     assert text.count("\n") < 200 or page.name in LONG
     before_sections, _, _ = text.partition("\n## ")
     assert re.search(r"After\sreading\sthis\spage\syou\s(can|know)\b", before_sections.partition("```")[0])
+
+
+def test_commands_of_two_pages_never_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run refuses the folder of another one, so that a reader of both pages would be stopped."""
+    (tmp_path / "projects").symlink_to(ROOT / "projects")
+    monkeypatch.chdir(tmp_path)
+    pages: dict[str, set[str]] = {}
+    for page in PAGES:
+        for block in read_blocks(page):
+            if block.title is not None and not block.title.startswith("projects/"):
+                Path(block.title).write_text(block.text, encoding="utf-8")
+            elif block.title is None and block.language in ("bash", "text"):
+                for arguments in runs(block.text):
+                    folder = load_stages(arguments)[0].config.output_dir
+                    pages.setdefault(folder, set()).add(page.name)
+    assert len(pages) > 50
+    assert {folder: names for folder, names in pages.items() if len(names) > 1} == {}
+
+
+def runs(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of the commands that start a run, or a sweep with a folder of its own, in a new folder."""
+    for command in re.findall(r"(?:^|&& )villa_run (.*?)(?= &&|$)", text, re.MULTILINE):
+        arguments, sweep, _ = command.partition(" --sweep ")
+        given = shlex.split(arguments)
+        looks = any(argument.startswith("--") or argument == "doctor" for argument in given)
+        starts = "checkpoint.resume=true" not in given and (not sweep or "output_dir=" in arguments)
+        if any(argument.startswith("config=") for argument in given) and starts and not looks:
+            yield given
 
 
 def test_the_readme_starts_with_the_two_commands() -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from villa.analysis.differences import resamples
 from villa.analysis.probes import ALL, GROUNDING, PROBES, Floats, Key, Measured
-from villa.evaluation.figures import write_png
+from villa.evaluation.figures import write_figure
 from villa.files import atomic_write, write_json
 from villa.rng import derive_seed
 from villa.streams import visible
@@ -318,7 +318,7 @@ def draw(content: Mapping[str, Any], output: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="y")
     figure.suptitle(f"{visible(title)}; heads chosen on one half of the images, shown on the other", fontsize=10)
-    write_png(figure, output)
+    write_figure(figure, output)
 
 
 def _draw_importance(axes: Any, importance: Mapping[str, Sequence[float]]) -> None:

@@ -52,7 +52,7 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --parameters          show by module which parameters train, with which learning rate and weight decay, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --dry-run             show what memory and how many operations the recipe's run needs, and stop
-  --list [KIND]         list what is registered: models, datasets, losses, ...; or the recipes that come with villa
+  --list [KIND]         list what is registered: models, datasets, losses, ...; or recipes: those that come with villa
   --help [SECTION]      this page, its part on a section (--help training), or a registered class's options
                         (--help trainer=villa)
   doctor                what is installed, devices, caches, and what a recipe lacks

@@ -238,8 +238,9 @@ class PredictConfig:
     """Prediction (``run_type=predict``).
 
     Attributes:
-        input: what to predict on: a folder of images, a list of them (a path a line), or a file of
-            ``{"image", "question"}`` records; None predicts on ``split``.
+        input: what to predict on: a folder of images, a list of them (a path a line), or records: JSON lines, CSV,
+            parquet and what else ``dataset.test`` may name; None predicts on ``split``.
+        columns: name of a column of ``input`` by field; by default ``dataset.columns``, but for JSON lines.
         question: question about every image of ``input`` that has none of its own.
         split: split to predict on.
         output: file to write, in the format of its ending: ``.csv``, ``.parquet``, or JSON lines; None writes
@@ -254,6 +255,7 @@ class PredictConfig:
     """
 
     input: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     question: str | None = None
     split: str = "test"
     output: str | None = None

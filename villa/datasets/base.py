@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -118,6 +119,17 @@ class Split(Dataset[Example], ABC):
     @abstractmethod
     def lengths(self) -> Lengths:
         """Tokens plus regions of every example, for batches by tokens and of similar length."""
+
+    def shown_text(self, index: int) -> str | None:
+        """Return the text of example ``index`` as it was written, for people; None if it is not known."""
+        return None
+
+    def shown_image(self, index: int) -> Image.Image | None:
+        """Return the image of example ``index``, for people; None if only its features are known."""
+        image = next(iter(self[index].images), None)
+        if isinstance(image, Tensor):
+            return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return image if isinstance(image, Image.Image) else None
 
     def region_counts(self, index: int) -> Sequence[int]:
         """Return the number of regions of each image of an example, if known without reading it.

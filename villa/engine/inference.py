@@ -47,12 +47,14 @@ def evaluate(config: RunConfig) -> int:
         examples = parts.split(split, "evaluation.test_split" if tests else "evaluation.split")
         for warning in about_split(split, examples):
             print(f"note: {warning}")
-        values = score(parts, split, examples, folder)
+        scored = score(parts, split, examples, folder)
         if not processes.is_main:
             return 0
-        write_metrics(folder / METRICS, {split: values}, protocol(parts, source.update, "given"))
+        write_metrics(
+            folder / METRICS, {split: scored.values}, protocol(parts, source.update, "given", {split: scored})
+        )
         atomic_write(folder / CONFIG, to_yaml(config))
-    result = Result(config.trainer.name, values, updates=source.update)
-    show(parts, [result], parts.data.reference_scores(split), title=f"{config.name}: {split}")
+    result = Result(config.trainer.name, scored.values, updates=source.update, interval=scored.interval)
+    show(parts, [result], scored.references(parts, split), title=scored.title(parts, split))
     print(f"written to {folder}")
     return 0

@@ -93,7 +93,7 @@ class _InputWork(_Work):
     def __init__(self, parts: Parts, place: str) -> None:
         options = parts.config.predict
         reader = RequestReader(parts, options.extractor)
-        self._requests = open_requests(place, options.question or reader.question)
+        self._requests = open_requests(place, reader.input_options(parts.config))
         self.notes = reader.check(self._requests)
         self.count, self.digest = len(self._requests), self._requests.digest()
         self._answering = Answering(parts, reader, options, _SKIP)

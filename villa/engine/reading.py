@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from villa.config.schema import RunConfig
 from villa.datasets.base import Example
 from villa.datasets.own.pictures import BACKGROUND, IN_MEMORY, LoadedPictures, picture_of, read_picture
 from villa.datasets.own.question_answering import QuestionAnswering
 from villa.datasets.own.records import Request, record_files, record_texts
 from villa.datasets.stores import ImageSource
 from villa.datasets.text import TOGETHER, CutTexts, Texts
-from villa.engine.requests import Requests
+from villa.engine.requests import InputOptions, Requests
 from villa.engine.setup import Parts
 from villa.errors import DataError, about
 from villa.extraction.base import Extractor
@@ -56,6 +58,10 @@ class RequestReader:
     def question(self) -> str | None:
         """Text in the place of the question, for a model that reads none; else None."""
         return "image" if getattr(self.data.config, "label_prompt", None) is not None else None
+
+    def input_options(self, config: RunConfig) -> InputOptions:
+        """Return how a recipe's ``predict.input`` is read for the model."""
+        return replace(InputOptions.of(config, self.question), images=self._regions != "none")
 
     def check(self, requests: Requests) -> list[str]:
         """Check the fields of all records, and build the extractor if one is needed.
@@ -120,7 +126,7 @@ class RequestReader:
                     return self.data.requests([request])[0]
             sources, pictures = self._pictures(self._own, request)
             if self._extractor is not None:
-                with about(f"{sources[0].place}'{sources[0].path}'"):
+                with about(f"{sources[0].place}'{sources[0].name}'"):
                     return _Waiting(request, self._extractor.read(pictures[0]))
             with self._lock:
                 return self._own.request(request, LoadedPictures(sources, pictures))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from villa.config.schema import RunConfig
 from villa.datasets.lines import TextLines
 from villa.datasets.own.pictures import SUFFIXES
 from villa.datasets.own.records import TEXT_FIELDS, JsonLines, Request, beside, check_ids, record_id
+from villa.datasets.sources.hub import HUB, is_saved
+from villa.datasets.sources.opening import kind_of, open_source
 from villa.datasets.stores import ImageSource
 from villa.errors import DataError, about
 from villa.extraction.images import images_below, listed_paths, no_image
-from villa.files import local_path, plain_path, regular_file, sha256
+from villa.files import local_path, plain_path, regular_file
 
+#: Fields that are not read for predictions.
+_TARGETS = ("answer", "answers", "group", "subsets")
+_JSON_LINES = (".jsonl", ".ndjson")
 #: Beginning of a line of JSON.
 _OBJECT = b"{"
 
@@ -102,7 +110,7 @@ class Requests(Sequence[Request]):
 
     def digest(self) -> str:
         """Return a hash of the names of the images, or of the file."""
-        return sha256(self.rows.path) if isinstance(self.rows, JsonLines) else self.rows.digest()
+        return self.rows.digest()
 
     def check(self, each: Callable[[Request], None]) -> None:
         """Check all records before the first prediction.
@@ -128,30 +136,87 @@ class Requests(Sequence[Request]):
         return Request({**asked, **record, **beside(self.folder, record), "id": name}, where)
 
 
-def open_requests(place: str, question: str | None = None) -> Requests:
+@dataclass(frozen=True)
+class InputOptions:
+    """How ``predict.input`` is read.
+
+    Attributes:
+        question: question of records without one.
+        columns: column of a table by field.
+        images: whether images are read.
+        cache_dir: folder of the cache, in which tables are unpacked.
+    """
+
+    question: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    images: bool = True
+    cache_dir: str | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, default: str | None = None) -> InputOptions:
+        """Return the options of a recipe; ``default`` is the question of a model that reads none."""
+        predict, dataset = config.predict, config.dataset
+        named = getattr(dataset, "columns", {})
+        columns = predict.columns or {name: column for name, column in named.items() if name not in _TARGETS}
+        question = predict.question or getattr(dataset, "question", None) or default
+        return cls(question, columns, cache_dir=getattr(dataset, "cache_dir", None))
+
+
+def open_requests(place: str, options: InputOptions | None = None) -> Requests:
     """Open what ``predict.input`` names.
 
     Args:
-        place: a folder of images, with all below it; an image; JSON lines; or any other file, which lists a path a
-            line.
-        question: question of records without one.
+        place: a folder of images, with all below it; an image; anything that ``open_source`` reads (JSON lines, CSV,
+            parquet, a tar, a data set of the hub, ...); or any other file, which lists a path a line.
+        options: how it is read.
 
     Raises:
         DataError: it is missing, or holds no image or record.
     """
-    path = local_path(place)
+    options = options or InputOptions()
+    path = None if place.startswith(HUB) else local_path(place)
+    if path is None or (not path.exists() and glob.has_magic(place)):
+        return _of_source(place, options)
     if path.is_dir():
+        if _holds_rows(path, options):
+            return _of_source(place, options)
         named = [(_text(file.relative_to(path)), ImageSource(file.absolute(), "")) for file in images_below(path)]
-        return Requests(_some(place, named), path, question)
+        return Requests(_some(place, named), path, options.question)
     try:
         regular_file(path)
     except OSError as error:
         raise DataError(f"cannot read '{path}' ({error.strerror}); mend the path") from error
     if path.suffix.lower() in SUFFIXES:
-        return Requests(ImageRows(place, [(_text(path.name), ImageSource(path.absolute(), ""))]), path.parent, question)
-    if path.suffix == ".jsonl" or _is_json(path):
-        return Requests(JsonLines(path), path.parent, question)
-    return Requests(_some(place, [*_listed(path)]), path.parent, question)
+        image = ImageRows(place, [(_text(path.name), ImageSource(path.absolute(), ""))])
+        return Requests(image, path.parent, options.question)
+    if kind_of(path) is not None or _is_json(path):
+        return _of_source(place, options)
+    return Requests(_some(place, [*_listed(path)]), path.parent, options.question)
+
+
+def _of_source(place: str, options: InputOptions) -> Requests:
+    """Open records; JSON lines are read where they are."""
+    question, columns, plain = options.question, options.columns, place.endswith(_JSON_LINES)
+    rows = open_source(
+        place,
+        {} if plain else columns,
+        question=None if plain else question,
+        images=options.images,
+        cache_dir=options.cache_dir,
+    )
+    return Requests(rows, rows.folder, question)
+
+
+def _holds_rows(folder: Path, options: InputOptions) -> bool:
+    """Return whether a folder holds files of records, or images with captions that are to be read."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    rows = [file for file in files if kind_of(file) is not None]
+    if is_saved(folder) or any(file.stem == "metadata" for file in rows):
+        return True
+    if rows and not any(file.suffix.lower() in SUFFIXES for file in files):
+        return True
+    images = iter(images_below(folder)) if options.question is None else iter(())
+    return any(image.with_suffix(".txt").is_file() for image in images)
 
 
 def _is_json(path: Path) -> bool:

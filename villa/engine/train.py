@@ -180,12 +180,12 @@ def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
     lines = (
         f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}",
         f"{total:,} updates, {sampler.describe()} on {processes}",
-        _cost(trainer, config),
+        describe_cost(trainer, config),
     )
     return "\n".join(map(wrapped, lines))
 
 
-def _cost(trainer: Trainer, config: RunConfig) -> str:
+def describe_cost(trainer: Trainer, config: RunConfig) -> str:
     """Describe the passes of a micro-batch, by objective if they differ, and their mean cost."""
     objectives, times = config.dataset.objectives(), config.training.passes()
     groups: dict[Cost, list[str]] = {}

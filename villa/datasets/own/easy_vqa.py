@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -69,8 +69,7 @@ class EasyVqaConfig(QuestionAnsweringConfig):
         return "text" if self.target == "text" else "label"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question: its index in the package's list, text, answer and image."""
 
     number: int

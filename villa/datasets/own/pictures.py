@@ -160,17 +160,15 @@ def picture_of(image: Any, background: str = BACKGROUND) -> Image.Image:
         raise DataError(f"image is of type {type(image).__name__}, which is none of an image; give {KINDS}")
     if isinstance(image, bytes | bytearray | memoryview):
         return read_picture(ImageSource(Path(f"{len(image):,} bytes"), ""), background, bytes(image))
-    array: npt.NDArray[Any] | None = None
+    array: Any = image
+    if isinstance(image, Tensor):
+        array = image.detach().cpu().numpy() if image.dtype != torch.bfloat16 else image.detach().float().cpu().numpy()
     try:
-        if isinstance(image, Image.Image):
-            return upright_rgb(image, background)
-        if isinstance(image, Tensor):
-            array = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
-        else:
-            array = image
-        return upright_rgb(Image.fromarray(_channels_last(array, first=isinstance(image, Tensor))), background)
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(_channels_last(array, first=isinstance(image, Tensor)))
+        return upright_rgb(image, background)
     except Exception as error:  # Pillow raises many kinds
-        given = "an image" if array is None else f"an array of {array.dtype} {list(array.shape)}"
+        given = f"an array of {array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an image"
         raise DataError(f"{given} cannot be read as an image ({one_line(error)}); give {KINDS}") from error
 
 

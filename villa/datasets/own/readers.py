@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,7 @@ from villa.errors import DataError, one_line
 SIDE = 224
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One question, caption or text of the user's data.
 
     Attributes:

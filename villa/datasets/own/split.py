@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from villa.datasets.base import Example, Split, grouped
 from villa.datasets.own.assets import Assets
+from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
     JsonLines,
@@ -124,6 +126,14 @@ class JsonlSplit(Split):
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""
         return f"the example of {self._lines.where(self._kept[index])}"
+
+    def shown_text(self, index: int) -> str | None:
+        """Return the question of the line, or both of its texts."""
+        return _joined(*record_texts(self._lines[self._kept[index]]))
+
+    def shown_image(self, index: int) -> Image.Image | None:
+        """Return the first image of the line, if it names image files."""
+        return _picture(self.store, self.images(index))
 
     def images(self, index: int) -> tuple[int, ...]:
         """Return the indices of an example's images in the store."""
@@ -242,6 +252,21 @@ def _has_answer(record: Mapping[str, Any]) -> bool:
     return record.get("answer") is not None or "answers" in record
 
 
+def _joined(text: str, pair: str | None) -> str:
+    return text if pair is None else f"{text} / {pair}"
+
+
+def _picture(store: Any, images: Sequence[int]) -> Image.Image | None:
+    """Return the first image of an example, or None without one: feature files are none."""
+    sources = getattr(store, "sources", ())
+    if not (images and len(sources)):
+        return None
+    try:
+        return read_picture(sources[images[0]])
+    except DataError:
+        return None
+
+
 class TableSplit(Split):
     """Records in memory, over images or region features in a store.
 
@@ -268,11 +293,21 @@ class TableSplit(Split):
         record = self._records[index]
         return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
+    def shown_text(self, index: int) -> str | None:
+        """Return the question, or both texts."""
+        return _joined(self._records[index].text, self._records[index].pair)
+
+    def shown_image(self, index: int) -> Image.Image | None:
+        """Return the first image, if the records name image files."""
+        return _picture(self._store, self._records[index].images)
+
     @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
-        images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
-        return [int(read) + more for read, more in zip(self._text_lengths[:, 0], images, strict=True)]
+        length = cache(partial(self._reader.image_length, self._store))  # several texts may ask about an image
+        images = np.array([sum(map(length, record.images)) for record in self._records], np.int64)
+        lengths: list[int] = (self._text_lengths[:, 0] + images).tolist()
+        return lengths
 
     def warnings(self) -> list[str]:
         """Return what the options leave out, and how many texts are truncated."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,7 @@ def hub_part(address: str, *, streaming: bool = False) -> Part:
     if chosen["split"] is None:
         raise DataError(f"'{address}' names no split; give one of: {_listed(address, hub_splits(address))}")
     with _opening(address):
-        builder = _datasets().load_dataset_builder(**{**chosen, "split": None})
-        stamp = [builder.hash, builder.config.name]
+        stamp = _version(chosen["path"], chosen["name"], chosen["revision"])
     return Part(address, Path(), stamp, partial(_hub_rows, address, streaming))
 
 
@@ -46,7 +45,7 @@ def hub_splits(address: str) -> list[str]:
     """Return the splits of a data set on the hub."""
     chosen = _chosen(address)
     with _opening(address):
-        return list(_datasets().get_dataset_split_names(chosen["path"], chosen["name"], revision=chosen["revision"]))
+        return _split_names(chosen["path"], chosen["name"], chosen["revision"])
 
 
 def is_saved(folder: Path) -> bool:
@@ -89,6 +88,18 @@ def saved_parts(folder: Path) -> list[Part]:
         Part(str(path), folder, [stat.st_size, stat.st_mtime_ns], partial(read_arrow, path))
         for path, stat in zip(paths, found, strict=True)
     ]
+
+
+@cache
+def _version(path: str, name: str | None, revision: str | None) -> list[str]:
+    """Ask for the version and the configuration of a data set, once a process."""
+    builder = _datasets().load_dataset_builder(path, name, revision=revision)
+    return [builder.hash, builder.config.name]
+
+
+@cache
+def _split_names(path: str, name: str | None, revision: str | None) -> list[str]:
+    return list(_datasets().get_dataset_split_names(path, name, revision=revision))
 
 
 def _hub_rows(address: str, streaming: bool, columns: Columns) -> Iterator[Row]:

@@ -191,32 +191,40 @@ def _rows(
     name: Any, batches: Iterator[Any], fields: Mapping[str, str], classes: Mapping[str, Sequence[str]]
 ) -> Iterator[Row]:
     number = 0
-    for batch in batches:
+    for every in batches:
+        batch = every.select([every.schema.names.index(column) for column in dict.fromkeys(fields.values())])
+        _check(batch, name, number)
         whole = max(1, min(_ROWS, _BYTES * batch.num_rows // max(batch.nbytes, 1)))
         for start in range(0, batch.num_rows, whole):
             part = batch.slice(start, whole)
-            columns = {field: _values(part, column, f"{name}: row {number + 1}") for field, column in fields.items()}
+            columns = {
+                field: _named(part.column(column).to_pylist(), classes.get(column), f"{name}: row ", number + 1)
+                for field, column in fields.items()
+            }
             for row in range(part.num_rows):
                 number += 1
-                values = {field: column[row] for field, column in columns.items()}
-                for field, column in fields.items():
-                    if column in classes and type(values[field]) is int:
-                        with about(f"{name}: row {number}"):
-                            values[field] = _class_name(values[field], classes[column], column)
-                yield number, values
+                yield number, {field: values[row] for field, values in columns.items()}
 
 
-def _values(part: Any, column: str, where: str) -> list[Any]:
-    with reading(f"{where}, or one of the {part.num_rows - 1} after it: column '{column}' cannot be read", _ADVICE):
-        values: list[Any] = part.column(column).to_pylist()
+def _check(batch: Any, name: Any, before: int) -> None:
+    """Refuse inconsistent data, which would be read beyond its end, and text that is not UTF-8."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        for row in range(batch.num_rows):
+            with reading(f"{name}: row {before + row + 1} cannot be read", _ADVICE):
+                batch.slice(row, 1).validate(full=True)
+        raise
+
+
+def _named(values: list[Any], names: Sequence[str] | None, where: str, first: int) -> list[Any]:
+    """Return the names of classes instead of their numbers; -1 is no label."""
+    if names is None:
         return values
-
-
-def _class_name(number: int, names: Sequence[str], column: str) -> str | None:
-    if number == -1:  # not labelled
-        return None
-    if not 0 <= number < len(names):
-        raise DataError(
-            f"'{column}' is {number}, but its {len(names)} classes are 0 to {len(names) - 1}; mend the table"
-        )
-    return names[number]
+    for number, value in enumerate(values, first):
+        if type(value) is int and not -1 <= value < len(names):
+            raise DataError(
+                f"{where}{number}: the class is {value}, but there are {len(names)}, from 0; mend the table"
+            )
+    known = {**dict(enumerate(names)), -1: None}
+    return [known.get(value, value) for value in values]
