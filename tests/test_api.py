@@ -161,5 +161,41 @@ def check_images_from_memory(predictor: Predictor, folder: Path) -> None:
         DataError, match=r"an array of float64 \[3, 8, 8\] cannot be read as an image \(TypeError: .*give a"
     ):
         predictor.predict(image=np.zeros((3, 8, 8)), text=TEXT)
-    with pytest.raises(DataError, match=r"image is of type Tensor, which is none of an image; give a path, an image"):
-        predictor.predict(image=torch.zeros(3, 8, 8), text=TEXT)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"image is of type set, which is none of an image; give a path, an image"):
+        predictor.predict(image=set(), text=TEXT)  # type: ignore[arg-type]
+    check_lists(predictor, folder)
+
+
+def check_lists(predictor: Predictor, folder: Path) -> None:
+    """Every form of an image, one by one and in lists, in batches of any size."""
+    path = folder / "a photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    expected = predictor.predict(path, TEXT)
+    chw = torch.from_numpy(pixels).permute(2, 0, 1)
+    forms = [path, str(path), path.as_uri(), path.read_bytes(), Image.open(path), pixels, chw.numpy(), chw]
+    assert [predictor.predict(form, TEXT) for form in forms] == [expected] * len(forms)
+    near = {**expected, "score": pytest.approx(expected["score"], rel=1e-5)}  # sums depend on the size of a batch
+    assert predictor.predict(forms, TEXT, batch_size=3) == [near] * len(forms)
+    assert predictor.predict(torch.stack([chw, chw]), [TEXT, TEXT]) == [near] * 2
+    grey = pixels[..., :1]
+    assert predictor.predict(grey, TEXT) == predictor.predict(grey[..., 0], TEXT)
+    assert predictor.predict([], TEXT) == []
+
+    (ranked,) = predictor.predict([path], TEXT, top_k=9)
+    assert {name: ranked[name] for name in expected} == expected
+    assert ranked["top"][0] == expected
+    assert sorted(one["answer"] for one in ranked["top"]) == sorted(COLOURS)
+    assert sum(one["score"] for one in ranked["top"]) == pytest.approx(1, abs=1e-5)
+
+    (folder / "broken.png").write_text("no image")
+    mixed = [path, folder / "broken.png", b"no image either", path]
+    assert predictor.predict(mixed, TEXT, on_error="skip") == [near, None, None, near]
+    with pytest.raises(DataError, match=r"record 2: '.*broken\.png' cannot be read as an image"):
+        predictor.predict(mixed, TEXT)
+    with pytest.raises(DataError, match=r"record 3: .*15 bytes"):
+        predictor.predict([path, path, mixed[2]], TEXT)
+    with pytest.raises(DataError, match=r"2 images, but 1 questions; give one, or one for each image"):
+        predictor.predict([path, path], [TEXT])
+    with pytest.raises(ConfigError, match="top_k=0 is too small; give at least 1"):
+        predictor.predict(path, TEXT, top_k=0)

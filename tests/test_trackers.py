@@ -146,10 +146,13 @@ def test_the_table_has_the_values_once(tracked: Path) -> None:
 def test_tensorboard_has_the_recipe_the_figure_and_predictions(tracked: Path) -> None:
     events = EventAccumulator(str(tracked / "run/tensorboard"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["curves"]
+    assert events.Tags()["images"] == ["curves", "failures"]
     assert {*events.Tags()["tensors"]} == {"recipe/text_summary", "predictions_test/text_summary"}
     (text,) = events.Tensors("predictions_test/text_summary")[0].tensor_proto.string_val
-    assert text.decode().startswith("| id | answer | score |\n| --- | --- | --- |\n| ")
+    assert text.decode().startswith("| id | correct | answer | score |\n| --- | --- | --- | --- |\n| ")
+    metadata = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert b"optimizer.lr" in metadata
+    assert b"test/accuracy" in metadata
     assert b"hidden_size: 8" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
 
 

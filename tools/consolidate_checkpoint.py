@@ -4,7 +4,7 @@
 
 The source is a checkpoint's folder or a run's output folder (its best checkpoint is taken). The result is an ordinary
 checkpoint: weights and the optimiser's state in one file each, to start from, to go on from, or to give away.
-docs/checkpoints.md tells more.
+docs/saving.md tells more.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python tools/make_image_db.py features/coco_train2014 img_db/coco_train2014 --conf-th 0.2 --max-boxes 100 --min-boxes 10
     python tools/make_image_db.py features/vcr_gt_train img_db/vcr_gt_train --fixed 100
 
-The same command again goes on with a conversion that was killed. docs/data.md says what a file holds.
+The same command again goes on with a conversion that was killed. docs/databases.md says what a file holds.
 """  # noqa: E501
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ r"""Make a text database of UNITER and VILLA from the annotations of a data set.
         --annotations v2_mscoco_train2014_annotations.json --answers ans2label.json \
         --tokenizer vocab.txt --output txt_db/vqa_train.db
 
-The same command again goes on with a conversion that was killed. docs/data.md shows the commands of all tasks,
+The same command again goes on with a conversion that was killed. docs/databases.md shows the commands of all tasks,
 docs/benchmarks.md those of robustness benchmarks.
 """
 

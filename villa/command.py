@@ -32,6 +32,11 @@ class Parser(argparse.ArgumentParser):
         )
         self.register("type", Path, plain_path)
 
+    @property
+    def option_strings(self) -> list[str]:
+        """Every flag."""
+        return [*self._option_string_actions]
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         raise ConfigError(f"{message}; {self.prog} --help shows the usage")

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from villa.errors import DataError, StorageError, VillaError, one_line
 from villa.json_values import parse_json
 
 _URL_PREFIXES = ("http://", "https://")
+_FILE = "file://"
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
 #: URLs that only the recipe inside a trained model names.
 _refused: set[str] = set()
@@ -58,11 +59,7 @@ def local_path(uri: str) -> Path:
     """
     if not uri.startswith(_URL_PREFIXES):
         return Path(_path_manager().get_local_path(str(plain_path(uri))))
-    if uri in _refused:
-        raise DataError(
-            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
-            "the option that it is in yourself"
-        )
+    check_address(uri)
     if ".." in urlsplit(uri).path.split("/"):  # iopath would write outside its cache
         raise DataError(f"'{uri}' has '..' in its path; give the plain URL of a file")
     from iopath.common.file_io import get_cache_dir
@@ -75,6 +72,19 @@ def local_path(uri: str) -> Path:
         raise DataError(
             f"cannot download '{uri}': {one_line(error)}; check the address or give a local path"
         ) from error
+
+
+def check_address(uri: str) -> None:
+    """Check that the user gave an address, not only the recipe inside a trained model.
+
+    Raises:
+        DataError: that recipe alone names it (``refuse_addresses``).
+    """
+    if uri in _refused:
+        raise DataError(
+            f"'{uri}' is not fetched just because the recipe inside a trained model names it; if you trust it, give "
+            "the option that it is in yourself"
+        )
 
 
 def is_url(text: str) -> bool:
@@ -97,11 +107,15 @@ def from_home(text: str | Path) -> Path:
 
 
 def plain_path(text: str) -> Path:
-    """Return the path of a file or folder of this machine; ``~`` is the home folder.
+    """Return the path of a file or folder of this machine, from a path (``~`` is the home folder) or a ``file://`` URL.
 
     Raises:
-        DataError: it is a URL (which ``Path`` would turn into ``https:/...``), or ``from_home`` refuses it.
+        DataError: it is another URL (which ``Path`` would turn into ``https:/...``), or ``from_home`` refuses it.
     """
+    if text.startswith(_FILE):
+        host, _, path_of_url = text.removeprefix(_FILE).partition("/")
+        if host in ("", "localhost"):
+            return from_home(f"/{unquote(path_of_url)}")
     path = from_home(text)
     if is_url(text) and not os.path.exists(path):  # noqa: PTH110 (pathlib raises for a name that is too long)
         raise DataError(f"'{text}' is a URL, and is not fetched here; download it and give the path of what you have")
@@ -133,7 +147,7 @@ def refuse_addresses(stored: Iterable[str], given: Iterable[str]) -> None:
         stored: texts of the recipe inside a trained model; those that are not URLs are ignored.
         given: texts that the user gave.
     """
-    _refused.update(text for text in stored if text.startswith(_URL_PREFIXES))
+    _refused.update(text for text in stored if text.startswith((*_URL_PREFIXES, "hf://")))
     _refused.difference_update(given)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from villa.errors import ConfigError, one_line
 from villa.files import plain_path
+from villa.recipes import shipped
 
 __all__ = ["ENTRY_POINT_GROUP", "failures", "load_user_dir", "one_line"]
 
@@ -30,13 +31,15 @@ def failures() -> dict[str, str]:
 
 
 def load_user_dir(path: str) -> None:
-    """Import the package or module at ``path``, so that its decorators run.
+    """Import the package or module at ``path``, or of that name among villa's projects, so that its decorators run.
 
     Raises:
         ConfigError: the path does not exist, or the import fails (the message says where and why).
         DataError: it is not a path; see ``plain_path``.
     """
     location = plain_path(path).resolve()
+    if not location.exists():
+        location = shipped(path) or location
     if not location.exists():
         raise ConfigError(f"user_dir '{path}' does not exist; give a package folder or a .py file")
     if location.is_dir() and not (location / "__init__.py").is_file():

@@ -83,6 +83,10 @@ class Registry(Generic[T]):
             )
         return cast("type[T]", self._classes[name])
 
+    def builtin(self, name: str) -> str | None:
+        """Return the module whose import registers a built-in name; None for other names."""
+        return self._builtin.get(name)
+
     def summary(self, name: str) -> str:
         """Return the first line of the documentation of a known class; a built-in's is read, not imported.
 
@@ -143,6 +147,7 @@ DATASETS: Registry[Any] = Registry(
         "easy_vqa": "villa.datasets.own.easy_vqa",
         "jsonl": "villa.datasets.own.jsonl",
         **dict.fromkeys(("lxmert_vqa", "lxmert_gqa", "lxmert_nlvr2"), "villa.datasets.lxmert.task"),
+        "nlvr": "villa.datasets.own.nlvr",
         "nlvr2": "villa.datasets.uniter.nlvr2",
         **dict.fromkeys(("pretraining", "vcr_pretraining"), "villa.datasets.uniter.pretraining"),
         "referring": "villa.datasets.uniter.referring",

@@ -44,7 +44,9 @@ class Lasting(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing after a failure."""
+        """Flush, or do nothing after a failure, or if the stream is closed: Python flushes what it finalises."""
+        if self.stream.closed:
+            return
         with self._ignoring_failures():
             self.stream.flush()
 

@@ -288,10 +288,11 @@ class TensorBoardTracker(FileTracker):
         folder: folder of the event files. Older events in it are hidden from TensorBoard (all of them at a fresh start,
             those after the checkpoint when resuming), so that no point shows twice.
         recipe: the recipe, as YAML.
+        values: its values by dotted key.
     """
 
-    def __init__(self, folder: Path, recipe: str = "") -> None:
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: str = "", values: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.recipe, self.values = folder, recipe, values or {}
         self._update = 0
         self._purge = 0
         self._writer: SummaryWriter | None = None
@@ -300,7 +301,7 @@ class TensorBoardTracker(FileTracker):
     @classmethod
     def of(cls, run: TrackedRun) -> Tracker:
         """Return the events of a run."""
-        return cls(run.folder / "tensorboard", run.recipe)
+        return cls(run.folder / "tensorboard", run.recipe, run.values)
 
     def log(self, update: int, kind: str, values: Mapping[str, float]) -> None:
         """Add one scalar per value."""
@@ -308,6 +309,18 @@ class TensorBoardTracker(FileTracker):
             writer, self._update = self._opened(), update
             for name, value in values.items():
                 writer.add_scalar(f"{kind}/{name}", value, update)
+            if kind == "test":
+                self._add_hyperparameters(writer, values)
+
+    def _add_hyperparameters(self, writer: SummaryWriter, scores: Mapping[str, float]) -> None:
+        """Add the recipe's values, with the test scores, to the tab that compares runs."""
+        from torch.utils.tensorboard.summary import hparams
+
+        named = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in self.values.items() if v is not None}
+        reached = {f"test/{name}": value for name, value in scores.items()}
+        file_writer = writer._get_file_writer()  # type: ignore[no-untyped-call]
+        for summary in hparams(named, reached):  # type: ignore[no-untyped-call]
+            file_writer.add_summary(summary)
 
     def add(self, path: Path) -> None:
         """Add a figure as an image, and the first lines of a table as text."""
@@ -354,10 +367,10 @@ class TensorBoardTracker(FileTracker):
 
 
 def table(path: Path, rows: int) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the first rows of a file of JSON lines."""
+    """Return the columns (but lists of answers) and the first rows of a file of JSON lines."""
     with path.open(encoding="utf-8") as lines:
         records: list[dict[str, Any]] = [json.loads(line) for line in itertools.islice(lines, rows)]
-    columns = list(dict.fromkeys(name for record in records for name in record))
+    columns = list(dict.fromkeys(name for record in records for name in record if name != "top"))
     return columns, [[record.get(name) for name in columns] for record in records]
 
 

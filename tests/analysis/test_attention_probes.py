@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from villa.analysis.movement import near
 from villa.analysis.pictures import View, entropy
 from villa.analysis.probe_report import collect, split_images, summary, table, winners
 from villa.analysis.probes import ALL, Key, Measured, fusion, is_grid, measure
+from villa.batch import Batch
 from villa.config.schema import ProbeConfig
 from villa.datasets.linked.example import Link, Linked, Relation
 from villa.errors import ConfigError
+from villa.facts import DataFacts
 from villa.models.attention import ExampleAttention, cut, grid_boxes
+from villa.models.uniter.config import UniterConfig
+from villa.models.uniter.model import Uniter
 
 HEADS, TOKENS, REGIONS = 4, 5, 6
 #: Regions side by side; a token is a word of three letters.
@@ -121,6 +126,35 @@ def test_attention_at_random_scores_what_unlinked_pairs_do() -> None:
     assert (found["head"], found["direction"]) == ("layer 1, head 2", "image to text")
 
 
+def test_random_weights_score_what_unlinked_pairs_do() -> None:
+    """Words and regions are drawn anew for every image: random weights can tie no word to what it is linked to."""
+    torch.manual_seed(0)
+    sizes = UniterConfig(hidden_size=16, num_layers=2, num_heads=HEADS, initializer_range=0.5)
+    model = Uniter.from_config(sizes, DataFacts(vocab_size=50, num_labels=2, feature_dim=8)).eval()
+    count = 200
+    ids, regions = torch.randint(5, 50, (count, TOKENS)), torch.randn(count, REGIONS, 8)
+    boxes = BOXES.expand(count, -1, -1)
+    batch = Batch([str(n) for n in range(count)], input_ids=ids, features=regions, boxes=boxes)
+    with torch.no_grad():
+        maps = model.attention_maps(batch)
+    measured = [measure(one, anywhere(n), CHARACTERS) for n, one in enumerate(maps)]
+    names = [f"layer {n}, head {h}" for n in (1, 2) for h in range(1, HEADS + 1)]
+    content, _ = summary(measured, names, {}, ProbeConfig())
+    for probe in ("coreference", "relations", "grounding"):
+        found = content["results"][probe][ALL]["half"]
+        assert found["gap_interval"][0] <= 0 <= found["gap_interval"][1]
+    assert max(one.layers[0].text_image.max() for one in maps if one.layers[0].text_image is not None) > 0.8
+
+
+def anywhere(number: int) -> Linked:
+    """The words are linked to two regions that are drawn."""
+    one, other = torch.randperm(REGIONS, generator=torch.Generator().manual_seed(number))[:2].tolist()
+    first, second = (tuple(BOXES[n].tolist()) for n in (one, other))
+    links = (Link((0, 3), (first,), ("red",)), Link((8, 11), (second,), ("blue",)))  # type: ignore[arg-type]
+    relations = (Relation(first, second, "beside"),)  # type: ignore[arg-type]
+    return Linked(str(number), str(number), "aaa bbb ccc", links, relations, (1.0, 1.0))
+
+
 def test_images_that_occur_twice_leave_the_means() -> None:
     once = [drawn(n) for n in range(20)]
     twice = once + [replace(one, id=f"{one.id} again", image=f"{one.image} again") for one in once]
@@ -178,6 +212,12 @@ def test_fusion_tells_states_that_are_apart_from_mixed_ones() -> None:
 def test_entropy_is_that_of_the_scaled_weights() -> None:
     assert entropy(torch.full((8,), 0.01)).item() == pytest.approx(3.0)
     assert entropy(torch.tensor([0.0, 0.3, 0.0])).item() == pytest.approx(0.0)
+
+
+def test_the_nearest_words_are_words() -> None:
+    names = ["[PAD]", "[unused7]", "</s>", "(4)", "red", "##ish", "blue", "."]
+    table = torch.arange(len(names)).float()[:, None]
+    assert near(torch.tensor([1.2]), names.index("red"), table, names.__getitem__) == ("##ish", "blue", ".")
 
 
 def test_a_head_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import shapes  # noqa: F401 - registers the example project's model and data set
 
 from villa.cli.run import main
-from villa.config import RunConfig, from_yaml
+from villa.config import RunConfig, from_yaml, to_yaml
 
 RECIPE = """\
 model: average
@@ -39,6 +39,10 @@ def test_print_config_shows_a_recipe_that_loads(recipe: str, capsys: pytest.Capt
     shown = from_yaml("shown.yaml")
     assert isinstance(shown, RunConfig)
     assert shown.seed == 3
+    assert main([recipe, "--print-config", "--no-origins", "seed=3"]) == 0
+    plain = capsys.readouterr().out
+    assert plain == to_yaml(shown)
+    assert "#" not in plain
 
 
 def test_a_recipe_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,3 +133,12 @@ def test_a_descriptor_that_is_closed_is_not_given_to_a_file(tmp_path: Path) -> N
     others = [path for path in tmp_path.rglob("*") if path.is_file() and path.stem.partition(".")[0] != plugin.stem]
     assert not [path for path in others if b"printed by" in path.read_bytes()]
     assert os.fstat(1)
+
+
+def test_a_stream_that_is_closed_already_is_finalised_in_silence() -> None:
+    """Python flushes what it finalises, and since 3.13 it prints what goes wrong then."""
+    stream = io.StringIO()
+    shown = Shown(stream)
+    stream.close()
+    shown.flush()
+    shown.close()

@@ -94,6 +94,24 @@ def test_extras_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> No
     assert missing("lora") == ["peft"]
 
 
+def test_doctor_names_the_extras_that_a_recipe_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["peft", "mlflow-skinny"]
+    monkeypatch.setattr("villa.cli.doctor._version", lambda name: "1" if name in here else None)
+    recipe = [
+        "config=projects/villa/easy_vqa.yaml",
+        "checkpoint.path=outputs/none",
+        "robustness.shifts=[fog, word_order]",
+    ]
+    assert main(["doctor", *recipe, "run_type=robustness", "logging.trackers=[mlflow, trackio]"]) == 0
+    out = capsys.readouterr().out
+    assert "needs villa[corruptions]: missing imagecorruptions-imaug (pip install 'villa[corruptions]')\n" in out
+    assert "needs villa[trackers]: missing trackio (pip" in out  # not wandb, which the recipe does not name
+    assert "needs villa[demo]: missing easy-vqa, " in out
+    assert "villa[lora]: " not in out
+
+
 def test_help_on_a_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", "logging", "trainer=freelb"]) == 0
     out = capsys.readouterr().out

@@ -56,6 +56,23 @@ def test_the_order_of_precedence(write: Callable[..., str]) -> None:
     }
 
 
+def test_of_two_alternatives_the_one_given_later_replaces_the_other(write: Callable[..., str]) -> None:
+    base = "model: average\ndataset: shapes\nbatch: {examples: 2}\ntraining: {epochs: 1}"
+    write(base, "base.yaml")
+    write("includes: base.yaml\ntraining: {updates: 5}")
+    recipe = "config=recipe.yaml"
+    assert (load([recipe]).config.training.updates, load([recipe]).config.training.epochs) == (5, None)
+    loaded = load([recipe, "training.epochs=3", "batch.tokens=90"])
+    assert (loaded.config.training.updates, loaded.config.training.epochs) == (None, 3)
+    assert (loaded.config.batch.examples, loaded.config.batch.tokens) == (None, 90)
+    assert str(loaded.origins["training.updates"]) == "command line"
+    Path("saved.yaml").write_text(to_yaml(loaded.config))
+    assert load(["config=saved.yaml", "training.updates=4"]).config.training.epochs is None
+    assert load([recipe, "training.updates=null", "training.epochs=2"]).config.training.epochs == 2
+    write(f"{base[:-1]}, updates: 5}}", "both.yaml")
+    assert "both.yaml:4): training.updates is 5 too" in error("config=both.yaml")
+
+
 def test_a_preset_lies_between_the_defaults_and_the_recipe(recipe: str) -> None:
     loaded = load([recipe, "trainer.clean_loss=true"])
     assert (loaded.config.trainer.modality, loaded.config.trainer.init) == ("text", "zero")
@@ -203,7 +220,7 @@ def test_exact_conversions_are_made(recipe: str) -> None:
         ("a..b=1", "'a..b' (command line) is not a key; write section.option=value"),
         ("=1", "'' (command line) is not a key"),
         ("other.yaml", "did you mean 'config=other.yaml'?"),
-        ("config=", "config='' (command line): give the path of a YAML file"),
+        ("config=", "config='' (command line): give the path or name of a recipe"),
         ("includes=x", "includes (command line): unknown key"),
         ("trainer.name={a: 1}", "trainer (command line): no trainer is called '{a: 1}'"),
         ("user_dir=nowhere", "user_dir 'nowhere' does not exist; give a package folder or a .py file (command line)"),

@@ -65,6 +65,7 @@ def test_nothing_changes_without_it() -> None:
 def test_the_command_line_wins_over_an_overlay() -> None:
     for order in (["dataset.tiny=true", "training.updates=7"], ["training.updates=7", "dataset.tiny=true"]):
         assert tiny(*order).config.training.updates == 7
+    assert tiny("dataset.tiny=true", "training.epochs=3").config.training.updates is None
 
 
 def test_an_overlay_may_depend_on_other_options_wherever_they_are_set(write: Callable[..., str]) -> None:

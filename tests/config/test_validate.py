@@ -9,12 +9,15 @@ from villa.errors import ConfigError
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["batch.tokens=5"], "batch.tokens = 5 (command line): batch.examples is 8 too; give one of the two"),
+        (
+            ["batch.tokens=5", "batch.examples=8"],
+            "batch.tokens = 5 (command line): batch.examples is 8 too; give one of the two",
+        ),
         (["batch.examples=null"], "batch.examples = null (command line): give the size of an update"),
         (["batch.per_pass=9"], "batch.per_pass = 9 (command line): must be at most batch.examples = 8"),
         (["batch.per_pass=0"], "must be positive"),
         (["batch.examples=null", "batch.tokens=4", "batch.per_pass=5"], "must be at most batch.tokens = 4"),
-        (["training.epochs=2"], "training.epochs = 2 (command line): training.updates is 3 too"),
+        (["training.updates=3", "training.epochs=2"], "training.epochs = 2 (command line): training.updates is 3 too"),
         (["training.updates=null"], "give the length of the training"),
         (["training.updates=-1"], "training.updates = -1 (command line): must be positive"),
         (["training.clip_norm=.nan"], "training.clip_norm = nan (command line): must be positive"),

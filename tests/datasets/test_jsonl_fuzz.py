@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
-from villa.engine.inference import read_requests
+from villa.engine.requests import open_requests
 from villa.errors import DataError
 
 fuzz = settings(
@@ -107,7 +107,7 @@ def test_lines_to_predict_on(folder: Path, trained: Jsonl, data: bytes) -> None:
     file = folder / "asked.jsonl"
     file.write_bytes(data)
     try:
-        asked = trained.requests(list(read_requests(file)))
+        asked = trained.requests(list(open_requests(str(file))))
         cut = asked.warnings()
         read = [asked[index] for index in range(len(asked))]
     except DataError as error:

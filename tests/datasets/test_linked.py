@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
 from villa.datasets.linked import flickr30k, generated, lines, visual_genome
+from villa.datasets.linked import nlvr as nlvr_scenes
 from villa.datasets.linked.example import Relation
 from villa.datasets.text import build_tokenizer, characters_of, encode_texts
 from villa.errors import DataError
@@ -104,7 +105,7 @@ def test_lines_of_the_users_own(tmp_path: Path) -> None:
     record = {"image": "a.png", "text": "a red ball", "links": links, "size": [50, 40]}
     path = tmp_path / "linked.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    (found,) = lines.read_lines(path)
+    (found,) = lines.read(path)
     assert dict(found.files)["image"] == str(tmp_path / "a.png")
     assert found.text[slice(*found.links[0].span)] == "red"
     for change, message in (
@@ -119,7 +120,7 @@ def test_lines_of_the_users_own(tmp_path: Path) -> None:
             json.dumps({key: value for key, value in (record | change).items() if value is not None}) + "\n"
         )
         with pytest.raises(DataError, match=message):
-            list(lines.read_lines(path))
+            list(lines.read(path))
 
 
 @pytest.fixture
@@ -154,21 +155,21 @@ def nlvr(tmp_path: Path) -> Callable[..., Path]:
 
 def test_scenes_of_nlvr_are_matched_with_their_picture(nlvr: Callable[..., Path]) -> None:
     folder = nlvr()
-    (found,) = lines.read_nlvr(folder)
+    (found,) = nlvr_scenes.read(folder)
     yellow, square = found.links
     assert (yellow.types, yellow.boxes) == (("colour",), ((160, 59, 180, 79),))  # box 0 stands second in the picture
     assert len(square.boxes) == 4
     black = (160.0, 80.0, 180.0, 100.0)
     assert {one.type for one in found.relations} == {"above", "touching"}
     assert {one.object for one in found.relations} == {black}
-    assert next(lines.read_nlvr(folder.parent, "dev")) == found
+    assert next(nlvr_scenes.read(folder.parent, "dev")) == found
     scene = [[], [], [{"x_loc": 1, "y_loc": 1, "size": 10, "type": "circle", "color": "Yellow"}]]
     with pytest.raises(DataError, match="does not show 1 of the scene's objects"):
-        list(lines.read_nlvr(nlvr(structured_rep=scene)))
+        list(nlvr_scenes.read(nlvr(structured_rep=scene)))
     with pytest.raises(DataError, match=r"dev\.json:1: 'structured_rep' must be a list of three boxes"):
-        list(lines.read_nlvr(nlvr(structured_rep=[[]])))
+        list(nlvr_scenes.read(nlvr(structured_rep=[[]])))
     with pytest.raises(DataError, match=r"has no picture dev-2-0-0\.png"):
-        list(lines.read_nlvr(nlvr(identifier="2-0")))
+        list(nlvr_scenes.read(nlvr(identifier="2-0")))
 
 
 def test_generated_links_name_what_is_there(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from blocks import Block, headings, links, read_blocks
 from villa.config import load_stages
 
 ROOT = Path(__file__).parents[2]
-#: In the order in which the README leads to them, which is that in which they are run; then the rest.
-LINKED = [ROOT / target for target in links(ROOT / "README.md") if re.fullmatch(r"docs/\w+\.md", target)]
-ALL = [ROOT / "README.md", *LINKED, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[CS]*.md"))]
-PAGES = list(dict.fromkeys(ALL))
+DOCS = ROOT / "docs"
+#: In the order in which the index leads to them, which is that in which they are run.
+PAGES = [ROOT / "README.md", DOCS / "README.md", *(DOCS / name for name in links(DOCS / "README.md"))]
+PAGES += sorted(ROOT.glob("[CS]*.md"))
+#: Pages that are yet to be shortened.
+LONG = {"configuration.md"}
 
 #: What cuts the training of a recipe short.
 EASY = ["training.updates=2", "dataset.limit=16", "evaluation.every=null"]
@@ -214,10 +216,45 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in headings(path), f"{page.name}: {target}"
 
 
-def test_the_index_names_every_page() -> None:
-    others = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert others == set(links(ROOT / "docs" / "README.md"))
-    assert {f"docs/{name}" for name in others} <= set(links(ROOT / "README.md"))
+def test_the_index_names_every_page_once() -> None:
+    others = (page.name for page in DOCS.glob("*.md") if page.name != "README.md")
+    assert sorted(links(DOCS / "README.md")) == sorted(others)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_a_page_is_short_and_begins_with_what_one_can_do_after_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n") < 200 or page.name in LONG
+    before_sections, _, _ = text.partition("\n## ")
+    assert re.search(r"After\sreading\sthis\spage\syou\s(can|know)\b", before_sections.partition("```")[0])
+
+
+def test_commands_of_two_pages_never_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run refuses the folder of another one, so that a reader of both pages would be stopped."""
+    (tmp_path / "projects").symlink_to(ROOT / "projects")
+    monkeypatch.chdir(tmp_path)
+    pages: dict[str, set[str]] = {}
+    for page in PAGES:
+        for block in read_blocks(page):
+            if block.title is not None and not block.title.startswith("projects/"):
+                Path(block.title).write_text(block.text, encoding="utf-8")
+            elif block.title is None and block.language in ("bash", "text"):
+                for arguments in runs(block.text):
+                    folder = load_stages(arguments)[0].config.output_dir
+                    pages.setdefault(folder, set()).add(page.name)
+    assert len(pages) > 50
+    assert {folder: names for folder, names in pages.items() if len(names) > 1} == {}
+
+
+def runs(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of the commands that start a run, or a sweep with a folder of its own, in a new folder."""
+    for command in re.findall(r"(?:^|&& )villa_run (.*?)(?= &&|$)", text, re.MULTILINE):
+        arguments, sweep, _ = command.partition(" --sweep ")
+        given = shlex.split(arguments)
+        looks = any(argument.startswith("--") or argument == "doctor" for argument in given)
+        starts = "checkpoint.resume=true" not in given and (not sweep or "output_dir=" in arguments)
+        if any(argument.startswith("config=") for argument in given) and starts and not looks:
+            yield given
 
 
 def test_the_readme_starts_with_the_two_commands() -> None:
@@ -226,7 +263,7 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     assert second.endswith(" && pytest\n")
 
 
-def test_the_example_of_the_extending_page_is_complete() -> None:
-    shown = {block.title for block in read_blocks(ROOT / "docs" / "extending.md")}
+def test_the_example_of_the_extending_pages_is_complete() -> None:
+    shown = {block.title for page in DOCS.glob("extending*.md") for block in read_blocks(page)}
     project = ROOT / "projects" / "example"
     assert {str(path.relative_to(ROOT)) for path in (*project.glob("*.yaml"), *project.glob("shapes/*.py"))} <= shown

@@ -110,3 +110,26 @@ def test_a_perturbation_that_the_precision_rounds_away_is_named_once(
     found = [record.message for record in caplog.records if "rounds away in most entries" in record.message]
     assert len(found) == warned
     assert all("(text)" in message and "bfloat16" in message for message in found)
+
+
+@pytest.mark.parametrize(
+    ("size", "train", "warnings"),
+    [
+        (1e-4, True, ["(text) is 1e-05 of the embedding, too little", "from clean predictions is "]),
+        (1e-4, False, ["from clean predictions is "]),  # an attack's own size
+        (1.0, True, []),
+        (0.0, True, []),  # as before the first step
+    ],
+)
+def test_a_perturbation_too_small_to_change_predictions_is_named_once(
+    size: float, train: bool, warnings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    lent = ModelPasses(tiny_model(), CrossEntropy(), Precision("fp32", CPU), 0)
+    settings = AscentSettings(step_size=0.0, init="normal", init_scale=size, projection="sphere", radius=size)
+    for number in (1, 2):
+        lent.begin(number, 0, 1.0)
+        clean, moved = (lent.forward(BATCH, given, train=train) for given in (None, {"text": Perturbation(settings)}))
+        assert (lent.consistency(moved, clean, BATCH) < 1e-9) == (size < 1)
+    found = [record.message for record in caplog.records]
+    assert len(found) == len(warnings)
+    assert all(part in message for part, message in zip(warnings, found, strict=True))

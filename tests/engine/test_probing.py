@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import colours, error
+from tiny_runs import colours, error, write
 
 import villa
 from villa.cli.run import main
+from villa.config import load
 from villa.datasets.synthetic.world import WORDS
+from villa.registry import DATASETS
 
 QUIET = ("logging.tensorboard=false", "logging.figures=false", "logging.progress=off")
 
@@ -77,6 +79,29 @@ def test_released_links_are_read_with_features_and_a_tokenizer(trained: Path, tm
     assert content["results"]["coreference"]["people"]["same"]["pairs"] == 4
 
 
+def test_regions_are_read_from_an_image_database(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load([f"config={trained / 'config.yaml'}", "dataset.synthetic=true"]).config
+    data = DATASETS.get("vqa")(config.dataset)
+    images = next(data._paths("train")).images[0]
+    store = data.image_database(images, config.dataset.detected_boxes())  # type: ignore[attr-defined]
+    names = [store.names[row] for row in range(4)]
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    records = []
+    for row, name in enumerate(names):
+        box = [100 * side for side in store[row][1][row, :4].tolist()]
+        link = {"span": [2, 5], "box": box, "type": "colour"}
+        records.append({"image": name.removesuffix(".npz"), "text": "a red dog", "size": [100, 100], "links": [link]})
+    given = [f"probe.path={write(tmp_path / 'linked.jsonl', records)}", "probe.data=lines", f"probe.images={images}"]
+    content = probe(trained, *given, f"probe.tokenizer={tmp_path / 'vocab.txt'}", f"output_dir={tmp_path / 'out'}")
+    assert content["results"]["coreference"]["colour"]["same"]["pairs"] == 4
+    assert content["boxes_with_a_region"] == 1
+    more = [f"probe.tokenizer={tmp_path / 'vocab.txt'}", "probe.file=coco_{id}.npz"]
+    probe(trained, *given, *more, f"output_dir={tmp_path / 'other'}", code=2)
+    assert f"has no image 'coco_{names[0]}', but such as '{names[0]}'" in error(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -106,6 +131,7 @@ def test_pictures_and_a_page_are_written(trained: Path, tmp_path: Path) -> None:
     (moved,) = found["adversary"]
     assert max(moved["tokens"]) > 0
     assert len(moved["nearest"]) == len(moved["tokens"])
+    assert {name for names in moved["nearest"] for name in names} <= {word for word in WORDS if word.isalpha()}
     assert main([*given, f"attention.runs=[{trained}]", f"output_dir={tmp_path / 'both'}"]) == 0
     (found,) = json.loads((tmp_path / "both" / "attention.json").read_text())
     assert len(found["columns"]) == 2

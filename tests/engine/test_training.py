@@ -50,7 +50,8 @@ def test_a_finished_run_leaves_its_results(tmp_path: Path, capsys: pytest.Captur
     assert found["test"]["accuracy"] == pytest.approx(log(tmp_path / "run", "test")[0]["accuracy"])
     assert len(lines(tmp_path / "run" / "predictions_test.jsonl")) == 32
     output = capsys.readouterr().out
-    assert "4 updates, 8 examples an update = 8 x 1 pass on 1 process; 1 forward + 1 backward" in output
+    assert "\n4 updates, 8 examples an update = 8 x 1 pass on 1 process\n1 forward + 1 backward a micro-batch" in output
+    assert output.startswith("shapes: 32 train and 32 val examples of 2 labels (splits: train, val, test)\naverage (")
     assert "metrics.json, predictions_test.jsonl, curves.png, log.jsonl" in output
 
 

@@ -90,29 +90,47 @@ def test_one_record_is_enough(tmp_path: Path, update: int) -> None:
     assert (tmp_path / "one.png").exists()
 
 
-def test_legends_lie_beside_the_axes_and_inside_the_picture(tmp_path: Path) -> None:
-    figure = curves_figure(_villa_log(tmp_path / "log.jsonl"), REFERENCES, title="villa")
+def test_legends_lie_inside_the_axes(tmp_path: Path) -> None:
+    figure = curves_figure(_villa_log(tmp_path / "log.jsonl"), REFERENCES, title="villa", caption="n = 3")
     figure.draw_without_rendering()
-    boxes = [axes.get_window_extent() for axes in figure.axes]
     for axes in figure.axes:
-        legend = axes.get_legend()
+        legend, box = axes.get_legend(), axes.get_window_extent()
         if legend is None:
             assert len(axes.get_lines()) == 1
             continue
-        box = legend.get_window_extent()
-        assert not any(box.overlaps(other) for other in boxes)
-        assert figure.bbox.x0 <= box.x0
-        assert box.x1 <= figure.bbox.x1
+        inside = legend.get_window_extent()
+        assert box.x0 <= inside.x0 < inside.x1 <= box.x1
+        assert box.y0 <= inside.y0 < inside.y1 <= box.y1
 
 
-def test_the_png_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
+def test_no_place_of_a_panel_is_empty(tmp_path: Path) -> None:
+    figure = curves_figure(_villa_log(tmp_path / "log.jsonl"), REFERENCES)
+    figure.draw_without_rendering()
+    *rest, last = [axes.get_window_extent() for axes in figure.axes]
+    assert last.width > 1.8 * rest[0].width
+
+
+def test_losses_over_decades_get_a_logarithmic_axis(tmp_path: Path) -> None:
+    for last, scale in ((1.0, "linear"), (0.01, "log"), (0.0, "linear")):
+        tracker = JsonLinesTracker(tmp_path / f"{last}.jsonl")
+        for update, loss in ((1, 2.0), (2, last)):
+            tracker.log(update, "train", {"loss": loss, "learning_rate": loss})
+        tracker.close()
+        figure = curves_figure(tmp_path / f"{last}.jsonl")
+        assert [axes.get_yscale() for axes in figure.axes] == [scale, "linear"]
+
+
+def test_the_files_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
     log = _villa_log(tmp_path / "log.jsonl")
     for name in ("a.png", "b.png"):
         plot_curves(log, tmp_path / "figures" / name, REFERENCES, title="villa")
     with Image.open(tmp_path / "figures" / "a.png") as image:
         image.load()
         assert image.size == (1690, 1378)
-    assert (tmp_path / "figures" / "a.png").read_bytes() == (tmp_path / "figures" / "b.png").read_bytes()
+    for kind in ("png", "pdf"):
+        files = [tmp_path / "figures" / f"{name}.{kind}" for name in "ab"]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes().startswith(b"%PDF")
 
 
 def test_nothing_global_is_touched(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from villa.errors import ConfigError
-from villa.evaluation.results import EvaluationProtocol, Result, print_results, write_metrics
+from villa.evaluation.results import EvaluationProtocol, Result, Tally, print_results, write_metrics
 from villa.provenance import provenance
 
 RESULTS = [
@@ -32,7 +32,36 @@ def test_metrics_json_holds_splits_and_protocol(tmp_path: Path) -> None:
         "seed": 3,
         "checkpoint": "best",
         "provenance": provenance(tmp_path),
+        "recipe": "",
+        "method": "",
+        "examples": {},
+        "intervals": {},
     }
+
+
+def test_a_tally_keeps_the_most_confident_errors_and_knows_the_majority() -> None:
+    tally = Tally()
+    for number in range(300):
+        right = number % 3 == 0
+        prediction = {"answer": "a", "score": number / 300, "gold": "a" if right else "b", "correct": float(right)}
+        tally.add([str(number)], [prediction])
+    assert tally.majority() == 2 / 3
+    assert [id_ for _, id_, _ in tally.failures()][:3] == ["299", "298", "296"]
+    assert len(tally.failures()) == 40
+    soft = Tally()
+    soft.add(["0", "1"], [{"gold": {"a": 1.0, "b": 0.3}, "correct": 1.0}, {"gold": {"b": 0.6}, "correct": 0.0}])
+    assert soft.majority() == 0.5
+    assert Tally().majority() is None
+
+
+def test_the_table_shows_intervals_where_there_are_some() -> None:
+    written = io.StringIO()
+    results = [Result("villa", {"accuracy": 0.8123}, interval=(0.79, 0.834)), Result("other", {"accuracy": 0.5})]
+    print_results(results, REFERENCES, console=Console(file=written))
+    lines = [line.rstrip() for line in written.getvalue().splitlines() if line.strip()]
+    assert lines[0] == "| method        | accuracy % | 95 % interval | loss | updates | minutes | cost |"
+    assert lines[2] == "| villa         |       81.2 |  [79.0, 83.4] |      |         |         |      |"
+    assert lines[3] == "| other         |       50.0 |               |      |         |         |      |"
 
 
 def test_metrics_json_is_the_same_every_time(tmp_path: Path) -> None:

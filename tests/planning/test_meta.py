@@ -7,7 +7,7 @@ import pytest
 import torch
 from planned import batch_of
 
-from villa.planning.meta import MetaTensors, meta_batch
+from villa.planning.meta import MetaTensors, _StandIn, meta_batch
 from villa.planning.passes import Kernels
 
 
@@ -99,3 +99,16 @@ def test_the_compiler_takes_the_place_of_its_stand_in_when_it_is_asked_for() -> 
         "[2.0, 2.0]",
         "None",
     ]
+
+
+def test_a_stand_in_makes_no_way_for_who_only_looks_for_a_file() -> None:
+    """``inspect.getmodule`` asks all modules, also while torch is half imported."""
+    stand_in = _StandIn("villa_none", {"known": len})
+    try:
+        assert not hasattr(stand_in, "__file__")
+        assert sys.modules["villa_none"] is stand_in
+        with pytest.raises(ImportError):
+            _ = stand_in.other
+        assert "villa_none" not in sys.modules
+    finally:
+        stand_in.make_way()

@@ -1,6 +1,7 @@
 """Sweeps as processes: their tables hold what the runs reached, and what is missing is done, once."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,9 @@ def contents(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("sweep") / "out"
-    assert sweep(folder) == 0
+    with redirect_stdout(io.StringIO()) as printed:
+        assert sweep(folder) == 0
+    (folder / "printed.txt").write_text(printed.getvalue())
     return folder
 
 
@@ -60,6 +64,7 @@ def test_the_tables_hold_what_the_runs_reached(done: Path) -> None:
         folder = done / f"trainer={run['trainer']},seed={run['seed']}"
         reached = json.loads((folder / "metrics.json").read_text())["test"]["accuracy"]
         assert float(run["accuracy"]) == pytest.approx(100 * reached, abs=1e-9)
+        assert f"{folder.name}: done, accuracy {100 * reached:.4g} %\n" in (done / "printed.txt").read_text()
     for row in rows(done / "table.csv"):
         scores = [float(run["accuracy"]) for run in runs if run["trainer"] == row["trainer"]]
         assert float(row["mean"]) == pytest.approx(statistics.fmean(scores))

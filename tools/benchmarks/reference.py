@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ STEPS, STEP_SIZE, CLIP_NORM, LEARNING_RATE = 3, 1e-3, 2.0, 1e-4
 BETAS, EPSILON, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.01
 
 
+#: Texts and images of an example, by task. One of several texts or images is repeated, so that a row has one of each.
+TASKS = {"vqa": (1, 1), "vcr": (4, 1), "nlvr2": (1, 2)}
+
+
 class PlainUniter:
-    """UNITER with the head for answers, on the parameters of another model.
+    """UNITER with the head for VQA, VCR or (paired) NLVR2, on the parameters of another model.
 
     Args:
         parameters: parameters under their released names.
@@ -40,14 +45,17 @@ class PlainUniter:
         )
 
     def __call__(self, batch: Batch, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """Score a batch, with perturbations of its word embeddings and features: ``[B, labels]``."""
+        """Score a batch of rows, with perturbations of its word embeddings and features: ``[B, labels]``."""
         hidden, mask = self.packed(batch, self.words(batch, text), self.regions(batch, image))
         scores = torch.where(mask, 0.0, -10000.0)[:, None, None]
         for number in range(self.layers):
             hidden = self.layer(f"uniter.encoder.layer.{number}", hidden, scores)
         pooled = torch.tanh(self.linear("uniter.pooler.dense", hidden[:, 0]))
-        wide = self.norm("vqa_output.2", gelu(self.linear("vqa_output.0", pooled)))
-        return self.linear("vqa_output.3", wide)
+        if "nlvr2_output.weight" in self.parameters:
+            return self.linear("nlvr2_output", pooled.view(-1, 2 * pooled.shape[1]))
+        head, activation = ("vcr_output", F.relu) if "vcr_output.0.weight" in self.parameters else ("vqa_output", gelu)
+        wide = self.norm(f"{head}.2", activation(self.linear(f"{head}.0", pooled)))
+        return self.linear(f"{head}.3", wide)
 
     def words(self, batch: Batch, delta: Tensor | None) -> Tensor:
         """Embed the texts, ``[B, T, hidden]``."""
@@ -66,7 +74,9 @@ class PlainUniter:
         geometry = torch.cat((boxes, sizes, sizes.prod(-1, keepdim=True)), dim=-1)
         seen = self.norm(f"{name}.img_layer_norm", self.linear(f"{name}.img_linear", features))
         placed = self.norm(f"{name}.pos_layer_norm", self.linear(f"{name}.pos_linear", geometry))
-        types = self.parameters["uniter.embeddings.token_type_embeddings.weight"][1]
+        types = self.parameters["uniter.embeddings.token_type_embeddings.weight"]
+        images = 2 if "nlvr2_output.weight" in self.parameters else 1
+        types = types[1 + torch.arange(len(features)) % images].unsqueeze(1)
         return self.dropout(self.norm(f"{name}.LayerNorm", seen + placed + types))
 
     def packed(self, batch: Batch, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,16 +121,36 @@ def gelu(given: Tensor) -> Tensor:
     return given * 0.5 * (1.0 + torch.erf(given / math.sqrt(2.0)))
 
 
+def rows_of(batch: Batch) -> Batch:
+    """Repeat the text of several images, or the image of several texts: a batch with one of each in a row."""
+    ids, mask, features, boxes, seen = (
+        batch.input_ids,
+        batch.attention_mask,
+        batch.features,
+        batch.boxes,
+        batch.region_mask,
+    )
+    texts = ids.shape[1] if ids.dim() == 3 else 1
+    images = features.shape[1] if features.dim() == 4 else 1
+    ids, mask = (t.flatten(0, -2).repeat_interleave(images, 0) for t in (ids, mask))
+    if images > 1:
+        features, boxes, seen = (t.flatten(0, 1) for t in (features, boxes, seen))
+    features, boxes, seen = (t.repeat_interleave(texts, 0) for t in (features, boxes, seen))
+    return replace(batch, input_ids=ids, attention_mask=mask, features=features, boxes=boxes, region_mask=seen)
+
+
 def backward(score: Callable[..., Tensor], batch: Batch, method: str) -> None:
     """Run the passes of an update; every one is sent back as soon as it has run, VILLA's through the clean graph too.
 
     Args:
         score: ``score(batch, text=None, image=None)``, the logits in fp32 or wider.
-        batch: with soft targets ``[B, labels]``.
+        batch: rows, with soft targets ``[B, labels]`` or classes.
         method: a key of ``VIEWS``.
     """
 
     def task(logits: Tensor) -> Tensor:
+        if not batch.targets.is_floating_point():
+            return F.cross_entropy(logits, batch.targets.flatten())
         return F.binary_cross_entropy_with_logits(logits, batch.targets) * logits.shape[1]
 
     clean = None if method == "freelb" else score(batch)

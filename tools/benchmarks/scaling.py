@@ -115,7 +115,7 @@ def main() -> None:
         more = [f"trainer.steps={options.steps}"] if options.method != "standard" else []
         more += [f"model.num_layers={options.layers}"] if options.layers else []
         case = {"tokens": tokens, "regions": options.length - tokens, "options": more}
-        fixed = {"dtype": "fp32", "padding": 0.2, "dropout": 0.1}
+        fixed = {"task": "vqa", "dtype": "fp32", "padding": 0.2, "dropout": 0.1}
         work(argparse.Namespace(**vars(options) | case | fixed))
         return
     print(f"{options.method}, {options.size}\n")

@@ -38,10 +38,12 @@ from reference import (
     LEARNING_RATE,
     STEP_SIZE,
     STEPS,
+    TASKS,
     VIEWS,
     WEIGHT_DECAY,
     PlainAdamW,
     PlainUniter,
+    rows_of,
 )
 from reference import backward as reference_backward
 from torch import Tensor
@@ -70,6 +72,12 @@ _TRAINERS = {
         for m in ("text", "both", "alternating")
     },
 }
+#: Head and loss of the tasks.
+_HEADS = {
+    "vqa": ("classification", "binary_cross_entropy"),
+    "vcr": ("multiple_choice", "cross_entropy"),
+    "nlvr2": ("nlvr2_paired", "cross_entropy"),
+}
 _OURS = {
     "optimizer.lr": LEARNING_RATE,
     "optimizer.betas": list(BETAS),
@@ -85,20 +93,27 @@ def batch_of(case: argparse.Namespace) -> Batch:
     """A random batch in which a share of the positions of the longest row's rectangle is padding."""
     _, _, _, vocabulary, width, labels = SIZES[case.size]
     torch.manual_seed(1)
-    count, tokens, regions = case.examples, case.tokens, case.regions
-    kept = 1 - 2 * case.padding * torch.linspace(0, 1, count)
-    words, seen = ((kept * most).round().clamp(min=2).long() for most in (tokens, regions))
-    masks = torch.arange(tokens) < words[:, None], torch.arange(regions) < seen[:, None]
-    corners = torch.rand(count, regions, 4)
-    return Batch(
-        ids=[str(number) for number in range(count)],
-        input_ids=torch.randint(1, vocabulary, (count, tokens)) * masks[0],
-        attention_mask=masks[0],
-        features=torch.randn(count, regions, width) * masks[1].unsqueeze(-1),
-        boxes=torch.cat((corners[..., :2] / 2, 0.5 + corners[..., 2:] / 2), dim=-1),
-        region_mask=masks[1],
-        targets=torch.rand(count, labels) * (torch.rand(count, labels) < 0.01),
+    examples, tokens, regions = case.examples, case.tokens, case.regions
+    texts, images = (examples * each for each in TASKS[case.task])
+    words, seen = (
+        ((1 - 2 * case.padding * torch.linspace(0, 1, count)) * most).round().clamp(min=2).long()
+        for count, most in ((texts, tokens), (images, regions))
     )
+    masks = torch.arange(tokens) < words[:, None], torch.arange(regions) < seen[:, None]
+    corners = torch.rand(images, regions, 4)
+    shown = {
+        "input_ids": torch.randint(1, vocabulary, (texts, tokens)) * masks[0],
+        "attention_mask": masks[0],
+        "features": torch.randn(images, regions, width) * masks[1].unsqueeze(-1),
+        "boxes": torch.cat((corners[..., :2] / 2, 0.5 + corners[..., 2:] / 2), dim=-1),
+        "region_mask": masks[1],
+    }
+    shown = {
+        name: value if len(value) == examples else value.unflatten(0, (examples, -1)) for name, value in shown.items()
+    }
+    soft = torch.rand(examples, labels) * (torch.rand(examples, labels) < 0.01)
+    classes = torch.randint(2, (examples, TASKS[case.task][0]))
+    return Batch([str(n) for n in range(examples)], **shown, targets=soft if case.task == "vqa" else classes)
 
 
 def model_of(case: argparse.Namespace) -> tuple[Any, Any]:
@@ -108,6 +123,7 @@ def model_of(case: argparse.Namespace) -> tuple[Any, Any]:
     from villa.registry import MODELS
 
     layers, hidden, heads, vocabulary, width, labels = SIZES[case.size]
+    head, loss = _HEADS[case.task]
     rates = [f"model.{kind}_dropout={case.dropout}" for kind in ("hidden", "attention")]
     options = [f"model.num_layers={layers}", f"model.hidden_size={hidden}", f"model.num_heads={heads}", *rates]
     trainer = [*_TRAINERS[case.method], *(f"trainer.{m}_step_size={STEP_SIZE}" for m in ("text", "image"))]
@@ -115,7 +131,8 @@ def model_of(case: argparse.Namespace) -> tuple[Any, Any]:
         [
             *(
                 "model=uniter",
-                "loss=binary_cross_entropy",
+                f"model.head={head}",
+                f"loss={loss}",
                 "optimizer=bert_adamw",
                 "dataset=easy_vqa",
                 "batch.examples=1",
@@ -128,7 +145,7 @@ def model_of(case: argparse.Namespace) -> tuple[Any, Any]:
         ]
     )[0].config
     torch.manual_seed(0)
-    facts = DataFacts(vocab_size=vocabulary, num_labels=labels, feature_dim=width)
+    facts = DataFacts(vocab_size=vocabulary, num_labels=labels if case.task == "vqa" else None, feature_dim=width)
     return config, MODELS.get("uniter").from_config(config.model, facts).train()
 
 
@@ -139,6 +156,10 @@ def villa_update(case: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
     from villa.engine.updater import Updater
     from villa.registry import LOSSES, OPTIMIZERS, SCHEDULERS, TRAINERS
 
+    with suppress(ImportError):  # older checkouts have no such thing
+        from villa.engine.run import keep_freed_memory
+
+        keep_freed_memory()  # as villa_run does
     config, model = model_of(case)
     loss = LOSSES.get(config.loss.name)(config.loss)
     precision, strategy = Precision(case.dtype, torch.device("cpu")), Strategy()
@@ -165,7 +186,7 @@ def villa_update(case: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
 def reference_update(case: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
     """The same weights and batch, by the plain loop."""
     _, model = model_of(case)
-    parameters, batch = dict(model.named_parameters()), batch_of(case)
+    parameters, batch = dict(model.named_parameters()), rows_of(batch_of(case))
     plain, optimizer = PlainUniter(parameters, SIZES[case.size][2], case.dropout), PlainAdamW(parameters)
 
     def score(*given: Any, **named: Any) -> Tensor:
@@ -274,7 +295,7 @@ def contestants(case: argparse.Namespace, against: Path | None) -> Iterator[list
 def peak(case: argparse.Namespace) -> float:
     """FLOPs a second of the fastest of the layers' matrix products on the real positions."""
     _, hidden, *_ = SIZES[case.size]
-    rows = round(case.examples * (case.tokens + case.regions) * (1 - case.padding))
+    rows = round(case.examples * max(TASKS[case.task]) * (case.tokens + case.regions) * (1 - case.padding))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
     best = 0.0
     for inner, outer in ((hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)):
@@ -350,7 +371,7 @@ def main() -> None:
     for size, method, dtype, padding, threads in itertools.product(*lists):
         case = argparse.Namespace(
             **{"size": size, "method": method, "dtype": dtype, "padding": padding, "threads": threads},
-            **{name: getattr(options, name) for name in ("examples", "tokens", "regions", "options")},
+            **{name: getattr(options, name) for name in ("task", "examples", "tokens", "regions", "options")},
             dropout=0.0 if options.check else options.dropout,
         )
         if options.check:
@@ -366,6 +387,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--padding", nargs="+", type=float, default=[0.2], help="share of positions, below 0.5")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--task", choices=TASKS, default="vqa", help="texts and images of an example, and the head")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=20, help="of the longest text")
     parser.add_argument("--regions", type=int, default=50, help="of the largest image")

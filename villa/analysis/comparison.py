@@ -18,7 +18,7 @@ from villa.analysis.differences import difference
 from villa.analysis.report import EXAMPLES, JSON, along_radii, panels_of
 from villa.analysis.robustness import area
 from villa.errors import ConfigError, DataError, reading
-from villa.evaluation.figures import write_png
+from villa.evaluation.figures import write_figure
 from villa.evaluation.results import print_table
 from villa.files import from_home, write_json
 from villa.json_values import read_own
@@ -262,4 +262,4 @@ def draw(rows: Sequence[Row], output: Path) -> None:
             )
         along_radii(axes, radii, modality)
     figure.suptitle(f"Worst of all attacks, n = {len(first.clean)}; thin lines: seeds")
-    write_png(figure, output)
+    write_figure(figure, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +15,8 @@ from villa.errors import DataError
 Scores = Mapping[int, Mapping[str, float]]
 
 _DRAWS = 2000
-#: Entries of a chunk of resampled examples.
-_AT_ONCE = 2_000_000
+#: Most values that a bootstrap draws at once, so that its memory does not grow with the examples.
+_AT_ONCE = 1 << 20
 #: Two-sided level of intervals, and the chance with which a ``detectable`` difference is seen.
 _LEVEL, _POWER = 0.05, 0.8
 
@@ -78,12 +78,28 @@ def _paired(base: Scores, other: Scores) -> npt.NDArray[np.float64]:
     return np.array([[other[seed][id_] - base[seed][id_] for id_ in ids] for seed in base], np.float64)
 
 
+def resamples(
+    count: int, draws: int, *, width: int = 1, seed: int | np.random.Generator = 0
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield what a bootstrap draws of some items, ``draws`` rows ``[count]`` in all, in parts that fit into memory.
+
+    Args:
+        count: number of items.
+        draws: number of resamples.
+        width: values that are gathered of each item.
+        seed: seed, or generator, of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    size = max(1, _AT_ONCE // (count * width))
+    for start in range(0, draws, size):
+        yield generator.integers(0, count, (min(size, draws - start), count))
+
+
 def _resampled(values: npt.NDArray[np.float64], random: np.random.Generator) -> npt.NDArray[np.float64]:
     """Return means over resampled examples, ``[seeds, draws]``."""
-    count = values.shape[1]
-    size = max(1, min(_DRAWS, _AT_ONCE // (count * len(values))))
-    chunks = [values[:, random.integers(0, count, (size, count))].mean(2) for _ in range(-(-_DRAWS // size))]
-    return np.concatenate(chunks, axis=1)
+    seeds, count = values.shape
+    picked = resamples(count, _DRAWS, width=seeds, seed=random)
+    return np.concatenate([values[:, picks].mean(2) for picks in picked], axis=1)
 
 
 def _detectable(values: npt.NDArray[np.float64]) -> float:

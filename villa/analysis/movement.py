@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from villa.models.base import Model, ModelOutput, Point
 
 #: Words that are named beside a perturbed one.
 _NEAREST = 3
+#: Names of special and unused tokens, and of those without a name: ``[PAD]``, ``[unused7]``, ``</s>``, ``(30000)``.
+_NO_WORD = re.compile(r"\[\w+\]|<[^<>\s]+>|\(\d+\)")
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,10 @@ def move(
 
 
 def near(moved: Tensor, own: int, table: Tensor, names: Callable[[int], str]) -> tuple[str, ...]:
-    """Return the words nearest to a perturbed embedding ``[D]``, without the word that was there."""
+    """Return the words nearest to a perturbed embedding ``[D]``, without the one that was there and special tokens."""
     distances = (table.detach().float() - moved.float()).norm(dim=1)
-    order = distances.argsort()[: _NEAREST + 1].tolist()
-    return tuple(names(id_) for id_ in order if id_ != own)[:_NEAREST]
+    others = (names(id_) for id_ in distances.argsort().tolist() if id_ != own)
+    return tuple(islice((name for name in others if not _NO_WORD.fullmatch(name)), _NEAREST))
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from villa.analysis.differences import resamples
 from villa.analysis.probe_report import IMAGES, JSON, SELECTIONS
-from villa.analysis.probes import ALL
+from villa.analysis.probes import ALL, Floats
 from villa.errors import DataError, reading
 from villa.files import write_json
 from villa.json_values import read_own
@@ -92,22 +93,28 @@ def compare(runs: Sequence[Probed]) -> list[dict[str, Any]]:
 
 
 def _values(first: Probed, run: Probed, keys: Sequence[str], selection: str) -> dict[str, Any]:
-    picks = np.random.default_rng(0).integers(0, len(first.sums), (_DRAWS, len(first.sums)))
     found: dict[str, Any] = {}
     for key in keys:
         name, _, its = key.rpartition("/")
         if its != selection:
             continue
         tables = [np.array([one.sums[image].get(key, (0.0, 0)) for image in first.sums]) for one in (first, run)]
-        base, own = (table[:, 0].sum() / max(table[:, 1].sum(), 1) for table in tables)
+        base, own = (_mean(table.sum(0)) for table in tables)
         entry: dict[str, Any] = {"value": float(own)}
         if run is not first:
-            sums = [table[picks].sum(1) for table in tables]
-            drawn = sums[1][:, 0] / np.maximum(sums[1][:, 1], 1) - sums[0][:, 0] / np.maximum(sums[0][:, 1], 1)
-            low, high = np.quantile(drawn, (0.025, 0.975))
+            drawn = [
+                _mean(tables[1][picks].sum(1)) - _mean(tables[0][picks].sum(1))
+                for picks in resamples(len(first.sums), _DRAWS, width=2)
+            ]
+            low, high = np.quantile(np.concatenate(drawn), (0.025, 0.975))
             entry |= {"difference": float(own - base), "interval": [float(low), float(high)]}
         found[name] = entry
     return found
+
+
+def _mean(sums: Floats) -> Any:
+    """Return means from sums and numbers of pairs in the last dimension; 0 without pairs."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1)
 
 
 def report(places: Sequence[Path], output: Path) -> Table:

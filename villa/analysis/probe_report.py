@@ -16,8 +16,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from villa.analysis.differences import resamples
 from villa.analysis.probes import ALL, GROUNDING, PROBES, Floats, Key, Measured
-from villa.evaluation.figures import write_png
+from villa.evaluation.figures import write_figure
 from villa.files import atomic_write, write_json
 from villa.rng import derive_seed
 from villa.streams import visible
@@ -73,20 +74,22 @@ class Sums:
 
     def score(self, head: int, images: Numbers) -> dict[str, Any]:
         """Return the mean of a head over some images, that of unlinked pairs, and 95 % intervals over images."""
-        picks = np.random.default_rng(0).integers(0, len(images), (_DRAWS, len(images)))
-        drawn = images[picks]
         ours, theirs = (
             (sums[:, head], counts) for sums, counts in ((self.linked, self.counts), (self.random, self.random_counts))
         )
         value, random = (_ratio(sums[images].sum(), counts[images].sum()) for sums, counts in (ours, theirs))
-        values = _ratio(ours[0][drawn].sum(1), ours[1][drawn].sum(1))
         gaps, counts = (self.compared - self.random)[:, head], self.random_counts
+        values, gaps_drawn = [], []
+        for picks in resamples(len(images), _DRAWS):
+            drawn = images[picks]
+            values.append(_ratio(ours[0][drawn].sum(1), ours[1][drawn].sum(1)))
+            gaps_drawn.append(_ratio(gaps[drawn].sum(1), counts[drawn].sum(1)))
         return {
             "value": json_number(float(value)),
-            "interval": _interval(values),
+            "interval": _interval(np.concatenate(values)),
             "random": json_number(float(random)),
             "gap": json_number(float(_ratio(gaps[images].sum(), counts[images].sum()))),
-            "gap_interval": _interval(_ratio(gaps[drawn].sum(1), counts[drawn].sum(1))),
+            "gap_interval": _interval(np.concatenate(gaps_drawn)),
             "pairs": int(self.counts[images].sum()),
         }
 
@@ -315,7 +318,7 @@ def draw(content: Mapping[str, Any], output: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="y")
     figure.suptitle(f"{visible(title)}; heads chosen on one half of the images, shown on the other", fontsize=10)
-    write_png(figure, output)
+    write_figure(figure, output)
 
 
 def _draw_importance(axes: Any, importance: Mapping[str, Sequence[float]]) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from villa.analysis.checks import Check
 from villa.analysis.robustness import WORDS, Case, Outcome, area, interval
-from villa.evaluation.figures import write_png
+from villa.evaluation.figures import write_figure
 from villa.evaluation.groups import SIZES, consensus_scores
 from villa.files import atomic_write, write_json
 from villa.registry import SHIFT_GROUPS
@@ -228,7 +228,7 @@ def draw(found: Sequence[Curve], clean: Mapping[str, Any], metric: str, output: 
     for axes, modality in zip(panels, modalities, strict=True):
         _panel(axes, [c for c in found if c.modality == modality], clean[metric])
     figure.suptitle(f"{title}; bands: 95 % bootstrap intervals over examples")
-    write_png(figure, output)
+    write_figure(figure, output)
 
 
 def panels_of(modalities: Sequence[str], metric: str) -> tuple[Figure, Sequence[Axes]]:
@@ -436,4 +436,4 @@ def draw_shifts(shifts: Mapping[str, Any], clean: Mapping[str, Any], metric: str
     if many:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(f"{title} (n = {clean['n']}); bars: 95 % bootstrap intervals", fontsize=10)
-    write_png(figure, output)
+    write_figure(figure, output)

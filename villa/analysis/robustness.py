@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from villa.analysis.attacks import Attack, Ball
+from villa.analysis.differences import resamples
 from villa.analysis.victim import Victim
 from villa.batch import Batch
 from villa.config.schema import RobustnessConfig
@@ -196,20 +197,14 @@ def _outcome(number: int, id_: str, victims: Sequence[Victim]) -> Outcome:
     )
 
 
-#: Most scores that a bootstrap draws at once, so that its memory does not grow with the examples.
-_DRAWN = 1 << 20
-
-
 def interval(
     scores: Sequence[float], seed: int = 0, draws: int = 1000, weights: Sequence[int] | None = None
 ) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean over examples, or of the weighted mean over clusters of them."""
     values = np.asarray(scores, np.float64)
     sizes = None if weights is None or len({*weights}) == 1 else np.asarray(weights, np.float64)
-    generator, means = np.random.default_rng(seed), []
-    at_once = max(1, _DRAWN // len(values))
-    for start in range(0, draws, at_once):
-        picks = generator.integers(0, len(values), (min(at_once, draws - start), len(values)))
+    means = []
+    for picks in resamples(len(values), draws, seed=seed):
         drawn = values[picks]
         if sizes is None:
             means.append(drawn.mean(1))

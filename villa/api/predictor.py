@@ -6,42 +6,43 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch import Tensor
 
 from villa.analysis.pictures import View
 from villa.analysis.report import JSON
 from villa.config.loader import load
-from villa.config.schema import AttentionConfig
+from villa.config.schema import AttentionConfig, PredictConfig
 from villa.config.values import Origin, Value
 from villa.datasets.own.files import SUFFIXES
-from villa.datasets.own.pictures import BACKGROUND, read_picture, upright_rgb
-from villa.datasets.own.records import REGION_FIELDS, beside
+from villa.datasets.own.pictures import BACKGROUND, IN_MEMORY, KINDS, picture_of, read_picture
+from villa.datasets.own.records import REGION_FIELDS
 from villa.datasets.stores import ImageSource
-from villa.engine.answers import answers
+from villa.engine.answering import Answering
 from villa.engine.inference import restore_parts
 from villa.engine.looking import look
+from villa.engine.reading import RequestReader
+from villa.engine.requests import MemoryRows, Requests
 from villa.engine.robustness import robustness as attack
 from villa.engine.saving import save_pretrained
 from villa.engine.setup import Parts
-from villa.errors import DataError, one_line
+from villa.errors import ConfigError, DataError
 from villa.extraction.outputs import Format
 from villa.extraction.run import Extracted, Job
 from villa.extraction.run import extract as extract_images
 from villa.hub.source import Source
 from villa.plugins import load_user_dir
-from villa.progress import Mode
+from villa.progress import Mode, track
 
-#: A path, a Pillow image, or a NumPy array of pixels: ``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``.
-ImageLike = str | Path | Image.Image | npt.NDArray[Any]
-_KINDS = "a path, an image of Pillow, or an array of bytes [H, W], [H, W, 3] or [H, W, 4]"
+#: A path or ``file://`` URL, the bytes of a file, an image of Pillow, or pixels; see ``picture_of``.
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[Any] | Tensor
 
 
 class Predictor:
@@ -54,23 +55,52 @@ class Predictor:
 
     def __init__(self, parts: Parts, source: Source) -> None:
         self.parts, self.source = parts, source
+        self._reader = RequestReader(parts, parts.config.predict.extractor)
 
-    def predict(self, *, image: ImageLike | None = None, text: str) -> dict[str, Any]:
-        """Answer one question about one image: ``{"answer": ..., "score": ...}``.
+    def predict(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        top_k: int = 1,
+        on_error: Literal["stop", "skip"] = "stop",
+        progress: Mode = "off",
+    ) -> Any:
+        """Answer questions about images.
 
         Args:
-            image: the image, its path, or the path of its features; None for text-only data sets.
-            text: the question.
+            image: an image: a path or ``file://`` URL, the bytes of a file, an image of Pillow, or an array of NumPy or
+                torch (uint8, ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``); or a list of images, or a batch of arrays.
+                For a model that reads region features, also a file of features; it extracts those of images. None
+                for text-only data sets.
+            text: the question about the image, or about every one of them, or a list with one for each. A list of
+                questions may also be about one image. None for models that read no question.
+            batch_size: images that the model gets at a time.
+            top_k: number of answers, best first, in ``top``.
+            on_error: ``stop`` at an image that cannot be used, or ``skip`` it: its answer is None.
+            progress: ``on``, ``off`` or ``auto``.
+
+        Returns:
+            ``{"answer": ..., "score": ...}``, with a ``top_k`` also ``"top": [{"answer": ..., "score": ...}, ...]``.
+            For a list, a list of these.
 
         Raises:
-            DataError: the image cannot be read.
+            ConfigError: the model does not rank answers, or a number is out of range.
+            DataError: an image cannot be used; the message says which.
         """
-        files: dict[str, Any] = {} if image is None else {"image": image}
-        if isinstance(image, str | os.PathLike):
-            files = dict.fromkeys(REGION_FIELDS.values(), str(image))  # one of them is read
-        elif not isinstance(image, Image.Image | np.ndarray | None):
-            raise DataError(f"image is of type {type(image).__name__}, which is none of an image; give {_KINDS}")
-        return self.predict_many([{"question": text, **files}])[0]
+        images, texts = _listed(image), list(text) if isinstance(text, list | tuple) else None
+        if images is not None and texts is not None and len(images) != len(texts):
+            raise DataError(f"{len(images)} images, but {len(texts)} questions; give one, or one for each image")
+        count = len(images if images is not None else texts if texts is not None else [None])
+        records: list[dict[str, Any]] = []
+        for number in range(count):
+            asked = text if texts is None else texts[number]
+            files = self._files(image if images is None else images[number])
+            records.append({**({} if asked is None else {"question": asked}), **files})
+        options = PredictConfig(examples=batch_size, top_k=top_k, on_error=on_error)
+        found = self._answers(records, options, progress)
+        return found if images is not None or texts is not None else found[0]
 
     def predict_many(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Answer ``{"image": image, "question": text}`` records, in order.
@@ -82,13 +112,34 @@ class Predictor:
         Raises:
             DataError: a record lacks a field or names a file that cannot be read.
         """
-        here, background = Path.cwd(), getattr(self.parts.data.config, "background", BACKGROUND)
-        with ExitStack() as stack:
-            folder = cache(lambda: Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa_"))))
-            named = [_named(record, folder, background) for record in records]
-            numbered = [{"id": str(number), **record, **beside(here, record)} for number, record in enumerate(named)]
-            examples = self.parts.data.requests(numbered)
-            return [one for _, decoded in answers(self.parts, examples) for one in decoded]
+        return self._answers(records, PredictConfig(), "off")
+
+    def _files(self, image: Any) -> dict[str, Any]:
+        """Return the field of a record for an image or a file of features."""
+        if image is None:
+            return {}
+        if not isinstance(image, (str, os.PathLike, *IN_MEMORY)):
+            raise DataError(f"image is of type {type(image).__name__}, which is none of an image; give {KINDS}")
+        named = isinstance(image, str | os.PathLike) and Path(image).suffix in SUFFIXES
+        return {"features" if named else "image": image}
+
+    def _answers(self, records: Sequence[Mapping[str, Any]], options: PredictConfig, progress: Mode) -> list[Any]:
+        """Return the answer to every record; None for those that are skipped."""
+        for name in ("examples", "top_k"):
+            if getattr(options, name) < 1:
+                shown = "batch_size" if name == "examples" else name
+                raise ConfigError(f"{shown}={getattr(options, name)} is too small; give at least 1")
+        numbered = [
+            {**{name: _plain(value) for name, value in record.items()}, "id": str(number)}
+            for number, record in enumerate(records, start=1)
+        ]
+        given = Requests(MemoryRows(numbered), Path.cwd(), self._reader.question)
+        self._reader.check(given)
+        found: dict[str, Any] = {}
+        batches = Answering(self.parts, self._reader, options)(given)
+        for batch in track(batches, "predict", len(given), mode=progress, size=lambda one: len(one.ids)):
+            found.update(zip(batch.ids, batch.answers, strict=True))
+        return [found.get(str(number)) for number in range(1, len(records) + 1)]
 
     def attention(self, *, image: ImageLike | None = None, text: str, attack: bool = False) -> View:
         """Return what the model attends to in one image and text; see docs/probing.md.
@@ -105,7 +156,7 @@ class Predictor:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa_")))
             background = getattr(self.parts.data.config, "background", BACKGROUND)
-            path = None if image is None else _path(image, lambda: folder, background)
+            path = None if image is None else _path(image, folder, background)
             files = {} if path is None else dict.fromkeys(REGION_FIELDS.values(), path)
             split = self.parts.data.requests([{"id": "0", "question": text, **files}])
             picture = path if path is not None and Path(path).suffix.lower() not in SUFFIXES else None
@@ -129,7 +180,11 @@ class Predictor:
 
 
 def from_pretrained(
-    path: str | Path, *, device: str = "auto", user_dir: str | Path | Sequence[str | Path] | None = None
+    path: str | Path,
+    *,
+    device: str = "auto",
+    user_dir: str | Path | Sequence[str | Path] | None = None,
+    extractor: Mapping[str, Any] | None = None,
 ) -> Predictor:
     """Load a trained model for prediction.
 
@@ -139,6 +194,8 @@ def from_pretrained(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         user_dir: packages or modules to import first, for a model of your own. A ``user_dir`` that only the checkpoint
             names is not imported.
+        extractor: for a model that reads region features, ``name`` and options of the extractor of its training data,
+            such as ``{"weights": "detector.pth"}``; by default those noted beside the features.
 
     Raises:
         CheckpointError: the folder holds no intact checkpoint.
@@ -152,6 +209,8 @@ def from_pretrained(
     }
     if user_dir is not None:
         values["user_dir"] = user_dir
+    if extractor:
+        values["predict.extractor"] = dict(extractor)
     loaded = load(f"{key}={json.dumps(value, default=str)}" for key, value in values.items())
     return Predictor(*restore_parts(loaded.config))
 
@@ -236,24 +295,24 @@ def extract(
     return extract_images(images, output, extractor, values, job)
 
 
-def _named(record: Mapping[str, Any], folder: Callable[[], Path], background: str) -> dict[str, Any]:
-    """Return the record with paths for images: images held in memory are written to ``folder``."""
-    named = dict(record)
-    if isinstance(record.get("images"), list | tuple):
-        named["images"] = [_path(image, folder, background) for image in record["images"]]
-    if "image" in record:
-        named["image"] = _path(record["image"], folder, background)
-    return named
+def _listed(images: Any) -> list[Any] | None:
+    """Return several images as a list: a sequence, or a batch of arrays; None for one image."""
+    if isinstance(images, list | tuple):
+        return [*images]
+    return [*images] if isinstance(images, np.ndarray | Tensor) and images.ndim == 4 else None
 
 
-def _path(image: Any, folder: Callable[[], Path], background: str) -> Any:
-    if not isinstance(image, Image.Image | np.ndarray):
-        return str(image) if isinstance(image, Path) else image
-    try:
-        picture = upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image, background)
-    except Exception as error:  # Pillow raises many kinds
-        given = f"an array of {image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else "an image"
-        raise DataError(f"{given} cannot be read as an image ({one_line(error)}); give {_KINDS}") from error
-    path = folder() / f"{secrets.token_hex(8)}.png"
-    picture.save(path, compress_level=1)
+def _plain(value: Any) -> Any:
+    """Return a value of a record with texts for paths."""
+    if isinstance(value, os.PathLike):
+        return str(value)
+    return [*map(_plain, value)] if isinstance(value, list | tuple) else value
+
+
+def _path(image: Any, folder: Path, background: str) -> str:
+    """Return the path of an image, which is written to ``folder`` if it is in memory."""
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    path = folder / f"{secrets.token_hex(8)}.png"
+    picture_of(image, background).save(path, compress_level=1)
     return str(path)

@@ -127,6 +127,8 @@ def train(
     Raises:
         VillaError: the recipe, data, folder or checkpoints cannot be used.
     """
+    if isinstance(callbacks, Mapping):
+        raise ConfigError('callbacks takes objects; give registered ones as **{"callbacks.NAME.option": value}')
     given = [f"{name}={json.dumps(value, default=str)}" for name, value in options.items()]
     if isinstance(recipe, str | Path):
         given.insert(0, f"config={recipe}")

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from villa.config import RunConfig, load_stages
 from villa.datasets.cache_folder import cache_root, entries
 from villa.errors import VillaError
+from villa.registry import SHIFTS, expand_shifts
 
 #: Packages whose versions matter most for results.
 _PACKAGES = ("villa", "torch", "transformers", "fairscale", "tokenizers", "numpy", "pillow", "pyarrow", "lmdb")
@@ -94,9 +95,10 @@ def _recipe(arguments: Sequence[str]) -> Iterator[str]:
     for stage in load_stages(arguments):
         config = stage.config
         yield f"{config.name}: {config.model.name}, {config.dataset.name}, {config.trainer.name}"
-        for extra in needed_extras(config):
-            absent = missing(extra)
-            yield f"needs villa[{extra}]: {'missing ' + ', '.join(absent) if absent else 'installed'}"
+        for extra, packages in needed_extras(config).items():
+            absent = [name for name in missing(extra) if not packages or name in packages]
+            state = f"missing {', '.join(absent)} (pip install 'villa[{extra}]')" if absent else "installed"
+            yield f"needs villa[{extra}]: {state}"
         try:
             _open(config)
             yield "its data are there"
@@ -104,14 +106,21 @@ def _recipe(arguments: Sequence[str]) -> Iterator[str]:
             yield str(error).splitlines()[0]
 
 
-def needed_extras(config: RunConfig) -> list[str]:
-    """Return the extras whose packages a recipe uses."""
+def needed_extras(config: RunConfig) -> dict[str, list[str]]:
+    """Return the extras that a recipe uses, each with the packages that it needs of it; none named are all."""
+    grid = getattr(config.dataset, "regions", None) == "grid"
+    packages = {"mlflow": "mlflow-skinny", "wandb": "wandb", "trackio": "trackio"}
+    trackers = [package for name, package in packages.items() if name in config.logging.trackers]
+    shifts = expand_shifts(config.robustness.shifts) if config.run_type == "robustness" else []
+    required = [SHIFTS.get(name).requires for name in shifts]
     uses = {
-        "demo": config.dataset.name == "easy_vqa",
+        "demo": config.dataset.name == "easy_vqa" or grid,
         "lora": bool(getattr(config.model, "lora_rank", None)),
-        "trackers": bool({"wandb", "mlflow", "trackio"} & {*config.logging.trackers}),
+        "trackers": bool(trackers),
+        **{extra: True for _, extra in filter(None, required)},
+        "probe": config.run_type == "probe",
     }
-    return [extra for extra, used in uses.items() if used]
+    return {extra: trackers if extra == "trackers" else [] for extra, used in uses.items() if used}
 
 
 def _open(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 from omegaconf import MISSING
 
-from villa import plugins
+from villa import plugins, recipes
 from villa.config.loader import import_plugins
 from villa.config.options import attribute_docs, dataclass_options, describe, fixed_options
 from villa.config.schema import VARIANTS, RunConfig
@@ -20,17 +20,20 @@ from villa.errors import ConfigError, VillaError, nearest, one_line
 from villa.registry import EXTRACTORS, REGISTRIES, Registry
 
 USAGE = """\
-usage: villa_run [config=RECIPE.yaml] [section.option=value ...] [--print-config | --perturbation-points | --dry-run]
+usage: villa_run [config=RECIPE.yaml] [section.option=value ...]
+                 [--print-config [--no-origins] | --parameters | --perturbation-points | --dry-run]
        villa_run config=RECIPE.yaml ... --sweep section.option=value,value,... ... [--at-once N]
        villa_run --study STUDY.yaml [section.option=value ...] [--at-once N]
        villa_run --compare FOLDER FOLDER ... [output_dir=FOLDER]
        villa_run --list [KIND] | --help [SECTION | section=name ...] | --version
        villa_run doctor [config=RECIPE.yaml ...]
+       villa_run --new trainer|model|dataset|loss|attack|callback NAME
+       villa_run --completion bash|zsh|fish
 
 Train, evaluate or predict with what a recipe names. Later values win: defaults, presets, included files, the
 recipe, the command line. Values are YAML; quote brackets and blanks for the shell.
 
-  villa_run config=recipe.yaml
+  villa_run config=recipe.yaml                   (a path, or a name of --list recipes: villa/easy_vqa)
   villa_run config=recipe.yaml trainer=freelb trainer.steps=5 optimizer.lr=3e-5
   villa_run config=recipe.yaml run_type=test checkpoint.path=outputs/run
   villa_run config=recipe.yaml 'evaluation.metrics=[accuracy]' --print-config
@@ -44,13 +47,18 @@ Arguments are for all of them, or for one: stage2.optimizer.lr=1e-5.
   --study STUDY.yaml    compare methods at matched updates and matched compute: train and attack what is missing, then
                         write tables, figures and a page of what they show
   --compare A B ...     compare runs that were attacked (run_type=robustness) or probed (run_type=probe)
-  --print-config        show the resolved recipe with the origin of every value, and stop
+  --print-config        show the resolved recipe with the origin of every value, and stop; with --no-origins without
+                        these comments, to compare two recipes with diff
+  --parameters          show by module which parameters train, with which learning rate and weight decay, and stop
   --perturbation-points show where the recipe's model is perturbed, and stop
   --dry-run             show what memory and how many operations the recipe's run needs, and stop
-  --list [KIND]         list what is registered: models, datasets, losses, ...
+  --list [KIND]         list what is registered: models, datasets, losses, ...; or recipes: those that come with villa
   --help [SECTION]      this page, its part on a section (--help training), or a registered class's options
                         (--help trainer=villa)
   doctor                what is installed, devices, caches, and what a recipe lacks
+  --new KIND NAME       write a class of your own that runs, and its test, as NAME.py and test_NAME.py
+  --completion SHELL    print a script that makes a shell complete options, names and files, for
+                        eval "$(villa_run --completion bash)"
   --version             show the version
 
 Exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.
@@ -129,14 +137,14 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text.replace("``", "'"), _WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
-ALL = "all"
+ALL, RECIPES = "all", "recipes"
 
 
 def listing(kind: str) -> tuple[list[str], list[str]]:
     """List the registered names of a kind, each with the first line of its documentation.
 
     Args:
-        kind: plural of a kind (``models``), or ``all``.
+        kind: plural of a kind (``models``), ``recipes``, or ``all`` but recipes.
 
     Returns:
         Lines for the user, and problems: plug-ins and built-ins that cannot be imported.
@@ -144,14 +152,24 @@ def listing(kind: str) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: no such kind.
     """
+    if kind == RECIPES:
+        return _recipes(), []
     if kind not in (ALL, *REGISTRIES):
-        known = ", ".join(REGISTRIES)
-        raise ConfigError(f"--list {show(kind)}: nothing of that kind{nearest(kind, REGISTRIES)} (known: {known})")
+        known = ", ".join((*REGISTRIES, RECIPES))
+        raise ConfigError(
+            f"--list {show(kind)}: nothing of that kind{nearest(kind, (*REGISTRIES, RECIPES))} (known: {known})"
+        )
     problems = [f"plug-in {name} failed to import: {why}" for name, why in plugins.failures().items()]
     lines: list[str] = []
     for plural in REGISTRIES if kind == ALL else (kind,):
         lines += [f"{plural}:", *_entries(REGISTRIES[plural], problems)]
     return lines, problems
+
+
+def _recipes() -> list[str]:
+    width = max(map(len, recipes.names()), default=0)
+    lines = (f"  {name:{width}}  {recipes.summary(name)}".rstrip() for name in recipes.names())
+    return [f"recipes, in {recipes.home()} (a file of yours with the same path comes first):", *lines]
 
 
 def _entries(registry: Registry[object], problems: list[str]) -> Iterator[str]:

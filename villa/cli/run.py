@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from villa.command import Parser, run_command, show
+
+if TYPE_CHECKING:
+    from villa.config import Loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,17 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    options = _parse(argv)
-    if options.version:
-        return show(f"villa_run {_version()}\n")
-    if options.help:
-        from villa.cli.pages import help_text
-
-        return show(help_text(options.values))
-    if options.values[:1] == ["doctor"]:
-        from villa.cli.doctor import report
-
-        return show(report(options.values[1:]))
+    options = _parser().parse_intermixed_args(list(argv))
+    page = _page(options)
+    if page is not None:
+        return show(page)
     if options.list is not None:
         return _list(options.list, options.values)
     if options.compare is not None:
@@ -47,6 +45,27 @@ def _main(argv: Sequence[str]) -> int:
     _join_started(options)
     work = _study if options.study is not None else _sweep if options.sweep is not None else _run
     return run_joined(lambda: work(options))
+
+
+def _page(options: argparse.Namespace) -> str | None:
+    """Return what an argument that starts no run prints, or None if there is none."""
+    if options.version:
+        return f"villa_run {_version()}\n"
+    if options.completion is not None or options.complete is not None:
+        return _completion(options)
+    if options.new is not None:
+        from villa.cli.skeletons import write_skeleton
+
+        return write_skeleton(*options.new)
+    if options.help:
+        from villa.cli.pages import help_text
+
+        return help_text(options.values)
+    if options.values[:1] == ["doctor"]:
+        from villa.cli.doctor import report
+
+        return report(options.values[1:])
+    return None
 
 
 def _join_started(options: argparse.Namespace) -> None:
@@ -66,7 +85,7 @@ def _join_started(options: argparse.Namespace) -> None:
         strategies = {stage.config.distributed.strategy for stage in load_stages(options.values)}
         if strategies != {"single"}:
             started.adopt(os.environ)
-        elif started.direct and not (options.print_config or options.dry_run or options.perturbation_points):
+        elif started.direct and not (_shows(options)):
             raise ConfigError(
                 f"{started.program} has started {started.count} processes, but distributed.strategy is 'single', which "
                 "has one; set it to ddp or fsdp, or start one task (WORLD_SIZE=1 makes each a run of its own)"
@@ -75,18 +94,28 @@ def _join_started(options: argparse.Namespace) -> None:
         started.refuse(error)
 
 
+def _shows(options: argparse.Namespace) -> bool:
+    """Return whether a recipe is only looked at."""
+    return bool(options.print_config or options.parameters or options.perturbation_points or options.dry_run)
+
+
 def _run(options: argparse.Namespace) -> int:
-    from villa.config import annotated, load_stages
+    from villa.config import load_stages
 
     stages = load_stages(options.values)
+    gc.freeze()  # what torch has made stays: walking through it, again and again, takes a tenth of a plan's time
     if options.print_config:
-        return show("".join(annotated(stage.config, stage.origins, stage.notices) for stage in stages))
+        return show("".join(_printed(stage, origins=not options.no_origins) for stage in stages))
     for notice in (notice for stage in stages for notice in stage.notices):
         print(f"villa_run: {notice}", file=sys.stderr)
     if options.perturbation_points:
         from villa.planning.dry_run import describe_points
 
         return show("".join(f"{line}\n" for stage in stages for line in describe_points(stage.config)))
+    if options.parameters:
+        from villa.planning.parameters import describe_parameters
+
+        return show("".join(f"{line}\n" for stage in stages for line in describe_parameters(stage.config)))
     if options.dry_run:
         from villa.planning.dry_run import dry_run
 
@@ -99,20 +128,51 @@ def _run(options: argparse.Namespace) -> int:
     return launcher_of(chosen).launch(Request(tuple(options.values), [stage.config for stage in stages]))
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parser() -> Parser:
     parser = Parser("villa_run", add_help=False)
     parser.add_argument("values", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--version", action="store_true")
-    parser.add_argument("--print-config", action="store_true")
-    parser.add_argument("--perturbation-points", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
+    for flag in ("--version", "--print-config", "--no-origins", "--perturbation-points", "--parameters", "--dry-run"):
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("--list", nargs="?", const="all")
     parser.add_argument("--sweep", nargs="+")
     parser.add_argument("--study")
     parser.add_argument("--at-once", type=int)
     parser.add_argument("--compare", nargs="+")
-    return parser.parse_intermixed_args(list(argv))
+    parser.add_argument("--new", nargs=2)
+    parser.add_argument("--completion")
+    parser.add_argument("--complete")
+    return parser
+
+
+def _completion(options: argparse.Namespace) -> str:
+    """Return the script for a shell, or the words that may end the line that it gives."""
+    import dataclasses
+
+    from villa.cli.completion import SCRIPTS, candidates, script
+    from villa.cli.skeletons import KINDS
+    from villa.config.schema import RunConfig
+    from villa.registry import REGISTRIES
+
+    if options.completion is not None:
+        return script(options.completion)
+    followed = {
+        "--help": [field.name for field in dataclasses.fields(RunConfig)],
+        "--list": [*REGISTRIES],
+        "--new": [*KINDS],
+        "--completion": [*SCRIPTS],
+        "--study": None,
+        "--compare": None,
+    }
+    flags = [flag for flag in _parser().option_strings if flag not in ("-h", "--complete")]
+    words = candidates(options.complete, {flag: followed.get(flag, []) for flag in flags})
+    return "".join(f"{word}\n" for word in words)
+
+
+def _printed(stage: Loaded, *, origins: bool) -> str:
+    from villa.config import annotated, to_yaml
+
+    return annotated(stage.config, stage.origins, stage.notices) if origins else to_yaml(stage.config)
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -120,7 +180,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from villa.sweeps.axes import parse_axis, points
     from villa.sweeps.sweep import Sweep
 
-    if options.print_config or options.perturbation_points or options.dry_run:
+    if _shows(options):
         raise ConfigError("--sweep trains; leave it out to look at one recipe")
     _refuse_several("--sweep")
     sweep = Sweep(options.values, points([parse_axis(argument) for argument in options.sweep]))
@@ -134,7 +194,7 @@ def _study(options: argparse.Namespace) -> int:
     from villa.errors import ConfigError
     from villa.studies.study import Study
 
-    if options.sweep is not None or options.print_config or options.perturbation_points or options.dry_run:
+    if options.sweep is not None or _shows(options):
         raise ConfigError("--study runs what its recipe lists; leave the other options out to look at one recipe")
     _refuse_several("--study")
     return Study(options.study, options.values).run(options.at_once)

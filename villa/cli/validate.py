@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from villa.command import Parser, run_command
+from villa.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,13 +28,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "villa_validate",
         description="Check a submission file (--task), or read through what lies on the disk: a run, checkpoint,\n"
-        "saved folder or file of weights; a database, feature file or folder, or feature cache. Exit code 0: all\n"
-        "is well; 2: it is not, and one line says why.",
+        "saved folder or file of weights; a database, feature file or folder, or feature cache; JSON lines, tables,\n"
+        "archives and folders of images (docs/data_sources.md). Exit code 0: all is well; 2: it is not, and one line\n"
+        "says why.",
         epilog="villa_run --list submissions describes the tasks.",
     )
-    parser.add_argument("file", metavar="PATH", type=Path, help="the submission file, or what is to be intact")
+    parser.add_argument("file", metavar="PATH", help="the submission file, or what is to be intact")
     parser.add_argument("--task", help="the format of the submission: vqa, vcr, nlvr2, ...")
     parser.add_argument("--allow-empty-boxes", action="store_true", help="accept boxes without width or height")
+    parser.add_argument(
+        "--column",
+        metavar="FIELD=NAME",
+        action="append",
+        default=[],
+        help="the column of a field, as in dataset.columns",
+    )
+    parser.add_argument("--question", metavar="TEXT", help="question of rows without one, as dataset.question")
     parser.add_argument(
         "--ids",
         metavar="PATH",
@@ -62,17 +72,27 @@ def _check_submission(options: argparse.Namespace) -> str:
         load_user_dir(options.user_dir)
     submission = SUBMISSIONS.get(options.task)()
     ids = None if options.ids is None else read_ids(options.ids)
-    return f"{options.file}: {submission.validate(options.file, ids)}"
+    return f"{options.file}: {submission.validate(Path(options.file), ids)}"
 
 
 def _check_intact(options: argparse.Namespace) -> Iterator[str]:
-    from villa.datasets.validation import holds_features, validate
+    from villa.datasets.sources.opening import is_address
+    from villa.datasets.validation import holds_features, validate, validate_rows
     from villa.hub.intact import check_model, is_model
 
-    path = options.file
+    path, columns = Path(options.file), dict(map(_column, options.column))
+    if columns or options.question is not None or is_address(options.file):
+        return iter((f"{options.file}: {validate_rows(options.file, columns, options.question)}",))
     if is_model(path) and not holds_features(path):
         return check_model(path)
     return iter((f"{path}: {validate(path, allow_empty_boxes=options.allow_empty_boxes)}",))
+
+
+def _column(text: str) -> tuple[str, str]:
+    field, equals, name = text.partition("=")
+    if not (field and equals and name):
+        raise ConfigError(f"--column {text!r:.60} is no field with its column; give FIELD=NAME, such as question=q")
+    return field, name
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from villa.config.schema import VARIANTS
 from villa.config.values import COMMAND_LINE, Layer, Origin, Value, Written, is_one_line, show, texts
 from villa.config.yaml_text import is_null, parse, write
 from villa.errors import ConfigError, DataError
+from villa.recipes import locate, suggestion
 
 #: Largest recipe; a data file given by mistake is larger.
 MAX_BYTES = 256 * 1024
@@ -30,7 +31,7 @@ def read_layers(path: str) -> list[Layer]:
     the including file wins over all that it includes.
 
     Args:
-        path: local path or any URI that iopath supports.
+        path: local path, any URI that iopath supports, or the name of a recipe that comes with villa.
 
     Returns:
         One layer per file; a later layer wins.
@@ -39,7 +40,7 @@ def read_layers(path: str) -> list[Layer]:
         ConfigError: a file cannot be read, is not valid YAML, or includes itself.
     """
     layers: list[Layer] = []
-    _read(path, "", (), layers)
+    _read(locate(path), "", (), layers)
     return layers
 
 
@@ -86,10 +87,10 @@ def read_stored(path: Path) -> Layer:
 
 
 def beside(path: str, name: str) -> str:
-    """Return the location of ``name``, given relative to the file ``path``."""
+    """Return the location of ``name``, given relative to the file ``path``, or the name of a recipe of villa."""
     if "://" in name or "://" in path:
         return urljoin(path, name)
-    return os.path.normpath(Path(path).parent / name)
+    return locate(os.path.normpath(Path(path).parent / name), name)
 
 
 def _read(path: str, named_by: str, chain: tuple[str, ...], layers: list[Layer]) -> None:
@@ -119,7 +120,11 @@ def _text(path: str, named_by: str) -> str:
         with Path(local_path(path)).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{named_by}the recipe '{path}' does not exist; give the path of a YAML file") from None
+        hint = suggestion(path)
+        raise ConfigError(
+            f"{named_by}the recipe '{path}' does not exist{hint}{'' if hint else ';'} give the path of a YAML file, or "
+            "a name of villa_run --list recipes"
+        ) from None
     except (OSError, ValueError, RuntimeError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{named_by}the recipe '{path}' cannot be read: {reason}") from error
@@ -142,7 +147,7 @@ def parse_overrides(args: Iterable[str]) -> tuple[str | None, Layer]:
     and quoted text verbatim; see ``take_text``. In a shell, quote brackets and blanks.
 
     Returns:
-        The recipe's path, or None, and the other values.
+        The recipe's path or name, or None, and the other values.
 
     Raises:
         ConfigError: an argument is not ``key=value``, or its value is not YAML.
@@ -161,7 +166,7 @@ def parse_overrides(args: Iterable[str]) -> tuple[str | None, Layer]:
         else:
             _add_override(_values(key, text), layer)
     if config is not None and not (config and is_one_line(config)):
-        raise ConfigError(f"config={config!r:.80} (command line): give the path of a YAML file")
+        raise ConfigError(f"config={config!r:.80} (command line): give the path or name of a recipe")
     names = {f"{section}.name": Option(str, "", "") for section in VARIANTS}  # text, whatever they look like
     return config, take_text(layer, fixed_options() | names)
 

@@ -20,6 +20,9 @@ VARIANTS = {
     "launcher": "launchers",
 }
 
+#: Pairs of options of which a recipe gives one: giving one where an earlier layer gives the other replaces that.
+ALTERNATIVES = (("training.updates", "training.epochs"), ("batch.examples", "batch.tokens"))
+
 
 @dataclass
 class BatchConfig:
@@ -235,14 +238,32 @@ class PredictConfig:
     """Prediction (``run_type=predict``).
 
     Attributes:
-        input: JSON-lines file of ``{"image", "question"}`` records; None predicts on ``split``.
+        input: what to predict on: a folder of images, a list of them (a path a line), or records: JSON lines, CSV,
+            parquet and what else ``dataset.test`` may name; None predicts on ``split``.
+        columns: name of a column of ``input`` by field; by default ``dataset.columns``, but for JSON lines.
+        question: question about every image of ``input`` that has none of its own.
         split: split to predict on.
-        output: file to write; None writes ``predictions_<split>.jsonl`` in ``output_dir``.
+        output: file to write, in the format of its ending: ``.csv``, ``.parquet``, or JSON lines; None writes
+            ``predictions_<split>.jsonl`` in ``output_dir``.
+        top_k: answers of an example to write, best first.
+        on_error: what to do about an example of ``input`` that cannot be used, such as a broken image: ``stop``, or
+            ``skip`` it and list it in ``<output>.skipped.jsonl``.
+        examples: examples of ``input`` that the model gets at a time.
+        workers: threads that read images of ``input``.
+        extractor: options of the extractor of a model that reads region features (its ``name``, ``weights``, ...); by
+            default those noted beside the features of the training data.
     """
 
     input: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    question: str | None = None
     split: str = "test"
     output: str | None = None
+    top_k: int = 1
+    on_error: Literal["stop", "skip"] = "stop"
+    examples: int = 32
+    workers: int = 4
+    extractor: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

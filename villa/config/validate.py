@@ -33,6 +33,9 @@ _POSITIVE = (
     "checkpoint.every",
     "checkpoint.keep",
     "logging.every",
+    "predict.top_k",
+    "predict.examples",
+    "predict.workers",
     "robustness.steps",
     "robustness.examples",
     "robustness.text.candidates",
@@ -104,7 +107,7 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
         value, least = values[key], "positive" if key in _POSITIVE else "at least 0"
         if value is not None and not (0 <= value < LARGEST and (value or key in _NOT_NEGATIVE)):
             yield key, f"must be {least} and below 2^63"
-    for key in ("training.threads", "training.workers"):
+    for key in ("training.threads", "training.workers", "predict.workers"):
         if (values[key] or 0) > _MOST_OF_A_MACHINE:
             yield key, f"must be at most {_MOST_OF_A_MACHINE:,}"
     if (config.training.epochs or 0) > _MOST_EPOCHS:

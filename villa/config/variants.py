@@ -1,13 +1,13 @@
-"""Variant sections: the registered class that each one names, its presets and its overlays."""
+"""Variant sections: the registered class that each one names, its presets and its overlays; alternative options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from villa.config.options import Option, dataclass_options, find, recipe_options
-from villa.config.schema import VARIANTS
+from villa.config.schema import ALTERNATIVES, VARIANTS
 from villa.config.values import DEFAULT, Layer, Origin, Value, show
 from villa.errors import ConfigError, nearest, one_line
 from villa.registry import REGISTRIES
@@ -150,7 +150,8 @@ def lay_over(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> list[L
     """Return the layers with the active overlays, each directly below the layer that turns it on.
 
     So ``dataset.synthetic=true`` on the command line wins over all files and loses to the other arguments, and a file
-    with ``synthetic: true`` (such as a saved recipe) keeps its own values.
+    with ``synthetic: true`` (such as a saved recipe) keeps its own values. Of two ``ALTERNATIVES``, the one in the
+    later layer replaces the other.
     """
     below: dict[int, Layer] = {}
     options = recipe_options({section: variant.config for section, variant in variants.items()})
@@ -162,7 +163,24 @@ def lay_over(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> list[L
                 origin = Origin(f"{section}.{name}={show(wanted)}")
                 values = {key: Value(data, origin) for key, data in _fitting(overlay.values, options).items()}
                 below.setdefault(found[name][0], {}).update(values)
-    return [below.get(index, {}) | layer for index, layer in enumerate(layers)]
+    laid, given = [], set[str]()
+    for index, layer in enumerate(layers):
+        overlay = below.get(index, {})
+        laid.append(_replaced(overlay, given) | overlay)
+        given |= overlay.keys()
+        laid[-1] |= _replaced(layer, given) | layer
+        given |= layer.keys()
+    return laid
+
+
+def _replaced(layer: Layer, given: Collection[str]) -> Layer:
+    """Return null for every option of those given before whose alternative the layer gives in its place."""
+    nulls: Layer = {}
+    for pair in ALTERNATIVES:
+        for own, other in (pair, pair[::-1]):
+            if own in layer and layer[own].data is not None and other in given and other not in layer:
+                nulls[other] = Value(None, layer[own].origin)
+    return nulls
 
 
 def _find(section: str, variant: Variant, name: str, layers: Sequence[Layer]) -> tuple[int, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -118,6 +119,17 @@ class Split(Dataset[Example], ABC):
     @abstractmethod
     def lengths(self) -> Lengths:
         """Tokens plus regions of every example, for batches by tokens and of similar length."""
+
+    def shown_text(self, index: int) -> str | None:
+        """Return the text of example ``index`` as it was written, for people; None if it is not known."""
+        return None
+
+    def shown_image(self, index: int) -> Image.Image | None:
+        """Return the image of example ``index``, for people; None if only its features are known."""
+        image = next(iter(self[index].images), None)
+        if isinstance(image, Tensor):
+            return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return image if isinstance(image, Image.Image) else None
 
     def region_counts(self, index: int) -> Sequence[int]:
         """Return the number of regions of each image of an example, if known without reading it.
@@ -232,6 +244,10 @@ class TaskDataset(ABC):
         pairs = zip(classes.tolist(), scores.tolist(), strict=True)
         return [{"answer": answer, "score": score} for answer, score in pairs]
 
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]] | None:
+        """Return the scores ``[B, labels]`` of all answers, and the answers; None if examples have one answer each."""
+        return None
+
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
         """Decode generated texts into B records ``{"answer": text, "score": probability}``.
 
@@ -323,6 +339,14 @@ def best_answers(scores: Tensor, answers: Sequence[str]) -> list[dict[str, Any]]
     best, labels = scores.max(-1)
     pairs = zip(labels.tolist(), best.tolist(), strict=True)
     return [{"answer": answers[label], "score": score} for label, score in pairs]
+
+
+def top_answers(scores: Tensor, answers: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Return what ``best_answers`` does, with the ``most`` best answers, best first, as ``top``."""
+    found, labels = scores.sort(dim=-1, descending=True, stable=True)
+    rows = zip(labels[:, :most].tolist(), found[:, :most].tolist(), strict=True)
+    tops = [[{"answer": answers[label], "score": score} for label, score in zip(*row, strict=True)] for row in rows]
+    return [{**top[0], "top": top} for top in tops]
 
 
 def _listed(text: str) -> list[str]:

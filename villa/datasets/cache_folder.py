@@ -16,6 +16,7 @@ from villa.files import locked, plain_path
 KINDS = {
     "grid": "features of images",
     "indexes": "indexes of databases and tables",
+    "rows": "rows of tables, archives and folders",
     "synthetic": "generated data sets",
     "tsv": "indexes of feature files",
 }

@@ -33,14 +33,34 @@ def read_signature(place: Path) -> str | None:
     Raises:
         DataError: the note is damaged.
     """
+    note = _read_note(place)
+    return None if note is None else str(note["extractor"])
+
+
+def read_maker(place: Path) -> dict[str, Any] | None:
+    """Return how the extractor that made the features in ``place`` was built, if known: its ``name`` and options.
+
+    Raises:
+        DataError: the note is damaged.
+    """
+    maker = (_read_note(place) or {}).get("maker")
+    return maker if is_maker(maker) else None
+
+
+def is_maker(value: Any) -> bool:
+    """Return whether a value has the form of what ``read_maker`` returns."""
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
+
+
+def _read_note(place: Path) -> dict[str, Any] | None:
     file = note_of(place)
     if not file.is_file():
         return None
     with reading(f"the note on the features' extractor, '{file}', cannot be read", "extract them again, or remove it"):
-        signature = read_own(file)["extractor"]
-        if not isinstance(signature, str):
+        note = read_own(file)
+        if not isinstance(note, dict) or not isinstance(note["extractor"], str):
             raise ValueError("it names no extractor")
-        return signature
+        return note
 
 
 def extractor_reading(signature: str | None) -> dict[str, str]:

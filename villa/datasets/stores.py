@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +27,23 @@ _PLAIN = re.compile(r"[^/.~:\0][^/:\0]*(?:/[^/.:\0][^/:\0]*)*")
 
 #: Files that are listed without an index.
 _FEW = 10_000
+#: Pieces of files that are known again: the questions about an image mostly follow each other.
+KEPT_PIECES = 4096
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes of an image within a file, such as an archive.
+
+    Attributes:
+        path: the file.
+        start: offset of the first byte.
+        size: number of bytes.
+    """
+
+    path: Path
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -32,17 +51,39 @@ class ImageSource:
     """An image or feature file.
 
     Attributes:
-        path: the file.
+        path: the file, or the one that holds it.
         named_by: where the user named it (``train.jsonl:3``), for messages; empty on the command line.
+        start: offset of its first byte in the file that holds it.
+        size: number of its bytes there; None if the file is the image.
     """
 
     path: Path
     named_by: str
+    start: int = 0
+    size: int | None = None
 
     @property
     def place(self) -> str:
         """Beginning of a message: ``"train.jsonl:3: "``."""
         return f"{self.named_by}: " if self.named_by else ""
+
+    @property
+    def name(self) -> str:
+        """The path; of a piece of a file, with the offset."""
+        return str(self.path) if self.size is None else f"{self.path}@{self.start}"
+
+    def content(self) -> bytes:
+        """Read a piece of a file.
+
+        Raises:
+            OSError: the file cannot be read, or is shorter.
+        """
+        assert self.size is not None
+        with self.path.open("rb", buffering=0) as file:
+            found = os.pread(file.fileno(), self.size, self.start)
+        if len(found) < self.size:
+            raise OSError(errno.EIO, "the file that holds it is cut off", str(self.path))
+        return found
 
     def stat(self) -> os.stat_result:
         """Return the file's size and times.
@@ -57,23 +98,56 @@ class ImageSource:
             raise DataError(f"{self.place}cannot read '{self.path}' ({reason}); mend the path") from error
 
 
+class Pieces:
+    """Pieces of files among other sources, at some 32 bytes each.
+
+    Attributes:
+        numbers: number of each among all sources, ascending.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = array("q")
+        self._owners, self._bounds = array("i"), array("q")
+        self._paths: dict[Path, int] = {}
+        self._files: list[Path] = []
+
+    def add(self, piece: Piece, number: int) -> None:
+        """Add a piece as source ``number``."""
+        owner = self._paths.setdefault(piece.path, len(self._paths))
+        if owner == len(self._files):
+            self._files.append(piece.path)
+        self.numbers.append(number)
+        self._owners.append(owner)
+        self._bounds.extend((piece.start, piece.size))
+
+    def __getitem__(self, place: int) -> Piece:
+        return Piece(self._files[self._owners[place]], *self._bounds[2 * place : 2 * place + 2])
+
+
 class SourceFiles(Sequence[ImageSource]):
     """A sequence of source files; of many, at some 40 bytes each.
 
     Args:
         folder: folder that the names are relative to.
         names: names of the files.
-        mentions: number of the record that first names each file.
+        mentions: number of the record that first names each file or piece.
         where: returns the place (``train.jsonl:3``) of a record.
+        pieces: the sources that are pieces of files, between those that are files.
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], mentions: Sequence[int], where: Callable[[int], str]
+        self,
+        folder: Path,
+        names: Sequence[str],
+        mentions: Sequence[int],
+        where: Callable[[int], str],
+        pieces: Pieces | None = None,
     ) -> None:
         self.folder, self._names, self._mentions, self._where = folder, names, mentions, where
+        self._pieces = pieces or Pieces()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._mentions)
 
     @overload
     def __getitem__(self, index: int) -> ImageSource: ...
@@ -84,9 +158,16 @@ class SourceFiles(Sequence[ImageSource]):
     def __getitem__(self, index: int | slice) -> ImageSource | list[ImageSource]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return self._source(self._names[index], self._mentions[index])
+        number, numbers = range(len(self))[index], self._pieces.numbers
+        place, named_by = bisect_left(numbers, number), self._where(self._mentions[number])
+        if place == len(numbers) or numbers[place] != number:
+            return ImageSource(self.folder / self._names[number - place], named_by)
+        piece = self._pieces[place]
+        return ImageSource(piece.path, named_by, piece.start, piece.size)
 
     def __iter__(self) -> Iterator[ImageSource]:
+        if self._pieces.numbers:
+            return (self[number] for number in range(len(self)))
         return map(self._source, self._names, self._mentions)
 
     def _source(self, name: str, mention: int) -> ImageSource:
@@ -94,7 +175,7 @@ class SourceFiles(Sequence[ImageSource]):
 
 
 class Sources:
-    """Collects distinct files in the order of their first mention.
+    """Collects distinct files in the order of their first mention, and pieces of files.
 
     Args:
         folder: folder that their names are relative to.
@@ -105,20 +186,24 @@ class Sources:
         self.folder, self._where = folder, where
         self._places: dict[str, int] = {}
         self._mentions = array("q")
+        self._pieces = Pieces()
+        self._recent: dict[Piece, int] = {}
 
-    def add(self, name: str, mention: int) -> int:
+    def add(self, name: str | Piece, mention: int) -> int:
         """Return the index of a file, adding it if it is new.
 
         Args:
-            name: the file as the record names it.
+            name: the file as the record names it. A piece is known again among the last ones only.
             mention: number of the record.
 
         Raises:
             DataError: the name is no possible path.
         """
+        if isinstance(name, Piece):
+            return self._add_piece(name, mention)
         place = None if name.startswith("~") else self._places.get(name)
         if place is None:
-            place = self._places.setdefault(self._plain(name, mention), len(self._places))
+            place = self._places.setdefault(self._plain(name, mention), len(self._mentions))
             if place == len(self._mentions):
                 self._mentions.append(mention)
         return place
@@ -130,7 +215,17 @@ class Sources:
             from villa.datasets.uniter.index import Names  # slow to import
 
             names = Names.of(names)
-        return SourceFiles(self.folder, names, self._mentions[:], self._where)
+        return SourceFiles(self.folder, names, self._mentions[:], self._where, self._pieces)
+
+    def _add_piece(self, piece: Piece, mention: int) -> int:
+        place = self._recent.get(piece)
+        if place is None:
+            place = self._recent[piece] = len(self._mentions)
+            self._mentions.append(mention)
+            self._pieces.add(piece, place)
+            if len(self._recent) > KEPT_PIECES:
+                del self._recent[next(iter(self._recent))]
+        return place
 
     def _plain(self, name: str, mention: int) -> str:
         """Normalise a name: ``./a`` to ``a``."""
@@ -178,7 +273,8 @@ def files_digest(sources: Iterable[ImageSource]) -> str:
     """Return a hash of the names and sizes of files, the same on every machine with the same data."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:
-        digest.update(f"{source.path.name}\0{source.stat().st_size}\n".encode())
+        size = source.stat().st_size if source.size is None else source.size
+        digest.update(f"{source.path.name}\0{size}\n".encode())
     return digest.hexdigest()
 
 

@@ -146,7 +146,9 @@ def evaluation_batches(
     workers: int = 0,
     *,
     first: bool = False,
+    start: int = 0,
     by_length: bool = False,
+    plan: Sequence[Sequence[int]] | None = None,
     share: Share = WHOLE,
     timeout: float = TIMEOUT,
 ) -> Iterator[Batch | StandIn]:
@@ -158,11 +160,13 @@ def evaluation_batches(
         examples: see ``evaluation_plan``.
         workers: number of prefetching processes.
         first: see ``evaluation_plan``.
+        start: number of batches of the plan to leave out.
         by_length: see ``evaluation_plan``.
+        plan: that plan, if it is known.
         share: selects the batches of this process; processes that run out get ``StandIn`` batches.
         timeout: as for ``UpdateStream``.
     """
-    plan = evaluation_plan(split, examples, first=first, by_length=by_length)
+    plan = (plan or evaluation_plan(split, examples, first=first, by_length=by_length))[start:]
     turns = share.turns(len(plan))
     batches: Iterator[list[_Item]] = ([(index, None) for index in plan[turn.number]] for turn in turns)
     batches_loaded = _load(split, collate, batches, workers=workers, pin=False, share=share, timeout=timeout)

@@ -78,7 +78,8 @@ class Evaluator:
 
         Args:
             batches: this process's share of the split's batches.
-            each: called with every batch and its output, for example to write predictions in the same pass.
+            each: called with every batch and its output, after the metrics, for example to write predictions in the
+                same pass.
 
         Raises:
             DataError: the examples have no targets, or targets that a metric cannot read.
@@ -91,11 +92,11 @@ class Evaluator:
             batch, output, own = ran
             if own and (batch.targets is not None or not self.metrics):
                 means.setdefault(batch.objective, _Mean()).add(self.loss(output, batch), self.loss.count(batch))
-            if each is not None:
-                each(ran)
             for metric in self.metrics.values() if own or not seen else ():  # without a batch, a metric lacks its size
                 metric.update(output, batch)
             seen = seen or own
+            if each is not None:
+                each(ran)
         values = _losses(self._merged_means(means))
         for metric in self.metrics.values():
             self._merge(metric, seen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from villa.analysis.robustness import chosen
 from villa.batch import Batch
 from villa.config.schema import ProbeConfig
 from villa.datasets.base import Example
-from villa.datasets.linked import flickr30k, generated, lines, visual_genome
+from villa.datasets.linked import flickr30k, generated, lines, nlvr, visual_genome
 from villa.datasets.linked.example import Linked
 from villa.datasets.own.files import FileStore
 from villa.datasets.own.pictures import read_picture
@@ -24,9 +25,12 @@ from villa.datasets.own.question_answering import QuestionAnswering
 from villa.datasets.own.readers import Record, RegionReader, WordPieces
 from villa.datasets.own.records import REGION_FIELDS, Regions, Request
 from villa.datasets.own.split import TableSplit
-from villa.datasets.stores import ImageSource
+from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.synthetic.world import FEATURE_DIM, VOCABULARY
 from villa.datasets.text import characters_of, load_tokenizer
+from villa.datasets.uniter.databases import DatabaseTask
+from villa.datasets.uniter.image_lmdb import ImageStore
+from villa.datasets.uniter.index import Names
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError, about
 from villa.files import local_path
@@ -35,8 +39,8 @@ from villa.files import local_path
 _READERS: Mapping[str, Callable[[Path, str | None], Iterator[Linked]]] = {
     "flickr30k_entities": flickr30k.read,
     "visual_genome": visual_genome.read,
-    "nlvr": lines.read_nlvr,
-    "lines": lines.read_lines,
+    "nlvr": nlvr.read,
+    "lines": lines.read,
 }
 #: Texts of generated data if their number is not limited, and the longest text in tokens without a recipe's.
 _GENERATED, _LONGEST = 500, 60
@@ -74,11 +78,8 @@ class LinkedTexts:
             reader = RegionReader(WordPieces(tokenizer, most), FileStore)
             sources = [ImageSource(local_path(dict(text.files)["features"]), text.where) for text in self.texts]
             rows = [Record(text.id, text.text, images=(n,), where=text.where) for n, text in enumerate(self.texts)]
-            self._split, self._collate, self.tokenizer = (
-                TableSplit(rows, reader, FileStore(sources)),
-                reader.collate,
-                tokenizer,
-            )
+            self._split = TableSplit(rows, reader, _regions(parts, sources))
+            self._collate, self.tokenizer = reader.collate, tokenizer
 
     def batch(self, places: Sequence[int]) -> Batch:
         """Return a batch of some texts."""
@@ -92,6 +93,50 @@ class LinkedTexts:
         """Return the characters of a text that each of its tokens stands for; None for special tokens and padding."""
         with about(self.texts[place].where):
             return characters_of(self.tokenizer, self.texts[place].text, ids)
+
+
+class _OfDatabase(RegionStore):
+    """Images of a database of region features.
+
+    Args:
+        database: the database.
+        sources: the images; the name of a file is that of an image in the database.
+
+    Raises:
+        DataError: the database lacks one.
+    """
+
+    def __init__(self, database: ImageStore, sources: Sequence[ImageSource]) -> None:
+        super().__init__(sources)
+        self.dim, self._database = database.dim, database
+        self._rows = database.find(Names.of([source.path.name for source in sources]).column).tolist()
+        lacking = next((source for source, row in zip(sources, self._rows, strict=True) if row < 0), None)
+        if lacking is not None:
+            known = next(iter(database.names), "nothing")
+            raise DataError(
+                f"{lacking.place}image database '{database.folder}' has no image '{lacking.path.name}', but such as "
+                f"'{known}'; name them by probe.file"
+            )
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._database[self._rows[index]]
+
+    def regions(self, index: int) -> int:
+        """Return the number of regions of an image."""
+        return self._database.count(self._rows[index])
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Read the images, which checks them."""
+        for index in indices:
+            self[index]
+
+
+def _regions(parts: Parts, sources: Sequence[ImageSource]) -> RegionStore:
+    """Return the regions of feature files or, if the run is on databases and they lie in one, of that."""
+    folder = sources[0].path.parent
+    if isinstance(parts.data, DatabaseTask) and any(folder.glob("*/data.mdb")):
+        return _OfDatabase(parts.data.image_database(folder, parts.data.config.detected_boxes()), sources)
+    return FileStore(sources)
 
 
 @contextmanager

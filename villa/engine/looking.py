@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from villa.checkpoints.layout import CONFIG
 from villa.config.loader import load
 from villa.config.printer import to_yaml
 from villa.config.schema import AttentionConfig, RunConfig
-from villa.datasets.base import Example, Split
+from villa.datasets.base import Split
 from villa.datasets.linked import generated
 from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.question_answering import QuestionAnswering
-from villa.datasets.stores import ImageSource
+from villa.datasets.stores import ImageSource, Piece
 from villa.datasets.synthetic.world import FEATURE_DIM, VOCABULARY
 from villa.distributed.strategy import strategy_of
 from villa.engine.attacking import example_metric
-from villa.engine.inference import read_requests, restore_parts
+from villa.engine.inference import restore_parts
 from villa.engine.linked_texts import real_tokens, tokenizer_of
 from villa.engine.passes import ModelPasses, evaluating
+from villa.engine.requests import InputOptions, open_requests
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
@@ -83,7 +85,7 @@ def look(
         with torch.no_grad(), evaluating(parts.model), parts.precision.autocast():
             (maps,) = parts.model.attention_maps(batch)
         tokens = tuple(names(id_) for id_ in _ids(batch, maps.tokens))
-        image = images[place] if place < len(images) else _picture(example)
+        image = images[place] if place < len(images) else split.shown_image(place)
         answer, movement = _answer(parts, batch), None
         if options.attack:
             movement = _movement(parts, batch, names, options)
@@ -174,26 +176,21 @@ def _split(parts: Parts) -> Split:
     given = parts.config.predict.input
     if given is None:
         return parts.split(parts.config.predict.split, "predict.split")
-    return parts.data.requests(list(read_requests(local_path(given))))
+    return parts.data.requests(list(open_requests(given, InputOptions.of(parts.config))))
 
 
 def _images(config: RunConfig) -> list[Image.Image | None]:
     """Return the images that the records of ``predict.input`` name, as far as they name any."""
     if config.predict.input is None:
         return []
-    records = list(read_requests(local_path(config.predict.input)))[: config.attention.examples]
-    named = [(one.get("image"), one.where) for one in records]
-    return [
-        read_picture(ImageSource(local_path(file), where)) if isinstance(file, str) else None for file, where in named
-    ]
+    records = islice(open_requests(config.predict.input, InputOptions.of(config)), config.attention.examples)
+    return [_named_image(one.get("image"), one.where) for one in records]
 
 
-def _picture(example: Example) -> Image.Image | None:
-    """Return the image that an example holds, if it does."""
-    image = example.images[0] if example.images else None
-    if isinstance(image, torch.Tensor):
-        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return image if isinstance(image, Image.Image) else None
+def _named_image(image: Any, where: str) -> Image.Image | None:
+    if isinstance(image, Piece):
+        return read_picture(ImageSource(image.path, where, image.start, image.size))
+    return read_picture(ImageSource(local_path(image), where)) if isinstance(image, str) else None
 
 
 def _of_run(path: str, config: RunConfig) -> list[View]:

@@ -32,6 +32,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Relative size, in units of the precision, below which less than a tenth of the entries change.
 _LOST = 1 / 16
+#: Relative size below which a perturbation leaves predictions as they are: their divergence is about its square.
+_TINY = 1e-4
+#: Divergence that is lost among the rounding of probabilities.
+_NO_DIVERGENCE = 1e-9
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +130,8 @@ class ModelPasses:
         self._turn = Turn(0)
         self._weight = self._scale = 1.0
         self._last = True
-        self._unmeasured = set(self.points) if precision.dtype is not None else set()
+        self._unmeasured = set(self.points)
+        self._moved: bool | None = False
 
     def begin(
         self,
@@ -201,7 +206,7 @@ class ModelPasses:
         with torch.set_grad_enabled(grad), mode, injected:
             output = self.precision.run(self.model, batch)
         if self._unmeasured and perturbations:
-            self._warn_of_rounding(perturbations)
+            self._warn_of_size(perturbations, train=train)
         return output
 
     def reference(self, batch: Batch, *, train: bool = True) -> ModelOutput:
@@ -224,7 +229,13 @@ class ModelPasses:
     ) -> Tensor:
         """Return the loss's divergence between perturbed and clean predictions."""
         asked = {} if direction == "symmetric" else {"direction": direction}  # a loss may know this one alone
-        return self.loss_function.consistency(output, clean, batch, reduction, **asked)
+        value = self.loss_function.consistency(output, clean, batch, reduction, **asked)
+        if self._moved:
+            self._moved = None  # once
+            if abs(value.item()) < _NO_DIVERGENCE:
+                text = "the divergence of perturbed from clean predictions is %.0e: enlarge the perturbation"
+                logger.warning(text, value.item())
+        return value
 
     def gradient(self, loss: Tensor, perturbations: Mapping[str, Perturbation], *, retain: bool = False) -> None:
         """Set the gradient of ``loss`` on perturbations alone; see ``villa.trainers.base.Passes``."""
@@ -252,17 +263,21 @@ class ModelPasses:
         made.frozen = True
         return made
 
-    def _warn_of_rounding(self, perturbations: Mapping[str, Perturbation]) -> None:
-        """Warn, once a modality, if autocast rounds most of the first perturbation that is not zero away."""
-        assert self.precision.dtype is not None
+    def _warn_of_size(self, perturbations: Mapping[str, Perturbation], *, train: bool) -> None:
+        """Warn, once a modality, if the first perturbation that is not zero is lost in autocast, or trains nothing."""
+        dtype = self.precision.dtype
         for modality in self._unmeasured & perturbations.keys():
             size = perturbations[modality].relative_size
             share = 0.0 if size is None else size.item()
             if share:
                 self._unmeasured.discard(modality)
-            if 0 < share < torch.finfo(self.precision.dtype).eps * _LOST:
+                self._moved = self._moved is not None
+            if dtype is not None and 0 < share < torch.finfo(dtype).eps * _LOST:
                 text = "the perturbation (%s) is %.0e of the embedding, which %s rounds away in most entries: use fp32"
-                logger.warning(text, modality, share, str(self.precision.dtype).removeprefix("torch."))
+                logger.warning(text, modality, share, str(dtype).removeprefix("torch."))
+            elif train and 0 < share < _TINY:
+                text = "the perturbation (%s) is %.0e of the embedding, too little to change predictions: enlarge it"
+                logger.warning(text, modality, share)
 
 
 def _no_check() -> None:

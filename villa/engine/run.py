@@ -68,9 +68,13 @@ def run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
         from villa.engine.looking import attention
 
         return attention(config)
-    from villa.engine import inference
+    if config.run_type == "predict":
+        from villa.engine.prediction import predict
 
-    return inference.predict(config) if config.run_type == "predict" else inference.evaluate(config)
+        return predict(config)
+    from villa.engine.inference import evaluate
+
+    return evaluate(config)
 
 
 def run_recipe(configs: Sequence[RunConfig], callbacks: Sequence[Callback] = ()) -> int:

@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -62,6 +63,9 @@ class Parts:
     precision: Precision
     evaluator: Evaluator
     strategy: Strategy
+    _plans: WeakKeyDictionary[Split, dict[bool, list[Sequence[int]]]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def distribute(self) -> None:
         """Distribute the model, with its weights loaded, over the processes of the run.
@@ -81,22 +85,34 @@ class Parts:
             split: the examples.
             first: return only the first batch, or the first of each part of a mixture.
         """
-        return evaluation_plan(split, self.config.evaluation.examples, first=first, by_length=self._by_length)
+        plans = self._plans.setdefault(split, {})
+        if first not in plans:
+            size = self.config.evaluation.examples
+            plans[first] = evaluation_plan(split, size, first=first, by_length=self._by_length)
+        return plans[first]
 
-    def evaluation_batches(self, split: Split, *, first: bool = False) -> tuple[Iterator[Batch | StandIn], int]:
-        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``."""
-        config, share = self.config, self.strategy.share
+    def evaluation_batches(
+        self, split: Split, *, first: bool = False, start: int = 0
+    ) -> tuple[Iterator[Batch | StandIn], int]:
+        """Return this process's batches of a split, as planned, and their number; see ``evaluation_plan``.
+
+        Args:
+            split: the examples.
+            first: see ``evaluation_plan``.
+            start: number of batches of the plan to leave out.
+        """
+        config, share, plan = self.config, self.strategy.share, self.evaluation_plan(split, first=first)
         batches = evaluation_batches(
             split,
             self.data.collate,
             config.evaluation.examples,
             config.training.workers,
-            first=first,
-            by_length=self._by_length,
+            start=start,
+            plan=plan,
             share=share,
             timeout=config.training.data_timeout,
         )
-        return batches, len(share.turns(len(self.evaluation_plan(split, first=first))))
+        return batches, len(share.turns(len(plan) - start))
 
     @property
     def _by_length(self) -> bool:

@@ -18,6 +18,7 @@ from villa.config.schema import VARIANTS, RunConfig
 from villa.config.validate import callback_options
 from villa.config.values import Origin
 from villa.config.yaml_text import parse
+from villa.datasets.base import Split
 from villa.datasets.samplers import Sampler
 from villa.datasets.stream import StandIn, UpdateStream
 from villa.distributed.processes import Processes
@@ -29,7 +30,7 @@ from villa.engine.callbacks.logging import LastIntervalCallback, LoggingCallback
 from villa.engine.inference import restore_parts
 from villa.engine.loop import Callback, Progress, Training, fit
 from villa.engine.passes import ModelPasses
-from villa.engine.report import about_split, report, warnings_of_run
+from villa.engine.report import about_split, data_line, report, warnings_of_run, wrapped
 from villa.engine.run_folder import claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts, batch_of_processes, build, build_trainer, idle_note
 from villa.engine.updater import Updater
@@ -78,7 +79,8 @@ def _train(config: RunConfig, callbacks: Sequence[Callback]) -> int:
             store.clean()
         checkpoint = newest(store, processes) if config.checkpoint.resume else None
         parts = build(config, assets=checkpoint.assets) if checkpoint else start(config)
-        trackers = _trackers(config, folder) if processes.is_main else Trackers({})
+        recipe = saved_yaml(config)
+        trackers = _trackers(config, folder, recipe) if processes.is_main else Trackers({})
         training = assemble(parts, store, trackers, callbacks)
         if checkpoint is not None:
             restore(training, checkpoint, config)
@@ -88,7 +90,7 @@ def _train(config: RunConfig, callbacks: Sequence[Callback]) -> int:
             if progress.best_update is not None and not store.path(progress.best_update).is_dir():
                 progress.best = progress.best_update = None  # the best checkpoint is gone, so it could not be tested
         if processes.is_main:
-            atomic_write(folder / CONFIG, saved_yaml(config))
+            atomic_write(folder / CONFIG, recipe)
         try:
             fit(training)
             check()
@@ -153,31 +155,37 @@ def assemble(parts: Parts, store: CheckpointStore, trackers: Trackers, callbacks
     updater = _updater(parts, trainer, total)
     cost = config.training.passes() * trainer.relative_cost(config.dataset.objectives())
     display = TrainingProgress(total, config.logging.progress, monitor=config.evaluation.monitor, cost=cost)
+    name = config.evaluation.split
+    validation = {} if name is None else {name: parts.split(name, "evaluation.split (null for none)")}
+    print(wrapped(data_line(config, parts.data, {"train": split, **validation})))
     print(plan(parts, trainer, sampler, total), flush=True)
-    for warning in (
+    for note in (
         *warnings_of_run(config, split, sampler, total),
         *trainer.notes(),
         *idle_note(batch, share.world_size),
         *parts.precision.notes(),
+        *(note for name, examples in validation.items() for note in about_split(name, examples)),
     ):
-        print(f"  note: {warning}", flush=True)
-    called = _callbacks(parts, store, trackers, display, callbacks)
+        print(wrapped(f"note: {note}", "  "), flush=True)
+    called = _callbacks(parts, store, trackers, display, [*validation.values()], callbacks)
     return Training(parts.model, updater, stream, parts.prepare, called, Progress(total=total))
 
 
 def plan(parts: Parts, trainer: Trainer, sampler: Sampler, total: int) -> str:
-    """Return a one-line summary of the run."""
+    """Return a summary of the run: its model, method, updates and passes."""
     config, device = parts.config, parts.precision.device
     parameters = sum(parts.strategy.shape(p).numel() for p in parts.model.parameters() if p.requires_grad)
     count = parts.strategy.processes.world_size
     processes = "1 process" if count == 1 else f"{count} processes ({config.distributed.strategy})"
-    return (
-        f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}: "
-        f"{total} updates, {sampler.describe()} on {processes}; {_cost(trainer, config)}"
+    lines = (
+        f"{config.model.name} ({parameters / 1e6:.1f}M parameters) with {config.trainer.name} on {device}",
+        f"{total:,} updates, {sampler.describe()} on {processes}",
+        describe_cost(trainer, config),
     )
+    return "\n".join(map(wrapped, lines))
 
 
-def _cost(trainer: Trainer, config: RunConfig) -> str:
+def describe_cost(trainer: Trainer, config: RunConfig) -> str:
     """Describe the passes of a micro-batch, by objective if they differ, and their mean cost."""
     objectives, times = config.dataset.objectives(), config.training.passes()
     groups: dict[Cost, list[str]] = {}
@@ -197,8 +205,8 @@ def _passes(cost: Cost) -> str:
     return " + ".join(f"{n} {what}" for n, what in zip(cost, ("forward", "backward", "ascent"), strict=False))
 
 
-def _trackers(config: RunConfig, folder: Path) -> Trackers:
-    logging, recipe = config.logging, saved_yaml(config)
+def _trackers(config: RunConfig, folder: Path, recipe: str) -> Trackers:
+    logging = config.logging
     run = TrackedRun(folder, config.name, logging.project, recipe, leaves(config))
     return run_trackers(run, dict.fromkeys([*["tensorboard"] * logging.tensorboard, *logging.trackers]))
 
@@ -284,24 +292,25 @@ def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:
 
 
 def _callbacks(
-    parts: Parts, store: CheckpointStore, trackers: Trackers, display: TrainingProgress, given: Sequence[Callback]
+    parts: Parts,
+    store: CheckpointStore,
+    trackers: Trackers,
+    display: TrainingProgress,
+    validation: Sequence[Split],
+    given: Sequence[Callback],
 ) -> list[Callback]:
     """Return all callbacks in their order: those that may stop the run before those that then write and save."""
     config, evaluation = parts.config, parts.config.evaluation
     logging = LoggingCallback(trackers, display, config.logging.every)
     callbacks: list[Callback] = [logging]
-    if evaluation.split is not None:
-        split = parts.split(evaluation.split, "evaluation.split (null for none)")
-        for warning in about_split(evaluation.split, split):
-            print(f"  note: {warning}", flush=True)
+    if validation:
 
         def batches(first: bool = False) -> Iterable[Batch | StandIn]:
-            plain, count = parts.evaluation_batches(split, first=first)
+            plain, count = parts.evaluation_batches(validation[0], first=first)
             return display.track(plain, str(evaluation.split), count)
 
         attack = robust_values(parts) if evaluation.robustness.attacks else None
-        validation = EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display, attack)
-        callbacks.append(validation)
+        callbacks.append(EvaluationCallback(parts.evaluator, batches, evaluation, trackers, display, attack))
     callbacks += [*_of_recipe(config), *given, LastIntervalCallback(logging)]
     checkpoints = CheckpointCallback(
         store,

@@ -25,6 +25,10 @@ _PER_PASS = re.compile(r"pass(?P<step>\d+)/(?:(?P<modality>[\w.]+)_)?(?P<what>\w
 _SHADES = {"loss": "Purples", "kl": "Greens", "text": "Blues", "image": "Oranges"}
 
 
+#: Ratio of the largest to the smallest value from which an axis is logarithmic.
+_DECADES = 30
+
+
 @dataclass(frozen=True)
 class _Line:
     """A curve and its style."""
@@ -36,44 +40,65 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Axes with their curves, and horizontal lines by name."""
+    """Axes with their curves, and horizontal lines by name; logarithmic if the values span decades."""
 
     title: str
     y_label: str
     lines: list[_Line]
     references: Mapping[str, float] = field(default_factory=dict)
+    logarithmic: bool = False
 
 
 def plot_curves(
-    log: Path, output: Path, references: Mapping[str, float] | None = None, *, title: str | None = None
+    log: Path,
+    output: Path,
+    references: Mapping[str, float] | None = None,
+    *,
+    title: str | None = None,
+    caption: str | None = None,
 ) -> None:
-    """Write ``curves_figure`` as a PNG, atomically.
+    """Write ``curves_figure`` as a PNG and a PDF.
 
     Args:
         log: the run's ``log.jsonl``.
         output: the PNG.
         references: as for ``curves_figure``.
         title: as for ``curves_figure``.
+        caption: as for ``curves_figure``.
 
     Raises:
         DataError: the log is missing, damaged, or has nothing to draw.
-        OSError: the PNG cannot be written.
+        OSError: a file cannot be written.
     """
-    write_png(curves_figure(log, references, title=title), output)
+    write_figure(curves_figure(log, references, title=title, caption=caption), output)
 
 
-def write_png(figure: Figure, output: Path) -> None:
-    """Write a figure as a PNG, atomically.
+def write_figure(figure: Figure, output: Path) -> None:
+    """Write a figure as a PNG, and beside it as a PDF for papers, atomically; the same figure gives the same bytes.
+
+    Args:
+        figure: the figure.
+        output: the PNG.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    atomic_write(output, buffer.getvalue())
+    import matplotlib
+
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # text stays text
+        for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
+            atomic_write(output.with_suffix(f".{kind}"), buffer.getvalue())
 
 
-def curves_figure(log: Path, references: Mapping[str, float] | None = None, *, title: str | None = None) -> Figure:
+def curves_figure(
+    log: Path,
+    references: Mapping[str, float] | None = None,
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+) -> Figure:
     """Draw the training curves of a run.
 
     The panels, as far as the log has their values: losses (total, clean, per pass, validation), validation scores with
@@ -84,22 +109,23 @@ def curves_figure(log: Path, references: Mapping[str, float] | None = None, *, t
         log: the run's ``log.jsonl``.
         references: scores in [0, 1] by name, as returned by ``TaskDataset.reference_scores``.
         title: title of the figure.
+        caption: what is drawn, in a line below.
 
     Raises:
         DataError: the log is missing, damaged, or has nothing to draw.
     """
     curves = _curves(log)
     panels = [
-        _Panel("Loss", "loss", _losses(curves)),
+        _Panel("Loss", "loss", _losses(curves), logarithmic=True),
         _Panel("Validation", "score (%)", _scores(curves), references or {}),
         _Panel("Learning rate", "learning rate", _learning_rate(curves)),
         _Panel("Perturbation size", "|delta| / |embedding| (%)", _sizes(curves)),
-        _Panel("KL divergence to the clean prediction", "symmetric KL (nats)", _divergences(curves)),
+        _Panel("KL divergence to the clean prediction", "symmetric KL (nats)", _divergences(curves), logarithmic=True),
     ]
     drawn = [panel for panel in panels if panel.lines]
     if not drawn:
         raise DataError(f"log {log} has no training or validation values to draw; let the run log an update")
-    return _figure(drawn, title)
+    return _figure(drawn, title, caption)
 
 
 def _curves(log: Path) -> Curves:
@@ -165,8 +191,11 @@ def _per_pass(curves: Curves, what: str) -> Iterator[_Line]:
         yield _Line(f"{prefix}pass {step}", points, {"color": color, "linewidth": 1.2})
 
 
-def _figure(panels: list[_Panel], title: str | None) -> Figure:
-    """Arrange the panels in two columns; without pyplot, which has global state and may need a window."""
+def _figure(panels: list[_Panel], title: str | None, caption: str | None) -> Figure:
+    """Arrange the panels in two columns, the last of an odd number in both.
+
+    Without pyplot, which has global state and may need a window.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -175,13 +204,18 @@ def _figure(panels: list[_Panel], title: str | None) -> Figure:
     figure = Figure(figsize=(6.5 * columns, 3.4 * rows + (0.4 if title else 0)))
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.08)
     FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(rows, columns)
     last = max(update for panel in panels for line in panel.lines for update, _ in line.points)
-    for position, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, columns, position)
+    for position, panel in enumerate(panels):
+        row, column = divmod(position, columns)
+        alone = position == len(panels) - 1 and column == 0
+        axes = figure.add_subplot(grid[row, :] if alone else grid[row, column])
         _draw(axes, panel)
         axes.set_xlim(0, 1.03 * max(last, 1))
     if title:
-        figure.suptitle(title, fontweight="bold")
+        figure.suptitle(title, fontweight="bold", parse_math=False)
+    if caption:
+        figure.supxlabel(caption, fontsize=8, color="dimgrey", parse_math=False)
     return figure
 
 
@@ -198,11 +232,20 @@ def _draw(axes: Axes, panel: _Panel) -> None:
     axes.set_ylabel(panel.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    if panel.logarithmic and _spans_decades(panel):
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(panel.lines) + len(panel.references) > 1:  # beside the axes, where it hides no curve
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
+    if len(panel.lines) + len(panel.references) > 1:
+        axes.legend(loc="best", fontsize=7, framealpha=0.7, edgecolor="none")
+
+
+def _spans_decades(panel: _Panel) -> bool:
+    """Return whether values above 0, as losses are, differ by more than a linear axis shows."""
+    values = [value for line in panel.lines for _, value in line.points if math.isfinite(value)]
+    return bool(values) and min(values) > 0 and max(values) > _DECADES * min(values)
 
 
 def _draw_line(axes: Axes, line: _Line) -> None:

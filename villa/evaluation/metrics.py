@@ -64,9 +64,14 @@ def number_of(key: str) -> int:
 
 
 class MeanScore(Metric):
-    """Mean over examples of a score in [0, 1]; a subclass names it, scores a batch and calls ``add``."""
+    """Mean over examples of a score in [0, 1]; a subclass names it, scores a batch and calls ``add``.
+
+    Attributes:
+        latest: the scores that were added last.
+    """
 
     name: ClassVar[str]
+    latest: Tensor
 
     _sum: Tensor
     _count: int
@@ -76,6 +81,7 @@ class MeanScore(Metric):
 
     def add(self, scores: Tensor) -> None:
         """Accumulate the scores ``[B]`` of a batch."""
+        self.latest = scores
         self._sum = self._sum + scores.sum(dtype=torch.float64)
         self._count += len(scores)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from villa.provenance import check_provenance
 from villa.streams import drawable, visible
 from villa.tracking import json_number
 
+#: Failures that are kept.
+_WORST = 40
 #: Wider than any table, so that nothing is cut off when not printing to a terminal.
 _PLAIN_WIDTH = 1000
 
@@ -34,6 +37,10 @@ class EvaluationProtocol:
         seed: the run's seed.
         provenance: software and its versions; see ``villa.provenance``.
         checkpoint: how the checkpoint was chosen (``best``, ``last``) or given.
+        recipe: name of the recipe.
+        method: name of the trainer.
+        examples: number of examples by split.
+        intervals: 95 % bootstrap interval over examples, by split and metric.
     """
 
     data: str
@@ -41,6 +48,10 @@ class EvaluationProtocol:
     seed: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str = "best"
+    recipe: str = ""
+    method: str = ""
+    examples: Mapping[str, int] = field(default_factory=dict)
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
 
 def write_metrics(path: Path, splits: Mapping[str, Mapping[str, float]], protocol: EvaluationProtocol) -> None:
@@ -84,6 +95,49 @@ def read_metrics(path: Path, advice: str) -> dict[str, Any]:
     return dict(found)
 
 
+@dataclass
+class Tally:
+    """What the predictions of a split add up to.
+
+    Attributes:
+        count: number of examples.
+        correct: share of each that is right by the metric; empty if the metric is not a mean over examples.
+        gold: sum over examples of the score of every right answer.
+        worst: index, id and prediction of the examples that are most wrong: with most confidence.
+    """
+
+    count: int = 0
+    correct: list[float] = field(default_factory=list)
+    gold: Counter[str] = field(default_factory=Counter)
+    worst: list[tuple[int, str, Mapping[str, Any]]] = field(default_factory=list)
+
+    def add(self, ids: Sequence[str], predictions: Sequence[Mapping[str, Any]]) -> None:
+        """Add the predictions that are next in the order of the split."""
+        for id_, prediction in zip(ids, predictions, strict=True):
+            gold = prediction.get("gold")
+            self.gold.update({gold: 1.0} if isinstance(gold, str) else gold or {})
+            if "correct" in prediction:
+                self.correct.append(prediction["correct"])
+                if prediction["correct"] < 1:
+                    self.worst.append((self.count, id_, prediction))
+            self.count += 1
+        if len(self.worst) > 2 * _WORST:
+            self._sort()
+
+    def failures(self) -> list[tuple[int, str, Mapping[str, Any]]]:
+        """Return the worst examples, the worst first."""
+        self._sort()
+        return self.worst
+
+    def majority(self) -> float | None:
+        """Return the score of the answer that is right most often, given to every example; None if it is not known."""
+        return max(self.gold.values()) / self.count if self.gold else None
+
+    def _sort(self) -> None:
+        self.worst.sort(key=lambda item: (item[2]["correct"], -item[2].get("score", 0.0), item[0]))
+        del self.worst[_WORST:]
+
+
 @dataclass(frozen=True)
 class Result:
     """One line of the table.
@@ -94,6 +148,7 @@ class Result:
         updates: optimiser steps completed.
         seconds: training time.
         cost: passes relative to standard training.
+        interval: 95 % interval of the metric that is shown.
     """
 
     method: str
@@ -101,6 +156,7 @@ class Result:
     updates: int | None = None
     seconds: float | None = None
     cost: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 def result_table(
@@ -124,10 +180,12 @@ def result_table(
     table = Table(title=_literal(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("method")
     score = [] if metric == "loss" else [f"{metric.replace('_', ' ')} %"]
+    if score and any(result.interval for result in results):
+        score.append("95 % interval")
     for heading in (*score, "loss", "updates", "minutes", "cost"):
         table.add_column(_literal(heading), justify="right")
     for result in results:
-        table.add_row(*_cells(result, metric))
+        table.add_row(*_cells(result, metric, interval=len(score) > 1))
     if references and score:
         table.add_section()
         for name, reference in sorted(references.items(), key=lambda item: -item[1]):
@@ -177,13 +235,15 @@ def _literal(text: str) -> Text:
     return Text(visible(text))
 
 
-def _cells(result: Result, metric: str) -> list[Text | str]:
+def _cells(result: Result, metric: str, *, interval: bool) -> list[Text | str]:
     if metric not in result.metrics:
         known = ", ".join(result.metrics)
         hint = nearest(metric, result.metrics)
         raise ConfigError(f"result of '{result.method}' has no value '{metric}' (it has: {known}){hint}")
     loss = result.metrics.get("loss")
     score = [] if metric == "loss" else [f"{100 * result.metrics[metric]:.1f}"]
+    if interval:
+        score.append("[{:.1f}, {:.1f}]".format(*(100 * end for end in result.interval)) if result.interval else "")
     return [
         _literal(result.method),
         *score,

@@ -11,17 +11,11 @@ from typing import Any
 from PIL import Image
 
 from villa.datasets.lines import TextLines
-from villa.datasets.own.pictures import read_picture
+from villa.datasets.own.pictures import LARGEST, SUFFIXES, read_picture
 from villa.datasets.own.records import JsonLines
 from villa.datasets.stores import ImageSource
 from villa.errors import DataError, about, reading
 from villa.files import plain_path, regular_file
-
-_NAMES = "apng avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
-#: Suffixes of the files that are taken from folders and archives.
-SUFFIXES = {f".{name}" for name in _NAMES.split()}
-#: Largest file in an archive, which is read into memory.
-LARGEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -98,8 +92,7 @@ def open_pictures(images: str | Path | Sequence[str | Path]) -> Pictures:
         return _some(Pictures(_plain((str(path), "") for path in images)), "the list")
     path = plain_path(str(images))
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        named = ((str(file.relative_to(path).with_suffix("")), ImageSource(file, "")) for file in found)
+        named = ((str(file.relative_to(path).with_suffix("")), ImageSource(file, "")) for file in images_below(path))
         return _some(Pictures(named), path)
     try:
         regular_file(path)
@@ -112,15 +105,25 @@ def open_pictures(images: str | Path | Sequence[str | Path]) -> Pictures:
         return _some(Pictures(((name, source) for name, source, _ in members), path), path)
     if path.suffix.lower() in SUFFIXES:
         return Pictures([(path.stem, ImageSource(path, ""))])
-    return _some(Pictures(_plain(_listed(path), path.parent)), path)
+    return _some(Pictures(_plain(listed_paths(path), path.parent)), path)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the images in a folder and all below it, in order."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+
+
+def no_image(where: Any) -> DataError:
+    """Return the error about a place without images."""
+    return DataError(
+        f"'{where}' has no image; give a folder or tar with images ({' '.join(sorted(SUFFIXES)[:8])}, ...), a list "
+        "with a path a line, or JSON lines with 'image'"
+    )
 
 
 def _some(pictures: Pictures, where: Any) -> Pictures:
     if not pictures.names:
-        raise DataError(
-            f"'{where}' has no image; give a folder or tar with images ({' '.join(sorted(SUFFIXES)[:8])}, ...), a list "
-            "with a path a line, or JSON lines with 'image'"
-        )
+        raise no_image(where)
     return pictures
 
 
@@ -133,7 +136,8 @@ def _plain(paths: Iterable[tuple[str, str]], folder: Path | None = None) -> Iter
         yield str(name), ImageSource((folder or Path()) / path, where)
 
 
-def _listed(path: Path) -> Iterator[tuple[str, str]]:
+def listed_paths(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the paths in a file, one a line, and the place of each."""
     lines = TextLines(path)
     for index in range(len(lines)):
         with reading(f"{lines.where(index)}: not a path", "write one path a line, in UTF-8"):

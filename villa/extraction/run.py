@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from villa.config.values import Layer
 from villa.datasets.own.pictures import check_background
 from villa.distributed.strategy import choose_device
 from villa.errors import ConfigError, DataError, about, one_line
-from villa.extraction.base import Extractor
+from villa.extraction.base import Extractor, ExtractorConfig
 from villa.extraction.images import Picture, open_pictures
 from villa.extraction.outputs import Format, Output, checked, open_output
 from villa.files import atomic_write, plain_path
@@ -106,7 +107,7 @@ def extract(
     check_background(config.background, "background")
     pictures = open_pictures(images)
     made: Extractor = kind(config, choose_device(job.device))
-    facts = {"boxes": made.selection.folder()}
+    facts = {"boxes": made.selection.folder(), "maker": {"name": extractor, **_given(config)}}
     place = plain_path(str(output))
     skipped: dict[str, str] = {}
     form: Format = job.format or ("tsv" if place.suffix == ".tsv" else "lmdb")
@@ -117,7 +118,7 @@ def extract(
         names = pictures.names
         todo = [name for name in names if not sink.has(name)]
         wanted = set(todo)
-        stack.enter_context(_exact_sums())
+        stack.enter_context(exact_sums())
         found = _prepared(pictures.among(wanted.__contains__), made, job.workers)
         for batch in _batches(track(found, f"extract to {place.name}", len(todo), mode=job.progress), job.batch):
             for picture, error in _stored(batch, made, sink, form):
@@ -129,7 +130,17 @@ def extract(
     return Extracted(sink.place, len(names) - len(skipped), len(names) - len(todo), skipped)
 
 
-def _exact_sums() -> AbstractContextManager[None]:
+def _given(config: ExtractorConfig) -> dict[str, Any]:
+    """Return the options that are not the defaults; paths in full, for the features are used from other folders."""
+    usual = {option.name: option.default for option in fields(config)}
+    given = {name: value for name, value in asdict(config).items() if value != usual[name] and value not in ([], None)}
+    return {
+        name: os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value  # noqa: PTH100, PTH110
+        for name, value in given.items()
+    }
+
+
+def exact_sums() -> AbstractContextManager[None]:
     """Let convolutions on a GPU have all bits of fp32, and the same in every run."""
     flags = torch.backends.cudnn.flags
     return flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from villa.config.schema import RunConfig
+from villa.config.validate import TRAINING_RUNS
 from villa.errors import ConfigError
 from villa.registry import LAUNCHERS, register_launcher
 
@@ -34,9 +35,10 @@ class Request:
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """The arguments of the processes that run it and resume from the run's folder."""
+        """The arguments of the processes that run it and, if it trains, resume from the run's folder."""
         kept = (text for text in self.arguments if not text.startswith(("launcher=", "launcher.")))
-        return (*kept, "launcher=inline", "checkpoint.resume=true")
+        trains = self.configs[-1].run_type in TRAINING_RUNS
+        return (*kept, "launcher=inline", *(["checkpoint.resume=true"] if trains else []))
 
     @property
     def folder(self) -> Path:

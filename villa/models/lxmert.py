@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os.path
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.errors import CheckpointError, DataError
 from villa.facts import DataFacts
 from villa.files import read_json
-from villa.models.attention import ExampleAttention, LayerMaps, check_single, corners, counts
+from villa.models.attention import ExampleAttention, LayerMaps, check_single, corners, counts, parts
 from villa.models.base import ModelOutput, Point, layer_points
 from villa.models.matching import Matching, rows_of
 from villa.models.packing import Blocks, PaddingFree, RowMask, States, Stream, attend_in_rows
@@ -211,33 +211,18 @@ class Lxmert(TwoHeadModel):
         """
         check_single(self.layout.images, batch)
         rows, encoder = self.layout.rows(batch), self.lxmert.encoder
-        with _recorded(encoder) as (maps, states):
+        with _recorded(encoder) as (maps, crossed):
             self._run(batch, attentions=True)
-        near, seen = len(encoder.layer), len(encoder.r_layers)
-        alone, across = maps[: near + seen], maps[near + seen :]
+        streams = [[stream.view(len(batch), -1, stream.shape[-1]) for stream in pair] for pair in crossed]
+        longest, states = streams[0][0].shape[1], [torch.cat(pair, dim=1) for pair in streams]
         found = []
         for row, (tokens, regions) in enumerate(counts(rows)):
-            sizes = {"t": tokens, "r": regions}
-
-            def part(map_: Tensor, ways: str, row: int = row, sizes: Mapping[str, int] = sizes) -> Tensor:
-                return map_[row, :, : sizes[ways[0]], : sizes[ways[1]]].detach().float().cpu()
-
-            layers = [LayerMaps(f"language {n}", text_text=part(m, "tt")) for n, m in enumerate(alone[:near], 1)]
-            layers += [LayerMaps(f"vision {n}", image_image=part(m, "rr")) for n, m in enumerate(alone[near:], 1)]
-            for place in range(0, len(across), 4):
-                out, back, text, image = across[place : place + 4]
-                name = f"cross {place // 4 + 1}"
-                layers.append(LayerMaps(name, part(text, "tt"), part(out, "tr"), part(back, "rt"), part(image, "rr")))
-            both = tuple(
-                (
-                    text.view(len(batch), -1, text.shape[-1])[row, :tokens].float().cpu(),
-                    image.view(len(batch), -1, image.shape[-1])[row, :regions].float().cpu(),
-                )
-                for text, image in states
+            text, image = torch.arange(tokens), torch.arange(longest, longest + regions)
+            layers = _layer_maps(
+                [map_[row] for map_ in maps], len(encoder.layer), len(encoder.r_layers), tokens, regions
             )
-            found.append(
-                ExampleAttention(tuple(layers), torch.arange(tokens), corners(rows, row, regions), states=both)
-            )
+            both = parts(states, row, text, image)
+            found.append(ExampleAttention(layers, text, corners(rows, row, regions), states=both))
         return found
 
     def encode(self, batch: Batch, attentions: bool = False) -> LxmertEncoded:
@@ -360,6 +345,23 @@ class Lxmert(TwoHeadModel):
             nn.init.normal_(module.weight, std=self.lxmert.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _layer_maps(maps: Sequence[Tensor], language: int, vision: int, tokens: int, regions: int) -> tuple[LayerMaps, ...]:
+    """Return an example's maps ``[heads, queries, keys]``, in the order of computation, as those of layers."""
+    widths = {"t": tokens, "r": regions}
+
+    def real(map_: Tensor, ways: str) -> Tensor:
+        return map_[:, : widths[ways[0]], : widths[ways[1]]].detach().float().cpu()
+
+    alone, across = maps[: language + vision], maps[language + vision :]
+    layers = [LayerMaps(f"language {n}", text_text=real(map_, "tt")) for n, map_ in enumerate(alone[:language], 1)]
+    layers += [LayerMaps(f"vision {n}", image_image=real(map_, "rr")) for n, map_ in enumerate(alone[language:], 1)]
+    for place in range(0, len(across), 4):
+        out, back, text, image = across[place : place + 4]
+        own = real(text, "tt"), real(out, "tr"), real(back, "rt"), real(image, "rr")
+        layers.append(LayerMaps(f"cross {place // 4 + 1}", *own))
+    return tuple(layers)
 
 
 @contextmanager

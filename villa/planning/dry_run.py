@@ -18,7 +18,7 @@ from villa.datasets.names import CENTRED
 from villa.datasets.samplers import Sampler, UpdateSampler
 from villa.distributed.environment import Place
 from villa.distributed.strategy import choose_device
-from villa.engine.report import warnings_of_run
+from villa.engine.report import data_line, warnings_of_run, wrapped
 from villa.engine.setup import build_trainer, within_memory
 from villa.errors import ConfigError, DataError, MissingDataError, VillaError, one_line
 from villa.facts import DataFacts
@@ -65,7 +65,8 @@ def dry_run(values: Sequence[str], stages: Sequence[Loaded] | None = None) -> li
         if source is not None and stage.config.run_type in TRAINING_RUNS:
             updates = stage.config.training.updates or source.sampler.total_updates(stage.config.training.epochs or 1)
             notes += warnings_of_run(stage.config, source.split, source.sampler, updates)
-        lines += [*plan.lines(), *(f"  note: {note}" for note in notes)]
+        data = [] if source is None else [data_line(stage.config, source.data, {"train": source.split})]
+        lines += [*map(wrapped, (*data, *plan.lines())), *(wrapped(f"note: {note}", "  ") for note in notes)]
     return lines
 
 
@@ -166,12 +167,14 @@ class _Source:
     """Training data to plan with.
 
     Attributes:
-        facts: sizes of the data.
+        data: the data set.
+        facts: its sizes.
         samples: a micro-batch of every objective.
         split: the training split.
         sampler: its sampler.
     """
 
+    data: TaskDataset
     facts: DataFacts
     samples: list[Sample]
     split: Split
@@ -183,7 +186,7 @@ def _from_data(config: RunConfig) -> _Source:
     data: TaskDataset = DATASETS.get(config.dataset.name)(config.dataset)
     split = data.split("train")
     sampler = split.sampler(config.batch, config.seed)
-    return _Source(data.facts(), samples(data, split, sampler, _objectives(config)), split, sampler)
+    return _Source(data, data.facts(), samples(data, split, sampler, _objectives(config)), split, sampler)
 
 
 def _made_up(config: RunConfig, values: Sequence[str], stage: int, sizes: Sizes) -> tuple[DataFacts, list[Sample]]:
@@ -235,7 +238,7 @@ def describe_points(config: RunConfig) -> list[str]:
         ConfigError: the model cannot be built.
     """
     with torch.device("meta"), within_memory(config.model.name):
-        model: Model = MODELS.get(config.model.name).from_config(config.model, _facts(config))
+        model: Model = MODELS.get(config.model.name).from_config(config.model, facts_of(config))
     points = model.perturbation_points()
     inner = getattr(model, "transformer", None)
     kind = "" if inner is None else f" ({type(inner).__name__})"
@@ -265,7 +268,7 @@ def _parts(model: Model, point: Point) -> Iterator[str]:
         yield "at the positions of this modality only"
 
 
-def _facts(config: RunConfig) -> DataFacts:
+def facts_of(config: RunConfig) -> DataFacts:
     """Return the facts of the data, or made-up ones if it cannot be read."""
     try:
         facts: DataFacts = DATASETS.get(config.dataset.name)(config.dataset).facts()

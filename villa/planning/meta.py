@@ -172,7 +172,8 @@ class _StandIn(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the real module."""
-        if name == "__path__" and self.__name__ not in _PACKAGES:
+        # ``inspect.getmodule`` asks all modules for their file, which is no reason to import one.
+        if name == "__file__" or (name == "__path__" and self.__name__ not in _PACKAGES):
             raise AttributeError(name)
         self.make_way()
         return getattr(import_module(self.__name__), name)

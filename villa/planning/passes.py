@@ -196,6 +196,9 @@ class PlannedPasses(ModelPasses):
         self.backwards += 1
         super().backward(loss, last=last)
 
+    def _warn_of_size(self, perturbations: Mapping[str, Perturbation], *, train: bool) -> None:
+        """Do nothing: perturbations on the meta device have no size."""
+
 
 @contextmanager
 def layers_as(config: DistributedConfig, model: Model, kernels: Kernels) -> Iterator[None]:

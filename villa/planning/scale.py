@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from villa.evaluation.figures import write_png
+from villa.evaluation.figures import write_figure
 from villa.planning.measure import Counted
 from villa.planning.plan import Plan, PlannedPart, in_bytes, in_units
 from villa.planning.strategies import FULLY_SHARDED, RankMemory, StrategyName, layer_bytes, rank_memory
@@ -186,9 +186,9 @@ def draw(rows: Sequence[Row], output: Path) -> None:
     FigureCanvasAgg(figure)
     memory, time = figure.subplots(1, 2)
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
-        own, color = [row for row in rows if row.strategy == strategy], f"C{index}"
-        gpus = [row.gpus for row in own]
-        style = {"color": color, "linewidth": 4 / (1 + index), "marker": "o"}  # lines may coincide
+        own, marker = [row for row in rows if row.strategy == strategy], "os^Dv"[index % 5]
+        gpus = [row.gpus * 1.05**index for row in own]  # apart, as lines may coincide
+        style = {"color": f"C{index}", "linewidth": 1.5, "marker": marker, "markersize": 9 - 2 * index}
         memory.plot(gpus, [row.memory.peak / 2**30 for row in own], label=strategy, **style)
         time.plot(gpus, [row.link for row in own], linestyle="--", label=f"sending, {strategy}", **style)
     own = [row for row in rows if row.strategy == rows[0].strategy]
@@ -201,7 +201,7 @@ def draw(rows: Sequence[Row], output: Path) -> None:
         axes.legend(fontsize=8)
     memory.set_ylim(bottom=0)
     time.set_yscale("log")
-    write_png(figure, output)
+    write_figure(figure, output)
 
 
 def _seconds(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -58,17 +59,33 @@ class Row(NamedTuple):
     updates: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an update of a method costs.
+class Price(NamedTuple):
+    """What training costs.
 
     Attributes:
-        flops: counted floating-point operations; None if the model cannot be planned.
-        passes: forward-equivalents relative to standard training.
+        update: an update of the last stage.
+        before: the stages before it, as a whole.
     """
 
-    flops: float | None
-    passes: float
+    update: float
+    before: float
+
+    def total(self, updates: int) -> float:
+        """Return the cost of a training with so many updates of the last stage."""
+        return self.before + self.update * updates
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training by a method costs.
+
+    Attributes:
+        flops: in counted floating-point operations; None if the model cannot be planned.
+        passes: in forward-equivalents relative to standard training.
+    """
+
+    flops: Price | None
+    passes: Price
 
 
 class Cells:
@@ -135,30 +152,51 @@ class Cells:
         return fmean(best_validation(self.configs(row, seed)[-1]) for seed in seeds)
 
     def cost(self, place: Place, method: str) -> Cost:
-        """Return what an update of a method costs."""
+        """Return what training by a method costs.
+
+        Raises:
+            ConfigError: a stage before the last one does not say how many updates it has.
+        """
         if (place, method) not in self._costs:
             row = Row(place, method, self.chosen(place, method), self.recipe.updates)
-            config = self.configs(row, self.recipe.seeds[0])
+            stages = self.configs(row, self.recipe.seeds[0])
             values = [*self.arguments, *self.point(row, self.recipe.seeds[0]).overrides]
-            try:
-                flops: float | None = plan_recipe(values, len(config) - 1)[0].flops
-            except ConfigError:  # a model that cannot be planned
-                flops = None
-            trainer: Trainer = TRAINERS.get(config[-1].trainer.name)(config[-1].trainer)
-            passes = trainer.relative_cost(config[-1].dataset.objectives()) * config[-1].training.passes()
-            self._costs[place, method] = Cost(flops, passes)
+            counted: list[float] = []
+            with suppress(ConfigError):  # a model that cannot be planned
+                counted = [plan_recipe(values, stage)[0].flops or 0 for stage in range(len(stages))]
+            flops = _price(stages, counted) if counted and all(counted) else None
+            self._costs[place, method] = Cost(flops, _price(stages, list(map(_passes, stages))))
         return self._costs[place, method]
 
-    def ratio(self, place: Place, method: str, other: str) -> float:
-        """Return what an update of a method costs relative to another one's: operations, or passes if not counted."""
-        one, two = self.cost(place, method), self.cost(place, other)
-        if one.flops is None or two.flops is None:
-            return one.passes / two.passes
-        return one.flops / two.flops
+    def compute(self, row: Row) -> float:
+        """Return the cost of a row's training relative to the first method's at matched updates.
+
+        It is in operations, or in passes if they cannot be counted.
+        """
+        own, base = self._prices(row.place, row.method, self.recipe.base)
+        return own.total(row.updates) / base.total(self.recipe.updates)
 
     def length(self, place: Place, method: str) -> int:
-        """Return the updates of a method at matched compute."""
-        return max(1, round(self.recipe.updates * self.ratio(place, str(self.recipe.match_compute), method)))
+        """Return the updates of a method at matched compute, of the last stage if there are several.
+
+        Raises:
+            ConfigError: the stages before it cost more than that.
+        """
+        matched, own = self._prices(place, str(self.recipe.match_compute), method)
+        left = matched.total(self.recipe.updates) - own.before
+        if left < own.update:
+            raise ConfigError(
+                f"the stages of method '{method}' before the last one cost all that '{self.recipe.match_compute}' "
+                "does; give match_compute a method that costs more"
+            )
+        return round(left / own.update)
+
+    def _prices(self, place: Place, method: str, other: str) -> tuple[Price, Price]:
+        """Return what two methods cost, in operations, or in passes if those of one cannot be counted."""
+        one, two = self.cost(place, method), self.cost(place, other)
+        if one.flops is None or two.flops is None:
+            return one.passes, two.passes
+        return one.flops, two.flops
 
     def budgets(self) -> list[str]:
         """Return the names of the budgets of the study."""
@@ -191,6 +229,22 @@ class Cells:
             for method in self.recipe.methods
         ]
         return list(dict.fromkeys([*answers, *(row for place in self.places for row in self.lengths(place))]))
+
+
+def _passes(config: RunConfig) -> float:
+    """Return the forward-equivalents of an update of a stage."""
+    trainer: Trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+    return trainer.relative_cost(config.dataset.objectives()) * config.training.passes()
+
+
+def _price(stages: Sequence[RunConfig], costs: Sequence[float]) -> Price:
+    """Return the price of stages, given what an update of each costs."""
+    before = 0.0
+    for number, (stage, cost) in enumerate(zip(stages[:-1], costs[:-1], strict=True), start=1):
+        if stage.training.updates is None:
+            raise ConfigError(f"a study counts what every stage costs: give stage{number}.training.updates")
+        before += cost * stage.training.updates
+    return Price(costs[-1], before)
 
 
 def best_validation(config: RunConfig) -> float:

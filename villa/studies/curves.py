@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from villa.checkpoints.layout import LOG
-from villa.evaluation.figures import write_png
+from villa.evaluation.figures import write_figure
 from villa.studies.cells import Cells, Row, validations
 from villa.tracking import read_log
 
@@ -108,8 +108,10 @@ def draw_curves(curves: Mapping[str, Curve], output: Path, *, title: str) -> Non
     panels[0].set_ylabel(f"validation {first.metric.replace('_', ' ')}{'' if scale == 1 else ' (%)'}")
     panels[0].legend(fontsize=8)
     seeds = len(first.scores)
-    figure.suptitle(f"{title}: mean of {seeds} seed{'s' * (seeds > 1)}; bands: a deviation", fontsize=11)
-    write_png(figure, output)
+    figure.suptitle(
+        f"{title}: mean of {seeds} seed{'s' * (seeds > 1)}; bands: a deviation, thin lines: seeds", fontsize=11
+    )
+    write_figure(figure, output)
 
 
 def _draw(axes: Axes, places: Sequence[float], scores: Sequence[Sequence[float]], label: str, number: int) -> None:
@@ -120,6 +122,8 @@ def _draw(axes: Axes, places: Sequence[float], scores: Sequence[Sequence[float]]
         spread = [stdev(column) for column in columns]
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
+        for seed in scores:
+            axes.plot(places, seed, color=color, alpha=0.3, linewidth=0.6)
 
 
 def _gap(log: Path) -> float:

@@ -59,6 +59,8 @@ class Page:
         """Yield the page's paragraphs."""
         yield f"# {self.cells.recipe.name}"
         yield self._about()
+        if len(self.cells.places) > 1:
+            yield from self._overview()
         for place in self.cells.places:
             yield from ([f"## {place.label}"] if place.label else [])
             yield self._costs(place)
@@ -82,20 +84,42 @@ class Page:
                 f"Validation chooses among {tries} settings of each method, by {searched} seed{'s' * (searched > 1)}."
             )
         lines.append(
-            f"The page makes {count} comparisons, each by itself: without any difference, about {count / 20:.0f} of "
-            "their intervals would exclude 0."
+            f"The page makes {count} comparisons, each by itself: without any difference, one interval in twenty would "
+            "exclude 0."
         )
         return " ".join(lines)
 
+    def _overview(self) -> Iterator[str]:
+        """Yield a table for each question and budget: methods in rows, places in columns, and their mean."""
+        places = self.cells.places
+        heading = ["method", *(place.label for place in places), "mean"]
+        for name, question in self.cells.recipe.questions.items():
+            yield f"## {question.title}"
+            for budget in self.cells.budgets():
+                rows = []
+                for method in (question.against, *question.methods):
+                    found = [self._score(name, place, budget, method) for place in places]
+                    cells = [_with_deviation(entry.values, 2) for entry in found]
+                    rows.append([method, *cells, f"{fmean(entry.mean for entry in found):.2f}"])
+                yield f"{_BUDGETS[budget]}:"
+                yield markdown(heading, rows).rstrip()
+
+    def _score(self, question: str, place: Place, budget: str, method: str) -> Entry:
+        wanted = (question, place, budget, SCORE, method)
+        return next(
+            entry
+            for entry in self.tables.entries
+            if (entry.question, entry.place, entry.budget, entry.measure, entry.row.method) == wanted
+        )
+
     def _costs(self, place: Place) -> str:
-        """Return the table of costs: operations of an update, and the updates of every budget."""
+        """Return the table of costs: operations at matched updates, and the updates of every budget."""
         rows, budgets = [], self.cells.budgets()
         for method in self.cells.recipe.methods:
-            ratio = self.cells.ratio(place, method, self.cells.recipe.base)
             own = [self.cells.row(place, method, budget) for budget in budgets]
             updates = [str(row.updates) for row in own]
-            rows.append([method, own[0].setting or "-", f"{ratio:.2f}x", *updates])
-        return markdown(["method", "setting", "cost of an update", *budgets], rows).rstrip()
+            rows.append([method, own[0].setting or "-", f"{self.cells.compute(own[0]):.2f}x", *updates])
+        return markdown(["method", "setting", "cost", *budgets], rows).rstrip()
 
     def _answers(self, name: str, question: Question, place: Place) -> Iterator[str]:
         entries = [entry for entry in self.tables.entries if (entry.question, entry.place) == (name, place)]

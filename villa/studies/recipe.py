@@ -12,11 +12,14 @@ from villa.config.values import Origin
 from villa.config.yaml_text import parse, write
 from villa.errors import ConfigError, nearest
 from villa.files import read_text
+from villa.recipes import locate, suggestion
 
 #: Name of the only question of a study that asks none.
 _HELP = "methods"
 #: Option of a method: another one whose options and settings it has, too.
 _LIKE = "like"
+#: Key below which a file is read as one value.
+_WHOLE = "study.of.methods"
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def read_study(path: str) -> StudyRecipe:
     Raises:
         ConfigError: it cannot be read, or does not make a study.
     """
+    path = locate(path)
     if not Path(path).is_file():
-        raise ConfigError(f"the study '{path}' does not exist; give the path of a YAML file")
+        raise ConfigError(f"the study '{path}' does not exist{suggestion(path)}; give the path of a YAML file")
     tree = _tree(path)
     known = {each.name for each in fields(StudyRecipe)}
     for key in tree:
@@ -114,15 +118,11 @@ def read_study(path: str) -> StudyRecipe:
 
 
 def _tree(path: str) -> dict[str, Any]:
-    """Return the content of a file as nested mappings, whose keys below the second level may have dots."""
-    tree: dict[str, Any] = {}
-    for key, value in parse(read_text(Path(path)), lambda line: Origin(path, line)).items():
-        *outer, last = key.split(".", 2)
-        inner = tree
-        for name in outer:
-            inner = inner.setdefault(name, {})
-        inner[last] = value.data
-    return tree
+    """Return the content of a file as nested mappings, also those that are empty: a method without options."""
+    read = parse(read_text(Path(path)), lambda line: Origin(path, line), _WHOLE)[_WHOLE].data
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path}: a study is a mapping of 'key: value' lines")
+    return dict(read)
 
 
 def _inherited(path: str, methods: Any, settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -98,14 +98,13 @@ class Study:
         page = Page(self.cells, tables)
         for number, place in enumerate(self.cells.places, 1):
             end = "" if len(self.cells.places) == 1 else f"_{number}"
-            found = {
-                method: curves_of(self.cells, row, tables.compute(row)) for method, row in self._methods(place).items()
-            }
+            rows = self._methods(place)
+            found = {method: curves_of(self.cells, row, self.cells.compute(row)) for method, row in rows.items()}
             draw_curves(found, self.folder / f"curves{end}.png", title=place.label or self.recipe.name)
             page.add_curves(place, found, f"curves{end}.png")
             if attacked:
-                rows = compare([model for row in self._methods(place).values() for model in attacked[row].values()])
-                draw(rows, self.folder / f"robustness{end}.png")
+                worst = compare([model for row in rows.values() for model in attacked[row].values()])
+                draw(worst, self.folder / f"robustness{end}.png")
                 page.add_figure(place, f"robustness{end}.png")
         for name in page.write(self.folder):
             print(f"written: {self.folder / name}", flush=True)
@@ -129,8 +128,8 @@ class Study:
         return list(dict.fromkeys([*rows, *best]))
 
     def _attack(self, row: Row, seed: int) -> Point:
-        trained = self.cells.point(row, seed)
-        return Point(trained.values, (f"checkpoint.path={write(str(self.folder / RUNS / trained.name))}",))
+        trained = self.cells.configs(row, seed)[-1].output_dir
+        return Point(self.cells.point(row, seed).values, (f"checkpoint.path={write(trained)}",))
 
     def _read(self, row: Row) -> dict[int, Attacked]:
         folders = {seed: self.folder / ATTACKS / self.cells.point(row, seed).name for seed in self.recipe.seeds}

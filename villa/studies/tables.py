@@ -103,11 +103,6 @@ class Tables:
         first = next(iter(self.attacked.values()), {})
         return [SCORE, *(f"{AREA}{modality}" for modality in next((model.worst for model in first.values()), {}))]
 
-    def compute(self, row: Row) -> float:
-        """Return the operations of a training relative to the first method's at matched updates."""
-        ratio = self.cells.ratio(row.place, row.method, self.cells.recipe.base)
-        return ratio * row.updates / self.cells.recipe.updates
-
     def _rows(self, question: Question, place: Place) -> Iterator[tuple[str, Row, list[Row]]]:
         """Yield, for each budget, the row to compare with and the others."""
         for budget in self.cells.budgets():
@@ -126,7 +121,7 @@ class Tables:
         for row, scores in zip(rows, tables, strict=True):
             values = tuple(fmean(own.values()) for own in scores.values())
             found = None if row is rows[0] else difference(tables[0], scores)
-            yield Entry(name, place, budget, measure, row, self.compute(row), values, rows[0].method, found)
+            yield Entry(name, place, budget, measure, row, self.cells.compute(row), values, rows[0].method, found)
 
     def _scores(self, row: Row, measure: str) -> Scores:
         """Return scores in percent by seed and example."""

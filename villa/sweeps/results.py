@@ -165,9 +165,13 @@ def sweep_figure(groups: Sequence[Group], metric: str, *, title: str) -> Figure:
         color = colors[_first(group)]
         axes.plot(group.scores, [row] * len(group.scores), "o", color=color, alpha=0.35, markersize=5)
         axes.errorbar(group.mean or 0.0, row, xerr=group.deviation, fmt="D", color=color, capsize=4, markersize=6)
-    axes.set_yticks(range(len(drawn)), [", ".join(group.values.values()) or "all" for group in drawn])
+    axes.set_yticks(
+        range(len(drawn)), [f"{', '.join(group.values.values()) or 'all'} (n = {len(group.scores)})" for group in drawn]
+    )
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric.replace('_', ' ')}{'' if metric == 'loss' else ' (%)'}; mean, deviation and every seed")
+    axes.set_xlabel(
+        f"{metric.replace('_', ' ')}{'' if metric == 'loss' else ' (%)'}; dots: runs, bars: a deviation over n of them"
+    )
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=11, fontweight="bold")

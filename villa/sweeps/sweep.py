@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from villa.config.layers import parse_overrides
 from villa.config.loader import load_stages
 from villa.config.validate import TRAINING_RUNS
-from villa.errors import ConfigError
-from villa.evaluation.figures import write_png
+from villa.errors import ConfigError, DataError
+from villa.evaluation.figures import write_figure
 from villa.files import from_home
 from villa.launch.folder import JOBS
 from villa.sweeps.axes import Point, refuse_shared_folders
@@ -86,7 +87,7 @@ class Sweep:
         scores = {run.name: read_score(run.configs[-1], metric) for run in self.runs}
         every = [run.point for run in self.runs]
         text = write_tables(self.folder, every, scores, metric)
-        write_png(sweep_figure(group(every, scores), metric, title=last.name), self.folder / FIGURE)
+        write_figure(sweep_figure(group(every, scores), metric, title=last.name), self.folder / FIGURE)
         print(f"\n{text}\nwritten to {self.folder}: {RUNS}, {TABLE}, {MARKDOWN}, {FIGURE}", flush=True)
 
     def _run_here(self, waiting: Sequence[Run], at_once: int) -> int:
@@ -119,7 +120,18 @@ class Sweep:
 
     def _announce(self, name: str, problem: str) -> None:
         self._ended += 1
-        print(f"{self._ended} of {len(self.runs)} {name}: {problem or 'done'}", flush=True)
+        print(f"{self._ended} of {len(self.runs)} {name}: {problem or self._reached(name)}", flush=True)
+
+    def _reached(self, name: str) -> str:
+        """Return the score of a run that has ended."""
+        config = next(run.configs[-1] for run in self.runs if run.name == name)
+        metric = config.evaluation.monitor
+        score = None
+        with suppress(DataError):  # the report says it
+            score = read_score(config, metric)
+        if score is None:
+            return "done"
+        return f"done, {metric.replace('_', ' ')} {score:.4g}{'' if 'loss' in metric else ' %'}"
 
     def _log(self, name: str) -> Path:
         return self.folder / LOGS / f"{name}.log"

@@ -170,9 +170,13 @@ class LxmertTask(ReleasedFilesTask):
         """Return the format of the task's leaderboard."""
         return self.submissions
 
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]]:
+        """Return the sigmoid scores of all answers."""
+        return logits.float().sigmoid(), self.answers
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best answer of every row and its sigmoid score."""
-        return best_answers(logits.float().sigmoid(), self.answers)
+        """Return the best answer of every row and its score."""
+        return best_answers(*self.rank(logits))
 
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, answers and facts."""
@@ -276,6 +280,6 @@ class LxmertNlvr2(LxmertTask):
         """The classes."""
         return ["False", "True"]
 
-    def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return ``True`` or ``False`` and its probability."""
-        return best_answers(logits.float().softmax(-1), self.answers)
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]]:
+        """Return the probabilities of both classes."""
+        return logits.float().softmax(-1), self.answers

@@ -19,7 +19,7 @@ from villa.datasets.names import CENTRED, image_reading, pixel_reading, pixel_sc
 from villa.datasets.own.processors import load_processor, save_processor
 from villa.datasets.own.readers import Kind
 from villa.datasets.own.records import REGION_FIELDS, Regions
-from villa.datasets.signatures import extractor_reading
+from villa.datasets.signatures import extractor_reading, is_maker
 from villa.datasets.stores import STATISTICS_FILE, scaled_reading
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, VillaError, reading
@@ -44,6 +44,7 @@ class Assets:
         regions: source of the region features.
         feature_dim: width of the region features; None for text only.
         extractor: signature of the extractor (network, version, weights, sizes); None if unknown, or without regions.
+        maker: how the extractor was built: its registered ``name`` and options; None if unknown.
         kind: kind of target: a ``label``, a ``text`` to generate, or a matching ``pair`` of image and text.
         processor: the model's own transformers processor, or None.
     """
@@ -54,6 +55,7 @@ class Assets:
     regions: Regions
     feature_dim: int | None = None
     extractor: str | None = None
+    maker: dict[str, Any] | None = None
     kind: Kind = "label"
     processor: Any = None
 
@@ -120,7 +122,8 @@ class Assets:
             save_processor(self.processor, folder / PROCESSOR)
         write_json(folder / ANSWERS_FILE, self.answers)
         names = ("soft", "regions", "feature_dim", "extractor", "kind")
-        write_json(folder / META_FILE, {name: getattr(self, name) for name in names})
+        made = {} if self.maker is None else {"maker": self.maker}
+        write_json(folder / META_FILE, {name: getattr(self, name) for name in names} | made)
 
     @classmethod
     def load(cls, folder: Path) -> Assets:
@@ -144,6 +147,7 @@ class Assets:
             regions=cast("Regions", meta["regions"]),
             feature_dim=meta.get("feature_dim"),
             extractor=meta.get("extractor"),
+            maker=meta.get("maker"),
             kind=kind,
             processor=load_processor(folder / PROCESSOR, local=True) if own else None,
         )
@@ -160,7 +164,8 @@ def _is_meta(meta: Any) -> bool:
         return False
     width, extractor, soft = meta.get("feature_dim"), meta.get("extractor"), meta.get("soft", False)
     sized = width is None or (is_count(width) and width > 0)
-    return sized and isinstance(extractor, str | None) and isinstance(soft, bool)
+    made = meta.get("maker") is None or is_maker(meta["maker"])
+    return sized and isinstance(extractor, str | None) and isinstance(soft, bool) and made
 
 
 def facts_beside(source: str) -> DataFacts:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -69,8 +69,7 @@ class EasyVqaConfig(QuestionAnsweringConfig):
         return "text" if self.target == "text" else "label"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question: its index in the package's list, text, answer and image."""
 
     number: int
@@ -108,16 +107,16 @@ class EasyVqa(QuestionAnswering):
         """Return a split, after extracting features that are not cached yet."""
         questions = self._questions(name)
         seen = self.vocabulary.regions != "none"
-        store = self.open_store(_images(name == "test"), (q.image for q in questions)) if seen else None
+        store = self.open_store(_images(test=name == "test"), (q.image for q in questions)) if seen else None
         records = [self._record(question) for question in questions]
         return TableSplit(records, self.reader, store, self._left_out(name, len(records)))
 
     def _record(self, question: Question) -> Record:
         images = () if self.vocabulary.regions == "none" else (question.image,)
-        record = Record(str(question.number), question.text, images=images)
-        if self.vocabulary.kind == "text":
-            return replace(record, answer=question.answer)
-        return replace(record, target=self.vocabulary.labels[question.answer])
+        text = self.vocabulary.kind == "text"
+        target = None if text else self.vocabulary.labels[question.answer]
+        answer = question.answer if text else None
+        return Record(str(question.number), question.text, images=images, target=target, answer=answer)
 
     def fingerprint(self) -> str:
         """Hash of questions, image files, options and extractor."""
@@ -127,8 +126,8 @@ class EasyVqa(QuestionAnswering):
         if self.vocabulary.processor is not None:
             parts.append(self.vocabulary.reading_fingerprint())
         for test in (False, True):
-            questions = [(q.number, q.text, q.answer, q.image) for q in _read(test)]
-            parts += [questions, files_digest(_images(test))]
+            questions = [(q.number, q.text, q.answer, q.image) for q in _read(test=test)]
+            parts += [questions, files_digest(_images(test=test))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def reference_scores(self, split: str) -> dict[str, float]:
@@ -195,14 +194,14 @@ def _package() -> ModuleType:
 
 
 @cache
-def _read(test: bool) -> list[Question]:
+def _read(*, test: bool) -> list[Question]:
     package = _package()
     columns = package.get_test_questions() if test else package.get_train_questions()
     return [Question(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
 
 
 @cache
-def _images(test: bool) -> list[ImageSource]:
+def _images(*, test: bool) -> list[ImageSource]:
     """Return the images, ordered as in the package."""
     package = _package()
     paths = package.get_test_image_paths() if test else package.get_train_image_paths()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from villa.datasets.boxes import WIDTHS, check_boxes, check_confidences, check_features, sampled
-from villa.datasets.signatures import check_signatures, read_signature
+from villa.datasets.signatures import check_signatures, read_maker, read_signature
 from villa.datasets.stores import ImageSource, RegionStore
 from villa.datasets.uniter.packed_arrays import MAX_ARRAY_BYTES
 from villa.errors import DataError, reading
@@ -108,6 +108,7 @@ class FileStore(RegionStore):
     Attributes:
         extractor: signature of what made the features of the first file, or of all that are prepared; None if it is
             not noted.
+        maker: how that extractor was built, as far as it is noted.
 
     Raises:
         DataError: a file is missing, or the first one cannot be used.
@@ -118,6 +119,7 @@ class FileStore(RegionStore):
         self._allow_empty = allow_empty_boxes
         self.dim = _feature_shape(sources[0])[1]
         self.extractor = read_signature(sources[0].path.parent)
+        self.maker = read_maker(sources[0].path.parent)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the features and boxes of a file.

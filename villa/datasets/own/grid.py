@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -124,7 +124,8 @@ class GridExtractor:
         network = network.to(device)
         cells = self.image_size // STRIDE // self.grid
         features = []
-        with torch.inference_mode(), _all_threads():
+        # The layers of a single image are too small for threads that only wait for each other.
+        with torch.inference_mode(), _all_threads() if len(pixels) > 1 else nullcontext():
             for part in torch.split(torch.from_numpy(pixels), PASS):
                 scaled = part.to(device, torch.float32, memory_format=torch.channels_last).sub_(127).div_(128)
                 maps = F.avg_pool2d(network.extract_features(scaled), cells)
@@ -262,5 +263,6 @@ class GridStore(RegionStore):
         digest = hashlib.blake2b(f"{self._extractor.signature} {self._reading}".encode(), digest_size=16)
         for source in self.sources:
             stat = source.stat()
-            digest.update(f"{source.path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            size = stat.st_size if source.size is None else source.size
+            digest.update(f"{Path(source.name).absolute()}\0{size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()

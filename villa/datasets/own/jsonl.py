@@ -1,4 +1,4 @@
-"""A user's own questions in JSON-lines files, on images, feature files, or text alone."""
+"""A user's own questions in JSON lines, tables, archives or folders, on images, feature files, or text alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -31,12 +31,14 @@ from villa.datasets.own.records import (
     texts_of,
 )
 from villa.datasets.own.split import JsonlSplit
+from villa.datasets.sources.fields import check_columns
+from villa.datasets.sources.opening import Source, open_source, split_sources
 from villa.datasets.stores import ImageSource, SourceFiles, Sources, files_digest
 from villa.datasets.synthetic import EXAMPLES, databases
 from villa.datasets.synthetic.pictures import SMALL_PICTURES, write_pictures
 from villa.datasets.text import Texts, build_tokenizer, load_tokenizer
 from villa.errors import ConfigError, DataError, about, nearest
-from villa.files import local_path, sha256
+from villa.files import local_path
 from villa.registry import register_dataset
 
 logger = logging.getLogger(__name__)
@@ -44,11 +46,15 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 #: Options left out of the fingerprint, which covers the generated files.
 _SYNTHETIC = ("synthetic", "synthetic_lines", "synthetic_examples")
+#: Options left out of it, too, which covers the rows that they choose.
+_ROWS = ("source", "columns", "question", "max_rows", "streaming")
 
 
 @dataclass
 class JsonlConfig(QuestionAnsweringConfig):
     """Options of a user's own data.
+
+    Files hold JSON lines, or are CSV, TSV, parquet, Arrow or tar: docs/data_sources.md.
 
     A line is ``{"question": text, "answer": text, "image": path, "id": text}``. Instead of ``image``, ``features``
     names a ``.npz`` or ``.safetensors`` file, or ``images`` lists several paths; without any, questions are text only.
@@ -57,9 +63,17 @@ class JsonlConfig(QuestionAnsweringConfig):
     ``subsets`` (a list of names) are for metrics of these.
 
     Attributes:
-        train: file of training questions; optional if a checkpoint is only evaluated.
-        val: file of validation questions.
-        test: file of test questions, with or without answers.
+        train: training questions, optional if a checkpoint is only evaluated: a file, a pattern (``train-*.parquet``),
+            a folder of files or images, a data set of the hub (``hf://OWNER/NAME#train``), or a list of these.
+        val: validation questions.
+        test: test questions, with or without answers.
+        source: folder, or data set of the hub (``hf://OWNER/NAME``), with the splits, which ``train``, ``val`` and
+            ``test`` then name; by default they have the usual names.
+        columns: name of a column by field: ``{image: picture, question: q, answer: label}``; by default each field is
+            the column of its name. ``image_base64`` is a field of images as text.
+        question: question of records without one, as in the classification of images.
+        max_rows: number of rows of each split to read from the beginning; None for all.
+        streaming: read data of the hub as they arrive, without downloading the files first.
         image_root: folder that paths in the files are relative to; None for the folder of each file.
         answers: file with one answer per line, in the order of the labels, or a ``.json`` file with a list or
             ``{answer: label}``; None takes the answers of ``train``.
@@ -82,9 +96,14 @@ class JsonlConfig(QuestionAnsweringConfig):
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PICTURES
 
     name: str = "jsonl"
-    train: str | None = None
-    val: str | None = None
-    test: str | None = None
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    source: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    question: str | None = None
+    max_rows: int | None = None
+    streaming: bool = False
     image_root: str | None = None
     answers: str | None = None
     max_answers: int | None = None
@@ -105,7 +124,12 @@ class JsonlConfig(QuestionAnsweringConfig):
     def check(self) -> None:
         """Check the ranges and combinations of the options."""
         super().check()
-        for name in ("max_answers", "min_count", "vocabulary_size"):
+        for name in SPLITS:
+            _check_place(name, getattr(self, name))
+        check_columns(self.columns)
+        if self.question is not None and not self.question.strip():
+            raise ConfigError("dataset.question is empty; give a text, or leave it out")
+        for name in ("max_answers", "min_count", "max_rows", "vocabulary_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
@@ -145,7 +169,7 @@ class Jsonl(QuestionAnswering):
         """Return a split, after checking every line and extracting features that are not cached yet."""
         lines = self._train if name == "train" else self._lines(name)
         split = JsonlSplit(lines, self.vocabulary, self.reader, train=name == "train")
-        files = split.read_index(self._folder(lines.path))
+        files = split.read_index(lines.folder)
         split.store = self.open_store(files) if files else None
         if len(split) == len(lines) or self.vocabulary.regions == "none":
             self._referred[name] = files
@@ -163,16 +187,16 @@ class Jsonl(QuestionAnswering):
             "processor",
             "label_prompt",
             *_SYNTHETIC,
+            *_ROWS,
             "allow_empty_boxes",
         ):
             options.pop(place)
         parts: list[object] = [options, self.vocabulary.extractor, self.vocabulary.answers]
         parts.append(self.vocabulary.reading_fingerprint())
         for name in SPLITS:
-            if (path := self._place(name)) is not None:
-                files = self._referred.get(name)
-                files = self._files(self._lines(name)) if files is None else files
-                parts.append([name, sha256(local_path(path)), files_digest(files)])
+            if self._place(name) is not None:
+                lines, files = self._lines(name), self._referred.get(name)
+                parts.append([name, lines.digest(), files_digest(self._files(lines) if files is None else files)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _build_assets(self) -> Assets:
@@ -191,6 +215,7 @@ class Jsonl(QuestionAnswering):
             regions=regions,
             feature_dim=_feature_dim(regions, first_files),
             extractor=self._extractor(regions, processor) if first_files is None else first_files.extractor,
+            maker=None if first_files is None else first_files.maker,
             kind=kind,
             processor=processor,
         )
@@ -217,16 +242,35 @@ class Jsonl(QuestionAnswering):
     def _lines(self, name: str) -> JsonLines:
         if name not in SPLITS:
             raise DataError(f"jsonl has no split '{name}'{nearest(name, SPLITS)} (known: {', '.join(SPLITS)})")
-        path = self._place(name)
-        if path is None:
+        place, config = self._place(name), self.config
+        if place is None:
             raise DataError(f"jsonl has no file for split '{name}'; set dataset.{name}=path/to/questions.jsonl")
-        return JsonLines(local_path(path))
+        return open_source(
+            place,
+            config.columns,
+            question=config.question,
+            images=config.regions != "none",
+            root=None if config.image_root is None else local_path(config.image_root),
+            cache_dir=config.cache_dir,
+            max_rows=config.max_rows,
+            streaming=config.streaming,
+        )
 
-    def _place(self, split: str) -> str | None:
-        """Return the file of a split, or None."""
-        place: str | None = getattr(self.config, split)
+    @cached_property
+    def _sources(self) -> Mapping[str, Source]:
+        names = {split: getattr(self.config, split) for split in SPLITS}
+        if self.config.source is not None:
+            return split_sources(self.config.source, names)
+        return {
+            split: place if isinstance(place, list) else str(place)
+            for split, place in names.items()
+            if place is not None
+        }
+
+    def _place(self, split: str) -> Source | None:
+        """Return the file or files of a split, or None."""
         if not self.config.synthetic:
-            return place
+            return self._sources.get(split)
         lines = self.config.synthetic_lines
         task = ("captions" if self.config.kind == "pair" else "questions") if lines == "auto" else lines
         made = databases(f"jsonl_{task}", self.config.synthetic_examples, partial(_write_pictures, task))
@@ -235,15 +279,12 @@ class Jsonl(QuestionAnswering):
     def _feature_files(self, sources: Sequence[ImageSource]) -> FileStore:
         return FileStore(sources, allow_empty_boxes=self.config.allow_empty_boxes)
 
-    def _folder(self, path: Path) -> Path:
-        return path.parent if self.config.image_root is None else local_path(self.config.image_root)
-
     def _request_folder(self) -> Path:
         return Path() if self.config.image_root is None else local_path(self.config.image_root)
 
     def _files(self, lines: JsonLines) -> SourceFiles:
         """Return the distinct files that lines refer to."""
-        sources = Sources(self._folder(lines.path), lines.where)
+        sources = Sources(lines.folder, lines.where)
         for index, record in enumerate(lines):
             with about(lines.where(index)):
                 names = record_files(record, self.vocabulary.regions)
@@ -268,7 +309,7 @@ class Jsonl(QuestionAnswering):
         known = ranked_answers(counts, self.config.max_answers, self.config.min_count)
         if not known:
             raise DataError(
-                f"'{self._train.path}' gives no answer; add 'answer' to its lines or lower dataset.min_count"
+                f"'{self._train.name}' gives no answer; add 'answer' to its lines or lower dataset.min_count"
             )
         return loaded, known
 
@@ -281,12 +322,20 @@ class Jsonl(QuestionAnswering):
 
     def _first_files(self) -> FileStore:
         """Return the feature files of the first training record."""
-        sources = Sources(self._folder(self._train.path), self._train.where)
+        sources = Sources(self._train.folder, self._train.where)
         with about(self._train.where(0)):
             names = record_files(self._train[0], "files")
         for name in names:
             sources.add(name, 0)
         return self._feature_files(sources.build())
+
+
+def _check_place(split: str, place: Any) -> None:
+    several = place if isinstance(place, list) else [place]
+    if place is not None and (
+        not several or isinstance(place, dict) or not all(isinstance(one, str | int) for one in several)
+    ):
+        raise ConfigError(f"dataset.{split}={place!r:.60} is no path; give one, or a list of paths")
 
 
 def _feature_dim(regions: Regions, files: FileStore | None) -> int | None:

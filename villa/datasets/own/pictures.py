@@ -8,11 +8,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageColor, UnidentifiedImageError
+from torch import Tensor
 
 from villa.datasets.stores import ImageSource
 from villa.errors import ConfigError, DataError, one_line
@@ -21,8 +24,23 @@ logger = logging.getLogger(__name__)
 
 #: Version of the pixels that this code reads; raise it when they change, so that older cached features are not used.
 READING = 2
+#: Images in memory.
+KINDS = (
+    "a path, an image of Pillow, the bytes of a file, or an array of bytes [H, W], [H, W, C] or [C, H, W] with 1, 3 or "
+    "4 channels"
+)
+#: Their types.
+IN_MEMORY = (Image.Image, np.ndarray, Tensor, bytes, bytearray, memoryview)
+#: Numbers of channels: grey, RGB, and with alpha.
+_CHANNELS = (1, 3, 4)
 #: Default background colour of transparent images.
 BACKGROUND = "white"
+
+_NAMES = "apng avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
+#: Suffixes of the images that are taken from folders and archives.
+SUFFIXES = {f".{name}" for name in _NAMES.split()}
+#: Largest image in another file, which is read into memory.
+LARGEST = 1 << 30
 
 #: Formats that may hold PostScript, which Pillow would run with Ghostscript.
 _PROGRAMS = ("EPS", "IPTC")
@@ -69,7 +87,8 @@ class PictureStore:
     def __init__(self, sources: Sequence[ImageSource], background: str = BACKGROUND) -> None:
         self.sources, self.background = sources, background
         for source in sources:
-            source.stat()
+            if source.size is None:
+                source.stat()
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -77,6 +96,22 @@ class PictureStore:
     def __getitem__(self, index: int) -> Image.Image:
         """Read an image; see ``read_picture``."""
         return read_picture(self.sources[index], self.background)
+
+
+class LoadedPictures(PictureStore):
+    """Images that were read before.
+
+    Args:
+        sources: where each is from.
+        pictures: the images, upright in RGB.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], pictures: Sequence[Image.Image]) -> None:
+        self.sources, self.pictures = sources, pictures
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Return an image."""
+        return self.pictures[index]
 
 
 def read_picture(source: ImageSource, background: str = BACKGROUND, content: bytes | None = None) -> Image.Image:
@@ -90,20 +125,63 @@ def read_picture(source: ImageSource, background: str = BACKGROUND, content: byt
     Raises:
         DataError: the file is missing, not a regular file, too large, or cannot be decoded.
     """
-    if content is None:
+    if content is None and source.size is None:
         source.stat()
     try:
+        if content is None and source.size is not None:
+            content = source.content()
         opened = source.path.open("rb") if content is None else io.BytesIO(content)
         with opened as file, Image.open(file) as image, _one_large(image.size):
             if image.format in _PROGRAMS:
                 raise ValueError(f"{image.format} files are not read, for PostScript is a program")
-            return upright_rgb(image, background, name=str(source.path))
+            return upright_rgb(image, background, name=source.name)
     except Exception as error:  # Pillow's decoders raise all kinds for broken files
         # Pillow names the file by its object.
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is in none of the formats that Pillow reads" if unknown else one_line(error)
         advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "replace the file"
-        raise DataError(f"{source.place}'{source.path}' cannot be read as an image ({reason}); {advice}") from error
+        shown = f"'{source.path}'" if source.size is None else f"the image of {source.size:,} bytes"
+        raise DataError(f"{source.place}{shown} cannot be read as an image ({reason}); {advice}") from error
+
+
+def picture_of(image: Any, background: str = BACKGROUND) -> Image.Image:
+    """Return an image in memory as it is displayed: upright, in RGB, transparent parts on a background.
+
+    Args:
+        image: an image of Pillow; an image file's bytes; or an array of NumPy or torch, ``[H, W]``, ``[H, W, C]`` or
+            ``[C, H, W]`` with 1, 3 or 4 channels, of uint8 (of uint16 without channels). Where both the first and the
+            last size may be the channels, an array of NumPy has them last, one of torch first.
+        background: background colour of transparent images.
+
+    Raises:
+        DataError: it is none of them, or cannot be decoded.
+    """
+    if not isinstance(image, IN_MEMORY):
+        raise DataError(f"image is of type {type(image).__name__}, which is none of an image; give {KINDS}")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return read_picture(ImageSource(Path(f"{len(image):,} bytes"), ""), background, bytes(image))
+    array: Any = image
+    if isinstance(image, Tensor):
+        array = image.detach().cpu().numpy() if image.dtype != torch.bfloat16 else image.detach().float().cpu().numpy()
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(_channels_last(array, first=isinstance(image, Tensor)))
+        return upright_rgb(image, background)
+    except Exception as error:  # Pillow raises many kinds
+        given = f"an array of {array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an image"
+        raise DataError(f"{given} cannot be read as an image ({one_line(error)}); give {KINDS}") from error
+
+
+def _channels_last(array: npt.NDArray[Any], *, first: bool) -> npt.NDArray[Any]:
+    """Return an array of pixels as Pillow takes it; ``first`` says where channels are if both ends may be."""
+    if array.dtype.kind not in "bu":
+        raise TypeError(f"values of {array.dtype} do not say what white is; convert them to uint8, 0 to 255")
+    if array.ndim != 3:
+        return np.ascontiguousarray(array)
+    ends = [array.shape[axis] in _CHANNELS for axis in (0, 2)]
+    if ends[0] and (first or not ends[1]):
+        array = array.transpose(1, 2, 0)
+    return np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def upright_rgb(image: Image.Image, background: str = BACKGROUND, name: str = "an image") -> Image.Image:

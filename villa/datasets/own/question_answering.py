@@ -226,6 +226,33 @@ class QuestionAnswering(TaskDataset):
         store = self.open_store(sources.build())
         return TableSplit(rows, self.reader, store)
 
+    def image_files(self, record: Mapping[str, Any], where: str = "") -> Sequence[ImageSource]:
+        """Return the images that a record to predict on names, also where the model reads their features.
+
+        Raises:
+            DataError: the record does not name them.
+        """
+        regions = self.vocabulary.regions
+        sources = Sources(self._request_folder(), lambda _: where)
+        for name in record_files(record, "grid" if regions == "files" else regions):
+            sources.add(name, 0)
+        return sources.build()
+
+    def request(self, record: Mapping[str, Any], images: Any) -> Example:
+        """Return a record to predict on as an example.
+
+        Args:
+            record: a record with an ``id``.
+            images: store of its images, or of their region features; None for text only.
+
+        Raises:
+            DataError: a text cannot be read.
+        """
+        if isinstance(images, RegionStore) and self.scaling is not None:
+            images = ScaledStore(images, self.scaling)
+        numbers = () if images is None else tuple(range(len(images)))
+        return self.reader.example(Record(str(record["id"]), *record_texts(record), numbers), images)
+
     def open_store(self, sources: Sequence[ImageSource], images: Iterable[int] | None = None) -> Any:
         """Return the reader's store of files, with ``images`` (by default all) prepared."""
         store = self.reader.open(sources)
@@ -240,10 +267,17 @@ class QuestionAnswering(TaskDataset):
 
         For pairs, ``logits [B]`` are those of each image with its own text, and are returned as scores.
         """
-        if self.vocabulary.kind == "pair":
+        ranked = self.rank(logits)
+        if ranked is None:
             return [{"answer": "match", "score": score} for score in logits.float().tolist()]
+        return best_answers(*ranked)
+
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]] | None:
+        """Return the probabilities of all answers (for soft targets, their sigmoid scores); None for pairs."""
+        if self.vocabulary.kind != "label":
+            return None
         scores = logits.float().sigmoid() if self.vocabulary.soft else logits.float().softmax(-1)
-        return best_answers(scores, self.vocabulary.answers)
+        return scores, self.vocabulary.answers
 
     def decode_written(self, written: Written, batch: Batch) -> list[dict[str, Any]]:
         """Return the generated texts and their probabilities."""
@@ -273,7 +307,7 @@ class QuestionAnswering(TaskDataset):
             )
         return store
 
-    def _feature_files(self, sources: Sequence[ImageSource]) -> FileStore:
+    def _feature_files(self, sources: Sequence[ImageSource]) -> RegionStore:
         """Return the store of feature files."""
         return FileStore(sources)
 

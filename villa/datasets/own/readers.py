@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,7 @@ from villa.errors import DataError, one_line
 SIDE = 224
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One question, caption or text of the user's data.
 
     Attributes:
@@ -38,6 +37,7 @@ class Record:
         target: class index or soft targets ``[labels]``; None without an answer, or if it is to be generated.
         answer: the answer to be generated, or None.
         where: its place in a file, for messages, if known.
+        group: name of the group that it belongs to, for metrics of groups, or None.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Record:
     target: int | Tensor | None = None
     answer: str | None = None
     where: str = ""
+    group: str | None = None
 
 
 class Reader(ABC):
@@ -281,7 +282,7 @@ class ProcessorReader(Reader):
         images = () if store is None else tuple(store[image] for image in record.images)
         reference = None
         if self.reading.kind == "pair" and store is not None and record.images:
-            reference = {"image": str(store.sources[record.images[0]].path), "text": record.text}
+            reference = {"image": store.sources[record.images[0]].name, "text": record.text}
         return Example(
             record.id,
             target=record.target,

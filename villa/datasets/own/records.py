@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from villa.datasets.base import plain_answer
 from villa.datasets.lines import TextLines
+from villa.datasets.stores import Piece
 from villa.datasets.text import Texts
 from villa.errors import DataError, about
+from villa.files import sha256
 from villa.json_values import is_number, is_score, parse_json, parse_objects
 
 T = TypeVar("T")
@@ -35,12 +40,17 @@ class JsonLines(TextLines):
     Args:
         path: the file; UTF-8, with or without a byte-order mark.
 
+    Attributes:
+        name: what messages call the source of the records.
+        folder: folder that relative paths in the records are relative to.
+
     Raises:
         DataError: the file is missing or empty.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self.name, self.folder = str(path), path.parent
         if not len(self):
             raise DataError(f"'{path}' holds no record; write one JSON object a line")
 
@@ -84,6 +94,10 @@ class JsonLines(TextLines):
                         what(index, [record])
                 raise
             yield first, found
+
+    def digest(self) -> str:
+        """Return a hash of the contents."""
+        return sha256(self.path)
 
     def _parse(self, index: int, line: bytes) -> dict[str, Any]:
         try:
@@ -136,6 +150,27 @@ def record_id(record: Mapping[str, Any], default: str) -> str:
     raise DataError(f"'id' is {value!r:.40}; it must be a text or a number, or be left out")
 
 
+def check_ids(hashes: array[int], named: Callable[[], Iterable[tuple[str, str]]]) -> None:
+    """Refuse an id that occurs twice, comparing only ids with equal hashes.
+
+    Args:
+        hashes: hash of every id; it is sorted in place.
+        named: yields the place of every record and its id.
+
+    Raises:
+        DataError: naming the second place.
+    """
+    ordered = np.frombuffer(hashes, np.int64)
+    ordered.sort()
+    suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
+    seen: set[str] = set()
+    for where, name in named() if suspects else ():
+        if name in seen:
+            raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
+        if hash(name) in suspects:
+            seen.add(name)
+
+
 def record_texts(record: Mapping[str, Any]) -> Texts:
     """Return the text of a record (``question`` or ``text``), and its second text (``text_pair``) or None.
 
@@ -163,8 +198,8 @@ def texts_of(records: Sequence[Mapping[str, Any]]) -> list[Texts]:
     return [(text, None) for text in texts]
 
 
-def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
-    """Return the files that a record names: one, several ``images``, or none for text only.
+def record_files(record: Mapping[str, Any], regions: Regions) -> list[str | Piece]:
+    """Return the files that a record names: one, several ``images``, or none for text only; or pieces of files.
 
     Raises:
         DataError: the record does not name them.
@@ -173,10 +208,15 @@ def record_files(record: Mapping[str, Any], regions: Regions) -> list[str]:
         return []
     if regions == "pixels" and "images" in record:
         images = record["images"]
-        if not (isinstance(images, list) and images and all(isinstance(i, str) and i.strip() for i in images)):
+        if not (isinstance(images, list) and images and all(map(_is_image, images))):
             raise DataError(f"'images' is {images!r:.40}; it must be a list of paths")
         return images
-    return [text_field(record, REGION_FIELDS[regions])]
+    name = REGION_FIELDS[regions]
+    return [record[name]] if isinstance(record.get(name), Piece) else [text_field(record, name)]
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Piece) or (isinstance(value, str) and bool(value.strip()))
 
 
 def beside(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

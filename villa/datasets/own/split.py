@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from villa.datasets.base import Example, Split, grouped
 from villa.datasets.own.assets import Assets
+from villa.datasets.own.pictures import read_picture
 from villa.datasets.own.readers import Reader, Record
 from villa.datasets.own.records import (
     JsonLines,
     answer_scores,
+    check_ids,
     plain_texts,
     record_files,
     record_id,
@@ -29,12 +32,15 @@ from villa.datasets.own.records import (
 )
 from villa.datasets.ragged import Integers, Lists
 from villa.datasets.samplers import Lengths
-from villa.datasets.stores import SourceFiles, Sources
+from villa.datasets.stores import Piece, SourceFiles, Sources
 from villa.datasets.text import TOGETHER, CutTexts, Texts
 from villa.errors import DataError, about
 from villa.progress import track
 
 logger = logging.getLogger(__name__)
+
+#: Id, texts and files of a record, and whether it is kept.
+Checked: TypeAlias = tuple[str, Texts, list[str | Piece], bool]
 
 
 class JsonlSplit(Split):
@@ -78,7 +84,7 @@ class JsonlSplit(Split):
         waiting: dict[int, Texts] = {}  # by line, to be measured together
         try:
             blocks = self._lines.read(self._checked)
-            shown = f"checking {self._lines.path.name}"
+            shown = f"checking {Path(self._lines.name).name}"
             for first, checked in track(blocks, shown, len(self._lines), size=lambda block: len(block[1])):
                 for index, (name, texts, files, kept) in enumerate(checked, first):
                     ids.append(hash(name))
@@ -91,7 +97,8 @@ class JsonlSplit(Split):
                     self._measure(waiting)
         finally:  # also after an error, as an earlier line may have one
             self._measure(waiting)
-        self._check_ids(ids)
+        records = enumerate(self._lines)
+        check_ids(ids, lambda: ((self._lines.where(index), self._id(index, record)) for index, record in records))
         if dropped:
             self._leave_out(dropped)
         return sources.build()
@@ -120,6 +127,14 @@ class JsonlSplit(Split):
         """Return a name of the example for messages: its place in a file, if known."""
         return f"the example of {self._lines.where(self._kept[index])}"
 
+    def shown_text(self, index: int) -> str | None:
+        """Return the question of the line, or both of its texts."""
+        return _joined(*record_texts(self._lines[self._kept[index]]))
+
+    def shown_image(self, index: int) -> Image.Image | None:
+        """Return the first image of the line, if it names image files."""
+        return _picture(self.store, self.images(index))
+
     def images(self, index: int) -> tuple[int, ...]:
         """Return the indices of an example's images in the store."""
         return self._images[index]
@@ -140,7 +155,7 @@ class JsonlSplit(Split):
         """Return the sequence lengths that images of the store add."""
         return np.fromiter((self._reader.image_length(self.store, image) for image in images), np.int32)
 
-    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Texts, list[str], bool]]:
+    def _checked(self, first: int, records: Sequence[Mapping[str, Any]]) -> list[Checked]:
         """Return the id, texts and files of every record, and whether it is kept."""
         regions = self._vocabulary.regions
         texts, files = texts_of(records), [record_files(record, regions) for record in records]
@@ -163,28 +178,14 @@ class JsonlSplit(Split):
         self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
         waiting.clear()
 
-    def _check_ids(self, hashes: array[int]) -> None:
-        """Refuse an id that occurs twice, comparing only ids with equal hashes."""
-        ordered = np.frombuffer(hashes, np.int64)
-        ordered.sort()
-        suspects = {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}
-        seen: set[str] = set()
-        for index, record in enumerate(self._lines if suspects else ()):
-            name = self._id(index, record)
-            if name in seen:
-                where = self._lines.where(index)
-                raise DataError(f"{where}: the id '{name}' occurs twice; give every line its own, or none an id")
-            if hash(name) in suspects:
-                seen.add(name)
-
     def _leave_out(self, dropped: array[int]) -> None:
         lines = len(self._lines)
         self._kept = array("q", np.delete(np.arange(lines), dropped).tobytes())
         share = 100 * len(dropped) / lines
         text = "%s: left out %d of %d questions (%.1f %%), none of whose answers is a label"
-        logger.warning(text, self._lines.path, len(dropped), lines, share)
+        logger.warning(text, self._lines.name, len(dropped), lines, share)
         if not self._kept:
-            raise DataError(f"'{self._lines.path}' has no question whose answer is a label; mend dataset.answers")
+            raise DataError(f"'{self._lines.name}' has no question whose answer is a label; mend dataset.answers")
 
     def _check_form(self, paired: bool, images: int) -> None:
         """Refuse a line that cannot share a batch with the others."""
@@ -251,6 +252,21 @@ def _has_answer(record: Mapping[str, Any]) -> bool:
     return record.get("answer") is not None or "answers" in record
 
 
+def _joined(text: str, pair: str | None) -> str:
+    return text if pair is None else f"{text} / {pair}"
+
+
+def _picture(store: Any, images: Sequence[int]) -> Image.Image | None:
+    """Return the first image of an example, or None without one: feature files are none."""
+    sources = getattr(store, "sources", ())
+    if not (images and len(sources)):
+        return None
+    try:
+        return read_picture(sources[images[0]])
+    except DataError:
+        return None
+
+
 class TableSplit(Split):
     """Records in memory, over images or region features in a store.
 
@@ -268,18 +284,30 @@ class TableSplit(Split):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._reader.example(self._records[index], self._store)
+        record = self._records[index]
+        made = self._reader.example(record, self._store)
+        return made if record.group is None else grouped(made, {"group": record.group})
 
     def describe(self, index: int) -> str:
         """Return a name of the example for messages: its place in a file, if known."""
         record = self._records[index]
         return f"the example of {record.where}" if record.where else f"example '{record.id}'"
 
+    def shown_text(self, index: int) -> str | None:
+        """Return the question, or both texts."""
+        return _joined(self._records[index].text, self._records[index].pair)
+
+    def shown_image(self, index: int) -> Image.Image | None:
+        """Return the first image, if the records name image files."""
+        return _picture(self._store, self._records[index].images)
+
     @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens plus regions of every record."""
-        images = (sum(self._reader.image_length(self._store, i) for i in r.images) for r in self._records)
-        return [int(read) + more for read, more in zip(self._text_lengths[:, 0], images, strict=True)]
+        length = cache(partial(self._reader.image_length, self._store))  # several texts may ask about an image
+        images = np.array([sum(map(length, record.images)) for record in self._records], np.int64)
+        lengths: list[int] = (self._text_lengths[:, 0] + images).tolist()
+        return lengths
 
     def warnings(self) -> list[str]:
         """Return what the options leave out, and how many texts are truncated."""
@@ -290,9 +318,19 @@ class TableSplit(Split):
     @cached_property
     def _text_lengths(self) -> Integers:
         """Numbers of tokens ``[N, 2]`` of every record's text after and before truncation."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *map(self._measure, range(len(self)))])
+        lengths = np.zeros((len(self), 2), np.int64)
+        for images in (False, True):
+            rows = [row for row, record in enumerate(self._records) if bool(record.images) == images]
+            lengths[rows] = self._measure(rows, images)
+        return lengths
 
-    def _measure(self, index: int) -> Integers:
-        record = self._records[index]
-        with about(record.where or self.describe(index)):
-            return self._reader.text_lengths([(record.text, record.pair)], images=bool(record.images))
+    def _measure(self, rows: Sequence[int], images: bool) -> Integers:
+        """Count the tokens of records; an error names the first that cannot be read."""
+        texts = [(self._records[row].text, self._records[row].pair) for row in rows]
+        try:
+            return self._reader.text_lengths(texts, images=images)
+        except DataError:
+            for row, one in zip(rows, texts, strict=True):
+                with about(self._records[row].where or self.describe(row)):
+                    self._reader.text_lengths([one], images=images)
+            raise

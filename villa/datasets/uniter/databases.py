@@ -44,7 +44,7 @@ class DatabaseConfig(ReleasedFilesConfig):
         test_images: image database of each of them.
         subset: train on the examples that ``id2len.<subset>.json`` lists instead of ``id2len.json``.
         max_text_length: longest text to train on, by the lengths in ``id2len.json`` (word-pieces without [CLS] and
-            [SEP]; for VCR see docs/data.md); longer ones are left out.
+            [SEP]; for VCR see docs/databases.md); longer ones are left out.
         fraction: share of each text database's examples to train on; a smaller share is part of a larger one.
         fraction_seed: of the choice of that share.
         box_threshold: confidence above which a detected box is used.

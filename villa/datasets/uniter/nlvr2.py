@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,6 +58,10 @@ class Nlvr2(DatabaseTask):
     Examples = PairOfImagesSplit
     labels = ("False", "True")
 
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]]:
+        """Return the probabilities of both classes."""
+        return logits.float().softmax(-1), self.labels
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         """Return ``True`` or ``False`` with its probability."""
-        return best_answers(logits.float().softmax(-1), self.labels)
+        return best_answers(*self.rank(logits))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -84,9 +84,13 @@ class SoftAnswers(DatabaseTask):
         """Return the answers."""
         return tuple(self.answers)
 
+    def rank(self, logits: Tensor) -> tuple[Tensor, Sequence[str]]:
+        """Return the sigmoid scores of all answers."""
+        return logits.float().sigmoid(), self.answers
+
     def decode(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-        """Return the best answer of every row with its sigmoid score."""
-        return best_answers(logits.float().sigmoid(), self.answers)
+        """Return the best answer of every row with its score."""
+        return best_answers(*self.rank(logits))
 
 
 @dataclass

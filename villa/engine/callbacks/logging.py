@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,8 +129,8 @@ class LoggingCallback(Callback):
         groups = training.updater.optimizer.param_groups
         rate = min(groups, key=lambda group: abs(group["lr_multiplier"] - 1))["lr"]
         means = self._means.take()
-        self.trackers.log(update, "train", {**means, "learning_rate": rate})
-        timing = {"seconds": training.seconds + training.stream.waited, **self._speed.take()}
+        self.trackers.log(update, "train", {**means, "learning_rate": rate, **_rates(groups)})
+        timing = {"seconds": training.seconds + training.stream.waited, **self._speed.take(), **_memory(training)}
         self.trackers.log(update, "timing", timing)
         self.progress.advance(update, {**means, **timing}, best=training.progress.best)
 
@@ -146,6 +146,18 @@ class LoggingCallback(Callback):
         """Restore ``state_dict()``, truncating later records in the log."""
         self._means.load_state_dict(state["means"])
         self.trackers.load_state_dict(state["trackers"])
+
+
+def _rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the learning rate of the groups of each multiplier, if there are several: ``learning_rate/10x``."""
+    rates = {f"learning_rate/{group['lr_multiplier']:.3g}x": group["lr"] for group in groups}
+    return rates if len(rates) > 1 else {}
+
+
+def _memory(training: Training) -> dict[str, float]:
+    """Return the largest memory that tensors on the GPU have taken so far, in GiB; nothing on a CPU."""
+    device = next(training.model.parameters()).device
+    return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 class LastIntervalCallback(Callback):
