@@ -35,5 +35,6 @@ def test_a_page_has_needs_costs_and_all_values(
     assert "## All values of stage 4" in stages
     row = next(line for line in pages["recipes/index.md"].splitlines() if "[example/shapes]" in line)
     assert row.count("|") == 8
+    assert pages["recipes/index.md"].count("\n## ") == 1
     assert "| `shapes` | 2.0 | 4.74 k | 155 KiB |" in row
     assert "villa_run --study projects/villa/study.yaml" in pages["recipes/villa/study.md"]

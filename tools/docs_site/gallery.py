@@ -32,7 +32,11 @@ _IDLE += ("optimizer.lr", "training.updates", "training.epochs")
 _WEIGHTS = ("model.checkpoint", "dataset.processor", "dataset.tokenizer", "model.architecture")
 #: Scripts that draw or write small data, which plans read.
 _SCRIPTS = {"projects/own_data/draw.py": "outputs/own_data/data", "projects/text/write_pairs.py": "outputs/text/data"}
-_GALLERY = """# Recipes
+_GALLERY = """---
+hide: [toc]
+---
+
+# Recipes
 
 After reading this page you can choose a recipe by what it needs and costs. `villa_run config=NAME` runs one, in a clone
 or with an installed villa ([installing.md](../installing.md)); [tasks.md](../tasks.md) tells more of those of UNITER
@@ -108,7 +112,8 @@ class Gallery:
     def _index(self, names: Sequence[str]) -> str:
         lines = [_GALLERY]
         header = "| recipe | what | data | x | parameters | memory | compute |\n|---|---|---|---|---|---|---|"
-        for folder, group in groupby(names, key=lambda name: name.rpartition("/")[0]):
+        by_folder = sorted(names, key=lambda name: name.rpartition("/")[::2])
+        for folder, group in groupby(by_folder, key=lambda name: name.rpartition("/")[0]):
             lines += ["", f"## {folder}", "", header, *(self._rows[name] for name in group)]
         return "\n".join(lines) + "\n"
 
@@ -205,7 +210,7 @@ def _resolved(stage: Loaded, number: int, count: int) -> str:
     title = (
         "## All values, with their origins" if count == 1 else f"## All values of stage {number}, with their origins"
     )
-    return f"{title}\n\nThe output of `--print-config`, which can be run as a recipe.\n\n```yaml\n{text}```\n"
+    return f"{title} {{ data-search-exclude }}\n\nThe output of `--print-config`, which can be run as a recipe.\n\n```yaml\n{text}```\n"
 
 
 @contextmanager
