@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "projects" / "example"), str(Path(__file__).parent), str(Path(__file__).parent / "engine")]
+sys.path[:0] = [str(ROOT / place) for place in ("projects/example", "tests", "tests/engine", "tests/hub")]
 
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; read before the first test imports transformers
@@ -38,7 +38,13 @@ _LONG = (
     "projects/",
     "planning/test_scale.py",
     "planning/test_memory_of_ranks.py",
+    "studies/",
+    "sweeps/",
     "tools/",
+    "hub/",
+    "engine/test_resume.py",
+    "engine/test_signals.py",
+    "config/test_fuzz.py",
 )
 
 

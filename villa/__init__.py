@@ -21,11 +21,12 @@ from villa.registry import (
 )
 
 if TYPE_CHECKING:
-    from villa.api import Run, extract, from_pretrained, robustness, train
+    from villa.api import Run, demo, extract, from_pretrained, robustness, train
 
 __version__ = "0.1.0"
 __all__ = [
     "Run",
+    "demo",
     "extract",
     "from_pretrained",
     "register_attack",
@@ -49,6 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in (
         "Run",
+        "demo",
         "extract",
         "from_pretrained",
         "robustness",

@@ -12,6 +12,10 @@ class VillaError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(VillaError):
     """A recipe or an override cannot be used."""

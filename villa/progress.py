@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import html
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Literal, TextIO, TypeVar, cast
+from typing import Any, Literal, TextIO, TypeVar, cast
 
 from rich.console import Console, RenderableType
 from rich.file_proxy import FileProxy
@@ -23,25 +25,28 @@ Mode = Literal["auto", "on", "off"]
 _SPEED_WINDOW = 300.0
 #: Least seconds between updates of a bar: an update takes as long as a small item.
 _REDRAWN = 0.05
+#: The same in a notebook, to which every update is sent.
+_REDRAWN_IN_NOTEBOOK = 0.3
 
 
 class Display:
     """Tasks under way, shown together on standard error.
 
     Args:
-        mode: ``on`` draws bars, ``off`` shows nothing, ``auto`` draws bars on a terminal and elsewhere prints
-            plain lines.
+        mode: ``on`` draws bars, ``off`` shows nothing, ``auto`` draws bars on a terminal or in a notebook and elsewhere
+            prints plain lines.
         interval: seconds between plain lines.
         console: where to write; standard error by default.
     """
 
     def __init__(self, mode: Mode = "auto", *, interval: float = 30.0, console: Console | None = None) -> None:
         self.console = console or Console(file=drawable(sys.stderr), force_terminal=True if mode == "on" else None)
-        self._lines = mode == "auto" and not self.console.is_terminal
         self._shown = mode != "off"
+        self._notebook = _NotebookBars() if self._shown and self.console.is_jupyter else None
+        self._lines = self._notebook is None and mode == "auto" and not self.console.is_terminal
         self._interval = interval
         self._printed = time.monotonic()
-        self._bars = _Bars(self.console, disable=not self._shown or self._lines)
+        self._bars = _Bars(self.console, disable=not self._shown or self._lines or self._notebook is not None)
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None, size: Callable[[T], int] = lambda _: 1
@@ -69,6 +74,8 @@ class Display:
             if shown < done:
                 self.show(task, done)
         finally:
+            if self._notebook is not None:
+                self._notebook.remove(task)
             self._bars.remove_task(task)
             if outermost:
                 self.stop()
@@ -84,6 +91,8 @@ class Display:
         A task without a status (a short evaluation, say) gets no plain line just for being done.
         """
         self._bars.update(task, completed=done, status=visible(status))
+        if self._notebook is not None:
+            self._notebook.show(self._task(task))
         if self._lines and (self._due() or (status and done == self._task(task).total)):
             self.say(_plain(self._task(task)))
 
@@ -155,6 +164,36 @@ class TrainingProgress(Display):
     def evaluated(self, update: int, split: str, values: Mapping[str, float]) -> None:
         """Print the values of an evaluation after ``update`` updates."""
         self.say(f"{split} at update {update}: " + ", ".join(named_value(k, v) for k, v in values.items()))
+
+
+class _NotebookBars:
+    """Bars in the output of a notebook's cell, one for each task, replaced in place."""
+
+    def __init__(self) -> None:
+        self._handles: dict[TaskID, Any] = {}
+        self._drawn = 0.0
+
+    def show(self, task: Task) -> None:
+        """Draw a task's bar, but not too often."""
+        now = time.monotonic()
+        if task.id in self._handles and task.completed != task.total and now - self._drawn < _REDRAWN_IN_NOTEBOOK:
+            return
+        self._drawn = now
+        total = "" if task.total is None else f' max="{task.total:.0f}"'
+        content = {
+            "text/html": f'<progress value="{task.completed:.0f}"{total}></progress> {html.escape(_plain(task))}',
+            "text/plain": _plain(task),
+        }
+        if task.id in self._handles:
+            self._handles[task.id].update(content, raw=True)
+        else:
+            display: Any = importlib.import_module("IPython.display").display
+            self._handles[task.id] = display(content, raw=True, display_id=True)
+
+    def remove(self, task: TaskID) -> None:
+        """Leave no trace of a task that is over."""
+        if task in self._handles:
+            self._handles.pop(task).update({"text/plain": ""}, raw=True)
 
 
 class _Bars(Progress):

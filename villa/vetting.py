@@ -129,7 +129,7 @@ def vetted_source(source: str | Path, files: Iterable[str], *, local: bool = Fal
     """Return a vetted folder for a path or a name on the model hub.
 
     Args:
-        source: a folder, or a name on the hub.
+        source: a folder, or a name on the hub, perhaps with a revision (``owner/name@revision``).
         files: patterns of the files to download from the hub.
         local: use only files that were downloaded before.
 
@@ -139,10 +139,27 @@ def vetted_source(source: str | Path, files: Iterable[str], *, local: bool = Fal
     """
     folder = from_home(source)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(source), allow_patterns=list(files), local_files_only=local))
+        folder = snapshot(str(source), files, local=local)
     return vetted(folder)
+
+
+def snapshot(name: str, files: Iterable[str], *, local: bool = False) -> Path:
+    """Return the folder of files on the model hub, downloaded once into huggingface_hub's cache.
+
+    Args:
+        name: ``owner/name``, or ``owner/name@revision`` with a branch, a tag or a commit.
+        files: patterns of the files.
+        local: use only files that were downloaded before.
+
+    Raises:
+        Exception: whatever the hub's client raises.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    return Path(
+        snapshot_download(repository, revision=revision or None, allow_patterns=list(files), local_files_only=local)
+    )
 
 
 def vetted_config(values: Mapping[str, Any]) -> tuple[Values, list[str]]:

@@ -37,6 +37,14 @@ def test_the_interval_of_one_seed_is_that_of_its_examples() -> None:
     assert found.detectable == pytest.approx(2.8 * error, rel=0.01)
 
 
+def test_the_interval_of_few_seeds_is_that_of_student() -> None:
+    """Without differences between examples it is exactly known: the 97.5 % quantile of t with two degrees is 4.303."""
+    base = scores(np.zeros((3, 50)))
+    found = difference(base, scores(np.repeat([[0.1], [0.3], [0.8]], 50, axis=1)))
+    half = 4.303 * np.std([0.1, 0.3, 0.8], ddof=1) / 3**0.5
+    assert (found.low, found.high) == pytest.approx((0.4 - half, 0.4 + half), rel=0.03)
+
+
 def test_intervals_cover_the_truth_and_detectable_differences_are_seen() -> None:
     """Of three seeds: a bootstrap of the seeds would cover it in under nine of ten cases."""
     random = np.random.default_rng(2)

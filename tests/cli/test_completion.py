@@ -49,6 +49,7 @@ def completed(line: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("villa_run config=recipes/vqa.yaml model.patch", ["model.patch_size="]),
         ("villa_run trainer=standard trainer.st", []),
         ("villa_run config=re", ["config=recipes/"]),
+        ("villa_run config=villa/easy", ["config=villa/easy_vqa"]),
         ("villa_run config=recipes/", ["config=recipes/vqa.yaml"]),
         ("villa_run predict.input=recipes/n", ["predict.input=recipes/notes.txt"]),
         ("villa_run --study recipes/v", ["recipes/vqa.yaml"]),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from villa.datasets.own import records as jsonl_records
 from villa.datasets.own import split as jsonl_split
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.datasets.own.records import JsonLines
@@ -73,7 +74,8 @@ def test_a_file_takes_few_bytes(tmp_path: Path) -> None:
 
 
 def test_an_id_that_occurs_twice_is_found_among_equal_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl_split, "hash", len, raising=False)
+    for module in (jsonl_split, jsonl_records):
+        monkeypatch.setattr(module, "hash", len, raising=False)
     path = tmp_path / "train.jsonl"
     assert len(opened(write(path, 50))) == 50  # all hashes are equal, all ids different
     lines = path.read_text().splitlines()

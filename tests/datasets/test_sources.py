@@ -379,6 +379,11 @@ def test_columns_that_do_not_fit(tmp_path: Path) -> None:
     recipe = ["model=uniter", "dataset=jsonl", "dataset.train=[a.csv, 'b*.csv']", "dataset.columns.question=q"]
     config: Any = load([*recipe, "training.updates=1", "batch.examples=1"]).config.dataset
     assert (config.train, config.columns) == (["a.csv", "b*.csv"], {"question": "q"})
+    for text in ("*.parquet", "007", "a: b.csv", "{x}.csv", "true"):  # as it is written
+        config = load([*recipe, f"dataset.train={text}", "training.updates=1", "batch.examples=1"]).config.dataset
+        assert config.train == text
+    with pytest.raises(ConfigError, match=r"must be a string or a list of \(a string\) or null"):
+        load([*recipe, "dataset.train=[1, 2]", "training.updates=1", "batch.examples=1"])
 
 
 def test_a_data_set_of_the_hub_is_named_by_the_user() -> None:

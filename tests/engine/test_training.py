@@ -52,7 +52,8 @@ def test_a_finished_run_leaves_its_results(tmp_path: Path, capsys: pytest.Captur
     output = capsys.readouterr().out
     assert "\n4 updates, 8 examples an update = 8 x 1 pass on 1 process\n1 forward + 1 backward a micro-batch" in output
     assert output.startswith("shapes: 32 train and 32 val examples of 2 labels (splits: train, val, test)\naverage (")
-    assert "metrics.json, predictions_test.jsonl, curves.png, log.jsonl" in output
+    names = ("metrics.json", "predictions_test.jsonl", "curves.png", "failures.html", "failures.png", "log.jsonl")
+    assert ", ".join(names) in output
 
 
 def test_run_type_train_ends_without_a_test(tmp_path: Path) -> None:

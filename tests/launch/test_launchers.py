@@ -13,6 +13,7 @@ import pytest
 import shapes_runs
 
 from villa.cli.run import main
+from villa.config import load
 from villa.errors import ConfigError
 from villa.launch.base import Request
 from villa.launch.folder import job_folders
@@ -25,6 +26,13 @@ RECIPE = [*shapes_runs.RECIPE, "training.updates=12"]
 def test_the_processes_of_a_run_are_launched_no_further() -> None:
     request = Request(("config=a.yaml", "launcher=slurm", "launcher.nodes=2", "seed=1"), [])
     assert request.inner == ("config=a.yaml", "seed=1", "launcher=inline", "checkpoint.resume=true")
+
+
+def test_a_run_that_does_not_train_is_not_asked_to_resume() -> None:
+    for run_type in ("test", "predict", "robustness", "probe", "attention"):
+        arguments = (*RECIPE, f"run_type={run_type}", "checkpoint.path=somewhere", "predict.input=a.jsonl")
+        request = Request(arguments, [load(arguments).config])
+        assert load(request.inner).config.run_type == run_type
 
 
 def test_options_have_the_names_of_sbatch() -> None:

@@ -156,6 +156,21 @@ def test_the_studies_of_the_project_load(name: str, tmp_path: Path) -> None:
     assert {study.cells.configs(row, 1)[-1].trainer.name for row in tries} == set(study.recipe.methods)
 
 
+@pytest.mark.parametrize(("name", "given"), [("stages", ["dataset.synthetic=true"]), ("modalities", [])])
+def test_the_studies_of_the_page_load(name: str, given: list[str], tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "study.md").read_text().replace("recipe: projects", f"recipe: {ROOT}/projects")
+    (tmp_path / "study.yaml").write_text(page.partition(f'```yaml title="{name}.yaml"\n')[2].partition("```")[0])
+    cells = Study(str(tmp_path / "study.yaml"), [f"output_dir={tmp_path}", *given]).cells
+    place, methods = cells.places[-1], cells.recipe.methods
+    stages = [cells.configs(cells.row(place, method, UPDATES), 1) for method in methods]
+    if name == "stages":
+        trained = [[stage.trainer.name for stage in its[1:]] for its in stages]
+        assert trained == [["standard"] * 2, ["villa", "standard"], ["standard", "villa"], ["villa"] * 2]
+    else:
+        assert len(cells.places) == 12
+        assert {its[0].model.name for its in stages} == {"vilt"}
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -27,6 +27,12 @@ def test_gradients_are_those_of_the_published_loop(benchmark) -> None:  # type: 
     assert all(float(row[-1]) < 1e-6 for row in rows)
 
 
+@pytest.mark.parametrize("task", ["vcr", "nlvr2"])
+def test_so_are_those_of_several_texts_or_images(benchmark, task: str) -> None:  # type: ignore[no-untyped-def]
+    ((*_, apart),) = benchmark("--check", "--task", task, "--method", "alternating", "--padding", "0.3")
+    assert float(apart) < 1e-6
+
+
 def test_updates_are_timed_and_counted(benchmark) -> None:  # type: ignore[no-untyped-def]
     reference, villa = benchmark("--method", "text", "--rounds", "1")
     assert [reference[5], villa[5]] == ["reference", "villa"]

@@ -123,13 +123,8 @@ def gelu(given: Tensor) -> Tensor:
 
 def rows_of(batch: Batch) -> Batch:
     """Repeat the text of several images, or the image of several texts: a batch with one of each in a row."""
-    ids, mask, features, boxes, seen = (
-        batch.input_ids,
-        batch.attention_mask,
-        batch.features,
-        batch.boxes,
-        batch.region_mask,
-    )
+    ids, mask = batch.input_ids, batch.attention_mask
+    features, boxes, seen = batch.features, batch.boxes, batch.region_mask
     texts = ids.shape[1] if ids.dim() == 3 else 1
     images = features.shape[1] if features.dim() == 4 else 1
     ids, mask = (t.flatten(0, -2).repeat_interleave(images, 0) for t in (ids, mask))

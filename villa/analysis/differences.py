@@ -15,6 +15,8 @@ from villa.errors import DataError
 Scores = Mapping[int, Mapping[str, float]]
 
 _DRAWS = 2000
+#: Draws of Student's t for each resample: of few seeds its tails are long, and with few draws the ends are luck.
+_STUDENT = 100
 #: Most values that a bootstrap draws at once, so that its memory does not grow with the examples.
 _AT_ONCE = 1 << 20
 #: Two-sided level of intervals, and the chance with which a ``detectable`` difference is seen.
@@ -63,7 +65,8 @@ def difference(base: Scores, other: Scores) -> Difference:
     drawn = _resampled(values, random)
     means = drawn.mean(0)
     if seeds > 1:
-        means = means + random.standard_t(seeds - 1, len(means)) * drawn.std(0, ddof=1) / seeds**0.5
+        student = random.standard_t(seeds - 1, (len(means), _STUDENT))
+        means = means[:, None] + np.concatenate([student, -student], 1) * drawn.std(0, ddof=1)[:, None] / seeds**0.5
     low, high = np.quantile(means, (_LEVEL / 2, 1 - _LEVEL / 2))
     return Difference(float(values.mean()), float(low), float(high), _detectable(values), seeds, examples)
 

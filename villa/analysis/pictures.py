@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -175,6 +176,22 @@ def draw(views: Sequence[View], heads: Sequence[str], *, words: bool = True) -> 
     return figure
 
 
+def draw_words(view: View, head: str, across: int = 4) -> Figure:
+    """Draw one head's map of each word, ``across`` of them in a row."""
+    shown = view.shown(words=True)[:_MOST_ROWS]
+    rows = math.ceil(len(shown) / across)
+    wide = 2.3
+    figure = _figure(0.3 + wide * across, (wide / _aspect(view) + 0.35) * rows)
+    axes = figure.subplots(rows, across, squeeze=False).flatten()
+    weights = view.weights(head)
+    for own, token in zip(axes, shown, strict=False):
+        paint(own, view, weights[token])
+        own.set_title(_plain(view.tokens[token]), fontsize=11)
+    for own in axes[len(shown) :]:
+        own.axis("off")
+    return figure
+
+
 def draw_movement(view: View) -> Figure:
     """Draw what an adversary moves: a bar for each token, with the nearest other words, and the image's regions."""
     movement = view.movement
@@ -210,7 +227,8 @@ def draw_movement(view: View) -> Figure:
     else:
         seen.axis("off")
     seen.set_title("regions: length of the move / embedding", fontsize=9)
-    figure.suptitle(_plain(f"{view.run}, {view.id}: {movement.change}"), fontsize=10)
+    named = ", ".join(filter(None, (view.run, view.id)))
+    figure.suptitle(_plain(f"{named}: {movement.change}"), fontsize=10)
     return figure
 
 

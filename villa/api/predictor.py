@@ -6,8 +6,8 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,16 @@ from villa.analysis.report import JSON
 from villa.config.loader import load
 from villa.config.schema import AttentionConfig, PredictConfig
 from villa.config.values import Origin, Value
+from villa.datasets.base import Split
 from villa.datasets.own.files import SUFFIXES
 from villa.datasets.own.pictures import BACKGROUND, IN_MEMORY, KINDS, picture_of, read_picture
 from villa.datasets.own.records import REGION_FIELDS
 from villa.datasets.stores import ImageSource
+from villa.engine.adversary import Attacked, attack_example, best_scores
 from villa.engine.answering import Answering
 from villa.engine.inference import restore_parts
-from villa.engine.looking import look
+from villa.engine.looking import look, token_names
+from villa.engine.pushing import ModelExample, Pushed, Upload, push
 from villa.engine.reading import RequestReader
 from villa.engine.requests import MemoryRows, Requests
 from villa.engine.robustness import robustness as attack
@@ -37,6 +40,7 @@ from villa.errors import ConfigError, DataError
 from villa.extraction.outputs import Format
 from villa.extraction.run import Extracted, Job
 from villa.extraction.run import extract as extract_images
+from villa.hub.opening import may_be_hub_name
 from villa.hub.source import Source
 from villa.plugins import load_user_dir
 from villa.progress import Mode, track
@@ -153,16 +157,64 @@ class Predictor:
             ConfigError: the model returns no attention between text and image.
             DataError: the image cannot be read.
         """
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="villa_")))
-            background = getattr(self.parts.data.config, "background", BACKGROUND)
-            path = None if image is None else _path(image, folder, background)
-            files = {} if path is None else dict.fromkeys(REGION_FIELDS.values(), path)
-            split = self.parts.data.requests([{"id": "0", "question": text, **files}])
-            picture = path if path is not None and Path(path).suffix.lower() not in SUFFIXES else None
-            images = [None if picture is None else read_picture(ImageSource(Path(picture), ""))]
-            (view,) = look(self.parts, split, AttentionConfig(examples=1, attack=attack), images=images)
+        with self._request(image, text) as split:
+            options = AttentionConfig(examples=1, attack=attack)
+            (view,) = look(self.parts, split, options, images=[self._picture(image)])
         return view
+
+    def scores(self, *, image: ImageLike | None = None, text: str) -> dict[str, float]:
+        """Return the five best answers to one question with their scores in [0, 1], best first.
+
+        Args:
+            image: as for ``predict``.
+            text: the question.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        with self._request(image, text) as split:
+            batch = self.parts.data.collate([split[0]]).to(self.parts.precision.device)
+            (ran,) = self.parts.evaluator.predict([batch])
+            return best_scores(self.parts, ran.batch, ran.output)
+
+    def attack(
+        self,
+        *,
+        image: ImageLike | None = None,
+        text: str,
+        radius: float,
+        modality: str = "both",
+        steps: int = 10,
+    ) -> Attacked:
+        """Look for a perturbation of the embeddings that changes the model's answer to one question, by PGD.
+
+        Args:
+            image: as for ``predict``.
+            text: the question.
+            radius: largest size of the perturbation, relative to the embedding.
+            modality: what is perturbed: ``text``, ``image`` or ``both``.
+            steps: steps of the attack.
+
+        Returns:
+            The scores of answers before and under the attack, and what it moves.
+
+        Raises:
+            ConfigError: the model cannot be perturbed there, or the task cannot be attacked.
+            DataError: the image cannot be read, or the model does not choose among answers.
+        """
+        with self._request(image, text) as split:
+            batch = self.parts.data.collate([split[0]]).to(self.parts.precision.device)
+            names = token_names(self.parts)
+            return attack_example(self.parts, batch, names, radius=radius, steps=steps, modality=modality)
+
+    @contextmanager
+    def _request(self, image: ImageLike | None, text: str) -> Iterator[Split]:
+        """Yield one question as an example."""
+        with tempfile.TemporaryDirectory(prefix="villa_") as folder:
+            background = getattr(self.parts.data.config, "background", BACKGROUND)
+            path = None if image is None else _path(image, Path(folder), background)
+            files = {} if path is None else dict.fromkeys(REGION_FIELDS.values(), path)
+            yield self.parts.data.requests([{"id": "0", "question": text, **files}])
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Save the model to a folder that villa, transformers and the model hub can load; see docs/hub.md.
@@ -178,10 +230,59 @@ class Predictor:
         """
         return save_pretrained(self.parts, self.source, folder)
 
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        public: bool = False,
+        revision: str | None = None,
+        message: str = "Upload the model",
+        license: str | None = None,
+        text: str | None = None,
+        image: ImageLike | None = None,
+        dry_run: bool = False,
+    ) -> Pushed:
+        """Upload the model to the model hub, without paths, names or secrets of this machine; see docs/hub.md.
+
+        Args:
+            name: ``owner/name``; made if it is not there.
+            public: whether everybody may see it; a private repository is not made public, nor the other way round.
+            revision: branch, made if it is not there; by default the main one.
+            message: message of the commit.
+            license: licence in the hub's words, such as ``mit``; by default that of the base model, if known.
+            text: text of the example on the model's page.
+            image: image of the example.
+            dry_run: upload nothing, but say what would be.
+
+        Returns:
+            The page of the model, and the sizes of its files.
+
+        Raises:
+            CheckpointError: something in it is private, or the hub refuses it.
+            ConfigError: the name is none of the hub, or the example has no text.
+        """
+        upload = Upload(name, public, revision, message, license)
+        if image is not None and text is None:
+            raise ConfigError("an example with an image needs its text, too: the question")
+        example = None
+        if text is not None:
+            example = ModelExample(text, self.predict(image=image, text=text), self._picture(image))
+        return push(self.parts, self.source, upload, example, dry_run=dry_run)
+
+    def _picture(self, image: ImageLike | None) -> Image.Image | None:
+        """Return an image in RGB; None for features."""
+        with tempfile.TemporaryDirectory(prefix="villa_") as folder:
+            background = getattr(self.parts.data.config, "background", BACKGROUND)
+            path = None if image is None else Path(_path(image, Path(folder), background))
+            if path is None or path.suffix.lower() in SUFFIXES:
+                return None
+            return read_picture(ImageSource(path, ""), background)
+
 
 def from_pretrained(
     path: str | Path,
     *,
+    revision: str | None = None,
     device: str = "auto",
     user_dir: str | Path | Sequence[str | Path] | None = None,
     extractor: Mapping[str, Any] | None = None,
@@ -191,6 +292,7 @@ def from_pretrained(
     Args:
         path: a run's output folder (its best checkpoint is loaded), a checkpoint's folder, a folder written by
             ``save_pretrained`` of villa or transformers, or the name of one on the hub (``owner/name``).
+        revision: branch, tag or commit of one on the hub; the same as ``owner/name@revision``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         user_dir: packages or modules to import first, for a model of your own. A ``user_dir`` that only the checkpoint
             names is not imported.
@@ -199,8 +301,12 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the folder holds no intact checkpoint.
-        ConfigError: the checkpoint needs a ``user_dir``.
+        ConfigError: the checkpoint needs a ``user_dir``, or what has a revision is not on the hub.
     """
+    if revision is not None:
+        if not may_be_hub_name(str(path)):
+            raise ConfigError(f"revision='{revision}' is for a model on the hub, but '{path}' is none; leave it out")
+        path = f"{path}@{revision}"
     values: dict[str, Any] = {
         "run_type": "predict",
         "checkpoint.path": str(path),

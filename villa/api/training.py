@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +95,9 @@ class Run:
         Raises:
             DataError: nothing has been logged.
         """
-        return curves_figure(self.folder / LOG, title=self.folder.name)
+        figure = curves_figure(self.folder / LOG, title=self.folder.name)
+        _let_notebooks_show(type(figure))
+        return figure
 
     def resume(self, *, callbacks: Sequence[Callback] = ()) -> Run:
         """Go on with a run, or its stages, that was interrupted, from the newest checkpoint.
@@ -106,6 +110,19 @@ class Run:
         """
         configs = [stage.config for stage in self.stages if (stage.folder / CONFIG).is_file()]
         return _run([_resuming(config) for config in configs], callbacks)
+
+
+def _let_notebooks_show(kind: type) -> None:
+    """Let a notebook show figures as pictures, which it does only after matplotlib.pyplot was imported."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and kind not in shell.display_formatter.formatters["image/png"].type_printers:
+        shell.display_formatter.formatters["image/png"].for_type(kind, _png)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
 
 
 def train(

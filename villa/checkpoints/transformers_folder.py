@@ -207,8 +207,8 @@ def _refuse_quantised(source: str, folder: Path) -> None:
 
 
 def is_hub_name(architecture: str) -> bool:
-    """Return whether a text is ``owner/name`` and not an existing path."""
-    owner, slash, name = architecture.partition("/")
+    """Return whether a text is ``owner/name``, perhaps with ``@revision``, and not an existing path."""
+    owner, slash, name = architecture.partition("@")[0].partition("/")
     return bool(slash and owner and name) and "/" not in name and not from_home(architecture).exists()
 
 

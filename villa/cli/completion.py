@@ -15,6 +15,7 @@ from villa.config.options import alternatives, fixed_options, literals
 from villa.config.schema import VARIANTS
 from villa.config.variants import name_variants
 from villa.errors import ConfigError, VillaError, nearest
+from villa.recipes import home
 from villa.registry import REGISTRIES
 
 #: What a shell has to be told, with ``{flag}`` for the hidden flag that prints the candidates for a line.
@@ -108,6 +109,18 @@ def _values(key: str, start: str, words: Sequence[str]) -> Iterator[str]:
     elif section in VARIANTS:
         choices = _variant_options(section, words).get(name, [])
     yield from (choice for choice in choices if choice.startswith(start)) if choices else _files(start, key)
+    if key == "config" and not start.startswith(("/", "~", ".")):
+        yield from _recipes(start)
+
+
+def _recipes(start: str) -> Iterator[str]:
+    """Yield the names of recipes that come with villa, up to their next folder."""
+    folder, _, name = start.rpartition("/")
+    found = home() / folder
+    for entry in sorted(found.iterdir()) if found.is_dir() else ():
+        shown = f"{entry.name}/" if entry.is_dir() else entry.stem if entry.suffix == ".yaml" else ""
+        if shown.startswith(name) and shown[:1] not in ("", "_", "."):
+            yield f"{folder}/{shown}" if folder else shown
 
 
 def _files(start: str, key: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urljoin
 
-from villa.config.options import Option, alternatives, find, fixed_options, is_text
+from villa.config.options import Option, alternatives, find, fixed_options, keeps_text
 from villa.config.schema import VARIANTS
 from villa.config.values import COMMAND_LINE, Layer, Origin, Value, Written, is_one_line, show, texts
 from villa.config.yaml_text import is_null, parse, write
@@ -188,7 +188,8 @@ def take_text(layer: Layer, options: Mapping[str, Option]) -> Layer:
             continue
         own = key.removesuffix(f".{written.below}") if written.below else key
         option = find(options, own)
-        if option is not None and (is_text(option.hint) or (written.problem and str in alternatives(option.hint))):
+        text = written.problem is not None and option is not None and str in alternatives(option.hint)
+        if option is not None and (text or keeps_text(option.hint, value.data)):
             _add_override({own: Value(written.text, value.origin, written.text)}, taken)
         elif option is not None and written.problem:
             raise ConfigError(written.problem)

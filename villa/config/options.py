@@ -19,6 +19,9 @@ from villa.config.values import Layer, Value, show
 from villa.errors import ConfigError, nearest
 
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d*[1-9]\d*)\s*")
+_TEXTS, _HINT = str | list[str] | None, "hint"
+#: Metadata of a field of type ``Any`` (for OmegaConf) that takes a text, as it is written, or a list of texts.
+TEXTS = {_HINT: _TEXTS}
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -80,6 +83,7 @@ def _declared(cls: type) -> dict[str, Option]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             options |= dataclass_options(hint, f"{field.name}.")
         else:
+            hint = field.metadata.get(_HINT, hint)
             options[field.name] = Option(hint, _default(field), docs.get(field.name, ""))
     return options
 
@@ -131,6 +135,11 @@ def why_unknown(options: Mapping[str, Option], key: str) -> str:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def keeps_text(hint: Any, data: Any) -> bool:
+    """Return whether an option of a type takes a value as the text that it is written as: ``007`` is not 7."""
+    return is_text(hint) or (hint == _TEXTS and not isinstance(data, list))
 
 
 def is_text(hint: Any) -> bool:
@@ -261,7 +270,7 @@ def _set(tree: DictConfig, options: Mapping[str, Option], key: str, data: Any) -
 
 def _as_written(hint: Any, value: Value) -> Any:
     """Return the text of the recipe for an option that takes only strings (``007`` is not 7), else the value."""
-    if is_text(hint) and value.text is not None and value.data is not None:
+    if keeps_text(hint, value.data) and value.text is not None and value.data is not None:
         return value.text
     return _as_numbers(hint, value.data)
 

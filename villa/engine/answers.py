@@ -121,7 +121,7 @@ class Collector:
         """Return the score of every example by the metric."""
         if self._metric is None or not ran.own:
             return []
-        return [{"correct": round(float(score), 6)} for score in self._metric.latest.tolist()]
+        return [{"correct": round(float(score), 6)} for score in self._metric.take()]
 
 
 def _words(tokens: Sequence[str | None]) -> str:

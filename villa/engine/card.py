@@ -6,24 +6,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from villa.checkpoints.transformers_folder import CONFIG_FILE
 from villa.engine.setup import Parts
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
 CARD = "README.md"
 #: Longest list of labels that the card shows.
 _SHOWN_LABELS = 20
-
-
-class _NoAliases(yaml.SafeDumper):
-    """YAML without aliases, which readers of model cards do not support."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Return True for every value."""
-        return True
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,10 @@ class Described:
         provenance: software, ``data`` and ``seed``.
         labels: names of the classes, or None.
         reads_text: whether the folder holds a tokenizer or processor.
+        place: where the model is loaded from: ``.``, or its name on the hub.
+        base_model: name on the hub of the model that it was trained from, if known.
+        license: the licence, as the hub calls it, if known.
+        widget: an example for the model's page: ``text``, its model's answer as ``output``, and ``src`` of an image.
     """
 
     name: str
@@ -47,6 +44,10 @@ class Described:
     provenance: Mapping[str, Any]
     labels: tuple[str, ...] | None
     reads_text: bool
+    place: str = "."
+    base_model: str | None = None
+    license: str | None = None
+    widget: Mapping[str, Any] | None = None
 
     @property
     def splits(self) -> dict[str, Mapping[str, Any]]:
@@ -61,34 +62,34 @@ def model_card(described: Described, folder: Path) -> str:
         described: contents of the card.
         folder: the saved folder, whose ``config.json`` says which class of transformers loads it.
     """
+    from huggingface_hub import ModelCard
+
     architecture = (json.loads((folder / CONFIG_FILE).read_text()).get("architectures") or [None])[0]
-    blocks = (_front_matter, _introduction, _training, _results, _provenance)
+    blocks = (_introduction, _training, _results, _provenance)
+    front = f"---\n{_front_matter(described).to_yaml()}\n---"
     sections = [text for block in blocks if (text := "\n".join(block(described)))]
-    return "\n\n".join([*sections, "\n".join(_loading(described, architecture))]) + "\n"
+    return str(ModelCard("\n\n".join([front, *sections, "\n".join(_loading(described, architecture))]) + "\n"))
 
 
-def _front_matter(described: Described) -> Iterator[str]:
-    model = described.parts.model
-    pipeline = _pipeline(described)
-    values: dict[str, Any] = {
-        "library_name": "villa" if model.pretrained() is None else "transformers",
-        **({} if pipeline is None else {"pipeline_tag": pipeline}),
-        "tags": list(dict.fromkeys(["villa", described.parts.config.model.name, described.parts.config.trainer.name])),
-    }
-    task = {"type": pipeline or "other"}
+def _front_matter(described: Described) -> ModelCardData:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    config, pipeline = described.parts.config, _pipeline(described)
     results = [
-        {
-            "task": task,
-            "dataset": {"name": described.parts.config.dataset.name, "type": "custom", "split": split},
-            "metrics": [{"type": name, "value": value} for name, value in found.items()],
-        }
+        EvalResult(pipeline or "other", "custom", config.dataset.name, name, value, dataset_split=split)
         for split, found in described.splits.items()
+        for name, value in found.items()
     ]
-    if results:
-        values["model-index"] = [{"name": described.name, "results": results}]
-    yield "---"
-    yield yaml.dump(values, Dumper=_NoAliases, sort_keys=False, allow_unicode=True).rstrip()
-    yield "---"
+    return ModelCardData(
+        base_model=described.base_model,
+        license=described.license,
+        library_name="villa" if described.parts.model.pretrained() is None else "transformers",
+        pipeline_tag=pipeline,
+        tags=["villa", config.model.name, config.trainer.name],
+        model_name=described.name if results else None,
+        eval_results=results or None,
+        widget=None if described.widget is None else [dict(described.widget)],
+    )
 
 
 def _pipeline(described: Described) -> str | None:
@@ -113,6 +114,9 @@ def _introduction(described: Described) -> Iterator[str]:
         f"A `{config.model.name}` model of {parameters / 1e6:.1f}M parameters, trained by villa with the method "
         f"`{config.trainer.name}` on the data set `{config.dataset.name}`."
     )
+    if described.base_model is not None:
+        yield ""
+        yield f"It was trained from [{described.base_model}](https://huggingface.co/{described.base_model})."
     labels = described.labels
     if labels:
         shown = ", ".join(_code(label) for label in labels[:_SHOWN_LABELS])
@@ -168,22 +172,27 @@ def _provenance(described: Described) -> Iterator[str]:
 def _loading(described: Described, architecture: str | None) -> Iterator[str]:
     yield "## Loading"
     yield ""
-    yield "With villa (the folder's path in place of `.`), to predict, to test, or to train on:"
+    place = described.place
+    where = " (the folder's path in place of `.`)" if place == "." else ""
+    yield f"With villa{where}, to predict, to test, or to train on:"
     yield ""
-    yield '```python\nimport villa\n\nmodel = villa.from_pretrained(".")\n```'
+    yield f'```python\nimport villa\n\nmodel = villa.from_pretrained("{place}")\n```'
     yield ""
-    yield "```bash\nvilla_run run_type=test checkpoint.path=.\n```"
+    yield f"```bash\nvilla_run run_type=test checkpoint.path={place}\n```"
     if isinstance(architecture, str) and architecture.isidentifier():
         reader = "AutoProcessor" if described.parts.data.facts().vocab_size is None else "AutoTokenizer"
         names = f"{architecture}, {reader}" if described.reads_text else architecture
         loads = (
-            f'\n{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained(".")' if described.reads_text else ""
+            f'\n{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("{place}")'
+            if described.reads_text
+            else ""
         )
         yield ""
         yield "With transformers:"
         yield ""
         yield (
-            f'```python\nfrom transformers import {names}\n\nmodel = {architecture}.from_pretrained("."){loads}\n```'
+            f"```python\nfrom transformers import {names}\n\n"
+            f'model = {architecture}.from_pretrained("{place}"){loads}\n```'
         )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from villa.checkpoints.layout import UNFINISHED_PREDICTIONS
 from villa.errors import ConfigError
 from villa.files import locked, room_for
 
@@ -79,7 +80,7 @@ def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
         OSError: it cannot be written.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.part")
+    path = output.with_name(UNFINISHED_PREDICTIONS.replace("*", output.name))
     try:
         with locked(path, wait=False) as file:
             journal = Journal(path, file, job)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from villa.analysis.movement import Movement, move, own_answers
+from villa.analysis.movement import Movement
 from villa.analysis.pictures import View, columns, draw, draw_movement, entropy, page, save
-from villa.analysis.victim import Measure, Victim
 from villa.batch import Batch
 from villa.checkpoints.layout import CONFIG
 from villa.config.loader import load
@@ -27,17 +26,15 @@ from villa.datasets.own.question_answering import QuestionAnswering
 from villa.datasets.stores import ImageSource, Piece
 from villa.datasets.synthetic.world import FEATURE_DIM, VOCABULARY
 from villa.distributed.strategy import strategy_of
-from villa.engine.attacking import example_metric
+from villa.engine.adversary import attack_example
 from villa.engine.inference import restore_parts
 from villa.engine.linked_texts import real_tokens, tokenizer_of
-from villa.engine.passes import ModelPasses, evaluating
+from villa.engine.passes import evaluating
 from villa.engine.requests import InputOptions, open_requests
 from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
 from villa.files import atomic_write, local_path, write_json
-from villa.models.base import ModelOutput
-from villa.rng import derive_seed
 
 #: The page, and the numbers of the pictures.
 PAGE, JSON = "attention.html", "attention.json"
@@ -147,28 +144,10 @@ def _answer(parts: Parts, batch: Batch) -> str:
 
 def _movement(parts: Parts, batch: Batch, names: Callable[[int], str], options: AttentionConfig) -> Movement | None:
     """Attack one example; None if its task has no answer among labels, or the model no perturbation points."""
-    points = parts.model.perturbation_points()
-    config = parts.config
-    passes = ModelPasses(parts.model, parts.loss, parts.precision, config.seed, parts.strategy)
-    passes.begin(0, 0, 1.0)
     try:
-        _, metric = example_metric(parts)
-        if batch.targets is not None:
-            soft = batch.targets.is_floating_point()
-        else:
-            soft = isinstance(parts.data, QuestionAnswering) and parts.data.vocabulary.soft
-        batch = own_answers(passes.forward(batch, grad=False, train=False), batch, soft=soft)
+        return attack_example(parts, batch, names, radius=options.radius, steps=options.steps).movement
     except (ConfigError, DataError):
         return None
-    if not points:
-        return None
-
-    def decode(output: ModelOutput) -> list[dict[str, Any]]:
-        return parts.decode(batch, output)
-
-    victim = Victim(passes, batch, Measure(parts.loss, metric), [derive_seed("attention", id_) for id_ in batch.ids])
-    (found,) = move(victim, parts.model, points, decode, names, radius=options.radius, steps=options.steps)
-    return found
 
 
 def _split(parts: Parts) -> Split:

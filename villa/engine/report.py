@@ -136,7 +136,8 @@ def score(parts: Parts, split: str, examples: Split, folder: Path) -> Scored:
     _submit(parts, split, folder)
     if parts.strategy.processes.is_main:
         _write_failures(parts, split, examples, tally, folder)
-    return Scored(values, tally, interval(tally.correct) if tally.correct else None)
+    each_scored = 0 < len(tally.correct) == tally.count
+    return Scored(values, tally, interval(tally.correct) if each_scored else None)
 
 
 def _write_failures(parts: Parts, split: str, examples: Split, tally: Tally, folder: Path) -> None:

@@ -30,6 +30,7 @@ from villa.engine.passes import Precision
 from villa.errors import ConfigError, nearest, one_line
 from villa.facts import Written
 from villa.files import local_path
+from villa.hub.opening import saved_on_hub
 from villa.losses.base import Loss
 from villa.models.base import Model, ModelOutput
 from villa.models.dropout import draw_fast
@@ -207,7 +208,7 @@ def _build_model(config: RunConfig, data: TaskDataset, assets: Path | None) -> M
         return kind.restore(config.model, data.facts(), assets)
     if config.model.checkpoint is None:
         return kind.from_config(config.model, data.facts())
-    given = local_path(config.model.checkpoint)
+    given = saved_on_hub(config.model.checkpoint) or local_path(config.model.checkpoint)
     source = str(resolve(given) if (given / CHECKPOINTS).is_dir() else given)
     beside = assets_beside(source)
     carried = None if beside is None else data.carry(beside)

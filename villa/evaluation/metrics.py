@@ -67,11 +67,11 @@ class MeanScore(Metric):
     """Mean over examples of a score in [0, 1]; a subclass names it, scores a batch and calls ``add``.
 
     Attributes:
-        latest: the scores that were added last.
+        latest: the scores that were added last, until they are taken.
     """
 
     name: ClassVar[str]
-    latest: Tensor
+    latest: Tensor | None
 
     _sum: Tensor
     _count: int
@@ -85,6 +85,11 @@ class MeanScore(Metric):
         self._sum = self._sum + scores.sum(dtype=torch.float64)
         self._count += len(scores)
 
+    def take(self) -> list[float]:
+        """Return the scores of the last batch, once; nothing if it was not scored."""
+        latest, self.latest = self.latest, None
+        return [] if latest is None else latest.tolist()
+
     def compute(self) -> dict[str, float]:
         """Return the mean by name."""
         if not self._count:
@@ -93,6 +98,7 @@ class MeanScore(Metric):
 
     def reset(self) -> None:
         """Reset sum and count."""
+        self.latest = None
         self._sum = torch.zeros((), dtype=torch.float64)
         self._count = 0
 

@@ -37,7 +37,7 @@ class Request:
     def inner(self) -> tuple[str, ...]:
         """The arguments of the processes that run it and, if it trains, resume from the run's folder."""
         kept = (text for text in self.arguments if not text.startswith(("launcher=", "launcher.")))
-        trains = self.configs[-1].run_type in TRAINING_RUNS
+        trains = all(config.run_type in TRAINING_RUNS for config in self.configs)
         return (*kept, "launcher=inline", *(["checkpoint.resume=true"] if trains else []))
 
     @property

@@ -378,8 +378,9 @@ def pass_logs(step: int, perturbations: Mapping[str, Perturbation], **values: Te
     """
     logs = {f"pass{step}/{n}": value.detach() if value.requires_grad else value for n, value in values.items()}
     for modality, perturbation in perturbations.items():
-        if perturbation.relative_size is not None:
-            logs[f"pass{step}/{modality}_delta"] = perturbation.relative_size
+        size = perturbation.relative_size
+        if size is not None:
+            logs[f"pass{step}/{modality}_delta"] = size
         if perturbation.gradient_norm is not None:
             logs[f"pass{step}/{modality}_gradient"] = perturbation.gradient_norm
     return logs

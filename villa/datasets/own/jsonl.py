@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from tokenizers import Tokenizer
 
+from villa.config.options import TEXTS
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, read_answer_list
 from villa.datasets.own.assets import Assets
@@ -96,9 +97,9 @@ class JsonlConfig(QuestionAnsweringConfig):
     OVERLAYS: ClassVar[tuple[Overlay, ...]] = SMALL_PICTURES
 
     name: str = "jsonl"
-    train: Any = None
-    val: Any = None
-    test: Any = None
+    train: Any = field(default=None, metadata=TEXTS)
+    val: Any = field(default=None, metadata=TEXTS)
+    test: Any = field(default=None, metadata=TEXTS)
     source: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     question: str | None = None
