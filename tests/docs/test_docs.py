@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import yaml
 from blocks import Block, headings, links, read_blocks
 
 from villa.config import load_stages
+from villa.errors import VillaError
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -26,7 +28,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", DOCS / "README.md", *(DOCS / name for name in links(DOCS / "README.md"))]
 PAGES += sorted(ROOT.glob("[CS]*.md"))
 #: Pages that are yet to be shortened.
-LONG = {"configuration.md"}
+LONG = {"study.md"}
 
 #: What cuts the training of a recipe short.
 EASY = ["training.updates=2", "dataset.limit=16", "evaluation.every=null"]
@@ -229,10 +231,9 @@ def test_a_page_is_short_and_begins_with_what_one_can_do_after_it(page: Path) ->
     assert re.search(r"After\sreading\sthis\spage\syou\s(can|know)\b", before_sections.partition("```")[0])
 
 
-def test_commands_of_two_pages_never_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("checkout")
+def test_commands_of_two_pages_never_write_into_one_folder() -> None:
     """A run refuses the folder of another one, so that a reader of both pages would be stopped."""
-    (tmp_path / "projects").symlink_to(ROOT / "projects")
-    monkeypatch.chdir(tmp_path)
     pages: dict[str, set[str]] = {}
     for page in PAGES:
         for block in read_blocks(page):
@@ -240,19 +241,22 @@ def test_commands_of_two_pages_never_write_into_one_folder(tmp_path: Path, monke
                 Path(block.title).write_text(block.text, encoding="utf-8")
             elif block.title is None and block.language in ("bash", "text"):
                 for arguments in runs(block.text):
-                    folder = load_stages(arguments)[0].config.output_dir
-                    pages.setdefault(folder, set()).add(page.name)
+                    with suppress(*[VillaError] * (block.language == "text")):  # which may show a mistake
+                        folder = load_stages(arguments)[0].config.output_dir
+                        pages.setdefault(folder, set()).add(page.name)
     assert len(pages) > 50
     assert {folder: names for folder, names in pages.items() if len(names) > 1} == {}
 
 
 def runs(text: str) -> Iterator[list[str]]:
     """Yield the arguments of the commands that start a run, or a sweep with a folder of its own, in a new folder."""
-    for command in re.findall(r"(?:^|&& )villa_run (.*?)(?= &&|$)", text, re.MULTILINE):
+    lines = text.replace("\\\n", " ")
+    for command in re.findall(r"(?:^|&& )villa_run (.*?)(?= &&|$)", lines, re.MULTILINE):
         arguments, sweep, _ = command.partition(" --sweep ")
         given = shlex.split(arguments)
         looks = any(argument.startswith("--") or argument == "doctor" for argument in given)
-        starts = "checkpoint.resume=true" not in given and (not sweep or "output_dir=" in arguments)
+        made = all(Path(argument[9:]).exists() for argument in given if argument.startswith("user_dir="))
+        starts = made and "checkpoint.resume=true" not in given and (not sweep or "output_dir=" in arguments)
         if any(argument.startswith("config=") for argument in given) and starts and not looks:
             yield given
 

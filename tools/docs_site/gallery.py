@@ -207,10 +207,9 @@ def _resolved(stage: Loaded, number: int, count: int) -> str:
     copy.unlink()
     if to_yaml(again) != to_yaml(stage.config):
         raise VillaError(f"the resolved copy of '{stage.config.name}' is not what it was made from")
-    title = (
-        "## All values, with their origins" if count == 1 else f"## All values of stage {number}, with their origins"
-    )
-    return f"{title} {{ data-search-exclude }}\n\nThe output of `--print-config`, which can be run as a recipe.\n\n```yaml\n{text}```\n"
+    which = "" if count == 1 else f" of stage {number}"
+    title = f"## All values{which}, with their origins {{ data-search-exclude }}"
+    return f"{title}\n\nThe output of `--print-config`, which can be run as a recipe.\n\n```yaml\n{text}```\n"
 
 
 @contextmanager
