@@ -1,5 +1,6 @@
 """Models go to the hub whole, private by default, and with nothing in them of the machine that they come from."""
 
+import json
 import os
 import re
 import socket
@@ -19,7 +20,7 @@ import villa
 from villa.cli.push import main
 from villa.cli.run import main as run
 from villa.errors import CheckpointError, ConfigError
-from villa.hub.private import refuse_private, without_places
+from villa.hub.private import refuse_private, remove_places, without_places
 
 SECRET = "a-long-secret-of-this-machine"
 
@@ -222,3 +223,11 @@ def test_places_are_left_out_by_their_form() -> None:
         "train": ["a.jsonl", "data/b.jsonl", "c.jsonl", "d.jsonl"],
         "address": "e.tar",
     }
+
+
+def test_places_of_an_extractor_are_left_out(tmp_path: Path) -> None:
+    noted = {"kind": "label", "maker": {"name": "backbone", "model": "/data/me/dino", "boxes": "10:100:0.2"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(noted))
+    remove_places(tmp_path)
+    kept = json.loads((tmp_path / "dataset.json").read_text())
+    assert kept == {"kind": "label", "maker": {"name": "backbone", "model": "dino", "boxes": "10:100:0.2"}}

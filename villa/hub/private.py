@@ -16,8 +16,8 @@ from villa.errors import CheckpointError
 from villa.files import write_json
 
 _ADDRESS = re.compile(r"(?!hf://)[A-Za-z][\w+.-]*://[^/]*(?P<path>[^?#]*)", re.DOTALL)
-#: Options of transformers whose value is a place.
-_PLACE = re.compile(r"(\w*_)?(path|dir|file|folder)")
+#: Options of transformers whose value is a place, and villa's note of how an extractor was built.
+_PLACE = re.compile(r"(\w*_)?(path|dir|file|folder)|maker")
 #: The header of a file of safetensors, which may have notes, is not longer.
 _HEADER = 1 << 20
 
@@ -58,7 +58,7 @@ def _name_alone(text: str) -> str:
 
 
 def remove_places(folder: Path) -> None:
-    """Leave the name alone of every place that transformers has noted in the JSON files of a folder."""
+    """Leave the name alone of every place that is noted in the JSON files of a folder."""
     for file in sorted(folder.rglob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         changed = _without_noted(content)
@@ -69,7 +69,7 @@ def remove_places(folder: Path) -> None:
 def _without_noted(content: Any) -> Any:
     if isinstance(content, dict):
         return {
-            name: _name_alone(one) if isinstance(one, str) and _PLACE.fullmatch(name) else _without_noted(one)
+            name: without_places(one) if _PLACE.fullmatch(name) else _without_noted(one)
             for name, one in content.items()
         }
     return [_without_noted(one) for one in content] if isinstance(content, list) else content
