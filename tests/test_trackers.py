@@ -149,7 +149,7 @@ def test_tensorboard_has_the_recipe_the_figure_and_predictions(tracked: Path) ->
     assert events.Tags()["images"] == ["curves", "failures"]
     assert {*events.Tags()["tensors"]} == {"recipe/text_summary", "predictions_test/text_summary"}
     (text,) = events.Tensors("predictions_test/text_summary")[0].tensor_proto.string_val
-    assert text.decode().startswith("| id | correct | answer | score |\n| --- | --- | --- | --- |\n| ")
+    assert text.decode().startswith("| id | gold | correct | answer | score |\n| --- | --- | --- | --- | --- |\n| ")
     metadata = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     assert b"optimizer.lr" in metadata
     assert b"test/accuracy" in metadata

@@ -2,9 +2,7 @@
 
 import configparser
 import json
-import multiprocessing
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -64,8 +62,6 @@ def commands() -> dict[str, Callable[[list[str]], int]]:
 
 
 COMMANDS = commands()
-#: Where scripts run: a fork has torch imported, which takes a new process most of its time.
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -148,23 +144,12 @@ def run_command(command: str, where: str) -> None:
         extra = [override for argument in arguments for override in QUICK.get(argument, [])]
         quiet = ["--progress", "off"] if program == "villa_extract" else []
         assert COMMANDS[program]([*arguments, *extra, *quiet]) == 0, f"{where}: {command}"
-    elif program == "python" and arguments[0] == "-m":
-        subprocess.run([sys.executable, *arguments], check=True)
     elif program == "python":
-        script = FORK.Process(target=run_script, args=([*arguments, *QUICK_SCRIPTS.get(arguments[0], [])],))
-        script.start()
-        script.join()
-        assert script.exitcode == 0, f"{where}: {command}"
+        subprocess.run([sys.executable, *arguments, *QUICK_SCRIPTS.get(arguments[0], [])], check=True)
     elif program == "pip":
         check_install(command)
     else:  # the checks of the code, which .ci/run runs as a contributor would
         assert re.search(rf"^\s*{command}\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE), f"{where}: {command}"
-
-
-def run_script(arguments: list[str]) -> None:
-    """Run a script in this process, a fork of one that has imported torch, as ``python`` would."""
-    sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
-    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def check_install(command: str) -> None:

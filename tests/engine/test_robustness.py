@@ -49,6 +49,7 @@ def test_everything_is_written(
         "finished.json",
         "robustness.csv",
         "robustness.json",
+        "robustness.pdf",
         "robustness.png",
         "robustness_examples.jsonl",
     ]

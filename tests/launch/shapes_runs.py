@@ -1,12 +1,9 @@
 """Runs of the example recipe as its users start them, and what is asked of SLURM about them."""
 
-import multiprocessing
-import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -25,29 +22,9 @@ Environment = Mapping[str, str]
 
 
 def villa_run(environment: Environment, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """Run the command in a fork of this process, which has imported torch: that takes a new one most of its time."""
-    command = ["villa_run", *RECIPE, *arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        printed = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = multiprocessing.get_context("fork").Process(target=_run, args=(environment, command, printed))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(command, timeout, printed[0].read_bytes(), printed[1].read_bytes())
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in printed))
-
-
-def _run(environment: Environment, command: list[str], printed: Sequence[Path]) -> None:
-    from villa.cli.run import main
-
-    for stream, path in enumerate(printed, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what pytest captures
-    os.environ.clear()
-    os.environ.update(environment, OMP_NUM_THREADS="1")
-    sys.argv = command
-    sys.exit(main())
+    command = [sys.executable, "-m", "villa.cli.run", *RECIPE, *arguments]
+    own = {**environment, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=own, timeout=timeout, check=False)
 
 
 def said(environment: Environment, *command: str) -> str:

@@ -61,7 +61,7 @@ def test_a_followed_sweep_of_several_processes_ends_with_its_table(slurm: Enviro
         timeout=400,
     )
     assert done.returncode == 1, done.stderr
-    assert re.search(r"^\d of 2 lr=0.01: done$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^\d of 2 lr=0.01: done, accuracy ", done.stdout, re.MULTILINE), done.stdout
     assert f"of 2 lr=1e30: failed, see {folder}/lr=1e30/jobs\n" in done.stdout
     assert "| 0.01" in done.stdout
     (log,) = (folder / "lr=0.01" / "jobs").glob("*/*_0_log.out")

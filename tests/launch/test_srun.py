@@ -150,7 +150,7 @@ def test_tasks_with_folders_of_their_own_are_runs_of_their_own(slurm: Environmen
     command = f"{' '.join([*PYTHON, *SHORT])} output_dir={tmp_path}/$SLURM_PROCID; exit $?"
     done = ran(slurm, "srun", "-n2", "bash", "-c", command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("on 1 process;") == 2
+    assert done.stdout.count("on 1 process\n") == 2
     assert len(list(tmp_path.glob("[01]/finished.json"))) == 2
 
 
@@ -161,9 +161,9 @@ def test_one_command_in_a_script_or_a_shell_of_several_tasks_is_alone(slurm: Env
     script.write_text(f"#!/bin/sh\nexec {' '.join([*PYTHON, *SHORT, DDP])} output_dir={tmp_path / 'job'}\n")
     submit = f"test $SLURM_PROCID = 1 || sbatch -W -n2 -o {out} {script}"
     assert ran(slurm, "srun", "-n2", "bash", "-c", submit).returncode == 0
-    assert "on 1 process;" in out.read_text()
+    assert "on 1 process\n" in out.read_text()
     shell = ran(slurm, "salloc", "-n2", *PYTHON, *SHORT, DDP, f"output_dir={tmp_path / 'salloc'}")
-    assert "on 1 process;" in shell.stdout, shell.stderr
+    assert "on 1 process\n" in shell.stdout, shell.stderr
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_a_shell_in_a_terminal_does_not_wait_for_tasks_that_are_gone(slurm: Envi
             pass
         assert shell.wait(60) == 0
     os.close(main)
-    assert "on 1 process;" in (tmp_path / "said").read_text()
+    assert "on 1 process\n" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_followed_runs_are_named_as_they_end(
     folder = tmp_path / "out"
     assert sweep(folder) == 1
     printed = capsys.readouterr().out
-    assert "1 of 4 lr=0.01,seed=1: done\n" in printed
+    assert "1 of 4 lr=0.01,seed=1: done, accuracy " in printed
     assert f"4 of 4 lr=0.1,seed=2: failed, see {folder}/lr=0.1,seed=2/jobs\n" in printed
     assert (folder / "figure.png").exists()
 

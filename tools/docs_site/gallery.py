@@ -169,7 +169,8 @@ def _needs(stages: Sequence[Loaded]) -> str:
 def _files(config: RunConfig) -> str:
     """Return the files that the data set reads, of those that are not there."""
     try:
-        DATASETS.get(config.dataset.name)(config.dataset).split("train")
+        if hasattr(config.dataset, "root"):  # others come with a package, or name their files
+            DATASETS.get(config.dataset.name)(config.dataset).split("train")
     except VillaError as error:
         named = [line.strip().partition("  (")[0] for line in str(error).splitlines() if line.startswith("  ")]
         if not named:

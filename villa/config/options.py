@@ -317,7 +317,9 @@ def _interpolate(tree: DictConfig, options: Mapping[str, Option], key: str, valu
         found = OmegaConf.select(tree, option)
         if OmegaConf.is_config(found):
             OmegaConf.to_container(found, resolve=True)
-        elif any(get_origin(part) in (list, tuple, dict) for part in alternatives(options[option].hint)):
+        elif not keeps_text(options[option].hint, found) and any(
+            get_origin(part) in (list, tuple, dict) for part in alternatives(options[option].hint)
+        ):
             # OmegaConf accepts an escaped interpolation for a list until it is converted.
             raise ValidationError(f"must be {describe(options[option].hint)}")
     except (OmegaConfBaseException, RecursionError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,24 +163,28 @@ def lay_over(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> list[L
                 origin = Origin(f"{section}.{name}={show(wanted)}")
                 values = {key: Value(data, origin) for key, data in _fitting(overlay.values, options).items()}
                 below.setdefault(found[name][0], {}).update(values)
-    laid, given = [], set[str]()
+    laid: list[Layer] = []
+    given: Layer = {}
     for index, layer in enumerate(layers):
-        overlay = below.get(index, {})
-        laid.append(_replaced(overlay, given) | overlay)
-        given |= overlay.keys()
-        laid[-1] |= _replaced(layer, given) | layer
-        given |= layer.keys()
+        laid.append({})
+        for values in (below.get(index, {}), layer):
+            laid[-1] |= _replaced(values, given) | values
+            given |= laid[-1]
     return laid
 
 
-def _replaced(layer: Layer, given: Collection[str]) -> Layer:
+def _replaced(layer: Layer, given: Layer) -> Layer:
     """Return null for every option of those given before whose alternative the layer gives in its place."""
     nulls: Layer = {}
     for pair in ALTERNATIVES:
         for own, other in (pair, pair[::-1]):
-            if own in layer and layer[own].data is not None and other in given and other not in layer:
+            if _is_given(own, layer) and _is_given(other, given) and other not in layer:
                 nulls[other] = Value(None, layer[own].origin)
     return nulls
+
+
+def _is_given(key: str, layer: Layer) -> bool:
+    return key in layer and layer[key].data is not None
 
 
 def _find(section: str, variant: Variant, name: str, layers: Sequence[Layer]) -> tuple[int, Any]:

@@ -40,7 +40,6 @@ def read_csv(path: Path, columns: Columns) -> Iterator[Row]:
     """
     name = path.with_suffix("").name if path.suffix == ".gz" else path.name
     opened = cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))  # noqa: SIM115
-    csv.field_size_limit(LONGEST_LINE)
     with closing(opened) as file:
         lines = _Lines(path, file)
         first = next(lines, "")
@@ -99,6 +98,7 @@ def _delimiter(name: str, first: str) -> str:
 
 
 def _next_row(table: Iterator[list[str]], lines: _Lines, number: int) -> list[str] | None:
+    usual = csv.field_size_limit(LONGEST_LINE)  # of the whole process
     try:
         return next(table, None)
     except csv.Error as error:
@@ -107,6 +107,8 @@ def _next_row(table: Iterator[list[str]], lines: _Lines, number: int) -> list[st
             f"{lines.path}:{number}: the row in line {number}{to} is damaged ({problem}); look for a quote that is not "
             "closed, write quotes within quotes twice, and end lines with line feeds"
         ) from error
+    finally:
+        csv.field_size_limit(usual)
 
 
 def read_json_lines(path: Path, columns: Columns) -> Iterator[Row]:
