@@ -60,7 +60,7 @@ def test_files_of_lxmert(root: Path, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_a_damaged_note_is_one_line(tmp_path: Path) -> None:
-    for text in ("", "[]", "{}", '{"extractor": 3}'):
+    for text in ("", "[]", "{}", '{"extractor": 3}', '{"extractor": "a\\nb"}'):
         note_of(tmp_path).write_text(text)
         with pytest.raises(DataError, match="the note on the features' extractor"):
             read_signature(tmp_path)

@@ -47,6 +47,11 @@ def read_maker(place: Path) -> dict[str, Any] | None:
     return maker if is_maker(maker) else None
 
 
+def is_signature(value: Any) -> bool:
+    """Return whether a value has the form of a signature: a text of one line."""
+    return isinstance(value, str) and value.isprintable()
+
+
 def is_maker(value: Any) -> bool:
     """Return whether a value has the form of what ``read_maker`` returns."""
     return isinstance(value, dict) and isinstance(value.get("name"), str)
@@ -58,7 +63,7 @@ def _read_note(place: Path) -> dict[str, Any] | None:
         return None
     with reading(f"the note on the features' extractor, '{file}', cannot be read", "extract them again, or remove it"):
         note = read_own(file)
-        if not isinstance(note, dict) or not isinstance(note["extractor"], str):
+        if not isinstance(note, dict) or not is_signature(note["extractor"]):
             raise ValueError("it names no extractor")
         return note
 
@@ -103,6 +108,7 @@ def check_trained(trained: Mapping[str, Any], reading: Mapping[str, str], data: 
     """
     before = trained.get("reading")
     before = before if isinstance(before, Mapping) else {}
+    before = {name: made for name, made in before.items() if is_signature(made)}
     for fact in ("feature extractor", "grid features"):
         if None not in (before.get(fact), reading.get(fact)) and before[fact] != reading[fact]:
             raise DataError(

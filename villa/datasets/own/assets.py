@@ -19,7 +19,7 @@ from villa.datasets.names import CENTRED, image_reading, pixel_reading, pixel_sc
 from villa.datasets.own.processors import load_processor, save_processor
 from villa.datasets.own.readers import Kind
 from villa.datasets.own.records import REGION_FIELDS, Regions
-from villa.datasets.signatures import extractor_reading, is_maker
+from villa.datasets.signatures import extractor_reading, is_maker, is_signature
 from villa.datasets.stores import STATISTICS_FILE, scaled_reading
 from villa.datasets.text import TOKENIZER_FILE, load_tokenizer, save_tokenizer, vocabulary_size
 from villa.errors import DataError, VillaError, reading
@@ -165,7 +165,7 @@ def _is_meta(meta: Any) -> bool:
     width, extractor, soft = meta.get("feature_dim"), meta.get("extractor"), meta.get("soft", False)
     sized = width is None or (is_count(width) and width > 0)
     made = meta.get("maker") is None or is_maker(meta["maker"])
-    return sized and isinstance(extractor, str | None) and isinstance(soft, bool) and made
+    return sized and (extractor is None or is_signature(extractor)) and isinstance(soft, bool) and made
 
 
 def facts_beside(source: str) -> DataFacts:
