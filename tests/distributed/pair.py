@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
-import multiprocessing
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import pytest
+import forks
 
 #: Seconds until processes that wait for each other are given up.
 _PATIENCE = 600
 
 
-@contextlib.contextmanager
-def server() -> Iterator[Any]:
+def server() -> AbstractContextManager[Any]:
     """A context of multiprocessing whose processes start with torch and villa imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing", "updates"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield context
+    return forks.server("killing", "updates", path=str(Path(__file__).parent))
 
 
 def in_processes(context: Any, function: Callable[..., None], *arguments: Any, count: int = 2) -> list[int]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forks import server
 from PIL import Image
 from tiny_runs import COLOURS, error, lines, write
 
@@ -196,11 +196,7 @@ def test_an_error_names_file_and_line(
 @pytest.fixture(scope="module")
 def forks() -> Any:
     """Starts processes that have everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_prediction"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the fork server ignores sys.path
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with server("test_prediction") as context:
         yield context
 
 

@@ -1,7 +1,6 @@
 """A run that is killed at any moment and started again ends with the same bytes as one that was not."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import killing
 import pytest
+from forks import server
 from safetensors.torch import load_file
 
 #: What must be the same to the byte.
@@ -22,11 +22,7 @@ RESULTS = ("log.jsonl", "metrics.json", "predictions_test.jsonl", "config.yaml")
 @pytest.fixture(scope="module")
 def forks() -> Any:
     """Starts runs in processes that have everything imported, so that a kill hits training, not imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the fork server ignores sys.path
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with server("killing") as context:
         yield context
 
 

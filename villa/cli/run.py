@@ -85,7 +85,7 @@ def _join_started(options: argparse.Namespace) -> None:
         strategies = {stage.config.distributed.strategy for stage in load_stages(options.values)}
         if strategies != {"single"}:
             started.adopt(os.environ)
-        elif started.direct and not (_shows(options)):
+        elif started.direct and not _shows(options):
             raise ConfigError(
                 f"{started.program} has started {started.count} processes, but distributed.strategy is 'single', which "
                 "has one; set it to ddp or fsdp, or start one task (WORLD_SIZE=1 makes each a run of its own)"

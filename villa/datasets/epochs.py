@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -140,6 +140,18 @@ def _multiple(count: int, of: int) -> int:
 
 
 T = TypeVar("T")
+
+
+def check_counts(config: object, names: Iterable[str]) -> None:
+    """Check that options of a data set are at least 1, or None.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
 
 
 def check_fraction(fraction: float) -> None:

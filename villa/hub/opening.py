@@ -70,10 +70,10 @@ def saved_on_hub(place: str) -> Path | None:
     Raises:
         CheckpointError: its files cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download
-
     if not may_be_hub_name(place):
         return None
+    from huggingface_hub import hf_hub_download
+
     name, _, revision = place.partition("@")
     try:
         hf_hub_download(name, SAVED, revision=revision or None)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from villa.config.options import TEXTS
 from villa.config.variants import Overlay
 from villa.datasets.base import DatasetConfig, read_answer_list
+from villa.datasets.epochs import check_counts
 from villa.datasets.own.assets import Assets
 from villa.datasets.own.files import FileStore
 from villa.datasets.own.grid import GridExtractor
@@ -130,10 +131,7 @@ class JsonlConfig(QuestionAnsweringConfig):
         check_columns(self.columns)
         if self.question is not None and not self.question.strip():
             raise ConfigError("dataset.question is empty; give a text, or leave it out")
-        for name in ("max_answers", "min_count", "max_rows", "vocabulary_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
+        check_counts(self, ("max_answers", "min_count", "max_rows", "vocabulary_size"))
         if self.synthetic_examples < 32:
             raise ConfigError(f"dataset.synthetic_examples={self.synthetic_examples} is too small; give at least 32")
         self.check_kind(self.kind)

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from villa.datasets.base import DatasetConfig
-from villa.datasets.epochs import check_fraction, share
+from villa.datasets.epochs import check_counts, check_fraction, share
 from villa.datasets.own.assets import Assets
 from villa.datasets.own.grid import GridExtractor
 from villa.datasets.own.nlvr_scenes import Scene, SceneStore, file_of, read_scenes
@@ -73,10 +73,7 @@ class NlvrConfig(QuestionAnsweringConfig):
         self.check_kind("label")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"dataset.held_out={self.held_out} is not allowed; give a share of at least 0, below 1")
-        for name in ("pictures", "test_pictures", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"dataset.{name}={value} is not allowed; give at least 1")
+        check_counts(self, ("pictures", "test_pictures", "limit"))
         shared = {*self.train} & {*self.test, *([] if self.held_out else self.val)}
         if shared:
             advice = "" if shared & {*self.test} else ", or hold out sentences of it: dataset.held_out=0.15"

@@ -166,14 +166,8 @@ class JsonlSplit(Split):
 
     def _measure(self, waiting: dict[int, Texts]) -> None:
         """Count the tokens of lines, and forget their texts."""
-        images = self._vocabulary.regions != "none"
-        try:
-            lengths = self._reader.text_lengths([*waiting.values()], images=images)
-        except DataError:
-            for index, texts in waiting.items():
-                with about(self._lines.where(index)):
-                    self._reader.text_lengths([texts], images=images)
-            raise
+        indices, images = [*waiting], self._vocabulary.regions != "none"
+        lengths = _lengths(self._reader, [*waiting.values()], lambda n: self._lines.where(indices[n]), images=images)
         self._cut.add(lengths)
         self._text_lengths.frombytes(lengths[:, 0].astype(np.int32).tobytes())
         waiting.clear()
@@ -252,6 +246,17 @@ def _has_answer(record: Mapping[str, Any]) -> bool:
     return record.get("answer") is not None or "answers" in record
 
 
+def _lengths(reader: Reader, texts: Sequence[Texts], where: Callable[[int], str], *, images: bool) -> Integers:
+    """Count the tokens ``[N, 2]`` of texts; an error names the first that cannot be read by its place in them."""
+    try:
+        return reader.text_lengths(texts, images=images)
+    except DataError:
+        for place, one in enumerate(texts):
+            with about(where(place)):
+                reader.text_lengths([one], images=images)
+        raise
+
+
 def _joined(text: str, pair: str | None) -> str:
     return text if pair is None else f"{text} / {pair}"
 
@@ -325,12 +330,7 @@ class TableSplit(Split):
         return lengths
 
     def _measure(self, rows: Sequence[int], images: bool) -> Integers:
-        """Count the tokens of records; an error names the first that cannot be read."""
         texts = [(self._records[row].text, self._records[row].pair) for row in rows]
-        try:
-            return self._reader.text_lengths(texts, images=images)
-        except DataError:
-            for row, one in zip(rows, texts, strict=True):
-                with about(self._records[row].where or self.describe(row)):
-                    self._reader.text_lengths([one], images=images)
-            raise
+        return _lengths(
+            self._reader, texts, lambda n: self._records[rows[n]].where or self.describe(rows[n]), images=images
+        )
