@@ -71,11 +71,11 @@ def test_options_read_from_the_source_are_those_of_the_classes() -> None:
                 assert set(_options_of_class(module, name)) == set(expected), f"{section}={name}"
 
 
-def test_it_is_quick_and_imports_no_torch() -> None:
+def test_it_imports_no_torch() -> None:
     code = (
-        "import sys, time\nfrom villa.cli.run import main\n"
+        "import sys\nfrom villa.cli.run import main\n"
         "main(['--complete', 'villa_run config=recipes/vqa.yaml dataset.'])\n"
-        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\nassert time.process_time() < 0.5"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "dataset.synthetic=" in done.stdout.splitlines()
