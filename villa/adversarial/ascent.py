@@ -261,7 +261,8 @@ def _normal(delta: Tensor, source: torch.Generator) -> Tensor:
 
 def _unit_step(gradient: Tensor, size: Tensor | float, settings: AscentSettings) -> Tensor:
     norms = row_norm(gradient, settings.norm, settings.scope).clamp_min(SMALLEST_NORM)
-    return (size * gradient / norms).masked_fill_((norms < math.inf).logical_not_(), 0.0)  # NaN compares as False
+    # What is divided by a norm that is infinite or NaN becomes 0 or NaN.
+    return (size * gradient / norms).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 @STEPS.register("normalised")

@@ -109,4 +109,5 @@ def _to_rows(value: Tensor, point: Point) -> Tensor:
 
 def _from_rows(rows: Tensor, shape: torch.Size, point: Point) -> Tensor:
     """Undo ``_to_rows``."""
-    return (rows if point.layout == "tokens" else rows.transpose(1, 2)).reshape(shape)
+    rows = rows if point.layout == "tokens" else rows.transpose(1, 2)
+    return rows if rows.shape == shape else rows.reshape(shape)

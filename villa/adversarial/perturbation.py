@@ -23,11 +23,11 @@ class Perturbation:
 
     Attributes:
         delta: the value that the next pass adds; None before the first pass. Of pixels, it is in units of colour.
-        relative_sizes: ||delta|| / ||embedding|| of every row in the last pass (l2).
+        relative_sizes: ||delta|| / ||embedding|| of every row (l2): delta of the last pass, embedding of the first.
         gradient_norm: mean over rows of the gradient's norm, set by the ascent step.
         frozen: whether the perturbation needs no gradient.
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero in this pass; None for everywhere.
-        unit: unit of all sizes, broadcast to ``delta``; None for 1.
+        unit: unit of all sizes, that of the first pass, broadcast to ``delta``; None for 1.
         bounds: smallest and largest values, of pixels; None for none.
     """
 
@@ -41,6 +41,7 @@ class Perturbation:
         self.mask: Tensor | None = None
         self.unit: Tensor | None = None
         self._scale: PixelScale | None = None
+        self._lengths: Tensor | None = None
         self.bounds: Bounds | None = None
         self._direction: Tensor | None = None
 
@@ -56,7 +57,22 @@ class Perturbation:
             embedding: ``[rows, tokens, width]``.
             table: ``[entries, width]`` weight that it was looked up in, if it was.
         """
-        values = embedding.detach() if self._scale is None else _colours(embedding.detach(), self._scale)
+        if self._lengths is None:
+            self._lengths = self._first_pass(embedding.detach(), table)
+        assert self.delta is not None
+        delta = self.delta.detach() if self.delta.requires_grad else self.delta  # a leaf without a gradient yet
+        self.gradient_norm, self.relative_sizes = None, flat_norm(delta, "l2") / self._lengths
+        self.delta = delta.requires_grad_(not self.frozen)
+        if self._scale is not None:
+            return _recoloured(embedding, delta, self._scale).to(embedding.dtype)
+        moved = embedding + delta
+        return moved if moved.dtype == embedding.dtype else moved.to(embedding.dtype)
+
+    def _first_pass(self, values: Tensor, table: Tensor | None) -> Tensor:
+        """Set unit, bounds and ``delta`` for what is perturbed; return the norms ``[rows]`` of its unmasked part."""
+        if self._scale is not None:
+            values = _colours(values, self._scale)
+            self.bounds = (-values).clamp_max(0), (1 - values).clamp_min(0)
         if self.mask is not None and self.mask.shape != values.shape[:2]:
             raise ConfigError(
                 f"a perturbation point has values of shape {list(values.shape)}, which are not those of tokens "
@@ -64,17 +80,12 @@ class Perturbation:
             )
         if self.unit is None and (self.settings.relative_to != "none" or self.settings.channels):
             self.unit = self._measure_unit(values, table)
-        if self.bounds is None and self._scale is not None:
-            self.bounds = (-values).clamp_max(0), (1 - values).clamp_min(0)
         if self.delta is None:
             self.delta = self.start(values)
-        delta = self.delta.detach() if self.delta.requires_grad else self.delta  # a leaf without a gradient yet
-        self.gradient_norm, self.relative_sizes = None, self._measured(values, delta)
-        self.delta = delta.requires_grad_(not self.frozen)
-        if self._scale is not None:
-            return _recoloured(embedding, self.delta, self._scale).to(embedding.dtype)
-        moved = embedding + self.delta
-        return moved if moved.dtype == embedding.dtype else moved.to(embedding.dtype)
+        lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
+        if self.mask is not None:
+            lengths = lengths * self.mask
+        return flat_norm(lengths, "l2").clamp_min(1e-12)
 
     def start(self, values: Tensor) -> Tensor:
         """Return the first perturbation of ``values [rows, tokens, width]``."""
@@ -83,8 +94,7 @@ class Perturbation:
     @property
     def relative_size(self) -> Tensor | None:
         """Mean over rows of ``relative_sizes``."""
-        sizes = self.relative_sizes
-        return None if sizes is None else sizes.sum() / len(sizes)
+        return None if self.relative_sizes is None else self.relative_sizes.mean()
 
     def trained(self) -> Tensor:
         """Return the value added by the last pass, as a leaf to differentiate a loss by.
@@ -109,8 +119,7 @@ class Perturbation:
         if self.delta is None or self.delta.grad is None:
             raise RuntimeError("the perturbation has no gradient: the loss does not depend on its point")
         gradient = self.delta.grad if gradient_scale == 1.0 else self.delta.grad / gradient_scale
-        norms = flat_norm(gradient, self.settings.norm)
-        self.gradient_norm = norms.sum() / len(norms)
+        self.gradient_norm = flat_norm(gradient, self.settings.norm).mean()
         if self.settings.momentum:
             gradient = self._direction = direction(gradient, self._direction, self.settings, self.mask)
         self.delta = ascend(self.delta.detach(), gradient, self.settings, self.mask, self.unit, self.bounds)
@@ -136,13 +145,6 @@ class Perturbation:
             embedding = embedding * self.mask.unsqueeze(-1)
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
         return row_norm(wide, self.settings.norm, self.settings.scope)
-
-    def _measured(self, embedding: Tensor, delta: Tensor) -> Tensor:
-        """Return ||delta|| / ||embedding|| of every row."""
-        lengths = torch.linalg.vector_norm(embedding, dim=-1, dtype=torch.promote_types(embedding.dtype, torch.float32))
-        if self.mask is not None:
-            lengths = lengths * self.mask
-        return flat_norm(delta, "l2") / flat_norm(lengths, "l2").clamp_min(1e-12)
 
 
 def _coding(values: Tensor, scale: PixelScale) -> tuple[Tensor, Tensor]:

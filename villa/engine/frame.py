@@ -250,11 +250,12 @@ class UpdateFrame:
             Whether the gradient norm, all losses and all ascents are finite.
         """
         processes, losses = self.strategy.processes, [loss for _, loss in self.passes.losses]
-        ascents = [finite for *_, finite in self.passes.ascents]
+        ascents = [entries for *_, entries in self.passes.ascents]
         summed = {} if processes.world_size == 1 else logs
         norm, *read = _numbers([self.gradient_norm, *losses, *ascents, *summed.values()])
         few, many = len(losses), len(losses) + len(ascents)
-        found: list[float] = [not all(map(_is_finite, read[:few])), not all(read[few:many]), *read[many:]]
+        finite = [all(map(_is_finite, values)) for values in (read[:few], read[few:many])]
+        found: list[float] = [*(not each for each in finite), *read[many:]]
         bad, overflowed, *sums = processes.total(found)
         shared = zip(summed.items(), sums, strict=True)
         self.logs = {name: torch.full_like(value, total) for (name, value), total in shared} if summed else logs
@@ -279,7 +280,7 @@ class UpdateFrame:
 def _numbers(values: Sequence[Tensor]) -> list[float]:
     """Copy numbers from the device in one transfer."""
     device = values[-1].device
-    numbers: list[float] = torch.stack([value.to(device, torch.double) for value in values]).tolist()
+    numbers: list[float] = torch.stack([value.to(device) for value in values]).tolist()
     return numbers
 
 
@@ -314,7 +315,7 @@ def describe_nonfinite(
         logs: the update's values by name, which show which part of a loss is not finite.
         parameters: named parameters with their gradients.
         batches: the update's micro-batches.
-        ascents: micro-batch number, modality and finiteness of every gradient of a perturbation.
+        ascents: micro-batch number, modality and sum of every gradient of a perturbation.
     """
     backward = dict.fromkeys(range(len(batches)), 0)
     for micro_batch, loss in losses:
@@ -324,8 +325,8 @@ def describe_nonfinite(
             parts = f" (not finite: {named})" if named else ""
             what = f"the loss of backward pass {backward[micro_batch]} is {loss.item()}{parts}"
             return f"{what}; examples: {_ids(batches[micro_batch : micro_batch + 1])}"
-    for micro_batch, modality, finite in ascents:
-        if not finite:
+    for micro_batch, modality, entries in ascents:
+        if not torch.isfinite(entries):
             examples = _ids(batches[micro_batch : micro_batch + 1])
             return f"the gradient of a perturbation ({modality}) is not finite; examples: {examples}"
     for name, parameter in parameters:

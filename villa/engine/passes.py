@@ -103,7 +103,7 @@ class ModelPasses:
         losses: of the losses back-propagated in this update (stand-ins excluded), the micro-batch's place on this
             process and the detached value.
         ascents: of the perturbation gradients that ``gradient`` computed in this update (stand-ins excluded), the
-            micro-batch's place, the modality and whether it was finite.
+            micro-batch's place, the modality and the sum of its entries, which is finite if they are.
     """
 
     def __init__(
@@ -198,14 +198,14 @@ class ModelPasses:
     ) -> ModelOutput:
         """Run the model with the perturbations added at their points; return logits in fp32 or wider."""
         self._check()
-        if not perturbations and train:
+        if self._noise and train and not perturbations:
             perturbations = {m: self._drawn(m, settings, index) for m, settings in self._noise.items()}
         seed_pass(self._seed, self._update, self._turn.number, index)
         injected = inject(self.model, self.points, perturbations, batch) if perturbations else nullcontext()
         mode = nullcontext() if train else evaluating(self.model)
         with torch.set_grad_enabled(grad), mode, injected:
             output = self.precision.run(self.model, batch)
-        if self._unmeasured and perturbations:
+        if perturbations and not self._unmeasured.isdisjoint(perturbations):
             self._warn_of_size(perturbations, train=train)
         return output
 
@@ -246,7 +246,7 @@ class ModelPasses:
             self.losses.append((self._place, loss.detach()))
         for modality, delta, gradient in zip(perturbations, deltas, gradients, strict=True):
             if gradient is not None and self._turn.own:
-                self.ascents.append((self._place, modality, gradient.isfinite().all()))
+                self.ascents.append((self._place, modality, gradient.sum()))
             delta.grad = gradient if gradient is None or scale == 1.0 else gradient / scale
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -96,9 +96,9 @@ def _soft(targets: Tensor, logits: Tensor) -> Tensor:
 
 def _indices(targets: Tensor, logits: Tensor) -> Tensor:
     """Return class indices ``[rows]``, one for each row of ``logits``."""
-    if targets.numel() != len(logits):
+    if targets.numel() != logits.shape[0]:
         raise DataError(f"class indices {list(targets.shape)} do not fit logits {list(logits.shape)}: one a row")
-    return targets.reshape(-1)
+    return targets.flatten()
 
 
 @register_loss("language_model")
