@@ -264,5 +264,6 @@ class GridStore(RegionStore):
         for source in self.sources:
             stat = source.stat()
             size = stat.st_size if source.size is None else source.size
-            digest.update(f"{Path(source.name).absolute()}\0{size}\0{stat.st_mtime_ns}\n".encode())
+            name = source.name if source.path.is_absolute() else Path(source.name).absolute()
+            digest.update(f"{name}\0{size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
