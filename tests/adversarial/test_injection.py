@@ -57,6 +57,10 @@ def test_sizes_are_measured_relative_to_the_real_part_of_the_embedding() -> None
     real = model.words(batch.input_ids) * batch.attention_mask[..., None]
     expected = (text.delta.flatten(1).norm(dim=1) / real.flatten(1).norm(dim=1)).mean()
     torch.testing.assert_close(text.relative_size, expected.detach(), rtol=1e-12, atol=0)
+    text.delta = 2 * text.delta.detach()
+    with inject(model, model.perturbation_points(), {"text": text}, batch):
+        model(batch)
+    torch.testing.assert_close(text.relative_size, 2 * expected.detach(), rtol=1e-12, atol=0)
 
 
 def test_a_frozen_perturbation_asks_for_no_gradient() -> None:

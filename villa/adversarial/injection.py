@@ -35,25 +35,22 @@ def inject(
     Raises:
         RuntimeError: on leaving, when a point's module was not called exactly once.
     """
-    calls, handles = dict.fromkeys(perturbations, 0), []
+    handles = []
     try:
         for modality, perturbation in perturbations.items():
             point = points[modality]
             perturbation.begin(point.mask(batch), confined=point.confined, scale=point.scale)
             blocks = None if point.blocks is None else point.blocks(batch)
             module = attrgetter(point.module)(model)
-            change = _changing(module, point, perturbation, blocks)
-            handles.append(_register(module, point, modality, change, calls))
+            handles.append(_register(module, point, _changing(module, point, perturbation, blocks)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-    for modality, count in calls.items():
-        if count != 1:
-            module = points[modality].module
-            raise RuntimeError(
-                f"perturbation point '{modality}' ({module}) was called {count} times in a pass, not once"
-            )
+    for modality, perturbation in perturbations.items():
+        if perturbation.calls != 1:
+            place = f"'{modality}' ({points[modality].module})"
+            raise RuntimeError(f"perturbation point {place} was called {perturbation.calls} times in a pass, not once")
 
 
 def _changing(
@@ -70,29 +67,22 @@ def _changing(
     return change
 
 
-def _register(
-    module: nn.Module, point: Point, modality: str, change: Callable[[Tensor], Tensor], calls: dict[str, int]
-) -> RemovableHandle:
-    def perturb(value: Tensor) -> Tensor:
-        calls[modality] += 1
-        return change(value)
+def _register(module: nn.Module, point: Point, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    if point.side == "output":
+        return module.register_forward_hook(after)
 
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         place = 0 if point.argument is None else point.argument
         if isinstance(place, int) and place >= len(arguments):  # it is given by its name
             place = [*inspect.signature(type(module).forward).parameters][place + 1]
         if isinstance(place, str):
-            return arguments, named | {place: perturb(named[place])}
-        return (*arguments[:place], perturb(arguments[place]), *arguments[place + 1 :]), named
+            return arguments, named | {place: change(named[place])}
+        return (*arguments[:place], change(arguments[place]), *arguments[place + 1 :]), named
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (perturb(output[0]), *output[1:])
-        return perturb(output)
-
-    if point.side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _to_rows(value: Tensor, point: Point) -> Tensor:

@@ -25,6 +25,7 @@ class Perturbation:
         delta: the value that the next pass adds; None before the first pass. Of pixels, it is in units of colour.
         relative_sizes: ||delta|| / ||embedding|| of every row (l2): delta of the last pass, embedding of the first.
         gradient_norm: mean over rows of the gradient's norm, set by the ascent step.
+        calls: how often the pass has added it.
         frozen: whether the perturbation needs no gradient.
         mask: ``[rows, tokens]`` bool, True where the perturbation may be non-zero in this pass; None for everywhere.
         unit: unit of all sizes, that of the first pass, broadcast to ``delta``; None for 1.
@@ -35,6 +36,7 @@ class Perturbation:
         self.settings = settings
         self.seed = seed
         self.delta = None if initial is None else initial.detach()
+        self.calls = 0
         self.frozen = False
         self.relative_sizes: Tensor | None = None
         self.gradient_norm: Tensor | None = None
@@ -47,6 +49,7 @@ class Perturbation:
 
     def begin(self, mask: Tensor | None, *, confined: bool = False, scale: PixelScale | None = None) -> None:
         """Prepare a forward pass with the given ``[rows, tokens]`` mask; see ``Point.confined`` and ``Point.scale``."""
+        self.calls = 0
         self.mask = mask if self.settings.mask_padding or confined else None
         self._scale = scale
 
@@ -57,6 +60,7 @@ class Perturbation:
             embedding: ``[rows, tokens, width]``.
             table: ``[entries, width]`` weight that it was looked up in, if it was.
         """
+        self.calls += 1
         if self._lengths is None:
             self._lengths = self._first_pass(embedding.detach(), table)
         assert self.delta is not None

@@ -102,8 +102,12 @@ def _shows(options: argparse.Namespace) -> bool:
 def _run(options: argparse.Namespace) -> int:
     from villa.config import load_stages
 
-    stages = load_stages(options.values)
-    gc.freeze()  # what torch has made stays: walking through it, again and again, takes a tenth of a plan's time
+    gc.disable()  # what torch makes stays: walking through it, again and again, takes a fifth of a plan's time
+    try:
+        stages = load_stages(options.values)
+    finally:
+        gc.freeze()
+        gc.enable()
     if options.print_config:
         return show("".join(_printed(stage, origins=not options.no_origins) for stage in stages))
     for notice in (notice for stage in stages for notice in stage.notices):
