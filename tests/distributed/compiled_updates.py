@@ -8,9 +8,13 @@ import fairscale_updates
 import torch
 import updates
 from strangers import AscendingVilla
+from torch import Tensor
 
+from villa.config.schema import DistributedConfig
+from villa.distributed.blocks import OPTIONS
 from villa.distributed.joining import joined
 from villa.distributed.strategy import Strategy
+from villa.models.dropout import dropout
 from villa.trainers.villa import VillaConfig
 
 #: Strategies, and the precision of each: fairscale's FSDP has float32 alone.
@@ -19,35 +23,69 @@ DTYPES = {"ddp": torch.float64, "fsdp": torch.float64, "fairscale_sdp": torch.fl
 CASE = "villa_both_4"
 
 
+def options(name: str) -> dict[str, Any]:
+    """Options of ``updates.run`` under a strategy; layers would be compiled again for a micro-batch of one row."""
+    plain = fairscale_updates.PLAIN if name.startswith("fairscale") else {}
+    return {"count": updates.CASES[CASE]["count"], "even": True, "dtype": DTYPES[name], **plain}
+
+
 def run(used: Strategy, name: str) -> dict[str, Any]:
     """What comes out of three updates, with the settings of the tests of that strategy."""
-    if name.startswith("fairscale"):
-        return fairscale_updates.run_case(used, CASE, DTYPES[name])
-    return updates.run(used, **updates.CASES[CASE])
+    return updates.run(used, updates.CASES[CASE]["trainer"], **options(name))
 
 
 def ascending(used: Strategy, name: str) -> dict[str, Any]:
     """The same with ascents alone before each micro-batch, whose perturbations are there, too."""
     trainer = AscendingVilla(VillaConfig(**updates.TRAINERS_TRIED["villa_both"]))
-    options = {"dtype": DTYPES[name], **(fairscale_updates.PLAIN if name.startswith("fairscale") else {})}
-    result = updates.run(used, trainer, count=updates.CASES[CASE]["count"], **options)
+    result = updates.run(used, trainer, **options(name))
     return result | {"deltas": [each for of in trainer.found for each in of]}
+
+
+def _set_up() -> None:
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # no further processes, each of which imports torch
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def work(output: str) -> None:
     """Three updates under every strategy with compiled layers. Rank 0 writes what came out of them."""
-    torch.set_num_threads(1)
+    _set_up()
     found: dict[str, Any] = {}
     with joined():
         for name in DTYPES:
             used = updates.connected(name, compile=True)
+            if used.processes.is_main:  # its programs are in the cache when both need them
+                ascending(Strategy(DistributedConfig(compile=True)), name)
+            torch.distributed.barrier()
+            torch.compiler.reset()
             found[name] = ascending(used, name)
+            torch.compiler.reset()
     if used.processes.is_main:
         torch.save(found, output)
 
 
+def masks() -> list[dict[str, Tensor]]:
+    """Dropout twice after another and its gradients, as they are and compiled into one program."""
+    values = torch.randn(7, 33, dtype=torch.float64, requires_grad=True)
+
+    def twice(values: Tensor) -> Tensor:
+        return dropout(dropout(values, 0.3) + dropout(values, 0.3), 0.5)
+
+    found = []
+    for function in (twice, torch.compile(twice, fullgraph=True, **OPTIONS)):
+        torch.manual_seed(3)
+        dropped = function(values)
+        (gradient,) = torch.autograd.grad(dropped.sum(), values)
+        found.append({"values": dropped.detach(), "gradient": gradient, "next": torch.rand(1)})
+    return found
+
+
 def work_alone(output: str) -> None:
     """Three updates of one process with compiled layers, each computed twice; write the parameters after them."""
-    torch.set_num_threads(1)
+    _set_up()
     used = updates.connected("single", compile=True, activation_checkpointing=True)
-    torch.save(updates.run(used, **updates.CASES[CASE])["parameters"], output)
+    parameters = updates.run(used, **updates.CASES[CASE])["parameters"]
+    torch.save({"parameters": parameters, "masks": masks()}, output)
