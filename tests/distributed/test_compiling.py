@@ -48,7 +48,7 @@ def alone(context: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_one_process_computes_what_layers_do_also_a_second_time(alone: dict[str, Any]) -> None:
-    plain = updates.run(Strategy(), **updates.CASES[compiled_updates.CASE])
+    plain = updates.run(Strategy(), **compiled_updates.ALONE)
     compiled = alone["parameters"]
     assert compiled.keys() == plain["parameters"].keys()
     for name, value in plain["parameters"].items():
