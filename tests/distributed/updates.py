@@ -166,7 +166,14 @@ def make(
     )
 
 
-def update(updater: Updater, number: int, count: int, objective: str | None = None, spoilt: bool = False) -> Any:
+def update(
+    updater: Updater,
+    number: int,
+    count: int,
+    objective: str | None = None,
+    spoilt: bool = False,
+    even: bool = False,
+) -> Any:
     """Run this process's share of an update of ``count`` micro-batches."""
     dtype = next(updater.model.parameters()).dtype
     batch = examples(objective, dtype, seed=number)
@@ -174,7 +181,7 @@ def update(updater: Updater, number: int, count: int, objective: str | None = No
         assert batch.features is not None
         batch.features[-1] = float("nan")
     sizes = [len(part) for part in torch.arange(EXAMPLES).tensor_split(count)]
-    if count > 1:  # uneven, so that means over micro-batches and over examples differ
+    if count > 1 and not even:  # so that means over micro-batches and over examples differ
         sizes[0], sizes[-1] = sizes[0] + 1, sizes[-1] - 1
     parts = [masked(part, objective) for part in cut(batch, sizes)]
     turns = updater.strategy.share.turns(count)
@@ -187,6 +194,7 @@ def run(
     count: int,
     *,
     spoilt: bool = False,
+    even: bool = False,
     updates: int = 3,
     evaluate: bool = False,
     **options: Any,
@@ -200,7 +208,7 @@ def run(
             evaluating = modes([(module, False) for module in updater.model.modules()])
             with updater.averaged(), used.without_gradients(), evaluating:
                 updater.precision.run(updater.model, examples(objective, next(updater.model.parameters()).dtype))
-        logs = update(updater, number, count, objective, spoilt)
+        logs = update(updater, number, count, objective, spoilt, even)
     state = updater.state_dict()
     return {
         "parameters": {name: value.clone() for name, value in used.state_dict(updater.model).items()},

@@ -1,12 +1,15 @@
 """Claiming a run's output folder."""
 
+import hashlib
+import json
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from villa.engine.run_folder import claim
+from villa.config.loader import load
+from villa.engine.run_folder import claim, is_finished, mark_finished, saved_yaml
 from villa.errors import ConfigError
 from villa.files import locked, open_own
 from villa.hub.source import unused
@@ -163,3 +166,19 @@ def test_a_lock_is_held_by_one_though_its_file_is_removed_each_time(tmp_path: Pa
     for thread in threads:
         thread.join(600)
     assert most == [1]
+
+
+def test_a_run_of_an_older_version_that_lacks_new_options_is_finished(tmp_path: Path) -> None:
+    config = load([f"output_dir={tmp_path}", "config=projects/example/shapes.yaml"]).config
+    mark_finished(config)
+    assert is_finished(config)
+    recipe = "".join(line for line in saved_yaml(config).splitlines(keepends=True) if "clip_norm:" not in line)
+    digest = hashlib.sha256(recipe.encode()).hexdigest()
+    (tmp_path / "finished.json").write_text(json.dumps({"recipe": digest}))
+    assert not is_finished(config)  # that recipe is not there
+    (tmp_path / "config.yaml").write_text(recipe)
+    assert is_finished(config)
+    for other in ("training.clip_norm=7", "seed=5"):
+        assert not is_finished(load([f"output_dir={tmp_path}", "config=projects/example/shapes.yaml", other]).config)
+    (tmp_path / "config.yaml").write_text(recipe + "\n")  # of a run that began after the one that finished
+    assert not is_finished(config)

@@ -139,7 +139,10 @@ def _size(module: nn.Module) -> int:
 
 
 #: One program for all sequence lengths; dropout draws the same masks as without compilation.
-_OPTIONS: dict[str, Any] = {"dynamic": True, "options": {"fallback_random": True}}
+OPTIONS: dict[str, Any] = {"dynamic": True, "options": {"fallback_random": True}}
+#: Programs of a layer, of which torch allows 8: with gradients and without, of a part of the positions or of all, with
+#: padding or without, of one row or several. Beyond them a layer runs as it is.
+_PROGRAMS = 64
 
 
 def compile_blocks(model: Model) -> None:
@@ -150,15 +153,18 @@ def compile_blocks(model: Model) -> None:
     Raises:
         ConfigError: the model has no blocks, or this machine cannot compile.
     """
+    from torch._dynamo import config
+
     blocks = _required_blocks(model, "compile", "be compiled")
+    config.cache_size_limit = max(config.cache_size_limit, _PROGRAMS)
     _try(next(model.parameters()).device)
     for block in blocks.values():
-        setattr(block, "forward", torch.compile(block.forward, **_OPTIONS))  # noqa: B010 - a method to mypy
+        setattr(block, "forward", torch.compile(block.forward, **OPTIONS))  # noqa: B010 - a method to mypy
 
 
 def _try(device: torch.device) -> None:
     """Compile a sum, so that a missing compiler is reported before the run starts."""
-    add: Any = torch.compile(torch.add, **_OPTIONS)
+    add: Any = torch.compile(torch.add, **OPTIONS)
     try:
         add(torch.ones(2, device=device), 1.0)
     except Exception as error:

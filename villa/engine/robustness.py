@@ -31,13 +31,12 @@ from villa.analysis.report import (
 from villa.analysis.robustness import Case, Outcome
 from villa.analysis.shifts import SEVERITIES
 from villa.checkpoints.layout import CONFIG, UNFINISHED
-from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.distributed.strategy import strategy_of
 from villa.engine.attacking import Attacked, Attacks
 from villa.engine.inference import restore_parts
 from villa.engine.report import about_split, protocol
-from villa.engine.run_folder import claim, mark_finished
+from villa.engine.run_folder import claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts
 from villa.errors import ConfigError, DataError
 from villa.evaluation.results import print_table
@@ -64,7 +63,7 @@ def robustness(config: RunConfig) -> int:
         if not processes.is_main:
             return 0
         run.report()
-        atomic_write(folder / CONFIG, to_yaml(config))
+        atomic_write(folder / CONFIG, saved_yaml(config))
         (folder / UNFINISHED).unlink()
         mark_finished(config)
     print(f"written to {folder}")

@@ -8,10 +8,16 @@ import os.path
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
 
 from villa.checkpoints.layout import CONFIG, FINISHED, SAVED, TRACES
+from villa.config.options import recipe_options
 from villa.config.printer import to_yaml
-from villa.config.schema import RunConfig
+from villa.config.schema import VARIANTS, RunConfig
+from villa.config.values import Origin
+from villa.config.yaml_text import parse
 from villa.distributed.environment import Started
 from villa.distributed.processes import Processes
 from villa.errors import ConfigError, StorageError, one_line
@@ -136,22 +142,49 @@ def saved_yaml(config: RunConfig) -> str:
     return to_yaml(dataclasses.replace(config, checkpoint=checkpoint, launcher=LAUNCHERS.get("inline").Config()))
 
 
+def changes(before: str, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ between a saved recipe and another one, as values before and now.
+
+    Options missing from an older version's recipe have their defaults: that version behaved accordingly.
+    """
+    now, old = _values(saved_yaml(config)), _values(before)
+    options = recipe_options({section: type(getattr(config, section)) for section in VARIANTS})
+    for key in now.keys() - old.keys():
+        if (option := options.get(key)) is not None and option.default != MISSING:
+            old[key] = option.default
+    return {k: (old.get(k), now.get(k)) for k in sorted({*old, *now}) if old.get(k) != now.get(k)}
+
+
+def _values(recipe: str) -> dict[str, Any]:
+    """Return the values of a saved recipe by dotted key, without importing what it names."""
+    return {key: value.data for key, value in parse(recipe, lambda line: Origin(CONFIG, line)).items()}
+
+
 def mark_finished(config: RunConfig) -> None:
     """Record that the run has finished."""
-    write_json(Path(config.output_dir) / FINISHED, {"recipe": _recipe(config)})
+    write_json(Path(config.output_dir) / FINISHED, {"recipe": _digest(saved_yaml(config))})
 
 
 def is_finished(config: RunConfig) -> bool:
     """Return whether the run's folder records that this very recipe has finished.
 
+    A recipe that an older version saved is compared by the options that it has.
+
     Raises:
         DataError: the record is damaged.
     """
-    path = Path(config.output_dir) / FINISHED
-    if not path.is_file():
+    folder = Path(config.output_dir)
+    if not (folder / FINISHED).is_file():
         return False
-    return bool(read_json(path, "note of a finished run", "remove it") == {"recipe": _recipe(config)})
+    recorded = read_json(folder / FINISHED, "note of a finished run", "remove it")
+    if recorded == {"recipe": _digest(saved_yaml(config))}:
+        return True
+    try:
+        recipe = (folder / CONFIG).read_text(encoding="utf-8")
+        return bool(recorded == {"recipe": _digest(recipe)} and not changes(recipe, config))
+    except (OSError, ValueError, ConfigError):  # the record is of a recipe that is no longer there
+        return False
 
 
-def _recipe(config: RunConfig) -> str:
-    return hashlib.sha256(saved_yaml(config).encode()).hexdigest()
+def _digest(recipe: str) -> str:
+    return hashlib.sha256(recipe.encode()).hexdigest()

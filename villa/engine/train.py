@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from omegaconf import MISSING
 
 from villa.adversarial.ascent import AscentSettings
 from villa.batch import Batch
 from villa.checkpoints.layout import CHECKPOINTS, CONFIG
 from villa.checkpoints.store import Checkpoint, CheckpointStore
-from villa.config.options import recipe_options
 from villa.config.printer import leaves
-from villa.config.schema import VARIANTS, RunConfig
+from villa.config.schema import RunConfig
 from villa.config.validate import callback_options
-from villa.config.values import Origin
-from villa.config.yaml_text import parse
 from villa.datasets.base import Split
 from villa.datasets.samplers import Sampler
 from villa.datasets.stream import StandIn, UpdateStream
@@ -31,7 +25,7 @@ from villa.engine.inference import restore_parts
 from villa.engine.loop import Callback, Progress, Training, fit
 from villa.engine.passes import ModelPasses
 from villa.engine.report import about_split, data_line, report, warnings_of_run, wrapped
-from villa.engine.run_folder import claim, mark_finished, saved_yaml
+from villa.engine.run_folder import changes, claim, mark_finished, saved_yaml
 from villa.engine.setup import Parts, batch_of_processes, build, build_trainer, idle_note
 from villa.engine.updater import Updater
 from villa.errors import CheckpointError, ConfigError, about, reading
@@ -217,12 +211,11 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
     Raises:
         CheckpointError: the checkpoint is damaged, or belongs to another model or optimiser.
     """
-    now = _values(saved_yaml(config))
-    before = _defaults(config, now) | _values(checkpoint.config_yaml())
-    changed = sorted(k for k in {*before, *now} - {"run_type"} if before.get(k) != now.get(k))
+    changed = changes(checkpoint.config_yaml(), config)
+    changed.pop("run_type", None)
     if "optimizer.name" in changed:
         raise CheckpointError(
-            f"checkpoint '{checkpoint.path}' was trained with optimizer '{before.get('optimizer.name')}'; a resumed "
+            f"checkpoint '{checkpoint.path}' was trained with optimizer '{changed['optimizer.name'][0]}'; a resumed "
             "run cannot change it: start another run with model.checkpoint"
         )
     load_model(training.model, checkpoint, training.updater.strategy)
@@ -234,13 +227,13 @@ def restore(training: Training, checkpoint: Checkpoint, config: RunConfig) -> No
         training.load_state_dict(state)
         if training.progress.update != checkpoint.update:
             raise CheckpointError(f"its state is that of update {training.progress.update}")
-    if {"evaluation.monitor", "evaluation.split"} & {*changed}:
+    if changed.keys() & {"evaluation.monitor", "evaluation.split"}:
         training.progress.best = training.progress.best_update = None
     print(f"resuming after update {checkpoint.update}", flush=True)
     if config.training.ema is not None and training.updater.ema is None:
         print(f"  training.ema: the average starts with the weights of update {checkpoint.update}", flush=True)
-    for key in changed:
-        print(f"  changed since: {key}: {before.get(key)} -> {now.get(key)}", flush=True)
+    for key, (before, now) in changed.items():
+        print(f"  changed since: {key}: {before} -> {now}", flush=True)
     for line in moved(state.get("provenance", {}).get("processes"), "distributed.strategy" in changed, config):
         print(f"  {line}", flush=True)
 
@@ -264,18 +257,6 @@ def moved(before: int | None, other_strategy: bool, config: RunConfig) -> Iterat
             "not the same updates either: without batch.per_pass each is cut into a part for every process, which "
             "draws other dropout and random starts, and with batch.tokens may hold other examples"
         )
-
-
-def _values(recipe: str) -> dict[str, Any]:
-    """Return the values of a saved recipe by dotted key, without importing what it names."""
-    return {key: value.data for key, value in parse(recipe, lambda line: Origin(CONFIG, line)).items()}
-
-
-def _defaults(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
-    """Return the defaults of options missing from an older version's recipe: that version behaved accordingly."""
-    options = recipe_options({section: type(getattr(config, section)) for section in VARIANTS})
-    found = {key: option.default for key in keys if (option := options.get(key)) is not None}
-    return {key: default for key, default in found.items() if default != MISSING}
 
 
 def _updater(parts: Parts, trainer: Trainer, total: int) -> Updater:

@@ -27,9 +27,28 @@ def dropout(values: Tensor, rate: float, training: bool = True) -> Tensor:
     if not training or not fast:
         return F.dropout(values, rate, training)
     count = values.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64)
+    words = torch.ops.villa.draw(words) if torch.compiler.is_compiling() else _draw(words)
     kept = words.view(torch.int16)[:count].view(values.shape) >= dropped - _VALUES // 2
     return values * kept.to(values.dtype).mul_(_VALUES / (_VALUES - dropped))
+
+
+def _draw(words: Tensor) -> Tensor:
+    """Fill words of 64 bits from torch's generator."""
+    return words.random_(-(1 << 63), None)
+
+
+torch.library.define("villa::draw", "(Tensor words) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
+torch.library.register_fake("villa::draw", torch.empty_like)
+
+
+@torch.library.impl("villa::draw", "CPU")
+def _draw_compiled(words: Tensor) -> Tensor:
+    """Draw like ``_draw``, as one operation: ``torch.compile`` breaks its graph at ``random_``.
+
+    The argument is not read. It tells two draws apart, which would be merged otherwise.
+    """
+    return _draw(torch.empty_like(words))
 
 
 class Dropout(nn.Dropout):
