@@ -104,7 +104,7 @@ def served(trained: Path) -> Iterator[str]:
         assert address.startswith("http://127.0.0.1:")
         yield address
         server.send_signal(signal.SIGINT)
-        output, errors = server.communicate(timeout=60)
+        output, errors = server.communicate(timeout=600)
     assert errors == "", errors
     assert (server.returncode, output) == (130, "ended by SIGINT\n")
 

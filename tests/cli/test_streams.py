@@ -26,7 +26,7 @@ def shell(command: list[str], elsewhere: str) -> int:
     """Run a command with its output elsewhere; return its exit code."""
     quoted = " ".join(f"'{word}'" for word in command)
     script = f"set -o pipefail; {quoted} {elsewhere}"
-    return subprocess.run(["bash", "-c", script], timeout=120, check=False).returncode
+    return subprocess.run(["bash", "-c", script], timeout=600, check=False).returncode
 
 
 @pytest.fixture(scope="module")

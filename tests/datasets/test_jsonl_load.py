@@ -59,7 +59,7 @@ def test_a_line_takes_few_bytes(tmp_path: Path, images: int) -> None:
 
 
 def test_a_file_takes_few_bytes(tmp_path: Path) -> None:
-    files = 50_000
+    files = 20_000
     path = write(tmp_path / "train.jsonl", files, images=files)
     dataset = Jsonl(JsonlConfig(train=path, regions="pixels"))
     _ = dataset.vocabulary

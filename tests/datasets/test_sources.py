@@ -443,7 +443,7 @@ def test_processes_unpack_once(tmp_path: Path) -> None:
     workers = [context.Process(target=unpacked, args=(tmp_path / "t.parquet", results)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    assert len({results.get(timeout=60) for _ in workers}) == 1
+    assert len({results.get(timeout=600) for _ in workers}) == 1
     for worker in workers:
         worker.join()
     (entry,) = [one for one in entries(cache_root()) if one.kind == "rows"]

@@ -120,7 +120,7 @@ def test_processes_that_ask_at_once_get_one_complete_folder(tmp_path: Path, monk
     monkeypatch.setenv("VILLA_CACHE", str(tmp_path))
     code = "from villa.datasets.synthetic import databases; print(databases('snli_ve', 64))"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = {process.communicate(timeout=60)[0].strip() for process in running}
+    printed = {process.communicate(timeout=600)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert len(printed) == 1
     assert len(lengths_of(text(Path(printed.pop()), "snli_ve", "train"))) == 64

@@ -119,12 +119,12 @@ def test_a_batch_that_kills_is_named_by_its_first_example() -> None:
 
 
 def test_a_worker_that_hangs_is_ended_and_named() -> None:
-    updates = stream(Faulty(lambda: time.sleep(60)), 2, timeout=0.2)
+    updates = stream(Faulty(lambda: time.sleep(3600)), 2, timeout=0.2)
     started = time.monotonic()
     told = message(lambda: read_epoch(updates))
     assert " hangs: it has been reading example 5 for " in told
     assert told.endswith("look at this example and its files, or raise training.data_timeout")
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - started < 1800
     assert_closed(updates)
 
 
@@ -148,8 +148,10 @@ def test_a_worker_that_dies_while_the_model_is_busy_is_reported_when_data_are_ne
     updates = stream(Faulty(lambda: None), 1, timeout=0.5)
     next(updates)
     assert signal.getsignal(signal.SIGCHLD) is handler
-    time.sleep(0.5)  # until it has read ahead
     (worker,) = multiprocessing.active_children()
+    time.sleep(0.5)  # until it has read ahead
+    while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] == "R":  # not yet: a busy machine
+        time.sleep(0.01)
     worker.kill()
     end = time.monotonic() + 0.5
     while time.monotonic() < end:  # nothing is raised here
@@ -178,7 +180,7 @@ def read_all(workers: int, limit: int, *, hard: bool) -> subprocess.CompletedPro
         "sys.exit(run_command('read', read))\n"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_too_few_open_files_are_one_line_and_enough_are_enough() -> None:

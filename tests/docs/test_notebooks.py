@@ -43,6 +43,6 @@ def test_it_runs_and_shows_what_is_committed(path: Path, root: Path, tmp_path: P
     notebook: Any = nbformat.read(path, as_version=4)
     committed = shown(notebook)
     variables = {**os.environ, "PYTHONPATH": str(root), "IPYTHONDIR": str(tmp_path / "ipython")}
-    runner = client.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    runner = client.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}})
     runner.execute(env=variables)  # raises for a cell that does
     assert shown(notebook) == committed

@@ -164,7 +164,7 @@ def test_a_lock_is_held_by_one_though_its_file_is_removed_each_time(tmp_path: Pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert most == [1]
 
 

@@ -34,7 +34,7 @@ def start(forks: Any, folder: Path, *extra: str) -> Any:
 
 def finish(forks: Any, folder: Path, *extra: str) -> int:
     process = start(forks, folder, *extra)
-    process.join(120)
+    process.join(600)
     return int(process.exitcode)
 
 
@@ -62,14 +62,14 @@ def assert_same(a: Path, b: Path) -> None:
 @pytest.mark.slow
 def test_kill_at_random_moments_twenty_times_and_more(forks: Any, uninterrupted: Path, tmp_path: Path) -> None:
     draw = random.Random(7)
-    folder, kills, begun = tmp_path / "run0", 0, time.monotonic()
+    folder, kills = tmp_path / "run0", 0
 
     def resumed() -> int:
         return sum(file.read_text().count("resuming after update") for file in tmp_path.glob("*.out"))
 
     while kills < 24 or resumed() < 10:  # on a busy machine many are killed before their first checkpoint
         process = start(forks, folder)
-        process.join(draw.uniform(0.05, 1.2))
+        process.join(draw.uniform(0.05, max(1.2, kills / 20)))  # longer where that is too short
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -78,7 +78,7 @@ def test_kill_at_random_moments_twenty_times_and_more(forks: Any, uninterrupted:
             assert process.exitcode == 0, folder.with_suffix(".out").read_text()
             assert_same(folder, uninterrupted)
             folder = tmp_path / f"run{kills}"
-        assert time.monotonic() - begun < 300
+        assert kills < 500
     assert finish(forks, folder) == 0, folder.with_suffix(".out").read_text()
     assert_same(folder, uninterrupted)
     assert resumed() >= 10
@@ -93,7 +93,7 @@ def test_a_signal_saves_ends_in_order_and_the_run_goes_on(
     while not (folder / "log.jsonl").exists():
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 128 + number, folder.with_suffix(".out").read_text()
     assert f"ended by {number.name} after update" in folder.with_suffix(".out").read_text()
     update = int(newest(folder).name.removeprefix("update_"))

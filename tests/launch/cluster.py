@@ -104,7 +104,7 @@ def running_cluster(base: Path) -> Iterator[Mapping[str, str]]:
             started.append(_daemon(["slurmctld", "-f", str(conf)], base / "slurmctld.pid"))
             for name in NODES:
                 started.append(_daemon(["slurmd", "-f", str(conf), "-N", name], base / f"slurmd.{name}.pid"))
-            _wait(lambda: _up(environment) == len(NODES), 60, "the nodes to come up")
+            _wait(lambda: _up(environment) == len(NODES), 600, "the nodes to come up")
             yield environment
         finally:
             if (base / "slurmctld.pid") in started:
@@ -212,7 +212,7 @@ def _munge() -> Iterator[Path]:
 
     subprocess.run(["runuser", "-u", "munge", "--", "munged", *options], check=True)
     try:
-        _wait(answers, 10, "munged to answer")
+        _wait(answers, 120, "munged to answer")
         yield end
     finally:
         stop(pid_file)
@@ -221,7 +221,7 @@ def _munge() -> Iterator[Path]:
 
 def _daemon(command: list[str], pid_file: Path) -> Path:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    _wait(lambda: pid_file.exists() and bool(pid_file.read_text().strip()), 20, f"{command[0]} to start")
+    _wait(lambda: pid_file.exists() and bool(pid_file.read_text().strip()), 120, f"{command[0]} to start")
     return pid_file
 
 

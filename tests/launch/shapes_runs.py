@@ -21,7 +21,7 @@ RECIPE = (
 Environment = Mapping[str, str]
 
 
-def villa_run(environment: Environment, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+def villa_run(environment: Environment, *arguments: str, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "villa.cli.run", *RECIPE, *arguments]
     own = {**environment, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=own, timeout=timeout, check=False)
@@ -32,7 +32,7 @@ def said(environment: Environment, *command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 180.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

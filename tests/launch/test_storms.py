@@ -41,7 +41,7 @@ STRATEGIES = ("single", "ddp", "fsdp")
 #: Ends of processes: done; another one was lost, or has not come; and of a signal, in order or before it is heard.
 ALLOWED = {0, 1, 2, *(128 + number for number in SIGNALS), *(-number for number in (*SIGNALS, signal.SIGKILL))}
 #: Seconds within which a run that was told to end has ended.
-PATIENCE = 120
+PATIENCE = 600
 
 pytestmark = pytest.mark.slow
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import re
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -199,9 +200,7 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
         ConfigError: unknown key, wrong type, missing option or broken interpolation.
     """
     options = recipe_options(variants)
-    tree = OmegaConf.structured(RunConfig)
-    for section, cls in variants.items():
-        tree[section] = OmegaConf.structured(cls)
+    tree = copy.deepcopy(_defaults(tuple(variants.items())))
     for key, value in values.items():
         _assign(tree, options, key, value)
     # The command line first: of two values that fail together, the later one is more likely the culprit.
@@ -211,6 +210,15 @@ def build(variants: Mapping[str, type], values: Layer) -> RunConfig:
     config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig)
     return config
+
+
+@lru_cache(maxsize=16)
+def _defaults(variants: tuple[tuple[str, type], ...]) -> Any:
+    """Build the tree of all defaults, kept because it takes most of the time that a configuration takes."""
+    tree = OmegaConf.structured(RunConfig)
+    for section, cls in variants:
+        tree[section] = OmegaConf.structured(cls)
+    return tree
 
 
 def build_options(cls: type, values: Layer, whose: str) -> Any:

@@ -233,7 +233,7 @@ def test_of_several_processes_one_makes_the_index_and_the_others_wait(
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in ranks] == [0, 0, 0]
     assert made.read_text() == "x"
 

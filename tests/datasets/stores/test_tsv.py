@@ -266,7 +266,7 @@ def test_of_several_processes_one_makes_the_index_and_the_others_wait(
         return scan(*given)
 
     def rank() -> None:
-        starting.wait(60)
+        starting.wait(600)
         check_all(TsvFile(path), images)
 
     monkeypatch.setattr(tsv, "_scan", slow)
@@ -274,7 +274,7 @@ def test_of_several_processes_one_makes_the_index_and_the_others_wait(
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in ranks] == [0, 0, 0]
     assert scans.value == 1
 
