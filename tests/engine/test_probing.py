@@ -13,6 +13,7 @@ import villa
 from villa.cli.run import main
 from villa.config import load
 from villa.datasets.synthetic.world import WORDS
+from villa.engine import probing
 from villa.registry import DATASETS
 
 QUIET = ("logging.tensorboard=false", "logging.figures=false", "logging.progress=off")
@@ -59,6 +60,39 @@ def test_probes_of_generated_data_are_written_and_compared(
     capsys.readouterr()
     assert main(["--compare", folders[0], str(tmp_path / "fewer"), f"output_dir={tmp_path / 'other'}"]) == 2
     assert "were probed with other" in error(capsys.readouterr().err)
+
+
+def test_an_interrupted_probe_goes_on_to_the_same_bytes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probing, "_AT_ONCE", 4)
+    measure, measured = probing._measure_batch, list[int]()
+
+    def interrupted(*given: Any) -> Any:
+        measured.append(given[2][0])
+        if measured == [0, 4, 8]:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(probing, "_measure_batch", interrupted)
+    options = ["probe.examples=14", f"output_dir={tmp_path / 'cut'}"]
+    probe(trained, *options, code=130)
+    part = tmp_path / "cut" / ".probe.json.part"
+    with part.open("ab") as file:  # what a killed process may leave
+        file.write(b'[["half a li')
+    other = part.read_bytes()
+    probe(trained, *options)
+    assert "going on after 8 texts" in capsys.readouterr().out
+    assert measured == [0, 4, 8, 8, 12]
+    probe(trained, "probe.examples=14", f"output_dir={tmp_path / 'whole'}")
+    for name in ("probe.json", "probe.csv", "probe_images.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not part.exists()
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / part.name).write_bytes(other)
+    capsys.readouterr()
+    probe(trained, "probe.examples=14", "probe.overlap=0.4", f"output_dir={tmp_path / 'changed'}")
+    assert "begun anew: what an interrupted run has left here differs in the recipe" in capsys.readouterr().out
 
 
 def test_released_links_are_read_with_features_and_a_tokenizer(trained: Path, tmp_path: Path) -> None:

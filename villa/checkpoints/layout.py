@@ -8,8 +8,8 @@ from pathlib import Path
 CONFIG, LOG, METRICS, CURVES = "config.yaml", "log.jsonl", "metrics.json", "curves.png"
 FINISHED = "finished.json"
 UNFINISHED = "robustness_unfinished.jsonl"
-#: Pattern of the journals of predictions that are not finished: ``.NAME.part``.
-UNFINISHED_PREDICTIONS = ".*.part"
+#: Pattern of the journals of predictions and probes that are not finished: ``.NAME.part``.
+UNFINISHED_OUTPUTS = ".*.part"
 CHECKPOINTS = "checkpoints"
 
 #: In the folder of a checkpoint, besides ``CONFIG``.

@@ -1,46 +1,55 @@
-"""The journal of a prediction: what is answered so far, kept beside the output until that is complete."""
+"""The journal of a prediction or probe: what is done so far, kept beside the output until that is complete."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from villa.checkpoints.layout import UNFINISHED_PREDICTIONS
+from villa.checkpoints.layout import UNFINISHED_OUTPUTS
+from villa.config.printer import leaves
+from villa.config.schema import RunConfig
 from villa.errors import ConfigError
 from villa.files import locked, room_for
+from villa.hub.source import Source
 
 
 class Journal:
-    """Answers to batches, a line each, in order.
+    """What was found for batches, a line each, in order.
 
     A killed process leaves whole lines and at most one that is cut off, which the next process removes.
 
     Args:
         path: the file.
         file: the same, opened and locked.
-        job: what is predicted with what; another job does not go on with the file.
+        job: what is computed with what; another job does not go on with the file.
+        anew: whether another job takes its place, instead of being refused.
 
     Attributes:
         path: the file.
         done: number of batches that it holds.
+        note: what the user should know: that another job's were dropped; None if there were none.
 
     Raises:
         ConfigError: another job has left it.
     """
 
-    def __init__(self, path: Path, file: IO[bytes], job: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, file: IO[bytes], job: Mapping[str, Any], *, anew: bool = False) -> None:
         self.path, self._file, self.done = path, file, 0
+        self.note: str | None = None
         head = json.dumps(job, sort_keys=True).encode() + b"\n"
         first, end = file.readline(), len(head)
         if first.endswith(b"\n") and first != head:
             changed = _difference(first, job)
-            raise ConfigError(
-                f"'{path}' is what another prediction has left, which differs in {changed}; remove it, or give another "
-                "predict.output"
-            )
+            if not anew:
+                raise ConfigError(
+                    f"'{path}' is what another prediction has left, which differs in {changed}; remove it, or give "
+                    "another predict.output"
+                )
+            self.note = f"begun anew: what an interrupted run has left here differs in {changed}"
         if first == head:
             while (line := file.readline()).endswith(b"\n"):
                 self.done, end = self.done + 1, end + len(line)
@@ -52,7 +61,7 @@ class Journal:
         file.flush()
 
     def add(self, batch: Any) -> None:
-        """Append the answers to a batch: any JSON value.
+        """Append what was found for a batch: any JSON value.
 
         Raises:
             StorageError: the disk is full.
@@ -63,27 +72,47 @@ class Journal:
         self.done += 1
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the answers to all batches."""
+        """Yield what was found for all batches."""
         with self.path.open("rb") as lines:
             next(lines)
             yield from map(json.loads, lines)
 
 
-@contextmanager
-def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
-    """Open the journal of a prediction file, or go on with one; it is removed at the end.
+def journal_of(output: Path) -> Path:
+    """Return the place of an output file's journal."""
+    return output.with_name(UNFINISHED_OUTPUTS.replace("*", output.name))
 
-    After an error it is kept if it holds an answer.
+
+def facts_of_model(config: RunConfig, source: Source, sections: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a job depends on: the weights, and options of the recipe.
+
+    Args:
+        config: the recipe.
+        source: where the weights are from.
+        sections: prefixes of the options that matter.
+    """
+    files = [(file.name, file.stat()) for file in sorted(source.path.glob("*.safetensors"))]
+    weights = [[name, found.st_size, found.st_mtime_ns] for name, found in files]
+    options = {key: value for key, value in leaves(config).items() if key.startswith(sections)}
+    recipe = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
+    return {"checkpoint.path": [str(source.path.resolve()), source.update, *weights], "the recipe": recipe}
+
+
+@contextmanager
+def open_journal(output: Path, job: Mapping[str, Any], *, anew: bool = False) -> Iterator[Journal]:
+    """Open the journal of an output file, or go on with one; it is removed at the end.
+
+    After an error it is kept if it holds a batch.
 
     Raises:
         ConfigError: another process writes it, or another job has left it.
         OSError: it cannot be written.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(UNFINISHED_PREDICTIONS.replace("*", output.name))
+    path = journal_of(output)
     try:
         with locked(path, wait=False) as file:
-            journal = Journal(path, file, job)
+            journal = Journal(path, file, job, anew=anew)
             try:
                 yield journal
             except BaseException:

@@ -143,10 +143,11 @@ def _answer(parts: Parts, batch: Batch) -> str:
 
 
 def _movement(parts: Parts, batch: Batch, names: Callable[[int], str], options: AttentionConfig) -> Movement | None:
-    """Attack one example; None if its task has no answer among labels, or the model no perturbation points."""
+    """Attack one example; say why, and return None, if its task has no answer among labels or nothing is perturbed."""
     try:
         return attack_example(parts, batch, names, radius=options.radius, steps=options.steps).movement
-    except (ConfigError, DataError):
+    except (ConfigError, DataError) as error:
+        print(f"note: no picture of an adversary for example {batch.ids[0]}: {error}")
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -13,13 +12,12 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from villa.config.printer import leaves
 from villa.config.schema import RunConfig
 from villa.distributed.strategy import strategy_of
 from villa.engine.answering import Answered, Answering, decode
 from villa.engine.answers import InOrder, submission_path
 from villa.engine.inference import restore_parts
-from villa.engine.journal import Journal, open_journal
+from villa.engine.journal import Journal, facts_of_model, open_journal
 from villa.engine.reading import RequestReader
 from villa.engine.requests import open_requests
 from villa.engine.setup import Parts
@@ -186,14 +184,9 @@ def _copy(work: _Work, journal: Journal, output: Path) -> int:
 
 def _job(config: RunConfig, source: Source, work: _Work) -> dict[str, Any]:
     """Return what the predictions depend on."""
-    files = [(file.name, file.stat()) for file in sorted(source.path.glob("*.safetensors"))]
-    weights = [[name, found.st_size, found.st_mtime_ns] for name, found in files]
-    options = {key: value for key, value in leaves(config).items() if key.startswith(_SECTIONS)}
-    recipe = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
     return {
         "predict.input": work.digest,
-        "checkpoint.path": [str(source.path.resolve()), source.update, *weights],
-        "the recipe": recipe,
+        **facts_of_model(config, source, _SECTIONS),
         **{f"predict.{name}": getattr(config.predict, name) for name in _OPTIONS},
     }
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from villa.analysis.probe_report import summary, table, write
+from villa.analysis.probe_report import JSON, summary, table, write
 from villa.analysis.probes import Key, Measured, Pairs, measure
 from villa.checkpoints.layout import CONFIG
 from villa.config.printer import to_yaml
 from villa.config.schema import RunConfig
 from villa.distributed.strategy import strategy_of
 from villa.engine.inference import restore_parts
+from villa.engine.journal import Journal, facts_of_model, journal_of, open_journal
 from villa.engine.linked_texts import LinkedTexts, open_linked, real_tokens
 from villa.engine.passes import evaluating
 from villa.engine.report import protocol
@@ -30,20 +33,34 @@ from villa.progress import track
 
 #: Texts that go through the model at once: maps take much memory.
 _AT_ONCE = 16
+#: Prefixes of the options on which measurements depend, besides those that say which texts.
+_SECTIONS = ("dataset.", "model.", "user_dir", "training.precision", "checkpoint.weights", "probe.")
 
 
 def probe(config: RunConfig) -> int:
-    """Probe a trained model; write ``probe.json``, tables and a figure to ``output_dir``."""
+    """Probe a trained model; write ``probe.json``, tables and a figure to ``output_dir``.
+
+    A probe that was interrupted goes on if it is started again with the same ``output_dir``.
+    """
     processes = strategy_of(config.distributed).connect()
     folder, options = Path(config.output_dir), config.probe
-    with claim(folder, resume=False, trains=False, processes=processes):
+    output = folder / JSON
+    resumes = journal_of(output).is_file()
+    with ExitStack() as stack:
+        stack.enter_context(claim(folder, resume=resumes, trains=False, processes=processes))
         parts, source = restore_parts(config, fresh=options.weights == "random")
         parts.strategy.connect()  # each process has the whole model, and a share of the texts
         fused = options.fusion and importlib.util.find_spec("sklearn") is not None
         if options.fusion and not fused and processes.is_main:
             print("note: fusion is left out, for scikit-learn is not installed (pip install 'villa[probe]')")
-        with open_linked(parts, options) as texts:
-            measured, heads = _measured(parts, texts, fused)
+        texts = stack.enter_context(open_linked(parts, options))
+        job = facts_of_model(config, source, _SECTIONS) | {
+            "the texts": _digest(texts),
+            "fusion": fused,
+            "the number of processes": processes.world_size,
+        }
+        journal = stack.enter_context(open_journal(output, job, anew=True)) if processes.is_main else None
+        measured, heads = _measured(parts, texts, fused, journal)
         if not processes.is_main:
             return 0
         facts = {**asdict(protocol(parts, source.update, "given")), "probe": asdict(options)}
@@ -57,18 +74,38 @@ def probe(config: RunConfig) -> int:
     return 0
 
 
-def _measured(parts: Parts, texts: LinkedTexts, fused: bool) -> tuple[list[Measured], list[str]]:
-    """Measure all texts, each process a share of them; return them in order, and the names of the heads."""
+def _digest(texts: LinkedTexts) -> str:
+    """Return a digest of the texts and links; files of generated data are elsewhere each time."""
+    found = hashlib.sha256()
+    for text in texts.texts:
+        found.update(repr(replace(text, files=(), where="")).encode())
+    return found.hexdigest()
+
+
+def _measured(
+    parts: Parts, texts: LinkedTexts, fused: bool, journal: Journal | None
+) -> tuple[list[Measured], list[str]]:
+    """Measure the texts that the journal lacks, each process a share of them.
+
+    Returns:
+        On the main process all texts in order, and the names of the heads.
+    """
     processes, heads = parts.strategy.processes, list[str]()
     step = _AT_ONCE * processes.world_size
     starts = range(0, len(texts.texts), step)
-    found: list[Measured] = []
-    for start in track(starts, "probe", mode=parts.config.logging.progress):
+    first = processes.largest(0 if journal is None else journal.done)
+    if journal is not None and (note := journal.note or (first and f"going on after {first * step:,} texts")):
+        print(f"note: {note}", flush=True)
+    for start in track(starts[first:], "probe", mode=parts.config.logging.progress):
         part = range(start, min(start + step, len(texts.texts)))
         mine = part[processes.rank :: processes.world_size]
         own, heads = _measure_batch(parts, texts, mine or part[:1], fused)
         gathered = processes.gather([[place, *_plain(one)] for place, one in zip(mine, own, strict=False)])
-        found += [_restored(values) for _, *values in sorted(row for rows in gathered for row in rows)]
+        if journal is not None:
+            journal.add([heads, sorted(row for rows in gathered for row in rows)])
+    found: list[Measured] = []
+    for heads, rows in journal or ():  # noqa: B007 (those of the last batch are those of all)
+        found += [_restored(values) for _, *values in rows]
     return found, heads
 
 
@@ -94,7 +131,7 @@ def names_of_heads(layers: Sequence[LayerMaps]) -> list[str]:
 
 
 def _plain(one: Measured) -> list[Any]:
-    """Return what was measured as JSON, for other processes."""
+    """Return what was measured as JSON, for the journal and other processes."""
     pairs = [
         [*key, p.linked.tolist(), p.count, p.random.tolist(), p.random_count, p.compared.tolist()]
         for key, p in one.pairs.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from villa.checkpoints.files import Checkpoint
-from villa.checkpoints.layout import CHECKPOINTS, CONFIG, METRICS, UNFINISHED, UNFINISHED_PREDICTIONS
+from villa.checkpoints.layout import CHECKPOINTS, CONFIG, METRICS, UNFINISHED, UNFINISHED_OUTPUTS
 from villa.checkpoints.weight_files import refuse_not_finite
 from villa.config.layers import read_stored
 from villa.config.values import Layer
@@ -64,7 +64,7 @@ class Source(ABC):
 def unused(folder: Path) -> Path:
     """Return ``folder``, or the first of ``folder-2``, ``folder-3``, ..., that is not there, or not finished."""
     candidate, number = folder, 1
-    while candidate.exists() and not ((candidate / UNFINISHED).exists() or any(candidate.glob(UNFINISHED_PREDICTIONS))):
+    while candidate.exists() and not ((candidate / UNFINISHED).exists() or any(candidate.glob(UNFINISHED_OUTPUTS))):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
