@@ -90,7 +90,7 @@ def test_a_signal_saves_ends_in_order_and_the_run_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     process = start(forks, folder, "checkpoint.every=1000")
-    while not (folder / "log.jsonl").exists():
+    while process.is_alive() and not (folder / "log.jsonl").exists():
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join(600)
@@ -146,7 +146,7 @@ def test_a_used_folder_is_refused_and_one_in_use_too(forks: Any, uninterrupted: 
     assert "already holds a run" in uninterrupted.with_suffix(".out").read_text()
     folder = tmp_path / "run"
     first = start(forks, folder, "training.updates=2000")
-    while not (folder / "log.jsonl").exists():
+    while process.is_alive() and not (folder / "log.jsonl").exists():
         time.sleep(0.01)
     assert finish(forks, folder) == 2
     assert "in use by another process" in folder.with_suffix(".out").read_text()
