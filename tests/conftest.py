@@ -12,7 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / place) for place in ("projects/example", "tests", "tests/engine", "tests/hub")]
+sys.path[:0] = [
+    str(ROOT / place) for place in ("projects/example", "tests", "tests/checkpoints", "tests/engine", "tests/hub")
+]
 
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; read before the first test imports transformers

@@ -156,10 +156,14 @@ def snapshot(name: str, files: Iterable[str], *, local: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    repository, revision = split_hub_name(name)
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files), local_files_only=local))
+
+
+def split_hub_name(name: str) -> tuple[str, str | None]:
+    """Split ``owner/name@revision`` into the repository and its revision, None for the newest."""
     repository, _, revision = name.partition("@")
-    return Path(
-        snapshot_download(repository, revision=revision or None, allow_patterns=list(files), local_files_only=local)
-    )
+    return repository, revision or None
 
 
 def vetted_config(values: Mapping[str, Any]) -> tuple[Values, list[str]]:

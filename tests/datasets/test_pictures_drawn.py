@@ -12,6 +12,7 @@ from PIL import Image
 from villa.cli.run import main
 from villa.config import load
 from villa.datasets.own.jsonl import Jsonl, JsonlConfig
+from villa.datasets.paths import SPLITS
 from villa.datasets.synthetic.pictures import COLOURS, PICTURES, SHAPES, write_pictures
 from villa.errors import ConfigError
 
@@ -52,6 +53,14 @@ def test_the_same_files_every_time_with_lines_that_are_true(task: str, tmp_path:
             assert len(line["images"]) == 2
             assert line["question"].split()[-1].rstrip(".") in SHAPES
             assert line["answer"] in ("True", "False")
+
+
+@pytest.mark.parametrize("task", PICTURES)
+def test_few_training_lines_have_all_answers_of_the_others(task: str, tmp_path: Path) -> None:
+    write_pictures(task, 32, tmp_path / "few")
+    answers = [{line.get("answer") for line in lines(tmp_path / "few" / f"{split}.jsonl")} for split in SPLITS]
+    assert answers[1] | answers[2] <= answers[0]
+    assert [len(lines(tmp_path / "few" / f"{split}.jsonl")) for split in SPLITS] == [32, 8, 8]
 
 
 def test_the_data_set_reads_questions_and_sentences() -> None:

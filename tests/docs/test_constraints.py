@@ -103,3 +103,10 @@ def test_extras_that_pages_name_exist() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     named = {extra for page in pages for extra in extras_of(page.read_text())}
     assert {"demo", "test", "docs"} <= named <= dict(metadata()["options.extras_require"]).keys()
+
+
+def test_the_page_lists_every_extra() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    page = (ROOT / "docs" / "installing.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(setup["options.extras_require"])

@@ -146,7 +146,7 @@ def test_a_used_folder_is_refused_and_one_in_use_too(forks: Any, uninterrupted: 
     assert "already holds a run" in uninterrupted.with_suffix(".out").read_text()
     folder = tmp_path / "run"
     first = start(forks, folder, "training.updates=2000")
-    while process.is_alive() and not (folder / "log.jsonl").exists():
+    while first.is_alive() and not (folder / "log.jsonl").exists():
         time.sleep(0.01)
     assert finish(forks, folder) == 2
     assert "in use by another process" in folder.with_suffix(".out").read_text()

@@ -17,7 +17,7 @@ from villa.checkpoints.tensors import check_archive
 from villa.checkpoints.weight_files import SAFETENSORS, refuse_not_finite
 from villa.errors import CheckpointError, ConfigError, nearest, reading
 from villa.files import from_home
-from villa.vetting import ADAPTER, GENERATION, chooses_code, vetted_source
+from villa.vetting import ADAPTER, GENERATION, chooses_code, split_hub_name, vetted_source
 
 CONFIG_FILE = "config.json"
 #: Options of a configuration that are counts of modules or labels, and their largest sensible values.
@@ -208,7 +208,7 @@ def _refuse_quantised(source: str, folder: Path) -> None:
 
 def is_hub_name(architecture: str) -> bool:
     """Return whether a text is ``owner/name``, perhaps with ``@revision``, and not an existing path."""
-    owner, slash, name = architecture.partition("@")[0].partition("/")
+    owner, slash, name = split_hub_name(architecture)[0].partition("/")
     return bool(slash and owner and name) and "/" not in name and not from_home(architecture).exists()
 
 

@@ -37,7 +37,7 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
         CheckpointError: the trained model does not exist or is damaged.
         ConfigError: it is to be trained further without a new ``output_dir``; or ``read_stored`` refuses its recipe.
     """
-    from villa.hub.opening import open_source
+    from villa.hub.opening import open_model
 
     path, run_type, output = (overrides.get(key, _NOTHING) for key in ("checkpoint.path", "run_type", "output_dir"))
     if not path.data or not path.text:
@@ -47,7 +47,7 @@ def saved_recipe(overrides: Layer) -> list[Layer]:
         raise ConfigError(
             f"checkpoint.path='{path.text}' is to be trained on: give output_dir=..., where the new run goes"
         )
-    source = open_source(path.text)
+    source = open_model(path.text)
     layers = [_without_places(layer) for layer in source.recipe()]
     if not reads:
         return layers

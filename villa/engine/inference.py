@@ -13,7 +13,7 @@ from villa.engine.run_folder import claim
 from villa.engine.setup import Parts, build
 from villa.evaluation.results import Result, write_metrics
 from villa.files import atomic_write
-from villa.hub.opening import open_source
+from villa.hub.opening import open_model
 from villa.hub.source import Source
 
 
@@ -28,7 +28,7 @@ def restore_parts(config: RunConfig, *, fresh: bool = False) -> tuple[Parts, Sou
         CheckpointError: the trained model is missing, damaged or of another kind.
     """
     assert config.checkpoint.path is not None, "the configuration was not validated"
-    source = open_source(config.checkpoint.path, config.checkpoint.weights)
+    source = open_model(config.checkpoint.path, config.checkpoint.weights)
     with source.assets() as assets:
         parts = build(config, assets=assets)
     if not fresh:

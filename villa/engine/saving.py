@@ -24,10 +24,11 @@ from villa.errors import VillaError
 from villa.files import atomic_write, write_json
 from villa.hub import weights
 from villa.hub.folder import ITSELF
-from villa.hub.opening import may_be_hub_name, open_source
+from villa.hub.opening import may_be_hub_name, open_model
 from villa.hub.private import refuse_private, remove_places, without_places
 from villa.hub.source import Source
 from villa.models.base import Model
+from villa.vetting import split_hub_name
 
 #: Model options that the saved configuration contains, or that have no effect once the weights are saved, with their
 #: values in a saved recipe.
@@ -179,10 +180,10 @@ def base_model(source: Source, depth: int = 5) -> str | None:
     if isinstance(known, str) or place is None or not depth:
         return known if isinstance(known, str) else None
     if may_be_hub_name(place):  # a model was fetched before the training, which a folder that is gone was not
-        name = place.partition("@")[0]
+        name, _ = split_hub_name(place)
         return name if isinstance(try_to_load_from_cache(name, CONFIG_FILE), str) else None
     try:
-        return base_model(open_source(place), depth - 1)
+        return base_model(open_model(place), depth - 1)
     except VillaError:  # a file of weights, or what is gone or damaged by now
         return None
 

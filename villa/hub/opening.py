@@ -15,7 +15,7 @@ from villa.files import local_path
 from villa.hub.folder import open_saved
 from villa.hub.foreign import TransformersSource
 from villa.hub.source import CheckpointSource, Source
-from villa.vetting import snapshot
+from villa.vetting import snapshot, split_hub_name
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 #: Files to download from the hub; pickled weights only if there are no others.
@@ -23,7 +23,7 @@ _FILES = ["*.json", "*.jsonl", "*.safetensors", "*.txt", "*.model", "*.jinja", "
 _PICKLED = "pytorch_model*.bin"
 
 
-def open_source(place: str, weights: Literal["average", "live"] = "average") -> Source:
+def open_model(place: str, weights: Literal["average", "live"] = "average") -> Source:
     """Return the trained model at a path or on the hub.
 
     Args:
@@ -74,9 +74,9 @@ def saved_on_hub(place: str) -> Path | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    name, _, revision = place.partition("@")
+    name, revision = split_hub_name(place)
     try:
-        hf_hub_download(name, SAVED, revision=revision or None)
+        hf_hub_download(name, SAVED, revision=revision)
     except Exception:  # it has none, or the hub cannot be asked, which the model's own loader says
         return None
     return fetch(place)

@@ -15,7 +15,7 @@ from villa.errors import DataError, nearest
 from villa.files import fsync_tree, locked, no_space
 
 #: Version of the generated data; raise it with every change, so that older caches are not used.
-VERSION = 1
+VERSION = 2
 #: Training examples; validation and test get a quarter of them each.
 EXAMPLES = 512
 

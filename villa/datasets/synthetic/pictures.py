@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,19 @@ def write_pictures(task: str, examples: int, root: Path) -> None:
 
     Args:
         task: one of ``PICTURES``.
-        examples: training lines; validation and test get a quarter of them each.
+        examples: training lines; validation and test get a quarter of them each, with answers that training has.
         root: folder to create.
     """
     (root / "images").mkdir(parents=True)
+    known: set[Any] = set()
     for split in SPLITS:
         random = np.random.default_rng(derive_seed("pictures", task, split))
-        lines = list(PICTURES[task](root, split, examples if split == "train" else examples // 4, random))
+        if split == "train":
+            lines = list(PICTURES[task](root, split, examples, random))
+            known = {line.get("answer") for line in lines}
+        else:
+            drawn = PICTURES[task](root, split, 100 * examples, random)
+            lines = list(islice((line for line in drawn if line.get("answer") in known), examples // 4))
         (root / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
