@@ -48,7 +48,7 @@ def _main(argv: Sequence[str]) -> int:
     ):
         print(*table, sep="\n", end="\n\n")
     if options.figure is not None:
-        draw(rows, options.figure)
+        draw(rows, options.figure, " ".join(options.values))
     return 0
 
 

@@ -169,12 +169,13 @@ def time_table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.gpus:,} | {row.strategy} | {batches} | {times} | {in_units(row.features, 'B/s')} |"
 
 
-def draw(rows: Sequence[Row], output: Path) -> None:
+def draw(rows: Sequence[Row], output: Path, title: str) -> None:
     """Write a figure of memory and time against the number of GPUs, a line for each strategy.
 
     Args:
         rows: rows by number of GPUs and strategy.
         output: the PNG.
+        title: what is planned.
 
     Raises:
         OSError: it cannot be written.
@@ -182,8 +183,9 @@ def draw(rows: Sequence[Row], output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}; planned, not measured")
     memory, time = figure.subplots(1, 2)
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
         own, marker = [row for row in rows if row.strategy == strategy], "os^Dv"[index % 5]
@@ -193,8 +195,8 @@ def draw(rows: Sequence[Row], output: Path) -> None:
         time.plot(gpus, [row.link for row in own], linestyle="--", label=f"sending, {strategy}", **style)
     own = [row for row in rows if row.strategy == rows[0].strategy]
     time.plot([row.gpus for row in own], [row.compute for row in own], "o-", color="black", label="computing")
-    for axes, title in ((memory, "memory of a rank at its peak (GiB)"), (time, "seconds of an update")):
-        axes.set(xscale="log", xlabel="GPUs", title=title)
+    for axes, heading in ((memory, "memory of a rank at its peak (GiB)"), (time, "seconds of an update")):
+        axes.set(xscale="log", xlabel="GPUs", title=heading)
         axes.set_xticks(sorted({row.gpus for row in rows}), labels=[f"{n:,}" for n in sorted({r.gpus for r in rows})])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
