@@ -60,6 +60,8 @@ def test_a_recipe_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--list", "modls"], "--list 'modls': nothing of that kind; did you mean 'models'?"),
         (["recipe.yaml"], "the argument 'recipe.yaml' is not of the form key=value; did you mean"),
         ([], "model: missing; name one with model=NAME or in the recipe"),
+        (["confg=own.yaml"], "confg (command line): unknown key; did you mean 'config'?"),
+        (["modle=uniter"], "modle (command line): unknown key; did you mean 'model'?"),
         (["--help", "trainer=vila"], "no trainer is called 'vila'; did you mean 'villa'?"),
     ],
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from villa.config.options import Option, dataclass_options, find, recipe_options
-from villa.config.schema import ALTERNATIVES, VARIANTS
+from villa.config.schema import ALTERNATIVES, VARIANTS, RunConfig
 from villa.config.values import DEFAULT, Layer, Origin, Value, show
 from villa.errors import ConfigError, nearest, one_line
 from villa.registry import REGISTRIES
@@ -74,6 +74,7 @@ def choose(section: str, layers: Sequence[Layer]) -> Variant:
             name, origin = text, given.origin
     registry = REGISTRIES[VARIANTS[section]]
     if not name:
+        _refuse_misspelt(layers)
         known = ", ".join(registry.names())
         raise ConfigError(f"{section}: missing; name one with {section}=NAME or in the recipe (known: {known})")
     try:
@@ -82,6 +83,16 @@ def choose(section: str, layers: Sequence[Layer]) -> Variant:
         raise ConfigError(f"{section} = '{name}' ({origin}): cannot be imported: {one_line(error)}") from error
     except ConfigError as error:
         raise ConfigError(f"{section} ({origin}): {error}") from error
+
+
+def _refuse_misspelt(layers: Sequence[Layer]) -> None:
+    """Refuse a key that was meant to name the recipe or a section, which are missed first."""
+    known = ["config", *(field.name for field in fields(RunConfig))]
+    for layer in reversed(layers):
+        for key, value in layer.items():
+            head = key.partition(".")[0]
+            if head not in known and (hint := nearest(head, known)):
+                raise ConfigError(f"{key} ({value.origin}): unknown key{hint}")
 
 
 def drop_foreign(layers: Sequence[Layer], variants: Mapping[str, Variant]) -> tuple[Layer, list[str]]:
