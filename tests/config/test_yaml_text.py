@@ -74,6 +74,7 @@ def test_below_three_levels_a_mapping_is_a_value() -> None:
     [
         ("a: 1\na: 2", "f.yaml:2: the key 'a' is given twice, first in line 1"),
         ("a: 1\n\n3: 2", "f.yaml:3: the key 3 is not a name"),
+        ("a: {b:c}", "f.yaml:1: the key 'b:c' is not a name of letters, digits, _, - and /; write a space after ':'"),
         ("a.b: 1", "f.yaml:1: the key 'a.b' is not a name of letters, digits, _, - and /; write 'a: {b: c}'"),
         ("- 1", "f.yaml:1: a recipe is a mapping"),
         ("just text", "f.yaml:1: a recipe is a mapping"),

@@ -134,6 +134,7 @@ def test_a_run_may_have_several_processes(tmp_path: Path) -> None:
         (["--sweep", "seed=1,2", "launcher=local", "launcher.processes=2"], "set distributed.strategy=ddp or fsdp"),
         (["--sweep", "trainer=standard,vila"], "run trainer=vila"),
         (["--sweep", "seed"], "is not of the form option=value,value,..."),
+        (["--sweep", "seed=1", "output_dir=x"], "the folder of the whole sweep; give it before --sweep"),
         (["--sweep", "seed=1", "--at-once", "0"], "--at-once 0 is too few"),
         (["--sweep", "run_type=val", "checkpoint.path=x"], "does not go with a sweep"),
         (["--sweep", "seed=1", "--print-config"], "--sweep trains"),

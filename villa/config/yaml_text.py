@@ -155,7 +155,8 @@ def _items(node: Any, locate: Locate, pattern: re.Pattern[str]) -> Iterator[tupl
         line = key.start_mark.line + 1
         name = _construct(key, locate)
         if not isinstance(name, str) or not pattern.fullmatch(name):
-            hint = "; write 'a: {b: c}' for 'a.b: c'" if isinstance(name, str) and "." in name else ""
+            text = name if isinstance(name, str) else ""
+            hint = "; write 'a: {b: c}' for 'a.b: c'" if "." in text else "; write a space after ':'" * (":" in text)
             raise ConfigError(
                 f"{locate(line)}: the key {name!r:.80} is not a name of letters, digits, _, - and /{hint}"
             )

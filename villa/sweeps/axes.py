@@ -69,6 +69,8 @@ def parse_axis(argument: str) -> Axis:
     values = _split(text)
     if not (equals and name and all(values)):
         raise ConfigError(f"--sweep {argument!r:.80} is not of the form option=value,value,...")
+    if name == "output_dir":
+        raise ConfigError(f"--sweep {argument!r:.80}: it is the folder of the whole sweep; give it before --sweep")
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
         raise ConfigError(f"--sweep {name} has {twice} twice; give every value once")
