@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [
@@ -17,6 +18,8 @@ sys.path[:0] = [
 ]
 
 torch.set_num_threads(1)
+settings.register_profile("villa", deadline=None, suppress_health_check=list(HealthCheck))  # a machine may be busy
+settings.load_profile("villa")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded; read before the first test imports transformers
 
 

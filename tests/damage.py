@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from tiny_runs import seal
 from torch import Tensor
 
 #: Minutes instead of seconds with VILLA_FUZZ_EXAMPLES=2000.
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))
-fuzz = settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
+fuzz = settings(max_examples=EXAMPLES, database=None)
 seeds = st.integers(0, 2**32).map(random.Random)
 
 _ODD: tuple[Any, ...] = (

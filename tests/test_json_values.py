@@ -79,7 +79,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(st.lists(PIECES, min_size=1, max_size=3).map("".join), min_size=1, max_size=4))
 @example(['{"a":1', '"c":1},{}'])
 @example(['{"a":[1', "{}]},5"])

@@ -37,7 +37,7 @@ def test_each_record_is_one_flushed_line_of_valid_json(tmp_path: Path) -> None:
     tracker.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(values=st.dictionaries(NAMES, st.floats(), max_size=5))
 def test_every_float_reads_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, values: dict[str, float]) -> None:
     path = tmp_path_factory.mktemp("log") / "log.jsonl"

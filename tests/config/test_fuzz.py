@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from villa.config import annotated, from_yaml, load, to_yaml
@@ -12,7 +12,7 @@ from villa.errors import ConfigError
 from villa.models.base import ModelConfig
 from villa.trainers.villa import VillaConfig
 
-fuzz = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=100)
 
 YAML_TEXT = st.text("${}[]:'\"\\ ,.-+eE019abx_/#&*!|>%@`\n\t~\u00e9\u2028\x85\x7f\ufeff?=", max_size=12)
 KEYS = st.sampled_from(

@@ -1,7 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from villa.config import annotated, from_yaml, load, to_yaml
@@ -33,7 +33,7 @@ def test_presets_are_origins(recipe: str) -> None:
     assert "  modality: text   # preset 'official'" in annotated(loaded.config, loaded.origins).splitlines()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     name=(st.text(min_size=1) | st.text("${}\\:#'\"ab 0", min_size=1)).filter(is_one_line),
     rate=st.floats(0, exclude_min=True, allow_infinity=False),

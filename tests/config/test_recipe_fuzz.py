@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from recipes import recipes
 
 from villa.config import annotated, from_yaml, load, to_yaml
@@ -12,9 +12,7 @@ from villa.config.values import show
 from villa.errors import VillaError
 
 fuzz = settings(
-    deadline=None,
     max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")),
-    suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes
 )
 

@@ -248,7 +248,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example("vqa", "gradient_accumulation_steps", 0, 4)
 @given(
     st.sampled_from(sorted(TASKS)), st.sampled_from(sorted(COMMON | ADVERSARY | PRETRAINING)), values, st.integers(1, 3)

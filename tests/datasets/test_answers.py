@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from villa.datasets.base import answer_list, plain_answer, read_answer_list, read_answers
@@ -85,7 +85,6 @@ def test_a_released_list_keeps_its_answers_to_the_letter(tmp_path: Path) -> None
 LABELS = st.lists(st.text(max_size=4).map(plain_answer), min_size=1, max_size=6, unique=True)
 
 
-@settings(suppress_health_check=list(HealthCheck))
 @given(answers=LABELS)
 def test_what_is_written_is_read(tmp_path: Path, answers: list[str]) -> None:
     for path in (tmp_path / "a.json", tmp_path / "a.txt"):

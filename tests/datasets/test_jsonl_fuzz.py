@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -15,9 +15,7 @@ from villa.engine.requests import open_requests
 from villa.errors import DataError
 
 fuzz = settings(
-    deadline=None,
     max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")),
-    suppress_health_check=list(HealthCheck),
 )
 GOOD = [
     {"id": "a", "image": "i.png", "question": "what is it?", "answer": "red"},

@@ -18,7 +18,7 @@ def indices(sampler: UpdateSampler, epoch: int) -> Counter[int]:
     return Counter(index for update in sampler.epoch(epoch) for part in update for index in part)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 70), st.integers(1, 70) | st.none(), st.integers(0, 3))
 def test_examples_every_example_once_and_even_parts(
     lengths: list[int], size: int, per_pass: int | None, epoch: int
@@ -33,7 +33,7 @@ def test_examples_every_example_once_and_even_parts(
         assert max(sizes) <= (per_pass or size)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(40, 400), st.integers(1, 4), st.integers(1, 90), st.integers(0, 3))
 def test_tokens_every_example_once_within_the_budget(
     lengths: list[int], per_pass: int, passes: int, bucket: int, epoch: int
@@ -66,7 +66,7 @@ def test_token_budget_is_used_on_realistic_lengths() -> None:
         assert real >= 0.95
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 9), st.integers(0, 3))
 def test_token_micro_batches_are_cut_to_a_multiple(lengths: list[int], multiple: int, epoch: int) -> None:
     sampler = UpdateSampler(lengths, BatchConfig(tokens=200, multiple=multiple), seed=1)
@@ -144,7 +144,7 @@ def test_unusable_batches_are_refused() -> None:
         UpdateSampler([], BatchConfig(examples=4), 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 70), st.booleans())
 def test_what_drop_last_leaves_out_is_told(lengths: list[int], size: int, by_tokens: bool) -> None:
     batch = BatchConfig(drop_last=True, **({"tokens": 40 * size} if by_tokens else {"examples": size}))

@@ -221,7 +221,7 @@ PARTS = ["a", "b", "E", "\u00e9", "\u0301", " ", "  ", "\t", "\u00a0", "\x1c", "
 ANY_TEXT = st.lists(st.sampled_from(PARTS))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ANY_TEXT, min_size=1, max_size=6))
 def test_a_vocabulary_is_counted_as_if_text_by_text(texts: list[list[str]]) -> None:
     joined = ["".join(text) for text in texts] + ["a"]
@@ -253,7 +253,7 @@ def _tokenizers() -> dict[str, Tokenizer]:
 TOKENIZERS = _tokenizers()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANY_TEXT, st.none() | ANY_TEXT)
 def test_tokens_are_counted_as_they_are_made(text: list[str], pair: list[str] | None) -> None:
     for tokenizer in TOKENIZERS.values():

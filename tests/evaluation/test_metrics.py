@@ -36,7 +36,7 @@ def test_soft_accuracy_is_the_score_of_the_chosen_answer() -> None:
     assert metric.compute()["soft_accuracy"] == pytest.approx((0.3 + 0.9 + 0.0) / 3, abs=1e-7)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 1000))
 def test_states_of_several_ranks_add_up_to_the_whole(sizes: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

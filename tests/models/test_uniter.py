@@ -111,7 +111,7 @@ def cut(batch: Batch, row: int, tokens: int, regions: int) -> Batch:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lengths=st.lists(st.tuples(st.integers(1, 7), st.integers(0, 5)), min_size=2, max_size=4))
 def test_a_padded_batch_equals_its_examples_one_by_one(lengths: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)

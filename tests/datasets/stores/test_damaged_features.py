@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -33,8 +33,6 @@ from villa.errors import DataError
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))
 fuzz = settings(
     max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 BOXES = np.array([[0, 0.25, 0.5, 1], [0.25, 0.25, 1, 0.5], [0, 0, 1, 1]], np.float32)
 #: Where a file is changed (a share of its length), and to what; and where it is cut off.

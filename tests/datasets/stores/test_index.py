@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from villa.datasets.ragged import Ragged
@@ -27,7 +27,7 @@ EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))
 TEXTS = st.text(max_size=9) | st.sampled_from(["", "\0", "a\0", "a" * 7, "a" * 8, "a" * 40])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(TEXTS | st.text(st.characters(exclude_categories=())), max_size=30))
 def test_texts_come_back(texts: list[str]) -> None:
     """Halves of surrogate pairs, too, as a path may have them."""
@@ -44,7 +44,7 @@ def test_texts_come_back(texts: list[str]) -> None:
             names[len(texts)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(TEXTS, max_size=30, unique=True), st.lists(TEXTS, max_size=10), st.integers(1, 40))
 def test_names_are_found_however_many_are_searched_at_a_time(texts: list[str], others: list[str], part: int) -> None:
     place = {text: row for row, text in enumerate(texts)}
@@ -188,8 +188,6 @@ def test_a_damaged_index_is_made_again(kept: Path, builder: Builder, damage: Cal
 
 @settings(
     max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6), st.floats(0, 1))
 def test_bytes_that_were_altered_never_end_the_process(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from villa.datasets.uniter import index, json_tables
@@ -23,7 +23,7 @@ from villa.datasets.uniter.json_tables import (
 )
 
 TEXTS = st.text(st.sampled_from('a,:"\\[]{} é\0'), max_size=6)
-fixtures = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fixtures = settings(max_examples=150)
 
 
 def numbers(path: Path, least: int = 0) -> dict[str, int]:

@@ -30,7 +30,7 @@ def check(lines: TextLines, contents: bytes) -> None:
     assert [lines.line(index) for index in range(len(lines))] == [row for _, row in expected]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(PARTS), st.integers(1, 9), st.integers(1, 4))
 def test_lines_and_their_numbers_are_those_of_the_file(parts: list[bytes], block: int, together: int) -> None:
     contents = b"".join(parts)

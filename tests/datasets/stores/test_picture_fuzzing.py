@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,9 +19,7 @@ from villa.errors import DataError
 
 FUZZ = settings(
     max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")),
-    deadline=None,
     database=None,
-    suppress_health_check=list(HealthCheck),
 )
 #: Modes by format; each is a file that is damaged.
 MODES = {

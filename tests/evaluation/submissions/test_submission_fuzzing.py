@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from submission_cases import IDS, submission, write_submission
 
@@ -19,9 +19,7 @@ JSON_TASKS = [name for name in TASKS if SUBMISSIONS.get(name).suffix == ".json"]
 FIXED = settings(
     derandomize=True,
     database=None,
-    deadline=None,
     max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 WORDS = st.sampled_from(
     ["question_id", "answer", "questionId", "prediction", "id", "label", "sent_id", "box", "\ud800"]
