@@ -90,6 +90,7 @@ def write_figure(figure: Figure, output: Path) -> None:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
             atomic_write(output.with_suffix(f".{kind}"), buffer.getvalue())
+            figure.set_layout_engine("none")  # what is laid out stays where it is
 
 
 def curves_figure(
