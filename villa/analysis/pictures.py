@@ -123,7 +123,8 @@ class View:
 def entropy(weights: Tensor) -> Tensor:
     """Return the entropy in bits of weights ``[..., R]`` that are scaled to 1: 0 for one region, log2(R) for all."""
     shares = weights.double() / weights.double().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return -(shares * torch.log2(shares.clamp(min=torch.finfo(torch.float64).tiny))).sum(-1)
+    nats: Tensor = torch.special.entr(shares)
+    return nats.sum(-1) / math.log(2)
 
 
 def columns(views: Sequence[View], heads: Sequence[str], words: bool) -> list[tuple[str, View, str]]:
@@ -165,7 +166,8 @@ def draw(views: Sequence[View], heads: Sequence[str], *, words: bool = True) -> 
                 own.axis("off")
                 continue
             paint(own, view, weights[token])
-            own.set_xlabel(f"{entropy(weights[token]):.2f} bits, most {weights[token].max():.2f}", fontsize=7)
+            numbers = f"{entropy(weights[token]):.2f} bits, most {weights[token].max():.2f}"
+            own.set_xlabel(numbers if weights[token].any() else "no attention to the image", fontsize=7)
             if line == 0:
                 own.set_title(_plain(title), fontsize=9)
             if place == 0:

@@ -306,18 +306,22 @@ def draw(content: Mapping[str, Any], output: Path, title: str) -> None:
                 axes.plot([place - 0.2] * 2, found["interval"], color="black", linewidth=1.2)
         axes.set_xticks(range(len(known)), [visible(kind) for kind in known], rotation=35, ha="right", fontsize=8)
         axes.set_title(probe if probe != GROUNDING else "grounding accuracy", fontsize=10)
-        axes.legend(fontsize=8, frameon=False)
+        axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     if content["importance"]:
         _draw_importance(panels[len(results)], content["importance"])
     if content["fusion"]:
         panels[-1].plot(range(len(content["fusion"])), content["fusion"], marker="o", markersize=3)
-        panels[-1].set_ylim(0, 1)
+        panels[-1].set_ylim(0, 1.05)
         panels[-1].set_title("fusion: NMI of clusters and modality\n(lower is more fused)", fontsize=10)
         panels[-1].set_xlabel("layer (0: embedding)")
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="y")
-    figure.suptitle(f"{visible(title)}; heads chosen on one half of the images, shown on the other", fontsize=10)
+    for axes in panels[len(results) :]:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    chosen = "heads chosen on one half of the images, shown on the other; black lines: 95 % intervals"
+    figure.suptitle(f"{visible(title)}; {chosen}", fontsize=10)
     write_figure(figure, output)
 
 
