@@ -97,8 +97,11 @@ class Gallery:
         key = repr([item for item in leaves(config).items() if not item[0].startswith(_IDLE)])
         if key not in self._known:
             trainer = TRAINERS.get(config.trainer.name)(config.trainer)
+            plan, reason = self._plan(values, number)
+            if plan is not None:  # without dropout, some methods save passes
+                trainer.stochastic = plan.model.stochastic()
             relative = config.training.passes() * trainer.relative_cost(config.dataset.objectives())
-            self._known[key] = Cost(*self._plan(values, number), describe_cost(trainer, config), relative)
+            self._known[key] = Cost(plan, reason, describe_cost(trainer, config), relative)
         return self._known[key]
 
     def _plan(self, values: list[str], number: int) -> tuple[Plan | None, str]:
