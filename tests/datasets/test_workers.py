@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from villa.batch import Batch
 from villa.config import load
@@ -105,6 +106,17 @@ def test_in_evaluation_too_and_what_to_do_is_said() -> None:
     told = message(lambda: list(evaluation_batches(split, collate, 4, workers=2, timeout=0.5, share=Share(1, 2))))
     assert " of rank 1 was killed by SIGKILL while reading example 5: look at this example and its files" in told
     assert told.endswith("where memory is short, which ends processes by SIGKILL, lower training.workers")
+
+
+def test_a_handler_that_another_loader_has_left_does_not_raise_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    signal_handling._set_SIGCHLD_handler()
+    try:
+        for fault, told in ((kill, "was killed by SIGKILL"), (lambda: time.sleep(3600), " hangs: ")):
+            assert told in message(lambda fault=fault: read_epoch(stream(Faulty(fault), 2, timeout=0.2)))  # type: ignore[misc]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_batch_that_kills_is_named_by_its_first_example() -> None:

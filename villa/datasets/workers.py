@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from villa.errors import DataError, StorageError
 from villa.files import no_space
@@ -239,8 +240,12 @@ def _start(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
     handler = signal.getsignal(signal.SIGCHLD)
     with held_back():  # a signal would kill a worker that is not shielded yet
         loading = iter(loader)
+    # torch's handler would raise wherever the main thread is when a worker dies, such as in a model. Another loader may
+    # have left it, so that no worker is given to it either.
+    if getattr(loading, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(loading))  # type: ignore[attr-defined]
+        loading._worker_pids_set = False  # type: ignore[attr-defined]
     if handler is not None and threading.current_thread() is threading.main_thread():
-        # The loader's own handler would raise wherever the main thread is when a worker dies, such as in a model.
         signal.signal(signal.SIGCHLD, handler)
     return loading, [child for child in multiprocessing.active_children() if child.pid not in others]
 
