@@ -12,6 +12,7 @@ from torch import Tensor
 
 from villa.analysis.movement import near
 from villa.analysis.pictures import View, entropy
+from villa.analysis.probe_comparison import Probed, compare
 from villa.analysis.probe_report import collect, split_images, summary, table, winners
 from villa.analysis.probes import ALL, Key, Measured, fusion, is_grid, measure
 from villa.batch import Batch
@@ -161,6 +162,35 @@ def test_images_that_occur_twice_leave_the_means() -> None:
     sums = [collect(texts, [], 10)["coreference", ALL] for texts in (once, twice)]
     for one, other in zip(*sums, strict=True):
         assert one.means().tolist() == pytest.approx(other.means().tolist())
+
+
+def probed(label: str, values: dict[str, list[float | None]]) -> Probed:
+    """The comparison's input, from the mean of each image's single pair by probe and type."""
+    keys = list(values)
+    results: dict[str, dict[str, None]] = {}
+    for key in keys:
+        results.setdefault(key.partition("/")[0], {})[key.partition("/")[2]] = None
+    sums = {
+        str(image): {f"{key}/half": (value, 1) for key, value in zip(keys, row, strict=True) if value is not None}
+        for image, row in enumerate(zip(*values.values(), strict=True))
+    }
+    return Probed(label, {"protocol": {"probe": {}}, "results": results}, sums)
+
+
+def test_runs_are_compared_type_by_type_and_on_their_mean() -> None:
+    count = 40
+    rare: list[float | None] = [0.5, *[None] * (count - 1)]
+    base = probed("one", {"coreference/red": [0.1] * count, "coreference/rare": rare, "relations/on": [0.2] * count})
+    other = probed("other", {"coreference/red": [0.3] * count, "coreference/rare": [0.9, *rare[1:]]})
+    first, second = (row["values"] for row in compare([base, other]) if row["selection"] == "half")
+    assert first["relations/on"] == {"value": pytest.approx(0.2)}
+    assert "relations/on" not in second  # such a model has no mean of 0
+    assert first["coreference/mean of types"]["value"] == pytest.approx(0.3)
+    assert second["coreference/red"]["interval"] == pytest.approx([0.2, 0.2])
+    assert second["coreference/rare"]["interval"] == pytest.approx([0.4, 0.4])  # of resamples that hold such a pair
+    mean = second["coreference/mean of types"]
+    assert (mean["value"], mean["difference"]) == (pytest.approx(0.6), pytest.approx(0.3))
+    assert mean["interval"] == pytest.approx([0.2, 0.3])  # the rare type is not in every resample
 
 
 def test_halves_share_no_image_and_the_head_is_chosen_on_the_first() -> None:

@@ -1,6 +1,7 @@
 """``run_type=probe`` and ``run_type=attention`` through the command, with a run on generated data."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,22 +96,59 @@ def test_an_interrupted_probe_goes_on_to_the_same_bytes(
     assert "begun anew: what an interrupted run has left here differs in the recipe" in capsys.readouterr().out
 
 
-def test_released_links_are_read_with_features_and_a_tokenizer(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "Sentences").mkdir()
-    (tmp_path / "Annotations").mkdir()
+def entities(folder: Path) -> list[str]:
+    """The options of a probe of four captions and feature files in the released form."""
+    (folder / "Sentences").mkdir()
+    (folder / "Annotations").mkdir()
     box = "<object><name>1</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>51</xmax><ymax>51</ymax></bndbox></object>"
     xml = f"<annotation><size><width>100</width><height>100</height></size>{box}</annotation>"
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
     for number in range(4):
-        (tmp_path / "Sentences" / f"{number}.txt").write_text("[/EN#1/people a red dog] looks\n")
-        (tmp_path / "Annotations" / f"{number}.xml").write_text(xml)
+        (folder / "Sentences" / f"{number}.txt").write_text("[/EN#1/people a red dog] looks\n")
+        (folder / "Annotations" / f"{number}.xml").write_text(xml)
         features = np.random.default_rng(number).normal(size=(2, 64)).astype(np.float32)
         boxes = np.float32([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
-        np.savez(tmp_path / f"f{number:0>5}.npz", features=features, boxes=boxes)
-    given = [f"probe.path={tmp_path}", "probe.data=flickr30k_entities", f"probe.tokenizer={tmp_path / 'vocab.txt'}"]
-    files = [f"probe.images={tmp_path}", "probe.file=f{id:5}.npz"]
-    content = probe(trained, *given, *files, f"output_dir={tmp_path / 'out'}")
+        np.savez(folder / f"f{number:0>5}.npz", features=features, boxes=boxes)
+    given = [f"probe.path={folder}", "probe.data=flickr30k_entities", f"probe.tokenizer={folder / 'vocab.txt'}"]
+    return [*given, f"probe.images={folder}", "probe.file=f{id:5}.npz"]
+
+
+def test_released_links_are_read_with_features_and_a_tokenizer(trained: Path, tmp_path: Path) -> None:
+    content = probe(trained, *entities(tmp_path), f"output_dir={tmp_path / 'out'}")
     assert content["results"]["coreference"]["people"]["same"]["pairs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "what"),
+    [([], [], "the texts"), (["probe.weights=random"], ["probe.weights=random", "seed=5"], "the recipe")],
+)
+def test_an_interrupted_probe_of_other_features_or_draws_begins_anew(
+    trained: Path,
+    tmp_path: Path,
+    first: list[str],
+    then: list[str],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [*entities(tmp_path), f"output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(probing, "_AT_ONCE", 2)
+    measure, places = probing._measure_batch, list[int]()
+
+    def interrupted(*given: Any) -> Any:
+        places.append(given[2][0])
+        if places == [0, 2]:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(probing, "_measure_batch", interrupted)
+    probe(trained, *options, *first, code=130)
+    if not then:  # the same size, at another time
+        features = tmp_path / "f00000.npz"
+        os.utime(features, ns=(0, features.stat().st_mtime_ns + 1))
+    probe(trained, *options, *then)
+    assert f"begun anew: what an interrupted run has left here differs in {what}" in capsys.readouterr().out
+    assert places == [0, 2, 0, 2]
 
 
 def test_regions_are_read_from_an_image_database(

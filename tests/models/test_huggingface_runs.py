@@ -13,6 +13,7 @@ from processor_batches import ANSWERS, GENERATIVE, TARGETS, tiny, tiny_folder, w
 import villa
 from villa.checkpoints.store import load
 from villa.cli.run import main
+from villa.errors import DataError
 from villa.facts import DataFacts, Task
 from villa.models.huggingface.config import HuggingFaceConfig
 from villa.models.huggingface.model import HuggingFaceModel
@@ -101,6 +102,12 @@ def test_a_trained_model_needs_neither_the_first_folder_nor_the_recipe(name: str
     tested = [json.loads(line) for line in (tmp_path / "run" / "predictions_test.jsonl").read_text().splitlines()]
     assert [one["answer"] for one in found] == [one["answer"] for one in tested]
     assert [one["score"] for one in found] == pytest.approx([one["score"] for one in tested], rel=1e-4)
+    if predictor.parts.data.facts().task == "generation":  # maps without an adversary, which is refused in a line
+        shown = predictor.attention(image=asked[0]["image"], text=asked[0]["question"], attack=True)
+        assert shown.movement is None
+        assert shown.weights("1.mean").shape == (len(shown.tokens), len(shown.attention.boxes))
+        with pytest.raises(DataError, match="the model writes its answers"):
+            predictor.attack(image=asked[0]["image"], text=asked[0]["question"], radius=0.1)
 
 
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(work: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from villa.json_values import read_own
 from villa.streams import visible
 
 RESULTS = "probe_comparison.json"
+#: Stands for the mean over types, each with its own best head, as in the VILLA paper's table.
+MEAN = "mean of types"
 _DRAWS = 2000
 #: Options that may differ between runs that are compared.
 _FREE = ("fusion", "weights", "images", "file", "tokenizer")
@@ -84,37 +86,59 @@ def compare(runs: Sequence[Probed]) -> list[dict[str, Any]]:
             raise DataError(
                 f"'{first.label}' and '{run.label}' were probed with other {differing}: probe both in the same way"
             )
-    keys = list(dict.fromkeys(key for run in runs for values in run.sums.values() for key in values))
+    listed = [(probe, kind) for run in runs for probe, its in run.content["results"].items() for kind in its]
+    listed = sorted(dict.fromkeys(listed), key=lambda one: one[1] == ALL)
+    kinds = {probe: [kind for its, kind in listed if its == probe] for probe, _ in listed}
     return [
-        {"label": run.label, "selection": selection, "values": _values(first, run, keys, selection)}
+        {"label": run.label, "selection": selection, "values": _values(first, run, kinds, selection)}
         for selection in SELECTIONS
         for run in runs
     ]
 
 
-def _values(first: Probed, run: Probed, keys: Sequence[str], selection: str) -> dict[str, Any]:
+def _values(first: Probed, run: Probed, kinds: Mapping[str, Sequence[str]], selection: str) -> dict[str, Any]:
+    """Return the mean of each type, that of all pairs, and the mean over types; none that a model has no maps for."""
     found: dict[str, Any] = {}
-    for key in keys:
-        name, _, its = key.rpartition("/")
-        if its != selection:
-            continue
-        tables = [np.array([one.sums[image].get(key, (0.0, 0)) for image in first.sums]) for one in (first, run)]
-        base, own = (_mean(table.sum(0)) for table in tables)
-        entry: dict[str, Any] = {"value": float(own)}
-        if run is not first:
-            drawn = [
-                _mean(tables[1][picks].sum(1)) - _mean(tables[0][picks].sum(1))
-                for picks in resamples(len(first.sums), _DRAWS, width=2)
-            ]
-            low, high = np.quantile(np.concatenate(drawn), (0.025, 0.975))
-            entry |= {"difference": float(own - base), "interval": [float(low), float(high)]}
-        found[name] = entry
+    for probe, its in kinds.items():
+        of_types: list[tuple[float, Floats]] = []
+        for kind in its:
+            key = f"{probe}/{kind}/{selection}"
+            tables = [np.array([one.sums[image].get(key, (0.0, 0)) for image in first.sums]) for one in (first, run)]
+            if not all(table[:, 1].any() for table in tables):
+                continue
+            base, own = (float(_mean(table.sum(0))) for table in tables)
+            drawn = np.zeros(0)
+            if run is not first:
+                picked = resamples(len(first.sums), _DRAWS, width=2)  # the same ones for every type
+                drawn = np.concatenate([_mean(tables[1][p].sum(1)) - _mean(tables[0][p].sum(1)) for p in picked])
+            found[f"{probe}/{kind}"] = _entry(own, own - base, drawn)
+            if kind != ALL:
+                of_types.append((own, np.array([own - base, *drawn])))
+        if len(of_types) > 1:
+            mean, means = float(np.mean([own for own, _ in of_types])), _mean_of([its for _, its in of_types])
+            found[f"{probe}/{MEAN}"] = _entry(mean, float(means[0]), means[1:])
     return found
 
 
-def _mean(sums: Floats) -> Any:
-    """Return means from sums and numbers of pairs in the last dimension; 0 without pairs."""
-    return sums[..., 0] / np.maximum(sums[..., 1], 1)
+def _entry(value: float, difference: float, drawn: Floats) -> dict[str, Any]:
+    if not len(drawn):
+        return {"value": value}
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return {"value": value, "difference": difference, "interval": [float(low), float(high)]}
+
+
+def _mean(sums: Floats) -> Floats:
+    """Return means from sums and numbers of pairs in the last dimension; NaN without pairs."""
+    found: Floats = np.where(sums[..., 1] > 0, sums[..., 0] / np.maximum(sums[..., 1], 1), np.nan)
+    return found
+
+
+def _mean_of(values: Sequence[Floats]) -> Floats:
+    """Return the mean over types, for each resample over those that occur in it."""
+    table = np.stack(values)
+    counts = np.isfinite(table).sum(0)
+    found: Floats = np.where(counts > 0, np.nansum(table, 0) / np.maximum(counts, 1), np.nan)
+    return found
 
 
 def report(places: Sequence[Path], output: Path) -> Table:
@@ -141,10 +165,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         shown.add_column(Text(visible(label)), justify="right")
     for selection in SELECTIONS:
         own = [row for row in rows if row["selection"] == selection]
-        for key in own[0]["values"]:
+        for key in dict.fromkeys(key for row in own for key in row["values"]):
             probe, _, kind = key.partition("/")
             cells = [_cell(row["values"].get(key)) for row in own]
-            shown.add_row(selection, probe, Text(visible(kind)), *cells, style="bold" if kind == ALL else "")
+            shown.add_row(selection, probe, Text(visible(kind)), *cells, style="bold" if kind in (ALL, MEAN) else "")
         shown.add_section()
     return shown
 

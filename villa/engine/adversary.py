@@ -13,7 +13,7 @@ from villa.datasets.own.question_answering import QuestionAnswering
 from villa.engine.attacking import example_metric
 from villa.engine.passes import ModelPasses
 from villa.engine.setup import Parts
-from villa.errors import ConfigError
+from villa.errors import ConfigError, DataError
 from villa.models.base import ModelOutput
 from villa.rng import derive_seed
 
@@ -59,6 +59,8 @@ def attack_example(
         ConfigError: the model cannot be perturbed there, or the task cannot be attacked.
         DataError: the model does not choose among labels.
     """
+    if parts.data.facts().task == "generation":
+        raise DataError("the model writes its answers, and does not choose among labels: no adversary is looked for")
     points = points_of(parts, modality)
     passes = ModelPasses(parts.model, parts.loss, parts.precision, parts.config.seed, parts.strategy)
     passes.begin(0, 0, 1.0)

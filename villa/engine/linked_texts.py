@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -89,6 +91,20 @@ class LinkedTexts:
                 examples.append(self._split[place])
         return self._collate(examples)
 
+    def digest(self, *, dated: bool) -> str:
+        """Return what changes if the texts, their links or their files do.
+
+        Args:
+            dated: whether files of another date are others.
+        """
+        found = hashlib.sha256()
+        for text in self.texts:
+            places = [Path(local_path(name)) for _, name in text.files]
+            stamps = [[place.name, *_stamp(place, dated=dated)] for place in places]
+            facts = asdict(replace(text, files=(), where="", size=None))
+            found.update(json.dumps([facts, stamps], sort_keys=True).encode())
+        return found.hexdigest()
+
     def characters(self, place: int, ids: Sequence[int]) -> list[tuple[int, int] | None]:
         """Return the characters of a text that each of its tokens stands for; None for special tokens and padding."""
         with about(self.texts[place].where):
@@ -129,6 +145,12 @@ class _OfDatabase(RegionStore):
         """Read the images, which checks them."""
         for index in indices:
             self[index]
+
+
+def _stamp(path: Path, *, dated: bool) -> list[int]:
+    """Return size and date of a file, or of the databases beside it if it is an image in one."""
+    files = [path] if path.exists() else sorted(path.parent.glob("*/data.mdb"))
+    return [number for file in files for number in (file.stat().st_size, file.stat().st_mtime_ns if dated else 0)]
 
 
 def _regions(parts: Parts, sources: Sequence[ImageSource]) -> RegionStore:

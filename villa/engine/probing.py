@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,9 @@ def probe(config: RunConfig) -> int:
         if options.fusion and not fused and processes.is_main:
             print("note: fusion is left out, for scikit-learn is not installed (pip install 'villa[probe]')")
         texts = stack.enter_context(open_linked(parts, options))
-        job = facts_of_model(config, source, _SECTIONS) | {
-            "the texts": _digest(texts),
+        drawn = ("seed",) if options.weights == "random" else ()
+        job = facts_of_model(config, source, (*_SECTIONS, *drawn)) | {
+            "the texts": texts.digest(dated=options.data != "generated"),
             "fusion": fused,
             "the number of processes": processes.world_size,
         }
@@ -72,14 +72,6 @@ def probe(config: RunConfig) -> int:
         print(f"{100 * content['boxes_with_a_region']:.1f} % of the boxes have a region that stands for them")
         print(f"written to {folder}")
     return 0
-
-
-def _digest(texts: LinkedTexts) -> str:
-    """Return a digest of the texts and links; files of generated data are elsewhere each time."""
-    found = hashlib.sha256()
-    for text in texts.texts:
-        found.update(repr(replace(text, files=(), where="")).encode())
-    return found.hexdigest()
 
 
 def _measured(
