@@ -45,6 +45,13 @@ def test_phrases_of_flickr30k_are_linked_to_all_boxes_of_their_chains(tmp_path: 
     assert next(flickr30k.read(tmp_path, None)) == found
 
 
+def test_marks_within_words_and_empty_phrases() -> None:
+    text, phrases = flickr30k.parse_caption("([/EN#1/people a man] ) by [/EN#2/scene ] [/EN#3/other a café]\r")
+    assert text == "( a man ) by a café"
+    assert [(text[slice(*phrase.span)], phrase.chain) for phrase in phrases] == [("a man", "1"), ("a café", "3")]
+    assert [text.split()[phrase.first_word] for phrase in phrases] == ["a", "a"]
+
+
 @pytest.mark.parametrize(
     ("caption", "xml", "message"),
     [
@@ -53,6 +60,8 @@ def test_phrases_of_flickr30k_are_linked_to_all_boxes_of_their_chains(tmp_path: 
         ("[/EN#people A]", XML, "7.txt:1: .* is no mark"),
         (CAPTION, XML[:90], "7.xml' is damaged"),
         (CAPTION, XML.replace("<xmin>1</xmin>", "<xmin>one</xmin>"), "7.xml' is damaged"),
+        (CAPTION, XML.replace("<xmin>1</xmin>", "<xmin>nan</xmin>"), "7.xml' is damaged .*<xmin> is nan"),
+        (CAPTION, XML.replace("<width>200", "<width>inf"), "7.xml' is damaged .*<size/width> is inf"),
         (CAPTION, '<!DOCTYPE a [<!ENTITY b "c">]>' + XML, "declares entities"),
     ],
 )

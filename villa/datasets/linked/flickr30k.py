@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,15 +73,15 @@ def read(folder: Path, split: str | None) -> Iterator[Linked]:
 
 
 def parse_caption(line: str) -> tuple[str, list[Phrase]]:
-    """Return a caption without its marks, and its phrases.
+    """Return a caption without its marks, and its phrases; a mark need not begin a word, and empty phrases are none.
 
     Raises:
-        DataError: a mark is damaged, a phrase is empty or not closed, or one is within another.
+        DataError: a mark is damaged, a phrase is not closed, or one is within another.
     """
     words: list[str] = []
     phrases: list[Phrase] = []
     opened: tuple[int, int, re.Match[str]] | None = None
-    for token in line.split():
+    for token in line.replace("[/EN#", " [/EN#").split():
         if token.startswith("[/EN#"):
             mark = _OPENING.fullmatch(token)
             if mark is None or opened is not None:
@@ -89,11 +90,13 @@ def parse_caption(line: str) -> tuple[str, list[Phrase]]:
             opened = _length(words), len(words), mark
             continue
         closes = opened is not None and token.endswith("]")
-        words.append(token[:-1] if closes else token)
+        word = token[:-1] if closes else token
+        words += [word] if word else []
         if closes and opened is not None:
             start, first, mark = opened
             types = tuple(mark[2].strip("/").split("/"))
-            phrases.append(Phrase((start, _length(words) - 1), first, mark[1], types))
+            if first < len(words):
+                phrases.append(Phrase((start, _length(words) - 1), first, mark[1], types))
             opened = None
     if opened is not None:
         raise DataError(f"the phrase '{opened[2][0]} ...' is not closed by a ]; take another copy of the annotations")
@@ -116,7 +119,7 @@ def read_annotation(path: Path) -> Annotation:
         raise DataError(f"the annotation '{path}' declares entities, which no released one does; it is not read")
     try:
         root = ElementTree.fromstring(text)  # noqa: S314 (no entities)
-        size = float(_value(root, "size/width")), float(_value(root, "size/height"))
+        size = _number(root, "size/width"), _number(root, "size/height")
         if min(size) <= 0:
             raise ValueError(f"the size of the picture is {size[0]:g} x {size[1]:g}")
         boxes: dict[str, list[Box]] = {}
@@ -124,7 +127,7 @@ def read_annotation(path: Path) -> Annotation:
             box = entry.find("bndbox")
             if box is None:
                 continue
-            x1, y1, x2, y2 = (float(_value(box, name)) - 1 for name in _CORNERS)
+            x1, y1, x2, y2 = (_number(box, name) - 1 for name in _CORNERS)
             if x2 < x1 or y2 < y1:
                 raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} is turned around")
             for chain in entry.findall("name"):
@@ -135,11 +138,13 @@ def read_annotation(path: Path) -> Annotation:
     return Annotation(size, found)
 
 
-def _value(element: ElementTree.Element, path: str) -> str:
+def _number(element: ElementTree.Element, path: str) -> float:
     found = element.findtext(path)
     if found is None:
         raise ValueError(f"<{element.tag}> has no <{path}>")
-    return found.strip()
+    if not math.isfinite(value := float(found)):
+        raise ValueError(f"<{path}> is {found.strip():.40}, which is no number of pixels")
+    return value
 
 
 def _below(folder: Path, name: str) -> Path:
