@@ -14,9 +14,7 @@ from villa.datasets.own.jsonl import Jsonl, JsonlConfig
 from villa.engine.requests import open_requests
 from villa.errors import DataError
 
-fuzz = settings(
-    max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")),
-)
+fuzz = settings(max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")))
 GOOD = [
     {"id": "a", "image": "i.png", "question": "what is it?", "answer": "red"},
     {"id": "b", "images": ["i.png"], "text": "is it blue?", "text_pair": "or red?", "answers": {"no": 1, "red": 0.3}},

@@ -63,19 +63,25 @@ def test_probes_of_generated_data_are_written_and_compared(
     assert "were probed with other" in error(capsys.readouterr().err)
 
 
-def test_an_interrupted_probe_goes_on_to_the_same_bytes(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(probing, "_AT_ONCE", 4)
-    measure, measured = probing._measure_batch, list[int]()
+def interrupted(monkeypatch: pytest.MonkeyPatch, until: list[int]) -> list[int]:
+    """Interrupt a probe at the last of its first batches; return the first text of each batch, as it is measured."""
+    monkeypatch.setattr(probing, "_AT_ONCE", until[1])
+    measure, places = probing._measure_batch, list[int]()
 
-    def interrupted(*given: Any) -> Any:
-        measured.append(given[2][0])
-        if measured == [0, 4, 8]:
+    def measured(*given: Any) -> Any:
+        places.append(given[2][0])
+        if places == until:
             raise KeyboardInterrupt
         return measure(*given)
 
-    monkeypatch.setattr(probing, "_measure_batch", interrupted)
+    monkeypatch.setattr(probing, "_measure_batch", measured)
+    return places
+
+
+def test_an_interrupted_probe_goes_on_to_the_same_bytes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = interrupted(monkeypatch, [0, 4, 8])
     options = ["probe.examples=14", f"output_dir={tmp_path / 'cut'}"]
     probe(trained, *options, code=130)
     part = tmp_path / "cut" / ".probe.json.part"
@@ -132,16 +138,7 @@ def test_an_interrupted_probe_of_other_features_or_draws_begins_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = [*entities(tmp_path), f"output_dir={tmp_path / 'out'}"]
-    monkeypatch.setattr(probing, "_AT_ONCE", 2)
-    measure, places = probing._measure_batch, list[int]()
-
-    def interrupted(*given: Any) -> Any:
-        places.append(given[2][0])
-        if places == [0, 2]:
-            raise KeyboardInterrupt
-        return measure(*given)
-
-    monkeypatch.setattr(probing, "_measure_batch", interrupted)
+    places = interrupted(monkeypatch, [0, 2])
     probe(trained, *options, *first, code=130)
     if not then:  # the same size, at another time
         features = tmp_path / "f00000.npz"

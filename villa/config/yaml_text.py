@@ -155,8 +155,11 @@ def _items(node: Any, locate: Locate, pattern: re.Pattern[str]) -> Iterator[tupl
         line = key.start_mark.line + 1
         name = _construct(key, locate)
         if not isinstance(name, str) or not pattern.fullmatch(name):
-            text = name if isinstance(name, str) else ""
-            hint = "; write 'a: {b: c}' for 'a.b: c'" if "." in text else "; write a space after ':'" * (":" in text)
+            hint = ""
+            if isinstance(name, str) and "." in name:
+                hint = "; write 'a: {b: c}' for 'a.b: c'"
+            elif isinstance(name, str) and ":" in name:
+                hint = "; write a space after ':'"
             raise ConfigError(
                 f"{locate(line)}: the key {name!r:.80} is not a name of letters, digits, _, - and /{hint}"
             )

@@ -254,8 +254,7 @@ class UpdateFrame:
         summed = {} if processes.world_size == 1 else logs
         norm, *read = _numbers([self.gradient_norm, *losses, *ascents, *summed.values()])
         few, many = len(losses), len(losses) + len(ascents)
-        finite = [all(map(_is_finite, values)) for values in (read[:few], read[few:many])]
-        found: list[float] = [*(not each for each in finite), *read[many:]]
+        found: list[float] = [not all(map(_is_finite, part)) for part in (read[:few], read[few:many])] + read[many:]
         bad, overflowed, *sums = processes.total(found)
         shared = zip(summed.items(), sums, strict=True)
         self.logs = {name: torch.full_like(value, total) for (name, value), total in shared} if summed else logs

@@ -16,6 +16,9 @@ from villa.errors import ConfigError
 from villa.files import locked, room_for
 from villa.hub.source import Source
 
+#: Prefixes of the options on which what a model finds depends.
+_SECTIONS = ("dataset.", "model.", "user_dir", "training.precision", "checkpoint.weights")
+
 
 class Journal:
     """What was found for batches, a line each, in order.
@@ -83,17 +86,17 @@ def journal_of(output: Path) -> Path:
     return output.with_name(UNFINISHED_OUTPUTS.replace("*", output.name))
 
 
-def facts_of_model(config: RunConfig, source: Source, sections: tuple[str, ...]) -> dict[str, Any]:
+def facts_of_model(config: RunConfig, source: Source, *more: str) -> dict[str, Any]:
     """Return what a job depends on: the weights, and options of the recipe.
 
     Args:
         config: the recipe.
         source: where the weights are from.
-        sections: prefixes of the options that matter.
+        more: prefixes of the options that matter besides those of the data and the model.
     """
     files = [(file.name, file.stat()) for file in sorted(source.path.glob("*.safetensors"))]
     weights = [[name, found.st_size, found.st_mtime_ns] for name, found in files]
-    options = {key: value for key, value in leaves(config).items() if key.startswith(sections)}
+    options = {key: value for key, value in leaves(config).items() if key.startswith((*_SECTIONS, *more))}
     recipe = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
     return {"checkpoint.path": [str(source.path.resolve()), source.update, *weights], "the recipe": recipe}
 

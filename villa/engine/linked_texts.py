@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -97,10 +98,10 @@ class LinkedTexts:
         Args:
             dated: whether files of another date are others.
         """
-        found = hashlib.sha256()
+        found, stamp = hashlib.sha256(), cache(partial(_stamp, dated=dated))  # texts share images, and those a database
         for text in self.texts:
             places = [Path(local_path(name)) for _, name in text.files]
-            stamps = [[place.name, *_stamp(place, dated=dated)] for place in places]
+            stamps = [[place.name, *stamp(place if place.exists() else place.parent)] for place in places]
             facts = asdict(replace(text, files=(), where="", size=None))
             found.update(json.dumps([facts, stamps], sort_keys=True).encode())
         return found.hexdigest()
@@ -148,15 +149,20 @@ class _OfDatabase(RegionStore):
 
 
 def _stamp(path: Path, *, dated: bool) -> list[int]:
-    """Return size and date of a file, or of the databases beside it if it is an image in one."""
-    files = [path] if path.exists() else sorted(path.parent.glob("*/data.mdb"))
+    """Return size and date of a file, or of the databases in a folder."""
+    files = [path] if path.is_file() else _databases(path)
     return [number for file in files for number in (file.stat().st_size, file.stat().st_mtime_ns if dated else 0)]
+
+
+def _databases(folder: Path) -> list[Path]:
+    """Return the image databases in a folder."""
+    return sorted(folder.glob("*/data.mdb"))
 
 
 def _regions(parts: Parts, sources: Sequence[ImageSource]) -> RegionStore:
     """Return the regions of feature files or, if the run is on databases and they lie in one, of that."""
     folder = sources[0].path.parent
-    if isinstance(parts.data, DatabaseTask) and any(folder.glob("*/data.mdb")):
+    if isinstance(parts.data, DatabaseTask) and _databases(folder):
         return _OfDatabase(parts.data.image_database(folder, parts.data.config.detected_boxes()), sources)
     return FileStore(sources)
 

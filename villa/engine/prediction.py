@@ -29,7 +29,6 @@ from villa.progress import Display
 from villa.registry import SUBMISSIONS
 
 #: Options that change predictions.
-_SECTIONS = ("dataset.", "model.", "user_dir", "training.precision", "evaluation.examples", "checkpoint.weights")
 _SKIP = " (predict.on_error=skip leaves such examples out)"
 _OPTIONS = ("split", "question", "top_k", "examples", "extractor")
 
@@ -186,7 +185,7 @@ def _job(config: RunConfig, source: Source, work: _Work) -> dict[str, Any]:
     """Return what the predictions depend on."""
     return {
         "predict.input": work.digest,
-        **facts_of_model(config, source, _SECTIONS),
+        **facts_of_model(config, source, "evaluation.examples"),
         **{f"predict.{name}": getattr(config.predict, name) for name in _OPTIONS},
     }
 

@@ -27,13 +27,12 @@ from villa.engine.run_folder import claim
 from villa.engine.setup import Parts
 from villa.evaluation.results import print_table
 from villa.files import atomic_write
+from villa.hub.source import Source
 from villa.models.attention import LayerMaps
 from villa.progress import track
 
 #: Texts that go through the model at once: maps take much memory.
 _AT_ONCE = 16
-#: Prefixes of the options on which measurements depend, besides those that say which texts.
-_SECTIONS = ("dataset.", "model.", "user_dir", "training.precision", "checkpoint.weights", "probe.")
 
 
 def probe(config: RunConfig) -> int:
@@ -53,13 +52,10 @@ def probe(config: RunConfig) -> int:
         if options.fusion and not fused and processes.is_main:
             print("note: fusion is left out, for scikit-learn is not installed (pip install 'villa[probe]')")
         texts = stack.enter_context(open_linked(parts, options))
-        drawn = ("seed",) if options.weights == "random" else ()
-        job = facts_of_model(config, source, (*_SECTIONS, *drawn)) | {
-            "the texts": texts.digest(dated=options.data != "generated"),
-            "fusion": fused,
-            "the number of processes": processes.world_size,
-        }
-        journal = stack.enter_context(open_journal(output, job, anew=True)) if processes.is_main else None
+        journal = None
+        if processes.is_main:
+            job = _job(config, source, texts) | {"fusion": fused, "the number of processes": processes.world_size}
+            journal = stack.enter_context(open_journal(output, job, anew=True))
         measured, heads = _measured(parts, texts, fused, journal)
         if not processes.is_main:
             return 0
@@ -72,6 +68,13 @@ def probe(config: RunConfig) -> int:
         print(f"{100 * content['boxes_with_a_region']:.1f} % of the boxes have a region that stands for them")
         print(f"written to {folder}")
     return 0
+
+
+def _job(config: RunConfig, source: Source, texts: LinkedTexts) -> dict[str, Any]:
+    """Return what the measurements depend on."""
+    drawn = ("seed",) if config.probe.weights == "random" else ()
+    facts = facts_of_model(config, source, "probe.", *drawn)
+    return {**facts, "the texts": texts.digest(dated=config.probe.data != "generated")}
 
 
 def _measured(

@@ -31,9 +31,7 @@ from villa.datasets.uniter.text_lmdb import TextStore
 from villa.errors import DataError
 
 EXAMPLES = int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50"))
-fuzz = settings(
-    max_examples=EXAMPLES,
-)
+fuzz = settings(max_examples=EXAMPLES)
 BOXES = np.array([[0, 0.25, 0.5, 1], [0.25, 0.25, 1, 0.5], [0, 0, 1, 1]], np.float32)
 #: Where a file is changed (a share of its length), and to what; and where it is cut off.
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6)

@@ -186,9 +186,7 @@ def test_a_damaged_index_is_made_again(kept: Path, builder: Builder, damage: Cal
     assert builder.made == 2
 
 
-@settings(
-    max_examples=EXAMPLES,
-)
+@settings(max_examples=EXAMPLES)
 @given(st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6), st.floats(0, 1))
 def test_bytes_that_were_altered_never_end_the_process(
     kept: Path, builder: Builder, changes: list[tuple[float, bytes]], cut: float

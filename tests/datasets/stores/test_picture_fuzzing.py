@@ -17,10 +17,7 @@ from villa.datasets.own.pictures import read_picture
 from villa.datasets.stores import ImageSource
 from villa.errors import DataError
 
-FUZZ = settings(
-    max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")),
-    database=None,
-)
+FUZZ = settings(max_examples=int(os.environ.get("VILLA_FUZZ_EXAMPLES", "50")), database=None)
 #: Modes by format; each is a file that is damaged.
 MODES = {
     "PNG": ("RGB", "RGBA", "LA", "P", "1", "I;16"),

@@ -16,11 +16,7 @@ from villa.registry import SUBMISSIONS
 TASKS = SUBMISSIONS.names()
 JSON_TASKS = [name for name in TASKS if SUBMISSIONS.get(name).suffix == ".json"]
 
-FIXED = settings(
-    derandomize=True,
-    database=None,
-    max_examples=60,
-)
+FIXED = settings(derandomize=True, database=None, max_examples=60)
 WORDS = st.sampled_from(
     ["question_id", "answer", "questionId", "prediction", "id", "label", "sent_id", "box", "\ud800"]
 )
